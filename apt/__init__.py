@@ -1,0 +1,74 @@
+"""One-step video and image generators by Adversarial Post-Training (APT, ICML 2025).
+
+The public API, re-exported. Names are imported when they are first used, so `import apt` is cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from apt.version import __version__
+
+if TYPE_CHECKING:
+    from apt.hub import list_pretrained
+    from apt.losses import create_loss, list_losses
+    from apt.models import (
+        Discriminator,
+        TextCondition,
+        create_codec,
+        create_discriminator,
+        create_model,
+        create_text_encoder,
+        generate,
+        list_models,
+    )
+    from apt.models.bundle import ModelBundle, load_pretrained, save_pretrained
+    from apt.pipeline import OneStepPipeline
+
+_SOURCES = {
+    "apt.hub": ("list_pretrained",),
+    "apt.losses": ("create_loss", "list_losses"),
+    "apt.models": (
+        "Discriminator",
+        "TextCondition",
+        "create_codec",
+        "create_discriminator",
+        "create_model",
+        "create_text_encoder",
+        "generate",
+        "list_models",
+    ),
+    "apt.models.bundle": ("ModelBundle", "load_pretrained", "save_pretrained"),
+    "apt.pipeline": ("OneStepPipeline",),
+}
+_MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
+
+__all__ = [
+    "Discriminator",
+    "ModelBundle",
+    "OneStepPipeline",
+    "TextCondition",
+    "__version__",
+    "create_codec",
+    "create_discriminator",
+    "create_loss",
+    "create_model",
+    "create_text_encoder",
+    "generate",
+    "list_losses",
+    "list_models",
+    "list_pretrained",
+    "load_pretrained",
+    "save_pretrained",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'apt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
