@@ -1,0 +1,126 @@
+"""One small registry for everything that is chosen by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
+
+from apt.errors import ConfigError, InputError
+
+T = TypeVar("T")
+B = TypeVar("B", bound=Callable[..., Any])
+
+
+class Registry(Generic[T]):
+    """Names mapped to the functions that build something.
+
+    Args:
+        kind: what the entries are, for messages ("model", "loss").
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._builders: dict[str, Callable[..., T]] = {}
+
+    def register(self, name: str) -> Callable[[B], B]:
+        """Decorator: put a builder under `name`. Raises ValueError if the name is taken."""
+
+        def add(builder: B) -> B:
+            if name in self._builders:
+                raise ValueError(f"{self.kind} {name!r} is registered twice; choose another name")
+            self._builders[name] = builder
+            return builder
+
+        return add
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Registered names that match a shell-style pattern, sorted."""
+        return sorted(fnmatch.filter(self._builders, pattern))
+
+    def get(self, name: str) -> Callable[..., T]:
+        """The builder under `name`. Raises InputError with close matches if there is none."""
+        if name not in self._builders:
+            raise InputError(f"unknown {self.kind} {name!r}; {_suggest(name, self._builders)}")
+        return self._builders[name]
+
+    def summary(self, name: str) -> str:
+        """The first line of the builder's docstring."""
+        return (inspect.getdoc(self.get(name)) or "").partition("\n")[0]
+
+    def create(self, name: str, /, **options: Any) -> T:
+        """Call the builder. Options that it does not take, or of a wrong type, raise InputError."""
+        builder = self.get(name)
+        hints = _parameter_types(builder)
+        check_options(f"{self.kind} {name!r}", hints, options)
+        return builder(**options)
+
+
+def replace_typed(config: T, overrides: Mapping[str, Any]) -> T:
+    """`dataclasses.replace` for user input.
+
+    Raises ConfigError for a field that does not exist (with close matches) or a value of a wrong
+    type, instead of passing either on.
+    """
+    kind = type(config)
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    check_options(kind.__name__, fields, overrides)
+    # JSON has no tuples: a list that fits a tuple field is one.
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in overrides.items()
+    }
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]
+
+
+def check_options(owner: str, accepted: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless every option is accepted by name and by type."""
+    for name, value in options.items():
+        if name not in accepted:
+            raise ConfigError(f"{owner} takes no option {name!r}; {_suggest(name, accepted)}")
+        if not _fits(value, accepted[name]):
+            expected = accepted[name]
+            label = expected.__name__ if isinstance(expected, type) else expected
+            raise ConfigError(f"{owner}: option {name!r} must be {label}, got {value!r}")
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(repr(match) for match in close)}?"
+    return f"choose from: {', '.join(names) or 'nothing, none is registered'}"
+
+
+def _parameter_types(builder: Callable[..., Any]) -> dict[str, Any]:
+    function = builder.__init__ if inspect.isclass(builder) else builder
+    hints = typing.get_type_hints(function)
+    return {name: hints.get(name, Any) for name in inspect.signature(builder).parameters}
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    origin = typing.get_origin(expected)
+    if expected is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(expected))
+    if origin is typing.Literal:
+        return value in typing.get_args(expected)
+    if origin is tuple and isinstance(value, (tuple, list)):
+        kinds = typing.get_args(expected)
+        if len(kinds) == 2 and kinds[1] is Ellipsis:
+            return all(_fits(item, kinds[0]) for item in value)
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if expected is None or expected is type(None):
+        return value is None
+    if expected is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or expected)
