@@ -1,0 +1,34 @@
+"""Fused ops of diffusion transformers, usable on their own.
+
+Every op is a function that takes `backend=`; `kernel_status()` and `attention_status()` say what
+runs on this machine.
+"""
+
+from __future__ import annotations
+
+from apt.kernels.attention import (
+    attention,
+    attention_backend,
+    attention_status,
+    current_attention_backend,
+)
+from apt.kernels.backends import BackendStatus, kernel_status
+from apt.kernels.modulated_norm import modulated_norm
+from apt.kernels.perturbed_batch import perturbed_batch
+from apt.kernels.qk_norm_rope import qk_norm_rope
+from apt.kernels.residual_modulated_norm import residual_modulated_norm
+from apt.kernels.timesteps import sample_shifted_timesteps
+
+__all__ = [
+    "BackendStatus",
+    "attention",
+    "attention_backend",
+    "attention_status",
+    "current_attention_backend",
+    "kernel_status",
+    "modulated_norm",
+    "perturbed_batch",
+    "qk_norm_rope",
+    "residual_modulated_norm",
+    "sample_shifted_timesteps",
+]

@@ -1,0 +1,265 @@
+"""Attention on (B, L, H, Dh) with a choice of backends, spelt as in diffusers.
+
+    softmax(q k^T / sqrt(Dh) + mask) v
+
+Who chooses, first to last: the `backend` argument, the innermost `attention_backend(...)`, the
+environment variable APT_ATTENTION_BACKEND, and "native", which lets torch pick per call. A backend
+that was asked for by name runs or raises with the reason; nothing else is tried in its place.
+
+Shapes: B samples, Lq and Lk tokens, H heads, Dh channels per head.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from apt.errors import InputError
+from apt.kernels.backends import BackendStatus
+
+ENVIRONMENT_VARIABLE = "APT_ATTENTION_BACKEND"
+
+_SDPA_KERNELS = {
+    "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "_native_flash": SDPBackend.FLASH_ATTENTION,
+    "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "_native_math": SDPBackend.MATH,
+}
+_CUDA_KERNELS = {
+    "_native_cudnn": torch.backends.cuda.can_use_cudnn_attention,
+    "_native_flash": torch.backends.cuda.can_use_flash_attention,
+    "_native_efficient": torch.backends.cuda.can_use_efficient_attention,
+}
+
+
+class _Package(NamedTuple):
+    install: str
+    module: str
+    function: str
+    lowest: tuple[int, int]  # compute capabilities
+    highest: tuple[int, int] | None = None
+
+
+_PACKAGES = {
+    "flash": _Package("`pip install flash-attn`", "flash_attn", "flash_attn_func", (8, 0)),
+    "_flash_3": _Package(
+        "FlashAttention-3, built from flash-attention's folder hopper",
+        "flash_attn_interface",
+        "flash_attn_func",
+        (9, 0),
+        (9, 0),
+    ),
+    "flash_4": _Package("`pip install flash-attn-4`", "flash_attn.cute", "flash_attn_func", (9, 0)),
+    "xformers": _Package(
+        "`pip install xformers`", "xformers.ops", "memory_efficient_attention", (5, 0)
+    ),
+}
+BACKENDS = ("native", *_SDPA_KERNELS, *_PACKAGES)
+
+# One stack for the process and not a context variable: checkpointing recomputes blocks on
+# autograd's own threads, which must see the same backend as the forward pass.
+_chosen: list[str] = []
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention with scale 1 / sqrt(Dh).
+
+    Args:
+        q: (B, Lq, H, Dh) queries, floating point.
+        k, v: (B, Lk, H, Dh) keys and values of the same dtype and device.
+        mask: (B, Lk) bool, True for the keys that may be attended to; at least one in each row.
+        backend: a name of `attention_status()`, or None for the choice made outside.
+
+    Returns:
+        (B, Lq, H, Dh) in q.dtype.
+
+    Raises:
+        InputError: shapes that do not fit; an unknown backend; a backend that cannot run here or
+            not on these inputs, with the reason.
+    """
+    name = current_attention_backend() if backend is None else _known(backend)
+    _check(q, k, v, mask)
+    if name in _PACKAGES:
+        return _package_attention(name, q, k, v, mask)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    attn_mask = None if mask is None else mask[:, None, None, :]
+    if name == "native":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2)
+    if not torch.compiler.is_compiling():
+        reason = _why_not_native(name, q, k, v, attn_mask)
+        if reason:
+            raise InputError(_cannot_run(name, reason))
+    with sdpa_kernel(_SDPA_KERNELS[name]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2)
+
+
+@contextmanager
+def attention_backend(name: str) -> Iterator[None]:
+    """Make every `attention` call inside, on any thread, use one backend.
+
+    Raises InputError for a name that does not exist, or a backend that is unavailable here.
+    """
+    status = {row.name: row for row in attention_status()}[_known(name)]
+    if not status.available:
+        raise InputError(_cannot_run(name, status.reason))
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def current_attention_backend() -> str:
+    """The backend that `attention` uses when none is passed.
+
+    Raises InputError if APT_ATTENTION_BACKEND names none.
+    """
+    if _chosen:
+        return _chosen[-1]
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if name and name not in BACKENDS:
+        raise InputError(
+            f"{ENVIRONMENT_VARIABLE}={name!r} is no attention backend; "
+            f"choose from: {', '.join(BACKENDS)}"
+        )
+    return name or "native"
+
+
+def attention_status() -> list[BackendStatus]:
+    """A row for each backend: whether this machine can run it, and why not or what it is.
+
+    Available means that the package imports and the device is of the right kind; some inputs
+    (a mask, fp32, a large Dh) may still be refused by a backend, with the reason.
+    """
+    rows = [BackendStatus("native", True, "torch picks a kernel per call")]
+    for name in BACKENDS[1:]:
+        reason = _why_unavailable(name)
+        rows.append(BackendStatus(name, reason is None, reason or _describe(name)))
+    return rows
+
+
+def _describe(name: str) -> str:
+    if name in _PACKAGES:
+        return f"module {_PACKAGES[name].module}"
+    return "torch's plain softmax" if name == "_native_math" else "a kernel of torch"
+
+
+def _why_unavailable(name: str) -> str | None:
+    if name in _PACKAGES:
+        package = _PACKAGES[name]
+        try:
+            _package_function(name)
+        # A package built for another torch or CUDA fails while its libraries load
+        except (ImportError, OSError, AttributeError) as error:
+            return f"needs {package.install} ({type(error).__name__}: {error})"
+        if not torch.cuda.is_available():
+            return "needs a CUDA GPU"
+        capability = torch.cuda.get_device_capability()
+        if capability < package.lowest or capability > (package.highest or capability):
+            return f"has no kernels for compute capability {capability[0]}.{capability[1]}"
+        return None
+    if name in ("_native_cudnn", "_native_efficient") and not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    if name == "_native_cudnn" and not torch.backends.cudnn.is_available():
+        return "this torch was built without cuDNN"
+    return None
+
+
+def _why_not_native(
+    name: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None
+) -> str | None:
+    """Why torch's kernel cannot take these inputs (B, H, L, Dh); None if it can."""
+    if name == "_native_math":
+        return None
+    if not q.is_cuda:
+        if name != "_native_flash":
+            return f"needs CUDA tensors, got {q.device.type}"
+        if q.device.type != "cpu":
+            return f"needs CUDA or CPU tensors, got {q.device.type}"
+        return None
+    usable = _CUDA_KERNELS[name]
+    params = torch.backends.cuda.SDPAParams(q, k, v, attn_mask, 0.0, False, False)
+    if usable(params):
+        return None
+    # torch gives its reasons as warnings only
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        usable(params, debug=True)
+    reasons = [str(warning.message).partition(" (Triggered")[0] for warning in caught]
+    return "; ".join(reasons) or "torch refuses these inputs"
+
+
+def _package_function(name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    package = _PACKAGES[name]
+    return getattr(importlib.import_module(package.module), package.function)
+
+
+def _package_attention(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    reason = _why_unavailable(name)
+    if reason is None and not q.is_cuda:
+        reason = f"needs CUDA tensors, got {q.device.type}"
+    if reason is None and mask is not None and name != "xformers":
+        reason = "takes no key mask"
+    if reason is None and q.dtype not in (torch.float16, torch.bfloat16) and name != "xformers":
+        reason = f"takes fp16 or bf16, not {q.dtype}"
+    if reason is not None:
+        raise InputError(_cannot_run(name, reason))
+    run = _package_function(name)
+    options = {} if mask is None else {"attn_bias": _additive_bias(q, mask)}
+    out = run(q, k, v, **options)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _additive_bias(q: Tensor, mask: Tensor) -> Tensor:
+    """The key mask as xformers takes it: 0 and -inf, (B, H, Lq, Lk), rows aligned to 8 keys."""
+    batch, keys = mask.shape
+    padded = q.new_full((batch, 1, 1, -(-keys // 8) * 8), float("-inf"))
+    padded[..., :keys].masked_fill_(mask[:, None, None, :], 0.0)
+    return padded.expand(batch, q.shape[2], q.shape[1], -1)[..., :keys]
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise InputError(f"unknown attention backend {name!r}; choose from: {', '.join(BACKENDS)}")
+    return name
+
+
+def _cannot_run(name: str, reason: str) -> str:
+    return (
+        f"attention backend {name!r} cannot run: {reason}. "
+        "Take another (`apt.kernels.attention_status()` lists them) or 'native'"
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise InputError(
+            "attention: q must be (B, Lq, H, Dh), k and v (B, Lk, H, Dh); got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise InputError(
+            "attention: q and k must agree in samples, heads and channels; got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:2]):
+        raise InputError(
+            f"attention: mask must be {tuple(k.shape[:2])} bool (B, Lk), got "
+            f"{tuple(mask.shape)} {mask.dtype}"
+        )

@@ -1,0 +1,134 @@
+"""Norm and modulation: the adaptive norm before every attention and MLP of a DiT.
+
+    y = norm(x) * (1 + scale) + shift
+
+Shapes: B samples, L tokens, D channels, R rows of conditions.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apt.errors import InputError
+from apt.kernels.backends import resolve_backend
+
+Norm = Literal["rms", "layer"]
+
+
+def modulated_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: Norm = "rms",
+    eps: float = 1e-6,
+    rows: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`norm(x) * (1 + scale) + shift` in one call.
+
+    Args:
+        x: (B, L, D) tokens, floating point.
+        scale, shift: (R, D) per condition row, or (B, L, D) per token.
+        weight, bias: (D,) of the norm itself; bias only with "layer".
+        norm: "rms" (no mean subtracted) or "layer".
+        eps: added to the mean square or variance.
+        rows: (B,) int64, the condition row of each sample; several samples may share one without a
+            copy. None: R = B. Its values are not checked beyond what indexing does.
+        backend: None chooses; "reference" is plain torch, twice differentiable.
+
+    Returns:
+        (B, L, D) in x.dtype; everything before the last rounding is computed in at least fp32.
+
+    Raises:
+        InputError: shapes that do not fit, an unknown norm or backend.
+    """
+    resolve_backend("modulated_norm", backend)
+    check_modulation("modulated_norm", x, {"scale": scale, "shift": shift}, rows)
+    check_norm("modulated_norm", x, weight, bias, norm)
+    return modulated_norm_reference(x, scale, shift, weight, bias, norm, eps, rows)
+
+
+def modulated_norm_reference(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Norm,
+    eps: float,
+    rows: Tensor | None,
+) -> Tensor:
+    """The op in torch, without checks."""
+    dtype = accumulation_dtype(x)
+    wide, shape = x.to(dtype), (x.shape[-1],)
+    weight = None if weight is None else weight.to(dtype)
+    if norm == "rms":
+        normed = F.rms_norm(wide, shape, weight, eps)
+    else:
+        bias = None if bias is None else bias.to(dtype)
+        normed = F.layer_norm(wide, shape, weight, bias, eps)
+    scale = per_sample(scale, rows, dtype) + 1
+    return torch.addcmul(per_sample(shift, rows, dtype), normed, scale).to(x.dtype)
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def per_sample(values: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(R, D) condition rows as (B, 1, D); (B, L, D) values per token as they are. In `dtype`."""
+    values = values.to(dtype)  # before rows repeat: their gradients add up in this type
+    if values.ndim == 3:
+        return values
+    # The backward of embedding adds repeated rows in a fixed order on every device; those of
+    # indexing and index_select use atomics on one device or the other.
+    picked = values if rows is None else F.embedding(rows, values)
+    return picked.unsqueeze(1)
+
+
+def check_modulation(
+    op: str, x: Tensor, modulation: dict[str, Tensor], rows: Tensor | None
+) -> None:
+    """Raise InputError unless modulation tensors fit x (B, L, D) and rows (B,)."""
+    if x.ndim != 3 or not x.is_floating_point():
+        raise InputError(f"{op}: x must be (B, L, D) floating point, got {_describe(x)}")
+    samples = x.shape[0]
+    if rows is not None and (rows.shape != (samples,) or rows.dtype != torch.int64):
+        raise InputError(f"{op}: rows must be ({samples},) int64, got {_describe(rows)}")
+    for name, values in modulation.items():
+        if rows is None and values.shape == x.shape:
+            continue
+        if values.ndim == 2 and values.shape[1] == x.shape[2]:
+            if rows is not None or values.shape[0] == samples:
+                continue
+            raise InputError(
+                f"{op}: {name} has {values.shape[0]} rows for {samples} samples; "
+                "pass rows (B,) to say which row each sample uses"
+            )
+        raise InputError(
+            f"{op}: {name} must be (R, {x.shape[2]}), or per token and without rows "
+            f"{tuple(x.shape)}; got {_describe(values)}"
+        )
+
+
+def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str) -> None:
+    """Raise InputError unless the norm exists and its parameters are (D,)."""
+    if norm not in ("rms", "layer"):
+        raise InputError(f"{op}: norm must be 'rms' or 'layer', got {norm!r}")
+    if norm == "rms" and bias is not None:
+        raise InputError(f"{op}: an RMS norm has no bias; drop it or use norm='layer'")
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is not None and values.shape != x.shape[-1:]:
+            raise InputError(f"{op}: {name} must be ({x.shape[-1]},), got {_describe(values)}")
+
+
+def _describe(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
