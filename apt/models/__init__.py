@@ -1,0 +1,39 @@
+"""Backbones, discriminator, text encoders and latent codecs, each chosen by name."""
+
+from __future__ import annotations
+
+from apt.models import codec_diffusers, codecs, heads, mmdit, text_bytes, text_transformers
+from apt.models.conditions import TextCondition
+from apt.models.discriminator import Discriminator, create_discriminator
+from apt.models.generator import generate
+from apt.models.registry import (
+    CODECS,
+    HEADS,
+    MODELS,
+    TEXT_ENCODERS,
+    create_codec,
+    create_model,
+    create_text_encoder,
+    list_models,
+)
+
+__all__ = [
+    "CODECS",
+    "HEADS",
+    "MODELS",
+    "TEXT_ENCODERS",
+    "Discriminator",
+    "TextCondition",
+    "codec_diffusers",
+    "codecs",
+    "create_codec",
+    "create_discriminator",
+    "create_model",
+    "create_text_encoder",
+    "generate",
+    "heads",
+    "list_models",
+    "mmdit",
+    "text_bytes",
+    "text_transformers",
+]

@@ -1,0 +1,148 @@
+"""A whole model, with all that it takes to generate: saved to a folder and loaded from one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from apt.errors import CheckpointError, InputError
+from apt.hub import (
+    INFO_FILE,
+    TEXT_ENCODER_FILE,
+    TRANSFORMER_FILE,
+    ComponentInfo,
+    ModelInfo,
+    load_weights,
+    read_info,
+    resolve,
+    save_weights,
+    write_info,
+)
+from apt.models.protocols import Backbone, LatentCodec, TextEncoder
+from apt.models.registry import create_codec, create_model, create_text_encoder
+
+
+@dataclass
+class ModelBundle:
+    """A model with all that it takes to generate."""
+
+    backbone: Backbone
+    text_encoder: TextEncoder
+    codec: LatentCodec
+    info: ModelInfo
+
+    def modules(self) -> list[nn.Module]:
+        """The parts that are networks; a codec without weights may be none."""
+        parts = (self.backbone, self.text_encoder, self.codec)
+        return [part for part in parts if isinstance(part, nn.Module)]
+
+
+def component_info(architecture: str, part: Backbone | TextEncoder | LatentCodec) -> ComponentInfo:
+    """Describe a part for `apt.json`: the name it is registered under, and its config."""
+    return ComponentInfo(architecture=architecture, config=dataclasses.asdict(part.config))
+
+
+def save_pretrained(
+    folder: str | Path,
+    bundle: ModelBundle,
+    *,
+    dtype: torch.dtype | None = None,
+    external_text_encoder: bool = False,
+) -> Path:
+    """Write a bundle to a folder, which is created; files of an earlier save are replaced.
+
+    Args:
+        folder: where to.
+        bundle: its `info` must describe its parts.
+        dtype: floating-point type of the weights in the file; None keeps what they have.
+        external_text_encoder: leave out the text encoder's weights, because building it from its
+            config brings them.
+
+    Raises:
+        CheckpointError: if `info` describes other parts, weights are not finite (or do not fit
+            `dtype`), or the folder cannot be written.
+    """
+    root = Path(folder)
+    described: list[tuple[str, Backbone | TextEncoder | LatentCodec, ComponentInfo]] = [
+        ("model", bundle.backbone, bundle.info.model),
+        ("text_encoder", bundle.text_encoder, bundle.info.text_encoder),
+        ("codec", bundle.codec, bundle.info.codec),
+    ]
+    for name, part, component in described:
+        if component_info(component.architecture, part).config != component.config:
+            raise CheckpointError(
+                f"cannot save to {str(folder)!r}: info.{name}.config differs from the config of "
+                "the part itself; describe it with apt.models.bundle.component_info"
+            )
+    text_weights = None if external_text_encoder else TEXT_ENCODER_FILE
+    info = dataclasses.replace(
+        bundle.info,
+        model=dataclasses.replace(bundle.info.model, weights=TRANSFORMER_FILE),
+        text_encoder=dataclasses.replace(bundle.info.text_encoder, weights=text_weights),
+    )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        save_weights(root / TRANSFORMER_FILE, _module(bundle.backbone), dtype)
+        if text_weights is not None:
+            save_weights(root / text_weights, _module(bundle.text_encoder), dtype)
+        else:
+            (root / TEXT_ENCODER_FILE).unlink(missing_ok=True)
+        write_info(root, info)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"cannot save to {str(folder)!r}: {reason}") from error
+    return root
+
+
+def load_pretrained(
+    name_or_folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> ModelBundle:
+    """Load a built-in model, a folder written by `save_pretrained`, or a Hub repository of one.
+
+    Args:
+        name_or_folder: a built-in name (`list_pretrained`), a folder, or "owner/name[@revision]".
+        device: where the weights go.
+        dtype: floating-point type of the loaded weights, whatever the file has.
+
+    Returns:
+        The bundle, in evaluation mode.
+
+    Raises:
+        CheckpointError: for a name that is nowhere, a file that is missing, damaged or of a newer
+            format, weights that are not finite, or weights of another model.
+    """
+    folder = resolve(name_or_folder)
+    info = read_info(folder)
+    try:
+        backbone = create_model(info.model.architecture, **info.model.config)
+        text_encoder = create_text_encoder(
+            info.text_encoder.architecture, **info.text_encoder.config
+        )
+        codec = create_codec(info.codec.architecture, **info.codec.config)
+    except CheckpointError:
+        raise
+    except InputError as error:
+        raise CheckpointError(
+            f"{str(folder / INFO_FILE)!r} describes a model that cannot be built: {error}; it may "
+            "come from a newer version of this package"
+        ) from error
+    bundle = ModelBundle(backbone, text_encoder, codec, info)
+    for module in bundle.modules():
+        module.to(device=device, dtype=dtype).eval()
+    for part, component in ((backbone, info.model), (text_encoder, info.text_encoder)):
+        if component.weights is not None:
+            load_weights(folder / component.weights, _module(part))
+    return bundle
+
+
+def _module(part: Backbone | TextEncoder) -> nn.Module:
+    if not isinstance(part, nn.Module):
+        raise TypeError(f"{type(part).__name__} must be an nn.Module to have weights")
+    return part

@@ -1,0 +1,243 @@
+"""Latent codecs of public checkpoints: diffusers' autoencoders with their latent statistics.
+
+They are frozen and are not saved with a model of ours: the config names where they come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.errors import CheckpointError, ConfigError, InputError
+from apt.models.external import (
+    DType,
+    import_hub_extra,
+    load_complete,
+    local_folder,
+    read_config,
+    torch_dtype,
+)
+from apt.models.registry import CODECS
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersCodecConfig:
+    """A pretrained autoencoder; what is None is read from its own config.
+
+    Attributes:
+        class_name: of diffusers, such as "AutoencoderKLWan". An autoencoder of images takes video
+            frame by frame; one of video must be causal: its first latent frame is one frame.
+        repo: Hub id or local folder.
+        revision: branch, tag or commit on the Hub.
+        subfolder: where in the repository it is; "" for the top.
+        dtype: of the weights and the computation. Latents and pixels are fp32 outside.
+        latents_mean, latents_std: statistics of the raw latents, one value per channel.
+        temporal_compression: frames per latent frame after the first.
+        spatial_compression: pixels per latent along height and width.
+    """
+
+    class_name: str
+    repo: str
+    revision: str | None = None
+    subfolder: str = "vae"
+    dtype: DType = "float32"
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    temporal_compression: int | None = None
+    spatial_compression: int | None = None
+
+    def build(self) -> DiffusersCodec:
+        """Load the weights, downloading what is not in the Hub's cache."""
+        return DiffusersCodec(self)
+
+
+class DiffusersCodec(nn.Module):
+    """Pixels to normalised latents, `(mode of the posterior - mean) / std`, and back.
+
+    Gradients do not pass. Always in evaluation mode.
+
+    Raises:
+        InputError: diffusers is not installed, or has no such class.
+        ConfigError: latent statistics or a compression that nobody gives, or that do not fit.
+        CheckpointError: the repository, the folder or its weights cannot be used.
+    """
+
+    # Building it from its config brings its weights; they are not written into our folders.
+    external_weights = True
+
+    def __init__(self, config: DiffusersCodecConfig) -> None:
+        super().__init__()
+        diffusers = import_hub_extra("diffusers")
+        vae_class = getattr(diffusers, config.class_name, None)
+        if vae_class is None:
+            raise InputError(f"diffusers {diffusers.__version__} has no class {config.class_name}")
+        folder = local_folder(config.repo, config.revision, [config.subfolder]) / config.subfolder
+        found = read_config(folder).get("_class_name")
+        if found != config.class_name:
+            raise CheckpointError(
+                f"{folder} holds {found!r}, not {config.class_name!r}; set class_name to what it is"
+            )
+        self.config = config
+        self.vae = load_complete(vae_class, folder, dtype=torch_dtype(config.dtype))
+        self.channels = int(self._required("latent channels", "latent_channels", "z_dim"))
+        # Temporal autoencoders of the SVD kind have a temporal decoder over an image encoder
+        self._is_video = any(isinstance(part, nn.Conv3d) for part in self.vae.encoder.modules())
+        self.temporal_compression = self._temporal_compression()
+        self.spatial_compression = self._spatial_compression()
+        # Plain numbers, so that casting the module does not round them
+        self._mean, self._std = self._statistics()
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> DiffusersCodec:
+        """Stay in evaluation mode: it is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, T, H, W) in [-1, 1] to fp32 latents (B, C, T', H', W').
+
+        Raises InputError for sizes that do not fit.
+        """
+        if pixels.ndim != 5 or pixels.shape[1] != 3:
+            raise InputError(f"pixels must be (B, 3, T, H, W), got {tuple(pixels.shape)}")
+        batch, _, frames, height, width = pixels.shape
+        expected = (batch, self.channels, *self.latent_shape(frames, height, width))
+        x = pixels.to(self.vae.dtype)
+        raw = self._posterior_mode(x) if self._is_video else _per_frame(self._posterior_mode, x)
+        if tuple(raw.shape) != expected:
+            raise ConfigError(
+                f"{self.config.class_name} gave latents {tuple(raw.shape)} where {expected} were "
+                "expected; set temporal_compression and spatial_compression of the codec"
+            )
+        mean, std = self._affine(raw.device)
+        return (raw.float() - mean) / std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, T', H', W') to fp32 pixels (B, 3, T, H, W), clamped to [-1, 1].
+
+        Raises InputError for latents of another number of channels.
+        """
+        if latents.ndim != 5 or latents.shape[1] != self.channels:
+            raise InputError(
+                f"latents must be (B, {self.channels}, T, H, W), got {tuple(latents.shape)}"
+            )
+        mean, std = self._affine(latents.device)
+        raw = (latents.float() * std + mean).to(self.vae.dtype)
+        pixels = self._decode_raw(raw) if self._is_video else _per_frame(self._decode_raw, raw)
+        return pixels.float().clamp(-1, 1)
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T', H', W') for a clip; raises InputError with the nearest sizes that fit."""
+        r, p = self.temporal_compression, self.spatial_compression
+        if frames < 1 or (frames - 1) % r:
+            low = max(frames - 1, 0) // r * r + 1
+            raise InputError(f"{frames} frames do not fit; use {low} or {low + r} ({r}k + 1)")
+        for name, size in (("height", height), ("width", width)):
+            if size < p or size % p:
+                low = max(size // p, 1) * p
+                raise InputError(
+                    f"{name} {size} does not fit; use a multiple of {p}, such as {low} or {low + p}"
+                )
+        return (frames - 1) // r + 1, height // p, width // p
+
+    def _posterior_mode(self, x: Tensor) -> Tensor:
+        return self.vae.encode(x).latent_dist.mode()
+
+    def _decode_raw(self, raw: Tensor) -> Tensor:
+        return self.vae.decode(raw, return_dict=False)[0]
+
+    def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        shape = (1, self.channels, 1, 1, 1)
+        mean = torch.tensor(self._mean, device=device).view(shape)
+        return mean, torch.tensor(self._std, device=device).view(shape)
+
+    def _temporal_compression(self) -> int:
+        given = self.config.temporal_compression
+        if not self._is_video:
+            if given not in (None, 1):
+                raise ConfigError(
+                    f"{self.config.class_name} encodes single images, so temporal_compression "
+                    f"must be 1, not {given}"
+                )
+            return 1
+        if given is not None:
+            return given
+        return int(
+            self._required(
+                "temporal_compression", "temporal_compression_ratio", "scale_factor_temporal"
+            )
+        )
+
+    def _spatial_compression(self) -> int:
+        if self.config.spatial_compression is not None:
+            return self.config.spatial_compression
+        levels = self.vae.config.get("block_out_channels")
+        if not self._is_video and levels is not None:
+            return 2 ** (len(levels) - 1)
+        return int(
+            self._required(
+                "spatial_compression", "spatial_compression_ratio", "scale_factor_spatial"
+            )
+        )
+
+    def _statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation per channel, from ours or the checkpoint's config."""
+        options = self.vae.config
+        mean = self.config.latents_mean or options.get("latents_mean")
+        std = self.config.latents_std or options.get("latents_std")
+        if mean is None and std is None:
+            scaling, shift = options.get("scaling_factor"), options.get("shift_factor")
+            if not scaling:
+                raise ConfigError(
+                    f"the config of {self.config.repo!r} gives no latent statistics; set "
+                    "latents_mean and latents_std of the codec"
+                )
+            return [shift or 0.0] * self.channels, [1 / scaling] * self.channels
+        if mean is None or std is None:
+            raise ConfigError("latents_mean and latents_std must be given both or neither")
+        if not len(mean) == len(std) == self.channels or not all(value > 0 for value in std):
+            raise ConfigError(
+                f"latents_mean and latents_std must be {self.channels} values each, the latter "
+                f"above 0; got {len(mean)} and {len(std)}"
+            )
+        return list(mean), list(std)
+
+    def _required(self, what: str, *names: str) -> Any:
+        """The first of several spellings that the autoencoder's config, or else its object, has."""
+        for source in (self.vae.config.get, lambda name: getattr(self.vae, name, None)):
+            for name in names:
+                value = source(name)
+                if value is not None:
+                    return value
+        raise ConfigError(
+            f"{self.config.class_name} does not tell its {what}; "
+            "use another autoencoder, or set the field of the codec if there is one"
+        )
+
+
+def _per_frame(run: Any, x: Tensor) -> Tensor:
+    """Apply a function of images (N, C, H, W) to each frame of (B, C, T, H, W)."""
+    batch = x.shape[0]
+    images = run(x.transpose(1, 2).flatten(0, 1))
+    return images.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+@CODECS.register("wan_vae")
+def wan_vae() -> DiffusersCodecConfig:
+    """Wan 2.1's causal video VAE, 4x8x8, 16 channels (Apache-2.0)."""
+    return DiffusersCodecConfig(
+        class_name="AutoencoderKLWan", repo="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    )
+
+
+@CODECS.register("kl_vae")
+def kl_vae() -> DiffusersCodecConfig:
+    """Stable Diffusion's image VAE, 8x8, 4 channels (MIT); video frame by frame."""
+    return DiffusersCodecConfig(
+        class_name="AutoencoderKL", repo="stabilityai/sd-vae-ft-mse", subfolder=""
+    )

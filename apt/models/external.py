@@ -1,0 +1,157 @@
+"""Modules and weights of other projects: optional imports, downloads, complete loading."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+
+from apt.errors import CheckpointError, InputError
+from apt.hub.weights import listed
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def torch_dtype(name: DType) -> torch.dtype:
+    """The torch dtype of a config's spelling."""
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[name]
+
+
+def import_hub_extra(module: str) -> ModuleType:
+    """Import transformers or diffusers, or raise InputError that names the extra."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"this needs {module}, which does not import here ({error}); "
+            "run `pip install diffusion-apt[hub]`"
+        ) from error
+
+
+def local_folder(repo: str, revision: str | None, subfolders: Sequence[str]) -> Path:
+    """The folder of a checkpoint: `repo` itself if it is one, or else the Hub repository's copy.
+
+    Only configuration, tokenizer and safetensors files of `subfolders` ("" is the top) are fetched;
+    files in the cache are not fetched again, and with HF_HUB_OFFLINE=1 nothing is.
+
+    Raises:
+        CheckpointError: no such folder or repository, no access, no connection and no copy.
+    """
+    folder = Path(repo).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        IncompleteSnapshotError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    suffixes = ("*.json", "*.safetensors", "*.model", "*.txt")
+    patterns = [f"{sub}/{s}" if sub else s for sub in subfolders for s in suffixes]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{repo!r} is neither a folder here nor a Hub id such as 'owner/name'"
+        ) from error
+    except GatedRepoError as error:  # before its base class RepositoryNotFoundError
+        raise CheckpointError(
+            f"{repo!r} asks for its terms to be accepted: do so on its page on the Hub, "
+            "then `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo!r} is neither a folder here nor a repository on the Hub that you can read; "
+            "check the spelling, or `hf auth login` for a private one"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{repo!r} has no revision {revision!r} on the Hub") from error
+    except (LocalEntryNotFoundError, IncompleteSnapshotError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"cannot download {repo!r} ({type(error).__name__}), and no copy of it is in the "
+            "cache; connect to the Hub once, or pass a local folder"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of one component; its weights must be there as safetensors too.
+
+    Raises CheckpointError for a missing or unreadable file.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; expected a component in {folder.parent}")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder} holds no .safetensors file; weights in other formats are not loaded, "
+            "convert them with save_pretrained"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
+
+
+def load_complete(
+    model_class: Any, folder: Path, *, dtype: torch.dtype, foreign: Iterable[str] = ()
+) -> Any:
+    """`model_class.from_pretrained(folder)`, or CheckpointError unless every tensor fits.
+
+    Args:
+        model_class: of transformers or diffusers.
+        folder: of one component, with config.json and safetensors.
+        dtype: to load in.
+        foreign: prefixes of weights that may lie in the same file and are not ours.
+    """
+    from safetensors import SafetensorError
+
+    options: dict[str, Any] = {"torch_dtype": dtype}
+    if model_class.__module__.startswith("transformers."):
+        # Reported below by name; transformers' own error does not say which tensors they are
+        options = {"dtype": dtype, "ignore_mismatched_sizes": True}
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            **options,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot load {model_class.__name__} from {folder}: {_first_line(error)}"
+        ) from error
+    wrong = {
+        "missing": sorted(info["missing_keys"]),
+        "of another shape": sorted(key for key, *_ in info["mismatched_keys"]),
+        "unexpected": sorted(
+            key for key in info["unexpected_keys"] if not key.startswith(tuple(foreign))
+        ),
+    }
+    if any(wrong.values()):
+        problems = "; ".join(
+            f"{len(keys)} {kind} ({listed(keys)})" for kind, keys in wrong.items() if keys
+        )
+        raise CheckpointError(
+            f"the weights in {folder} do not fit {model_class.__name__}: {problems}; "
+            "download them again, or choose the architecture that they belong to"
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

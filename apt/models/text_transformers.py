@@ -1,0 +1,215 @@
+"""Text encoders of public checkpoints: T5, UMT5 and CLIP, through transformers.
+
+They are frozen and are not saved with a model of ours: the config names where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from apt.errors import CheckpointError, InputError
+from apt.models.conditions import TextCondition
+from apt.models.external import (
+    DType,
+    import_hub_extra,
+    load_complete,
+    local_folder,
+    read_config,
+    torch_dtype,
+)
+from apt.models.registry import TEXT_ENCODERS
+
+# model_type values in config.json that each architecture loads; a whole CLIP holds a text part
+_MODEL_TYPES = {"t5": ("t5",), "umt5": ("umt5",), "clip": ("clip_text_model", "clip")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersTextConfig:
+    """A pretrained text encoder.
+
+    Attributes:
+        architecture: "t5", "umt5" or "clip".
+        repo: Hub id or local folder.
+        revision: branch, tag or commit on the Hub.
+        subfolder, tokenizer_subfolder: where in the repository the parts are; "" for the top.
+        dtype: of the weights and the embeddings.
+        max_length: S, the longest prompt in tokens, special tokens included.
+        truncate: cut longer prompts instead of raising.
+        projection: CLIP's pooled vector comes from its text projection, not from its last norm.
+        skip_layers: CLIP's tokens are taken before this many last layers, without the final norm;
+            0 takes the normed output.
+    """
+
+    architecture: Literal["t5", "umt5", "clip"]
+    repo: str
+    revision: str | None = None
+    subfolder: str = "text_encoder"
+    tokenizer_subfolder: str = "tokenizer"
+    dtype: DType = "bfloat16"
+    max_length: int = 512
+    truncate: bool = False
+    projection: bool = False
+    skip_layers: int = 0
+
+    def build(self) -> TransformersTextEncoder:
+        """Load the tokenizer and the weights, downloading what is not in the Hub's cache."""
+        return TransformersTextEncoder(self)
+
+
+class TransformersTextEncoder(nn.Module):
+    """Prompts to the embeddings of a frozen T5, UMT5 or CLIP. Always in evaluation mode.
+
+    Embeddings at padding are zero and masked. CLIP also gives a pooled vector.
+
+    Raises:
+        InputError: transformers is not installed; skip_layers or projection do not fit.
+        CheckpointError: the repository, the folder or its weights cannot be used.
+    """
+
+    # Building it from its config brings its weights; they are not written into our folders.
+    external_weights = True
+
+    def __init__(self, config: TransformersTextConfig) -> None:
+        super().__init__()
+        if config.architecture != "clip" and (config.projection or config.skip_layers):
+            raise InputError(
+                f"projection and skip_layers belong to 'clip', not {config.architecture!r}"
+            )
+        transformers = import_hub_extra("transformers")
+        parts = (config.subfolder, config.tokenizer_subfolder)
+        folder = local_folder(config.repo, config.revision, parts)
+        found = read_config(folder / config.subfolder).get("model_type")
+        if found not in _MODEL_TYPES[config.architecture]:
+            raise CheckpointError(
+                f"{folder / config.subfolder} holds a {found!r} model, not "
+                f"{config.architecture!r}; choose the text encoder that fits it"
+            )
+        self.config = config
+        self.tokenizer = _load_tokenizer(transformers, folder / config.tokenizer_subfolder)
+        self.model = load_complete(
+            getattr(transformers, _class_name(config)),
+            folder / config.subfolder,
+            dtype=torch_dtype(config.dtype),
+            # A whole CLIP's file: its vision part, and the text projection that is not asked for
+            foreign=("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+            if config.architecture == "clip"
+            else (),
+        )
+        self.embedding_dim: int = self.model.config.hidden_size
+        self.max_length = config.max_length
+        self._check_lengths()
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> TransformersTextEncoder:
+        """Stay in evaluation mode: it is frozen, and T5 has dropout."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> TextCondition:
+        """Encode prompts: tokens (R, S, E) padded to the longest, mask (R, S) or None if all are
+        as long, and CLIP's pooled (R, P).
+
+        Raises InputError for no prompt, a prompt that is no string, or one of more than
+        `max_length` tokens unless the config says `truncate`.
+        """
+        ids, mask = self._tokenize(prompts)
+        full = bool(mask.all())  # asked while it is on the CPU: no synchronisation
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            output_hidden_states=self.config.skip_layers > 0,
+        )
+        if self.config.skip_layers:
+            tokens = output.hidden_states[-1 - self.config.skip_layers]
+        else:
+            tokens = output.last_hidden_state
+        tokens = tokens.masked_fill(~mask[..., None], 0.0)
+        pooled = None
+        if self.config.architecture == "clip":
+            pooled = output.text_embeds if self.config.projection else output.pooler_output
+        return TextCondition(tokens, None if full else mask, pooled)
+
+    def _tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise InputError(f"prompts must be a sequence of at least one string, got {prompts!r}")
+        encoded = self.tokenizer(
+            list(prompts),
+            padding="longest",
+            truncation=self.config.truncate,
+            max_length=self.max_length if self.config.truncate else None,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
+        lengths = mask.sum(1)
+        if int(lengths.max()) > self.max_length:
+            worst = int(lengths.argmax())
+            raise InputError(
+                f"prompt {worst} has {int(lengths[worst])} tokens, the longest allowed is "
+                f"{self.max_length}: {prompts[worst][:60]!r}...; shorten it, or set truncate=True"
+            )
+        return ids, mask
+
+    def _check_lengths(self) -> None:
+        config = self.model.config
+        positions = getattr(config, "max_position_embeddings", self.max_length)  # T5's are relative
+        if not 1 <= self.max_length <= positions:
+            raise InputError(
+                f"max_length must be in 1 to {positions} for {self.config.repo!r}, got "
+                f"{self.max_length}"
+            )
+        layers = config.num_hidden_layers
+        if not 0 <= self.config.skip_layers < layers:
+            raise InputError(
+                f"skip_layers must be in 0 to {layers - 1} for {self.config.repo!r}, got "
+                f"{self.config.skip_layers}"
+            )
+
+
+def _class_name(config: TransformersTextConfig) -> str:
+    if config.architecture == "clip":
+        return "CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"
+    return {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}[config.architecture]
+
+
+def _load_tokenizer(transformers: Any, folder: Any) -> Any:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"no usable tokenizer in {folder}: {reason}") from error
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+@TEXT_ENCODERS.register("t5")
+def t5() -> TransformersTextConfig:
+    """T5 v1.1 XXL, 4.8 B parameters (Apache-2.0; the copy in Mochi's repository)."""
+    return TransformersTextConfig(architecture="t5", repo="genmo/mochi-1-preview", max_length=256)
+
+
+@TEXT_ENCODERS.register("umt5")
+def umt5() -> TransformersTextConfig:
+    """UMT5-XXL, 5.7 B parameters, multilingual, as Wan 2.1 uses it (Apache-2.0)."""
+    return TransformersTextConfig(
+        architecture="umt5", repo="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", max_length=512
+    )
+
+
+@TEXT_ENCODERS.register("clip")
+def clip() -> TransformersTextConfig:
+    """CLIP ViT-L/14's text part with its pooled vector (MIT)."""
+    return TransformersTextConfig(
+        architecture="clip",
+        repo="openai/clip-vit-large-patch14",
+        subfolder="",
+        tokenizer_subfolder="",
+        max_length=77,
+    )
