@@ -1,0 +1,174 @@
+"""Aspect-ratio buckets: a few sizes that keep clips near their native resolution and shape.
+
+The paper trains on images and videos "at their native resolutions" (APT section 3; NaViT). A batch
+needs one shape, so every clip goes to the size that keeps most of it, by resizing without
+distortion and cropping the centre.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apt.errors import ConfigError
+
+ASPECT_RATIOS: tuple[Fraction, ...] = tuple(
+    Fraction(width, height)
+    for width, height in (
+        (1, 1), (5, 4), (4, 5), (4, 3), (3, 4), (3, 2), (2, 3),
+        (16, 9), (9, 16), (2, 1), (1, 2), (21, 9), (9, 21),
+    )
+)  # fmt: skip
+"""Width over height of the formats that cameras and screens use."""
+
+MAX_UPSCALE = 1.1
+"""Clips a little below a size are enlarged to it; below that they would only teach blur."""
+
+
+class Bucket(NamedTuple):
+    """A clip size: frames (4k + 1), height and width in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+def make_buckets(
+    max_pixels: int,
+    multiple: int,
+    *,
+    frames: Iterable[int] = (1,),
+    aspect_ratios: Iterable[Fraction] = ASPECT_RATIOS,
+    levels: int = 1,
+) -> list[Bucket]:
+    """Sizes of at most `max_pixels` per frame, for each aspect ratio and number of frames.
+
+    Args:
+        max_pixels: height times width of the largest frames, e.g. 1280 * 720.
+        multiple: heights and widths are multiples of this (codec times patch size).
+        frames: numbers of frames, each 4k + 1; 1 is for images.
+        aspect_ratios: width over height.
+        levels: with 2, 3, ... also sizes of a half, a quarter, ... of the pixels, for sources
+            that are smaller than the budget.
+
+    Returns:
+        Distinct buckets, sorted. The area may be above a level's by rounding, never above
+        `max_pixels`.
+
+    Raises:
+        ConfigError: if a number is out of range, or the budget is below one `multiple` squared.
+    """
+    if multiple < 1 or levels < 1 or max_pixels < multiple**2:
+        raise ConfigError(
+            f"buckets need multiple >= 1, levels >= 1 and max_pixels >= multiple squared, got "
+            f"multiple {multiple}, levels {levels}, max_pixels {max_pixels}"
+        )
+    sizes = set()
+    for level in range(levels):
+        pixels = max_pixels / 2**level
+        for ratio in aspect_ratios:
+            height = _round_to(math.sqrt(pixels / ratio), multiple)
+            width = _round_to(math.sqrt(pixels * ratio), multiple)
+            while height * width > max_pixels:
+                # Shrink the side whose loss leaves the shape nearer to the ratio.
+                shorter = abs(math.log(width / max(height - multiple, 1) / ratio))
+                narrower = abs(math.log(max(width - multiple, 1) / height / ratio))
+                if width == multiple or (height > multiple and shorter < narrower):
+                    height -= multiple
+                else:
+                    width -= multiple
+            sizes.add((height, width))
+    return check_buckets(sorted(Bucket(t, h, w) for t in set(frames) for h, w in sizes))
+
+
+def check_buckets(buckets: Iterable[Sequence[int]]) -> list[Bucket]:
+    """Sizes as distinct buckets in the given order.
+
+    Raises:
+        ConfigError: if there is none, or a size is not positive, or its frames are not 4k + 1.
+    """
+    checked = list(dict.fromkeys(Bucket(*bucket) for bucket in buckets))
+    if not checked:
+        raise ConfigError("no buckets given: pass at least one (frames, height, width)")
+    for bucket in checked:
+        if min(bucket) < 1 or bucket.frames % 4 != 1:
+            below = max(1, (bucket.frames - 1) // 4 * 4 + 1)
+            raise ConfigError(
+                f"bucket {bucket} does not fit: sizes must be positive and frames 4k + 1, "
+                f"for example {below} or {below + 4}"
+            )
+    return checked
+
+
+def best_bucket(
+    buckets: Iterable[Bucket],
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    max_upscale: float = MAX_UPSCALE,
+) -> Bucket | None:
+    """The bucket that keeps most of a source.
+
+    What a bucket keeps is its volume (T * H * W) times the share of the picture that is left
+    after the centre crop. Buckets longer than the source, or that would enlarge it by more than
+    `max_upscale` (on a side), are left out; the first of equals wins.
+
+    Args:
+        buckets: candidates.
+        frames: frames that the source offers at the wanted frame rate.
+        height, width: the source's display size in pixels.
+        max_upscale: 1 forbids enlarging, `math.inf` permits any.
+
+    Returns:
+        One of `buckets`, or None if none fits.
+    """
+    best, most = None, 0.0
+    for bucket in buckets:
+        scale = max(bucket.height / height, bucket.width / width)
+        if bucket.frames > frames or scale > max_upscale:
+            continue
+        kept = bucket.height * bucket.width / (scale**2 * height * width)
+        amount = math.prod(bucket) * kept
+        if amount > most:
+            best, most = bucket, amount
+    return best
+
+
+def resize_and_crop(
+    frame: Tensor, size: tuple[int, int], *, display_size: tuple[int, int] | None = None
+) -> Tensor:
+    """Scale a frame to cover `size` (bicubic, antialiased) and crop the centre.
+
+    Args:
+        frame: (3, h, w) uint8.
+        size: wanted (height, width).
+        display_size: (height, width) at which the frame is to be seen if its pixels are not
+            square; None = its own.
+
+    Returns:
+        (3, height, width) float32 in [-1, 1]; exact, without resampling, where sizes agree.
+    """
+    height, width = size
+    shown_height, shown_width = display_size or (frame.shape[1], frame.shape[2])
+    scale = max(height / shown_height, width / shown_width)
+    scaled = (max(height, round(shown_height * scale)), max(width, round(shown_width * scale)))
+    pixels = frame.to(torch.float32)
+    if scaled != tuple(frame.shape[1:]):
+        pixels = F.interpolate(pixels[None], scaled, mode="bicubic", antialias=True)[0]
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    pixels = pixels[:, top : top + height, left : left + width]
+    return (pixels / 127.5 - 1).clamp_(-1, 1)
+
+
+def _round_to(value: float, multiple: int) -> int:
+    return max(multiple, round(value / multiple) * multiple)

@@ -1,0 +1,174 @@
+"""A look at a folder before training on it: what is there, and what is broken."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from statistics import median
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from apt.data.decode import MediaInfo, probe, reason, verify
+from apt.data.report import Problem, problem_lines
+from apt.data.scan import looked_for, scan_folder
+from apt.errors import DataError
+
+_ROWS = 12
+
+
+@dataclass(frozen=True)
+class FolderCheck:
+    """What `check_folder` found; the statistics cover the usable files.
+
+    Attributes:
+        directory: the folder.
+        metadata: name of the metadata file, or None if captions are in `.txt` files.
+        num_files: media files found, usable or not.
+        num_videos, num_images: usable files: they have a caption and can be read.
+        resolutions: number of files per (width, height), upright.
+        durations: seconds of each video.
+        frame_rates: number of videos per frame rate.
+        codecs: number of files per codec or image format.
+        captions: one per file and caption.
+        problems: broken files, missing captions and files.
+        decoded: whether every frame was decoded, or only the headers were read.
+    """
+
+    directory: Path
+    metadata: str | None
+    num_files: int
+    num_videos: int
+    num_images: int
+    resolutions: Counter[tuple[int, int]] = field(default_factory=Counter)
+    durations: list[float] = field(default_factory=list)
+    frame_rates: Counter[Fraction] = field(default_factory=Counter)
+    codecs: Counter[str] = field(default_factory=Counter)
+    captions: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    decoded: bool = True
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is something to train on, and no problem."""
+        return not self.problems and self.num_videos + self.num_images > 0
+
+    def render(self) -> RenderableType:
+        """Tables for a rich console."""
+        facts = Table(show_header=False, box=None, pad_edge=False)
+        facts.add_column(style="bold")
+        facts.add_column()
+        for name, value in self._facts():
+            facts.add_row(name, Text(value))
+        if not self.problems:
+            depth = "every frame decoded" if self.decoded else "headers only"
+            return Group(facts, Text(f"no problems ({depth})", style="green"))
+        lines = [f"{len(self.problems)} problems", *problem_lines(self.problems)]
+        return Group(facts, Text("\n".join(lines), style="red"))
+
+    def _facts(self) -> list[tuple[str, str]]:
+        words = [len(caption.split()) for caption in self.captions]
+        facts = [
+            ("folder", str(self.directory)),
+            ("captions from", self.metadata or ".txt files"),
+            ("files", f"{self.num_files} found"),
+            ("usable", f"{self.num_videos} videos, {self.num_images} images"),
+        ]
+        if self.num_videos + self.num_images == 0:
+            return [*facts, ("looked for", looked_for())]
+        sizes = {f"{width}x{height}": n for (width, height), n in self.resolutions.items()}
+        facts += [
+            ("resolutions", _most_common(Counter(sizes))),
+            ("codecs", _most_common(self.codecs)),
+            (
+                "captions",
+                f"{len(self.captions)}, {len(set(self.captions))} distinct, "
+                f"{min(words)} to {max(words)} words (median {median(words):g})",
+            ),
+            ("for example", self.captions[0]),
+        ]
+        if self.durations:
+            rates = {f"{float(rate):.5g} fps": n for rate, n in self.frame_rates.items()}
+            facts += [
+                (
+                    "durations",
+                    f"{min(self.durations):.2f} to {max(self.durations):.2f} s (median "
+                    f"{median(self.durations):.2f} s), {sum(self.durations) / 3600:.2f} h in all",
+                ),
+                ("frame rates", _most_common(Counter(rates))),
+            ]
+        return facts
+
+
+def check_folder(
+    path: str | Path,
+    *,
+    decode: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> FolderCheck:
+    """Read a folder as `VideoFolder` would, and test every file.
+
+    Args:
+        path: the folder.
+        decode: decode every frame of every file; False only reads headers, which is fast and
+            overlooks damage further in.
+        progress: called with (files done, files to do) after each file.
+
+    Returns:
+        The findings; broken files are among its problems, not errors.
+
+    Raises:
+        DataError: if there is no such folder, or its metadata cannot be read at all.
+    """
+    scan = scan_folder(path)
+    problems = list(scan.problems)
+    captioned = {entry.path: entry.name for entry in scan.entries}
+    names = {path: name for name, path in scan.files.items()} | captioned
+    infos: dict[Path, MediaInfo] = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = pool.map(lambda file: _test(file, decode), names)
+        for done, (file, result) in enumerate(zip(names, results, strict=True), 1):
+            if isinstance(result, DataError):
+                problems.append(Problem("unreadable", names[file], reason(result, file)))
+            elif file in captioned:
+                infos[file] = result
+            if progress:
+                progress(done, len(names))
+    videos = [info for info in infos.values() if not info.is_image]
+    return FolderCheck(
+        directory=scan.directory,
+        metadata=scan.metadata,
+        num_files=len(scan.files),
+        num_videos=len(videos),
+        num_images=len(infos) - len(videos),
+        resolutions=Counter((info.width, info.height) for info in infos.values()),
+        durations=[info.duration for info in videos],
+        frame_rates=Counter(info.fps for info in videos),
+        codecs=Counter(info.codec for info in infos.values()),
+        captions=[entry.caption for entry in scan.entries if entry.path in infos],
+        problems=problems,
+        decoded=decode,
+    )
+
+
+def _test(path: Path, decode: bool) -> MediaInfo | DataError:
+    try:
+        info = probe(path)
+        if decode:
+            verify(path)
+        return info
+    except DataError as error:
+        return error
+
+
+def _most_common(counter: Counter[str]) -> str:
+    shown = [f"{name} ({number})" for name, number in counter.most_common(_ROWS)]
+    if len(counter) > _ROWS:
+        shown.append(f"and {len(counter) - _ROWS} more")
+    return ", ".join(shown)

@@ -1,0 +1,165 @@
+"""Moving digits: real handwriting in colour, moving over real photographs, with captions.
+
+The digits are scikit-learn's 8x8 scans (UCI Optical Recognition of Handwritten Digits) and the
+backgrounds are crops of the two photographs that scikit-learn ships. Both come with the package,
+so nothing is downloaded. A clip is a pure function of (seed, split, index).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+
+from apt.data.sample import Sample
+from apt.errors import InputError
+
+FRAMES, SIZE, FPS = 9, 32, 8
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COLOURS = {
+    "red": (255, 40, 40),
+    "green": (40, 230, 60),
+    "blue": (70, 110, 255),
+    "yellow": (255, 230, 40),
+    "magenta": (255, 60, 230),
+    "white": (255, 255, 255),
+}
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+Split = Literal["train", "test", "heldout"]
+
+_DIGIT_SIZE = 16
+_SPEEDS = (1, 2)
+_PHOTO_SCALE = 4
+_BACKGROUND_GAIN = 0.55
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a clip shows, as words."""
+
+    digit: str
+    colour: str
+    direction: str
+
+    @property
+    def caption(self) -> str:
+        return f"a {self.colour} {self.digit} moving {self.direction}"
+
+
+ALL_LABELS = tuple(
+    Label(digit, colour, direction)
+    for digit, colour, direction in itertools.product(DIGITS, COLOURS, DIRECTIONS)
+)
+# One caption in ten, spread so that every digit, colour and direction is also trained on.
+HELDOUT_LABELS = tuple(label for i, label in enumerate(ALL_LABELS) if i % 10 == (i // 24) % 10)
+TRAIN_LABELS = tuple(label for label in ALL_LABELS if label not in HELDOUT_LABELS)
+
+
+class MovingDigits:
+    """A stream of clips: index i is always the same clip, and any index is valid.
+
+    Args:
+        seed: another seed is another stream.
+        split: "train" has the training handwriting and the training captions; "test" has held-out
+            handwriting (one scan in five) and the training captions; "heldout" has held-out
+            handwriting and the captions that are never trained on.
+        labels: draw from these labels instead of the split's, with the split's handwriting.
+
+    Raises:
+        InputError: for an unknown split.
+    """
+
+    def __init__(
+        self, seed: int = 0, split: Split = "train", *, labels: Sequence[Label] | None = None
+    ) -> None:
+        if split not in get_args(Split):
+            raise InputError(f"unknown split {split!r}; choose from {', '.join(get_args(Split))}")
+        self.seed = seed
+        self.split = split
+        of_split = HELDOUT_LABELS if split == "heldout" else TRAIN_LABELS
+        self._labels = of_split if labels is None else tuple(labels)
+        self._scans = _scans(heldout=split != "train")
+
+    def labels(self, index: int) -> Label:
+        """The label of clip `index`."""
+        return self._labels[int(self._random(index).integers(len(self._labels)))]
+
+    def caption(self, index: int) -> str:
+        """The caption of clip `index`, for example "a red seven moving left"."""
+        return self.labels(index).caption
+
+    def __getitem__(self, index: int) -> Sample:
+        """Clip `index`: pixels (3, 9, 32, 32) fp32 in [-1, 1] and its caption."""
+        random = self._random(index)
+        label = self._labels[int(random.integers(len(self._labels)))]
+        frames = _compose(random, label, self._scans[DIGITS.index(label.digit)])
+        pixels = torch.from_numpy(frames).permute(3, 0, 1, 2).contiguous()
+        return Sample(pixels=pixels * 2 - 1, caption=label.caption)
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
+        """Consecutive indices for ever, from batch `start`; a stream needs no shuffle (`seed`)."""
+        for batch in itertools.count(start):
+            yield list(range(batch * batch_size, (batch + 1) * batch_size))
+
+    def _random(self, index: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, get_args(Split).index(self.split), index])
+
+
+def _compose(random: np.random.Generator, label: Label, scans: np.ndarray) -> np.ndarray:
+    """Frames (9, 32, 32, 3) in [0, 1]."""
+    alpha = scans[int(random.integers(len(scans)))][..., None]
+    frames = np.repeat(_background(random)[None], FRAMES, axis=0)
+    step = np.array(DIRECTIONS[label.direction]) * int(random.choice(_SPEEDS))
+    room = SIZE - _DIGIT_SIZE
+    travel = step * (FRAMES - 1)
+    low = np.maximum(0, -travel)
+    start = low + random.integers(0, room - np.abs(travel) + 1)
+    colour = np.array(COLOURS[label.colour], np.float32) / 255
+    for i in range(FRAMES):
+        y, x = start + step * i
+        patch = frames[i, y : y + _DIGIT_SIZE, x : x + _DIGIT_SIZE]
+        patch *= 1 - alpha
+        patch += alpha * colour
+    return frames
+
+
+def _background(random: np.random.Generator) -> np.ndarray:
+    photos = _photos()
+    photo = photos[int(random.integers(len(photos)))]
+    y = int(random.integers(photo.shape[0] - SIZE + 1))
+    x = int(random.integers(photo.shape[1] - SIZE + 1))
+    crop = photo[y : y + SIZE, x : x + SIZE]
+    return crop[:, ::-1] if random.integers(2) else crop
+
+
+@lru_cache
+def _photos() -> tuple[np.ndarray, ...]:
+    """The two photographs, reduced and darkened so that a bright digit stands out."""
+    from sklearn.datasets import load_sample_images
+
+    photos = []
+    for photo in load_sample_images().images:
+        reduced = Image.fromarray(photo).reduce(_PHOTO_SCALE)
+        photos.append(np.asarray(reduced, np.float32) / 255 * _BACKGROUND_GAIN)
+    return tuple(photos)
+
+
+@lru_cache
+def _scans(*, heldout: bool) -> tuple[np.ndarray, ...]:
+    """For each digit, opacity masks (N, 16, 16) in [0, 1] of its training or held-out scans."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    chosen = (np.arange(len(data.target)) % 5 == 0) == heldout
+    groups: list[list[np.ndarray]] = [[] for _ in DIGITS]
+    for scan, target in zip(data.images[chosen], data.target[chosen], strict=True):
+        image = Image.fromarray((scan * (255 / 16)).astype(np.uint8))
+        large = image.resize((_DIGIT_SIZE, _DIGIT_SIZE), Image.Resampling.BICUBIC)
+        groups[target].append(np.asarray(large, np.float32) / 255)
+    return tuple(np.stack(group) for group in groups)

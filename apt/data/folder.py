@@ -1,0 +1,310 @@
+"""A folder of captioned videos and images as a data set."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apt.data.buckets import MAX_UPSCALE, Bucket, best_bucket, check_buckets
+from apt.data.decode import MediaInfo, probe, read_clip, read_image, reason
+from apt.data.report import DataReport, Problem, problem_lines
+from apt.data.sample import Sample
+from apt.data.scan import Entry, looked_for, scan_folder
+from apt.errors import ConfigError, DataError
+from apt.rng import generator_for
+
+_LOG = logging.getLogger(__name__)
+
+_MAX_REPLACEMENTS = 16
+"""So many broken files in a row are no accident: a disk is gone, or the folder was moved."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A usable file with its caption and the bucket that it is trained in."""
+
+    entry: Entry
+    info: MediaInfo
+    bucket: Bucket
+
+
+class VideoFolder:
+    """Captioned videos and images (one-frame videos), as clips in aspect-ratio buckets.
+
+    Captions are found as `apt.data.scan` says. Index `epoch * len(folder) + item` is a clip of
+    that item: its first frame is drawn from (seed, epoch, item), so a sample is a pure function of
+    its index and the files, in any process and any order.
+
+    A file that cannot be used is named in `report` and skipped. One that fails only when its clip
+    is decoded is named too, and another file of its bucket takes its place: which one depends on
+    the index alone.
+
+    Args:
+        directory: the folder; sub-folders count, hidden files do not.
+        buckets: (frames, height, width) of the clips; frames must be 4k + 1. Images use the
+            buckets of one frame; videos use the longer ones, or single frames if there are none.
+        fps: frame rate of the clips; each frame is the nearest one of the source. None keeps each
+            video's own rate.
+        seed: of the clips' starts.
+        max_upscale: sources that would have to be enlarged by more than this are skipped.
+        strict: raise at the first file that cannot be used.
+
+    Attributes:
+        items: usable files, sorted by name.
+        report: counts, and every file that is not used, with the reason.
+
+    Raises:
+        DataError: if nothing is usable, or at the first problem if `strict`.
+        ConfigError: if a bucket or the frame rate is out of range.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        buckets: Iterable[Sequence[int]],
+        fps: float | Fraction | None = None,
+        seed: int = 0,
+        max_upscale: float = MAX_UPSCALE,
+        strict: bool = False,
+    ) -> None:
+        if fps is not None and not fps > 0:
+            raise ConfigError(f"fps must be positive, or None for each video's own, got {fps}")
+        self.directory = Path(directory)
+        self.buckets = check_buckets(buckets)
+        self.fps = None if fps is None else exact_rate(fps)
+        self.seed = seed
+        self.strict = strict
+        self.report = DataReport()
+        scan = scan_folder(directory)
+        for problem in scan.problems:
+            self._skip(problem)
+        self.items = self._usable(scan.entries, max_upscale)
+        if not self.items:
+            found = problem_lines(self.report.problems) or ["  no such files"]
+            raise DataError(
+                "\n".join(
+                    [f"{directory}: nothing usable; looked for {looked_for()}. Found:", *found]
+                )
+            )
+        self.report.num_images = sum(item.info.is_image for item in self.items)
+        self.report.num_videos = len(self.items) - self.report.num_images
+        members: dict[Bucket, list[int]] = {}
+        for index, item in enumerate(self.items):
+            members.setdefault(item.bucket, []).append(index)
+        self._members = {bucket: members[bucket] for bucket in sorted(members)}
+
+    def __len__(self) -> int:
+        """Number of items: files times captions."""
+        return len(self.items)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of names, captions, sizes and buckets: it differs if a resume would go astray."""
+        digest = hashlib.sha256(repr((self.seed, self.fps)).encode())
+        for item in self.items:
+            digest.update(
+                repr((item.entry.name, item.entry.caption, item.info, item.bucket)).encode()
+            )
+        return digest.hexdigest()
+
+    def bucket_sizes(self) -> dict[Bucket, int]:
+        """Number of items in each bucket in use."""
+        return {bucket: len(items) for bucket, items in self._members.items()}
+
+    def caption(self, index: int) -> str:
+        """The caption of sample `index`, without decoding it."""
+        return self.items[self._split(index)[1]].entry.caption
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`: a clip of item `index % len(self)` in pass `index // len(self)`.
+
+        Raises:
+            IndexError: if `index` is negative.
+            DataError: if the file cannot be decoded and `strict`, or nothing can take its place.
+        """
+        epoch, first = self._split(index)
+        problems: list[Problem] = []
+        for number in self._candidates(index, first):
+            item = self.items[number]
+            try:
+                pixels = self._decode(item, epoch, number)
+            except DataError as error:
+                detail = reason(error, item.entry.path)
+                problem = Problem("unreadable", item.entry.name, detail)
+                problems.append(problem)
+                self._skip(problem)
+                continue
+            return Sample(pixels, item.entry.caption, tuple(problems))
+        raise DataError(
+            f"{self.directory}: {len(problems)} files of bucket {self.items[first].bucket} in a "
+            f"row cannot be decoded, the last: {problems[-1]}; is the folder still there? "
+            f"`diffusion-apt data check` tests every file"
+        )
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
+        """Global batches for ever, each of one bucket; see `VideoDataset.batches`.
+
+        Every pass shuffles each bucket's items, and then the batches, by (seed, pass). A batch
+        that a bucket's pass leaves incomplete is filled from its next pass, so nothing is dropped.
+        """
+        if batch_size < 1 or start < 0:
+            raise ConfigError(
+                f"batch_size must be at least 1 and start at least 0, got {batch_size} and {start}"
+            )
+        for bucket, size in self.bucket_sizes().items():
+            if size < batch_size:
+                _LOG.warning(
+                    "bucket %s has %d items for batches of %d: a batch repeats them; use fewer "
+                    "buckets, a smaller batch or more files",
+                    bucket, size, batch_size,
+                )  # fmt: skip
+        sizes = list(self.bucket_sizes().values())
+
+        def completed(epochs: int) -> int:
+            return sum(epochs * size // batch_size for size in sizes)
+
+        # The pass in which batch number `start` is completed, found without walking there.
+        limit = 1
+        while completed(limit) <= start:
+            limit *= 2
+        epoch = bisect.bisect_right(range(limit), start, key=completed) - 1
+        skipped = start - completed(epoch)
+        for current in count(epoch):
+            yield from self._epoch_batches(batch_size, seed, current, skipped)
+            skipped = 0
+
+    def _epoch_batches(
+        self, batch_size: int, seed: int, epoch: int, skipped: int
+    ) -> Iterator[list[int]]:
+        """The batches that are completed in pass `epoch`, in their order, without the first."""
+        due = [
+            (bucket, number)
+            for bucket, items in self._members.items()
+            for number in range(
+                epoch * len(items) // batch_size, (epoch + 1) * len(items) // batch_size
+            )
+        ]
+        order = torch.randperm(len(due), generator=generator_for("batch order", seed, epoch))
+        shuffled: dict[tuple[Bucket, int], list[int]] = {}
+        for position in order.tolist()[skipped:]:
+            bucket, number = due[position]
+            size = len(self._members[bucket])
+            batch = []
+            for place in range(number * batch_size, (number + 1) * batch_size):
+                key = (bucket, place // size)
+                if key not in shuffled:
+                    shuffled[key] = self._shuffled(seed, *key)
+                batch.append(shuffled[key][place % size])
+            yield batch
+
+    def _shuffled(self, seed: int, bucket: Bucket, epoch: int) -> list[int]:
+        """Sample indices of a bucket's items in pass `epoch`, in that pass's order."""
+        items = self._members[bucket]
+        generator = generator_for("item order", seed, str(bucket), epoch)
+        order = torch.randperm(len(items), generator=generator).tolist()
+        return [epoch * len(self.items) + items[place] for place in order]
+
+    def _split(self, index: int) -> tuple[int, int]:
+        if index < 0:
+            raise IndexError(f"sample index must not be negative, got {index}")
+        return divmod(index, len(self.items))
+
+    def _candidates(self, index: int, first: int) -> Iterator[int]:
+        """The item itself, then the ones that replace it, in an order drawn from the index."""
+        yield first
+        others = [item for item in self._members[self.items[first].bucket] if item != first]
+        generator = generator_for("replacement", self.seed, index)
+        order = torch.randperm(len(others), generator=generator).tolist()
+        yield from (others[place] for place in order[:_MAX_REPLACEMENTS])
+
+    def _decode(self, item: Item, epoch: int, number: int) -> Tensor:
+        bucket, info = item.bucket, item.info
+        if info.is_image:
+            return read_image(item.entry.path, size=(bucket.height, bucket.width))
+        fps = self.fps or info.fps
+        generator = generator_for("clip start", self.seed, epoch, number)
+        starts = info.clip_starts(bucket.frames, fps)
+        start = int(torch.randint(starts, (), generator=generator))
+        return read_clip(
+            item.entry.path,
+            start=start / info.fps,
+            num_frames=bucket.frames,
+            fps=fps,
+            size=(bucket.height, bucket.width),
+        )
+
+    def _skip(self, problem: Problem) -> None:
+        if self.strict:
+            raise DataError(f"{self.directory}: {problem}")
+        self.report.add(problem)
+
+    def _usable(self, entries: list[Entry], max_upscale: float) -> list[Item]:
+        """Probe the files, several at a time, and assign buckets."""
+        items = []
+        paths = list(dict.fromkeys(entry.path for entry in entries))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            infos = dict(zip(paths, pool.map(_probe_or_error, paths), strict=True))
+        for entry in entries:
+            info = infos[entry.path]
+            if isinstance(info, DataError):
+                self._skip(Problem("unreadable", entry.name, reason(info, entry.path)))
+                continue
+            place = self._place(entry.name, info, max_upscale)
+            if isinstance(place, Problem):
+                self._skip(place)
+            else:
+                items.append(Item(entry, info, place))
+        return items
+
+    def _place(self, name: str, info: MediaInfo, max_upscale: float) -> Bucket | Problem:
+        stills = [bucket for bucket in self.buckets if bucket.frames == 1]
+        moving = [bucket for bucket in self.buckets if bucket.frames > 1]
+        buckets = stills if info.is_image else moving or stills
+        if not buckets:
+            return Problem("no bucket", name, "an image, and no bucket has one frame")
+        fps = self.fps or info.fps
+        frames = 1 if info.is_image else info.clip_frames(fps)
+        fit = partial(best_bucket, buckets, height=info.height, width=info.width)
+        bucket = fit(frames=frames, max_upscale=max_upscale)
+        if bucket:
+            return bucket
+        shortest = min(bucket.frames for bucket in buckets)
+        if frames < shortest:
+            have = f"{frames} frames at {float(fps):g} fps"
+            return Problem("too short", name, f"{have}, the shortest bucket has {shortest}")
+        size = f"{info.width}x{info.height} pixels"
+        return Problem(
+            "too small",
+            name,
+            f"{size} would be enlarged by more than {max_upscale:g} for any bucket",
+        )
+
+
+def exact_rate(fps: float | Fraction) -> Fraction:
+    """A frame rate as a fraction; 29.97 and its like become the multiples of 1/1001 they mean."""
+    if isinstance(fps, Fraction):
+        return fps
+    ntsc = Fraction(round(fps * 1001 / 1000) * 1000, 1001)
+    if ntsc and abs(ntsc - Fraction(fps)) < Fraction(1, 200) and Fraction(fps).denominator != 1:
+        return ntsc
+    return Fraction(fps).limit_denominator(1001)
+
+
+def _probe_or_error(path: Path) -> MediaInfo | DataError:
+    try:
+        return probe(path)
+    except DataError as error:
+        return error

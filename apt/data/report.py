@@ -1,0 +1,91 @@
+"""What went wrong with which file, counted and named."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+_LOG = logging.getLogger(__name__)
+
+ProblemKind = Literal[
+    "unreadable",
+    "missing caption",
+    "missing file",
+    "bad metadata",
+    "too short",
+    "too small",
+    "no bucket",
+]
+
+_NAMED_PER_KIND = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One file that cannot be used.
+
+    Attributes:
+        kind: the class of problem, for counting.
+        file: the file's name relative to its folder.
+        detail: what was found and what was expected.
+    """
+
+    kind: ProblemKind
+    file: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.kind} ({self.detail})"
+
+
+@dataclass
+class DataReport:
+    """How much of a folder is used, and why the rest is not.
+
+    Attributes:
+        num_videos: usable videos (one per file and caption).
+        num_images: usable images.
+        problems: one entry per file and kind, in the order found.
+    """
+
+    num_videos: int = 0
+    num_images: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    _seen: set[tuple[str, str]] = field(default_factory=set, repr=False)
+
+    def add(self, problem: Problem) -> bool:
+        """Record and log a problem; False if this file was already recorded with that kind."""
+        key = (problem.kind, problem.file)
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        self.problems.append(problem)
+        _LOG.warning("skipped %s", problem)
+        return True
+
+    def counts(self) -> dict[str, int]:
+        """Number of files per kind of problem, the most frequent first."""
+        return dict(Counter(problem.kind for problem in self.problems).most_common())
+
+    def text(self) -> str:
+        """The report as plain text: one line of counts, then the files by kind of problem."""
+        used = f"{self.num_videos} videos and {self.num_images} images in use"
+        if not self.problems:
+            return f"{used}; no problems"
+        return "\n".join([f"{used}; {len(self.problems)} skipped", *problem_lines(self.problems)])
+
+
+def problem_lines(problems: list[Problem]) -> list[str]:
+    """Problems as indented lines, grouped by kind; long groups are cut with a count of the rest."""
+    groups: dict[str, list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault(problem.kind, []).append(problem)
+    lines = []
+    for kind, group in groups.items():
+        lines.append(f"  {kind}: {len(group)}")
+        lines += [f"    {problem.file}: {problem.detail}" for problem in group[:_NAMED_PER_KIND]]
+        if len(group) > _NAMED_PER_KIND:
+            lines.append(f"    and {len(group) - _NAMED_PER_KIND} more")
+    return lines

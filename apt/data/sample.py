@@ -1,0 +1,64 @@
+"""What every data set hands out: samples, batches, and the protocol that trainers rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from apt.data.report import Problem
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One captioned clip; an image is a clip of one frame.
+
+    Attributes:
+        pixels: (3, T, H, W) float32 in [-1, 1].
+        caption: the text that describes it.
+        problems: files that failed while this sample was made, and that it stands in for.
+    """
+
+    pixels: Tensor
+    caption: str
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's slice of a global batch.
+
+    Attributes:
+        pixels: (b, 3, T, H, W) float32 in [-1, 1].
+        captions: b texts.
+        offset: the index of this slice's first sample within the global batch.
+        batch_index: the number of the global batch since the start of the run.
+        problems: files that failed while the slice was made.
+    """
+
+    pixels: Tensor
+    captions: list[str]
+    offset: int
+    batch_index: int
+    problems: tuple[Problem, ...] = ()
+
+
+class VideoDataset(Protocol):
+    """A data set whose samples depend on their index alone, so that any reader order is exact.
+
+    Indices are not bound by a length: an index also says which pass over the data it belongs to.
+    """
+
+    def __getitem__(self, index: int, /) -> Sample:
+        """Sample `index`: the same one whenever, and in whichever process, it is asked for."""
+        ...
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
+        """Global batches of indices for ever, from batch number `start`.
+
+        All samples of a batch have one (T, H, W). `batches(n, seed=s, start=k)` continues exactly
+        where the first k batches of `batches(n, seed=s)` ended.
+        """
+        ...

@@ -1,0 +1,157 @@
+"""Writing a data set as a folder of videos, for people to look at and for training from files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import cast
+
+import av
+import torch
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace
+from av.video.stream import VideoStream
+from torch import Tensor
+
+from apt.data.decode import read_clip
+from apt.data.folder import exact_rate
+from apt.data.sample import VideoDataset
+from apt.data.scan import METADATA_NAMES
+from apt.errors import ConfigError, DataError
+
+_SAME_PICTURE = 8 / 255
+"""Mean absolute difference, in [-1, 1], above which a file does not hold the wanted clip."""
+
+
+def write_video_folder(
+    dataset: VideoDataset,
+    directory: str | Path,
+    num: int,
+    fps: float | Fraction,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Write samples 0 to num - 1 as H.264 `.mp4` files with a `metadata.csv`.
+
+    Frames are stored as lossless H.264 (x264 at crf 0) with full-resolution colour (yuv444p):
+    only the rounding of RGB to 8-bit YCbCr remains. On noisy 32x32 clips that is 52 dB PSNR (an
+    error of 0.005 in [-1, 1], a twentieth of the σ = 0.1 by which APT perturbs real videos), so
+    training from the files equals training from the samples. The usual yuv420p would leave colour
+    a grid of 16x16 and reach 26 dB; crf 4 reaches 43 dB for two thirds of the bytes.
+
+    Every file appears whole or not at all, so an interrupted call can be repeated: files that
+    already hold their clip stay.
+
+    Args:
+        dataset: where the samples come from.
+        directory: made if need be.
+        num: number of files.
+        fps: frames per second to store.
+        progress: called with the number of finished files after each.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ConfigError: if `num` or `fps` is not positive.
+        DataError: if the directory holds other videos under these names or cannot be written.
+    """
+    if num < 1 or not fps > 0:
+        raise ConfigError(f"num and fps must be positive, got {num} and {fps}")
+    root, rate = Path(directory), exact_rate(fps)
+    metadata = root / METADATA_NAMES[0]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        written = _captions(metadata)
+        names = {f"{index:06d}.mp4" for index in range(num)}
+        if not written.keys() <= names:
+            raise DataError(_foreign(root, f"{metadata.name} names {min(written.keys() - names)}"))
+        captions = {}
+        for index in range(num):
+            name = f"{index:06d}.mp4"
+            sample = dataset[index]
+            if written.get(name, sample.caption) != sample.caption:
+                raise DataError(_foreign(root, f"{name} has the caption {written[name]!r}"))
+            if not _holds(root / name, sample.pixels, rate):
+                _replace(root / name, encode_video(sample.pixels, rate))
+            captions[name] = sample.caption
+            if progress:
+                progress(index + 1)
+        table = io.StringIO(newline="")
+        writer = csv.writer(table)
+        writer.writerows([("file_name", "caption"), *captions.items()])
+        _replace(metadata, table.getvalue().encode())
+    except (OSError, FFmpegError) as error:
+        raise DataError(f"{root}: cannot be written: {error}") from error
+    return root
+
+
+def encode_video(pixels: Tensor, fps: Fraction) -> bytes:
+    """A clip (3, T, H, W) in [-1, 1] as the bytes of an `.mp4`; see `write_video_folder`."""
+    frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        options = {"crf": "0", "preset": "medium"}
+        stream = cast(VideoStream, container.add_stream("libx264", rate=fps, options=options))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p"
+        # What readers assume of untagged files of this size, so that nobody has to guess.
+        stream.codec_context.colorspace = Colorspace.ITU601
+        stream.codec_context.color_range = ColorRange.MPEG
+        stream.codec_context.thread_count = 1
+        for frame in frames.numpy():
+            converted = VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                format="yuv444p",
+                dst_colorspace=Colorspace.ITU601,
+                dst_color_range=ColorRange.MPEG,
+            )
+            container.mux(stream.encode(converted))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def _captions(metadata: Path) -> dict[str, str]:
+    """Captions that an earlier, complete call wrote; none if there was none."""
+    if not metadata.is_file():
+        return {}
+    with metadata.open(encoding="utf-8-sig", newline="") as file:
+        return {
+            row.get("file_name") or "": row.get("caption") or "" for row in csv.DictReader(file)
+        }
+
+
+def _holds(path: Path, pixels: Tensor, fps: Fraction) -> bool:
+    """Whether the file is there with this clip; one that cannot be read is written anew."""
+    if not path.is_file():
+        return False
+    try:
+        stored = read_clip(path, start=Fraction(0), num_frames=pixels.shape[1], fps=fps)
+    except DataError:
+        return False
+    same = stored.shape == pixels.shape and (stored - pixels).abs().mean() < _SAME_PICTURE
+    if not same:
+        raise DataError(_foreign(path.parent, f"{path.name} shows something else"))
+    return True
+
+
+def _foreign(root: Path, found: str) -> str:
+    return f"{root}: already holds other videos ({found}); choose an empty folder or remove them"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or, after any interruption, as it was before."""
+    # Hidden, so that a leftover is no sample of the folder.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from apt.data.digits import (
+    ALL_LABELS,
+    COLOURS,
+    DIGITS,
+    DIRECTIONS,
+    FRAMES,
+    HELDOUT_LABELS,
+    SIZE,
+    TRAIN_LABELS,
+    Label,
+    MovingDigits,
+)
+from apt.data.loader import make_loader
+from apt.errors import InputError
+
+SPLITS = ("train", "test", "heldout")
+
+
+def test_a_clip_is_a_pure_function_of_seed_split_and_index() -> None:
+    a, b = MovingDigits(seed=4), MovingDigits(seed=4)
+    b[7]  # what was asked before does not matter
+    for index in (3, 0, 10**9):
+        assert torch.equal(a[index].pixels, b[index].pixels)
+        assert a[index].caption == a.caption(index) == a.labels(index).caption
+    others = [MovingDigits(seed=5)[3], MovingDigits(seed=4, split="test")[3], a[4]]
+    assert all(not torch.equal(other.pixels, a[3].pixels) for other in others)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_clips_have_the_shape_and_range_of_every_other_data_set(split: str) -> None:
+    sample = MovingDigits(split=split)[0]
+    assert sample.pixels.shape == (3, FRAMES, SIZE, SIZE) == (3, 9, 32, 32)
+    assert sample.pixels.dtype == torch.float32
+    assert sample.pixels.is_contiguous()
+    assert sample.pixels.abs().max() <= 1
+    assert sample.pixels.max() > 0.5
+
+
+def test_unknown_splits_are_refused() -> None:
+    with pytest.raises(InputError, match="train, test, heldout"):
+        MovingDigits(split="validation")
+
+
+def test_held_out_captions_are_disjoint_and_leave_every_word_to_train_on() -> None:
+    assert len(ALL_LABELS) == len(set(ALL_LABELS)) == 240
+    assert not set(TRAIN_LABELS) & set(HELDOUT_LABELS)
+    assert set(TRAIN_LABELS) | set(HELDOUT_LABELS) == set(ALL_LABELS)
+    assert len(HELDOUT_LABELS) == 24
+    for labels in (TRAIN_LABELS, HELDOUT_LABELS):
+        assert {label.digit for label in labels} == set(DIGITS)
+        assert {label.colour for label in labels} == set(COLOURS)
+        assert {label.direction for label in labels} == set(DIRECTIONS)
+    for split, allowed in zip(SPLITS, (TRAIN_LABELS, TRAIN_LABELS, HELDOUT_LABELS), strict=True):
+        dataset = MovingDigits(split=split)
+        drawn = {dataset.labels(index) for index in range(2000)}
+        assert drawn == set(allowed)
+
+
+def located(frame: np.ndarray) -> tuple[int, int, int]:
+    """The scan that a frame (3, 32, 32) shows, and its place: (scan, y, x) by correlation."""
+    # Backgrounds are dark: what is bright in any channel is ink.
+    ink = np.clip((frame.max(axis=0) + 1) / 2 - 0.55, 0, None)
+    best, found = -1.0, (0, 0, 0)
+    for y in range(SIZE - 15):
+        for x in range(SIZE - 15):
+            patch = ink[y : y + 16, x : x + 16].ravel()
+            patch = patch - patch.mean()
+            scores = enlarged_scans() @ (patch / (np.linalg.norm(patch) + 1e-9))
+            if scores.max() > best:
+                best, found = float(scores.max()), (int(scores.argmax()), y, x)
+    return found
+
+
+_SCANS: list[np.ndarray] = []
+
+
+def enlarged_scans() -> np.ndarray:
+    """All scans at twice their size, as unit vectors (N, 256)."""
+    if not _SCANS:
+        scans = torch.from_numpy(load_digits().images)[:, None]
+        large = torch.nn.functional.interpolate(scans, (16, 16), mode="bicubic").numpy()
+        ink = np.clip(large / 16 - 0.55, 0, None).reshape(len(large), -1)
+        ink -= ink.mean(axis=1, keepdims=True)
+        _SCANS.append(ink / np.linalg.norm(ink, axis=1, keepdims=True))
+    return _SCANS[0]
+
+
+def seen(pixels: np.ndarray) -> tuple[Label, int]:
+    """What a clip (3, 9, 32, 32) shows, without asking the data set, and the scan used."""
+    scan, y0, x0 = located(pixels[:, 0])
+    _, y1, x1 = located(pixels[:, -1])
+    moved = (np.sign(y1 - y0), np.sign(x1 - x0))
+    (direction,) = [name for name, step in DIRECTIONS.items() if step == moved]
+    patch = (pixels[:, 0, y0 : y0 + 16, x0 : x0 + 16] + 1) / 2
+    weight = enlarged_scans()[scan].reshape(16, 16)
+    brightest = patch[:, weight > np.quantile(weight, 0.9)].mean(axis=1) * 255
+    colour = min(COLOURS, key=lambda name: np.abs(brightest - COLOURS[name]).sum())
+    return Label(DIGITS[load_digits().target[scan]], colour, direction), scan
+
+
+def test_captions_say_what_is_seen_and_handwriting_is_held_out() -> None:
+    scans: dict[str, set[int]] = {}
+    for split in SPLITS:
+        dataset = MovingDigits(seed=1, split=split)
+        right = 0
+        for index in range(12):
+            label, scan = seen(dataset[index].pixels.numpy())
+            right += label == dataset.labels(index)
+            scans.setdefault("train" if split == "train" else "held out", set()).add(scan)
+        # Correlation finds the exact scan nearly always; a wrong caption would be wrong always.
+        assert right >= 11, split
+    assert not scans["train"] & scans["held out"]
+
+
+def test_the_digit_moves_evenly_and_stays_in_the_picture() -> None:
+    dataset = MovingDigits(seed=2)
+    for index in range(4):
+        pixels = dataset[index].pixels.numpy()
+        places = [located(pixels[:, frame])[1:] for frame in (0, 4, 8)]
+        first, second = np.diff(np.array(places), axis=0)
+        step = np.array(DIRECTIONS[dataset.labels(index).direction])
+        assert (first == second).all()
+        assert (np.sign(first) == step).all()
+        assert np.abs(first).sum() in (4, 8)
+
+
+def test_batches_are_consecutive_and_resume() -> None:
+    dataset = MovingDigits()
+    assert list(islice(dataset.batches(3, seed=0), 2)) == [[0, 1, 2], [3, 4, 5]]
+    assert next(dataset.batches(3, seed=0, start=5)) == [15, 16, 17]
+    batch = next(make_loader(dataset, batch_size=2, start_batch=1))
+    assert batch.pixels.shape == (2, 3, 9, 32, 32)
+    assert batch.captions == [dataset.caption(2), dataset.caption(3)]

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from apt.data.scan import Scan, scan_folder
+from apt.errors import DataError
+
+
+def media(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def captions(scan: Scan) -> dict[str, str]:
+    return {entry.name: entry.caption for entry in scan.entries}
+
+
+def problems(scan: Scan) -> dict[str, str]:
+    return {problem.file: problem.kind for problem in scan.problems}
+
+
+def test_text_files_beside_videos_and_images(tmp_path: Path) -> None:
+    media(tmp_path, "a.mp4", "sub/b.PNG", "c.mp4", "d.mp4", ".hidden.mp4", ".git/e.mp4", "notes.md")
+    (tmp_path / "a.txt").write_text(" a cat \n")
+    (tmp_path / "sub/b.txt").write_bytes(b"\xef\xbb\xbfein gr\xc3\xbcner Baum")
+    (tmp_path / "d.txt").write_text("  \n")
+    scan = scan_folder(tmp_path)
+    assert captions(scan) == {"a.mp4": "a cat", "sub/b.PNG": "ein grüner Baum"}
+    assert problems(scan) == {"c.mp4": "missing caption", "d.mp4": "missing caption"}
+    assert list(scan.files) == ["a.mp4", "c.mp4", "d.mp4", "sub/b.PNG"]
+    assert scan.metadata is None
+
+
+def test_csv_as_a_spreadsheet_saves_it(tmp_path: Path) -> None:
+    media(tmp_path, "a.mp4", "b.mp4", "clips/c.mp4", "d.mp4", "e.mp4")
+    table = 'file_name, caption ,extra\r\na.mp4,"a cat, asleep",1\r\nclips/c.mp4,"two\nlines"\r\n'
+    table += "b.mp4,,\r\nnone.mp4,a dog\r\n,lost\r\n"
+    (tmp_path / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + table.encode())
+    (tmp_path / "d.txt").write_text("from the text file")
+    scan = scan_folder(tmp_path)
+    assert captions(scan) == {
+        "a.mp4": "a cat, asleep",
+        "clips/c.mp4": "two\nlines",
+        "d.mp4": "from the text file",
+    }
+    assert problems(scan) == {
+        "b.mp4": "missing caption",
+        "none.mp4": "missing file",
+        "metadata.csv:7": "bad metadata",
+        "e.mp4": "missing caption",
+    }
+    assert scan.metadata == "metadata.csv"
+
+
+def test_jsonl_and_its_bad_lines(tmp_path: Path) -> None:
+    media(tmp_path, "a.mp4", "b.mp4")
+    lines = [
+        json.dumps({"file_name": "a.mp4", "caption": "ein Löwe 🦁"}),
+        "",
+        '{"file_name": "b.mp4", "text": "hugging face style"}',
+        '{"file_name": "b.mp4", "caption": "a second caption"}',
+        "{not json",
+        "[1]",
+        '{"file_name": "a.mp4", "caption": 3}',
+        '{"caption": "nobody"}',
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    scan = scan_folder(tmp_path)
+    assert [(entry.name, entry.caption) for entry in scan.entries] == [
+        ("a.mp4", "ein Löwe 🦁"),
+        ("b.mp4", "hugging face style"),
+        ("b.mp4", "a second caption"),
+    ]
+    assert problems(scan) == {f"metadata.jsonl:{line}": "bad metadata" for line in (5, 6, 7, 8)}
+
+
+def test_accents_match_in_either_unicode_form(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "größe é.mp4") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    media(tmp_path, decomposed)
+    (tmp_path / "metadata.csv").write_text(f"file_name,caption\n{composed},x\n", encoding="utf-8")
+    scan = scan_folder(tmp_path)
+    assert captions(scan) == {composed: "x"}
+    assert not scan.problems
+    assert scan.entries[0].path.is_file()
+
+
+def test_order_does_not_depend_on_the_metadata(tmp_path: Path) -> None:
+    media(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\nb.mp4,2\na.mp4,1\n")
+    assert [entry.name for entry in scan_folder(tmp_path).entries] == ["a.mp4", "b.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"file_name;caption\na.mp4;x\n", "separated by commas"),
+        (b"name,caption\na.mp4,x\n", "file_name and caption"),
+        (b"", "none"),
+        (b"file_name,caption\na.mp4,gr\xfcn\n", "UTF-8"),
+    ],
+)
+def test_metadata_that_cannot_be_read(tmp_path: Path, content: bytes, says: str) -> None:
+    media(tmp_path, "a.mp4")
+    (tmp_path / "metadata.csv").write_bytes(content)
+    with pytest.raises(DataError, match=says):
+        scan_folder(tmp_path)
+
+
+def test_two_metadata_files_are_one_too_many(tmp_path: Path) -> None:
+    media(tmp_path, "metadata.csv", "metadata.jsonl")
+    with pytest.raises(DataError, match="keep one"):
+        scan_folder(tmp_path)
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        scan_folder(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="no such folder"):
+        scan_folder(tmp_path / "file")
