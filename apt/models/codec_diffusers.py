@@ -65,9 +65,6 @@ class DiffusersCodec(nn.Module):
         CheckpointError: the repository, the folder or its weights cannot be used.
     """
 
-    # Building it from its config brings its weights; they are not written into our folders.
-    external_weights = True
-
     def __init__(self, config: DiffusersCodecConfig) -> None:
         super().__init__()
         diffusers = import_hub_extra("diffusers")

@@ -39,6 +39,8 @@ class MMDiTConfig:
         hidden_size, depth, num_heads: D, number of blocks, attention heads.
         patch_size: latents per token along (T, H, W).
         text_dim: embedding dimension of the text encoder.
+        pooled_dim: dimension of the text encoder's pooled vector, which then joins the timestep in
+            the modulation (Esser et al. 2024); 0 does not use it.
         mlp_ratio: MLP width over D.
         num_dual_blocks: blocks, counted from the first, with separate weights for text; later ones
             share one set. None: all.
@@ -57,6 +59,7 @@ class MMDiTConfig:
     num_heads: int = 8
     patch_size: tuple[int, int, int] = (1, 2, 2)
     text_dim: int = 128
+    pooled_dim: int = 0
     mlp_ratio: float = 4.0
     num_dual_blocks: int | None = None
     modulation: Literal["shared", "block"] = "shared"
@@ -95,6 +98,10 @@ class MMDiT(nn.Module):
         self.patch_in = nn.Linear(config.in_channels * patch, d)
         self.text_in = nn.Linear(config.text_dim, d)
         self.time_in = TimestepEmbedding(d)
+        if config.pooled_dim:
+            self.pooled_in = nn.Sequential(
+                nn.Linear(config.pooled_dim, d), nn.SiLU(), nn.Linear(d, d)
+            )
         if config.modulation == "shared":
             self.time_modulation = nn.Linear(d, 6 * d)
         self.blocks = nn.ModuleList(MMDiTBlock(config, dual=i < dual) for i in range(config.depth))
@@ -197,6 +204,10 @@ class MMDiT(nn.Module):
         if mask is not None:
             mask = torch.cat([mask.new_ones(x_BLD.shape[:2]), mask], dim=1)
         embedding = self.time_in(t, dtype=y_RSD.dtype)
+        if self.config.pooled_dim:
+            if c.pooled is None:
+                raise InputError("this model needs a text encoder that gives a pooled vector")
+            embedding = embedding + self.pooled_in(c.pooled.to(embedding.dtype))
         shared = self.config.modulation == "shared"
         modulation = self.time_modulation(F.silu(embedding)) if shared else F.silu(embedding)
         head_dim = self.hidden_size // self.config.num_heads
@@ -391,6 +402,7 @@ def mmdit_digits() -> MMDiTConfig:
         depth=6,
         num_heads=6,
         text_dim=128,
+        pooled_dim=128,
         num_dual_blocks=1,
         prediction="sample",
         # The grid is 3x4x4: with the usual base nearly all pairs would turn by less than a degree.

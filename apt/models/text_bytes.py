@@ -67,7 +67,7 @@ class ByteTextEncoder(nn.Module):
         self.norm = nn.RMSNorm(d, eps=1e-6)
 
     def forward(self, prompts: Sequence[str]) -> TextCondition:
-        """Encode prompts to tokens (R, S, E) with S = 1 + the longest prompt's words.
+        """Encode prompts to tokens (R, S, E), S = 1 + the longest prompt's words, and their mean.
 
         Raises:
             InputError: for a prompt with control characters, characters outside the alphabet, too
@@ -90,7 +90,10 @@ class ByteTextEncoder(nn.Module):
         padding = None if all(len(row) == longest for row in words) else mask
         for block in self.blocks:
             tokens = block(tokens, padding)
-        return TextCondition(self.norm(tokens), padding)
+        tokens = self.norm(tokens)
+        weight = mask[..., None].to(tokens.dtype)
+        pooled = (tokens * weight).sum(dim=1) / weight.sum(dim=1)
+        return TextCondition(tokens, padding, pooled)
 
     def _encode_words(self, words: list[bytes]) -> Tensor:
         """(N, E) for N words."""

@@ -71,9 +71,6 @@ class TransformersTextEncoder(nn.Module):
         CheckpointError: the repository, the folder or its weights cannot be used.
     """
 
-    # Building it from its config brings its weights; they are not written into our folders.
-    external_weights = True
-
     def __init__(self, config: TransformersTextConfig) -> None:
         super().__init__()
         if config.architecture != "clip" and (config.projection or config.skip_layers):
