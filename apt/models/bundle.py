@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from apt.errors import CheckpointError, InputError
+from apt.errors import CheckpointError, ConfigError, InputError
 from apt.hub import (
     INFO_FILE,
     TEXT_ENCODER_FILE,
@@ -34,6 +34,13 @@ class ModelBundle:
     text_encoder: TextEncoder
     codec: LatentCodec
     info: ModelInfo
+
+    def __post_init__(self) -> None:
+        if self.backbone.in_channels != self.codec.channels:
+            raise ConfigError(
+                f"the backbone takes {self.backbone.in_channels} latent channels, the codec makes "
+                f"{self.codec.channels}; set in_channels to that"
+            )
 
     def modules(self) -> list[nn.Module]:
         """The parts that are networks; a codec without weights may be none."""
@@ -126,6 +133,7 @@ def load_pretrained(
             info.text_encoder.architecture, **info.text_encoder.config
         )
         codec = create_codec(info.codec.architecture, **info.codec.config)
+        bundle = ModelBundle(backbone, text_encoder, codec, info)
     except CheckpointError:
         raise
     except InputError as error:
@@ -133,7 +141,6 @@ def load_pretrained(
             f"{str(folder / INFO_FILE)!r} describes a model that cannot be built: {error}; it may "
             "come from a newer version of this package"
         ) from error
-    bundle = ModelBundle(backbone, text_encoder, codec, info)
     for module in bundle.modules():
         module.to(device=device, dtype=dtype).eval()
     for part, component in ((backbone, info.model), (text_encoder, info.text_encoder)):

@@ -68,16 +68,14 @@ def test_held_out_captions_are_disjoint_and_leave_every_word_to_train_on() -> No
 def located(frame: np.ndarray) -> tuple[int, int, int]:
     """The scan that a frame (3, 32, 32) shows, and its place: (scan, y, x) by correlation."""
     # Backgrounds are dark: what is bright in any channel is ink.
-    ink = np.clip((frame.max(axis=0) + 1) / 2 - 0.55, 0, None)
-    best, found = -1.0, (0, 0, 0)
-    for y in range(SIZE - 15):
-        for x in range(SIZE - 15):
-            patch = ink[y : y + 16, x : x + 16].ravel()
-            patch = patch - patch.mean()
-            scores = enlarged_scans() @ (patch / (np.linalg.norm(patch) + 1e-9))
-            if scores.max() > best:
-                best, found = float(scores.max()), (int(scores.argmax()), y, x)
-    return found
+    ink = np.clip((frame.max(axis=0) + 1) / 2 - 0.55, 0, None).astype(np.float32)
+    patches = np.lib.stride_tricks.sliding_window_view(ink, (16, 16)).reshape(-1, 256)
+    patches = patches - patches.mean(axis=1, keepdims=True)
+    patches /= np.linalg.norm(patches, axis=1, keepdims=True) + 1e-9
+    scores = patches @ enlarged_scans().T
+    place, scan = np.unravel_index(scores.argmax(), scores.shape)
+    y, x = divmod(int(place), SIZE - 15)
+    return int(scan), y, x
 
 
 _SCANS: list[np.ndarray] = []
@@ -88,7 +86,7 @@ def enlarged_scans() -> np.ndarray:
     if not _SCANS:
         scans = torch.from_numpy(load_digits().images)[:, None]
         large = torch.nn.functional.interpolate(scans, (16, 16), mode="bicubic").numpy()
-        ink = np.clip(large / 16 - 0.55, 0, None).reshape(len(large), -1)
+        ink = np.clip(large / 16 - 0.55, 0, None).reshape(len(large), -1).astype(np.float32)
         ink -= ink.mean(axis=1, keepdims=True)
         _SCANS.append(ink / np.linalg.norm(ink, axis=1, keepdims=True))
     return _SCANS[0]

@@ -1,0 +1,120 @@
+"""Find the command that was asked for, run it, and turn a user's errors into one line."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from apt.errors import InputError
+from apt.version import __version__
+
+PROG = "diffusion-apt"
+
+EXIT_INPUT_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's module, and its line in the overview.
+
+    The module has `main(args, *, prog)`, and is imported only when its command is chosen: help and
+    errors must not wait for torch.
+    """
+
+    module: str
+    summary: str
+
+    def run(self, args: Sequence[str], *, prog: str) -> None:
+        """Parse `args` and do what they say."""
+        main = importlib.import_module(self.module).main
+        cast(Callable[..., None], main)(args, prog=prog)
+
+
+COMMANDS = {
+    "generate": Command("apt.cli.generate", "videos or images from prompts"),
+    "train": Command("apt.cli.train", "run a training recipe"),
+    "data digits": Command("apt.cli.data_digits", "write the built-in data set as video files"),
+    "data check": Command("apt.cli.data_check", "report what is in a folder of captioned videos"),
+    "evaluate digits": Command("apt.cli.evaluate_digits", "measure the digits models"),
+    "export": Command("apt.cli.export", "make a model folder from a training run"),
+    "list": Command("apt.cli.list", "what can be chosen by name, and what runs on this machine"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0 is success, 2 an error that the user can mend (one line on stderr), 130 an interrupt.
+    `--debug`, anywhere, shows the traceback of such an error. Other exceptions are not caught.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    try:
+        dispatch([arg for arg in args if arg != "--debug"])
+        sys.stdout.flush()
+    except InputError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_INPUT_ERROR
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader, `head` for instance, has left. Python flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return 0
+
+
+def dispatch(args: Sequence[str]) -> None:
+    """Run the command that the leading words name. Raises InputError if they name none."""
+    if not args or args[0] in ("-h", "--help"):
+        print(overview(COMMANDS))
+        return
+    if args[0] == "--version":
+        print(f"{PROG} {__version__}")
+        return
+    for words in (1, 2):
+        name = " ".join(args[:words])
+        if name in COMMANDS:
+            COMMANDS[name].run(args[words:], prog=f"{PROG} {name}")
+            return
+    group = {name: command for name, command in COMMANDS.items() if name.startswith(f"{args[0]} ")}
+    if group and (len(args) == 1 or args[1] in ("-h", "--help")):
+        print(overview(group))
+        return
+    asked = " ".join(args[:2]) if group else args[0]
+    close = difflib.get_close_matches(asked, group or COMMANDS, n=1)
+    raise InputError(
+        f"unknown command {asked!r}; "
+        + (f"did you mean '{close[0]}'?" if close else f"choose from: {', '.join(COMMANDS)}")
+    )
+
+
+def overview(commands: dict[str, Command]) -> str:
+    """The text of `--help` for these commands."""
+    width = max(map(len, commands))
+    return "\n".join(
+        [
+            f"usage: {PROG} COMMAND [OPTIONS]",
+            "",
+            "One-step video and image generators by Adversarial Post-Training.",
+            "",
+            "commands:",
+            *(f"  {name:<{width}}  {command.summary}" for name, command in commands.items()),
+            "",
+            f"`{PROG} COMMAND --help` shows the options of a command.",
+            "--debug, anywhere, shows the traceback of an error; --version prints the version.",
+        ]
+    )

@@ -1,0 +1,25 @@
+"""`diffusion-apt evaluate digits`: the results page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from apt.evaluate import EvaluateConfig, evaluate_digits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure the digits models and write the results page, with its plots and raw figures."""
+
+    # Nested, so that its errors come up as they are: of the outermost class the parser makes boxes.
+    config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]
+
+
+def main(args: Sequence[str], *, prog: str) -> None:
+    """Evaluate and say where the page is."""
+    options = tyro.cli(Evaluate, args=args, prog=prog)
+    print(evaluate_digits(options.config))

@@ -1,0 +1,126 @@
+"""`diffusion-apt list`: everything that is chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from apt.kernels import BackendStatus
+    from apt.registry import Registry
+
+Section = Literal[
+    "all", "models", "text_encoders", "codecs", "heads", "losses", "recipes",
+    "kernels", "attention",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ListCommand:
+    """What can be chosen by name and, for kernels and attention, what runs on this machine."""
+
+    section: Annotated[tyro.conf.Positional[Section], tyro.conf.arg(metavar="SECTION")] = "all"
+    """all, or: models, text_encoders, codecs, heads, losses, recipes, kernels, attention."""
+    pattern: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATTERN")] = "*"
+    """Only names that match this shell-style pattern; put it in quotes."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a name and what there is to say about it."""
+
+    name: str
+    text: str
+
+
+def main(args: Sequence[str], *, prog: str) -> None:
+    """Print one section, or all of them."""
+    command = tyro.cli(ListCommand, args=args, prog=prog)
+    chosen = SECTIONS if command.section == "all" else {command.section: SECTIONS[command.section]}
+    for title, rows in chosen.items():
+        matching = [row for row in rows() if fnmatch(row.name, command.pattern)]
+        if matching or command.section != "all":
+            print(format_section(title, matching))
+
+
+def format_section(title: str, rows: Sequence[Row]) -> str:
+    """A title, aligned rows, and an empty line."""
+    width = max((len(row.name) for row in rows), default=0)
+    lines = [f"  {row.name:<{width}}  {row.text}".rstrip() for row in rows]
+    return "\n".join([f"{title}:", *(lines or ["  (none match)"]), ""])
+
+
+def _registered(registry: Registry[Any]) -> list[Row]:
+    return [Row(name, registry.summary(name)) for name in registry.names()]
+
+
+def _status(rows: Sequence[BackendStatus]) -> list[Row]:
+    return [
+        Row(row.name, f"{'available  ' if row.available else 'unavailable'}  {row.reason}")
+        for row in rows
+    ]
+
+
+def _models() -> list[Row]:
+    from apt.models import MODELS
+
+    return _registered(MODELS)
+
+
+def _text_encoders() -> list[Row]:
+    from apt.models import TEXT_ENCODERS
+
+    return _registered(TEXT_ENCODERS)
+
+
+def _codecs() -> list[Row]:
+    from apt.models import CODECS
+
+    return _registered(CODECS)
+
+
+def _heads() -> list[Row]:
+    from apt.models import HEADS
+
+    return _registered(HEADS)
+
+
+def _losses() -> list[Row]:
+    from apt.losses import LOSSES
+
+    return _registered(LOSSES)
+
+
+def _recipes() -> list[Row]:
+    from apt.train.recipes import RECIPES
+
+    return _registered(RECIPES)
+
+
+def _kernels() -> list[Row]:
+    from apt.kernels import kernel_status
+
+    return _status(kernel_status())
+
+
+def _attention() -> list[Row]:
+    from apt.kernels import attention_status
+
+    return _status(attention_status())
+
+
+# Functions, so that asking for one section imports only what that section needs.
+SECTIONS: dict[str, Callable[[], list[Row]]] = {
+    "models": _models,
+    "text_encoders": _text_encoders,
+    "codecs": _codecs,
+    "heads": _heads,
+    "losses": _losses,
+    "recipes": _recipes,
+    "kernels": _kernels,
+    "attention": _attention,
+}

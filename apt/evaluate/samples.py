@@ -1,0 +1,157 @@
+"""The clips that are compared: the same captions for every method, and real clips beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, Label, MovingDigits, Split
+from apt.evaluate.digits_classifier import real_clips
+from apt.evaluate.methods import Method
+from apt.pipeline import OneStepPipeline
+from apt.rng import generator_for
+
+# Samplers with fewer network evaluations run again faster than their samples are worth keeping.
+_WORTH_KEEPING = 8
+
+
+@dataclass(frozen=True)
+class CaptionSet:
+    """The captions of one evaluation seed, each several times, grouped.
+
+    Attributes:
+        seed: of the evaluation; it also chooses the noise and the real clips.
+        trained: labels with captions that models were trained on.
+        heldout: labels with captions that no model has seen.
+        samples_per_caption: consecutive labels that are equal.
+    """
+
+    seed: int
+    trained: tuple[Label, ...]
+    heldout: tuple[Label, ...]
+    samples_per_caption: int
+
+    @property
+    def labels(self) -> list[Label]:
+        """Trained captions first, then those held out."""
+        return [*self.trained, *self.heldout]
+
+
+def caption_set(seed: int, num_samples: int, samples_per_caption: int) -> CaptionSet:
+    """Choose ``num_samples`` trained captions, drawn without repetition, and all held-out ones.
+
+    ``num_samples`` is a multiple of ``samples_per_caption``, and asks for no more captions than
+    there are (``EvaluateConfig`` checks it). Held-out captions come as often each, but are no more
+    than the trained ones.
+    """
+    num_captions = num_samples // samples_per_caption
+    generator = generator_for("evaluation captions", seed)
+    order = torch.randperm(len(TRAIN_LABELS), generator=generator)[:num_captions].tolist()
+    heldout = HELDOUT_LABELS[: min(num_captions, len(HELDOUT_LABELS))]
+    return CaptionSet(
+        seed,
+        tuple(TRAIN_LABELS[i] for i in order for _ in range(samples_per_caption)),
+        tuple(label for label in heldout for _ in range(samples_per_caption)),
+        samples_per_caption,
+    )
+
+
+def real_for_captions(captions: CaptionSet, split: Split) -> Tensor:
+    """Real clips (N, 3, 9, 32, 32) of those captions, in the handwriting of ``split``.
+
+    The clips of different seeds, and those of the reference, are different.
+    """
+    clips = []
+    for position, label in enumerate(captions.labels):
+        dataset = MovingDigits(_REAL_SEED + captions.seed, split, labels=(label,))
+        clips.append(real_clips(dataset, [position])[0])
+    return torch.cat(clips)
+
+
+def real_reference(num: int) -> Tensor:
+    """Real clips of held-out handwriting that every method is compared with."""
+    return real_clips(MovingDigits(_REFERENCE_SEED, "test"), range(num))[0]
+
+
+# Streams of their own, away from the small seeds that people train with.
+_REFERENCE_SEED = 700_000
+_REAL_SEED = 800_000
+
+
+def generate(
+    method: Method,
+    folder: Path,
+    captions: CaptionSet,
+    *,
+    batch_size: int,
+    cache: Path,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """Clips (N, 3, 9, 32, 32) in [-1, 1], one per label of ``captions``, through the pipeline.
+
+    Samples of many-step methods are kept in ``cache`` under a hash of the weights, the settings
+    and the captions. ``advance`` is told the number of network evaluations that are done.
+    """
+    labels = captions.labels
+    key = _key(method, folder, captions)
+    kept = cache / f"{method.name}-{captions.seed}-{key}.npy"
+    if kept.is_file():
+        advance(len(labels) * method.evaluations)
+        return _to_float(torch.from_numpy(np.load(kept, allow_pickle=False)))
+    pipeline = OneStepPipeline.from_pretrained(folder)
+    videos = []
+    for start in range(0, len(labels), batch_size):
+        chunk = labels[start : start + batch_size]
+        videos.append(
+            pipeline(
+                [label.caption for label in chunk],
+                seed=[
+                    generator_for("evaluation noise", captions.seed, start + i).initial_seed()
+                    for i in range(len(chunk))
+                ],
+                num_steps=method.num_steps,
+                cfg_scale=None if method.guided else 1.0,
+                batch_size=batch_size,
+            )
+        )
+        advance(len(chunk) * method.evaluations)
+    clips = torch.cat(videos)
+    if method.evaluations >= _WORTH_KEEPING:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_name(f".{kept.name}")
+        with partial.open("wb") as stream:
+            np.save(stream, clips.numpy())
+        partial.replace(kept)
+    return _to_float(clips)
+
+
+def to_frames(clip: Tensor) -> np.ndarray:
+    """A clip (3, T, H, W) in [-1, 1] as uint8 frames (T, H, W, 3)."""
+    frames = ((clip.permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8)
+    array: np.ndarray = frames.numpy()
+    return array
+
+
+def _to_float(frames: Tensor) -> Tensor:
+    return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def _key(method: Method, folder: Path, captions: CaptionSet) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    settings = [
+        method.num_steps,
+        method.guided,
+        captions.seed,
+        [label.caption for label in captions.labels],
+    ]
+    digest.update(json.dumps(settings).encode())
+    return digest.hexdigest()[:16]

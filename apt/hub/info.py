@@ -1,0 +1,175 @@
+"""What a model folder says about itself: `apt.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from apt.errors import CheckpointError, InputError
+from apt.hub.weights import listed
+from apt.registry import check_options
+
+FORMAT = 1
+INFO_FILE = "apt.json"
+TRANSFORMER_FILE = "transformer.safetensors"
+TEXT_ENCODER_FILE = "text_encoder.safetensors"
+
+Stage = Literal["diffusion", "consistency", "apt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentInfo:
+    """A part of a model: its registered name, the config it was built from, its weights.
+
+    `weights` is a file in the folder; None for a part without weights, or one that brings its own
+    when it is built from its config (a text encoder or VAE of a public checkpoint). Lists in
+    `config` become tuples, which JSON does not have and configs are made of.
+    """
+
+    architecture: str
+    config: dict[str, Any]
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        tuples = {name: _as_tuple(value) for name, value in self.config.items()}
+        object.__setattr__(self, "config", tuples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleInfo:
+    """The size of the videos that the model was trained on last."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingInfo:
+    """How the model is best sampled. `cfg_scale` 1 means no guidance."""
+
+    num_steps: int = 1
+    cfg_scale: float = 1.0
+    negative_prompt: str = ""
+    timestep_shift: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """The contents of `apt.json`.
+
+    Attributes:
+        stage: "diffusion" (many steps), "consistency" or "apt" (one step).
+        model, text_encoder, codec: the parts.
+        sample: the size of what it makes.
+        sampling: how it is sampled unless told otherwise.
+        training: where it comes from: recipe, seed, updates, figures. Free in form.
+    """
+
+    stage: Stage
+    model: ComponentInfo
+    text_encoder: ComponentInfo
+    codec: ComponentInfo
+    sample: SampleInfo
+    sampling: SamplingInfo = SamplingInfo()
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def read_info(folder: str | Path) -> ModelInfo:
+    """Read and check `apt.json`.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, of a newer format, or has other fields.
+    """
+    path = Path(folder) / INFO_FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(_describe_foreign_folder(Path(folder))) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{str(path)!r} is not valid JSON ({error}); the file is damaged, copy it again"
+        ) from error
+    if not isinstance(document, dict) or not isinstance(document.get("format"), int):
+        raise CheckpointError(f"{str(path)!r} has no format number; it is not of this package")
+    number = document.pop("format")
+    if number != FORMAT:
+        advice = "upgrade diffusion-apt" if number > FORMAT else "the file is damaged"
+        raise CheckpointError(
+            f"{str(path)!r} has format {number}, this version reads format {FORMAT}; {advice}"
+        )
+    return _parse(ModelInfo, document, str(path))
+
+
+def write_info(folder: str | Path, info: ModelInfo) -> None:
+    """Write `apt.json`; one that was there is replaced at once, never left half written.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    document = {"format": FORMAT, **dataclasses.asdict(info)}
+    path = Path(folder) / INFO_FILE
+    partial = path.with_name(f".{INFO_FILE}.partial")
+    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _describe_foreign_folder(folder: Path) -> str:
+    start = f"{str(folder)!r} has no {INFO_FILE}, so it is not a model of this package"
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+    except OSError as error:
+        return f"cannot read {str(folder)!r}: {error.strerror or error}"
+    if "model_index.json" in names:
+        return f"{start}; model_index.json says that it is a diffusers pipeline"
+    if "config.json" in names:
+        return f"{start}; config.json says that it is a diffusers or transformers model"
+    if any(name.endswith((".pt", ".pth", ".ckpt", ".bin")) for name in names):
+        return f"{start}; it holds pickles, which are never loaded"
+    if any(name.startswith("step") for name in names):
+        return (
+            f"{start}; it looks like the checkpoints of a training run: pass the folder that the "
+            "run exported, or resume the run"
+        )
+    return f"{start}; pass the folder that save_pretrained wrote"
+
+
+def _parse(kind: Any, document: Any, where: str) -> Any:
+    """Build a dataclass from JSON; every field must be known, present and of its type."""
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{where} must be an object, got {document!r}")
+    hints = get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    required = {
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    for label, names in (
+        ("lacks", required - document.keys()),
+        ("has unknown fields", document.keys() - fields.keys()),
+    ):
+        if names:
+            raise CheckpointError(f"{where} {label}: {listed(sorted(names))}")
+    values = {}
+    for name, value in document.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _parse(hint, value, f"{where}, {name},")
+            continue
+        try:
+            check_options(f"{where}:", {name: hint}, {name: value})
+        except InputError as error:
+            raise CheckpointError(str(error)) from error
+        values[name] = value
+    return kind(**values)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value

@@ -1,0 +1,31 @@
+"""Writing what was generated: video and image files, contact sheets, and a page that plays them."""
+
+from __future__ import annotations
+
+from apt.media.files import (
+    SUFFIXES,
+    auto_scale,
+    enlarge,
+    write_gif,
+    write_media,
+    write_mp4,
+    write_png,
+    write_webp,
+)
+from apt.media.page import SamplerColumn, write_html
+from apt.media.sheet import contact_sheet, write_contact_sheet
+
+__all__ = [
+    "SUFFIXES",
+    "SamplerColumn",
+    "auto_scale",
+    "contact_sheet",
+    "enlarge",
+    "write_contact_sheet",
+    "write_gif",
+    "write_html",
+    "write_media",
+    "write_mp4",
+    "write_png",
+    "write_webp",
+]

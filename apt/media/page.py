@@ -1,0 +1,159 @@
+"""A small HTML page, whole in one file, that plays videos of several samplers side by side."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from apt.errors import InputError
+
+_VIDEO_TYPES = {".mp4": "video/mp4", ".webm": "video/webm"}
+_IMAGE_TYPES = {".gif": "image/gif", ".webp": "image/webp", ".png": "image/png"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerColumn:
+    """What one sampler made of every prompt.
+
+    Args:
+        name: heading, such as "1 step".
+        detail: a few words below it, such as "adversarial post-training".
+        seconds: its median time per video.
+        files: one .mp4, .webm, .gif, .webp or .png per prompt.
+    """
+
+    name: str
+    detail: str
+    seconds: float
+    files: Sequence[Path]
+
+
+def write_html(
+    path: str | Path,
+    *,
+    title: str,
+    prompts: Sequence[str],
+    columns: Sequence[SamplerColumn],
+    note: str = "",
+) -> Path:
+    """Write a page with one row per prompt and one column per sampler.
+
+    The videos are inside the page, so that it can be sent around by itself; they start and loop
+    without a click. Each heading gives the sampler's median time and how many times faster than
+    the slowest sampler that is. `note` is a line below the title.
+
+    Raises:
+        InputError: if a column does not have one file per prompt, a file is of another type or
+            cannot be read, or the page cannot be written.
+    """
+    for column in columns:
+        if len(column.files) != len(prompts):
+            raise InputError(
+                f"the column {column.name!r} needs one file for each of {len(prompts)} prompts, "
+                f"got {len(column.files)}"
+            )
+        if not column.seconds > 0:
+            raise InputError(f"the column {column.name!r} needs a time above 0 seconds")
+    if not prompts or not columns:
+        raise InputError("the page needs at least one prompt and one sampler")
+    slowest = max(column.seconds for column in columns)
+    page = _PAGE.substitute(
+        title=html.escape(title),
+        note=f"<p>{html.escape(note)}</p>" if note else "",
+        heads="".join(_heading(column, slowest) for column in columns),
+        rows="\n".join(
+            f"<tr><th scope=row>{html.escape(prompt)}</th>"
+            + "".join(
+                f"<td>{_embed(column.files[row], f'{prompt}, {column.name}')}</td>"
+                for column in columns
+            )
+            + "</tr>"
+            for row, prompt in enumerate(prompts)
+        ),
+    )
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    return target
+
+
+def format_seconds(seconds: float) -> str:
+    """Time in the unit that needs no leading zeros: 12.3 ms, 1.24 s."""
+    return f"{seconds * 1000:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
+def format_ratio(ratio: float) -> str:
+    """How many times faster: 23×, 1.8×."""
+    return f"{ratio:.0f}×" if ratio >= 9.95 else f"{ratio:.1f}×"
+
+
+def _heading(column: SamplerColumn, slowest: float) -> str:
+    ratio = slowest / column.seconds
+    faster = f"<b>{format_ratio(ratio)} faster</b>" if ratio >= 1.05 else "reference"
+    return (
+        f"<th scope=col><h2>{html.escape(column.name)}</h2>"
+        f"<span>{html.escape(column.detail)}</span>"
+        f"<span class=time>{format_seconds(column.seconds)} per video · {faster}</span></th>"
+    )
+
+
+def _embed(file: Path, label: str) -> str:
+    suffix = file.suffix.lower()
+    kind = _VIDEO_TYPES.get(suffix) or _IMAGE_TYPES.get(suffix)
+    if kind is None:
+        raise InputError(f"{str(file)!r} is not a video or picture that a page can show")
+    try:
+        data = base64.b64encode(file.read_bytes()).decode("ascii")
+    except OSError as error:
+        raise InputError(f"cannot read {str(file)!r}: {error.strerror}") from error
+    source, label = f"data:{kind};base64,{data}", html.escape(label, quote=True)
+    if suffix in _VIDEO_TYPES:
+        return (
+            f'<video autoplay loop muted playsinline aria-label="{label}" src="{source}"></video>'
+        )
+    return f'<img alt="{label}" src="{source}">'
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --faint: #59636e;
+  --line: #d8dee4; --good: #1a7f37 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #0d1117; --ink: #e6edf3; --faint: #9198a1; --line: #30363d; --good: #3fb950 }
+}
+body { margin: 2.5rem auto; max-width: 62rem; padding: 0 1.25rem; background: var(--page);
+  color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 }
+h1 + p { color: var(--faint); margin: .4rem 0 0 }
+.scroll { overflow-x: auto; margin-top: 1.75rem }
+table { border-collapse: collapse; width: 100% }
+th, td { padding: .6rem 1rem .6rem 0; text-align: left; vertical-align: middle }
+thead th { vertical-align: top; font-weight: normal; padding-bottom: 1rem }
+tbody tr { border-top: 1px solid var(--line) }
+th[scope=row] { font-weight: 500; min-width: 7rem; width: 22% }
+h2 { font-size: 1.05rem; margin: 0 }
+span { color: var(--faint); display: block; font-size: .875rem }
+.time b { color: var(--good); font-weight: 600 }
+video, img { border-radius: 6px; display: block; max-width: 100%; min-width: 7rem }
+</style>
+<h1>$title</h1>
+$note
+<div class="scroll"><table>
+<thead><tr><td></td>$heads</tr></thead>
+<tbody>
+$rows
+</tbody>
+</table></div>
+</html>
+""")

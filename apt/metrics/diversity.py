@@ -1,0 +1,55 @@
+"""Diversity of samples, relative to real clips: the figure that falls while a model collapses."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Mean distance between two samples of the same prompt, and of two different prompts."""
+
+    within: float
+    across: float
+
+    def relative_to(self, real: Diversity) -> Diversity:
+        """Both figures divided by those of real clips: 1 is as diverse as the data, 0 collapsed."""
+        if real.within <= 0 or real.across <= 0:
+            raise InputError(
+                "the real clips themselves have no diversity, so nothing can be measured against "
+                "them. Use more real clips, several for each prompt."
+            )
+        return Diversity(self.within / real.within, self.across / real.across)
+
+
+def pairwise_diversity(features: Tensor, prompts: Sequence[Hashable]) -> Diversity:
+    """Mean Euclidean distance over all pairs, split by whether the two prompts are equal.
+
+    ``features`` (N, D), any float dtype: flattened pixels or a classifier's features; ``prompts``
+    has one entry per row. Raises ``InputError`` when the lengths differ, or when no pair shares its
+    prompt, or all do.
+    """
+    if features.ndim != 2 or features.shape[0] != len(prompts):
+        raise InputError(
+            f"features of shape {tuple(features.shape)} do not fit {len(prompts)} prompts; "
+            "expected one row (N, D) for each prompt."
+        )
+    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    groups = torch.tensor([index[prompt] for prompt in prompts])
+    rows, columns = torch.triu_indices(len(prompts), len(prompts), offset=1)
+    same = groups[rows] == groups[columns]
+    if not same.any() or same.all():
+        raise InputError(
+            "diversity needs at least one prompt with two samples and at least two prompts; got "
+            f"{len(prompts)} samples of {len(index)} prompts."
+        )
+    x = features.detach().to(device="cpu", dtype=torch.float64)
+    # The product form of cdist leaves about 1e-7 between equal rows, which a collapse must not.
+    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")[rows, columns]
+    return Diversity(distances[same].mean().item(), distances[~same].mean().item())

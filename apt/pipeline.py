@@ -1,0 +1,369 @@
+"""From a prompt to a video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from apt.errors import InputError
+from apt.flow import sampling_timesteps
+from apt.hub import ModelInfo, Stage
+from apt.models.bundle import ModelBundle, load_pretrained
+from apt.models.conditions import TextCondition
+from apt.rng import sample_noise
+from apt.sampling import (
+    SAMPLERS,
+    SamplerName,
+    bind,
+    bind_guided,
+    check_timesteps,
+    one_step_sample,
+    sample,
+)
+
+DEFAULT_SAMPLERS: dict[Stage, SamplerName] = {
+    "diffusion": "euler",
+    "consistency": "consistency",
+    "apt": "consistency",
+}
+"""What "auto" means for a model of each stage. In one step they are the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingPlan:
+    """How the pipeline will sample: every choice made, nothing left to a default.
+
+    Attributes:
+        stage: of the model.
+        sampler: "consistency" or "euler".
+        timesteps: from 1 to 0; one network evaluation for each but the last.
+        cfg_scale: 1 means no guidance; otherwise each evaluation has a second half.
+        negative_prompt: what guidance leads away from.
+    """
+
+    stage: Stage
+    sampler: SamplerName
+    timesteps: tuple[float, ...]
+    cfg_scale: float
+    negative_prompt: str
+
+
+class OneStepPipeline:
+    """Prompt to video with a model of any stage: one step for "apt", many for "diffusion".
+
+    The same prompt, seed and settings give the same video bit for bit, whatever else is in the
+    call, as long as `batch_size` is 1. Noise is drawn on the CPU from the seed, so other devices
+    and batch sizes start from the same noise, and differ by rounding.
+    """
+
+    def __init__(self, bundle: ModelBundle) -> None:
+        self.bundle = bundle
+        for module in bundle.modules():
+            module.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> OneStepPipeline:
+        """Load a built-in name, a folder, or a Hub id; see `apt.models.bundle.load_pretrained`.
+
+        `device` None takes the GPU if there is one, else the CPU; `pipeline.device` tells.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(load_pretrained(name_or_folder, device=device, dtype=dtype))
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> OneStepPipeline:
+        """Move the networks, in place; returns itself."""
+        for module in self.bundle.modules():
+            module.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the model is, how large its videos are, and where it comes from."""
+        return self.bundle.info
+
+    @property
+    def stage(self) -> Stage:
+        """ "diffusion", "consistency" or "apt"."""
+        return self.bundle.info.stage
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self._parameter().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type they compute in; latents are kept in fp32 between steps."""
+        return self._parameter().dtype
+
+    def plan(
+        self,
+        *,
+        num_steps: int | None = None,
+        sampler: SamplerName | Literal["auto"] = "auto",
+        timesteps: Sequence[float] | None = None,
+        cfg_scale: float | None = None,
+        negative_prompt: str | None = None,
+    ) -> SamplingPlan:
+        """Resolve sampling options without generating; arguments as for calling the pipeline."""
+        defaults = self.info.sampling
+        if sampler == "auto":
+            sampler = DEFAULT_SAMPLERS[self.stage]
+        if sampler not in SAMPLERS:
+            raise InputError(
+                f"unknown sampler {sampler!r}; choose from auto, {', '.join(SAMPLERS)}"
+            )
+        if timesteps is None:
+            steps = defaults.num_steps if num_steps is None else num_steps
+            if not isinstance(steps, int) or steps < 1:
+                raise InputError(f"num_steps must be a whole number of at least 1, got {steps!r}")
+            grid = check_timesteps(sampling_timesteps(steps, defaults.timestep_shift))
+        else:
+            grid = check_timesteps(timesteps)
+            if num_steps is not None and num_steps != len(grid) - 1:
+                raise InputError(
+                    f"{len(grid)} timesteps make {len(grid) - 1} steps, but num_steps is "
+                    f"{num_steps}; leave one of them out"
+                )
+        # Distilled models have their guidance built in.
+        guided = self.stage == "diffusion"
+        scale = (defaults.cfg_scale if guided else 1.0) if cfg_scale is None else float(cfg_scale)
+        if not 0 <= scale < float("inf"):
+            raise InputError(f"cfg_scale must be finite and at least 0, got {cfg_scale}")
+        return SamplingPlan(
+            stage=self.stage,
+            sampler=sampler,
+            timesteps=tuple(grid),
+            cfg_scale=scale,
+            negative_prompt=(
+                defaults.negative_prompt if negative_prompt is None else negative_prompt
+            ),
+        )
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        num_steps: int | None = None,
+        sampler: SamplerName | Literal["auto"] = "auto",
+        timesteps: Sequence[float] | None = None,
+        cfg_scale: float | None = None,
+        negative_prompt: str | None = None,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+    ) -> Tensor:
+        """Generate videos.
+
+        Args:
+            prompt: one or several; none of them empty.
+            seed: one for all prompts, or one each. Several seeds with one prompt make several
+                videos of it.
+            num_steps: network evaluations; None is the model's own number (1 after APT).
+            sampler: "consistency" (back to t with fresh noise), "euler", or "auto", which follows
+                from the model's stage (`DEFAULT_SAMPLERS`). In one step they are the same.
+            timesteps: the grid itself, from 1 to 0, such as (1, 0.6, 0), in place of `num_steps`.
+            cfg_scale: classifier-free guidance; 1 is off. None is the model's own for diffusion,
+                and off for distilled models, which have it built in.
+            negative_prompt: what guidance leads away from; None is the model's own.
+            frames, height, width: None is what the model was trained on.
+            batch_size: videos per network call. Above 1 is faster for many, and equal to rounding.
+
+        Returns:
+            uint8 (B, T, H, W, 3) on the CPU, B being the number of prompts or of seeds.
+
+        Raises:
+            InputError: for a prompt, seed, size or option that does not fit, saying what does.
+        """
+        pixels = self.sample_pixels(
+            prompt,
+            seed=seed,
+            num_steps=num_steps,
+            sampler=sampler,
+            timesteps=timesteps,
+            cfg_scale=cfg_scale,
+            negative_prompt=negative_prompt,
+            frames=frames,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+        )
+        return to_uint8(pixels).permute(0, 2, 3, 4, 1).contiguous().cpu()
+
+    @torch.inference_mode()
+    def sample_pixels(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        num_steps: int | None = None,
+        sampler: SamplerName | Literal["auto"] = "auto",
+        timesteps: Sequence[float] | None = None,
+        cfg_scale: float | None = None,
+        negative_prompt: str | None = None,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+    ) -> Tensor:
+        """As calling the pipeline, but fp32 pixels (B, 3, T, H, W) in [-1, 1] on the device."""
+        prompts, seeds = _pair(prompt, seed)
+        plan = self.plan(
+            num_steps=num_steps,
+            sampler=sampler,
+            timesteps=timesteps,
+            cfg_scale=cfg_scale,
+            negative_prompt=negative_prompt,
+        )
+        shape = self.latent_shape(frames, height, width)
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        # All prompts are read before the first video is made, so that a bad one costs no time.
+        conditions = [self._encode(text) for text in prompts]
+        negative = self._encode(plan.negative_prompt) if plan.cfg_scale != 1 else None
+        videos = [
+            self._sample_batch(
+                TextCondition.concatenate(conditions[start : start + batch_size]),
+                negative,
+                seeds[start : start + batch_size],
+                shape,
+                plan,
+            )
+            for start in range(0, len(prompts), batch_size)
+        ]
+        return torch.cat(videos)
+
+    def latent_shape(
+        self, frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int, int]:
+        """Latent shape (C, T, H, W) for a video; None takes the trained size.
+
+        Raises:
+            InputError: for a size that the codec or the model cannot take, naming the trained one.
+        """
+        trained = self.info.sample
+        own = (trained.frames, trained.height, trained.width)
+        size = tuple(
+            mine if asked is None else asked
+            for mine, asked in zip(own, (frames, height, width), strict=True)
+        )
+        for axis, name in enumerate(("frames", "height", "width")):
+            alone = (*own[:axis], size[axis], *own[axis + 1 :])
+            if self._latent_size(alone) is None:
+                near = " or ".join(str(value) for value in self._nearest(alone, axis))
+                raise InputError(
+                    f"{name} = {size[axis]} does not fit this model; use {near}. It was trained "
+                    f"on {own[0]} frames of {own[1]}x{own[2]} (height x width)"
+                )
+        latent = self._latent_size(size)
+        assert latent is not None, "the axes fit one by one"
+        return (self.bundle.codec.channels, *latent)
+
+    def _latent_size(self, size: tuple[int, ...]) -> tuple[int, int, int] | None:
+        """Latent (T, H, W) of (frames, height, width), or None if the model cannot take it."""
+        try:
+            latent = self.bundle.codec.latent_shape(*size)
+            self.bundle.backbone.token_grid(latent)
+        except InputError:
+            return None
+        return latent
+
+    def _nearest(self, size: tuple[int, ...], axis: int) -> list[int]:
+        """The values nearest to size[axis], below and above, that the model can take."""
+
+        def fits(value: int) -> bool:
+            return self._latent_size((*size[:axis], value, *size[axis + 1 :])) is not None
+
+        start, reach = max(size[axis], 0), 1024
+        below = next((v for v in range(start, 0, -1) if fits(v)), None)
+        above = next((v for v in range(start + 1, start + reach) if fits(v)), None)
+        return [value for value in (below, above) if value is not None]
+
+    def _sample_batch(
+        self,
+        condition: TextCondition,
+        negative: TextCondition | None,
+        seeds: Sequence[int],
+        shape: tuple[int, int, int, int],
+        plan: SamplingPlan,
+    ) -> Tensor:
+        backbone = self.bundle.backbone
+
+        def noise(step: int) -> Tensor:
+            # The key holds the seed alone: a video does not depend on its place in the batch.
+            draws = [
+                sample_noise(1, shape, seed=seed, step=step, offset=0, stream="generate")
+                for seed in seeds
+            ]
+            return torch.cat(draws).to(self.device)
+
+        if negative is None:
+            predict = bind(backbone, condition)
+        else:
+            predict = bind_guided(backbone, condition, negative, plan.cfg_scale)
+        z = noise(0)
+        if len(plan.timesteps) == 2:
+            latents = one_step_sample(predict, z)
+        else:
+            latents = sample(predict, z, plan.timesteps, sampler=plan.sampler, noise=noise)
+        return self.bundle.codec.decode(latents).float().clamp(-1, 1)
+
+    def _encode(self, prompt: str) -> TextCondition:
+        return self.bundle.text_encoder([prompt]).to(self.device, self.dtype)
+
+    def _parameter(self) -> Tensor:
+        (backbone, *_) = self.bundle.modules()
+        return next(backbone.parameters())
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] to 0..255, rounded to the nearest."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _pair(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
+    """One prompt and one seed per video."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    if not prompts or not seeds:
+        raise InputError("there is no prompt to generate from, or no seed")
+    for text in prompts:
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(
+                f"a prompt must be text that is not empty, got {text!r}; say what to show, such as "
+                '"a red seven moving left"'
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the prompt {text!r} has bytes that are not UTF-8; save or type it as UTF-8"
+            ) from error
+    for number in seeds:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise InputError(f"a seed must be a whole number, got {number!r}")
+    if len(prompts) == 1:
+        prompts *= len(seeds)
+    if len(seeds) == 1:
+        seeds *= len(prompts)
+    if len(prompts) != len(seeds):
+        raise InputError(
+            f"{len(prompts)} prompts need one seed, or {len(prompts)} of them; got {len(seeds)}"
+        )
+    return prompts, seeds

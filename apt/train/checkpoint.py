@@ -1,0 +1,384 @@
+"""Checkpoints that survive kills, full disks and bit rot, at any number of ranks.
+
+A checkpoint is a folder `step_00000042` holding safetensors shards, written by PyTorch's
+distributed checkpoint, and `manifest.json` with everything that is not a tensor and with the
+size and SHA-256 of every file. It is written under a temporary name, flushed to disk and then
+renamed, so it is there whole or not at all. Nothing in it is pickled, so nothing in it can run.
+
+`save`, `load`, `latest` and `verify` are collective: under a process group every rank
+calls them, and the folder must lie on a file system that all ranks share. They raise on all ranks
+alike when one of them fails.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from apt.errors import CheckpointError, InputError
+from apt.train.manifest import (
+    check_file,
+    fingerprint,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
+
+__all__ = ["latest", "load", "prune", "read_meta", "save", "step_of", "verify"]
+
+# The writer serialises one file in memory at a time, so this bounds the extra memory of a save.
+FILE_BYTES = 2 * 2**30
+_NAME = re.compile(r"step_(\d{8,})(\.old)?")
+_SCALARS = (bool, int, float, str, type(None))
+T = TypeVar("T")
+
+
+def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
+    """Write `state` and `meta` as the checkpoint of `step` under `root`.
+
+    A checkpoint of the same step is replaced, and only once the new one is complete. After a
+    failure the temporary files are removed and what was there before is untouched.
+
+    Args:
+        root: folder of the run's checkpoints; created if missing.
+        step: number of updates done, at least 0.
+        state: nested dicts with string keys of tensors, DTensors and plain values (bool, int,
+            float, str, None, and lists of these).
+        meta: anything that JSON can hold, such as the resolved configuration.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: the disk is full, the folder cannot be written, or the like.
+        TypeError: `state` or `meta` holds something that is neither.
+    """
+    tensors, values = _flatten(state)
+    name = f"step_{step:08d}"
+    temporary, target = root / f".tmp-{name}", root / name
+    try:
+        _everywhere(lambda: _prepare(root, temporary) if _rank() == 0 else None)
+        writer = dcp.HuggingFaceStorageWriter(
+            str(temporary), fqn_to_index_mapping=_file_indices(tensors), save_distributed=True
+        )
+        _run_dcp(lambda: dcp.save(tensors, storage_writer=writer, no_dist=_world() == 1))
+        files: dict[str, dict[str, Any]] = {}
+        for part in _everywhere(lambda: _fingerprints(temporary)):
+            files.update(part)
+        content = {
+            "step": step,
+            "meta": meta,
+            "values": values,
+            "tensors": {k: _signature(v) for k, v in tensors.items()},
+            "files": files,
+        }
+        _everywhere(lambda: _publish(content, temporary, target) if _rank() == 0 else None)
+    except CheckpointError as error:
+        if _rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"could not write the checkpoint of step {step} under {root}: {error}. Earlier "
+            "checkpoints are untouched. Free some space or choose another folder, then resume."
+        ) from error
+    return target
+
+
+def load(path: Path, state: dict[str, Any], *, verified: bool = False) -> dict[str, Any]:
+    """Fill `state` in place from the checkpoint at `path`, bit for bit.
+
+    Tensors are written where they are; plain values are replaced in their dicts. Names, shapes
+    and dtypes must agree exactly; the number of ranks need not be the one that saved. Nothing is
+    touched unless everything fits.
+
+    Args:
+        path: a checkpoint folder.
+        state: the same structure as was saved.
+        verified: skip the check of sizes and SHA-256, for a path that `latest` just returned.
+
+    Returns:
+        The `meta` given to `save`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, foreign, or does not fit `state`.
+    """
+    if not verified:
+        verify(path)
+    content = _everywhere(lambda: read_manifest(path))[0]
+    tensors, values = _flatten(state)
+    expected = {k: _signature(v) for k, v in tensors.items()}
+    _check_fit(path, expected, content["tensors"], values, content["values"])
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    try:
+        with torch.no_grad():
+            _run_dcp(lambda: dcp.load(tensors, storage_reader=reader, no_dist=_world() == 1))
+    except CheckpointError as error:
+        raise CheckpointError(f"could not read the checkpoint {path}: {error}.") from error
+    for parent, key, name, leaf in _leaves(state, ""):
+        if not isinstance(leaf, Tensor):
+            parent[key] = content["values"][name]
+        elif tensors[name] is not leaf:  # a contiguous copy was loaded in its place
+            leaf.detach().copy_(tensors[name])
+    return dict(content["meta"])
+
+
+def latest(root: Path) -> Path | None:
+    """Return the newest checkpoint under `root` that verifies, `None` if there is none.
+
+    A damaged or incomplete checkpoint is skipped with a warning that names it.
+    """
+    names = _everywhere(lambda: _candidates(root))[0]
+    for name in names:
+        try:
+            verify(root / name)
+        except CheckpointError as error:
+            if _rank() == 0:
+                warnings.warn(f"skipped a damaged checkpoint: {error}", stacklevel=2)
+        else:
+            return root / name
+    return None
+
+
+def verify(path: Path) -> None:
+    """Check that every file of the checkpoint is there, has its size and its SHA-256.
+
+    The files are shared out among the ranks.
+
+    Raises:
+        CheckpointError: something is missing or altered; says which file.
+    """
+
+    def check() -> None:
+        files = read_manifest(path)["files"]
+        for name in sorted(files)[_rank() :: _world()]:
+            check_file(path / name, files[name])
+
+    _everywhere(check)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """Return the `meta` of the checkpoint at `path`; not collective.
+
+    Raises:
+        CheckpointError: no readable manifest.
+    """
+    return dict(read_manifest(path)["meta"])
+
+
+def step_of(path: Path) -> int:
+    """Return the number of updates that the folder name of a checkpoint states."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is not a checkpoint folder: expected step_<number>")
+    return int(match[1])
+
+
+def prune(root: Path, keep: int, always: set[int]) -> None:
+    """Delete all but the `keep` newest checkpoints and those of the steps in `always`.
+
+    Call it right after a successful `save`. Only rank 0 acts.
+
+    Raises:
+        InputError: `keep` is less than 1.
+        CheckpointError: a folder cannot be deleted.
+    """
+    if keep < 1:
+        raise InputError(f"cannot keep {keep} checkpoints; keep at least 1")
+    if _rank() != 0:
+        return
+    steps = sorted({step_of(root / name) for name in _candidates(root)}, reverse=True)
+    kept = set(steps[:keep]) | always
+    try:
+        for name in _candidates(root):
+            if step_of(root / name) not in kept:
+                _delete(root / name)
+    except OSError as error:
+        raise CheckpointError(f"could not delete an old checkpoint: {_reason(error)}") from error
+
+
+# --- state -----------------------------------------------------------------------------------
+
+
+def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[dict[str, Any], str, str, Any]]:
+    for key, leaf in node.items():
+        if not isinstance(key, str):
+            raise TypeError(f"checkpoint state has the key {key!r}; keys must be strings")
+        name = f"{prefix}{key}"
+        if isinstance(leaf, dict):
+            yield from _leaves(leaf, f"{name}/")
+        else:
+            yield node, key, name, leaf
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split a nested state into tensors and plain values, named `outer/inner`."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for _, _, name, leaf in _leaves(state, ""):
+        if name in tensors or name in values:
+            raise ValueError(f"two entries of the checkpoint state are named {name!r}")
+        if isinstance(leaf, Tensor):
+            tensor = leaf.detach()
+            # safetensors stores contiguous tensors only.
+            tensors[name] = leaf if leaf.is_contiguous() else tensor.contiguous()
+        elif isinstance(leaf, _SCALARS) or (
+            isinstance(leaf, list) and all(isinstance(item, _SCALARS) for item in leaf)
+        ):
+            values[name] = leaf
+        else:
+            raise TypeError(
+                f"checkpoint state {name!r} is a {type(leaf).__name__}; "
+                "only tensors and plain values can be saved"
+            )
+    return tensors, values
+
+
+def _signature(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+
+
+def _file_indices(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Number the files (from 1) so that each holds about FILE_BYTES of a rank's share."""
+    indices: dict[str, int] = {}
+    index, used = 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size() // _world()
+        if used and used + size > FILE_BYTES:
+            index, used = index + 1, 0
+        indices[name] = index
+        used += size
+    return indices
+
+
+def _check_fit(
+    path: Path,
+    tensors: dict[str, list[Any]],
+    saved_tensors: dict[str, list[Any]],
+    values: dict[str, Any],
+    saved_values: dict[str, Any],
+) -> None:
+    expected: dict[str, Any] = tensors | dict.fromkeys(values, "a plain value")
+    saved: dict[str, Any] = saved_tensors | dict.fromkeys(saved_values, "a plain value")
+    problems = [f"{k} is missing in it" for k in sorted(expected.keys() - saved.keys())]
+    problems += [f"{k} is not part of this run" for k in sorted(saved.keys() - expected.keys())]
+    problems += [
+        f"{k} is {saved[k]} in it, expected {expected[k]}"
+        for k in sorted(expected.keys() & saved.keys())
+        if expected[k] != saved[k]
+    ]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(
+            f"the checkpoint {path} does not fit this configuration: "
+            + "; ".join(problems[:4])
+            + more
+            + ". Resume with the configuration that wrote it, or start in a new folder."
+        )
+
+
+# --- ranks -----------------------------------------------------------------------------------
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank() -> int:
+    return dist.get_rank() if _distributed() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if _distributed() else 1
+
+
+def _everywhere(action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank; return all results, or raise on all ranks if one failed."""
+    result: T | None = None
+    problem: str | None = None
+    try:
+        result = action()
+    except (OSError, CheckpointError) as error:
+        problem = _reason(error)
+    outcomes: list[Any] = [(result, problem)]
+    if _world() > 1:
+        outcomes = [None] * _world()
+        dist.all_gather_object(outcomes, (result, problem))
+    problems = list(dict.fromkeys(p for _, p in outcomes if p is not None))
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return [r for r, _ in outcomes]
+
+
+def _run_dcp(action: Callable[[], object]) -> None:
+    """Run a call into torch.distributed.checkpoint, turning its failures into CheckpointError."""
+    with warnings.catch_warnings():
+        # Without a process group it announces that it saves in a single process.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            action()
+        except CheckpointException as error:
+            causes = [cause for cause, _ in error.failures.values()]
+            reasons = dict.fromkeys(_reason(cause) for cause in causes)
+            raise CheckpointError("; ".join(reasons)) from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def _candidates(root: Path) -> list[str]:
+    """Names of the checkpoint folders, newest first; a replaced one after its replacement."""
+    if not root.is_dir():
+        return []
+    matches = [m for m in (_NAME.fullmatch(entry.name) for entry in root.iterdir()) if m]
+    return [m[0] for m in sorted(matches, key=lambda m: (-int(m[1]), m[2] is not None))]
+
+
+def _prepare(root: Path, temporary: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".tmp-step_*"):  # of a save or a deletion that was killed
+        shutil.rmtree(leftover)
+    temporary.mkdir()
+
+
+def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of the files that this rank wrote."""
+    return {
+        file.name: fingerprint(file) for file in sorted(folder.glob(f"shard-{_rank() + 1:05d}-*"))
+    }
+
+
+def _publish(content: dict[str, Any], temporary: Path, target: Path) -> None:
+    write_manifest(temporary, content)
+    old = target.with_name(target.name + ".old")
+    if target.exists():
+        # A folder cannot be replaced in one step. `latest` also knows the name of the old one,
+        # so a kill between the two renames loses nothing.
+        if old.exists():
+            _delete(old)
+        target.rename(old)
+    temporary.rename(target)
+    sync_folder(target.parent)
+    if old.exists():
+        _delete(old)
+
+
+def _delete(folder: Path) -> None:
+    # Renamed first: a half-deleted folder must not look like a damaged checkpoint.
+    doomed = folder.with_name(f".tmp-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

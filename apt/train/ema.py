@@ -1,0 +1,104 @@
+"""Exponential moving average of a module's weights (APT Sec. 4: decay 0.995)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from apt.errors import CheckpointError, InputError
+from apt.train.state import model_state
+
+__all__ = ["EMA"]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class EMA:
+    """Keeps `ema = decay * ema + (1 - decay) * weights` beside a module.
+
+    Floating-point parameters are averaged in fp32 whatever their own dtype; persistent buffers
+    and integer tensors are copied as they are. The first value is the module's current one. Under
+    FSDP2 every rank averages its own shard, so nothing is communicated and the result is the one
+    of a single process.
+
+    Args:
+        module: the module to follow; sharding, if any, must already be done.
+        decay: in [0, 1]; the paper uses 0.995.
+
+    Raises:
+        InputError: `decay` lies outside [0, 1].
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        if not 0.0 <= decay <= 1.0:
+            raise InputError(f"EMA decay {decay} is not in [0, 1]; the paper uses 0.995.")
+        self.decay = decay
+        self._average = get_ema_multi_avg_fn(decay)
+        buffers = {name for name, _ in module.named_buffers()}
+        state = model_state(module)
+        self._averaged = [k for k, v in state.items() if k not in buffers and v.is_floating_point()]
+        names = set(self._averaged)
+        self._shadow = {
+            k: v.to(torch.float32, copy=True) if k in names else v.clone() for k, v in state.items()
+        }
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the average one step towards the module's present weights."""
+        state = model_state(module)
+        shadows = [_local(self._shadow[k]) for k in self._averaged]
+        weights = [_local(state[k]).to(torch.float32) for k in self._averaged]
+        self._average(shadows, weights, None)
+        averaged = set(self._averaged)
+        for name, value in state.items():
+            if name not in averaged:
+                self._shadow[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the averaged tensors by name (live: loading into them in place restores)."""
+        return dict(self._shadow)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` in; names, shapes and dtypes must match exactly.
+
+        Raises:
+            CheckpointError: names, shapes or dtypes differ.
+        """
+        if state.keys() != self._shadow.keys():
+            odd = sorted(state.keys() ^ self._shadow.keys())
+            raise CheckpointError(f"the EMA state does not fit the model; differing names: {odd}")
+        for name, shadow in self._shadow.items():
+            value = state[name]
+            if value.shape != shadow.shape or value.dtype != shadow.dtype:
+                raise CheckpointError(
+                    f"EMA tensor {name!r} is {value.dtype} {tuple(value.shape)}, "
+                    f"expected {shadow.dtype} {tuple(shadow.shape)}"
+                )
+        for name, shadow in self._shadow.items():
+            shadow.copy_(state[name])
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Write the average into `module`, cast to the module's own dtypes."""
+        for name, value in model_state(module).items():
+            value.copy_(self._shadow[name])
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Let `module` carry the average inside the `with` block; its weights come back."""
+        kept = {name: value.clone() for name, value in model_state(module).items()}
+        self.copy_to(module)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in model_state(module).items():
+                    value.copy_(kept[name])

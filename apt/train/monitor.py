@@ -1,0 +1,175 @@
+"""Alarms for the ways in which adversarial training fails (APT Sec. 3.3 and 4, Fig. 5)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from apt.errors import ConfigError, InputError
+
+__all__ = [
+    "CollapseMonitor",
+    "CollapseWarning",
+    "MonitorConfig",
+    "TrainingStopped",
+    "sample_statistics",
+]
+
+# The names under which the trainer reports what is watched here.
+DISCRIMINATOR_LOSS = "discriminator/loss"
+LOGIT_GAP = "discriminator/logit_gap"
+INPUT_GRADIENT = "discriminator/input_gradient"
+SAMPLE_CONTRAST = "samples/contrast"
+SAMPLE_DIVERSITY = "samples/diversity"
+
+
+class TrainingStopped(InputError):
+    """The run ended itself, to save time and the last good state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """What counts as a collapse, and what to do about it.
+
+    A check raises its alarm after `patience` observations in a row beyond its limit, and again
+    after `repeat` further ones. A limit of 0 switches its check off.
+
+    Attributes:
+        action: `"warn"`, or `"stop"` to end the run with `TrainingStopped`.
+        patience: observations in a row that make an alarm.
+        repeat: observations after which a lasting condition is reported again.
+        min_discriminator_loss: adversarial part of D's loss, penalties excluded. 1.386 is where
+            the non-saturating loss starts.
+        max_logit_gap: mean logit of real minus generated samples, while it is still growing.
+        growth: factor by which the gap must exceed the one `patience` observations ago.
+        min_input_gradient: norm of D's gradient at its input.
+        min_contrast: standard deviation inside a sample, pixels in [-1, 1].
+        min_diversity: standard deviation between samples at the same pixel, in [-1, 1].
+    """
+
+    action: Literal["warn", "stop"] = "warn"
+    patience: int = 20
+    repeat: int = 200
+    min_discriminator_loss: float = 0.05
+    max_logit_gap: float = 8.0
+    growth: float = 1.05
+    min_input_gradient: float = 1e-6
+    min_contrast: float = 0.02
+    min_diversity: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.action not in ("warn", "stop"):
+            raise ConfigError(f"monitor action {self.action!r} is neither 'warn' nor 'stop'.")
+        if self.patience < 1 or self.repeat < 1:
+            raise ConfigError("monitor patience and repeat must be at least 1.")
+
+
+@dataclass(frozen=True)
+class CollapseWarning:
+    """One alarm: which check, at which update, what was seen, and what to try."""
+
+    check: str
+    step: int
+    seen: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"update {self.step}: {self.seen}. {self.advice}"
+
+
+_ADVICE = {
+    DISCRIMINATOR_LOSS: "The discriminator has won: raise the R1 weight or sigma, lower its "
+    "learning rate, or use a larger batch.",
+    LOGIT_GAP: "The discriminator is running away: raise the R1 weight or sigma, or lower its "
+    "learning rate.",
+    INPUT_GRADIENT: "The generator learns nothing from this discriminator: lower the R1 weight or "
+    "sigma if D's loss is still high, raise them if it is near zero.",
+    SAMPLE_CONTRAST: "The generator has collapsed to plain colour: go back to an earlier "
+    "checkpoint, with a stronger R1 or a lower learning rate.",
+    SAMPLE_DIVERSITY: "The generator has collapsed to one picture: go back to an earlier "
+    "checkpoint, with a larger batch or a stronger R1.",
+}
+
+
+class CollapseMonitor:
+    """Watches metrics and tells when a run is collapsing.
+
+    A metric that an observation lacks is left alone: samples, for one, are drawn only at times.
+    The state is not saved: after a resume each check needs its `patience` anew.
+    """
+
+    def __init__(self, config: MonitorConfig) -> None:
+        self.config = config
+        self._gaps: deque[float] = deque(maxlen=config.patience + 1)
+        self._streaks: dict[str, int] = {}
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> list[CollapseWarning]:
+        """Look at the metrics of an update; return the alarms it raises, mostly none.
+
+        Args:
+            step: number of updates done.
+            metrics: may hold `discriminator/loss`, `discriminator/logit_gap`,
+                `discriminator/input_gradient`, `samples/contrast`, `samples/diversity`.
+
+        Raises:
+            TrainingStopped: there is an alarm and the action is `"stop"`.
+        """
+        alarms = [
+            CollapseWarning(check, step, seen, _ADVICE[check])
+            for check, seen in self._symptoms(metrics)
+            if seen is not None and self._alarming(check)
+        ]
+        if alarms and self.config.action == "stop":
+            raise TrainingStopped("training stopped: " + " ".join(map(str, alarms)))
+        return alarms
+
+    def _symptoms(self, metrics: Mapping[str, float]) -> list[tuple[str, str | None]]:
+        """For every check that can be made: its name and what was seen, `None` if all is well."""
+        c = self.config
+        lower_limits = {
+            DISCRIMINATOR_LOSS: (c.min_discriminator_loss, "the discriminator's loss is"),
+            INPUT_GRADIENT: (c.min_input_gradient, "the gradient at the discriminator's input is"),
+            SAMPLE_CONTRAST: (c.min_contrast, "the contrast inside the samples is"),
+            SAMPLE_DIVERSITY: (c.min_diversity, "the difference between the samples is"),
+        }
+        found: list[tuple[str, str | None]] = []
+        for check, (limit, text) in lower_limits.items():
+            if check in metrics and limit > 0:
+                low = metrics[check] < limit
+                seen = f"{text} {metrics[check]:.3g}, below {limit:g}, for too long"
+                found.append((check, seen if low else None))
+        if LOGIT_GAP in metrics and c.max_logit_gap > 0:
+            gap = metrics[LOGIT_GAP]
+            self._gaps.append(gap)
+            grows = len(self._gaps) > c.patience and gap > c.growth * self._gaps[0]
+            text = f"the logit gap between real and generated samples has grown to {gap:.3g}"
+            found.append((LOGIT_GAP, text if gap > c.max_logit_gap and grows else None))
+        for check, symptom in found:
+            self._streaks[check] = self._streaks.get(check, 0) + 1 if symptom is not None else 0
+        return found
+
+    def _alarming(self, check: str) -> bool:
+        beyond = self._streaks[check] - self.config.patience
+        return beyond >= 0 and beyond % self.config.repeat == 0
+
+
+def sample_statistics(pixels: Tensor) -> dict[str, float]:
+    """Measure what betrays collapsed samples.
+
+    Args:
+        pixels: (B, 3, T, H, W) in [-1, 1]; B at least 2.
+
+    Returns:
+        `samples/contrast`: standard deviation over the positions of a sample, mean over samples
+        and colours; 0 for plain colour. `samples/diversity`: standard deviation over the batch
+        at a position, mean over positions; 0 for identical samples.
+    """
+    pixels = pixels.detach().to(torch.float32)
+    contrast = pixels.flatten(2).std(dim=2, correction=0).mean()
+    diversity = pixels.std(dim=0, correction=0).mean()
+    return {SAMPLE_CONTRAST: contrast.item(), SAMPLE_DIVERSITY: diversity.item()}

@@ -1,0 +1,149 @@
+"""Ranks, devices and sharding: PyTorch's own tools, with one process as the special case."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from apt.errors import ConfigError
+
+__all__ = ["Parallel"]
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process's place among the ranks of a run.
+
+    Make it with `from_environment`; close it at the end, or use it as a context manager.
+
+    Attributes:
+        rank: 0 .. world_size - 1.
+        world_size: number of processes.
+        device: where this rank computes.
+        mesh: one-dimensional device mesh, `None` with a single process.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+
+    @classmethod
+    def from_environment(
+        cls, device: str = "auto", *, timeout: timedelta = timedelta(minutes=30)
+    ) -> Parallel:
+        """Join the process group that `torchrun` describes, or stand alone without one.
+
+        Args:
+            device: `"auto"` (CUDA where there is one), `"cpu"` or `"cuda"`.
+            timeout: how long a collective waits for the slowest rank.
+
+        Raises:
+            ConfigError: `"cuda"` was asked for and is not available, there are fewer GPUs than
+                local ranks, or the device is none of the above.
+        """
+        if device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device {device!r} is not one of 'auto', 'cpu', 'cuda'.")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device 'cuda' was asked for, but PyTorch sees no GPU; use 'cpu'.")
+        use_cuda = device != "cpu" and torch.cuda.is_available()
+        rank = int(os.environ.get("RANK", "0"))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if use_cuda and local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}. Start torchrun with fewer processes per node."
+            )
+        here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+        if use_cuda:
+            torch.cuda.set_device(here)
+        if world_size == 1:
+            return cls(rank=0, world_size=1, device=here, mesh=None)
+        # Gloo also on GPUs, for the small CPU tensors and objects of logs and checkpoints.
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        dist.init_process_group(backend, timeout=timeout)
+        mesh = init_device_mesh(here.type, (world_size,), mesh_dim_names=("data",))
+        return cls(rank=rank, world_size=world_size, device=here, mesh=mesh)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes logs and samples."""
+        return self.rank == 0
+
+    def shard(
+        self,
+        module: nn.Module,
+        blocks: Iterable[nn.Module],
+        *,
+        forward_methods: Sequence[str] = (),
+    ) -> None:
+        """Shard `module` in place with FSDP2: each of `blocks` by itself, then the rest.
+
+        Does nothing with a single process. Afterwards parameters are DTensors; make optimisers
+        and EMAs after this call.
+
+        Args:
+            module: the root module, already on `device`.
+            blocks: the repeated layers inside it.
+            forward_methods: further methods of `module` that compute with its weights (such as
+                `"hidden_states"`); FSDP gathers parameters only around methods it knows.
+        """
+        if self.mesh is None:
+            return
+        # It fears in-place operations on what a block returns; ours makes none.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        for block in blocks:
+            fully_shard(block, mesh=self.mesh)
+        fully_shard(module, mesh=self.mesh)
+        for name in forward_methods:
+            register_fsdp_forward_method(module, name)
+
+    def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
+        """Average scalars over the ranks in float64; every rank gets the same result.
+
+        Args:
+            values: the same keys, in any order, on every rank.
+        """
+        keys = sorted(values)
+        scalars = [float(values[key]) for key in keys]
+        if self.world_size > 1 and keys:
+            total = torch.tensor(scalars, dtype=torch.float64)
+            dist.all_reduce(total)
+            scalars = (total / self.world_size).tolist()
+        averaged = dict(zip(keys, scalars, strict=True))
+        return {key: averaged[key] for key in values}
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on at least one rank."""
+        if self.world_size == 1:
+            return flag
+        seen = torch.tensor(int(flag))
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen.item())
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            # A CPU collective: dist.barrier() would pick NCCL and a device on its own.
+            dist.all_reduce(torch.zeros(1))
+
+    def close(self) -> None:
+        """Leave the process group, if there is one."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Parallel:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,239 @@
+"""Recipes: functions that return the configuration of a run, or of several in a row.
+
+Every value of the paper stands here once, beside its section.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from apt.registry import Registry
+from apt.train.config import (
+    AdversarialConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TrainConfig,
+)
+
+RECIPES: Registry[TrainConfig | Sequence[TrainConfig]] = Registry("recipe")
+
+_DIGITS_PROMPTS = (
+    "a red seven moving left",
+    "a green three moving up",
+    "a white zero moving right",
+    "a blue five moving down",
+    "a yellow eight moving left",
+    "a magenta two moving up",
+)
+_DIGITS_CFG = 2.5
+
+
+def list_recipes(pattern: str = "*") -> list[str]:
+    """Names of registered recipes that match a shell-style pattern, sorted."""
+    return RECIPES.names(pattern)
+
+
+@RECIPES.register("digits_pretrain")
+def digits_pretrain() -> TrainConfig:
+    """Flow matching on the moving digits, from scratch."""
+    return TrainConfig(
+        name="digits_pretrain",
+        run_dir="runs/digits/pretrain",
+        # Logit-normal and a shift spend fewer updates on nearly clean clips, which a predicted
+        # sample gets right by copying, and more on the noise that one step starts from.
+        stage=PretrainConfig(
+            timestep_sampling="logit_normal", timestep_shift=3.0, cfg_scale=_DIGITS_CFG
+        ),
+        model=ModelConfig(
+            text_encoder_options={"alphabet": "ascii"},
+            # Mean and standard deviation of the training clips.
+            codec_options={"mean": -0.43, "std": 0.42},
+        ),
+        optimizer=OptimizerConfig(
+            name="adamw", learning_rate=2e-3, warmup_updates=100, max_grad_norm=1.0
+        ),
+        num_updates=6000,
+        batch_size=32,
+        ema_decay=0.999,
+        checkpoint_every=250,
+        sample_every=500,
+        sample_prompts=_DIGITS_PROMPTS,
+    )
+
+
+@RECIPES.register("digits_distill")
+def digits_distill() -> TrainConfig:
+    """Consistency distillation of the digits model."""
+    return TrainConfig(
+        name="digits_distill",
+        run_dir="runs/digits/distill",
+        stage=DistillConfig(
+            teacher="runs/digits/pretrain/export", cfg_scale=_DIGITS_CFG, num_timesteps=25
+        ),
+        optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_updates=50),
+        num_updates=1000,
+        batch_size=32,
+        ema_decay=0.99,
+        checkpoint_every=250,
+        sample_every=250,
+        sample_prompts=_DIGITS_PROMPTS,
+    )
+
+
+@RECIPES.register("digits_apt")
+def digits_apt() -> TrainConfig:
+    """Adversarial post-training of the digits model, against real clips."""
+    return TrainConfig(
+        name="digits_apt",
+        run_dir="runs/digits/apt",
+        stage=AdversarialConfig(
+            generator="runs/digits/distill/export",
+            discriminator="runs/digits/pretrain/export",
+            r1_weight=100.0,
+            r1_sigma=0.05,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        num_updates=600,
+        batch_size=32,
+        ema_decay=0.99,
+        checkpoint_every=100,
+        snapshot_at=(50, 100, 200, 300, 400, 500, 600),
+        sample_every=100,
+        sample_prompts=_DIGITS_PROMPTS,
+    )
+
+
+@RECIPES.register("digits")
+def digits() -> Sequence[TrainConfig]:
+    """All three stages on the moving digits, in a row."""
+    return (digits_pretrain(), digits_distill(), digits_apt())
+
+
+def _ablation(name: str, *, num_updates: int = 300, **changes: Any) -> TrainConfig:
+    """`digits_apt` with some fields changed, in a folder of its own.
+
+    `changes` are fields of the stage, but for `batch_size`.
+    """
+    base = digits_apt()
+    batch_size = changes.pop("batch_size", base.batch_size)
+    return dataclasses.replace(
+        base,
+        name=f"digits_apt_{name}",
+        run_dir=f"runs/digits/ablations/{name}",
+        stage=dataclasses.replace(base.stage, **changes),
+        batch_size=batch_size,
+        num_updates=num_updates,
+        snapshot_at=(),
+    )
+
+
+@RECIPES.register("digits_apt_no_r1")
+def digits_apt_no_r1() -> TrainConfig:
+    """Ablation: no regulariser (APT Fig. 5)."""
+    return _ablation("no_r1", r1_weight=0.0)
+
+
+@RECIPES.register("digits_apt_shallow")
+def digits_apt_shallow() -> TrainConfig:
+    """Ablation: a discriminator of half the depth (APT Fig. 6)."""
+    return _ablation("shallow", layers=(1, 2, 3))
+
+
+@RECIPES.register("digits_apt_one_head")
+def digits_apt_one_head() -> TrainConfig:
+    """Ablation: one head, on the last block (APT Fig. 7)."""
+    return _ablation("one_head", layers=(6,))
+
+
+@RECIPES.register("digits_apt_frozen")
+def digits_apt_frozen() -> TrainConfig:
+    """Ablation: D's backbone frozen, only its heads train (APT App. F)."""
+    return _ablation("frozen", freeze_discriminator_backbone=True)
+
+
+@RECIPES.register("digits_apt_distilled_d")
+def digits_apt_distilled_d() -> TrainConfig:
+    """Ablation: D initialised from the distilled instead of the diffusion weights (Sec. 3.3)."""
+    return _ablation("distilled_d", discriminator="runs/digits/distill/export")
+
+
+@RECIPES.register("digits_apt_small_batch")
+def digits_apt_small_batch() -> TrainConfig:
+    """Ablation: a quarter of the batch (APT App. E)."""
+    return _ablation("small_batch", batch_size=8)
+
+
+@RECIPES.register("apt_image_1024")
+def apt_image_1024() -> TrainConfig:
+    """The paper's image stage: 1024 px, G from a distilled model, D from the diffusion model."""
+    return TrainConfig(
+        name="apt_image_1024",
+        run_dir="runs/apt_image_1024",
+        stage=AdversarialConfig(
+            r1_weight=100.0,  # Sec. 3.4: lambda
+            r1_sigma=0.01,  # Sec. 3.4: sigma for images
+            timestep_shift=1.0,  # Sec. 3.3: s for images
+        ),
+        data=DataConfig(
+            source="folder",
+            frames=1,
+            height=1024,
+            width=1024,
+            fps=0.0,
+            size_multiple=16,
+            images="only",
+            num_workers=8,
+        ),
+        optimizer=OptimizerConfig(learning_rate=5e-6),  # Sec. 3.5
+        num_updates=350,  # Sec. 3.5: before quality starts to degrade
+        batch_size=9062,  # Sec. 3.5
+        micro_batch_size=1,
+        ema_decay=0.995,  # Sec. 3.5
+        precision="bf16",  # Sec. 3.5
+        activation_checkpointing=True,
+        checkpoint_every=25,
+        snapshot_at=(50, 100, 150, 200, 250, 300, 350),
+        sample_every=10,
+        sample_prompts=("a close-up of the eyes of an owl",),
+    )
+
+
+@RECIPES.register("apt_video_720p")
+def apt_video_720p() -> TrainConfig:
+    """The paper's video stage: 1280x720, 24 fps, 49 frames; G from the image stage's EMA."""
+    image = apt_image_1024()
+    assert isinstance(image.stage, AdversarialConfig)
+    return dataclasses.replace(
+        image,
+        name="apt_video_720p",
+        run_dir="runs/apt_video_720p",
+        stage=dataclasses.replace(
+            image.stage,
+            generator="runs/apt_image_1024/export",  # Sec. 3.5: the image EMA checkpoint
+            r1_sigma=0.1,  # Sec. 3.4: sigma for videos
+            timestep_shift=12.0,  # Sec. 3.3: s for videos
+        ),
+        # Sec. 3.5: "only 1280x720 24fps videos", clipped to 2 seconds.
+        data=dataclasses.replace(
+            image.data,
+            frames=49,
+            height=720,
+            width=1280,
+            fps=24.0,
+            native_ratio=False,
+            images="none",
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-6),  # Sec. 3.5: lowered for stability
+        num_updates=300,  # Sec. 3.5
+        batch_size=2048,  # Sec. 3.5; 256 collapsed (App. E)
+        snapshot_at=(50, 100, 150, 200, 250, 300),
+        sample_prompts=(
+            "A Western princess, with sunlight shining through the leaves on her face, facial "
+            "close-up.",
+        ),
+    )

@@ -1,0 +1,49 @@
+"""Sample sheets during training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apt.flow import sampling_timesteps
+from apt.media import write_contact_sheet
+from apt.models.generator import generate
+from apt.rng import sample_noise
+from apt.sampling import bind_guided, sample
+from apt.train.config import PretrainConfig
+from apt.train.stage import Stage
+
+
+@torch.no_grad()
+def draw_samples(stage: Stage, prompts: tuple[str, ...]) -> Tensor:
+    """Pixels (B, 3, T, H, W) in [-1, 1] from the EMA weights, always from the same noise.
+
+    Diffusion models take their many steps with guidance, later stages one step. Every rank must
+    call it.
+    """
+    trained = stage.generator
+    assert trained.ema is not None
+    data, codec = stage.config.data, stage.start.codec
+    shape = (codec.channels, *codec.latent_shape(data.frames, data.height, data.width))
+    z = sample_noise(
+        len(prompts), shape, seed=stage.config.seed, step=0, offset=0, stream="samples"
+    ).to(stage.parallel.device)
+    with trained.ema.applied(trained.module), stage.autocast():
+        c = stage.encode(prompts)
+        if isinstance(stage.config.stage, PretrainConfig):
+            negative = stage.encode([stage.config.negative_prompt])
+            predict = bind_guided(trained.module, c, negative, stage.config.stage.cfg_scale)
+            grid = sampling_timesteps(stage.config.stage.num_steps)
+            x = sample(predict, z, grid, sampler="euler", noise=lambda step: z)
+        else:
+            x = generate(trained.module, z, c)
+        return codec.decode(x.float()).clamp(-1, 1)
+
+
+def write_sheet(path: Path, pixels: Tensor, prompts: tuple[str, ...], title: str) -> None:
+    """A PNG with one row of frames per prompt."""
+    frames = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+    cells = [[video.numpy()] for video in frames]
+    write_contact_sheet(path, cells, rows=list(prompts), columns=["frames"], title=title)

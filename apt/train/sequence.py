@@ -1,0 +1,58 @@
+"""Stages that follow each other, each starting from the models that earlier ones left."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from apt.hub import INFO_FILE, read_info
+from apt.train.config import TrainConfig
+
+
+def move_runs(
+    configs: Sequence[TrainConfig], *, before: Sequence[TrainConfig]
+) -> list[TrainConfig]:
+    """Give every stage a folder of its own under the one folder that all of them name.
+
+    Args:
+        configs: stages with the same `run_dir`, the folder for all.
+        before: the same stages with folders of their own; the last part of each name is kept.
+
+    Returns:
+        The stages; where one starts from an earlier one's model, it does so in the new place.
+    """
+    places = {
+        old.run_dir: str(Path(new.run_dir) / Path(old.run_dir).name)
+        for old, new in zip(before, configs, strict=True)
+    }
+
+    def moved(value: Any) -> Any:
+        for old, new in places.items():
+            if isinstance(value, str) and value.startswith(f"{old}/"):
+                return new + value.removeprefix(old)
+        return value
+
+    return [
+        dataclasses.replace(
+            new,
+            run_dir=places[old.run_dir],
+            stage=dataclasses.replace(
+                new.stage,
+                **{
+                    field.name: moved(getattr(new.stage, field.name))
+                    for field in dataclasses.fields(new.stage)
+                },
+            ),
+        )
+        for old, new in zip(before, configs, strict=True)
+    ]
+
+
+def is_finished(config: TrainConfig) -> bool:
+    """Whether the run's folder has the model of its last update."""
+    export = Path(config.run_dir) / "export"
+    if not (export / INFO_FILE).is_file():
+        return False
+    return bool(read_info(export).training.get("updates") == config.num_updates)

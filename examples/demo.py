@@ -1,0 +1,156 @@
+"""One step against twenty-five, with the models that come with the package: `make demo`.
+
+Generates the same prompts from the same noise in one step, in two steps, and with the diffusion
+model that the one-step model was made from; writes videos, a contact sheet and a page that plays
+them side by side; prints the median time per video of each sampler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from apt.errors import InputError
+from apt.media import SamplerColumn, write_contact_sheet, write_html, write_mp4
+from apt.media.page import format_ratio, format_seconds
+from apt.pipeline import OneStepPipeline
+
+PROMPTS = (
+    "a red seven moving left",
+    "a green three moving up",
+    "a blue zero moving right",
+    "a yellow five moving down",
+    "a magenta two moving left",
+    "a white eight moving right",
+)
+SEED = 0
+MIN_TIMINGS = 12
+"""Fast samplers are timed again until their median has this many values behind it."""
+
+
+@dataclass
+class Run:
+    """What one sampler made."""
+
+    name: str
+    detail: str
+    videos: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def generate(pipeline: OneStepPipeline, name: str, detail: str, num_steps: int) -> Run:
+    """Generate every prompt one by one, as a user who waits for it would."""
+    run = Run(name, detail)
+    pipeline(PROMPTS[0], seed=SEED, num_steps=1)  # the first call is slower
+    rounds = -(-MIN_TIMINGS // len(PROMPTS)) if num_steps <= 2 else 1
+    for number in range(rounds):
+        for prompt in PROMPTS:
+            start = time.perf_counter()
+            video = pipeline(prompt, seed=SEED, num_steps=num_steps)[0]
+            run.seconds.append(time.perf_counter() - start)
+            if number == 0:
+                run.videos.append(video)
+    return run
+
+
+def write_results(runs: list[Run], folder: Path, fps: float) -> None:
+    """Write the videos, the contact sheet and the page."""
+    columns = []
+    for run in runs:
+        files = [
+            write_mp4(folder / _slug(run.name) / f"{_slug(prompt)}.mp4", video, fps=fps)
+            for prompt, video in zip(PROMPTS, run.videos, strict=True)
+        ]
+        columns.append(
+            SamplerColumn(name=run.name, detail=run.detail, seconds=run.median, files=files)
+        )
+    write_contact_sheet(
+        folder / "contact_sheet.png",
+        [[run.videos[row][::2] for run in runs] for row in range(len(PROMPTS))],
+        rows=PROMPTS,
+        columns=[f"{run.name}\n{run.detail}" for run in runs],
+    )
+    frames, height, width, _ = runs[0].videos[0].shape
+    write_html(
+        folder / "index.html",
+        title=f"One step against {runs[-1].name.split()[0]}",
+        prompts=PROMPTS,
+        columns=columns,
+        note=(
+            f"{frames} frames of {height}×{width}, enlarged. Every row starts from the same noise. "
+            f"Median time from prompt to pixels on this machine's CPU, {_threads()}."
+        ),
+    )
+
+
+def print_results(runs: list[Run], folder: Path, console: Console) -> None:
+    """Say how long each sampler took, and where the files are."""
+    slowest = max(run.median for run in runs)
+    table = Table(title=f"Median time per video (CPU, {_threads()})")
+    table.add_column("sampler")
+    table.add_column("model")
+    for heading in ("median", "ratio", "timings"):
+        table.add_column(heading, justify="right")
+    for run in runs:
+        ratio = format_ratio(slowest / run.median)
+        table.add_row(
+            run.name, run.detail, format_seconds(run.median), ratio, str(len(run.seconds))
+        )
+    console.print(table)
+    console.print("Written:", style="bold")
+    for path in (folder / "index.html", folder / "contact_sheet.png"):
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    for run in runs:
+        console.print(f"  {folder / _slug(run.name)}/*.mp4", highlight=False, soft_wrap=True)
+
+
+def main() -> int:
+    """Run the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
+    parser.add_argument("--model", default="digits", help="the one-step model")
+    parser.add_argument("--diffusion", default="digits-diffusion", help="the many-step model")
+    args = parser.parse_args()
+    try:
+        one_step = OneStepPipeline.from_pretrained(args.model, device="cpu")
+        diffusion = OneStepPipeline.from_pretrained(args.diffusion, device="cpu")
+        sampling = diffusion.info.sampling
+        detail = f"diffusion, guidance {sampling.cfg_scale:g}"
+        runs = [
+            generate(one_step, "1 step", "adversarial post-training", 1),
+            generate(one_step, "2 steps", "adversarial post-training", 2),
+            generate(diffusion, f"{sampling.num_steps} steps", detail, sampling.num_steps),
+        ]
+        write_results(runs, args.out, one_step.info.sample.fps)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_results(runs, args.out, Console())
+    return 0
+
+
+def _threads() -> str:
+    num = torch.get_num_threads()
+    return "1 thread" if num == 1 else f"{num} threads"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"\W+", "_", text).strip("_")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""`diffusion-apt data digits` and `data check`."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from apt.data.digits import MovingDigits
+from tests.cli.shell import error_line, invoke, run_cli
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    result = run_cli("data", "digits", folder, "--num", "3", "--seed", "5", "--split", "test")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"3 videos and metadata.csv in {folder}\n"
+    return folder
+
+
+def test_writes_videos_and_captions(digits: Path) -> None:
+    with (digits / "metadata.csv").open(newline="") as file:
+        captions = {row["file_name"]: row["caption"] for row in csv.DictReader(file)}
+    dataset = MovingDigits(5, "test")
+    assert list(captions.values()) == [dataset.caption(index) for index in range(3)]
+    assert {path.name for path in digits.iterdir()} == {*captions, "metadata.csv"}
+
+
+def test_check_of_a_good_folder(digits: Path) -> None:
+    result = invoke("data", "check", digits)
+    assert result.returncode == 0, result.stderr
+    for fact in ("3 videos, 0 images", "32x32 (3)", "8 fps (3)", "no problems"):
+        assert fact in result.stdout
+
+
+def test_check_reports_broken_files_and_fails(digits: Path, tmp_path: Path) -> None:
+    for file in digits.iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(
+            content[: len(content) // 2] if file.name == "000001.mp4" else content
+        )
+    result = invoke("data", "check", tmp_path)
+    assert result.returncode == 2
+    assert "2 videos, 0 images" in result.stdout
+    assert "000001.mp4" in result.stdout
+    assert "1 problems in" in result.stderr
+
+
+def test_check_of_an_empty_folder(tmp_path: Path) -> None:
+    result = invoke("data", "check", tmp_path)
+    assert result.returncode == 2
+    assert "nothing to train on" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["data", "digits"], ["data", "check"]])
+def test_a_folder_must_be_named(command: list[str]) -> None:
+    result = invoke(*command)
+    assert result.returncode == 2
+    assert "DIR" in result.stderr
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    assert "no such folder" in error_line(invoke("data", "check", tmp_path / "missing"))
+    assert "must be positive" in error_line(invoke("data", "digits", tmp_path, "--num", "0"))
+    file = tmp_path / "file"
+    file.touch()
+    assert "cannot be written" in error_line(invoke("data", "digits", file, "--num", "1"))

@@ -1,0 +1,60 @@
+"""`diffusion-apt list`."""
+
+from __future__ import annotations
+
+import pytest
+
+from apt.cli.list import SECTIONS
+from apt.losses import list_losses
+from apt.models import list_models
+from apt.train.recipes import list_recipes
+from tests.cli.shell import invoke, run_cli
+
+
+def names(output: str) -> list[str]:
+    """First words of the indented lines."""
+    return [line.split()[0] for line in output.splitlines() if line.startswith("  ")]
+
+
+def test_everything() -> None:
+    result = run_cli("list")
+    assert result.returncode == 0, result.stderr
+    titles = [line for line in result.stdout.splitlines() if line and not line.startswith(" ")]
+    assert titles == [f"{title}:" for title in SECTIONS]
+    assert {*list_models(), *list_losses(), *list_recipes()} <= set(names(result.stdout))
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [("models", list_models()), ("losses", list_losses()), ("recipes", list_recipes())],
+)
+def test_one_section(section: str, expected: list[str]) -> None:
+    result = invoke("list", section)
+    assert names(result.stdout) == expected
+    assert all(len(line.split()) > 1 for line in result.stdout.splitlines()[1:-1]), "no summary"
+
+
+def test_pattern() -> None:
+    result = invoke("list", "recipes", "digits_apt*")
+    assert names(result.stdout) == list_recipes("digits_apt*") != list_recipes()
+
+
+def test_a_pattern_over_all_sections_leaves_out_empty_ones() -> None:
+    result = invoke("list", "all", "hinge")
+    assert result.stdout.splitlines()[0] == "losses:"
+    assert names(result.stdout) == ["hinge"]
+
+
+def test_attention_says_what_runs_here_and_why_not() -> None:
+    rows = [
+        line.split(maxsplit=2) for line in invoke("list", "attention").stdout.splitlines()[1:-1]
+    ]
+    assert ["native", "available"] in [row[:2] for row in rows]
+    assert all(row[1] in ("available", "unavailable") and row[2] for row in rows)
+
+
+def test_unknown_section() -> None:
+    result = invoke("list", "losse")
+    assert result.returncode == 2
+    assert "'losses'" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,181 @@
+"""`diffusion-apt train` and `export`, with a model that is small enough to train in a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from apt.hub import read_info
+from apt.train.recipes import digits_apt, digits_pretrain
+from apt.train.trainer import plain
+from tests.cli.shell import error_line, invoke, run_cli
+
+TINY = (
+    "--num-updates", "2", "--batch-size", "2", "--sample-every", "0", "--device", "cpu",
+    "--model.options", "hidden_size", "24", "depth", "2", "num_heads", "2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three stages in a row."""
+    root = tmp_path_factory.mktemp("runs") / "digits"
+    options = ["--stage.timestep-shift", "1.25", "--checkpoint-every", "1"]
+    result = run_cli("train", "digits", "--run-dir", root, *TINY, *options)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        f"digits_{stage}: {root / stage / 'export'}" for stage in ("pretrain", "distill", "apt")
+    ]
+    return root
+
+
+def test_stages_start_from_each_other_in_their_new_folder(trained: Path) -> None:
+    info = read_info(trained / "apt" / "export")
+    assert info.stage == "apt"
+    assert info.model.config["hidden_size"] == 24
+    assert info.training["config"]["stage"]["timestep_shift"] == 1.25
+    started = info.training["started_from"]
+    assert started["recipe"] == "digits_distill"
+    assert started["started_from"]["recipe"] == "digits_pretrain"
+
+
+def test_a_finished_row_is_not_trained_again(trained: Path) -> None:
+    options = ["--stage.timestep-shift", "1.25"]
+    assert "--resume" in error_line(
+        invoke("train", "digits", "--run-dir", trained, *TINY, *options)
+    )
+    log = (trained / "apt" / "log.jsonl").read_bytes()
+    result = invoke("train", "digits", "--run-dir", trained, *TINY, *options, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert (trained / "apt" / "log.jsonl").read_bytes() == log
+
+
+def test_the_result_generates(trained: Path, tmp_path: Path) -> None:
+    result = invoke(
+        "generate", "--model", trained / "apt" / "export",
+        "--prompt", "a red seven moving left", "--out", tmp_path / "x.mp4",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "x.mp4").stat().st_size > 0
+
+
+def test_export_of_the_finished_model(trained: Path, tmp_path: Path) -> None:
+    run_dir = trained / "apt"
+    assert invoke("export", run_dir, tmp_path / "half", "--dtype", "bfloat16").returncode == 0
+    assert invoke("export", run_dir, tmp_path / "full").returncode == 0
+    assert read_info(tmp_path / "half") == read_info(run_dir / "export")
+    weights = "transformer.safetensors"
+    assert (tmp_path / "full" / weights).read_bytes() == (run_dir / "export" / weights).read_bytes()
+    assert (tmp_path / "half" / weights).stat().st_size < 0.6 * (
+        tmp_path / "full" / weights
+    ).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--update", "7"], "no ema snapshot of update 7"),
+        (["--weights", "raw"], "pass --update"),
+    ],
+)
+def test_export_of_what_is_not_there(
+    trained: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    assert message in error_line(invoke("export", trained / "apt", tmp_path / "out", *options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_of_no_run(tmp_path: Path) -> None:
+    assert "no finished model" in error_line(invoke("export", tmp_path, tmp_path / "out"))
+
+
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path) -> None:
+    wild = ["--optimizer.learning-rate", "1e30", "--optimizer.warmup-updates", "0"]
+    options = ["--run-dir", tmp_path, *TINY, "--num-updates", "9", *wild]
+    result = invoke("train", "digits_pretrain", *options)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "became NaN or infinite" in last
+
+
+def test_print_config_is_the_recipe() -> None:
+    assert json.loads(invoke("train", "digits_apt", "--print-config").stdout) == plain(digits_apt())
+
+
+def test_print_config_of_a_row_is_a_list() -> None:
+    configs = json.loads(invoke("train", "digits", "--print-config").stdout)
+    assert [config["name"] for config in configs] == [
+        "digits_pretrain", "digits_distill", "digits_apt",
+    ]  # fmt: skip
+    assert configs[0] == plain(digits_pretrain())
+
+
+def test_any_field_can_be_changed() -> None:
+    result = invoke(
+        "train", "digits_apt", "--print-config",
+        "--stage.r1-weight", "7", "--stage.layers", "1", "2",
+        "--data.source", "folder", "--data.path", "d", "--data.strict",
+        "--optimizer.betas", "0.5", "0.75", "--precision", "bf16", "--monitor.action", "stop",
+    )  # fmt: skip
+    config = json.loads(result.stdout)
+    assert config["stage"]["r1_weight"] == 7
+    assert config["stage"]["layers"] == [1, 2]
+    assert config["data"]["source"] == "folder"
+    assert config["data"]["path"] == "d"
+    assert config["data"]["strict"] is True
+    assert config["optimizer"]["betas"] == [0.5, 0.75]
+    assert config["precision"] == "bf16"
+    assert config["monitor"]["action"] == "stop"
+
+
+def test_help_of_a_recipe_shows_its_fields_and_values() -> None:
+    result = invoke("train", "digits_apt", "--help")
+    assert result.returncode == 0
+    assert "--stage.r1-weight FLOAT" in result.stdout
+    assert "--data.path STR" in result.stdout
+    assert "--stage.teacher" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digit_apt"], "unknown recipe 'digit_apt'; did you mean 'digits_apt'"),
+        (["zzz"], "unknown recipe 'zzz'; choose from: "),
+        (["--resume", "digits_apt"], "the recipe's name comes first"),
+        (["digits_apt", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["digits_apt", "--run-dir", "no-run", "--resume"], "holds no run to resume"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in error_line(invoke("train", *arguments))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--stage.r1-weigth", "5"], "--stage.r1-weight"),
+        (["--stage.teacher", "x"], "Unrecognized options"),
+        (["--num-updates", "many"], "--num-updates"),
+        (["--precision", "fp8"], "bf16"),
+    ],
+)
+def test_unknown_and_mistyped_fields(arguments: list[str], expected: str) -> None:
+    result = invoke("train", "digits_apt", *arguments)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    result = invoke("train", "digit_apt", "--debug")
+    assert result.returncode == 2
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.splitlines()[-1].startswith("error: unknown recipe")

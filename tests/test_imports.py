@@ -1,0 +1,187 @@
+"""The house rules for imports: which part may use which, and what `import apt` may cost."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Each part of the package, and the parts that it may import. Itself is always allowed.
+BASE = {"errors", "registry", "rng", "flow", "version"}
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "version": set(),
+    "registry": {"errors"},
+    "rng": {"errors"},
+    "flow": {"errors"},
+    "kernels": {"errors", "rng"},
+    "media": {"errors"},
+    "hub": {"errors", "registry", "version"},
+    "models": {"kernels", "hub"} | BASE,
+    "losses": {"kernels"} | BASE,
+    "data": {"media"} | BASE,
+    "metrics": BASE,
+    "sampling": {"models"} | BASE,
+    "pipeline": {"models", "hub", "sampling"} | BASE,
+    "train": {"kernels", "models", "hub", "sampling", "losses", "data", "metrics", "media"} | BASE,
+    "evaluate": {"models", "hub", "sampling", "pipeline", "data", "metrics", "media"} | BASE,
+}
+# The public API re-exports from these. `train` and `pipeline` together are for the CLI alone.
+ARROWS["__init__"] = set(ARROWS) - {"train", "evaluate"}
+ARROWS["cli"] = set(ARROWS) - {"__init__"}
+ARROWS["__main__"] = {"cli"}
+
+OPTIONAL_PACKAGES = (
+    "accelerate",
+    "diffusers",
+    "flash_attn",
+    "peft",
+    "sentencepiece",
+    "torchdata",
+    "torchmetrics",
+    "transformers",
+    "triton",
+    "xformers",
+)
+# Too slow to load for people who only look for a name; functions that need them import them.
+LATE_PACKAGES = ("av", "huggingface_hub", "matplotlib", "sklearn", "tensorboard", "tyro")
+
+
+def part_of(module: str) -> str:
+    """`apt.models.mmdit` -> `models`, `apt` -> `__init__`."""
+    return [*module.split("."), "__init__"][1]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(tree: ast.AST, importer: str, *, is_package: bool) -> Iterator[str]:
+    """Absolute names of everything of apt that a syntax tree imports, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if is_apt(alias.name))
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = importer.split(".")
+                parents = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*parents, *([base] if base else [])])
+            if base == "apt":  # `from apt import flow` names a part, `from apt import X` the API
+                for alias in node.names:
+                    yield f"apt.{alias.name}" if alias.name in ARROWS else "apt"
+            elif is_apt(base):
+                yield base
+
+
+def is_apt(module: str) -> bool:
+    return module.split(".")[0] == "apt"
+
+
+def wrong_arrows(source: str, importer: str, *, is_package: bool = False) -> list[str]:
+    """What a file's source imports although its part may not."""
+    part = part_of(importer)
+    allowed = ARROWS[part] | {part}
+    return [
+        module
+        for module in imported_modules(ast.parse(source), importer, is_package=is_package)
+        if part_of(module) not in allowed
+    ]
+
+
+SOURCES = sorted((ROOT / "apt").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: module_name(path))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    name = module_name(path)
+    assert part_of(name) in ARROWS, f"{name} is a new part: give it its arrows in ARROWS"
+    wrong = wrong_arrows(path.read_text(), name, is_package=path.name == "__init__.py")
+    assert not wrong, f"{name} must not import {wrong}; see ARROWS in {Path(__file__).name}"
+
+
+@pytest.mark.parametrize(
+    ("importer", "source", "wrong"),
+    [
+        ("apt.flow", "import apt.models", ["apt.models"]),
+        ("apt.losses.r1", "from apt.models.mmdit import MMDiT", ["apt.models.mmdit"]),
+        ("apt.losses.r1", "from ..train import trainer", ["apt.train"]),
+        ("apt.train.trainer", "def f():\n    from apt import pipeline", ["apt.pipeline"]),
+        ("apt.models.mmdit", "from apt import OneStepPipeline", ["apt"]),
+        ("apt.models.mmdit", "from apt.kernels import rms_norm\nfrom . import heads", []),
+        ("apt.losses.r1", "import aptly\nfrom torch import apt", []),
+    ],
+)
+def test_a_wrong_arrow_is_seen(importer: str, source: str, wrong: list[str]) -> None:
+    assert wrong_arrows(source, importer) == wrong
+
+
+def test_arrows_have_no_cycle() -> None:
+    def visit(part: str, path: tuple[str, ...]) -> None:
+        assert part not in path, f"cycle: {' -> '.join([*path, part])}"
+        for target in ARROWS[part]:
+            visit(target, (*path, part))
+
+    for part in ARROWS:
+        visit(part, ())
+
+
+def run_python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+BLOCK = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+
+USE_PUBLIC_API = """
+import apt
+for name in apt.__all__:
+    getattr(apt, name)
+assert apt.list_models() and apt.list_losses()
+"""
+
+
+def test_public_api_needs_no_optional_package() -> None:
+    result = run_python(BLOCK + USE_PUBLIC_API, *OPTIONAL_PACKAGES)
+    assert result.returncode == 0, result.stderr
+
+
+def test_blocked_packages_are_really_blocked() -> None:
+    result = run_python(BLOCK + "import numpy", "numpy")
+    assert result.returncode == 1
+    assert "No module named 'numpy'" in result.stderr
+
+
+def test_import_apt_loads_nothing_heavy() -> None:
+    result = run_python("import sys, apt; print(*sorted({m.split('.')[0] for m in sys.modules}))")
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.split())
+    assert "apt" in loaded
+    assert not loaded & {*OPTIONAL_PACKAGES, *LATE_PACKAGES}
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["data"], ["no-such-command"]])
+def test_command_line_answers_without_torch(args: list[str]) -> None:
+    code = (
+        "import sys; from apt.__main__ import main; main(sys.argv[1:]);"
+        "print('torch' in sys.modules)"
+    )
+    result = run_python(code, *args)
+    assert result.stdout.splitlines()[-1:] == ["False"], result.stdout + result.stderr

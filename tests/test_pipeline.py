@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apt.errors import InputError
+from apt.hub import SamplingInfo
+from apt.models.bundle import save_pretrained
+from apt.pipeline import OneStepPipeline, to_uint8
+from apt.rng import sample_noise
+from tests.tiny import tiny_bundle
+
+PROMPT = "a red seven moving left"
+OTHERS = ("a blue one", "a rather longer prompt about a green three moving up")
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> OneStepPipeline:
+    return OneStepPipeline(tiny_bundle())
+
+
+@pytest.fixture(scope="module")
+def diffusion() -> OneStepPipeline:
+    sampling = SamplingInfo(
+        num_steps=3, cfg_scale=2.0, negative_prompt="dull and still", timestep_shift=2.0
+    )
+    return OneStepPipeline(tiny_bundle("diffusion", sampling))
+
+
+def test_a_prompt_becomes_a_video(pipeline: OneStepPipeline) -> None:
+    video = pipeline(PROMPT)
+    assert video.shape == (1, 9, 32, 32, 3)
+    assert video.dtype == torch.uint8
+    assert video.is_contiguous()
+    assert video.float().std() > 1, "the random model makes no flat picture"
+
+
+def test_one_step_is_eq_5_in_pixels(pipeline: OneStepPipeline) -> None:
+    """G(z, c) = z - v(z, c, 1), decoded, with the noise that the seed names."""
+    bundle = pipeline.bundle
+    z = sample_noise(1, (192, 3, 8, 8), seed=7, step=0, offset=0, stream="generate")
+    with torch.no_grad():
+        velocity = bundle.backbone(z, torch.ones(1), bundle.text_encoder([PROMPT]))
+        pixels = bundle.codec.decode(z - velocity).clamp(-1, 1)
+    assert torch.allclose(pipeline.sample_pixels(PROMPT, seed=7), pixels, atol=1e-6)
+    expected = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    assert (pipeline(PROMPT, seed=7).int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_a_seed_is_a_video_whatever_the_company(
+    pipeline: OneStepPipeline, diffusion: OneStepPipeline, num_steps: int
+) -> None:
+    for pipe in (pipeline, diffusion):
+        alone = pipe(PROMPT, seed=5, num_steps=num_steps)[0]
+        assert torch.equal(pipe(PROMPT, seed=5, num_steps=num_steps)[0], alone)
+        crowd = pipe([*OTHERS, PROMPT], seed=[9, 2, 5], num_steps=num_steps)
+        assert torch.equal(crowd[2], alone)
+        crowd = pipe([PROMPT, *OTHERS], seed=5, num_steps=num_steps)
+        assert torch.equal(crowd[0], alone)
+        # Together, prompts of other lengths are padded and matrices split otherwise: rounding.
+        batch = pipe([*OTHERS, PROMPT], seed=[9, 2, 5], num_steps=num_steps, batch_size=3)
+        assert (batch[2].int() - alone.int()).abs().max() <= 1
+
+
+def test_global_randomness_is_neither_used_nor_spent(pipeline: OneStepPipeline) -> None:
+    torch.manual_seed(1)
+    first = pipeline(PROMPT, num_steps=2)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(pipeline(PROMPT, num_steps=2), first)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_prompts_seeds_and_samplers_matter(pipeline: OneStepPipeline) -> None:
+    videos = {
+        "base": pipeline(PROMPT),
+        "seed": pipeline(PROMPT, seed=1),
+        "prompt": pipeline(OTHERS[0]),
+        "consistency": pipeline(PROMPT, num_steps=2, sampler="consistency"),
+        "euler": pipeline(PROMPT, num_steps=2, sampler="euler"),
+        "grid": pipeline(PROMPT, timesteps=(1, 0.8, 0)),
+        "guided": pipeline(PROMPT, cfg_scale=3.0),
+        "led away": pipeline(PROMPT, cfg_scale=3.0, negative_prompt="a blue one"),
+    }
+    names = list(videos)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert not torch.equal(videos[a], videos[b]), f"{a} and {b} are the same"
+    assert torch.equal(pipeline(PROMPT, sampler="euler"), videos["base"]), "one step is one step"
+    assert torch.equal(pipeline(PROMPT, timesteps=(1, 0.5, 0)), videos["consistency"])
+
+
+def test_several_seeds_make_several_videos_of_one_prompt(pipeline: OneStepPipeline) -> None:
+    videos = pipeline(PROMPT, seed=[3, 4])
+    assert torch.equal(videos, torch.cat([pipeline(PROMPT, seed=s) for s in (3, 4)]))
+    assert not torch.equal(videos[0], videos[1])
+
+
+def test_the_plan_follows_from_the_stage(
+    pipeline: OneStepPipeline, diffusion: OneStepPipeline
+) -> None:
+    plan = pipeline.plan()
+    assert (plan.stage, plan.timesteps, plan.cfg_scale) == ("apt", (1.0, 0.0), 1.0)
+    assert pipeline.plan(num_steps=2).sampler == "consistency"
+    plan = diffusion.plan()
+    assert (plan.stage, plan.sampler, plan.cfg_scale) == ("diffusion", "euler", 2.0)
+    assert plan.negative_prompt == "dull and still"
+    # Shift 2: 2 t / (1 + t) for t = 2/3 and 1/3.
+    assert plan.timesteps == pytest.approx((1, 0.8, 0.5, 0))
+    assert diffusion.plan(cfg_scale=1, num_steps=1).timesteps == (1.0, 0.0)
+
+
+def test_a_distilled_model_is_not_guided_twice() -> None:
+    """Its file may record the guidance it was distilled with."""
+    for stage in ("consistency", "apt"):
+        bundle = tiny_bundle(stage, SamplingInfo(cfg_scale=7.5))  # type: ignore[arg-type]
+        assert OneStepPipeline(bundle).plan().cfg_scale == 1.0
+
+
+def test_guidance_uses_the_models_own_negative_prompt(diffusion: OneStepPipeline) -> None:
+    own = diffusion(PROMPT)
+    assert torch.equal(diffusion(PROMPT, negative_prompt="dull and still"), own)
+    assert not torch.equal(diffusion(PROMPT, negative_prompt=""), own)
+    assert not torch.equal(diffusion(PROMPT, cfg_scale=1.0), own)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ({"frames": 1}, (1, 32, 32)),
+        ({"frames": 13}, (13, 32, 32)),
+        ({"height": 16, "width": 48}, (9, 16, 48)),
+    ],
+)
+def test_other_sizes_that_fit(
+    pipeline: OneStepPipeline, size: dict[str, int], shape: tuple[int, int, int]
+) -> None:
+    assert pipeline(PROMPT, **size).shape == (1, *shape, 3)  # type: ignore[arg-type]
+
+
+@settings(deadline=None)
+@given(value=st.integers(-3, 60), axis=st.sampled_from(["frames", "height", "width"]))
+def test_sizes_fit_or_name_sizes_that_do(pipeline: OneStepPipeline, value: int, axis: str) -> None:
+    fits = value > 0 and (value % 4 == 1 if axis == "frames" else value % 8 == 0)
+    if fits:
+        pipeline.latent_shape(**{axis: value})
+        return
+    with pytest.raises(InputError, match=f"{axis} = {value} does not fit") as caught:
+        pipeline.latent_shape(**{axis: value})
+    advice = str(caught.value).partition("use ")[2].partition(".")[0]
+    for near in map(int, advice.split(" or ")):
+        assert abs(near - value) <= 12
+        pipeline.latent_shape(**{axis: near})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": ""}, "not empty"),
+        ({"prompt": " \n"}, "not empty"),
+        ({"prompt": []}, "no prompt"),
+        ({"prompt": [PROMPT, ""]}, "not empty, got ''"),
+        ({"prompt": [PROMPT, 7]}, "got 7"),
+        ({"prompt": "a \udcff"}, "not UTF-8"),
+        ({"prompt": "a \x07"}, "U\\+0007"),
+        ({"prompt": "seven " * 65}, "65 words, at most 64"),
+        ({"prompt": "x" * 33}, "33 bytes, at most 32"),
+        ({"prompt": [PROMPT, PROMPT], "seed": [1, 2, 3]}, "2 prompts need one seed"),
+        ({"prompt": [PROMPT], "seed": []}, "no seed"),
+        ({"prompt": PROMPT, "seed": [0.5]}, "whole number"),
+        ({"prompt": PROMPT, "seed": [True]}, "whole number"),
+        ({"prompt": PROMPT, "num_steps": 0}, "num_steps"),
+        ({"prompt": PROMPT, "num_steps": 3, "timesteps": (1, 0)}, "make 1 steps"),
+        ({"prompt": PROMPT, "timesteps": (0, 1)}, "timesteps must fall"),
+        ({"prompt": PROMPT, "sampler": "ddim"}, "choose from auto, consistency, euler"),
+        ({"prompt": PROMPT, "cfg_scale": float("nan")}, "cfg_scale"),
+        ({"prompt": PROMPT, "cfg_scale": -1}, "cfg_scale"),
+        ({"prompt": PROMPT, "batch_size": 0}, "batch_size"),
+        ({"prompt": PROMPT, "cfg_scale": 2.0, "negative_prompt": "\0"}, "U\\+0000"),
+    ],
+)
+def test_wrong_input_is_explained(
+    pipeline: OneStepPipeline, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        pipeline(**arguments)
+
+
+def test_from_pretrained_and_to(tmp_path: Any, pipeline: OneStepPipeline) -> None:
+    save_pretrained(tmp_path, pipeline.bundle)
+    loaded = OneStepPipeline.from_pretrained(tmp_path, device="cpu")
+    assert (loaded.stage, loaded.device.type, loaded.dtype) == ("apt", "cpu", torch.float32)
+    exact = loaded(PROMPT)
+    assert torch.equal(exact, pipeline(PROMPT))
+    assert loaded.to(dtype=torch.bfloat16) is loaded
+    assert loaded.dtype == torch.bfloat16
+    rounded = loaded(PROMPT)
+    assert not torch.equal(rounded, exact)
+    assert (rounded.float() - exact.float()).abs().mean() < 8
+    direct = OneStepPipeline.from_pretrained(tmp_path, device="cpu", dtype=torch.bfloat16)
+    assert torch.equal(direct(PROMPT), rounded)
+
+
+def test_generation_leaves_no_gradients(pipeline: OneStepPipeline) -> None:
+    assert not pipeline.sample_pixels(PROMPT).requires_grad
+    assert all(not module.training for module in pipeline.bundle.modules())
+
+
+def test_uint8_rounds_and_clips() -> None:
+    pixels = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.5, 1.0, 3.0])
+    assert to_uint8(pixels).tolist() == [0, 0, 0, 128, 191, 255, 255]

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from apt.errors import CheckpointError, InputError
+from apt.train.ema import EMA
+
+
+class Net(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3, dtype=dtype)
+        self.norm = nn.BatchNorm1d(3, dtype=dtype)
+        self.frozen = nn.Parameter(torch.randn(2, dtype=dtype), requires_grad=False)
+        self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+
+def disturb(net: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            value.copy_(10 * torch.randn(value.shape, generator=generator))
+
+
+def test_equals_the_definition_in_fp64():
+    net = Net()
+    ema = EMA(net, 0.9)
+    expected = net.layer.weight.detach().double()
+    for seed in range(5):
+        disturb(net, seed)
+        ema.update(net)
+        expected = 0.9 * expected + 0.1 * net.layer.weight.detach().double()
+    found = ema.state_dict()["layer.weight"].double()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_equals_torch_averaged_model():
+    net = Net()
+    peer = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    peer.update_parameters(net)  # the first call copies
+    ema = EMA(net, 0.995)
+    for seed in range(3):
+        disturb(net, seed)
+        ema.update(net)
+        peer.update_parameters(net)
+    for name, value in peer.module.named_parameters():
+        assert torch.equal(ema.state_dict()[name], value), name
+
+
+def test_buffers_are_copied_and_temporary_ones_left_out():
+    net = Net()
+    ema = EMA(net, 0.5)
+    disturb(net, 1)
+    net.norm.num_batches_tracked.fill_(7)
+    ema.update(net)
+    state = ema.state_dict()
+    assert torch.equal(state["norm.running_mean"], net.norm.running_mean)
+    assert state["norm.num_batches_tracked"].item() == 7
+    assert state["norm.num_batches_tracked"].dtype == torch.int64
+    assert "table" not in state
+
+
+def test_averages_in_fp32_what_bf16_would_lose():
+    net = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    net.weight.data.fill_(1.0)
+    ema = EMA(net, 0.999)
+    net.weight.data.fill_(2.0)
+    ema.update(net)
+    assert ema.state_dict()["weight"].dtype == torch.float32
+    torch.testing.assert_close(ema.state_dict()["weight"].item(), 1.001)
+    ema.copy_to(net)
+    assert net.weight.dtype == torch.bfloat16 and net.weight.item() == 1.0
+
+
+def test_is_independent_of_the_module_and_of_autograd():
+    net = Net()
+    ema = EMA(net, 0.9)
+    before = {k: v.clone() for k, v in ema.state_dict().items()}
+    disturb(net, 3)
+    assert all(torch.equal(v, before[k]) for k, v in ema.state_dict().items())
+    assert not any(v.requires_grad for v in ema.state_dict().values())
+
+
+def test_applied_lends_the_average_and_gives_the_weights_back_bit_for_bit():
+    net = Net(torch.bfloat16)
+    ema = EMA(net, 0.5)
+    disturb(net, 4)
+    ema.update(net)
+    weights = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(RuntimeError, match="stop"), ema.applied(net):
+        lent = ema.state_dict()["layer.weight"].to(torch.bfloat16)
+        assert torch.equal(net.layer.weight, lent)
+        assert not torch.equal(net.layer.weight, weights["layer.weight"])
+        raise RuntimeError("stop")
+    assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
+    assert net.layer.weight.requires_grad
+
+
+def test_state_round_trip_is_strict():
+    ema, other = EMA(Net(), 0.9), EMA(Net(), 0.9)
+    other.load_state_dict(ema.state_dict())
+    assert all(torch.equal(v, ema.state_dict()[k]) for k, v in other.state_dict().items())
+    state = ema.state_dict()
+    del state["frozen"]
+    with pytest.raises(CheckpointError, match="frozen"):
+        other.load_state_dict(state)
+    with pytest.raises(CheckpointError, match=r"'frozen' is torch\.float32 \(3,\), expected"):
+        other.load_state_dict(state | {"frozen": torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=r"torch\.float64"):
+        other.load_state_dict(state | {"frozen": torch.zeros(2, dtype=torch.float64)})
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan")])
+def test_decay_outside_its_range(decay: float):
+    with pytest.raises(InputError, match=r"\[0, 1\]"):
+        EMA(Net(), decay)

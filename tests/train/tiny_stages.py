@@ -1,0 +1,135 @@
+"""Stages over networks that are small enough for tests, random in every layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apt.models.bundle import ModelBundle, save_pretrained
+from apt.train.adversarial import Adversarial
+from apt.train.config import (
+    AdversarialConfig,
+    DistillConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    StageConfig,
+    TrainConfig,
+)
+from apt.train.distill import Distill
+from apt.train.networks import initial_bundle
+from apt.train.parallel import Parallel
+from apt.train.pretrain import Pretrain
+from apt.train.stage import MicroBatch
+
+# 12 channels: a frame's 2x2 pixels in colour.
+TINY_MODEL = ModelConfig(
+    options={"in_channels": 12, "hidden_size": 24, "depth": 3, "num_heads": 2, "text_dim": 16},
+    text_encoder_options={"width": 16, "depth": 1, "num_heads": 2, "byte_width": 8},
+    codec_options={"temporal": 1, "spatial": 2},
+)
+LATENT_SHAPE = (12, 2, 4, 4)
+CAPTIONS = (
+    "a red seven moving left",
+    "a blue one",
+    "a white zero moving up",
+    "a green two moving right",
+)
+# So small that weights stay, and gradients of two ways through the same update can be compared.
+FROZEN = OptimizerConfig(learning_rate=1e-12)
+
+
+def train_config(stage: StageConfig, **changes: Any) -> TrainConfig:
+    """A run of `stage` on the tiny model."""
+    defaults: dict[str, Any] = {
+        "name": "tiny",
+        "run_dir": "unused",
+        "model": TINY_MODEL,
+        "batch_size": len(CAPTIONS),
+        "ema_decay": 0.5,
+        "device": "cpu",
+    }
+    return TrainConfig(stage=stage, **{**defaults, **changes})
+
+
+def random_bundle(seed: int = 0) -> ModelBundle:
+    """The tiny model with weights away from their initial zeros."""
+    bundle = initial_bundle(train_config(PretrainConfig(), seed=seed))
+    randomize(bundle.backbone, seed)  # type: ignore[arg-type]
+    return bundle
+
+
+def randomize(module: torch.nn.Module, seed: int) -> None:
+    """Make every parameter normal, so that each input reaches the output."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+
+
+def save_start(folder: Path) -> dict[str, str]:
+    """Two models with the same text encoder: where a generator and a discriminator start."""
+    start = random_bundle(0)
+    generator = save_pretrained(folder / "generator", start)
+    judge = dataclasses.replace(start, backbone=random_bundle(1).backbone)
+    discriminator = save_pretrained(folder / "discriminator", judge)
+    return {"generator": str(generator), "discriminator": str(discriminator)}
+
+
+def single() -> Parallel:
+    """One process on the CPU."""
+    return Parallel(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
+
+
+def pretrain(*, stage: PretrainConfig | None = None, **changes: Any) -> Pretrain:
+    """The first stage, from the tiny model's random weights."""
+    return Pretrain(train_config(stage or PretrainConfig(), **changes), random_bundle(), single())
+
+
+def distill(folder: Path, *, train: dict[str, Any] | None = None, **options: Any) -> Distill:
+    """The second stage; `options` are fields of its config, `train` those of the run's."""
+    teacher = save_start(folder)["generator"]
+    config = train_config(DistillConfig(teacher=teacher, **options), **(train or {}))
+    return Distill(config, initial_bundle(config), single())
+
+
+def adversarial(
+    folder: Path, *, train: dict[str, Any] | None = None, **options: Any
+) -> Adversarial:
+    """The third stage, with D's new layers random too; arguments as in `distill`."""
+    config = train_config(AdversarialConfig(**{**save_start(folder), **options}), **(train or {}))
+    stage = Adversarial(config, initial_bundle(config), single())
+    module: Any = stage.trained["discriminator"].module
+    randomize(module.project, 2)
+    return stage
+
+
+def micro_batches(
+    size: int = len(CAPTIONS), *, captions: Sequence[str] = CAPTIONS, first: int = 0
+) -> list[MicroBatch]:
+    """The same global batch in parts of `size` samples, whose first has index `first`."""
+    x = torch.randn(len(captions), *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
+    return [
+        MicroBatch(x=x[i : i + size], captions=list(captions[i : i + size]), offset=first + i)
+        for i in range(0, len(captions), size)
+    ]
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    """Copies of the gradients by name."""
+    return {
+        name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()
+    }
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the weights by name."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def unchanged(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the tensors that are equal bit for bit."""
+    return {name for name, value in before.items() if torch.equal(value, after[name])}
