@@ -286,9 +286,16 @@ def test_trap_4_gradient_flows_through_both_branches_and_through_d(make_stage) -
 
 def test_trap_5_the_discriminator_sees_clean_latents(make_stage) -> None:  # type: ignore[no-untyped-def]
     stage, batch = make_stage(), real_batch()
+    patches: list[Tensor] = []
+    discriminator(stage).backbone.patch_in.register_forward_hook(
+        lambda module, args, out: patches.append(args[0].detach())
+    )
     with recorded(stage) as (seen, samples):
         stage.discriminator_step([batch], 0)
         stage.generator_step([batch], 0)
+    for forward, entered in zip(seen, patches, strict=True):
+        # Nor does D noise them inside: the backbone gets the same values, in patches.
+        assert torch.equal(entered.flatten(1).sort().values, forward.x.flatten(1).sort().values)
     real, perturbed, fake = seen[0].x.chunk(3)
     assert torch.equal(real, batch.x)
     assert torch.equal(fake, samples[0])

@@ -132,6 +132,9 @@ def evaluate_digits(config: EvaluateConfig) -> Path:
     ]
     ready = [method for method in methods if method.was_run(config.runs)]
     snapshots = snapshot_folders(config.runs / APT.run)
+    if snapshots and CONSISTENCY.was_run(config.runs):
+        start = CONSISTENCY.folder(config.runs)
+        snapshots = [(0, weights, start) for weights in ("ema", "raw")] + snapshots
 
     work = sum(len(c.labels) * m.evaluations for m in ready for c in sets)
     work += len(snapshots) * sum(len(c.labels) for c in small)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {"diffusion": "#4c78a8", "consistency": "#e39c37", "apt": "#2e8b57", "real": "#777777"}
+_COLOURS = {
+    "diffusion": "#4c78a8",
+    "consistency": "#e39c37",
+    "apt": "#2e8b57",
+    "ablation": "#9cc7ac",
+    "real": "#777777",
+}
 _DOTS_PER_INCH = 120
 
 
@@ -52,7 +58,7 @@ def plot_methods(results: Results, path: Path) -> Path | None:
         if name == "accuracy":
             axis.set_xlim(0, 1.15)
         else:
-            axis.set_xscale("log")
+            _logarithmic(axis, "x")
             axis.set_xlim(min(means) / 1.5, max(means) * 3)
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
@@ -113,7 +119,7 @@ def plot_progress(results: Results, path: Path) -> Path | None:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("generator updates")
         if name != "accuracy":
-            axis.set_yscale("log")
+            _logarithmic(axis, "y")
         axis.grid(alpha=0.3, which="both")
     axes[0].legend(fontsize=9)
     return _save(figure, path)
@@ -160,6 +166,17 @@ def _plot_band(
     )
 
 
+def _logarithmic(axis: Axes, which: Literal["x", "y"]) -> None:
+    """A logarithmic axis with plain numbers: 1, 2, 5, 10."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set(**{f"{which}scale": "log"})
+    scale = axis.xaxis if which == "x" else axis.yaxis
+    scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    scale.set_minor_formatter(NullFormatter())
+
+
 def _running_mean(values: Sequence[float], half: int) -> list[float]:
     return [spread(values[max(0, i - half) : i + half + 1]).mean for i in range(len(values))]
 
@@ -168,7 +185,7 @@ def _family(row: MethodResult) -> str:
     if row.group == "real":
         return "real"
     if row.group == "ablation":
-        return "apt"
+        return "ablation"
     return row.name.split("_")[0]
 
 

@@ -41,7 +41,8 @@ def report_text(results: Results, pictures: Pictures, *, command: str, data_file
         "## Words and diversity",
         _words_table([*results.real, *_of_group(results, "main")]),
         "## Ablations",
-        "One step of the final EMA weights of each run, as for APT itself.",
+        "One step of the final EMA weights of each run, as for APT itself. Shorter runs are to be "
+        "compared with APT after as many updates, where that row is shown.",
         _methods_table([m for m in results.methods if m.name == APT.name or m.group == "ablation"]),
         _words_table([m for m in results.methods if m.group == "ablation" and m.was_run]),
         "## Discriminator loss with and without the regulariser (APT Figure 5)",
@@ -206,7 +207,8 @@ def _progress_table(results: Results) -> str:
         if results.snapshot_samples != results.num_samples
         else f"{results.snapshot_samples} samples per seed, as in the tables above."
     )
-    return _table(header, rows) + "\n\n" + note
+    start = "0 updates is the consistency model, which the recipe starts from. "
+    return _table(header, rows) + "\n\n" + (start if rows[0][0] == "0" else "") + note
 
 
 def _of_group(results: Results, group: str) -> list[MethodResult]:
@@ -221,17 +223,18 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _plus_minus(value: Spread) -> str:
     if not math.isfinite(value.mean):
         return "∞"
-    if not math.isfinite(value.std) or value.std == 0:
+    # Seeds that agree to rounding have no spread worth a column of zeros.
+    if not math.isfinite(value.std) or value.std < 5e-4:
         return f"{value.mean:.{_decimals(value.mean, 3)}f}"
     decimals = _decimals(value.std, 2)
     return f"{value.mean:.{decimals}f} ± {value.std:.{decimals}f}"
 
 
 def _decimals(value: float, significant: int) -> int:
-    """Decimals that show a number with so many significant digits, at most 4."""
+    """Decimals that show a number with so many significant digits, at most 3."""
     if value == 0:
         return 0
-    return max(0, min(4, significant - 1 - math.floor(math.log10(abs(value)))))
+    return max(0, min(3, significant - 1 - math.floor(math.log10(abs(value)))))
 
 
 def _percent(value: float) -> str:

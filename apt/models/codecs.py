@@ -48,6 +48,8 @@ class PatchifyCodec(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, T, H, W) in [-1, 1] to latents (B, C, T', H', W')."""
+        if pixels.ndim != 5 or pixels.shape[1] != 3:
+            raise InputError(f"pixels must be (B, 3, T, H, W), got {tuple(pixels.shape)}")
         self.latent_shape(*pixels.shape[2:])
         r, p = self.temporal_compression, self.spatial_compression
         first = pixels[:, :, :1].expand(-1, -1, r - 1, -1, -1)

@@ -205,8 +205,13 @@ class MMDiT(nn.Module):
             mask = torch.cat([mask.new_ones(x_BLD.shape[:2]), mask], dim=1)
         embedding = self.time_in(t, dtype=y_RSD.dtype)
         if self.config.pooled_dim:
-            if c.pooled is None:
-                raise InputError("this model needs a text encoder that gives a pooled vector")
+            if c.pooled is None or c.pooled.shape[1:] != (self.config.pooled_dim,):
+                given = "none" if c.pooled is None else tuple(c.pooled.shape)
+                raise InputError(
+                    "this model needs a text encoder that gives a pooled vector of "
+                    f"{self.config.pooled_dim} dimensions, got {given}; change one of them, or set "
+                    "pooled_dim=0"
+                )
             embedding = embedding + self.pooled_in(c.pooled.to(embedding.dtype))
         shared = self.config.modulation == "shared"
         modulation = self.time_modulation(F.silu(embedding)) if shared else F.silu(embedding)

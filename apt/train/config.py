@@ -39,6 +39,13 @@ class DataConfig:
     num_workers: int = 0
     strict: bool = False
 
+    def __post_init__(self) -> None:
+        if self.path and self.source == "digits":
+            raise ConfigError(
+                f"--data.path {self.path} is a folder, but the data source is the built-in digits; "
+                "add --data.source folder"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -142,8 +142,9 @@ def test_depth_and_number_of_heads_are_configurable() -> None:
     judge = tiny(layers=(2,))
     assert len(judge.heads) == 1 and judge.backbone.depth == 2
     assert judge.project.in_features == 24
-    names = {name.split(".")[1] for name, _ in judge.backbone.named_parameters()}  # type: ignore[attr-defined]
-    assert "2" not in names
+    names = judge.backbone.state_dict()  # type: ignore[attr-defined]
+    assert any(name.startswith("blocks.1.") for name in names)
+    assert not any(name.startswith("blocks.2.") for name in names)
 
 
 def test_the_backbone_keeps_its_weights() -> None:

@@ -538,5 +538,6 @@ def test_bad_inputs() -> None:
         model(x, t, c.select(slice(0, 1)))
     with pytest.raises(InputError):
         model(x, t, c, rows=torch.tensor([0, 1, 1]))
-    with pytest.raises(InputError, match="pooled vector"):
-        tiny_mmdit(pooled_dim=POOLED_DIM)(x, t, TextCondition(c.tokens))
+    for pooled, got in ((None, "none"), (torch.zeros(2, 3), r"\(2, 3\)")):
+        with pytest.raises(InputError, match=f"pooled vector of 6 dimensions, got {got}"):
+            tiny_mmdit(pooled_dim=POOLED_DIM)(x, t, TextCondition(c.tokens, None, pooled))

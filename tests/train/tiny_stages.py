@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,14 @@ from apt.train.stage import MicroBatch
 
 # 12 channels: a frame's 2x2 pixels in colour.
 TINY_MODEL = ModelConfig(
-    options={"in_channels": 12, "hidden_size": 24, "depth": 3, "num_heads": 2, "text_dim": 16},
+    options={
+        "in_channels": 12,
+        "hidden_size": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "text_dim": 16,
+        "pooled_dim": 16,
+    },
     text_encoder_options={"width": 16, "depth": 1, "num_heads": 2, "byte_width": 8},
     codec_options={"temporal": 1, "spatial": 2},
 )
@@ -86,13 +93,16 @@ def single() -> Parallel:
 
 def pretrain(*, stage: PretrainConfig | None = None, **changes: Any) -> Pretrain:
     """The first stage, from the tiny model's random weights."""
-    return Pretrain(train_config(stage or PretrainConfig(), **changes), random_bundle(), single())
+    config = train_config(stage or PretrainConfig(), **changes)
+    bundle = initial_bundle(config)
+    randomize(bundle.backbone, 0)  # type: ignore[arg-type]
+    return Pretrain(config, bundle, single())
 
 
 def distill(folder: Path, *, train: dict[str, Any] | None = None, **options: Any) -> Distill:
     """The second stage; `options` are fields of its config, `train` those of the run's."""
     teacher = save_start(folder)["generator"]
-    config = train_config(DistillConfig(teacher=teacher, **options), **(train or {}))
+    config = train_config(DistillConfig(**{"teacher": teacher, **options}), **(train or {}))
     return Distill(config, initial_bundle(config), single())
 
 
@@ -116,6 +126,11 @@ def micro_batches(
         MicroBatch(x=x[i : i + size], captions=list(captions[i : i + size]), offset=first + i)
         for i in range(0, len(captions), size)
     ]
+
+
+def floats(metrics: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+    """Metrics as numbers."""
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apt.hub import SamplingInfo
+from apt.models import generate
+from apt.models.bundle import load_pretrained
+from apt.train.config import DistillConfig, PretrainConfig
+from apt.train.distill import Distill
+from apt.train.export import export
+from apt.train.networks import initial_bundle
+from apt.train.stage import Stage
+from tests.train.tiny_stages import (
+    CAPTIONS,
+    adversarial,
+    distill,
+    micro_batches,
+    pretrain,
+    single,
+    train_config,
+    unchanged,
+    weights,
+)
+
+KINDS = ("diffusion", "consistency", "apt")
+
+
+def trained(kind: str, folder: Path) -> Stage:
+    """A stage after one update, so that its weights and their average differ."""
+    stage: Stage
+    if kind == "diffusion":
+        options = PretrainConfig(cfg_scale=3.0, num_steps=7)
+        stage = pretrain(stage=options, negative_prompt="bad")
+    elif kind == "consistency":
+        stage = distill(folder)
+    else:
+        stage = adversarial(folder)
+    stage.update(micro_batches(), 0)
+    return stage
+
+
+def expected_weights(stage: Stage, which: str) -> dict[str, torch.Tensor]:
+    ema = stage.generator.ema
+    assert ema is not None
+    state = ema.state_dict() if which == "ema" else stage.generator.module.state_dict()
+    prefix = "backbone."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+@pytest.mark.parametrize("which", ["ema", "raw"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_loaded_is_what_was_trained(kind: str, which: str, tmp_path: Path) -> None:
+    stage = trained(kind, tmp_path)
+    export(stage, stage.parallel, tmp_path / "out", updates=1, weights=which)
+    bundle: Any = load_pretrained(tmp_path / "out")
+    expected = expected_weights(stage, which)
+    assert unchanged(weights(bundle.backbone), expected) == expected.keys()
+    other = expected_weights(stage, "raw" if which == "ema" else "ema")
+    assert unchanged(expected, other) != expected.keys()
+    assert bundle.info.stage == kind
+    assert bundle.info.training["weights"] == which
+
+    ema = stage.generator.ema
+    assert ema is not None
+    z, module = micro_batches()[0].x, stage.generator.module
+    with torch.no_grad():
+        ours = generate(bundle.backbone, z, bundle.text_encoder(CAPTIONS))
+        if which == "ema":
+            with ema.applied(module):
+                theirs = generate(module, z, stage.encode(CAPTIONS))
+        else:
+            theirs = generate(module, z, stage.encode(CAPTIONS))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_says_how_to_sample(kind: str, tmp_path: Path) -> None:
+    stage = trained(kind, tmp_path)
+    export(stage, stage.parallel, tmp_path / "out", updates=1)
+    info = load_pretrained(tmp_path / "out").info
+    if kind == "diffusion":
+        assert info.sampling == SamplingInfo(num_steps=7, cfg_scale=3.0, negative_prompt="bad")
+    else:
+        # Guidance is distilled: one step without it.
+        assert (info.sampling.num_steps, info.sampling.cfg_scale) == (1, 1.0)
+    assert (info.sample.frames, info.sample.height, info.sample.width) == (9, 32, 32)
+
+
+def test_provenance_tells_the_stages_before(tmp_path: Path) -> None:
+    first = trained("diffusion", tmp_path)
+    export(first, first.parallel, tmp_path / "generator", updates=11)
+    second = distill_from(tmp_path)
+    export(second, second.parallel, tmp_path / "out", updates=5)
+    training = load_pretrained(tmp_path / "out").info.training
+    assert training["updates"] == 5
+    assert training["config"]["stage"]["teacher"] == str(tmp_path / "generator")
+    before = training["started_from"]
+    assert before["updates"] == 11 and before["config"]["stage"]["num_steps"] == 7
+    assert "started_from" not in before
+    json.dumps(training)
+
+
+def distill_from(folder: Path) -> Stage:
+    """A distillation whose teacher is the model in folder/generator, not a new one."""
+    config = train_config(DistillConfig(teacher=str(folder / "generator")))
+    return Distill(config, initial_bundle(config), single())
+
+
+def test_half_precision_on_request(tmp_path: Path) -> None:
+    stage = trained("apt", tmp_path)
+    export(stage, stage.parallel, tmp_path / "whole", updates=1)
+    export(stage, stage.parallel, tmp_path / "half", updates=1, dtype=torch.bfloat16)
+    sizes = [(tmp_path / d / "transformer.safetensors").stat().st_size for d in ("whole", "half")]
+    assert sizes[1] < 0.7 * sizes[0]
+    half: Any = load_pretrained(tmp_path / "half").backbone
+    for name, value in expected_weights(stage, "ema").items():
+        torch.testing.assert_close(weights(half)[name], value.bfloat16().float())
+
+
+def test_exporting_changes_nothing(tmp_path: Path) -> None:
+    stage = trained("diffusion", tmp_path)
+    ema = stage.generator.ema
+    assert ema is not None
+    before = weights(stage.generator.module), {k: v.clone() for k, v in ema.state_dict().items()}
+    text: Any = stage.start.text_encoder
+    export(stage, stage.parallel, tmp_path / "out", updates=1)
+    assert unchanged(before[0], weights(stage.generator.module)) == before[0].keys()
+    assert unchanged(before[1], ema.state_dict()) == before[1].keys()
+    assert all(p.requires_grad for p in text.parameters())

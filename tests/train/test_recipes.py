@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from apt.errors import InputError
+from apt.losses import create_loss
+from apt.models import create_codec, create_model, create_text_encoder
+from apt.models.discriminator import paper_layers
+from apt.train.config import AdversarialConfig, DistillConfig, PretrainConfig, TrainConfig
+from apt.train.networks import initial_bundle
+from apt.train.recipes import RECIPES, list_recipes
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "digits_apt_no_r1": {"stage.r1_weight": 0.0},
+    "digits_apt_shallow": {"stage.layers": (1, 2, 3)},
+    "digits_apt_one_head": {"stage.layers": (6,)},
+    "digits_apt_frozen": {"stage.freeze_discriminator_backbone": True},
+    "digits_apt_distilled_d": {"stage.discriminator": "runs/digits/distill/export"},
+    "digits_apt_small_batch": {"batch_size": 8},
+}
+# What an ablation may say of itself: its name, its place, how long it runs and what it keeps.
+OWN = {"name", "run_dir", "num_updates", "snapshot_at"}
+
+
+def recipe(name: str) -> TrainConfig:
+    made = RECIPES.get(name)()
+    assert isinstance(made, TrainConfig)
+    return made
+
+
+def stages(name: str) -> list[TrainConfig]:
+    made = RECIPES.get(name)()
+    return [made] if isinstance(made, TrainConfig) else list(made)
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Every value by its dotted name."""
+    leaves: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                walk(f"{prefix}{field.name}.", getattr(value, field.name))
+        else:
+            leaves[prefix.removesuffix(".")] = value
+
+    walk("", config)
+    return leaves
+
+
+def test_all_recipes() -> None:
+    assert set(list_recipes()) == {
+        "digits",
+        "digits_pretrain",
+        "digits_distill",
+        "digits_apt",
+        "apt_image_1024",
+        "apt_video_720p",
+        *ABLATIONS,
+    }
+    assert list_recipes("apt_*") == ["apt_image_1024", "apt_video_720p"]
+    with pytest.raises(InputError, match="did you mean 'digits_apt'"):
+        RECIPES.get("digits_atp")
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_recipes_say_what_they_are_and_hang_together(name: str) -> None:
+    assert RECIPES.summary(name).endswith(".")
+    for config in stages(name):
+        assert name == "digits" or config.name == name
+        assert max(config.snapshot_at, default=0) <= config.num_updates
+        if isinstance(config.stage, AdversarialConfig):
+            create_loss(config.stage.objective)
+            if config.stage.r1_weight:
+                create_loss(
+                    "approximate_r1", weight=config.stage.r1_weight, sigma=config.stage.r1_sigma
+                )
+
+
+# DESIGN.md's table of the paper's values.
+PAPER: dict[str, dict[str, Any]] = {
+    "apt_image_1024": {
+        "data.frames": 1,
+        "data.height": 1024,
+        "data.width": 1024,
+        "data.images": "only",
+        "data.native_ratio": True,
+        "stage.r1_weight": 100.0,
+        "stage.r1_sigma": 0.01,
+        "stage.timestep_shift": 1.0,
+        "batch_size": 9062,
+        "optimizer.learning_rate": 5e-6,
+        "num_updates": 350,
+    },
+    "apt_video_720p": {
+        "data.frames": 49,
+        "data.height": 720,
+        "data.width": 1280,
+        "data.fps": 24.0,
+        "data.images": "none",
+        "data.native_ratio": False,
+        "stage.r1_weight": 100.0,
+        "stage.r1_sigma": 0.1,
+        "stage.timestep_shift": 12.0,
+        "stage.generator": "runs/apt_image_1024/export",
+        "batch_size": 2048,
+        "optimizer.learning_rate": 3e-6,
+        "num_updates": 300,
+    },
+}
+PAPER_BOTH: dict[str, Any] = {
+    "stage.objective": "non_saturating",
+    "stage.head": "attention",
+    "stage.layers": (),
+    "stage.freeze_discriminator_backbone": False,
+    "stage.discriminator": "",
+    "stage.r1_normalize": None,
+    "stage.r1_fraction": 1.0,
+    "stage.r2_weight": 0.0,
+    "stage.exact_r1_weight": 0.0,
+    "stage.logit_centring_weight": 0.0,
+    "stage.feature_matching_weight": 0.0,
+    "stage.mismatched_weight": 0.0,
+    "optimizer.name": "rmsprop",
+    "optimizer.alpha": 0.9,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.max_grad_norm": 0.0,
+    "optimizer.warmup_updates": 0,
+    "ema_decay": 0.995,
+    "precision": "bf16",
+    "data.source": "folder",
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_values(name: str) -> None:
+    values = flat(recipe(name))
+    expected = {**PAPER_BOTH, **PAPER[name]}
+    assert {key: values[key] for key in expected} == expected
+
+
+def test_the_papers_sizes_fit_its_codec_and_patches() -> None:
+    for name in PAPER:
+        data = recipe(name).data
+        assert data.height % data.size_multiple == data.width % data.size_multiple == 0
+        assert (data.frames - 1) % 4 == 0
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_differ_in_what_they_name_alone(name: str) -> None:
+    base, changed = flat(recipe("digits_apt")), flat(recipe(name))
+    assert base.keys() == changed.keys()
+    differing = {key: changed[key] for key in base if base[key] != changed[key]}
+    assert {key: value for key, value in differing.items() if key not in OWN} == ABLATIONS[name]
+    assert changed["run_dir"] != base["run_dir"]
+
+
+def test_ablations_have_folders_of_their_own() -> None:
+    folders = [recipe(name).run_dir for name in [*ABLATIONS, "digits_apt"]]
+    assert len(set(folders)) == len(folders)
+
+
+def test_ablated_layers_fit_the_digits_model() -> None:
+    with torch.device("meta"):
+        depth = create_model("mmdit_digits").depth
+    layers = paper_layers(depth)
+    assert recipe("digits_apt_one_head").stage.layers == layers[-1:]  # type: ignore[union-attr]
+    shallow = recipe("digits_apt_shallow").stage.layers  # type: ignore[union-attr]
+    assert shallow == paper_layers(depth // 2)
+
+
+def test_digits_is_its_three_stages_in_a_row() -> None:
+    pretrain, distill, apt = stages("digits")
+    assert [pretrain, distill, apt] == [
+        recipe(f"digits_{stage}") for stage in ("pretrain", "distill", "apt")
+    ]
+    assert isinstance(pretrain.stage, PretrainConfig)
+    assert isinstance(distill.stage, DistillConfig)
+    assert isinstance(apt.stage, AdversarialConfig)
+    # Each starts from what the one before exports; D from the diffusion model.
+    assert distill.stage.teacher == f"{pretrain.run_dir}/export"
+    assert apt.stage.generator == f"{distill.run_dir}/export"
+    assert apt.stage.discriminator == f"{pretrain.run_dir}/export"
+    assert distill.stage.cfg_scale == pretrain.stage.cfg_scale
+
+
+def test_the_digits_models_fit_each_other() -> None:
+    config = recipe("digits_pretrain")
+    bundle = initial_bundle(config)
+    assert bundle.info.stage == "diffusion"
+    assert bundle.backbone.in_channels == bundle.codec.channels
+    assert bundle.backbone.config.text_dim == bundle.text_encoder.embedding_dim
+    text, codec = bundle.info.text_encoder, bundle.info.codec
+    rebuilt = create_text_encoder(text.architecture, **text.config)
+    assert rebuilt.config == bundle.text_encoder.config
+    assert create_codec(codec.architecture, **codec.config).config == bundle.codec.config
+    # The prompts of the sample sheets can be read.
+    assert len(bundle.text_encoder(config.sample_prompts)) == len(config.sample_prompts)
+    weights = sum(p.numel() for m in bundle.modules() for p in m.parameters())
+    # `make demo` ships this model twice, in bf16, within 16 MB in all at most twice over.
+    assert weights * 2 < 16e6
