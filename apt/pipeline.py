@@ -85,9 +85,11 @@ class OneStepPipeline:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> OneStepPipeline:
-        """Move the networks, in place; returns itself."""
+        """Move the networks, in place; returns itself. `dtype` is for the model's own weights."""
         for module in self.bundle.modules():
-            module.to(device=device, dtype=dtype)
+            module.to(device=device)
+        for module in self.bundle.own_modules():
+            module.to(dtype=dtype)
         return self
 
     @property

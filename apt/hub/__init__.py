@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from apt.hub.download import download
 from apt.hub.folders import list_pretrained, resolve
 from apt.hub.info import (
     FORMAT,
@@ -36,6 +37,7 @@ __all__ = [
     "SamplingInfo",
     "Stage",
     "check_safetensors",
+    "download",
     "list_pretrained",
     "load_weights",
     "read_info",

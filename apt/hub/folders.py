@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from apt.errors import CheckpointError
+from apt.hub.download import download
 from apt.hub.info import INFO_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -44,48 +45,11 @@ def resolve(name_or_folder: str | Path) -> Path:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    """Fetch the three files of a Hub repository into its cache."""
-    # Slow to import, and not needed for anything local.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        IncompleteSnapshotError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    name = repr(repo_id if revision is None else f"{repo_id}@{revision}")
-    try:
-        # Exact names: a foreign repository must not be fetched whole to find that it is one.
-        files = [INFO_FILE, TRANSFORMER_FILE, TEXT_ENCODER_FILE]
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
-    # Derives from RepositoryNotFoundError, so it comes first.
-    except GatedRepoError as error:
-        reason = "access is gated: accept its terms on the Hub, then run `hf auth login`"
-        raise CheckpointError(f"cannot download {name}: {reason}") from error
-    except RepositoryNotFoundError as error:
-        reason = (
-            "there is no folder of that name, and the Hub has no such model, or it is private "
-            "(run `hf auth login`)"
-        )
-        raise CheckpointError(f"cannot load {name}: {reason}") from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"the Hub model {repo_id!r} has no revision {revision!r}") from error
-    except (LocalEntryNotFoundError, IncompleteSnapshotError) as error:
-        reason = (
-            "there is no folder of that name, the Hub cannot be reached, and it is not in the "
-            "local cache"
-        )
-        raise CheckpointError(f"cannot load {name}: {reason}") from error
-    except HFValidationError as error:
-        raise CheckpointError(f"{name} is neither a folder nor a Hub id: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"cannot download {name}: {error}; try again") from error
+    """Fetch the files of one of our models from the Hub into its cache."""
+    # Exact names: a foreign repository must not be fetched whole to find that it is one.
+    folder = download(repo_id, revision, [INFO_FILE, TRANSFORMER_FILE, TEXT_ENCODER_FILE])
     if not (folder / INFO_FILE).is_file():
         raise CheckpointError(
-            f"the Hub model {name} has no {INFO_FILE}, so it is not a model of this package"
+            f"the Hub model {repo_id!r} has no {INFO_FILE}, so it is not a model of this package"
         )
     return folder

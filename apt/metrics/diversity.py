@@ -11,6 +11,9 @@ from torch import Tensor
 from apt.errors import InputError
 
 
+_CHUNK = 256
+
+
 @dataclass(frozen=True)
 class Diversity:
     """Mean distance between two samples of the same prompt, and of two different prompts."""
@@ -50,6 +53,9 @@ def pairwise_diversity(features: Tensor, prompts: Sequence[Hashable]) -> Diversi
             f"{len(prompts)} samples of {len(index)} prompts."
         )
     x = features.detach().to(device="cpu", dtype=torch.float64)
-    # The product form of cdist leaves about 1e-7 between equal rows, which a collapse must not.
-    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")[rows, columns]
-    return Diversity(distances[same].mean().item(), distances[~same].mean().item())
+    pairs = zip(rows[same].split(_CHUNK), columns[same].split(_CHUNK), strict=True)
+    within = torch.cat([(x[i] - x[j]).norm(dim=1) for i, j in pairs])
+    # As a matrix product this is many times faster. Between equal rows that leaves about 1e-6, so
+    # samples of one prompt, which a collapse makes equal, are subtracted above.
+    distances = torch.cdist(x, x, compute_mode="use_mm_for_euclid_dist")[rows, columns]
+    return Diversity(within.mean().item(), distances[~same].mean().item())

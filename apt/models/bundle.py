@@ -47,6 +47,13 @@ class ModelBundle:
         parts = (self.backbone, self.text_encoder, self.codec)
         return [part for part in parts if isinstance(part, nn.Module)]
 
+    def own_modules(self) -> list[nn.Module]:
+        """The networks whose weights belong to this model, not to a public checkpoint."""
+        parts: list[Backbone | TextEncoder] = [self.backbone]
+        if self.info.text_encoder.weights is not None:
+            parts.append(self.text_encoder)
+        return [part for part in parts if isinstance(part, nn.Module)]
+
 
 def component_info(architecture: str, part: Backbone | TextEncoder | LatentCodec) -> ComponentInfo:
     """Describe a part for `apt.json`: the name it is registered under, and its config."""
@@ -116,7 +123,8 @@ def load_pretrained(
     Args:
         name_or_folder: a built-in name (`list_pretrained`), a folder, or "owner/name[@revision]".
         device: where the weights go.
-        dtype: floating-point type of the loaded weights, whatever the file has.
+        dtype: floating-point type of this model's own weights, whatever the file has. A text
+            encoder or VAE of a public checkpoint keeps the type that its config names.
 
     Returns:
         The bundle, in evaluation mode.
@@ -142,7 +150,9 @@ def load_pretrained(
             "come from a newer version of this package"
         ) from error
     for module in bundle.modules():
-        module.to(device=device, dtype=dtype).eval()
+        module.to(device).eval()
+    for module in bundle.own_modules():
+        module.to(dtype)
     for part, component in ((backbone, info.model), (text_encoder, info.text_encoder)):
         if component.weights is not None:
             load_weights(folder / component.weights, _module(part))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from apt.errors import CheckpointError, InputError
+from apt.hub import download
 from apt.hub.weights import listed
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -49,42 +50,9 @@ def local_folder(repo: str, revision: str | None, subfolders: Sequence[str]) -> 
     folder = Path(repo).expanduser()
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        IncompleteSnapshotError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     suffixes = ("*.json", "*.safetensors", "*.model", "*.txt")
     patterns = [f"{sub}/{s}" if sub else s for sub in subfolders for s in suffixes]
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"{repo!r} is neither a folder here nor a Hub id such as 'owner/name'"
-        ) from error
-    except GatedRepoError as error:  # before its base class RepositoryNotFoundError
-        raise CheckpointError(
-            f"{repo!r} asks for its terms to be accepted: do so on its page on the Hub, "
-            "then `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{repo!r} is neither a folder here nor a repository on the Hub that you can read; "
-            "check the spelling, or `hf auth login` for a private one"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"{repo!r} has no revision {revision!r} on the Hub") from error
-    except (LocalEntryNotFoundError, IncompleteSnapshotError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"cannot download {repo!r} ({type(error).__name__}), and no copy of it is in the "
-            "cache; connect to the Hub once, or pass a local folder"
-        ) from error
+    return download(repo, revision, patterns)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

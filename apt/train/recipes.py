@@ -57,7 +57,7 @@ def digits_pretrain() -> TrainConfig:
         optimizer=OptimizerConfig(
             name="adamw", learning_rate=2e-3, warmup_updates=100, max_grad_norm=1.0
         ),
-        num_updates=6000,
+        num_updates=4000,
         batch_size=32,
         ema_decay=0.999,
         checkpoint_every=250,
@@ -76,7 +76,7 @@ def digits_distill() -> TrainConfig:
             teacher="runs/digits/pretrain/export", cfg_scale=_DIGITS_CFG, num_timesteps=25
         ),
         optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_updates=50),
-        num_updates=1000,
+        num_updates=600,
         batch_size=32,
         ema_decay=0.99,
         checkpoint_every=250,

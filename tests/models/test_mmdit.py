@@ -93,7 +93,7 @@ def reference(model: MMDiT, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor
             qkv = linear(f"{name}.qkv", rms(h) * (1 + scale) + shift)
             for token, row in enumerate(qkv):
                 q, k, v = row.reshape(3, heads, -1)
-                q, k = rms(q) * w[f"{name}.q_norm"], rms(k) * w[f"{name}.k_norm"]
+                q, k = rms(q) * w.get(f"{name}.q_norm", 1), rms(k) * w[f"{name}.k_norm"]
                 if s == 0:
                     place = positions[token]
                     q = torch.stack([rotate(one, place, config.rope_theta) for one in q])

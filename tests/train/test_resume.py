@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     reader = dcp.HuggingFaceStorageReader(str(folder))
     entries = reader.read_metadata().state_dict_metadata.items()
     tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in entries}
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
@@ -75,14 +79,34 @@ def assert_runs_equal(found: Path, expected: Path) -> None:
     assert (found / sheet).read_bytes() == (expected / sheet).read_bytes()
 
 
+def by_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All weights, averages and moments of a network as one fp64 vector each."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, value in tensors.items():
+        if not name.endswith("/step"):
+            part = "/".join(name.split("/")[:-1][:2])
+            parts.setdefault(part, []).append(value.double().flatten())
+    return {part: torch.cat(values) for part, values in parts.items()}
+
+
 def assert_runs_close(found: Path, expected: Path) -> None:
-    tensors = read_tensors(last_checkpoint(found))
-    wanted = read_tensors(last_checkpoint(expected))
-    assert tensors.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(tensors[name], value, rtol=1e-3, atol=2e-6, msg=name)
+    """Equal to rounding: moments by their size, weights by how far two updates moved them."""
+    ours, theirs, before = (
+        read_tensors(folder)
+        for folder in (
+            last_checkpoint(found),
+            last_checkpoint(expected),
+            expected / "checkpoints" / f"step_{UPDATES - 2:08d}",
+        )
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs if k.endswith("/step"))
+    a, b, c = by_part(ours), by_part(theirs), by_part(before)
+    for part in b:
+        scale = b[part] if part.endswith("optimizer") else b[part] - c[part]
+        assert (a[part] - b[part]).norm() < 2e-3 * scale.norm(), part
     for entry, other in zip(read_log(found), read_log(expected), strict=True):
-        assert entry == pytest.approx(other, rel=1e-3, abs=1e-4)
+        assert entry == pytest.approx(other, rel=2e-3, abs=1e-6)
 
 
 def codes(outcomes: list[dict[str, Any]]) -> list[int]:
@@ -99,10 +123,11 @@ def test_a_run_trains_everything(root: Path, report: dict[str, Any], stage: str)
     if stage == "apt":
         expected |= {"discriminator/weights", "discriminator/optimizer"}
     assert parts >= expected
-    early = sorted((run_dir / "checkpoints").iterdir())[0]
-    before = read_tensors(early)
-    still = [k for k in tensors if "/weights/" in k and torch.equal(tensors[k], before[k])]
-    assert not still
+    moments = {k: v for k, v in tensors.items() if k.endswith(("/square_avg", "/exp_avg_sq"))}
+    assert {k.split("/")[2] for k in moments} == {
+        k.split("/")[2] for k in tensors if k.split("/")[1] == "weights"
+    }
+    assert all(value.count_nonzero() for value in moments.values())
     assert [entry["step"] for entry in read_log(run_dir)] == list(range(1, UPDATES + 1))
     assert (run_dir / "losses.png").is_file()
 
