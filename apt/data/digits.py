@@ -33,8 +33,8 @@ COLOURS = {
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 Split = Literal["train", "test", "heldout"]
 
-_DIGIT_SIZE = 16
-_SPEEDS = (1, 2)
+_DIGIT_SIZE = 20
+_JITTER = 2
 _PHOTO_SCALE = 4
 _BACKGROUND_GAIN = 0.55
 
@@ -115,11 +115,10 @@ def _compose(random: np.random.Generator, label: Label, scans: np.ndarray) -> np
     """Frames (9, 32, 32, 3) in [0, 1]."""
     alpha = scans[int(random.integers(len(scans)))][..., None]
     frames = np.repeat(_background(random)[None], FRAMES, axis=0)
-    step = np.array(DIRECTIONS[label.direction]) * int(random.choice(_SPEEDS))
-    room = SIZE - _DIGIT_SIZE
-    travel = step * (FRAMES - 1)
-    low = np.maximum(0, -travel)
-    start = low + random.integers(0, room - np.abs(travel) + 1)
+    # One pixel a frame, through the centre at half time, give or take the jitter.
+    step = np.array(DIRECTIONS[label.direction])
+    centre = (SIZE - _DIGIT_SIZE) // 2 + random.integers(-_JITTER, _JITTER + 1, size=2)
+    start = centre - step * (FRAMES // 2)
     colour = np.array(COLOURS[label.colour], np.float32) / 255
     for i in range(FRAMES):
         y, x = start + step * i
@@ -152,7 +151,7 @@ def _photos() -> tuple[np.ndarray, ...]:
 
 @lru_cache
 def _scans(*, heldout: bool) -> tuple[np.ndarray, ...]:
-    """For each digit, opacity masks (N, 16, 16) in [0, 1] of its training or held-out scans."""
+    """For each digit, opacity masks (N, 20, 20) in [0, 1] of its training or held-out scans."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

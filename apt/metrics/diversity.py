@@ -10,7 +10,6 @@ from torch import Tensor
 
 from apt.errors import InputError
 
-
 _CHUNK = 256
 
 

@@ -108,6 +108,12 @@ class PretrainConfig:
     cfg_scale: float = 7.5
     num_steps: int = 25
 
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ConfigError(f"num_steps must be at least 1, got {self.num_steps}")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ConfigError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:

@@ -36,12 +36,13 @@ class TrainingStopped(InputError):
 class MonitorConfig:
     """What counts as a collapse, and what to do about it.
 
-    A check raises its alarm after `patience` observations in a row beyond its limit, and again
-    after `repeat` further ones. A limit of 0 switches its check off.
+    A check raises its alarm after some observations in a row beyond its limit, and again after
+    `repeat` further ones. A limit of 0 switches its check off.
 
     Attributes:
         action: `"warn"`, or `"stop"` to end the run with `TrainingStopped`.
-        patience: observations in a row that make an alarm.
+        patience: updates in a row that make an alarm.
+        sample_patience: the same for samples, which are drawn far less often.
         repeat: observations after which a lasting condition is reported again.
         min_discriminator_loss: adversarial part of D's loss, penalties excluded. 1.386 is where
             the non-saturating loss starts.
@@ -54,6 +55,7 @@ class MonitorConfig:
 
     action: Literal["warn", "stop"] = "warn"
     patience: int = 20
+    sample_patience: int = 1
     repeat: int = 200
     min_discriminator_loss: float = 0.05
     max_logit_gap: float = 8.0
@@ -65,8 +67,9 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         if self.action not in ("warn", "stop"):
             raise ConfigError(f"monitor action {self.action!r} is neither 'warn' nor 'stop'.")
-        if self.patience < 1 or self.repeat < 1:
-            raise ConfigError("monitor patience and repeat must be at least 1.")
+        for name in ("patience", "sample_patience", "repeat"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"monitor {name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class CollapseMonitor:
         for check, (limit, text) in lower_limits.items():
             if check in metrics and limit > 0:
                 low = metrics[check] < limit
-                seen = f"{text} {metrics[check]:.3g}, below {limit:g}, for too long"
+                seen = f"{text} {metrics[check]:.3g}, below {limit:g}"
                 found.append((check, seen if low else None))
         if LOGIT_GAP in metrics and c.max_logit_gap > 0:
             gap = metrics[LOGIT_GAP]
@@ -154,7 +157,9 @@ class CollapseMonitor:
         return found
 
     def _alarming(self, check: str) -> bool:
-        beyond = self._streaks[check] - self.config.patience
+        of_samples = check in (SAMPLE_CONTRAST, SAMPLE_DIVERSITY)
+        patience = self.config.sample_patience if of_samples else self.config.patience
+        beyond = self._streaks[check] - patience
         return beyond >= 0 and beyond % self.config.repeat == 0
 
 
@@ -162,14 +167,15 @@ def sample_statistics(pixels: Tensor) -> dict[str, float]:
     """Measure what betrays collapsed samples.
 
     Args:
-        pixels: (B, 3, T, H, W) in [-1, 1]; B at least 2.
+        pixels: (B, 3, T, H, W) in [-1, 1].
 
     Returns:
         `samples/contrast`: standard deviation over the positions of a sample, mean over samples
         and colours; 0 for plain colour. `samples/diversity`: standard deviation over the batch
-        at a position, mean over positions; 0 for identical samples.
+        at a position, mean over positions; 0 for identical samples, absent for a single one.
     """
     pixels = pixels.detach().to(torch.float32)
-    contrast = pixels.flatten(2).std(dim=2, correction=0).mean()
-    diversity = pixels.std(dim=0, correction=0).mean()
-    return {SAMPLE_CONTRAST: contrast.item(), SAMPLE_DIVERSITY: diversity.item()}
+    statistics = {SAMPLE_CONTRAST: pixels.flatten(2).std(dim=2, correction=0).mean().item()}
+    if len(pixels) > 1:
+        statistics[SAMPLE_DIVERSITY] = pixels.std(dim=0, correction=0).mean().item()
+    return statistics

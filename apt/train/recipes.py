@@ -52,14 +52,14 @@ def digits_pretrain() -> TrainConfig:
         model=ModelConfig(
             text_encoder_options={"alphabet": "ascii"},
             # Mean and standard deviation of the training clips.
-            codec_options={"mean": -0.43, "std": 0.42},
+            codec_options={"mean": -0.41, "std": 0.45},
         ),
         optimizer=OptimizerConfig(
             name="adamw", learning_rate=2e-3, warmup_updates=100, max_grad_norm=1.0
         ),
-        num_updates=4000,
+        num_updates=3000,
         batch_size=32,
-        ema_decay=0.999,
+        ema_decay=0.998,
         checkpoint_every=250,
         sample_every=500,
         sample_prompts=_DIGITS_PROMPTS,

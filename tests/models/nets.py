@@ -14,12 +14,13 @@ CHANNELS, TEXT_DIM, POOLED_DIM = 4, 8, 6
 
 
 def tiny_mmdit(seed: int = 0, **overrides: Any) -> MMDiT:
-    """Width 24, 2 heads, 3 blocks; no layer is left at its initial zeros."""
+    """Width 24, 3 heads, 3 blocks; no layer is left at its initial zeros."""
     shape: dict[str, Any] = {
         "in_channels": CHANNELS,
         "hidden_size": 24,
         "depth": 3,
-        "num_heads": 2,
+        # 8 channels a head: 4 turn with time, 2 with height and 2 with width.
+        "num_heads": 3,
         "text_dim": TEXT_DIM,
     }
     model = create_model("mmdit_small", **{**shape, **overrides})

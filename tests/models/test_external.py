@@ -45,5 +45,5 @@ def test_a_repository_that_is_not_cached(offline_cache):
 
 
 def test_neither_a_folder_nor_an_id(offline_cache):
-    with pytest.raises(CheckpointError, match="neither a folder here nor a Hub id"):
+    with pytest.raises(CheckpointError, match="neither a folder nor a Hub id"):
         local_folder("/no/such/folder", None, ["vae"])

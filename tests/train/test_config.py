@@ -85,3 +85,16 @@ def test_a_config_is_json() -> None:
 def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"caption_dropout": 1.5}, r"caption_dropout must be in \[0, 1\], got 1.5"),
+        ({"caption_dropout": -0.1}, r"caption_dropout must be in \[0, 1\]"),
+    ],
+)
+def test_pretraining_values_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PretrainConfig(**changes)

@@ -34,7 +34,7 @@ def test_a_healthy_run_is_left_alone():
 @pytest.mark.parametrize("check", BAD)
 def test_each_low_value_alarms_after_patience_and_says_what_to_try(check: str):
     observations = [HEALTHY | {check: BAD[check]}] * 10
-    (warning,) = run(MonitorConfig(patience=4), observations)
+    (warning,) = run(MonitorConfig(patience=4, sample_patience=4), observations)
     assert (warning.check, warning.step) == (check, 4)
     text = str(warning)
     assert "update 4" in text and f"{BAD[check]:.3g}" in text
@@ -48,8 +48,13 @@ def test_a_recovery_starts_the_count_again():
 
 def test_observations_without_the_metric_do_not_count():
     bad = {"samples/contrast": 0.0}
-    warnings = run(MonitorConfig(patience=2), [bad, {}, {}, bad])
+    warnings = run(MonitorConfig(sample_patience=2), [bad, {}, {}, bad])
     assert [w.step for w in warnings] == [4]
+
+
+def test_bad_samples_alarm_at_once():
+    warnings = run(MonitorConfig(), [HEALTHY, HEALTHY | {"samples/diversity": 0.0}])
+    assert [(w.check, w.step) for w in warnings] == [("samples/diversity", 2)]
 
 
 def test_a_lasting_condition_is_repeated_now_and_then():
@@ -89,7 +94,7 @@ def test_a_wrong_configuration_is_refused():
     with pytest.raises(ConfigError, match="'explode'"):
         MonitorConfig(action="explode")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="at least 1"):
-        MonitorConfig(patience=0)
+        MonitorConfig(sample_patience=0)
 
 
 def test_sample_statistics():
@@ -102,3 +107,4 @@ def test_sample_statistics():
     plain = sample_statistics(torch.randn(4, 3, 1, 1, 1).expand(-1, -1, 2, 8, 8))
     assert plain["samples/contrast"] == pytest.approx(0.0, abs=1e-6)
     assert plain["samples/diversity"] > 0.1
+    assert sample_statistics(noise[:1]).keys() == {"samples/contrast"}
