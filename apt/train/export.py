@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apt.hub import SampleInfo, SamplingInfo
 from apt.hub import Stage as StageName
 from apt.models.bundle import ModelBundle, save_pretrained
+from apt.models.protocols import TextEncoder
 from apt.models.registry import create_model, create_text_encoder
 from apt.train.config import AdversarialConfig, DistillConfig, StageConfig, TrainConfig
 from apt.train.networks import gather
@@ -52,17 +53,18 @@ def export(
         return
     start = stage.start
     backbone = create_model(start.info.model.architecture, **start.info.model.config)
-    assert isinstance(backbone, nn.Module) and isinstance(start.text_encoder, nn.Module)
+    assert isinstance(backbone, nn.Module)
     backbone.load_state_dict(_part(whole, "backbone."))
-    text_encoder = start.text_encoder
+    text_encoder: TextEncoder = start.text_encoder
     text_state = _part(whole, "text_encoder.")
     if text_state:
         # A new one, because the one in training may be sharded.
-        text_encoder = create_text_encoder(
+        fresh = create_text_encoder(
             start.info.text_encoder.architecture, **start.info.text_encoder.config
         )
-        assert isinstance(text_encoder, nn.Module)
-        text_encoder.load_state_dict(text_state)
+        assert isinstance(fresh, nn.Module)
+        fresh.load_state_dict(text_state)
+        text_encoder = fresh
     info = dataclasses.replace(
         start.info,
         stage=_STAGE_NAMES.get(type(stage.config.stage), "diffusion"),

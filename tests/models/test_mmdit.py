@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shared_weights": {"num_dual_blocks": 0},
     "block_modulation": {"modulation": "block", "num_dual_blocks": 2},
     "sample_prediction": {"prediction": "sample", "num_dual_blocks": 1, "rope_theta": 10.0},
+    "absolute_positions": {"absolute_positions": True, "num_dual_blocks": 0},
     "pooled_text": {"pooled_dim": POOLED_DIM, "num_dual_blocks": 2},
 }
 variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=list(VARIANTS))
@@ -34,18 +35,24 @@ def rms(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
+def angles_of(position: tuple[int, int, int], channels: int, theta: float) -> list[float]:
+    """The angle of each pair of channels."""
+    spatial = channels // 6 * 2
+    sizes = (channels - 2 * spatial, spatial, spatial)
+    return [
+        place * theta ** (-i / size)
+        for size, place in zip(sizes, position, strict=True)
+        for i in range(0, size, 2)
+    ]
+
+
 def rotate(x: Tensor, position: tuple[int, int, int], theta: float) -> Tensor:
     """One head's channels of one token, turned pair by pair."""
-    spatial = len(x) // 6 * 2
-    sizes = (len(x) - 2 * spatial, spatial, spatial)
-    out, first = x.clone(), 0
-    for size, place in zip(sizes, position, strict=True):
-        for i in range(0, size, 2):
-            angle = place * theta ** (-i / size)
-            a, b = x[first + i], x[first + i + 1]
-            out[first + i] = a * math.cos(angle) - b * math.sin(angle)
-            out[first + i + 1] = a * math.sin(angle) + b * math.cos(angle)
-        first += size
+    out = x.clone()
+    for pair, angle in enumerate(angles_of(position, len(x), theta)):
+        a, b = x[2 * pair], x[2 * pair + 1]
+        out[2 * pair] = a * math.cos(angle) - b * math.sin(angle)
+        out[2 * pair + 1] = a * math.sin(angle) + b * math.cos(angle)
     return out
 
 
@@ -70,6 +77,9 @@ def reference(model: MMDiT, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor
         return (slice(None), *(slice(i * size, (i + 1) * size) for i, size in ranges))
 
     visual = linear("patch_in", torch.stack([x.double()[box(p)].flatten() for p in positions]))
+    if config.absolute_positions:
+        places = torch.tensor([angles_of(p, d, 100.0) for p in positions], dtype=torch.float64)
+        visual = visual + torch.cat([places.cos(), places.sin()], dim=1)
     text = linear("text_in", tokens.double())
     frequencies = torch.tensor([10_000 ** (-i / 128) for i in range(128)], dtype=torch.float64)
     angles = 1000 * t.double() * frequencies
