@@ -275,7 +275,7 @@ class Stream(nn.Module):
         else:
             self.modulation = nn.Linear(d, 6 * d)
         self.qkv = nn.Linear(d, 3 * d)
-        self.q_norm = nn.Parameter(torch.ones(d // config.num_heads))
+        self.q_norm: nn.Parameter | None = nn.Parameter(torch.ones(d // config.num_heads))
         self.k_norm = nn.Parameter(torch.ones(d // config.num_heads))
         self.out: nn.Linear | None = nn.Linear(d, d)
         self.mlp_in: nn.Linear | None = nn.Linear(d, width)
@@ -302,6 +302,25 @@ class Stream(nn.Module):
         cos, sin = rope if rope is not None else (None, None)
         q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin, eps=self.eps)
         return q, k, v
+
+    def project_key_value(
+        self, x: Tensor, m: Modulation, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised k, and v, of a stream that asks nothing; no rotation."""
+        h = modulated_norm(x, m.scale1, m.shift1, rows=rows, eps=self.eps)
+        k, v = self.qkv(h).unflatten(-1, (2, self.num_heads, -1)).unbind(dim=2)
+        k, _ = qk_norm_rope(k, k, self.k_norm, self.k_norm, eps=self.eps)
+        return k, v
+
+    @torch.no_grad()
+    def keep_keys_and_values(self) -> None:
+        """Delete what only this stream's own output needs."""
+        old = self.qkv
+        d = old.in_features
+        self.qkv = nn.Linear(d, 2 * d, device=old.weight.device, dtype=old.weight.dtype)
+        self.qkv.weight.copy_(old.weight[d:])
+        self.qkv.bias.copy_(old.bias[d:])
+        self.q_norm = self.out = self.mlp_in = self.mlp_out = None
 
     def finish(self, x: Tensor, attended: Tensor, m: Modulation, rows: Tensor | None) -> Tensor:
         """Output projection, gated residual, and the MLP."""
@@ -337,7 +356,10 @@ class MMDiTBlock(nn.Module):
         m_x = visual.modulate(embedding)
         m_y = m_x if text is visual else text.modulate(embedding)
         q_x, k_x, v_x = visual.project(x_BLD, m_x, rope, rows)
-        q_y, k_y, v_y = text.project(y_BSD, m_y, None, rows)
+        if self.text_output or text is visual:
+            q_y, k_y, v_y = text.project(y_BSD, m_y, None, rows)
+        else:
+            k_y, v_y = text.project_key_value(y_BSD, m_y, rows)
         k, v = torch.cat([k_x, k_y], dim=1), torch.cat([v_x, v_y], dim=1)
         if not self.text_output:
             attended = attention(q_x, k, v, mask=mask).flatten(2)
@@ -354,10 +376,9 @@ class MMDiTBlock(nn.Module):
 
     def drop_text_output(self) -> None:
         """Stop updating text after attention: nothing reads it behind the last block."""
+        if self.text_output and len(self.streams) == 2:
+            self.stream_list()[1].keep_keys_and_values()
         self.text_output = False
-        if len(self.streams) == 2:
-            text = self.stream_list()[1]
-            text.out = text.mlp_in = text.mlp_out = None
 
 
 class TimestepEmbedding(nn.Module):

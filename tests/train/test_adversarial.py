@@ -238,7 +238,7 @@ def test_feature_matching_compares_all_heads(tmp_path: Path) -> None:
 
 
 def test_each_step_leaves_the_other_network_alone(tmp_path: Path) -> None:
-    stage = adversarial(tmp_path, objective="relativistic", feature_matching_weight=1.0)
+    stage = adversarial(tmp_path, feature_matching_weight=1.0)
     generator, judge = networks(stage)
     ema = stage.generator.ema
     assert ema is not None

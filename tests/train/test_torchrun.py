@@ -30,7 +30,7 @@ def test_three_stages_in_a_row_with_two_ranks(tmp_path: Path):
         },
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     for stage in ("pretrain", "distill", "apt"):
