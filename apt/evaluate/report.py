@@ -224,17 +224,17 @@ def _plus_minus(value: Spread) -> str:
     if not math.isfinite(value.mean):
         return "∞"
     # Seeds that agree to rounding have no spread worth a column of zeros.
-    if not math.isfinite(value.std) or value.std < 5e-4:
+    if not math.isfinite(value.std) or value.std <= 1e-6 * abs(value.mean):
         return f"{value.mean:.{_decimals(value.mean, 3)}f}"
     decimals = _decimals(value.std, 2)
     return f"{value.mean:.{decimals}f} ± {value.std:.{decimals}f}"
 
 
 def _decimals(value: float, significant: int) -> int:
-    """Decimals that show a number with so many significant digits, at most 3."""
+    """Decimals that show a number with so many significant digits, at most 4."""
     if value == 0:
         return 0
-    return max(0, min(3, significant - 1 - math.floor(math.log10(abs(value)))))
+    return max(0, min(4, significant - 1 - math.floor(math.log10(abs(value)))))
 
 
 def _percent(value: float) -> str:

@@ -31,7 +31,8 @@ def assert_same(left: dict[str, Tensor | None], right: dict[str, Tensor | None])
     for name, value in left.items():
         other = right[name]
         assert value is not None and other is not None, name
-        assert torch.allclose(value, other, rtol=2e-3, atol=2e-5), name
+        # The loss is a small difference: rounding counts against a tensor's largest gradient.
+        assert (value - other).abs().max() <= 2e-3 * other.abs().max() + 2e-5, name
 
 
 def test_it_minimises_the_consistency_loss(tmp_path: Path) -> None:
