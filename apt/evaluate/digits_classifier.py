@@ -36,7 +36,7 @@ from apt.rng import generator_for
 
 _WORDS = (tuple(DIGITS), tuple(COLOURS), tuple(DIRECTIONS))
 _FRAME_STRIDE = 4
-_GLIMPSE = 16
+_GLIMPSE = 20
 _COARSE = 4
 _EVAL_BATCH = 64
 
@@ -75,7 +75,7 @@ class Accuracy:
 class DigitsClassifier(nn.Module):
     """A CNN looks closely at what moves, a small network at the whole clip in low resolution.
 
-    The digit is what moves, so in some frames the 16x16 square with the most motion is cut out and
+    The digit is what moves, so in some frames the 20x20 square with the most motion is cut out and
     read; where the squares lie, and how the rest moves, the low resolution tells. That learns from
     a tenth of the clips that a network on whole frames needs.
 
