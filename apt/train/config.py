@@ -198,8 +198,7 @@ class TrainConfig:
         checkpoint_every: updates between checkpoints; keep_checkpoints: how many stay.
         snapshot_at: updates at which EMA and raw weights are exported to `snapshots/`.
         sample_every: updates between sample sheets; 0 for none.
-        sample_prompts: what the sheets show.
-        monitor_samples: generated samples that the collapse monitor looks at.
+        sample_prompts: what the sheets show, and the collapse monitor looks at.
     """
 
     name: str
@@ -223,13 +222,12 @@ class TrainConfig:
     snapshot_at: tuple[int, ...] = ()
     sample_every: int = 100
     sample_prompts: tuple[str, ...] = ()
-    monitor_samples: int = 8
 
     def __post_init__(self) -> None:
         for name in ("num_updates", "batch_size", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("micro_batch_size", "sample_every", "monitor_samples"):
+        for name in ("micro_batch_size", "sample_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.optimizer.learning_rate <= 0:

@@ -47,7 +47,6 @@ _FREE_FIELDS = (
     "sample_every",
     "sample_prompts",
     "monitor",
-    "monitor_samples",
 )
 
 

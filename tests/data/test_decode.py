@@ -300,16 +300,24 @@ def test_a_download_cut_short_is_found_where_it_ends(tmp_path: Path) -> None:
         verify(video)
 
 
-def test_damage_inside_a_file_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("share", "garbage"),
+    # The first breaks the stream's framing, which FFmpeg refuses; the second is within a frame,
+    # which FFmpeg patches up and marks.
+    [(0.5, b"\x55" * 3000), (0.61, b"\xff" * 300)],
+)
+def test_damage_inside_a_file_is_found(tmp_path: Path, share: float, garbage: bytes) -> None:
     video = write_video(
-        tmp_path / "a.mp4", noise(40), 10, gop=5, faststart=True, options={"bf": "0"}
+        tmp_path / "a.mp4", noise(40), 10, gop=10, faststart=True, options={"bf": "0"}
     )
     content = bytearray(video.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 3000] = b"\x55" * 3000
+    at = int(len(content) * share)
+    content[at : at + len(garbage)] = garbage
     video.write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.mp4"):
+    with pytest.raises(DataError, match=r"a\.mp4: (damaged at|cannot be decoded)"):
         verify(video)
+    with pytest.raises(DataError, match=r"a\.mp4: (damaged at|cannot be decoded)"):
+        read_clip(video, start=Fraction(0), num_frames=40, fps=Fraction(10))
 
 
 def test_a_clip_past_the_end_is_an_error(tmp_path: Path) -> None:
