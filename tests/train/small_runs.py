@@ -51,7 +51,7 @@ def config(root: Path, stage: str, name: str, **changes: Any) -> TrainConfig:
         },
     }
     model = ModelConfig(
-        options={"hidden_size": 24, "depth": 3, "num_heads": 2, "text_dim": 16},
+        options={"hidden_size": 24, "depth": 3, "num_heads": 2, "text_dim": 16, "pooled_dim": 16},
         text_encoder_options={"width": 16, "depth": 1, "num_heads": 2, "alphabet": "ascii"},
     )
     optimizer = dataclasses.replace(
@@ -141,8 +141,10 @@ def stop_and_resume(config: TrainConfig) -> list[dict[str, Any]]:
         child = Child(dataclasses.replace(config, num_updates=10_000))
         while child.lines() < 1 and not child.ended():
             time.sleep(0.002)
-        os.kill(child.pid, signal.SIGTERM)
+        if not child.ended():  # pid 0 would be everybody in this process group
+            os.kill(child.pid, signal.SIGTERM)
         stopped = child.wait()
+        assert stopped["code"] == 0, stopped["output"]
         if 1 <= stopped["lines"] < UPDATES:
             return [stopped, Child(config, resume=True).wait()]
         shutil.rmtree(config.run_dir)
