@@ -13,6 +13,7 @@ import tyro
 from apt.errors import InputError
 from apt.train.config import TrainConfig
 from apt.train.monitor import TrainingStopped
+from apt.train.parallel import Parallel
 from apt.train.recipes import RECIPES
 from apt.train.sequence import is_finished, move_runs
 from apt.train.trainer import plain, run
@@ -76,12 +77,15 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 def train_stages(configs: Sequence[TrainConfig], *, resume: bool) -> None:
     """Train stages in a row; a stop request ends the row. Raises InputError if training stops."""
-    for number, config in enumerate(configs):
-        begun = (Path(config.run_dir) / "config.json").is_file()
-        try:
-            run_dir = run(config, resume=resume and (begun or number == 0))
-        except TrainingStopped as error:
-            raise InputError(str(error)) from error
-        if not is_finished(config):
-            return
-        print(f"{config.name}: {run_dir / 'export'}")
+    with Parallel.from_environment(configs[0].device) as parallel:
+        for number, config in enumerate(configs):
+            begun = (Path(config.run_dir) / "config.json").is_file()
+            try:
+                run_dir = run(config, resume=resume and (begun or number == 0), parallel=parallel)
+            except TrainingStopped as error:
+                raise InputError(str(error)) from error
+            parallel.barrier()
+            if not is_finished(config):
+                return
+            if parallel.is_main:
+                print(f"{config.name}: {run_dir / 'export'}")

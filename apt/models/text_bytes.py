@@ -80,12 +80,15 @@ class ByteTextEncoder(nn.Module):
         mask[:, 0] = True
         tokens = self.lead_token.expand(len(words), 1, -1)
         flat = [word for row in words for word in row]
+        # Ranks must agree on which weights have gradients, also one whose prompts are all empty.
+        vectors = self._encode_words(flat or [b" "])
         if flat:
             for i, row in enumerate(words):
                 mask[i, 1 : len(row) + 1] = True
-            vectors = self._encode_words(flat)
             table = vectors.new_zeros(len(words), longest, vectors.shape[-1])
             tokens = torch.cat([tokens, table.masked_scatter(mask[:, 1:, None], vectors)], dim=1)
+        else:
+            tokens = tokens + 0 * vectors.sum()
         tokens = tokens + self.position_embedding[: longest + 1]
         padding = None if all(len(row) == longest for row in words) else mask
         for block in self.blocks:

@@ -50,14 +50,15 @@ _FREE_FIELDS = (
 )
 
 
-def run(config: TrainConfig, *, resume: bool = False) -> Path:
+def run(config: TrainConfig, *, resume: bool = False, parallel: Parallel | None = None) -> Path:
     """Train one stage to its end, or to a stop request, and return the run's folder.
 
     The folder gets `config.json`, `log.jsonl` and TensorBoard files, `checkpoints/`, `samples/`,
     `snapshots/<update>/{ema,raw}/`, `losses.png`, and the finished model in `export/`.
 
     SIGTERM and Ctrl-C save a checkpoint and leave. With `resume`, the newest checkpoint that
-    verifies is continued; on the CPU the result equals an uninterrupted run bit for bit.
+    verifies is continued; on the CPU the result equals an uninterrupted run bit for bit. Stages in
+    a row share one `parallel`, because a process group is joined once; alone, a run makes its own.
 
     Raises:
         ConfigError: the configuration is wrong, does not fit the checkpoint, or the folder holds a
@@ -66,7 +67,10 @@ def run(config: TrainConfig, *, resume: bool = False) -> Path:
         TrainingStopped: a loss is not finite, or the collapse monitor was told to stop.
     """
     run_dir = Path(config.run_dir)
-    with Parallel.from_environment(config.device) as parallel, StopRequest() as stop:
+    if parallel is None:
+        with Parallel.from_environment(config.device) as parallel:
+            return run(config, resume=resume, parallel=parallel)
+    with StopRequest() as stop:
         found = _find_checkpoint(run_dir, resume)
         if found is not None:
             _check_resumable(config, checkpoint.read_meta(found)["config"], found)

@@ -127,3 +127,11 @@ def test_limits_are_inclusive() -> None:
     model = encoder(max_length=3, max_word_bytes=8)
     assert encode("aaaaaaaa b c", model).shape == (4, 16)
     assert model.max_length == 3 and model.embedding_dim == 16
+
+
+def test_empty_prompts_give_every_weight_a_gradient() -> None:
+    """Sharded ranks must agree on the gradients, also where captions were dropped."""
+    encoder = create_text_encoder("bytes")
+    assert isinstance(encoder, torch.nn.Module)
+    encoder(["", ""]).tokens.square().sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
