@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
+from apt.kernels.rows import take_rows
 
 Norm = Literal["rms", "layer"]
 
@@ -88,10 +89,7 @@ def per_sample(values: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tenso
     values = values.to(dtype)  # before rows repeat: their gradients add up in this type
     if values.ndim == 3:
         return values
-    # The backward of embedding adds repeated rows in a fixed order on every device; those of
-    # indexing and index_select use atomics on one device or the other.
-    picked = values if rows is None else F.embedding(rows, values)
-    return picked.unsqueeze(1)
+    return take_rows(values, rows).unsqueeze(1)
 
 
 def check_modulation(

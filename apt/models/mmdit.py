@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from apt.errors import ConfigError, InputError
 from apt.flow import expand_timesteps
 from apt.kernels import attention, modulated_norm, qk_norm_rope, residual_modulated_norm
+from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
 from apt.models.registry import MODELS
 
@@ -204,7 +205,7 @@ class MMDiT(nn.Module):
         if self.config.absolute_positions:
             x_BLD = x_BLD + position_table(grid, self.hidden_size, x.device).to(x_BLD.dtype)
         y_RSD = self.text_in(c.tokens.to(x_BLD.dtype))
-        y_BSD = per_sample(y_RSD, rows)
+        y_BSD = take_rows(y_RSD, rows)
         mask = c.mask if c.mask is None or rows is None else c.mask[rows]
         if mask is not None:
             mask = torch.cat([mask.new_ones(x_BLD.shape[:2]), mask], dim=1)
@@ -329,7 +330,7 @@ class Stream(nn.Module):
             x, self.out(attended), m.gate1, m.scale2, m.shift2, rows=rows, eps=self.eps
         )
         h = self.mlp_out(F.gelu(self.mlp_in(h), approximate="tanh"))
-        return torch.addcmul(x, per_sample(m.gate2, rows)[:, None], h)
+        return torch.addcmul(x, take_rows(m.gate2, rows)[:, None], h)
 
 
 class MMDiTBlock(nn.Module):
@@ -402,15 +403,6 @@ def position_table(grid: tuple[int, int, int], size: int, device: torch.device) 
     """Sinusoids (L, D) fp32 of absolute positions: the angles of `rope_table` with base 100."""
     cos, sin = rope_table(grid, size, 100.0, device)
     return torch.cat([cos, sin], dim=-1)
-
-
-def per_sample(values: Tensor, rows: Tensor | None) -> Tensor:
-    """The row of `values` (R, ...) for each sample: (B, ...)."""
-    if rows is None:
-        return values
-    # The backward of indexing adds repeated rows with atomics, in another order each time, also on
-    # the CPU; that of embedding has a fixed one, so a resumed run can equal an uninterrupted one.
-    return F.embedding(rows, values.flatten(1)).unflatten(1, values.shape[1:])
 
 
 @lru_cache(maxsize=64)

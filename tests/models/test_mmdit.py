@@ -14,8 +14,9 @@ from torch import Tensor
 from apt.errors import ConfigError, InputError
 from apt.flow import to_sample
 from apt.kernels import qk_norm_rope
+from apt.kernels.rows import take_rows
 from apt.models import TextCondition, create_model, generate
-from apt.models.mmdit import MMDiT, MMDiTConfig, TimestepEmbedding, per_sample, rope_table
+from apt.models.mmdit import MMDiT, MMDiTConfig, TimestepEmbedding, rope_table
 from apt.models.protocols import Backbone
 from tests.models.nets import CHANNELS, POOLED_DIM, TEXT_DIM, inputs, tiny_mmdit
 
@@ -263,12 +264,12 @@ def test_gradients_of_shared_rows_add_up_in_a_fixed_order() -> None:
     rows = torch.arange(32).repeat(3)
     values = torch.randn(32, 6, 192, generator=generator)
     upstream = torch.randn(96, 6, 192, generator=generator)
-    assert torch.equal(per_sample(values, rows), values[rows])
+    assert torch.equal(take_rows(values, rows), values[rows])
 
     def gradient(threads: int) -> Tensor:
         torch.set_num_threads(threads)
         leaf = values.clone().requires_grad_()
-        per_sample(leaf, rows).backward(upstream)
+        take_rows(leaf, rows).backward(upstream)
         assert leaf.grad is not None
         return leaf.grad
 
