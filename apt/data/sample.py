@@ -51,6 +51,11 @@ class VideoDataset(Protocol):
     Indices are not bound by a length: an index also says which pass over the data it belongs to.
     """
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash that differs where samples would not continue as before after a resume."""
+        ...
+
     def __getitem__(self, index: int, /) -> Sample:
         """Sample `index`: the same one whenever, and in whichever process, it is asked for."""
         ...

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt.errors import InputError
 from apt.kernels import attention
 from apt.models.conditions import TextCondition
 from apt.models.registry import TEXT_ENCODERS
+
+_NGRAM = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class ByteEncoderConfig:
         width: embedding dimension E.
         depth: transformer blocks over the words.
         num_heads: attention heads.
-        byte_width: embedding dimension of a byte.
+        num_buckets: rows of the embedding table that words and their parts are hashed into.
         max_length: words in a prompt, at most.
         max_word_bytes: bytes in a word, at most.
         alphabet: "utf8" takes any text; "ascii" refuses other characters, which a model trained on
@@ -34,7 +36,7 @@ class ByteEncoderConfig:
     width: int = 128
     depth: int = 2
     num_heads: int = 4
-    byte_width: int = 64
+    num_buckets: int = 4096
     max_length: int = 64
     max_word_bytes: int = 32
     alphabet: Literal["ascii", "utf8"] = "utf8"
@@ -46,28 +48,28 @@ class ByteEncoderConfig:
 class ByteTextEncoder(nn.Module):
     """Bytes to one token per word, then a transformer over the words.
 
-    A word's bytes, with their places in the word, go through a small convolution and are averaged,
-    so the same word gives the same token wherever it stands. A learned token leads every prompt and
-    is all that an empty prompt has.
+    A word's token is the embedding of the whole word plus the mean of its byte trigrams', all
+    hashed into one table (Bojanowski et al. 2017): each word is learned directly, and a new word
+    still looks like its relatives. A learned token leads every prompt and is all that an empty
+    prompt has.
     """
 
     def __init__(self, config: ByteEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding_dim = config.width
+        self.embedding_dim = d = config.width
         self.max_length = config.max_length
-        b, d = config.byte_width, config.width
-        self.byte_embedding = nn.Embedding(256, b)
-        self.place_embedding = nn.Parameter(torch.randn(config.max_word_bytes, b) * 0.1)
-        self.conv = nn.Conv1d(b, b, kernel_size=3, padding=1)
-        self.word_projection = nn.Linear(b, d)
-        self.lead_token = nn.Parameter(torch.randn(d) * 0.1)
+        self.embedding = nn.Embedding(config.num_buckets, d)
+        self.lead_token = nn.Parameter(torch.randn(d))
         self.position_embedding = nn.Parameter(torch.randn(config.max_length + 1, d) * 0.1)
         self.blocks = nn.ModuleList(_Block(d, config.num_heads) for _ in range(config.depth))
         self.norm = nn.RMSNorm(d, eps=1e-6)
 
     def forward(self, prompts: Sequence[str]) -> TextCondition:
-        """Encode prompts to tokens (R, S, E), S = 1 + the longest prompt's words, and their mean.
+        """Encode prompts to tokens (R, S, E), S = 1 + the longest prompt's words, and their sum.
+
+        The pooled vector is the sum over the square root of the number of tokens: a mean would
+        leave too little of the one word in which two prompts differ.
 
         Raises:
             InputError: for a prompt with control characters, characters outside the alphabet, too
@@ -75,8 +77,8 @@ class ByteTextEncoder(nn.Module):
         """
         words = [self._split(prompt) for prompt in prompts]
         longest = max((len(row) for row in words), default=0)
-        place = self.place_embedding
-        mask = torch.zeros(len(words), longest + 1, dtype=torch.bool, device=place.device)
+        device = self.lead_token.device
+        mask = torch.zeros(len(words), longest + 1, dtype=torch.bool, device=device)
         mask[:, 0] = True
         tokens = self.lead_token.expand(len(words), 1, -1)
         flat = [word for row in words for word in row]
@@ -95,20 +97,21 @@ class ByteTextEncoder(nn.Module):
             tokens = block(tokens, padding)
         tokens = self.norm(tokens)
         weight = mask[..., None].to(tokens.dtype)
-        pooled = (tokens * weight).sum(dim=1) / weight.sum(dim=1)
+        pooled = (tokens * weight).sum(dim=1) / weight.sum(dim=1).sqrt()
         return TextCondition(tokens, padding, pooled)
 
     def _encode_words(self, words: list[bytes]) -> Tensor:
         """(N, E) for N words."""
-        device = self.place_embedding.device
-        lengths = torch.tensor([len(word) for word in words], device=device)
-        longest = int(lengths.max())
-        ids = torch.tensor([list(word.ljust(longest, b"\0")) for word in words], device=device)
-        valid = (torch.arange(longest, device=device) < lengths[:, None])[..., None]
-        hidden = (self.byte_embedding(ids) + self.place_embedding[:longest]) * valid
-        hidden = hidden + F.gelu(self.conv(hidden.transpose(1, 2)).transpose(1, 2))
-        mean = (hidden * valid).sum(dim=1) / lengths[:, None]
-        return self.word_projection(mean)
+        rows = [[_bucket(part, self.config.num_buckets) for part in _parts(w)] for w in words]
+        longest = max(len(row) for row in rows)
+        device = self.embedding.weight.device
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        vectors = self.embedding(ids)
+        # The first part is the word, the others are its trigrams.
+        valid = torch.arange(1, longest, device=device) < lengths[:, None]
+        weight = (valid / (lengths[:, None] - 1)).to(vectors.dtype)
+        return vectors[:, 0] + torch.einsum("nk,nke->ne", weight, vectors[:, 1:])
 
     def _split(self, prompt: str) -> list[bytes]:
         bad = [ch for ch in prompt if not (ch.isprintable() or ch.isspace())]
@@ -134,6 +137,17 @@ class ByteTextEncoder(nn.Module):
         return words
 
 
+def _parts(word: bytes) -> list[bytes]:
+    """The word between marks, and its byte trigrams; the marks tell where it begins and ends."""
+    marked = b"<" + word + b">"
+    return [marked, *(marked[i : i + _NGRAM] for i in range(len(marked) - _NGRAM + 1))]
+
+
+def _bucket(part: bytes, num_buckets: int) -> int:
+    # Not Python's hash, which differs between processes.
+    return zlib.crc32(part) % num_buckets
+
+
 class _Block(nn.Module):
     """A plain pre-norm transformer block."""
 
@@ -147,6 +161,10 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
+        # Nearly an identity at first: otherwise a random mixture of all words hides each of them.
+        for layer in (self.out, self.mlp[-1]):
+            nn.init.normal_(layer.weight, std=1e-3)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         heads = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))

@@ -72,8 +72,10 @@ class OptimizerConfig:
 
     Attributes:
         name: "rmsprop" (the paper: alpha 0.9, which is Adam with betas 0 and 0.9) or "adamw".
-        learning_rate: constant after the warm-up.
+        learning_rate: after the warm-up and before the decay.
         warmup_updates: linear from 0.
+        decay_updates: linear to 0 over the last updates of the run; 0 keeps the rate constant, as
+            the paper does.
         alpha: RMSprop's smoothing.
         betas: AdamW's.
         eps: added to the root of the second moment.
@@ -84,6 +86,7 @@ class OptimizerConfig:
     name: Literal["rmsprop", "adamw"] = "rmsprop"
     learning_rate: float = 1e-4
     warmup_updates: int = 0
+    decay_updates: int = 0
     alpha: float = 0.9
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -99,7 +102,8 @@ class PretrainConfig:
         timestep_sampling: how t is drawn before the shift.
         timestep_shift: s of Eq. 7, applied to the training timesteps.
         caption_dropout: share of captions replaced by the negative prompt, for guidance.
-        cfg_scale, num_steps: recorded as the model's sampling defaults.
+        cfg_scale, num_steps, sampling_shift: recorded as the model's sampling defaults;
+            sampling_shift is s of Eq. 7 on the grid of timesteps.
     """
 
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
@@ -107,6 +111,7 @@ class PretrainConfig:
     caption_dropout: float = 0.1
     cfg_scale: float = 7.5
     num_steps: int = 25
+    sampling_shift: float = 1.0
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:

@@ -49,6 +49,7 @@ class Trained:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     config: OptimizerConfig
+    num_updates: int
     ema: EMA | None = None
 
     def zero_grad(self) -> None:
@@ -64,9 +65,8 @@ class Trained:
             for p in parameters:
                 if p.grad is not None:
                     p.grad.mul_(scale)
-        warmup = min(1.0, (update + 1) / max(self.config.warmup_updates, 1))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * warmup
+            group["lr"] = learning_rate(self.config, update, self.num_updates)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.module)
@@ -81,6 +81,13 @@ class Trained:
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
         return state
+
+
+def learning_rate(config: OptimizerConfig, update: int, num_updates: int) -> float:
+    """The rate of update number `update`, from 0, of a run of `num_updates`."""
+    rise = (update + 1) / max(config.warmup_updates, 1)
+    fall = (num_updates - update) / max(config.decay_updates, 1)
+    return config.learning_rate * min(1.0, rise, fall if config.decay_updates else 1.0)
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> float:
@@ -166,6 +173,7 @@ def _new_bundle(config: TrainConfig) -> ModelBundle:
             num_steps=stage.num_steps,
             cfg_scale=stage.cfg_scale,
             negative_prompt=config.negative_prompt,
+            timestep_shift=stage.sampling_shift,
         ),
     )
     return ModelBundle(backbone, text_encoder, codec, info)
@@ -184,7 +192,7 @@ def make_trained(
     place(module, blocks, parallel, forward_methods=forward_methods)
     optimizer = make_optimizer(list(module.parameters()), config.optimizer)
     ema = None if ema_decay is None else EMA(module, ema_decay)
-    return Trained(module, optimizer, config.optimizer, ema)
+    return Trained(module, optimizer, config.optimizer, config.num_updates, ema)
 
 
 def place(

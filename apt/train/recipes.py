@@ -31,6 +31,7 @@ _DIGITS_PROMPTS = (
     "a magenta two moving up",
 )
 _DIGITS_CFG = 2.5
+_DIGITS_SHIFT = 12.0
 
 
 def list_recipes(pattern: str = "*") -> list[str]:
@@ -44,24 +45,32 @@ def digits_pretrain() -> TrainConfig:
     return TrainConfig(
         name="digits_pretrain",
         run_dir="runs/digits/pretrain",
-        # Logit-normal and a shift spend fewer updates on nearly clean clips, which a predicted
-        # sample gets right by copying, and more on the noise that one step starts from.
+        # A clip of 27,648 values that one of 240 captions explains: the noise drowns the caption's
+        # part only where t > 0.95, which shift 3 would draw in 3 % of the samples and 12, the
+        # paper's value for videos, draws in 40 %.
         stage=PretrainConfig(
-            timestep_sampling="logit_normal", timestep_shift=3.0, cfg_scale=_DIGITS_CFG
+            timestep_sampling="logit_normal",
+            timestep_shift=_DIGITS_SHIFT,
+            cfg_scale=_DIGITS_CFG,
+            sampling_shift=_DIGITS_SHIFT,
         ),
         model=ModelConfig(
-            text_encoder_options={"alphabet": "ascii"},
+            text_encoder_options={"alphabet": "ascii", "num_buckets": 1024, "depth": 1},
             # Mean and standard deviation of the training clips.
-            codec_options={"mean": -0.41, "std": 0.45},
+            codec_options={"mean": -0.53, "std": 0.40},
         ),
         optimizer=OptimizerConfig(
-            name="adamw", learning_rate=2e-3, warmup_updates=100, max_grad_norm=1.0
+            name="adamw",
+            learning_rate=1.5e-3,
+            warmup_updates=100,
+            decay_updates=4000,
+            max_grad_norm=1.0,
         ),
-        num_updates=3000,
-        batch_size=32,
-        ema_decay=0.998,
-        checkpoint_every=250,
-        sample_every=500,
+        num_updates=7000,
+        batch_size=16,
+        ema_decay=0.999,
+        checkpoint_every=500,
+        sample_every=1000,
         sample_prompts=_DIGITS_PROMPTS,
     )
 
@@ -73,7 +82,10 @@ def digits_distill() -> TrainConfig:
         name="digits_distill",
         run_dir="runs/digits/distill",
         stage=DistillConfig(
-            teacher="runs/digits/pretrain/export", cfg_scale=_DIGITS_CFG, num_timesteps=25
+            teacher="runs/digits/pretrain/export",
+            cfg_scale=_DIGITS_CFG,
+            num_timesteps=25,
+            timestep_shift=_DIGITS_SHIFT,
         ),
         optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_updates=50),
         num_updates=600,

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from apt.data.loader import make_loader
-from apt.data.sample import Batch
+from apt.data.sample import Batch, VideoDataset
 from apt.errors import CheckpointError, ConfigError
 from apt.train import checkpoint
 from apt.train.adversarial import Adversarial
@@ -72,8 +72,11 @@ def run(config: TrainConfig, *, resume: bool = False, parallel: Parallel | None 
             return run(config, resume=resume, parallel=parallel)
     with StopRequest() as stop:
         found = _find_checkpoint(run_dir, resume)
+        before = None
         if found is not None:
-            _check_resumable(config, checkpoint.read_meta(found)["config"], found)
+            before = checkpoint.read_meta(found)
+            _check_resumable(config, before["config"], found)
+        dataset = make_dataset(config.data, seed=config.seed)
         stage = _STAGES[type(config.stage)](config, initial_bundle(config), parallel)
         assert isinstance(stage.start.codec, nn.Module)
         stage.start.codec.to(parallel.device)
@@ -86,7 +89,12 @@ def run(config: TrainConfig, *, resume: bool = False, parallel: Parallel | None 
         if parallel.is_main:
             _write_config(run_dir, config)
         with RunLog(run_dir, config.num_updates, done, parallel.is_main, title=config.name) as log:
-            done = _loop(config, stage, state, log, stop)
+            if before is not None and before["data"] != dataset.fingerprint:
+                log.message(
+                    f"warning: the data are not those of {found}: files or captions were added, "
+                    "removed or changed, so samples do not continue where they stopped"
+                )
+            done = _loop(config, stage, dataset, state, log, stop)
             if done < config.num_updates:
                 log.message(
                     f"{stop.signal_name}: saved after update {done}; continue with --resume"
@@ -101,11 +109,16 @@ def run(config: TrainConfig, *, resume: bool = False, parallel: Parallel | None 
 
 
 def _loop(
-    config: TrainConfig, stage: Stage, state: dict[str, Any], log: RunLog, stop: StopRequest
+    config: TrainConfig,
+    stage: Stage,
+    dataset: VideoDataset,
+    state: dict[str, Any],
+    log: RunLog,
+    stop: StopRequest,
 ) -> int:
     """Updates until the end or a stop request; returns how many are done."""
     parallel, run_dir = stage.parallel, Path(config.run_dir)
-    dataset = make_dataset(config.data, seed=config.seed)
+    meta = {"config": plain(config), "data": dataset.fingerprint}
     loader = make_loader(
         dataset,
         batch_size=config.batch_size,
@@ -139,15 +152,15 @@ def _loop(
                 folder = run_dir / "snapshots" / str(update) / weights
                 export(stage, parallel, folder, updates=update, weights=weights)
         if update % config.checkpoint_every == 0 or update == config.num_updates:
-            saved = _save(config, state, log)
+            saved = _save(config, state, meta, log)
         try:
             for alarm in monitor.observe(update, metrics):
                 log.message(f"warning: {alarm}")
         except TrainingStopped:
-            _save(config, state, log)
+            _save(config, state, meta, log)
             raise
     if saved != state["update"]:
-        _save(config, state, log)
+        _save(config, state, meta, log)
     return int(state["update"])
 
 
@@ -176,10 +189,10 @@ def _state(stage: Stage) -> dict[str, Any]:
     return {**state, **stage.extra_state(), "update": 0}
 
 
-def _save(config: TrainConfig, state: dict[str, Any], log: RunLog) -> int:
+def _save(config: TrainConfig, state: dict[str, Any], meta: dict[str, Any], log: RunLog) -> int:
     root = Path(config.run_dir) / "checkpoints"
     log.sync()
-    checkpoint.save(root, state["update"], state, {"config": plain(config)})
+    checkpoint.save(root, state["update"], state, meta)
     checkpoint.prune(root, config.keep_checkpoints, set())
     return int(state["update"])
 

@@ -21,7 +21,7 @@ PROMPT = "a red seven moving left"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    encoder = create_text_encoder("bytes", width=16, depth=1, num_heads=2, byte_width=8)
+    encoder = create_text_encoder("bytes", width=16, depth=1, num_heads=2)
     codec = create_codec("patchify", spatial=8)
     backbone = create_model(
         "mmdit_digits",

@@ -93,6 +93,8 @@ def test_strict_errors_reach_the_main_process_as_one_line(root: Path, num_worker
 class Processes:
     """Samples that tell in which process and process group they were made."""
 
+    fingerprint = "processes"
+
     def __getitem__(self, index: int) -> Sample:
         return Sample(torch.zeros(3, 1, 2, 2), f"{os.getpid()} {os.getpgrp()}")
 

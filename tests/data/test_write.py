@@ -22,6 +22,8 @@ from apt.errors import ConfigError, DataError
 class Noise:
     """Colour noise on a smooth ground: as hard on a codec as clips get."""
 
+    fingerprint = "noise"
+
     def __init__(self, seed: int = 0, height: int = 32, width: int = 32) -> None:
         self.seed, self.height, self.width = seed, height, width
         self.asked: list[int] = []

@@ -58,6 +58,7 @@ def config(root: Path, stage: str, name: str, **changes: Any) -> TrainConfig:
         recipe.optimizer,
         learning_rate=1e-2,
         warmup_updates=3,
+        decay_updates=2 if stage == "pretrain" else 0,
         # With a small eps the first updates are the gradient's sign, and rounding can flip it.
         eps=1e-5 if stage == "distill" else 1e-2,  # the student begins as the teacher
     )

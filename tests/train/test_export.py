@@ -34,7 +34,7 @@ def trained(kind: str, folder: Path) -> Stage:
     """A stage after one update, so that its weights and their average differ."""
     stage: Stage
     if kind == "diffusion":
-        options = PretrainConfig(cfg_scale=3.0, num_steps=7)
+        options = PretrainConfig(cfg_scale=3.0, num_steps=7, sampling_shift=5.0)
         stage = pretrain(stage=options, negative_prompt="bad")
     elif kind == "consistency":
         stage = distill(folder)
@@ -84,7 +84,9 @@ def test_it_says_how_to_sample(kind: str, tmp_path: Path) -> None:
     export(stage, stage.parallel, tmp_path / "out", updates=1)
     info = load_pretrained(tmp_path / "out").info
     if kind == "diffusion":
-        assert info.sampling == SamplingInfo(num_steps=7, cfg_scale=3.0, negative_prompt="bad")
+        assert info.sampling == SamplingInfo(
+            num_steps=7, cfg_scale=3.0, negative_prompt="bad", timestep_shift=5.0
+        )
     else:
         # Guidance is distilled: one step without it.
         assert (info.sampling.num_steps, info.sampling.cfg_scale) == (1, 1.0)

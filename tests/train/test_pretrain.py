@@ -147,14 +147,16 @@ def test_a_frozen_text_encoder_is_not_trained_and_gets_no_gradient() -> None:
     assert all(p.grad is None for p in bundle.text_encoder.parameters())  # type: ignore[attr-defined]
 
 
-def test_warm_up_and_clipping() -> None:
-    optimizer = OptimizerConfig(learning_rate=0.4, warmup_updates=4, max_grad_norm=1e-3)
-    stage = pretrain(optimizer=dataclasses.replace(optimizer, name="adamw"))
+def test_warm_up_decay_and_clipping() -> None:
+    optimizer = OptimizerConfig(
+        name="adamw", learning_rate=0.4, warmup_updates=4, decay_updates=2, max_grad_norm=1e-3
+    )
+    stage = pretrain(optimizer=optimizer, num_updates=7)
     rates = []
-    for update in range(6):
+    for update in range(7):
         metrics = stage.update(micro_batches(), update)
         rates.append(stage.generator.optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.2])
     # The norm is that before clipping; what is left in .grad is clipped.
     assert float(metrics["generator/grad_norm"]) > 1e-3
     left = [g for g in gradients(stage.generator.module).values() if g is not None]

@@ -36,7 +36,7 @@ TINY_MODEL = ModelConfig(
         "text_dim": 16,
         "pooled_dim": 16,
     },
-    text_encoder_options={"width": 16, "depth": 1, "num_heads": 2, "byte_width": 8},
+    text_encoder_options={"width": 16, "depth": 1, "num_heads": 2},
     codec_options={"temporal": 1, "spatial": 2},
 )
 LATENT_SHAPE = (12, 2, 4, 4)
