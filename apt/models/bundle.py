@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,20 +137,13 @@ def load_pretrained(
     """
     folder = resolve(name_or_folder)
     info = read_info(folder)
-    try:
+    with _building_from(folder):
         backbone = create_model(info.model.architecture, **info.model.config)
         text_encoder = create_text_encoder(
             info.text_encoder.architecture, **info.text_encoder.config
         )
         codec = create_codec(info.codec.architecture, **info.codec.config)
         bundle = ModelBundle(backbone, text_encoder, codec, info)
-    except CheckpointError:
-        raise
-    except InputError as error:
-        raise CheckpointError(
-            f"{str(folder / INFO_FILE)!r} describes a model that cannot be built: {error}; it may "
-            "come from a newer version of this package"
-        ) from error
     for module in bundle.modules():
         module.to(device).eval()
     for module in bundle.own_modules():
@@ -157,6 +152,35 @@ def load_pretrained(
         if component.weights is not None:
             load_weights(folder / component.weights, _module(part))
     return bundle
+
+
+def load_backbone(name_or_folder: str | Path) -> tuple[Backbone, ModelInfo]:
+    """As `load_pretrained`, but only the backbone, in fp32 on the CPU, and what its folder says.
+
+    A discriminator needs no text encoder or VAE of its own, and those can be larger than it is.
+    """
+    folder = resolve(name_or_folder)
+    info = read_info(folder)
+    with _building_from(folder):
+        backbone = create_model(info.model.architecture, **info.model.config)
+    module = _module(backbone).float().eval()
+    if info.model.weights is not None:
+        load_weights(folder / info.model.weights, module)
+    return backbone, info
+
+
+@contextmanager
+def _building_from(folder: Path) -> Iterator[None]:
+    """Options that a part refuses are the folder's fault."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except InputError as error:
+        raise CheckpointError(
+            f"{str(folder / INFO_FILE)!r} describes a model that cannot be built: {error}; it may "
+            "come from a newer version of this package"
+        ) from error
 
 
 def _module(part: Backbone | TextEncoder) -> nn.Module:

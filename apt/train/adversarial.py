@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from apt.errors import ConfigError
+from apt.hub import ModelInfo
 from apt.kernels import attention_backend, perturbed_batch, sample_shifted_timesteps
 from apt.losses import create_loss
-from apt.models.bundle import ModelBundle
+from apt.models.bundle import ModelBundle, load_backbone
 from apt.models.conditions import TextCondition
 from apt.models.discriminator import Discriminator
 from apt.models.generator import generate
 from apt.train.config import AdversarialConfig, TrainConfig
-from apt.train.networks import load_start, make_trained
+from apt.train.networks import make_trained, require_source
 from apt.train.parallel import Parallel
 from apt.train.stage import MicroBatch, Stage, denoiser, mean
 
@@ -34,11 +35,12 @@ class Adversarial(Stage):
         self.objective = create_loss(stage.objective)
         self.penalties = _penalties(stage)
 
-        judge = load_start(stage.discriminator, "stage.discriminator")
-        _check_same_latents(start, judge)
+        source = require_source(stage.discriminator, "stage.discriminator")
+        backbone, info = load_backbone(source)
+        _check_same_latents(start.info, info)
         torch.manual_seed(config.seed)
-        discriminator = Discriminator(judge.backbone, head=stage.head, layers=stage.layers or None)
-        judge.backbone.set_checkpointing(config.activation_checkpointing)
+        discriminator = Discriminator(backbone, head=stage.head, layers=stage.layers or None)
+        backbone.set_checkpointing(config.activation_checkpointing)
         if stage.freeze_discriminator_backbone:
             discriminator.requires_grad_(False)
             for parameter in discriminator.head_parameters():
@@ -53,7 +55,7 @@ class Adversarial(Stage):
                 ema_decay=config.ema_decay,
             ),
             "discriminator": make_trained(
-                discriminator, judge.backbone.block_list(), config, parallel, ema_decay=None
+                discriminator, backbone.block_list(), config, parallel, ema_decay=None
             ),
         }
 
@@ -224,9 +226,9 @@ def _penalties(stage: AdversarialConfig) -> dict[str, Any]:
     }
 
 
-def _check_same_latents(generator: ModelBundle, discriminator: ModelBundle) -> None:
+def _check_same_latents(generator: ModelInfo, discriminator: ModelInfo) -> None:
     for part in ("codec", "text_encoder"):
-        ours, theirs = getattr(generator.info, part), getattr(discriminator.info, part)
+        ours, theirs = getattr(generator, part), getattr(discriminator, part)
         if (ours.architecture, ours.config) != (theirs.architecture, theirs.config):
             raise ConfigError(
                 f"generator and discriminator start from models with different {part}s "

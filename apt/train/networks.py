@@ -128,19 +128,18 @@ def initial_bundle(config: TrainConfig) -> ModelBundle:
     if isinstance(stage, PretrainConfig):
         return _new_bundle(config)
     source = stage.teacher if isinstance(stage, DistillConfig) else stage.generator
-    return load_start(
-        source, "stage.teacher" if isinstance(stage, DistillConfig) else "stage.generator"
-    )
+    option = "stage.teacher" if isinstance(stage, DistillConfig) else "stage.generator"
+    return load_pretrained(require_source(source, option))
 
 
-def load_start(source: str, option: str) -> ModelBundle:
-    """Load a model that a run starts from; ConfigError names the option if it is empty."""
+def require_source(source: str, option: str) -> str:
+    """The model that a run starts from; ConfigError names the option if it is empty."""
     if not source:
         raise ConfigError(
             f"--{option} is empty: name the model to start from, a folder that a training run "
             "exported, a built-in name, or a Hub id"
         )
-    return load_pretrained(source)
+    return source
 
 
 def _new_bundle(config: TrainConfig) -> ModelBundle:

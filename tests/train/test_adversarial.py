@@ -11,12 +11,14 @@ from torch import Tensor
 
 from apt.errors import ConfigError, InputError
 from apt.flow import shift_timesteps
+from apt.hub import TEXT_ENCODER_FILE
 from apt.models import TextCondition
 from apt.models.bundle import load_pretrained, save_pretrained
 from apt.models.discriminator import Discriminator
 from apt.rng import sample_noise, sample_uniform
 from apt.train.adversarial import Adversarial
 from apt.train.config import AdversarialConfig
+from apt.train.networks import initial_bundle
 from tests.train.tiny_stages import (
     CAPTIONS,
     FROZEN,
@@ -24,6 +26,8 @@ from tests.train.tiny_stages import (
     adversarial,
     gradients,
     micro_batches,
+    save_start,
+    single,
     train_config,
     unchanged,
     weights,
@@ -390,6 +394,15 @@ def test_discriminator_starts_from_its_own_model(tmp_path: Path) -> None:
     ours = weights(judge.backbone)
     theirs = weights(generator.backbone)
     assert not unchanged(ours, theirs)
+
+
+def test_the_discriminators_own_text_encoder_is_not_loaded(tmp_path: Path) -> None:
+    """It would be a second T5-XXL in memory, only to be dropped."""
+    start = save_start(tmp_path)
+    (tmp_path / "discriminator" / TEXT_ENCODER_FILE).unlink()
+    config = train_config(AdversarialConfig(**start))
+    stage = Adversarial(config, initial_bundle(config), single())
+    stage.update(micro_batches(), 0)
 
 
 def test_the_same_seed_gives_the_same_update(tmp_path: Path) -> None:
