@@ -64,6 +64,8 @@ class EvaluateConfig:
         out: folder of the report, its plots and its raw figures.
         seeds: evaluation seeds; each draws its own captions, noise and real clips.
         num_samples: samples of each method and seed; Fréchet distances compare at equal numbers.
+            The default is every trained caption twice: fewer captions than the reference has
+            would count as a difference from it.
         samples_per_caption: how many of them share a caption, for the diversity.
         num_reference: real clips that everything is compared with.
         snapshot_samples: samples of each snapshot and seed in the quality-against-updates plot.
@@ -76,10 +78,10 @@ class EvaluateConfig:
     runs: Path = Path("runs/digits")
     out: Path = Path("docs/results")
     seeds: tuple[int, ...] = (0, 1, 2)
-    num_samples: int = 512
-    samples_per_caption: int = 4
+    num_samples: int = 432
+    samples_per_caption: int = 2
     num_reference: int = 2048
-    snapshot_samples: int = 256
+    snapshot_samples: int = 432
     methods: tuple[str, ...] = ()
     batch_size: int = 64
     cache: Path | None = None

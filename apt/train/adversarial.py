@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -46,6 +47,8 @@ class Adversarial(Stage):
             for parameter in discriminator.head_parameters():
                 parameter.requires_grad_(True)
         network = denoiser(start, config, with_text=False)
+        rate = stage.discriminator_learning_rate or config.optimizer.learning_rate
+        faster = dataclasses.replace(config.optimizer, learning_rate=rate)
         self.trained = {
             "generator": make_trained(
                 network,
@@ -55,7 +58,11 @@ class Adversarial(Stage):
                 ema_decay=config.ema_decay,
             ),
             "discriminator": make_trained(
-                discriminator, backbone.block_list(), config, parallel, ema_decay=None
+                discriminator,
+                backbone.block_list(),
+                dataclasses.replace(config, optimizer=faster),
+                parallel,
+                ema_decay=None,
             ),
         }
 

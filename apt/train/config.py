@@ -148,6 +148,8 @@ class AdversarialConfig:
         discriminator: the diffusion model that D's backbone starts from.
         head: registered discriminator head.
         layers: blocks that heads read, counted from 1; empty scales the paper's to the depth.
+        discriminator_learning_rate: of D; 0 takes the optimizer's, as the paper does. A small batch
+            needs a D that is faster than G (Heusel et al. 2017).
         freeze_discriminator_backbone: train D's heads only (APT App. F: worse).
         timestep_shift: s of Eq. 7 for D's timestep input.
         objective: registered adversarial objective.
@@ -163,6 +165,7 @@ class AdversarialConfig:
     discriminator: str = ""
     head: str = "attention"
     layers: tuple[int, ...] = ()
+    discriminator_learning_rate: float = 0.0
     freeze_discriminator_backbone: bool = False
     timestep_shift: float = 1.0
     objective: str = "non_saturating"
@@ -175,6 +178,13 @@ class AdversarialConfig:
     logit_centring_weight: float = 0.0
     feature_matching_weight: float = 0.0
     mismatched_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.discriminator_learning_rate < 0:
+            raise ConfigError(
+                "discriminator_learning_rate must not be negative, got "
+                f"{self.discriminator_learning_rate}; 0 takes the optimizer's"
+            )
 
 
 StageConfig = PretrainConfig | DistillConfig | AdversarialConfig
@@ -189,7 +199,7 @@ class TrainConfig:
         run_dir: where checkpoints, logs, samples and the finished model go.
         stage: what is trained and how; its type is the stage.
         model, data, optimizer, monitor: see there. Generator and discriminator have one optimizer
-            config, as in the paper.
+            config, as in the paper, but for D's own learning rate if the stage gives one.
         seed: of everything random.
         num_updates: updates of the (generator's) weights.
         batch_size: samples per update over all ranks and accumulation steps.

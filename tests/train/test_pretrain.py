@@ -19,6 +19,7 @@ from tests.train.tiny_stages import (
     FROZEN,
     LATENT_SHAPE,
     TINY_MODEL,
+    assert_same_gradients,
     floats,
     gradients,
     micro_batches,
@@ -35,14 +36,6 @@ def draw(stage: Pretrain, num: int) -> Tensor:
     """Timesteps of one large batch."""
     batch = MicroBatch(x=torch.zeros(num, 1), captions=[""] * num, offset=0)
     return stage.timesteps(batch, 0)
-
-
-def assert_same(left: dict[str, Tensor | None], right: dict[str, Tensor | None]) -> None:
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        other = right[name]
-        assert value is not None and other is not None, name
-        assert torch.allclose(value, other, rtol=2e-3, atol=2e-5), name
 
 
 def test_it_minimises_flow_matching_with_the_text_encoder() -> None:
@@ -62,7 +55,7 @@ def test_it_minimises_flow_matching_with_the_text_encoder() -> None:
     module.zero_grad()
     loss.backward()
     assert metrics["generator/loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert_same(ours, gradients(module))
+    assert_same_gradients(ours, gradients(module))
     assert any(name.startswith("text_encoder.") for name in ours)
 
 
@@ -74,7 +67,7 @@ def test_accumulation_equals_the_whole_batch(size: int) -> None:
         metrics = stage.update(micro_batches(part), 0)
         results.append((floats(metrics), gradients(stage.generator.module)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
-    assert_same(results[0][1], results[1][1])
+    assert_same_gradients(results[0][1], results[1][1])
 
 
 def test_captions_are_dropped_at_the_rate_asked_for() -> None:

@@ -128,6 +128,9 @@ def micro_batches(
     ]
 
 
+Gradients = Mapping[str, torch.Tensor | None]
+
+
 def floats(metrics: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
     """Metrics as numbers."""
     return {name: float(value) for name, value in metrics.items()}
@@ -138,6 +141,26 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
     return {
         name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()
     }
+
+
+def assert_same_gradients(
+    left: Gradients, right: Gradients, *, of_largest: float = 0.0, missing: bool = False
+) -> None:
+    """Equal to rounding, by name, and not all zero.
+
+    Args:
+        of_largest: share of a tensor's largest gradient that rounding may reach in all of it: for
+            losses that are small differences.
+        missing: allow a parameter without a gradient, if both sides have none.
+    """
+    assert left.keys() == right.keys()
+    assert any(value is not None and value.abs().max() > 1e-4 for value in left.values())
+    for name, value in left.items():
+        other = right[name]
+        assert (value is None) == (other is None) and (missing or value is not None), name
+        if value is not None and other is not None:
+            atol = 2e-5 + of_largest * float(other.abs().max())
+            assert torch.allclose(value, other, rtol=2e-3, atol=atol), name
 
 
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
