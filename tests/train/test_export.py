@@ -90,6 +90,7 @@ def test_it_says_how_to_sample(kind: str, tmp_path: Path) -> None:
     else:
         # Guidance is distilled: one step without it.
         assert (info.sampling.num_steps, info.sampling.cfg_scale) == (1, 1.0)
+        assert info.sampling.timestep_shift == 1.0
     assert (info.sample.frames, info.sample.height, info.sample.width) == (9, 32, 32)
 
 
