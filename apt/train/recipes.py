@@ -131,7 +131,7 @@ def digits() -> Sequence[TrainConfig]:
     return (digits_pretrain(), digits_distill(), digits_apt())
 
 
-def _ablation(name: str, **changes: Any) -> TrainConfig:
+def _ablation(name: str, *, num_updates: int | None = None, **changes: Any) -> TrainConfig:
     """`digits_apt` with some fields changed, in a folder of its own.
 
     `changes` are fields of the stage, but for `batch_size`.
@@ -144,6 +144,7 @@ def _ablation(name: str, **changes: Any) -> TrainConfig:
         run_dir=f"runs/digits/ablations/{name}",
         stage=dataclasses.replace(base.stage, **changes),
         batch_size=batch_size,
+        num_updates=num_updates or base.num_updates,
         snapshot_at=(),
     )
 
@@ -151,7 +152,7 @@ def _ablation(name: str, **changes: Any) -> TrainConfig:
 @RECIPES.register("digits_apt_no_r1")
 def digits_apt_no_r1() -> TrainConfig:
     """Ablation: no regulariser (APT Fig. 5)."""
-    return _ablation("no_r1", r1_weight=0.0)
+    return _ablation("no_r1", r1_weight=0.0, num_updates=400)
 
 
 @RECIPES.register("digits_apt_shallow")

@@ -20,7 +20,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "digits_apt_one_head": {"stage.layers": (6,)},
     "digits_apt_frozen": {"stage.freeze_discriminator_backbone": True},
     "digits_apt_distilled_d": {"stage.discriminator": "runs/digits/distill/export"},
-    "digits_apt_small_batch": {"batch_size": 8},
+    "digits_apt_small_batch": {"batch_size": 4},
 }
 # What an ablation may say of itself: its name, its place, how long it runs and what it keeps.
 OWN = {"name", "run_dir", "num_updates", "snapshot_at"}
