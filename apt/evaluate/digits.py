@@ -81,7 +81,7 @@ class EvaluateConfig:
     num_samples: int = 432
     samples_per_caption: int = 2
     num_reference: int = 2048
-    snapshot_samples: int = 432
+    snapshot_samples: int = 216
     methods: tuple[str, ...] = ()
     batch_size: int = 64
     cache: Path | None = None
