@@ -119,7 +119,7 @@ def digits_apt() -> TrainConfig:
         batch_size=16,
         ema_decay=0.98,
         checkpoint_every=50,
-        snapshot_at=(25, 50, 75, 100, 125, 150, 175, 200),
+        snapshot_at=(50, 100, 150, 200),
         sample_every=50,
         sample_prompts=_DIGITS_PROMPTS,
     )

@@ -231,7 +231,7 @@ def test_unknown_method(runs: Path, tmp_path: Path) -> None:
         {"num_samples": 17},
         {"num_samples": 4 * 217},
         {"samples_per_caption": 1},
-        {"snapshot_samples": 4},
+        {"snapshot_samples": 2},
         {"num_reference": 1},
         {"batch_size": 0},
     ],
