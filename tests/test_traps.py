@@ -22,6 +22,7 @@ from apt.errors import InputError
 from apt.flow import shift_timesteps
 from apt.kernels import (
     attention_backend,
+    current_kernel_backend,
     kernel_status,
     modulated_norm,
     qk_norm_rope,
@@ -376,10 +377,10 @@ def test_trap_7_sigma_is_a_standard_deviation(make_stage) -> None:  # type: igno
         assert abs(value / (scale * w.square().sum()) - 1) < 5 * (2 / n) ** 0.5
 
 
-def test_trap_8_exact_r1_runs_on_reference_ops_only(make_stage) -> None:  # type: ignore[no-untyped-def]
-    # A fused op must raise on double backward. There is none yet; whoever adds one adds its test.
-    fused = [row.name for row in kernel_status() if not row.name.endswith("/reference")]
-    assert not fused, f"test that {fused} raise on double backward, and name them here"
+def test_trap_8_exact_r1_runs_on_reference_ops_only(make_stage, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    # Whoever adds a fused op names it here, and in the test below that it raises.
+    fused = {row.name for row in kernel_status() if not row.name.endswith("/reference")}
+    assert fused == {f"{op}/triton" for op in FUSED}
 
     stage, batch = make_stage(r1_weight=0.0, exact_r1_weight=1.0), real_batch(2)
     c = stage.encode(batch.captions)
@@ -388,7 +389,12 @@ def test_trap_8_exact_r1_runs_on_reference_ops_only(make_stage) -> None:  # type
     # torch's fused attention has no double backward, and says so instead of dropping a term.
     with attention_backend("_native_flash"), pytest.raises(RuntimeError, match="derivative"):
         stage.discriminator_loss(batch, x_fake, t, c, 0)[0].backward()
-    # The stage takes the reference by itself.
+    # The stage takes the reference by itself, whatever was chosen for everything else.
+    monkeypatch.setenv("APT_KERNEL_BACKEND", "triton")
+    with stage.double_backward():
+        assert current_kernel_backend() == "reference"
+    with make_stage().double_backward():
+        assert current_kernel_backend() == "triton"
     assert torch.as_tensor(stage.discriminator_step([batch], 0)["discriminator/r1"]) > 0
 
     # And that is the right gradient: R1's derivative along a direction, by central differences.
@@ -414,6 +420,33 @@ def test_trap_8_exact_r1_runs_on_reference_ops_only(make_stage) -> None:  # type
         values.append(penalty().item())
     difference = (values[0] - values[1]) / (2 * step)
     assert difference == pytest.approx(float(slope), rel=0.02)
+
+
+FUSED = {
+    "modulated_norm": lambda x, y, gate, scale, shift, backend: modulated_norm(
+        x, scale, shift, backend=backend
+    ),
+    "residual_modulated_norm": lambda *inputs, backend: residual_modulated_norm(
+        *inputs, backend=backend
+    )[1],
+}
+
+
+@pytest.mark.parametrize("op", FUSED)
+def test_trap_8_fused_ops_raise_on_double_backward(op: str) -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(2, 3, 8, device=device, requires_grad=True)
+    vector = torch.randn(2, 8, device=device)
+    for backend in ("triton", "reference"):
+        out = FUSED[op](x, x, vector, vector, vector, backend=backend)
+        (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        penalty = gradient.square().sum()
+        if backend == "reference":
+            penalty.backward()
+        else:
+            with pytest.raises(InputError, match="'reference'"):
+                penalty.backward()
 
 
 def test_trap_8_the_reference_ops_differentiate_twice() -> None:

@@ -12,7 +12,12 @@ from apt.kernels.attention import (
     attention_status,
     current_attention_backend,
 )
-from apt.kernels.backends import BackendStatus, kernel_status
+from apt.kernels.backends import (
+    BackendStatus,
+    current_kernel_backend,
+    kernel_backend,
+    kernel_status,
+)
 from apt.kernels.modulated_norm import modulated_norm
 from apt.kernels.perturbed_batch import perturbed_batch
 from apt.kernels.qk_norm_rope import qk_norm_rope
@@ -25,6 +30,8 @@ __all__ = [
     "attention_backend",
     "attention_status",
     "current_attention_backend",
+    "current_kernel_backend",
+    "kernel_backend",
     "kernel_status",
     "modulated_norm",
     "perturbed_batch",

@@ -1,19 +1,41 @@
-"""Which implementation of a fused op runs, and what each one needs."""
+"""Which implementation of a fused op runs, and what each one needs.
+
+Who chooses, first to last: the `backend` argument, the innermost `kernel_backend(...)`, the
+environment variable APT_KERNEL_BACKEND, and the op itself: Triton on CUDA tensors where it can run,
+else the torch reference. A backend that was asked for by name runs or raises with the reason. The
+two choices from outside are for all ops at once: those without that backend have only the
+reference, and use it.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from apt.errors import InputError
 
-OPS = (
-    "modulated_norm",
-    "residual_modulated_norm",
-    "qk_norm_rope",
-    "sample_shifted_timesteps",
-    "perturbed_batch",
-)
-BACKENDS = ("reference",)
+ENVIRONMENT_VARIABLE = "APT_KERNEL_BACKEND"
+
+OPS = {
+    "modulated_norm": ("reference", "triton"),
+    "residual_modulated_norm": ("reference", "triton"),
+    "qk_norm_rope": ("reference",),
+    "sample_shifted_timesteps": ("reference",),
+    "perturbed_batch": ("reference",),
+}
+BACKENDS = ("reference", "triton")
+
+TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest that the kernels are compiled with
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LOWEST_CAPABILITY = (8, 0)
+
+# One stack for the process, as for attention: checkpointing recomputes on autograd's own threads.
+_chosen: list[str] = []
 
 
 class BackendStatus(NamedTuple):
@@ -25,19 +47,142 @@ class BackendStatus(NamedTuple):
 
 
 def kernel_status() -> list[BackendStatus]:
-    """A row `op/backend` for each implementation of each fused op on this machine."""
-    return [BackendStatus(f"{op}/{name}", True, "torch ops") for op in OPS for name in BACKENDS]
+    """A row `op/backend` for each implementation of each fused op on this machine.
 
-
-def resolve_backend(op: str, backend: str | None) -> str:
-    """The backend that `op` will run; None lets it choose.
-
-    Raises InputError for a backend that the op does not have.
+    Available means that it can run here; some inputs (fp64, CPU tensors) may still be refused.
     """
-    if backend is None:
-        return "reference"
-    if backend not in BACKENDS:
+    reason = _why_no_triton()
+    triton = BackendStatus("triton", reason is None, reason or _describe_triton())
+    rows = {"reference": BackendStatus("reference", True, "torch ops"), "triton": triton}
+    return [rows[name]._replace(name=f"{op}/{name}") for op, names in OPS.items() for name in names]
+
+
+@contextmanager
+def kernel_backend(name: str) -> Iterator[None]:
+    """Make every fused op called inside, on any thread, use one backend.
+
+    Raises InputError for a name that does not exist, or a backend that is unavailable here.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"unknown kernel backend {name!r}; choose from: {', '.join(BACKENDS)}")
+    reason = _why_no_triton() if name == "triton" else None
+    if reason:
+        raise InputError(_cannot_run("kernel", name, reason))
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def current_kernel_backend() -> str | None:
+    """The backend that was chosen for all ops; None: each op chooses.
+
+    Raises InputError if APT_KERNEL_BACKEND names none.
+    """
+    if _chosen:
+        return _chosen[-1]
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if name and name not in BACKENDS:
         raise InputError(
-            f"{op} has no backend {backend!r}; choose from: {', '.join(BACKENDS)}, or leave it out"
+            f"{ENVIRONMENT_VARIABLE}={name!r} is no kernel backend; "
+            f"choose from: {', '.join(BACKENDS)}"
         )
-    return backend
+    return name or None
+
+
+def resolve_backend(
+    op: str,
+    backend: str | None,
+    tensors: Sequence[Tensor | None] = (),
+    limit: str | None = None,
+) -> str:
+    """The backend that `op` will run on these tensors.
+
+    Args:
+        op: a key of OPS.
+        backend: the caller's choice; None lets it be made outside, or by the op.
+        tensors: the inputs; the first one says where the op runs.
+        limit: why the op's kernel cannot take them, beyond device and dtype; None if it can.
+
+    Raises:
+        InputError: a backend that the op does not have, or that was named and cannot run.
+    """
+    if backend is not None and backend not in OPS[op]:
+        raise InputError(
+            f"{op} has no backend {backend!r}; choose from: {', '.join(OPS[op])}, or leave it out"
+        )
+    name = backend or current_kernel_backend()
+    if "triton" not in OPS[op] or name == "reference":
+        return "reference"
+    given = [tensor for tensor in tensors if tensor is not None]
+    if name is None and not given[0].is_cuda:
+        return "reference"  # the interpreter is for tests: it is slow
+    reason = _why_no_triton() or _why_not_tensors(given) or limit
+    if reason is None:
+        return "triton"
+    if name is None:
+        return "reference"
+    raise InputError(_cannot_run(op, name, reason))
+
+
+def _why_no_triton() -> str | None:
+    """Why this machine cannot run Triton kernels; None if it can."""
+    try:
+        import triton
+    # A package built for another system fails while its libraries load
+    except (ImportError, OSError) as error:
+        return (
+            "needs `pip install 'diffusion-apt[triton]'`, or the triton that comes with a CUDA "
+            f"build of torch ({type(error).__name__}: {error})"
+        )
+    lowest, highest = TRITON_VERSIONS
+    if not lowest <= _version(triton.__version__) <= highest:
+        return (
+            f"needs triton {lowest[0]}.{lowest[1]} to {highest[0]}.{highest[1]}, "
+            f"found {triton.__version__}"
+        )
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU, or TRITON_INTERPRET=1 from the start to run it on the CPU, slowly"
+    capability = torch.cuda.get_device_capability()
+    if capability < LOWEST_CAPABILITY:
+        return f"needs compute capability 8.0, found {capability[0]}.{capability[1]}"
+    return None
+
+
+def _why_not_tensors(tensors: Sequence[Tensor]) -> str | None:
+    """Why Triton kernels cannot take these tensors; None if they can."""
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        return f"takes tensors of one device, got {', '.join(sorted(map(str, devices)))}"
+    if not tensors[0].is_cuda and not interpreted():
+        return f"takes CUDA tensors, got {tensors[0].device.type}"
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype not in TRITON_DTYPES:
+            return f"takes fp32, fp16 and bf16, got {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which also takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor, *_ = text.split(".")
+    return int(major), int(minor)
+
+
+def _describe_triton() -> str:
+    import triton
+
+    return f"triton {triton.__version__}" + (", interpreted" if interpreted() else "")
+
+
+def _cannot_run(op: str, name: str, reason: str) -> str:
+    return (
+        f"{op} backend {name!r} cannot run: {reason}. "
+        "Take 'reference', or leave the choice out (`apt.kernels.kernel_status()` has the reasons)"
+    )

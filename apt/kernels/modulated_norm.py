@@ -42,17 +42,25 @@ def modulated_norm(
         eps: added to the mean square or variance.
         rows: (B,) int64, the condition row of each sample; several samples may share one without a
             copy. None: R = B. Its values are not checked beyond what indexing does.
-        backend: None chooses; "reference" is plain torch, twice differentiable.
+        backend: "triton", the fused kernel: fp16, bf16 and fp32, D up to 8192, once differentiable;
+            "reference", plain torch: any D, fp64 too, twice differentiable. None chooses: the
+            kernel on CUDA tensors that it can take, else the reference. The kernel copies x if it
+            is not contiguous, and modulation whose channels are not.
 
     Returns:
         (B, L, D) in x.dtype; everything before the last rounding is computed in at least fp32.
 
     Raises:
-        InputError: shapes that do not fit, an unknown norm or backend.
+        InputError: shapes that do not fit, an unknown norm or backend, a backend that cannot run.
     """
-    resolve_backend("modulated_norm", backend)
-    check_modulation("modulated_norm", x, {"scale": scale, "shift": shift}, rows)
-    check_norm("modulated_norm", x, weight, bias, norm)
+    op = "modulated_norm"
+    check_modulation(op, x, {"scale": scale, "shift": shift}, rows)
+    check_norm(op, x, weight, bias, norm)
+    tensors = (x, scale, shift, weight, bias, rows)
+    if resolve_backend(op, backend, tensors, why_not_triton(x)) == "triton":
+        from apt.kernels._triton import norms
+
+        return norms.modulated_norm(x, scale, shift, weight, bias, norm == "layer", eps, rows)
     return modulated_norm_reference(x, scale, shift, weight, bias, norm, eps, rows)
 
 
@@ -126,6 +134,15 @@ def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, n
     for name, values in (("weight", weight), ("bias", bias)):
         if values is not None and values.shape != x.shape[-1:]:
             raise InputError(f"{op}: {name} must be ({x.shape[-1]},), got {_describe(values)}")
+
+
+def why_not_triton(x: Tensor) -> str | None:
+    """Why the kernels cannot take x (B, L, D), as far as its shape says; None if they can."""
+    if not 1 <= x.shape[2] <= 8192:  # whole rows must fit into registers
+        return f"takes 1 to 8192 channels, got {x.shape[2]}"
+    if x.shape[0] * x.shape[1] > 2**30:  # tokens are counted in 32 bits, offsets in 64
+        return f"takes up to 2^30 tokens, got {x.shape[0] * x.shape[1]}"
+    return None
 
 
 def _describe(x: Tensor) -> str:

@@ -20,6 +20,7 @@ from apt.kernels.modulated_norm import (
     check_norm,
     modulated_norm_reference,
     per_sample,
+    why_not_triton,
 )
 
 
@@ -50,15 +51,21 @@ def residual_modulated_norm(
         from x_new as it is returned, that is, after its rounding.
 
     Raises:
-        InputError: shapes that do not fit, an unknown norm or backend.
+        InputError: shapes that do not fit, an unknown norm or backend, a backend that cannot run.
     """
     op = "residual_modulated_norm"
-    resolve_backend(op, backend)
     check_modulation(op, x, {"gate": gate, "scale": scale, "shift": shift}, rows)
     check_norm(op, x, weight, bias, norm)
     if update.shape != x.shape:
         raise InputError(
             f"{op}: update must have the shape of x, {tuple(x.shape)}; got {tuple(update.shape)}"
+        )
+    tensors = (x, update, gate, scale, shift, weight, bias, rows)
+    if resolve_backend(op, backend, tensors, why_not_triton(x)) == "triton":
+        from apt.kernels._triton import norms
+
+        return norms.residual_modulated_norm(
+            x, update, gate, scale, shift, weight, bias, norm == "layer", eps, rows
         )
     dtype = accumulation_dtype(x)
     x_new = torch.addcmul(x.to(dtype), update.to(dtype), per_sample(gate, rows, dtype)).to(x.dtype)

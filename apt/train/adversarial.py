@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,12 @@ from torch import Tensor
 
 from apt.errors import ConfigError
 from apt.hub import ModelInfo
-from apt.kernels import attention_backend, perturbed_batch, sample_shifted_timesteps
+from apt.kernels import (
+    attention_backend,
+    kernel_backend,
+    perturbed_batch,
+    sample_shifted_timesteps,
+)
 from apt.losses import create_loss
 from apt.models.bundle import ModelBundle, load_backbone
 from apt.models.conditions import TextCondition
@@ -207,10 +212,14 @@ class Adversarial(Stage):
             device=batch.x.device,
         )
 
-    def double_backward(self) -> AbstractContextManager[None]:
-        """Exact R1 needs attention that can be differentiated twice."""
-        exact = "r1" in self.penalties
-        return attention_backend("_native_math") if exact else nullcontext()
+    @contextmanager
+    def double_backward(self) -> Iterator[None]:
+        """Exact R1 needs attention and fused ops that can be differentiated twice."""
+        if "r1" not in self.penalties:
+            yield
+            return
+        with attention_backend("_native_math"), kernel_backend("reference"):
+            yield
 
 
 def _penalties(stage: AdversarialConfig) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from apt.kernels import (
     attention_backend,
     attention_status,
     current_attention_backend,
-    kernel_status,
 )
 
 NAMES = [
@@ -200,14 +199,3 @@ def test_bad_input_is_refused(change, message):
     }
     with pytest.raises(InputError, match=message):
         attention(**(given_ | change))
-
-
-def test_kernel_status_lists_every_op():
-    ops = {row.name.partition("/")[0] for row in kernel_status()}
-    assert ops == {
-        "modulated_norm",
-        "residual_modulated_norm",
-        "qk_norm_rope",
-        "sample_shifted_timesteps",
-        "perturbed_batch",
-    }

@@ -1,0 +1,132 @@
+"""Who chooses between a kernel and its reference, and what is said when one cannot run."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from apt.errors import InputError
+from apt.kernels import (
+    current_kernel_backend,
+    kernel_backend,
+    kernel_status,
+    modulated_norm,
+    qk_norm_rope,
+)
+from apt.kernels.backends import BACKENDS, OPS, resolve_backend
+
+OP = "modulated_norm"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """A triton of a version that the kernels support, interpreted, whatever is installed."""
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return monkeypatch
+
+
+def reason() -> str:
+    return next(row.reason for row in kernel_status() if row.name == f"{OP}/triton")
+
+
+def test_the_table_has_every_implementation_and_says_why_not(triton):
+    rows = kernel_status()
+    names = [f"{op}/{name}" for op, backends in OPS.items() for name in backends]
+    assert [row.name for row in rows] == names
+    assert all(row.available and row.reason for row in rows)
+    assert reason() == "triton 3.7.1, interpreted"
+    triton.setitem(sys.modules, "triton", None)  # not installed
+    rows = kernel_status()
+    assert {row.name.partition("/")[2] for row in rows if not row.available} == {"triton"}
+    assert "diffusion-apt[triton]" in reason()
+
+
+@pytest.mark.parametrize(
+    ("version", "runs"),
+    [("3.5.1", False), ("3.6.0", True), ("3.9.0+git1", True), ("3.10.0", False), ("4.0", False)],
+)
+def test_versions_of_triton(triton, version, runs):
+    triton.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    assert ("needs triton 3.6 to 3.9, found" in reason()) is not runs
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_no_gpu_and_no_interpreter(triton):
+    triton.delenv("TRITON_INTERPRET")
+    assert "needs a CUDA GPU, or TRITON_INTERPRET=1" in reason()
+    x = torch.zeros(1, 2, 8)
+    with pytest.raises(InputError, match="'triton' cannot run: needs a CUDA GPU"):
+        modulated_norm(x, x[:, 0], x[:, 0], backend="triton")
+    with pytest.raises(InputError, match="needs a CUDA GPU"), kernel_backend("triton"):
+        pass
+
+
+def test_left_to_the_op_cpu_tensors_take_the_reference_also_under_the_interpreter(triton):
+    x = torch.zeros(1, 2, 8)
+    assert resolve_backend(OP, None, [x]) == "reference"
+    assert resolve_backend(OP, "triton", [x]) == "triton"
+    with kernel_backend("triton"):
+        assert resolve_backend(OP, None, [x]) == "triton"
+        assert resolve_backend(OP, "reference", [x]) == "reference"
+        # An op that has nothing but its reference
+        assert resolve_backend("qk_norm_rope", None) == "reference"
+        q = torch.randn(1, 2, 1, 4)
+        qk_norm_rope(q, q, None, None)
+
+
+def test_inputs_that_the_kernel_cannot_take_are_refused_by_name_only(triton):
+    for x, message in (
+        (torch.zeros(1, 2, 8, dtype=torch.float64), "takes fp32, fp16 and bf16, got float64"),
+        (torch.zeros(1, 2, 8193), "takes 1 to 8192 channels, got 8193"),
+    ):
+        with pytest.raises(InputError, match=message):
+            modulated_norm(x, x[:, 0], x[:, 0], backend="triton")
+        with pytest.raises(InputError, match=message), kernel_backend("triton"):
+            modulated_norm(x, x[:, 0], x[:, 0])
+        modulated_norm(x, x[:, 0], x[:, 0])
+    tensors = [torch.zeros(1), torch.zeros(1, device="meta")]
+    with pytest.raises(InputError, match="one device, got cpu, meta"):
+        resolve_backend(OP, "triton", tensors)
+
+
+def test_who_chooses(triton):
+    assert current_kernel_backend() is None
+    triton.setenv("APT_KERNEL_BACKEND", "triton")
+    assert current_kernel_backend() == "triton"
+    with kernel_backend("reference"):
+        assert current_kernel_backend() == "reference"
+        with kernel_backend("triton"):
+            assert current_kernel_backend() == "triton"
+        assert current_kernel_backend() == "reference"
+    with pytest.raises(RuntimeError, match="inside"), kernel_backend("reference"):
+        raise RuntimeError("inside")
+    assert current_kernel_backend() == "triton"
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(InputError, match="unknown kernel backend 'fast'"), kernel_backend("fast"):
+        pass
+    with pytest.raises(InputError, match="no backend 'triton'; choose from: reference, or leave"):
+        resolve_backend("qk_norm_rope", "triton")
+    monkeypatch.setenv("APT_KERNEL_BACKEND", "fast")
+    with pytest.raises(InputError, match="APT_KERNEL_BACKEND='fast'"):
+        resolve_backend(OP, None, [torch.zeros(1)])
+    assert set(BACKENDS) == {name for names in OPS.values() for name in names}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_the_installed_triton_is_one_of_those_supported():
+    assert "needs triton" not in reason()
+
+
+@pytest.mark.gpu
+def test_left_to_the_op_cuda_tensors_take_the_kernel():
+    x = torch.zeros(1, 2, 8, device="cuda")
+    assert resolve_backend(OP, None, [x]) == "triton"
+    assert resolve_backend(OP, None, [x.double()]) == "reference"
