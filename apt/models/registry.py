@@ -6,12 +6,14 @@ replace its fields. A model's identity in a file is its registered name and its 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import nn
 
+from apt.hub.pretrained import PretrainedEntry
 from apt.models.protocols import Backbone, LatentCodec, TextEncoder
-from apt.registry import Registry, replace_typed
+from apt.registry import B, Registry, replace_typed
 
 
 class Buildable(Protocol):
@@ -20,7 +22,33 @@ class Buildable(Protocol):
     def build(self) -> Any: ...
 
 
-MODELS: Registry[Buildable] = Registry("model")
+class ModelRegistry(Registry[Buildable]):
+    """Model sizes by name, each with the published weights that exist for it."""
+
+    def __init__(self) -> None:
+        super().__init__("model")
+        self._pretrained: dict[str, Mapping[str, PretrainedEntry]] = {}
+
+    def register(
+        self, name: str, *, pretrained: Mapping[str, PretrainedEntry] | None = None
+    ) -> Callable[[B], B]:
+        """Decorator: put a builder under `name`; `pretrained` maps tags to weights, best first."""
+        add = super().register(name)
+
+        def add_with_weights(builder: B) -> B:
+            add(builder)
+            self._pretrained[name] = dict(pretrained or {})
+            return builder
+
+        return add_with_weights
+
+    def pretrained(self, name: str) -> Mapping[str, PretrainedEntry]:
+        """Published weights of a model by tag; the first is the default. Empty: there are none."""
+        self.get(name)
+        return self._pretrained[name]
+
+
+MODELS = ModelRegistry()
 TEXT_ENCODERS: Registry[Buildable] = Registry("text encoder")
 CODECS: Registry[Buildable] = Registry("latent codec")
 HEADS: Registry[nn.Module] = Registry("discriminator head")

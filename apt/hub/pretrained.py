@@ -1,0 +1,31 @@
+"""Where the weights of a registered model come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedEntry:
+    """Published weights of one registered model.
+
+    Attributes:
+        repo: Hub id of a diffusers folder.
+        revision: commit, tag or branch; None is the newest.
+        subfolder: of the transformer in it.
+        license: SPDX identifier, or the Hub's name of another licence.
+        source: who published it, and the paper or page.
+        gated: whether the licence must be accepted on the Hub first.
+        codec, text_encoder: registered names of the parts that go with it.
+        note: what a user has to know before they choose it.
+    """
+
+    repo: str
+    license: str
+    source: str
+    codec: str
+    text_encoder: str
+    revision: str | None = None
+    subfolder: str = "transformer"
+    gated: bool = False
+    note: str = ""
