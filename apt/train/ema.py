@@ -24,7 +24,9 @@ class EMA:
     """Keeps `ema = decay * ema + (1 - decay) * weights` beside a module.
 
     Floating-point parameters are averaged in fp32 whatever their own dtype; persistent buffers
-    and integer tensors are copied as they are. The first value is the module's current one. Under
+    and integer tensors are copied as they are; parameters that do not train are the module's own,
+    since their average would be the same in twice the memory. The first value is the module's
+    current one. Under
     FSDP2 every rank averages its own shard, so nothing is communicated and the result is the one
     of a single process.
 
@@ -43,10 +45,17 @@ class EMA:
         self._average = get_ema_multi_avg_fn(decay)
         buffers = {name for name, _ in module.named_buffers()}
         state = model_state(module)
-        self._averaged = [k for k, v in state.items() if k not in buffers and v.is_floating_point()]
+        self._frozen = {
+            name
+            for name, value in module.state_dict(keep_vars=True).items()
+            if isinstance(value, nn.Parameter) and not value.requires_grad
+        }
+        copied = buffers | self._frozen
+        self._averaged = [k for k, v in state.items() if k not in copied and v.is_floating_point()]
         names = set(self._averaged)
         self._shadow = {
-            k: v.to(torch.float32, copy=True) if k in names else v.clone() for k, v in state.items()
+            k: v if k in self._frozen else v.to(torch.float32 if k in names else v.dtype, copy=True)
+            for k, v in state.items()
         }
 
     @torch.no_grad()
@@ -56,10 +65,8 @@ class EMA:
         shadows = [_local(self._shadow[k]) for k in self._averaged]
         weights = [_local(state[k]).to(torch.float32) for k in self._averaged]
         self._average(shadows, weights, None)
-        averaged = set(self._averaged)
-        for name, value in state.items():
-            if name not in averaged:
-                self._shadow[name].copy_(value)
+        for name in state.keys() - set(self._averaged) - self._frozen:
+            self._shadow[name].copy_(state[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averaged tensors by name (live: loading into them in place restores)."""
@@ -94,11 +101,13 @@ class EMA:
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Let `module` carry the average inside the `with` block; its weights come back."""
-        kept = {name: value.clone() for name, value in model_state(module).items()}
+        state = model_state(module)
+        kept = {name: state[name].clone() for name in state.keys() - self._frozen}
         self.copy_to(module)
         try:
             yield
         finally:
+            state = model_state(module)
             with torch.no_grad():
-                for name, value in model_state(module).items():
-                    value.copy_(kept[name])
+                for name, value in kept.items():
+                    state[name].copy_(value)

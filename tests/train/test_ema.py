@@ -21,8 +21,9 @@ class Net(nn.Module):
 def disturb(net: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in net.state_dict().values():
-            value.copy_(10 * torch.randn(value.shape, generator=generator))
+        for name, value in net.state_dict().items():
+            if name != "frozen":
+                value.copy_(10 * torch.randn(value.shape, generator=generator))
 
 
 def test_equals_the_definition_in_fp64():
@@ -117,3 +118,17 @@ def test_state_round_trip_is_strict():
 def test_decay_outside_its_range(decay: float):
     with pytest.raises(InputError, match=r"\[0, 1\]"):
         EMA(Net(), decay)
+
+
+def test_what_does_not_train_takes_no_memory_and_no_update():
+    net = Net(torch.bfloat16)
+    ema = EMA(net, 0.5)
+    frozen = ema.state_dict()["frozen"]
+    assert frozen.data_ptr() == net.frozen.data_ptr() and frozen.dtype == torch.bfloat16
+    before = net.frozen.clone()
+    disturb(net, 1)
+    ema.update(net)
+    with ema.applied(net):
+        assert torch.equal(net.frozen, before)
+    assert torch.equal(net.frozen, before)
+    assert ema.state_dict()["layer.weight"].dtype == torch.float32
