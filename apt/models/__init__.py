@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from apt.models import codec_diffusers, codecs, heads, mmdit, text_bytes, text_transformers
+from apt.models import (
+    codec_diffusers,
+    codecs,
+    conversions,
+    heads,
+    mmdit,
+    sd3,
+    text_bytes,
+    text_sd3,
+    text_transformers,
+)
 from apt.models.conditions import TextCondition
 from apt.models.discriminator import Discriminator, create_discriminator
 from apt.models.generator import generate
@@ -26,6 +36,7 @@ __all__ = [
     "TextCondition",
     "codec_diffusers",
     "codecs",
+    "conversions",
     "create_codec",
     "create_discriminator",
     "create_model",
@@ -34,6 +45,8 @@ __all__ = [
     "heads",
     "list_models",
     "mmdit",
+    "sd3",
     "text_bytes",
+    "text_sd3",
     "text_transformers",
 ]
