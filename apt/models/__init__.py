@@ -15,6 +15,7 @@ from apt.models import (
 )
 from apt.models.conditions import TextCondition
 from apt.models.discriminator import Discriminator, create_discriminator
+from apt.models.families import FAMILIES
 from apt.models.generator import generate
 from apt.models.registry import (
     CODECS,
@@ -29,6 +30,7 @@ from apt.models.registry import (
 
 __all__ = [
     "CODECS",
+    "FAMILIES",
     "HEADS",
     "MODELS",
     "TEXT_ENCODERS",

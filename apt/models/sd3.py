@@ -348,14 +348,12 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         # diffusers has a dropout of 0 between the two, which gives them the places 0 and 2.
-        self.net = nn.ModuleList(
-            [GELUProjection(hidden_size), nn.Identity(), nn.Linear(4 * hidden_size, hidden_size)]
+        self.net = nn.Sequential(
+            GELUProjection(hidden_size), nn.Identity(), nn.Linear(4 * hidden_size, hidden_size)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.net:
-            x = layer(x)
-        return x
+        return self.net(x)
 
 
 class GELUProjection(nn.Module):
@@ -551,5 +549,5 @@ def sd3_5_medium() -> SD3Config:
     pretrained={"stabilityai": _stability("stabilityai/stable-diffusion-3.5-large")},
 )
 def sd3_5_large() -> SD3Config:
-    """Stable Diffusion 3.5 large: 8.1 B parameters, images of 1 megapixel; a baseline of the paper."""
+    """Stable Diffusion 3.5 large: 8.1 B parameters, images of 1 megapixel; a baseline of APT."""
     return SD3Config(depth=38, num_heads=38)

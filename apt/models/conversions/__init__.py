@@ -1,4 +1,4 @@
-"""How checkpoints of public families become ours: one file per family, registered in `FAMILIES`."""
+"""Families of public checkpoints, one file each: their configs and keys, and ours."""
 
 from __future__ import annotations
 

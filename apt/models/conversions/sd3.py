@@ -1,7 +1,6 @@
-"""Stable Diffusion 3 and 3.5: diffusers' config, and the layout that Stability AI published.
+"""The SD3 family: configs of diffusers' SD3Transformer2DModel, keys of Stability AI's own files.
 
-That layout's keys are taken without the prefix `model.diffusion_model.` of files that hold more than
-the transformer.
+Their keys are taken without the prefix `model.diffusion_model.`.
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ from typing import Any
 from apt.errors import CheckpointError, ConfigError
 from apt.models.families import FAMILIES, Family, KeyRule
 from apt.models.sd3 import FLOW, SD3Config
+from apt.registry import replace_typed
 
-_CLASS = "SD3Transformer2DModel"
+CLASS_NAME = "SD3Transformer2DModel"
 
-# What diffusers' class takes, and what a config.json that leaves it out means.
+# Values that diffusers' class takes where a config leaves them out.
 _DEFAULTS: dict[str, Any] = {
     "sample_size": 128,
     "patch_size": 2,
@@ -28,57 +28,68 @@ _DEFAULTS: dict[str, Any] = {
     "pooled_projection_dim": 2048,
     "out_channels": 16,
     "pos_embed_max_size": 96,
-    "dual_attention_layers": (),
+    "dual_attention_layers": [],
     "qk_norm": None,
 }
 
 
-def from_diffusers(config: Mapping[str, Any]) -> SD3Config:
-    """The config of diffusers' `SD3Transformer2DModel`; keys that begin with "_" are its notes.
+def config_from_diffusers(config: Mapping[str, Any]) -> SD3Config:
+    """The config of a transformer's config.json.
 
-    Raises CheckpointError for what our module cannot be.
+    Raises CheckpointError for another class, or values that `SD3` is not made for.
     """
+    name = config.get("_class_name", CLASS_NAME)
+    if name != CLASS_NAME:
+        raise CheckpointError(f"the config describes a {name}, expected {CLASS_NAME}")
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     unknown = sorted(given.keys() - _DEFAULTS.keys())
     if unknown:
         raise CheckpointError(
-            f"the config has {', '.join(unknown)}, which {_CLASS} as known here does not have; "
-            "update this package, or check that the checkpoint is of this class"
+            f"the config of {CLASS_NAME} has options that are not known here: "
+            f"{', '.join(unknown)}; the checkpoint is of a newer diffusers, or of another model"
         )
     options = {**_DEFAULTS, **given}
     try:
-        ours = SD3Config(
-            in_channels=options["in_channels"],
-            depth=options["num_layers"],
-            num_heads=options["num_attention_heads"],
-            head_dim=options["attention_head_dim"],
-            patch_size=options["patch_size"],
-            text_dim=options["joint_attention_dim"],
-            pooled_dim=options["pooled_projection_dim"],
-            dual_attention_layers=tuple(options["dual_attention_layers"]),
-            qk_norm=options["qk_norm"] is not None,
-            max_positions=options["pos_embed_max_size"],
-            sample_size=options["sample_size"],
+        ours = replace_typed(
+            SD3Config(),
+            {
+                "in_channels": options["in_channels"],
+                "depth": options["num_layers"],
+                "num_heads": options["num_attention_heads"],
+                "head_dim": options["attention_head_dim"],
+                "patch_size": options["patch_size"],
+                "text_dim": options["joint_attention_dim"],
+                "pooled_dim": options["pooled_projection_dim"],
+                "dual_attention_layers": options["dual_attention_layers"],
+                "qk_norm": options["qk_norm"] is not None,
+                "max_positions": options["pos_embed_max_size"],
+                "sample_size": options["sample_size"],
+            },
         )
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"the config describes no {_CLASS}: {error}") from error
-    expected = {
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the config of {CLASS_NAME} cannot be built: {error}; download it again"
+        ) from error
+    # diffusers reads None as "the same"
+    possible = {
         "caption_projection_dim": (ours.hidden_size,),
         "out_channels": (ours.in_channels, None),
         "qk_norm": ("rms_norm", None),
     }
-    for key, values in expected.items():
+    for key, values in possible.items():
         if options[key] not in values:
-            wanted = " or ".join(map(repr, values))
+            expected = " or ".join(map(repr, values))
             raise CheckpointError(
-                f"the config has {key} {options[key]!r}, where only {wanted} can be built here"
+                f"{key} is {options[key]!r} in this {CLASS_NAME}, expected {expected}; use a "
+                "checkpoint of Stable Diffusion 3 or 3.5"
             )
     return ours
 
 
-def to_diffusers(config: SD3Config) -> dict[str, Any]:
-    """The arguments of diffusers' `SD3Transformer2DModel`."""
+def config_to_diffusers(config: SD3Config) -> dict[str, Any]:
+    """The config.json of a transformer."""
     return {
+        "_class_name": CLASS_NAME,
         "sample_size": config.sample_size,
         "patch_size": config.patch_size,
         "in_channels": config.in_channels,
@@ -98,8 +109,8 @@ def to_diffusers(config: SD3Config) -> dict[str, Any]:
 def key_rules(config: SD3Config) -> Sequence[KeyRule]:
     """From the original layout to ours.
 
-    Linear layers there give shift before scale; diffusers' final norms, of which the last block's
-    text has one, want scale first.
+    Modulation is shift before scale there. So it is in diffusers, but for the norms behind which
+    nothing follows: the output's, and that of the text in the last block.
     """
     last = config.depth - 1
     n, kind = r"(\d+)", r"(weight|bias)"
@@ -163,14 +174,14 @@ def _rule(theirs: str, *ours: str, swap_halves: bool = False) -> KeyRule:
 
 @FAMILIES.register("sd3")
 def sd3() -> Family:
-    """Stable Diffusion 3 and 3.5: time is 1000 t, velocity as ours."""
+    """Stable Diffusion 3 and 3.5, text to image."""
     return Family(
-        name="Stable Diffusion 3",
+        name="sd3",
         adapter=FLOW,
         config_class=SD3Config,
-        diffusers_class=_CLASS,
-        from_diffusers=from_diffusers,
-        to_diffusers=to_diffusers,
+        diffusers_class=CLASS_NAME,
+        from_diffusers=config_from_diffusers,
+        to_diffusers=config_to_diffusers,
         rules=key_rules,
         # In both layouts. FLUX has the second alone, AuraFlow the first and no such bias.
         marks=("pos_embed", "context_embedder.bias"),
