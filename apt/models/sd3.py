@@ -1,7 +1,7 @@
 """SD3: the two-stream transformer of Stable Diffusion 3 and 3.5 (arXiv 2403.03206).
 
 Image and text tokens have weights of their own and attend jointly; LayerNorm, optional qk-RMSNorm,
-sinusoidal positions cropped from one learned-size table, timestep and pooled text in the
+sinusoidal positions cropped from the middle of one table, timestep and pooled text in the
 modulation. In 3.5 medium some blocks also attend among image tokens alone. Parameters are named as
 in diffusers' `SD3Transformer2DModel`.
 
@@ -367,8 +367,8 @@ class GELUProjection(nn.Module):
         return F.gelu(self.proj(x), approximate="tanh")
 
 
-class ImageAttention(nn.Module):
-    """Attention among image tokens."""
+class Attention(nn.Module):
+    """The projections that image tokens have in every attention."""
 
     def __init__(self, config: SD3Config) -> None:
         super().__init__()
@@ -377,10 +377,6 @@ class ImageAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(d, d) for _ in range(3))
         self.norm_q, self.norm_k = head_norm(config), head_norm(config)
         self.to_out = nn.ModuleList([nn.Linear(d, d)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) to (B, L, D)."""
-        return self.to_out[0](attention(*self.project(x)).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised q, k, and v, each (B, L, H, Dh)."""
@@ -391,7 +387,15 @@ class ImageAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
 
-class JointAttention(ImageAttention):
+class ImageAttention(Attention):
+    """Attention among image tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) to (B, L, D)."""
+        return self.to_out[0](attention(*self.project(x)).flatten(2))
+
+
+class JointAttention(Attention):
     """Attention among image and text tokens, with weights of their own.
 
     Without `text_output` text is only looked at. Its queries are then read by nothing, but
@@ -410,7 +414,7 @@ class JointAttention(ImageAttention):
                 if unused is not None:
                     unused.requires_grad_(False)
 
-    def attend(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Image (B, L, D) and text (B, S, D) to updates of both; of the image alone without
         `text_output`. `mask` is (B, L + S)."""
         q_x, k_x, v_x = self.project(x)
@@ -479,7 +483,7 @@ class JointBlock(nn.Module):
         shift_y, scale_y = (text[1], text[0]) if self.ff_context is None else text[:2]
         h = modulated_norm(x_BLD, scale1, shift1, norm="layer", eps=_EPS, rows=rows)
         h_y = modulated_norm(y_BSD, scale_y, shift_y, norm="layer", eps=_EPS, rows=rows)
-        update, update_y = self.attn.attend(h, h_y, mask)
+        update, update_y = self.attn(h, h_y, mask)
         if self.attn2 is not None:
             shift, scale, gate = dual
             h = modulated_norm(x_BLD, scale, shift, norm="layer", eps=_EPS, rows=rows)
