@@ -12,6 +12,7 @@ from apt.models import (
     text_bytes,
     text_sd3,
     text_transformers,
+    wan,
 )
 from apt.models.conditions import TextCondition
 from apt.models.discriminator import Discriminator, create_discriminator
@@ -51,4 +52,5 @@ __all__ = [
     "text_bytes",
     "text_sd3",
     "text_transformers",
+    "wan",
 ]
