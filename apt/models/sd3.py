@@ -29,6 +29,7 @@ from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
 from apt.models.families import FlowAdapter
 from apt.models.registry import MODELS
+from apt.models.tokens import check_layers, check_rows, token_grid
 
 FLOW = FlowAdapter(time_scale=1000.0)
 """SD3's time is 1000 t, its velocity is ours."""
@@ -170,15 +171,13 @@ class SD3(nn.Module):
                 "frames; choose a video model, or images"
             )
         patch, most = self.config.patch_size, self.config.max_positions
-        for name, size in zip(("height", "width"), sides, strict=True):
-            if size < patch or size % patch:
-                raise InputError(f"latent {name} {size} is not a multiple of the patch, {patch}")
-            if size > patch * most:
-                raise InputError(
-                    f"latent {name} {size} exceeds the {most} positions of {patch} latents that "
-                    f"this model knows; use at most {patch * most}"
-                )
-        return 1, sides[0] // patch, sides[1] // patch
+        grid = token_grid(latent_shape, (1, patch, patch))
+        if max(grid) > most:
+            raise InputError(
+                f"latents of {tuple(sides)} are {grid[1:]} tokens along height and width; this "
+                f"model takes up to {most} along each, {patch * most} latents"
+            )
+        return grid
 
     def block_list(self) -> list[JointBlock]:
         """The transformer blocks in order."""
@@ -228,19 +227,13 @@ class SD3(nn.Module):
     def _check(
         self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None, layers: Sequence[int]
     ) -> None:
-        if not layers or min(layers) < 1 or max(layers) > self.depth:
-            raise InputError(f"layers must lie in 1..{self.depth}, got {list(layers)}")
+        check_layers(layers, self.depth)
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise InputError(
                 f"latents must be (B, {self.in_channels}, 1, H, W), got {tuple(x.shape)}"
             )
         self.token_grid((x.shape[2], x.shape[3], x.shape[4]))
-        num_rows = x.shape[0] if rows is None else t.shape[0]
-        if t.shape != (num_rows,) or len(c) != num_rows:
-            raise InputError(
-                f"{x.shape[0]} samples need {num_rows} timesteps and conditions, got "
-                f"{tuple(t.shape)} and {len(c)}; pass `rows` to share them"
-            )
+        check_rows(x, t, c, rows)
         if c.tokens.shape[2] != self.config.text_dim:
             raise InputError(
                 f"this model needs text tokens of {self.config.text_dim} dimensions, got "
@@ -553,5 +546,5 @@ def sd3_5_medium() -> SD3Config:
     pretrained={"stabilityai": _stability("stabilityai/stable-diffusion-3.5-large")},
 )
 def sd3_5_large() -> SD3Config:
-    """Stable Diffusion 3.5 large: 8.1 B parameters, images of 1 megapixel; a baseline of APT."""
+    """Stable Diffusion 3.5 large: 8.1 B parameters, images of 1 megapixel (APT Table 3)."""
     return SD3Config(depth=38, num_heads=38)

@@ -476,7 +476,7 @@ def test_compiles_without_graph_breaks() -> None:
         ((4, 2, 4, 4), r"makes images.*got 2 frames"),
         ((4, 1, 5, 4), "height 5 is not a multiple of the patch, 2"),
         ((4, 1, 4, 0), "width 0 is not a multiple of the patch, 2"),
-        ((4, 1, 26, 4), r"height 26 exceeds the 12 positions.*at most 24"),
+        ((4, 1, 26, 4), r"\(13, 2\) tokens.*up to 12 along each, 24 latents"),
         ((5, 1, 4, 4), r"latents must be \(B, 4, 1, H, W\)"),
     ],
 )
