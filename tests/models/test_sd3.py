@@ -499,6 +499,7 @@ def test_compiles_without_graph_breaks() -> None:
         ((4, 1, 4, 0), "width 0 is not a multiple of the patch, 2"),
         ((4, 1, 26, 4), r"\(13, 2\) tokens.*up to 12 along each, 24 latents"),
         ((5, 1, 4, 4), r"latents must be \(B, 4, 1, H, W\)"),
+        ((4, 4, 4), r"latents must be \(B, 4, 1, H, W\)"),
     ],
 )
 def test_latents_that_do_not_fit(shape: tuple[int, ...], message: str) -> None:
