@@ -547,8 +547,8 @@ def sd3_5_medium() -> SD3Config:
     pretrained={
         "stabilityai": _stability(
             "stabilityai/stable-diffusion-3.5-large",
-            "The text encoder and VAE named here are read from 3.5 medium's repository, which holds "
-            "the same ones: accept its licence too, or set their `repo` to this one.",
+            "The text encoder and VAE named here are read from the repository of 3.5 medium: "
+            "accept its licence too, or set their `repo` to this one.",
         )
     },
 )
