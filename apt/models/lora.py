@@ -109,7 +109,7 @@ def read_lora(path: str | Path, model: nn.Module, family: Family | None = None) 
         metadata = json.loads((stored.metadata() or {}).get(_METADATA, "{}"))
     if family is None:
         family = family_of(model)
-    names = _Names(model, () if family is None else family.rules)
+    names = _Names(model, () if family is None else family.rules_for(model.config))
     parts: dict[str, dict[str, Tensor]] = {}
     unknown: list[str] = []
     for key, value in tensors.items():
@@ -307,7 +307,8 @@ def _describe_unknown(file: Path, unknown: list[str], total: int, family: Family
         return f"{start}; it is a DoRA, which is not supported"
     mine = "" if family is None else family.name
     for name in FAMILIES.names():
-        rules = FAMILIES.get(name)().rules
+        other = FAMILIES.get(name)()
+        rules = other.rules_for(other.config_class())
         keys = [f"{_split(key)[0]}.weight" for key in unknown]
         if name != mine and any(rule.match(key) for key in keys for rule in rules):
             return f"{start}; its names are those of the family {name!r}"

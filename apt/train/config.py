@@ -274,5 +274,10 @@ class TrainConfig:
         for name in ("micro_batch_size", "sample_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.lora.rank and isinstance(self.stage, PretrainConfig):
+            raise ConfigError(
+                "lora.rank is for later stages: pre-training starts from random weights, which "
+                "adapters would leave as they are"
+            )
         if self.optimizer.learning_rate <= 0:
             raise ConfigError(f"learning_rate must be positive, got {self.optimizer.learning_rate}")

@@ -226,6 +226,22 @@ def test_our_own_models_have_no_other_names(tmp_path: Path) -> None:
     )
 
 
+def test_a_fused_projection_of_sd3_is_cut(tmp_path: Path) -> None:
+    model = create_model(
+        "sd3.5_medium", depth=2, num_heads=2, head_dim=12, dual_attention_layers=(0,),
+        text_dim=16, pooled_dim=8, max_positions=8, sample_size=8,
+    )  # fmt: skip
+    down, up = torch.randn(2, 24), torch.randn(72, 2)
+    key = "diffusion_model.joint_blocks.0.x_block.attn.qkv"
+    path = tmp_path / "lora.safetensors"
+    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, path)
+    before = copy.deepcopy(model.state_dict())
+    merge_lora(model, read_lora(path, model))
+    for name, part in zip(("to_q", "to_k", "to_v"), up.chunk(3), strict=True):
+        weight = f"transformer_blocks.0.attn.{name}.weight"
+        torch.testing.assert_close(model.state_dict()[weight], before[weight] + part @ down)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -273,6 +289,7 @@ def test_values_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
 def test_every_rule_that_cuts_is_found_with_underscores_too() -> None:
     for name in FAMILIES.names():
-        for rule in FAMILIES.get(name)().rules:
+        family = FAMILIES.get(name)()
+        for rule in family.rules_for(family.config_class()):
             # The patterns must survive dots that become underscores
             assert "." not in rule.theirs.replace(r"\.", ""), rule
