@@ -49,7 +49,9 @@ def export(
     """
     trained = stage.generator
     assert trained.ema is not None
-    state = trained.ema.state_dict() if weights == "ema" else model_state(trained.module)
+    state = model_state(trained.module)
+    if weights == "ema":
+        state |= trained.ema.state_dict()
     whole = gather(state)
     if not parallel.is_main:
         return

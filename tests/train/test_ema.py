@@ -48,7 +48,8 @@ def test_equals_torch_averaged_model():
         ema.update(net)
         peer.update_parameters(net)
     for name, value in peer.module.named_parameters():
-        assert torch.equal(ema.state_dict()[name], value), name
+        if name != "frozen":
+            assert torch.equal(ema.state_dict()[name], value), name
 
 
 def test_buffers_are_copied_and_temporary_ones_left_out():
@@ -105,13 +106,13 @@ def test_state_round_trip_is_strict():
     other.load_state_dict(ema.state_dict())
     assert all(torch.equal(v, ema.state_dict()[k]) for k, v in other.state_dict().items())
     state = ema.state_dict()
-    del state["frozen"]
-    with pytest.raises(CheckpointError, match="frozen"):
+    del state["layer.bias"]
+    with pytest.raises(CheckpointError, match=r"layer\.bias"):
         other.load_state_dict(state)
-    with pytest.raises(CheckpointError, match=r"'frozen' is torch\.float32 \(3,\), expected"):
-        other.load_state_dict(state | {"frozen": torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=r"'layer\.bias' is torch\.float32 \(2,\), expected"):
+        other.load_state_dict(state | {"layer.bias": torch.zeros(2)})
     with pytest.raises(CheckpointError, match=r"torch\.float64"):
-        other.load_state_dict(state | {"frozen": torch.zeros(2, dtype=torch.float64)})
+        other.load_state_dict(state | {"layer.bias": torch.zeros(3, dtype=torch.float64)})
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan")])
@@ -123,8 +124,7 @@ def test_decay_outside_its_range(decay: float):
 def test_what_does_not_train_takes_no_memory_and_no_update():
     net = Net(torch.bfloat16)
     ema = EMA(net, 0.5)
-    frozen = ema.state_dict()["frozen"]
-    assert frozen.data_ptr() == net.frozen.data_ptr() and frozen.dtype == torch.bfloat16
+    assert "frozen" not in ema.state_dict()
     before = net.frozen.clone()
     disturb(net, 1)
     ema.update(net)
