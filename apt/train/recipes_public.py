@@ -1,7 +1,7 @@
 """Recipes for public checkpoints: Wan 2.1 and Stable Diffusion 3.5.
 
-They follow the paper's (`apt_image_1024`, `apt_video_720p` in `apt.train.recipes`); every value that
-differs says why. None of them has been run at full size: they are where to start, not results.
+They follow the paper's (`apt_image_1024`, `apt_video_720p` in `apt.train.recipes`); every value
+that differs says why. None of them has been run at full size: they are where to start, not results.
 They read latent caches (`diffusion-apt data encode`), so neither VAE nor text encoder takes memory.
 """
 
@@ -35,7 +35,7 @@ def wan_distill() -> TrainConfig:
             # The paper's 7.5 is its own model's; Wan's authors sample theirs with 5.
             cfg_scale=5.0,
             num_timesteps=50,
-            # Wan samples 480p with a shift of 3; the paper does not tell its grid.
+            # The shift of the scheduler in its repository; the paper does not tell its grid.
             timestep_shift=3.0,
         ),
         data=_cache("data/wan"),
