@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from apt.errors import CheckpointError, InputError
-from apt.hub.weights import listed
+from apt.hub.mismatch import listed
 from apt.registry import check_options
 
 FORMAT = 1
