@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         list_models,
     )
     from apt.models.bundle import ModelBundle, load_pretrained, save_pretrained
+    from apt.models.loading import from_pretrained
     from apt.pipeline import OneStepPipeline
 
 _SOURCES = {
@@ -40,6 +41,7 @@ _SOURCES = {
         "list_models",
     ),
     "apt.models.bundle": ("ModelBundle", "load_pretrained", "save_pretrained"),
+    "apt.models.loading": ("from_pretrained",),
     "apt.pipeline": ("OneStepPipeline",),
 }
 _MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
@@ -55,6 +57,7 @@ __all__ = [
     "create_loss",
     "create_model",
     "create_text_encoder",
+    "from_pretrained",
     "generate",
     "list_losses",
     "list_models",

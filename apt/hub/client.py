@@ -94,7 +94,8 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
     # Derives from RepositoryNotFoundError, so it comes first.
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{cannot}: access is gated; accept the licence at {_page(repo_id)}, and {_token_advice()}"
+            f"{cannot}: access is gated; accept the licence at {_page(repo_id)}, and "
+            f"{_token_advice()}"
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
@@ -108,7 +109,9 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
     except LocalEntryNotFoundError as error:
         raise CheckpointError(f"{cannot}: {_unreachable(error)}") from error
     except EntryNotFoundError as error:
-        raise CheckpointError(f"{cannot}: a file is missing there ({_first_line(error)})") from error
+        raise CheckpointError(
+            f"{cannot}: a file is missing there ({_first_line(error)})"
+        ) from error
     except HFValidationError as error:
         raise CheckpointError(f"{name} is neither a folder nor a Hub id: {error}") from error
     except OfflineModeIsEnabled as error:

@@ -20,8 +20,6 @@ PIPELINE_FILE = "model_index.json"
 DESCRIPTIONS = [INFO_FILE, PIPELINE_FILE, "config.json", "*/config.json", "*.index.json"]
 """Small files that tell what a repository is, before anything large is fetched."""
 
-_OWN_FILES = [INFO_FILE, "transformer.safetensors", "text_encoder.safetensors"]
-
 
 @dataclass(frozen=True)
 class Source:
@@ -86,20 +84,6 @@ def locate(name_or_folder: str | Path, revision: str | None = None) -> Source:
         f"({', '.join(builtin) or 'none is installed'}), an existing folder with {INFO_FILE} or "
         f"{PIPELINE_FILE}, or a Hub id (owner/name or owner/name@revision)"
     )
-
-
-def resolve(name_or_folder: str | Path) -> Path:
-    """The folder of a model of ours, whole; see `locate`."""
-    source = locate(name_or_folder)
-    if source.repo is not None:
-        if not (source.folder / INFO_FILE).is_file():
-            raise CheckpointError(
-                f"the Hub model {source.repo!r} has no {INFO_FILE}, so it is not a model of this "
-                "package"
-            )
-        # Exact names: what else is there may be large.
-        source.fetch(_OWN_FILES)
-    return source.folder
 
 
 def split_hub_id(name: str) -> tuple[str, str | None] | None:

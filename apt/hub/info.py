@@ -126,10 +126,11 @@ def _describe_foreign_folder(folder: Path) -> str:
         names = {entry.name for entry in folder.iterdir()}
     except OSError as error:
         return f"cannot read {str(folder)!r}: {error.strerror or error}"
-    if "model_index.json" in names:
-        return f"{start}; model_index.json says that it is a diffusers pipeline"
     if "config.json" in names:
-        return f"{start}; config.json says that it is a diffusers or transformers model"
+        return (
+            f"{start}; config.json says that it is a diffusers or transformers model: pass the "
+            "folder of the whole pipeline, or load a transformer alone with apt.from_pretrained"
+        )
     if any(name.endswith((".pt", ".pth", ".ckpt", ".bin")) for name in names):
         return f"{start}; it holds pickles, which are never loaded"
     if any(name.startswith("step") for name in names):
@@ -137,7 +138,7 @@ def _describe_foreign_folder(folder: Path) -> str:
             f"{start}; it looks like the checkpoints of a training run: pass the folder that the "
             "run exported, or resume the run"
         )
-    return f"{start}; pass the folder that save_pretrained wrote"
+    return f"{start}; pass the folder that save_pretrained wrote, or a pipeline of diffusers"
 
 
 def _parse(kind: Any, document: Any, where: str) -> Any:

@@ -33,7 +33,7 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the part; a stored tensor that cannot be cut keeps its own, which then fits nothing."""
+        """Of the part. A tensor that cannot be cut keeps its own, which then fits nothing."""
         shape = self.stored.shape
         if self.parts == 1 or not shape or shape[0] % self.parts:
             return shape
@@ -45,22 +45,22 @@ class Piece:
         return torch.cat(part.chunk(2)[::-1]) if self.swap_halves else part
 
 
-def load_weights(path: str | Path, module: nn.Module, *, marks: Marks | None = None) -> None:
-    """Copy a safetensors file, or the shards of an index, into a module.
-
-    Values are cast to the module's dtypes, on its devices; see `fill`.
+def load_weights(
+    path: str | Path, module: nn.Module, *, device: torch.device | str = "cpu"
+) -> None:
+    """Copy a safetensors file, or the shards of an index, into a module; see `fill`.
 
     Args:
         path: of the file or the index.
         module: whose state is named as in the file.
-        marks: of the families that a file which does not fit may belong to.
+        device: for what is on the meta device.
 
     Raises:
         CheckpointError: if a file is missing, truncated or not safetensors, its keys and shapes
             are not exactly the module's (it is then untouched), or a value is not finite.
     """
     pieces = {key: Piece(stored) for key, stored in read_stored(path).items()}
-    fill(module, pieces, source=str(path), marks=marks)
+    fill(module, pieces, source=str(path), device=device)
 
 
 def fill(

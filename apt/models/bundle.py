@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,14 +19,23 @@ from apt.hub import (
     TRANSFORMER_FILE,
     ComponentInfo,
     ModelInfo,
+    Source,
     load_weights,
+    locate,
     read_info,
-    resolve,
     save_weights,
     write_info,
 )
+from apt.models.loading import (
+    Checkpoint,
+    configured,
+    empty_module,
+    find_checkpoint,
+    unbuildable,
+)
+from apt.models.pipelines import describe_pipeline, is_pipeline
 from apt.models.protocols import Backbone, LatentCodec, TextEncoder
-from apt.models.registry import create_codec, create_model, create_text_encoder
+from apt.models.registry import CODECS, TEXT_ENCODERS
 
 
 @dataclass
@@ -117,40 +127,46 @@ def save_pretrained(
 def load_pretrained(
     name_or_folder: str | Path,
     *,
+    revision: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> ModelBundle:
-    """Load a built-in model, a folder written by `save_pretrained`, or a Hub repository of one.
+    """Load a whole model: built-in, from a folder, or from the Hub.
+
+    A folder is one that `save_pretrained` wrote, or a pipeline of diffusers of a known family.
 
     Args:
         name_or_folder: a built-in name (`list_pretrained`), a folder, or "owner/name[@revision]".
+        revision: of a Hub repository, in place of the part behind "@".
         device: where the weights go.
         dtype: floating-point type of this model's own weights, whatever the file has. A text
             encoder or VAE of a public checkpoint keeps the type that its config names.
 
     Returns:
-        The bundle, in evaluation mode.
+        The bundle, in evaluation mode. Parts that come from the Hub are pinned to a commit.
 
     Raises:
         CheckpointError: for a name that is nowhere, a file that is missing, damaged or of a newer
             format, weights that are not finite, or weights of another model.
     """
-    folder = resolve(name_or_folder)
-    info = read_info(folder)
-    with _building_from(folder):
-        backbone = create_model(info.model.architecture, **info.model.config)
-        text_encoder = create_text_encoder(
-            info.text_encoder.architecture, **info.text_encoder.config
+    source = locate(name_or_folder, revision)
+    info, checkpoint = _describe(source)
+    origin = source.folder / INFO_FILE
+    text = configured(TEXT_ENCODERS, info.text_encoder, origin)
+    codec = configured(CODECS, info.codec, origin)
+    with _building_from(source):
+        text_file = info.text_encoder.weights
+        text_encoder = cast(
+            TextEncoder, text.build() if text_file is None else empty_module(text, dtype)
         )
-        codec = create_codec(info.codec.architecture, **info.codec.config)
-        bundle = ModelBundle(backbone, text_encoder, codec, info)
+        bundle = ModelBundle(
+            checkpoint.load(dtype=dtype, device=device), text_encoder, codec.build(), info
+        )
+    if text_file is not None:
+        source.fetch([text_file])
+        load_weights(source.folder / text_file, _module(text_encoder), device=device)
     for module in bundle.modules():
         module.to(device).eval()
-    for module in bundle.own_modules():
-        module.to(dtype)
-    for part, component in ((backbone, info.model), (text_encoder, info.text_encoder)):
-        if component.weights is not None:
-            load_weights(folder / component.weights, _module(part))
     return bundle
 
 
@@ -159,28 +175,28 @@ def load_backbone(name_or_folder: str | Path) -> tuple[Backbone, ModelInfo]:
 
     A discriminator needs no text encoder or VAE of its own, and those can be larger than it is.
     """
-    folder = resolve(name_or_folder)
-    info = read_info(folder)
-    with _building_from(folder):
-        backbone = create_model(info.model.architecture, **info.model.config)
-    module = _module(backbone).float().eval()
-    if info.model.weights is not None:
-        load_weights(folder / info.model.weights, module)
-    return backbone, info
+    source = locate(name_or_folder)
+    info, checkpoint = _describe(source)
+    with _building_from(source):
+        return checkpoint.load(), info
+
+
+def _describe(source: Source) -> tuple[ModelInfo, Checkpoint]:
+    if is_pipeline(source):
+        return describe_pipeline(source)
+    info = read_info(source.folder)
+    return info, find_checkpoint(source)
 
 
 @contextmanager
-def _building_from(folder: Path) -> Iterator[None]:
+def _building_from(source: Source) -> Iterator[None]:
     """Options that a part refuses are the folder's fault."""
     try:
         yield
     except CheckpointError:
         raise
     except InputError as error:
-        raise CheckpointError(
-            f"{str(folder / INFO_FILE)!r} describes a model that cannot be built: {error}; it may "
-            "come from a newer version of this package"
-        ) from error
+        raise unbuildable(source.folder / INFO_FILE, error) from error
 
 
 def _module(part: Backbone | TextEncoder) -> nn.Module:
