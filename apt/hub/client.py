@@ -76,13 +76,13 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
         repo_id, revision: of the model on the Hub.
     """
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -108,9 +108,11 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
         ) from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(f"{cannot}: {_unreachable(error)}") from error
-    except EntryNotFoundError as error:
+    except RemoteEntryNotFoundError as error:
+        file = str(error.response.url).partition("/resolve/")[2].partition("/")[2]
         raise CheckpointError(
-            f"{cannot}: a file is missing there ({_first_line(error)})"
+            f"{cannot}: its file {file!r} is not there, though it is listed; try again, or another "
+            "revision"
         ) from error
     except HFValidationError as error:
         raise CheckpointError(f"{name} is neither a folder nor a Hub id: {error}") from error
