@@ -131,7 +131,7 @@ def save_tensors(
     """Write tensors as one safetensors file; see `save_weights`."""
     ready: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        tensor = cast(value, dtype)
+        tensor = cast_type(value.detach().cpu(), dtype)
         check_finite(str(path), key, tensor)
         # Tensors that share memory are written as copies: a loader must find every key.
         ready[key] = tensor.clone(memory_format=torch.contiguous_format)
@@ -152,10 +152,9 @@ def save_tensors(
         partial.unlink(missing_ok=True)
 
 
-def cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor as it goes into a file: on the CPU, floating-point numbers in `dtype`."""
-    tensor = value.detach().cpu()
-    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+def cast_type(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor as it goes into a file: floating-point numbers in `dtype`, unless that is None."""
+    return value if dtype is None or not value.is_floating_point() else value.to(dtype)
 
 
 def check_finite(path: str, key: str, value: Tensor) -> None:
