@@ -1,7 +1,7 @@
 """SD3: the two-stream transformer of Stable Diffusion 3 and 3.5 (arXiv 2403.03206).
 
 Image and text tokens have weights of their own and attend jointly; LayerNorm, optional qk-RMSNorm,
-sinusoidal positions cropped from one learned-size table, timestep and pooled text in the
+sinusoidal positions cropped from the middle of one table, timestep and pooled text in the
 modulation. In 3.5 medium some blocks also attend among image tokens alone. Parameters are named as
 in diffusers' `SD3Transformer2DModel`.
 
@@ -29,6 +29,7 @@ from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
 from apt.models.families import FlowAdapter
 from apt.models.registry import MODELS
+from apt.models.tokens import check_layers, check_rows, token_grid
 
 FLOW = FlowAdapter(time_scale=1000.0)
 """SD3's time is 1000 t, its velocity is ours."""
@@ -170,15 +171,13 @@ class SD3(nn.Module):
                 "frames; choose a video model, or images"
             )
         patch, most = self.config.patch_size, self.config.max_positions
-        for name, size in zip(("height", "width"), sides, strict=True):
-            if size < patch or size % patch:
-                raise InputError(f"latent {name} {size} is not a multiple of the patch, {patch}")
-            if size > patch * most:
-                raise InputError(
-                    f"latent {name} {size} exceeds the {most} positions of {patch} latents that "
-                    f"this model knows; use at most {patch * most}"
-                )
-        return 1, sides[0] // patch, sides[1] // patch
+        grid = token_grid(latent_shape, (1, patch, patch))
+        if max(grid) > most:
+            raise InputError(
+                f"latents of {tuple(sides)} are {grid[1:]} tokens along height and width; this "
+                f"model takes up to {most} along each, {patch * most} latents"
+            )
+        return grid
 
     def block_list(self) -> list[JointBlock]:
         """The transformer blocks in order."""
@@ -228,19 +227,13 @@ class SD3(nn.Module):
     def _check(
         self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None, layers: Sequence[int]
     ) -> None:
-        if not layers or min(layers) < 1 or max(layers) > self.depth:
-            raise InputError(f"layers must lie in 1..{self.depth}, got {list(layers)}")
+        check_layers(layers, self.depth)
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise InputError(
                 f"latents must be (B, {self.in_channels}, 1, H, W), got {tuple(x.shape)}"
             )
         self.token_grid((x.shape[2], x.shape[3], x.shape[4]))
-        num_rows = x.shape[0] if rows is None else t.shape[0]
-        if t.shape != (num_rows,) or len(c) != num_rows:
-            raise InputError(
-                f"{x.shape[0]} samples need {num_rows} timesteps and conditions, got "
-                f"{tuple(t.shape)} and {len(c)}; pass `rows` to share them"
-            )
+        check_rows(x, t, c, rows)
         if c.tokens.shape[2] != self.config.text_dim:
             raise InputError(
                 f"this model needs text tokens of {self.config.text_dim} dimensions, got "
@@ -367,8 +360,8 @@ class GELUProjection(nn.Module):
         return F.gelu(self.proj(x), approximate="tanh")
 
 
-class ImageAttention(nn.Module):
-    """Attention among image tokens."""
+class Attention(nn.Module):
+    """The projections that image tokens have in every attention."""
 
     def __init__(self, config: SD3Config) -> None:
         super().__init__()
@@ -377,10 +370,6 @@ class ImageAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(d, d) for _ in range(3))
         self.norm_q, self.norm_k = head_norm(config), head_norm(config)
         self.to_out = nn.ModuleList([nn.Linear(d, d)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) to (B, L, D)."""
-        return self.to_out[0](attention(*self.project(x)).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised q, k, and v, each (B, L, H, Dh)."""
@@ -391,7 +380,15 @@ class ImageAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
 
-class JointAttention(ImageAttention):
+class ImageAttention(Attention):
+    """Attention among image tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) to (B, L, D)."""
+        return self.to_out[0](attention(*self.project(x)).flatten(2))
+
+
+class JointAttention(Attention):
     """Attention among image and text tokens, with weights of their own.
 
     Without `text_output` text is only looked at. Its queries are then read by nothing, but
@@ -410,7 +407,7 @@ class JointAttention(ImageAttention):
                 if unused is not None:
                     unused.requires_grad_(False)
 
-    def attend(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Image (B, L, D) and text (B, S, D) to updates of both; of the image alone without
         `text_output`. `mask` is (B, L + S)."""
         q_x, k_x, v_x = self.project(x)
@@ -479,7 +476,7 @@ class JointBlock(nn.Module):
         shift_y, scale_y = (text[1], text[0]) if self.ff_context is None else text[:2]
         h = modulated_norm(x_BLD, scale1, shift1, norm="layer", eps=_EPS, rows=rows)
         h_y = modulated_norm(y_BSD, scale_y, shift_y, norm="layer", eps=_EPS, rows=rows)
-        update, update_y = self.attn.attend(h, h_y, mask)
+        update, update_y = self.attn(h, h_y, mask)
         if self.attn2 is not None:
             shift, scale, gate = dual
             h = modulated_norm(x_BLD, scale, shift, norm="layer", eps=_EPS, rows=rows)
@@ -549,5 +546,5 @@ def sd3_5_medium() -> SD3Config:
     pretrained={"stabilityai": _stability("stabilityai/stable-diffusion-3.5-large")},
 )
 def sd3_5_large() -> SD3Config:
-    """Stable Diffusion 3.5 large: 8.1 B parameters, images of 1 megapixel; a baseline of APT."""
+    """Stable Diffusion 3.5 large: 8.1 B parameters, images of 1 megapixel (APT Table 3)."""
     return SD3Config(depth=38, num_heads=38)

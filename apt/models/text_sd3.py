@@ -73,6 +73,11 @@ class SD3TextEncoder(nn.Module):
                 f"the CLIPs of {config.repo!r} have {clips} dimensions together, T5 has only "
                 f"{self.embedding_dim}; this is not a text encoder of Stable Diffusion 3"
             )
+        self.eval()
+
+    def train(self, mode: bool = True) -> SD3TextEncoder:
+        """Stay in evaluation mode: it is frozen, and T5 has dropout."""
+        return super().train(False)
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> TextCondition:

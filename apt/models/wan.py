@@ -363,7 +363,8 @@ class WanBlock(KeepsFloat32):
             norm="layer", eps=self.eps, rows=time.rows,
         )  # fmt: skip
         gate = gate2 if gate2.ndim == 3 else take_rows(gate2, time.rows)[:, None]
-        return torch.addcmul(_wide(x_BLD), _wide(self.ffn(h)), gate).to(x_BLD.dtype)
+        # The gate is fp32, so the sum is too, without copies of the operands
+        return torch.addcmul(x_BLD, self.ffn(h), gate).to(x_BLD.dtype)
 
 
 class WanAttention(nn.Module):
