@@ -43,8 +43,10 @@ class Export:
 def main(args: Sequence[str], *, prog: str) -> None:
     """Load the model strictly, write it, and say where it is."""
     options = tyro.cli(Export, args=args, prog=prog)
-    source = options.source if is_model(options.source) else find_model(
-        options.source, options.update, options.weights
+    source = (
+        options.source
+        if is_model(options.source)
+        else find_model(options.source, options.update, options.weights)
     )
 
     import torch

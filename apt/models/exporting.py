@@ -90,9 +90,7 @@ def export_model(
         ) from error
 
 
-def _export_file(
-    backbone: Backbone, family: Family, path: Path, dtype: torch.dtype | None
-) -> Path:
+def _export_file(backbone: Backbone, family: Family, path: Path, dtype: torch.dtype | None) -> Path:
     if path.suffix != ".safetensors":
         raise InputError(f"comfyui is one file: {str(path)!r} must end in .safetensors")
     state = _state(backbone)

@@ -148,9 +148,7 @@ def test_a_local_folder_instead_of_the_cache(hub: HubServer, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("at_start", [False, True])
-def test_cut_connections_are_taken_up_again(
-    hub: HubServer, tmp_path: Path, at_start: bool
-) -> None:
+def test_cut_connections_are_taken_up_again(hub: HubServer, tmp_path: Path, at_start: bool) -> None:
     hub.faults.cuts, hub.faults.cut_at_start = 2, at_start
     (line,) = download(hub, tmp_path, "owner/model")
     assert line.endswith(WHOLE)
