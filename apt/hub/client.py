@@ -99,8 +99,8 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{cannot}: there is no folder of that name, and the Hub has no such model, or it is "
-            f"private ({_page(repo_id)}): check the spelling, or {_token_advice()}"
+            f"{cannot}: the Hub has no such model, or it is private ({_page(repo_id)}): check the "
+            f"spelling, or {_token_advice()}"
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(
@@ -140,6 +140,16 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
         raise CheckpointError(f"{cannot}: {_first_line(error)}; try again") from error
 
 
+def require_token() -> None:
+    """Raise CheckpointError if there is no token to write with."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise CheckpointError(
+            "writing to the Hub needs a token with write access; " + _token_advice()
+        )
+
+
 def _may_pass(error: BaseException) -> bool:
     """Whether trying again can help."""
     from huggingface_hub.errors import (
@@ -173,7 +183,7 @@ def _unreachable(error: BaseException) -> str:
         why = f"the Hub answers {cause.response.status_code}"
     else:
         why = f"the Hub cannot be reached at {constants.ENDPOINT}"
-    return f"there is no folder of that name, {why}, and it is not whole in the local cache"
+    return f"it is neither a folder nor whole in the local cache, and {why}"
 
 
 def _page(repo_id: str) -> str:

@@ -124,6 +124,9 @@ def _describe_foreign_folder(folder: Path) -> str:
     start = f"{str(folder)!r} has no {INFO_FILE}, so it is not a model of this package"
     try:
         names = {entry.name for entry in folder.iterdir()}
+    except FileNotFoundError:
+        # Of a Hub repository, whose files are fetched as they are asked for.
+        return f"{start}; nor is it a pipeline of diffusers"
     except OSError as error:
         return f"cannot read {str(folder)!r}: {error.strerror or error}"
     if "config.json" in names:

@@ -80,12 +80,11 @@ def create_model(
         InputError: an unknown name, tag or field, with close matches, or no published weights.
         CheckpointError: weights that cannot be fetched or do not fit; see `from_pretrained`.
     """
-    if name not in MODELS.names() and "." in name:
-        architecture, _, tag = name.rpartition(".")
-        if architecture in MODELS.names():
-            if pretrained not in (False, True, tag):
-                raise InputError(f"{name!r} and pretrained={pretrained!r} name two tags; name one")
-            name, pretrained = architecture, tag
+    name, tag = split_tag(name)
+    if tag is not None:
+        if pretrained not in (False, True, tag):
+            raise InputError(f"{name}.{tag} and pretrained={pretrained!r} name two tags; name one")
+        pretrained = tag
     if pretrained is not False:
         # It builds on this module.
         from apt.models.loading import load_registered
@@ -99,6 +98,14 @@ def create_model(
         )
     module = replace_typed(MODELS.get(name)(), overrides).build()
     return module.to(device=device, dtype=dtype)
+
+
+def split_tag(name: str) -> tuple[str, str | None]:
+    """ "arch.tag" in two; names of models may have dots too. The tag is None without one."""
+    architecture, dot, tag = name.rpartition(".")
+    if name in MODELS.names() or not dot or architecture not in MODELS.names():
+        return name, None
+    return architecture, tag
 
 
 def find_tag(name: str, tag: bool | str) -> str:

@@ -122,7 +122,7 @@ def test_offline_the_cache_serves_and_says_what_it_lacks(hub: HubServer, tmp_pat
         hub, tmp_path, "owner/model", f"owner/model@{sha}", "owner/other", HF_HUB_OFFLINE="1"
     )
     assert lines[:2] == [f"OK {sha} {WHOLE}"] * 2
-    assert "HF_HUB_OFFLINE is set, and it is not whole in the local cache" in lines[2]
+    assert "nor whole in the local cache, and HF_HUB_OFFLINE is set" in lines[2]
     assert len(hub.log) == asked, "offline means offline"
 
 
@@ -171,7 +171,7 @@ def test_a_busy_hub_is_asked_again(hub: HubServer, tmp_path: Path, status: int) 
 def test_a_hub_that_stays_down(hub: HubServer, tmp_path: Path) -> None:
     hub.faults.failures = 10**6
     (line,) = download(hub, tmp_path, "owner/model")
-    assert "the Hub answers 503, and it is not whole in the local cache" in line
+    assert "nor whole in the local cache, and the Hub answers 503" in line
 
 
 def test_a_listed_file_that_is_missing_is_named(hub: HubServer, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_counts(
     running.wait_for()
     assert not [path for path in tmp_path.rglob("model.safetensors")]
     (offline,) = download(hub, tmp_path, "owner/model", HF_HUB_OFFLINE="1")
-    assert "not whole in the local cache" in offline
+    assert "nor whole in the local cache" in offline
     hub.faults.chunk_delay = 0
     (line,) = download(hub, tmp_path, "owner/model")
     assert line.endswith(WHOLE)

@@ -24,7 +24,14 @@ def wan_folder(folder: Path, *, two_experts: bool = False, **transformer: Any) -
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        size = {"in_channels": 16, "out_channels": 16, "text_dim": WIDTH, **transformer}
+        size = {
+            "in_channels": 16,
+            "out_channels": 16,
+            "text_dim": WIDTH,
+            # As many positions as the videos need that the real model is made for.
+            "rope_max_seq_len": 128,
+            **transformer,
+        }
         pipeline = diffusers.WanPipeline(
             tokenizer=unigram_tokenizer(PROMPTS),
             text_encoder=t5_model("UMT5").eval(),
