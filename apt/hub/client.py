@@ -6,6 +6,7 @@ import errno
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -50,7 +51,9 @@ def quiet_client() -> Iterator[None]:
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
     finally:
         hub_logging.set_verbosity(before)
 

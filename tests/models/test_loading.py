@@ -118,14 +118,11 @@ def test_a_registered_size_is_recognised_by_its_tensors(
     wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tiny one is registered for the test; the folder's own config.json is of its authors."""
-    options = shape_options(wan)
-    monkeypatch.setitem(
-        MODELS._builders,
-        "wan_tiny",
-        lambda: type(FAMILIES.create("wan").from_diffusers({}))(**options),
-    )
-    monkeypatch.setitem(MODELS._pretrained, "wan_tiny", {})
+    export_model(wan, tmp_path / "diffusion_pytorch_model.safetensors", format="comfyui")
     (tmp_path / "config.json").write_text('{"_class_name": "WanModel", "dim": 24}')
+    tiny = type(MODELS.get("wan2.1_t2v_1.3b")())(**shape_options(wan))
+    monkeypatch.setitem(MODELS._builders, "wan_tiny", lambda: tiny)
+    monkeypatch.setitem(MODELS._pretrained, "wan_tiny", {})
     assert_same(state(from_pretrained(tmp_path)), stored(wan / "transformer"))
 
 
