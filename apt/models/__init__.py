@@ -8,7 +8,9 @@ from apt.models import (
     conversions,
     heads,
     mmdit,
+    sd3,
     text_bytes,
+    text_sd3,
     text_transformers,
     wan,
 )
@@ -46,7 +48,9 @@ __all__ = [
     "heads",
     "list_models",
     "mmdit",
+    "sd3",
     "text_bytes",
+    "text_sd3",
     "text_transformers",
     "wan",
 ]

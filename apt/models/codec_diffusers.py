@@ -246,3 +246,11 @@ def kl_vae() -> DiffusersCodecConfig:
     return DiffusersCodecConfig(
         class_name="AutoencoderKL", repo="stabilityai/sd-vae-ft-mse", subfolder=""
     )
+
+
+@CODECS.register("sd3_vae")
+def sd3_vae() -> DiffusersCodecConfig:
+    """Stable Diffusion 3 and 3.5's image VAE, 8x8, 16 channels (Stability AI community licence)."""
+    return DiffusersCodecConfig(
+        class_name="AutoencoderKL", repo="stabilityai/stable-diffusion-3.5-medium"
+    )

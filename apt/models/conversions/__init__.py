@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from apt.models.conversions import wan
+from apt.models.conversions import sd3, wan
 
-__all__ = ["wan"]
+__all__ = ["sd3", "wan"]
