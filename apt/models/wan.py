@@ -507,5 +507,6 @@ def wan22_t2v_a14b() -> WanConfig:
 
     Wan 2.2 A14B has an expert for t >= 0.875 and another below. One step starts at t = 1, so the
     generator is made from the high-noise expert alone, and an export holds no second transformer.
+    As a teacher it is to be trusted for t >= 0.875 only.
     """
     return WanConfig(hidden_size=5120, depth=40, num_heads=40, mlp_size=13824)
