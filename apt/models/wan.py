@@ -93,12 +93,12 @@ class WanConfig:
 
 
 class KeepsFloat32(nn.Module):
-    """A module whose own fp32 parameters stay fp32 when it is cast to half precision."""
+    """A module whose own fp32 parameters stay fp32 when it is cast to a narrower type."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def keep(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if tensor.dtype == torch.float32 and result.dtype in (torch.bfloat16, torch.float16):
+            if tensor.dtype == torch.float32 and result.dtype.itemsize < 4:
                 return tensor.to(result.device)
             return result
 
