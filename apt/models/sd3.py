@@ -138,8 +138,8 @@ class SD3(nn.Module):
             InputError: for more than one frame, latents that the patch size does not divide or that
                 exceed the table of positions, conditions or rows that do not match.
         """
-        _, height, width = self.token_grid((x.shape[2], x.shape[3], x.shape[4]))
         h_BLD, embedding = self._run(x, t, c, rows, layers=(self.depth,))
+        _, height, width = self.token_grid((x.shape[2], x.shape[3], x.shape[4]))
         scale, shift = self.norm_out(embedding)
         y = modulated_norm(h_BLD[0], scale, shift, norm="layer", eps=_EPS, rows=rows)
         p = self.config.patch_size
@@ -519,7 +519,7 @@ def finish(
     return torch.addcmul(x, take_rows(gate2, rows)[:, None], ff(h))
 
 
-def _stability(repo: str) -> PretrainedEntry:
+def _stability(repo: str, note: str = "") -> PretrainedEntry:
     return PretrainedEntry(
         repo=repo,
         license="stabilityai-ai-community",
@@ -527,6 +527,7 @@ def _stability(repo: str) -> PretrainedEntry:
         codec="sd3_vae",
         text_encoder="sd3",
         gated=True,
+        note=note,
     )
 
 
@@ -543,7 +544,13 @@ def sd3_5_medium() -> SD3Config:
 
 @MODELS.register(
     "sd3.5_large",
-    pretrained={"stabilityai": _stability("stabilityai/stable-diffusion-3.5-large")},
+    pretrained={
+        "stabilityai": _stability(
+            "stabilityai/stable-diffusion-3.5-large",
+            "The text encoder and VAE named here are read from the repository of 3.5 medium: "
+            "accept its licence too, or set their `repo` to this one.",
+        )
+    },
 )
 def sd3_5_large() -> SD3Config:
     """Stable Diffusion 3.5 large: 8.1 B parameters, images of 1 megapixel (APT Table 3)."""

@@ -440,6 +440,27 @@ def test_full_size_discriminators() -> None:
     assert judge.layers == (17, 27, 38) and judge.norm.normalized_shape == (3 * 2432,)
 
 
+def test_on_the_fused_kernels() -> None:
+    """Their interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    config = dataclasses.replace(TINY, depth=2, dual_attention_layers=(0,))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, t, c = inputs(samples=3, lengths=[5, 2, 3])
+    x, t, c = x.to(device), t.to(device), c.to(device)
+    rows = torch.tensor([2, 0, 2], device=device)
+    results = []
+    for backend in ("triton", "reference"):
+        model = tiny(config).to(device)
+        latents = x.clone().requires_grad_()
+        with kernel_backend(backend):
+            velocity = model(latents, t, c, rows=rows)
+            velocity.square().sum().backward()
+        results.append([velocity, latents.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).norm() <= 1e-4 * b.norm() + 1e-5
+
+
 def test_exact_r1_runs_on_reference_ops() -> None:
     """Second derivatives, as APT Eq. 8 needs."""
     judge = create_discriminator(tiny())
@@ -478,6 +499,7 @@ def test_compiles_without_graph_breaks() -> None:
         ((4, 1, 4, 0), "width 0 is not a multiple of the patch, 2"),
         ((4, 1, 26, 4), r"\(13, 2\) tokens.*up to 12 along each, 24 latents"),
         ((5, 1, 4, 4), r"latents must be \(B, 4, 1, H, W\)"),
+        ((4, 4, 4), r"latents must be \(B, 4, 1, H, W\)"),
     ],
 )
 def test_latents_that_do_not_fit(shape: tuple[int, ...], message: str) -> None:
