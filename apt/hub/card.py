@@ -37,7 +37,7 @@ def make_card(info: ModelInfo, repo_id: str, folder: Path, *, license: str | Non
     from huggingface_hub import ModelCard, ModelCardData
 
     history = list(_history(info.training))
-    base = next((stage for stage in reversed(history) if "source" in stage), {})
+    base: Mapping[str, Any] = next((s for s in reversed(history) if "source" in s), {})
     base_id = base.get("source") if split_hub_id(str(base.get("source", ""))) else None
     license = license or base.get("license")
     in_diffusers = (folder / PIPELINE_FILE).is_file()
@@ -76,7 +76,7 @@ def _history(training: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         stage = stage.get("started_from")
 
 
-def _licence(license: str | None, base_id: str | None) -> dict[str, str]:
+def _licence(license: str | None, base_id: str | None) -> dict[str, Any]:
     from huggingface_hub import constants
 
     if license is None:

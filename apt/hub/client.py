@@ -62,7 +62,7 @@ def progress_class() -> type[Any]:
     """huggingface_hub's progress bar, shown in a terminal alone."""
     from huggingface_hub.utils import tqdm
 
-    class TerminalBar(tqdm):  # type: ignore[misc, valid-type]
+    class TerminalBar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs["disable"] = kwargs.get("disable") or not sys.stderr.isatty()
             super().__init__(*args, **kwargs)

@@ -151,20 +151,11 @@ def load_pretrained(
     """
     source = locate(name_or_folder, revision)
     info, checkpoint = _describe(source)
-    origin = source.folder / INFO_FILE
-    text = configured(TEXT_ENCODERS, info.text_encoder, origin)
-    codec = configured(CODECS, info.codec, origin)
+    codec = _build_codec(source, info)
     with _building_from(source):
-        text_file = info.text_encoder.weights
-        text_encoder = cast(
-            TextEncoder, text.build() if text_file is None else empty_module(text, dtype)
-        )
-        bundle = ModelBundle(
-            checkpoint.load(dtype=dtype, device=device), text_encoder, codec.build(), info
-        )
-    if text_file is not None:
-        source.fetch([text_file])
-        load_weights(source.folder / text_file, _module(text_encoder), device=device)
+        backbone = checkpoint.load(dtype=dtype, device=device)
+        text_encoder = _load_text_encoder(source, info, dtype, device)
+        bundle = ModelBundle(backbone, text_encoder, codec, info)
     for module in bundle.modules():
         module.to(device).eval()
     return bundle
@@ -181,6 +172,23 @@ def load_backbone(name_or_folder: str | Path) -> tuple[Backbone, ModelInfo]:
         return checkpoint.load(), info
 
 
+def load_text_encoder(name_or_folder: str | Path) -> TextEncoder:
+    """As `load_pretrained`, but only the text encoder, its own weights in fp32, on the CPU."""
+    source = locate(name_or_folder)
+    return _load_text_encoder(source, _describe(source)[0], torch.float32, "cpu")
+
+
+def load_codec(name_or_folder: str | Path) -> LatentCodec:
+    """As `load_pretrained`, but only the codec, on the CPU."""
+    source = locate(name_or_folder)
+    return _build_codec(source, _describe(source)[0])
+
+
+def describe(name_or_folder: str | Path) -> ModelInfo:
+    """What `load_pretrained` would load. Weights of a Hub repository are fetched, but not read."""
+    return _describe(locate(name_or_folder))[0]
+
+
 def _describe(source: Source) -> tuple[ModelInfo, Checkpoint]:
     if is_pipeline(source):
         return describe_pipeline(source)
@@ -188,24 +196,23 @@ def _describe(source: Source) -> tuple[ModelInfo, Checkpoint]:
     return info, find_checkpoint(source)
 
 
-def load_text_encoder(name_or_folder: str | Path) -> TextEncoder:
-    """As `load_pretrained`, but only the text encoder."""
-    folder = resolve(name_or_folder)
-    part = read_info(folder).text_encoder
-    with _building_from(folder):
-        text_encoder = create_text_encoder(part.architecture, **part.config)
-    module = _module(text_encoder).eval()
+def _load_text_encoder(
+    source: Source, info: ModelInfo, dtype: torch.dtype, device: torch.device | str
+) -> TextEncoder:
+    part = info.text_encoder
+    config = configured(TEXT_ENCODERS, part, source.folder / INFO_FILE)
+    with _building_from(source):
+        built = config.build() if part.weights is None else empty_module(config, dtype)
     if part.weights is not None:
-        load_weights(folder / part.weights, module.float())
-    return text_encoder
+        source.fetch([part.weights])
+        load_weights(source.folder / part.weights, built, device=device)
+    return cast(TextEncoder, built.to(device).eval())
 
 
-def load_codec(name_or_folder: str | Path) -> LatentCodec:
-    """As `load_pretrained`, but only the codec."""
-    folder = resolve(name_or_folder)
-    part = read_info(folder).codec
-    with _building_from(folder):
-        return create_codec(part.architecture, **part.config)
+def _build_codec(source: Source, info: ModelInfo) -> LatentCodec:
+    config = configured(CODECS, info.codec, source.folder / INFO_FILE)
+    with _building_from(source):
+        return cast(LatentCodec, config.build())
 
 
 @contextmanager

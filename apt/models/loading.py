@@ -263,7 +263,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_empty  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from apt.hub.pretrained import PretrainedEntry
 from apt.hub.stored import read_json
 from apt.models.loading import Checkpoint, find_checkpoint
 from apt.models.registry import CODECS, MODELS, TEXT_ENCODERS, Buildable
-from apt.registry import replace_typed
+from apt.registry import Registry, replace_typed
 
 
 def is_pipeline(source: Source) -> bool:
@@ -38,13 +38,12 @@ def describe_pipeline(source: Source, subfolder: str | None = None) -> tuple[Mod
         architecture=checkpoint.architecture,
         config=dataclasses.asdict(cast(Any, checkpoint.config)),
     )
-    parts = {
-        "text_encoder": external_part(entry.text_encoder, TEXT_ENCODERS.get, source),
-        "codec": external_part(entry.codec, CODECS.get, source),
-    }
+    text_encoder = external_part(TEXT_ENCODERS, entry.text_encoder, source)
+    codec = external_part(CODECS, entry.codec, source)
     if (source.folder / INFO_FILE).is_file():
         info = read_info(source.folder)
-        return dataclasses.replace(info, model=model, **parts), checkpoint
+        info = dataclasses.replace(info, model=model, text_encoder=text_encoder, codec=codec)
+        return info, checkpoint
     shift = _scheduler_shift(source)
     sampling = entry.sampling
     if shift is not None:
@@ -52,10 +51,11 @@ def describe_pipeline(source: Source, subfolder: str | None = None) -> tuple[Mod
     info = ModelInfo(
         stage="diffusion",
         model=model,
+        text_encoder=text_encoder,
+        codec=codec,
         sample=entry.sample,
         sampling=sampling,
         training={"source": source.name, "revision": source.revision, "license": entry.license},
-        **parts,
     )
     return info, checkpoint
 
@@ -74,9 +74,9 @@ def pretrained_entry(architecture: str) -> PretrainedEntry:
     return next(iter(entries.values()))
 
 
-def external_part(name: str, get: Any, source: Source) -> ComponentInfo:
+def external_part(registry: Registry[Buildable], name: str, source: Source) -> ComponentInfo:
     """A registered text encoder or codec, taken from this source."""
-    registered: Buildable = get(name)()
+    registered = registry.get(name)()
     try:
         config = replace_typed(registered, {"repo": source.name, "revision": source.revision})
     except InputError as error:
