@@ -21,7 +21,6 @@ from apt.hub import (
     ModelInfo,
     Source,
     load_weights,
-    locate,
     read_info,
     save_weights,
     write_info,
@@ -31,6 +30,7 @@ from apt.models.loading import (
     configured,
     empty_module,
     find_checkpoint,
+    locate_model,
     unbuildable,
 )
 from apt.models.pipelines import describe_pipeline, is_pipeline
@@ -136,7 +136,8 @@ def load_pretrained(
     A folder is one that `save_pretrained` wrote, or a pipeline of diffusers of a known family.
 
     Args:
-        name_or_folder: a built-in name (`list_pretrained`), a folder, or "owner/name[@revision]".
+        name_or_folder: a built-in name (`list_pretrained`), a registered model with published
+            weights ("wan2.1_t2v_1.3b", "arch.tag"), a folder, or "owner/name[@revision]".
         revision: of a Hub repository, in place of the part behind "@".
         device: where the weights go.
         dtype: floating-point type of this model's own weights, whatever the file has. A text
@@ -149,8 +150,7 @@ def load_pretrained(
         CheckpointError: for a name that is nowhere, a file that is missing, damaged or of a newer
             format, weights that are not finite, or weights of another model.
     """
-    source = locate(name_or_folder, revision)
-    info, checkpoint = _describe(source)
+    source, info, checkpoint = _find(name_or_folder, revision)
     codec = _build_codec(source, info)
     with _building_from(source):
         backbone = checkpoint.load(dtype=dtype, device=device)
@@ -166,34 +166,36 @@ def load_backbone(name_or_folder: str | Path) -> tuple[Backbone, ModelInfo]:
 
     A discriminator needs no text encoder or VAE of its own, and those can be larger than it is.
     """
-    source = locate(name_or_folder)
-    info, checkpoint = _describe(source)
+    source, info, checkpoint = _find(name_or_folder)
     with _building_from(source):
         return checkpoint.load(), info
 
 
 def load_text_encoder(name_or_folder: str | Path) -> TextEncoder:
     """As `load_pretrained`, but only the text encoder, its own weights in fp32, on the CPU."""
-    source = locate(name_or_folder)
-    return _load_text_encoder(source, _describe(source)[0], torch.float32, "cpu")
+    source, info, _ = _find(name_or_folder)
+    return _load_text_encoder(source, info, torch.float32, "cpu")
 
 
 def load_codec(name_or_folder: str | Path) -> LatentCodec:
     """As `load_pretrained`, but only the codec, on the CPU."""
-    source = locate(name_or_folder)
-    return _build_codec(source, _describe(source)[0])
+    source, info, _ = _find(name_or_folder)
+    return _build_codec(source, info)
 
 
 def describe(name_or_folder: str | Path) -> ModelInfo:
     """What `load_pretrained` would load. Weights of a Hub repository are fetched, but not read."""
-    return _describe(locate(name_or_folder))[0]
+    return _find(name_or_folder)[1]
 
 
-def _describe(source: Source) -> tuple[ModelInfo, Checkpoint]:
+def _find(
+    name_or_folder: str | Path, revision: str | None = None
+) -> tuple[Source, ModelInfo, Checkpoint]:
+    source, subfolder = locate_model(name_or_folder, revision)
     if is_pipeline(source):
-        return describe_pipeline(source)
+        return source, *describe_pipeline(source, subfolder)
     info = read_info(source.folder)
-    return info, find_checkpoint(source)
+    return source, info, find_checkpoint(source)
 
 
 def _load_text_encoder(

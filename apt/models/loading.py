@@ -30,7 +30,7 @@ from apt.models.layouts import (
     without_prefix,
 )
 from apt.models.protocols import Backbone
-from apt.models.registry import MODELS, Buildable
+from apt.models.registry import MODELS, Buildable, find_tag, split_tag
 from apt.registry import Registry, replace_typed
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -83,7 +83,7 @@ def from_pretrained(
 
     Args:
         name_or_path: a folder of ours or of diffusers, a safetensors file or an index of shards, a
-            built-in name, or "owner/name[@revision]" on the Hub.
+            built-in or registered name, or "owner/name[@revision]" on the Hub.
         subfolder: where in a folder the transformer is; None is its top, or "transformer" in a
             pipeline.
         filename: of one safetensors file in the folder or repository.
@@ -101,15 +101,31 @@ def from_pretrained(
     if path.is_file():
         checkpoint = single_file(path, architecture, options)
     else:
-        source = locate(name_or_path, revision)
+        source, published = locate_model(name_or_path, revision)
         if filename is not None:
             source.fetch([filename])
             checkpoint = single_file(source.folder / filename, architecture, options)
         elif architecture is not None or options:
             raise InputError("architecture and options are for a single file; name it too")
         else:
-            checkpoint = find_checkpoint(source, subfolder)
+            checkpoint = find_checkpoint(source, subfolder or published)
     return checkpoint.load(dtype=dtype, device=device)
+
+
+def locate_model(
+    name_or_folder: str | Path, revision: str | None = None
+) -> tuple[Source, str | None]:
+    """As `locate`, for names of registered models ("arch" or "arch.tag") too.
+
+    The second value is where in the folder their transformer is; None leaves that to the folder.
+    """
+    name = str(name_or_folder)
+    if isinstance(name_or_folder, str) and not Path(name).exists():
+        architecture, tag = split_tag(name)
+        if architecture in MODELS.names():
+            entry = MODELS.pretrained(architecture)[find_tag(architecture, tag or True)]
+            return locate(entry.repo, revision or entry.revision), entry.subfolder
+    return locate(name_or_folder, revision), None
 
 
 def load_registered(
@@ -158,7 +174,8 @@ def find_checkpoint(source: Source, subfolder: str | None = None) -> Checkpoint:
     for family in all_families():
         if family.diffusers_class == class_name:
             config = family.from_diffusers(config_file)
-            return Checkpoint(weights, nearest_architecture(config), config)
+            experts = len(list(folder.glob("transformer*/config.json")))
+            return Checkpoint(weights, nearest_architecture(config, experts), config)
     if looks_like_original(weights):
         # Authors also put a config.json of their own beside their layout.
         return single_file(weights, None, None)
@@ -206,13 +223,18 @@ def looks_like_original(path: Path) -> bool:
     return looks_like(read_stored(path).keys(), marks) in marks
 
 
-def nearest_architecture(config: Buildable) -> str:
-    """The registered model of this config's class that differs from it in the fewest fields."""
+def nearest_architecture(config: Buildable, experts: int = 1) -> str:
+    """The registered model of this config's class that differs from it in the fewest fields.
+
+    `experts` is the number of transformers in the pipeline, which decides between models of one
+    shape.
+    """
     mine = dataclasses.asdict(cast(Any, config))
 
-    def distance(name: str) -> int:
+    def distance(name: str) -> tuple[int, int]:
         other = dataclasses.asdict(cast(Any, MODELS.get(name)()))
-        return sum(mine[field] != other[field] for field in mine)
+        folders = {entry.subfolder for entry in MODELS.pretrained(name).values()}
+        return sum(mine[field] != other[field] for field in mine), abs(len(folders) - experts)
 
     same_class = [name for name in MODELS.names() if type(MODELS.get(name)()) is type(config)]
     return min(same_class, key=distance)

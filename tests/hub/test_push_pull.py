@@ -250,10 +250,19 @@ for name in ("wan2.2_t2v_a14b", "wan2.2_t2v_a14b.low_noise"):
     print(float(next(model.parameters()).double().sum()))
 """
     )
+    code += """
+from apt.models.bundle import load_backbone
+for name in ("wan2.2_t2v_a14b", "wan2.2_t2v_a14b.low_noise", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"):
+    backbone, info = load_backbone(name)
+    value = float(next(backbone.parameters()).double().sum())
+    print(value, info.model.architecture, info.sample.height)
+"""
     result = run_python(hub, tmp_path, code)
     assert result.returncode == 0, result.stderr
-    high, low = map(float, result.stdout.split())
+    high, low, *lines = (line.split() for line in result.stdout.splitlines())
     assert high != low
+    assert [line[:1] for line in lines] == [high, low, high]
+    assert {(line[1], line[2]) for line in lines} == {("wan2.2_t2v_a14b", "720")}
     result = run_cli(hub, tmp_path, "pull", "wan2.2_t2v_a14b")
     assert result.returncode == 0, result.stderr
 
