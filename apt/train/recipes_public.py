@@ -8,6 +8,7 @@ They read latent caches (`diffusion-apt data encode`), so neither VAE nor text e
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from apt.train.config import (
     AdversarialConfig,
@@ -38,7 +39,7 @@ def wan_distill() -> TrainConfig:
             # The shift of the scheduler in its repository; the paper does not tell its grid.
             timestep_shift=3.0,
         ),
-        data=_cache("data/wan"),
+        data=_cache("data/wan", "mix"),
         # The paper does not tell the rate of this stage; this one is that of its image stage.
         optimizer=OptimizerConfig(learning_rate=5e-6, warmup_updates=100),
         num_updates=2000,
@@ -66,7 +67,7 @@ def apt_image_wan() -> TrainConfig:
             r1_sigma=0.01,
             timestep_shift=1.0,
         ),
-        data=_cache("data/wan_images"),
+        data=_cache("data/wan", "only"),
         optimizer=OptimizerConfig(learning_rate=5e-6),
         num_updates=350,
         # The paper has 9062 on 128 to 256 GPUs. 1024 is the smallest that its video stage was
@@ -100,7 +101,7 @@ def apt_video_wan() -> TrainConfig:
         ),
         # The cache has Wan's size and rate, 81 frames of 480x832 at 16 fps, where the paper has 49
         # of 720p at 24 fps: the 1.3B model is trained on no larger one.
-        data=_cache("data/wan_videos"),
+        data=_cache("data/wan", "none"),
         optimizer=OptimizerConfig(learning_rate=3e-6),
         num_updates=300,
         batch_size=1024,  # the paper: 2048; see `apt_image_wan`
@@ -119,7 +120,7 @@ def sd35_distill() -> TrainConfig:
         run_dir="runs/sd35/distill",
         # 4.5 and 3 are what Stability AI samples with.
         stage=dataclasses.replace(wan.stage, teacher=_SD35, cfg_scale=4.5, timestep_shift=3.0),
-        data=_cache("data/sd35"),
+        data=_cache("data/sd35", "only"),
     )
 
 
@@ -134,9 +135,9 @@ def apt_image_sd35() -> TrainConfig:
         stage=dataclasses.replace(
             image.stage, generator="runs/sd35/distill/export", discriminator=_SD35
         ),
-        data=_cache("data/sd35"),
+        data=_cache("data/sd35", "only"),
     )
 
 
-def _cache(path: str) -> DataConfig:
-    return DataConfig(source="latents", path=path, num_workers=4)
+def _cache(path: str, images: Literal["mix", "only", "none"]) -> DataConfig:
+    return DataConfig(source="latents", path=path, images=images, num_workers=4)
