@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.errors import InputError
@@ -13,6 +13,7 @@ from apt.kernels import perturbed_batch, sample_shifted_timesteps
 KEY = {"seed": 3, "step": 5, "offset": 0}
 
 
+@settings(deadline=None)
 @given(st.floats(0.05, 50))
 def test_shift_follows_eq_7(shift):
     u = sample_shifted_timesteps(6, shift=1, **KEY).double()
@@ -108,6 +109,11 @@ def test_half_precision_is_rounded_once():
         ({"num_perturbed": -1}, "num_perturbed"),
         ({"x_fake": torch.zeros(3, 5)}, "agree in sample shape"),
         ({"x_fake": torch.zeros(3, 4, dtype=torch.float64)}, "dtype"),
+        ({"x_fake": torch.zeros(3, 4, device="meta")}, "device"),
+        ({"x_real": torch.zeros(3, 4).int(), "x_fake": torch.zeros(3, 4).int()}, "floating point"),
+        ({"sigma": float("inf")}, "finite"),
+        ({"offset": -1}, "offset must be"),
+        ({"seed": 2**63}, "seed must fit"),
         ({"backend": "fused"}, "no backend 'fused'"),
     ],
 )
@@ -117,9 +123,19 @@ def test_bad_batches_are_refused(change, message):
         perturbed_batch(**(given_ | change))
 
 
-@pytest.mark.parametrize("shift", [0, -1.0, float("nan")])
-def test_bad_shifts_are_refused(shift):
-    with pytest.raises(InputError, match="shift must be above 0"):
-        sample_shifted_timesteps(2, shift=shift, **KEY)
-    with pytest.raises(InputError, match="no backend"):
-        sample_shifted_timesteps(2, shift=1.0, backend="fused", **KEY)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shift": 0}, "shift must be above 0"),
+        ({"shift": -1.0}, "shift must be above 0"),
+        ({"shift": float("nan")}, "shift must be above 0"),
+        ({"shift": float("inf")}, "finite"),
+        ({"num": -1}, "num must be"),
+        ({"step": -(2**63) - 1}, "step must fit"),
+        ({"offset": 2**63}, "offset must be"),
+        ({"backend": "fused"}, "no backend 'fused'"),
+    ],
+)
+def test_bad_draws_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        sample_shifted_timesteps(**({"num": 2, "shift": 1.0} | KEY | change))
