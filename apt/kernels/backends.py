@@ -27,6 +27,7 @@ OPS = {
     "qk_norm_rope": ("reference",),
     "sample_shifted_timesteps": ("reference", "triton"),
     "perturbed_batch": ("reference", "triton"),
+    "query_pooling": ("reference",),
 }
 BACKENDS = ("reference", "triton")
 
