@@ -88,7 +88,7 @@ def normal(
         key, num, first, device: as for `uniform`.
         size: elements of a sample.
     """
-    out = torch.empty(num, size, device=device)
+    out = torch.empty(num, size, dtype=torch.float32, device=device)
     for rows, groups in _pieces(num, -(-size // 4)):
         words = _words(key, first + rows.start, len(rows), groups.start, len(groups), device)
         to = slice(groups.start * 4, groups.stop * 4)

@@ -63,7 +63,7 @@ def perturbed_batch(
     """
     op = "perturbed_batch"
     if (
-        x_real.ndim == 0
+        0 in (x_real.ndim, x_fake.ndim)
         or x_real.shape[1:] != x_fake.shape[1:]
         or (x_real.dtype, x_real.device) != (x_fake.dtype, x_fake.device)
         or not x_real.is_floating_point()

@@ -91,4 +91,4 @@ def _(
     backend: str,
     device: torch.device,
 ) -> Tensor:
-    return torch.empty(num, device=device)
+    return torch.empty(num, dtype=torch.float32, device=device)

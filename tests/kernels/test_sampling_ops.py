@@ -33,6 +33,14 @@ def test_timesteps_have_the_shifted_distribution():
     assert distance < 1.63 / 4000**0.5  # Kolmogorov-Smirnov at 1 %
 
 
+def test_draws_are_the_same_for_ever():
+    key = {"seed": 0, "step": 5, "offset": 8}
+    t = sample_shifted_timesteps(3, shift=12, **key)
+    assert t.tolist() == [0.9675341844558716, 0.9884034991264343, 0.24135856330394745]
+    noise = perturbed_batch(torch.zeros(1, 3), torch.zeros(0, 3), 1.0, **key)[1]
+    assert noise.tolist() == [-1.431465983390808, -1.5098768472671509, 0.06745760887861252]
+
+
 def test_timesteps_do_not_depend_on_splits():
     whole = sample_shifted_timesteps(8, shift=12, **KEY)
     parts = [
@@ -111,6 +119,7 @@ def test_half_precision_is_rounded_once():
         ({"x_fake": torch.zeros(3, 4, dtype=torch.float64)}, "dtype"),
         ({"x_fake": torch.zeros(3, 4, device="meta")}, "device"),
         ({"x_real": torch.zeros(3, 4).int(), "x_fake": torch.zeros(3, 4).int()}, "floating point"),
+        ({"x_real": torch.zeros(3), "x_fake": torch.zeros(())}, "agree in sample shape"),
         ({"sigma": float("inf")}, "finite"),
         ({"offset": -1}, "offset must be"),
         ({"seed": 2**63}, "seed must fit"),

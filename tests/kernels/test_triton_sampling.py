@@ -234,6 +234,25 @@ def test_compiles_to_one_graph_for_all_steps(backend):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_the_default_dtype_has_no_influence(backend):
+    real = torch.randn(2, 5, device=DEVICE)
+    options = KEY | {"backend": backend}
+
+    def draw():
+        t = sample_shifted_timesteps(4, shift=12, **options, device=DEVICE)
+        return t, perturbed_batch(real, real, 0.1, **options)
+
+    expected = draw()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = draw()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
 def test_one_choice_for_all_ops_reaches_them():
     with kernel_backend("triton"):
         t = sample_shifted_timesteps(4, shift=12, **KEY, device=DEVICE)

@@ -32,7 +32,7 @@ def shifted_timesteps(
     key: int, num: int, *, first: int, shift: float, device: torch.device
 ) -> Tensor:
     """(num,) fp32; see `apt.kernels.timesteps`."""
-    out = torch.empty(num, device=device)
+    out = torch.empty(num, dtype=torch.float32, device=device)
     if num:
         with torch.cuda.device_of(out):
             timesteps_kernel[(triton.cdiv(num, TIMESTEPS),)](
