@@ -22,6 +22,7 @@ from apt import philox
 from apt.errors import InputError
 from apt.kernels import kernel_backend, perturbed_batch, sample_shifted_timesteps
 from apt.kernels.backends import interpreted
+from apt.kernels.draws import philox_key
 from apt.kernels.perturbed_batch import perturbed_batch_op
 from apt.kernels.timesteps import timesteps_op
 
@@ -301,8 +302,6 @@ def test_more_than_2_to_the_31_elements():
     assert batch[0].count_nonzero() == 0
     groups = torch.arange(size // 4 - 256, size // 4)
     zero = torch.zeros((), dtype=torch.int64)
-    from apt.kernels.draws import philox_key
-
     words = philox.philox((groups, zero, zero, zero), philox_key(3, 5, "perturbation"))
     expected = philox.to_normal(torch.stack(words, dim=1).flatten()).half()
     last = batch[1, 4 * (size // 4 - 256) : 4 * (size // 4)].cpu()
