@@ -14,6 +14,7 @@ H heads.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -465,9 +466,11 @@ def _published(
 # What diffusers' page of each repository recommends.
 _480P = SampleInfo(frames=81, height=480, width=832, fps=16)
 _720P = SampleInfo(frames=81, height=720, width=1280, fps=16)
-_SAMPLING = SamplingInfo(num_steps=50, cfg_scale=5.0, timestep_shift=3.0)
-_SAMPLING_720P = SamplingInfo(num_steps=50, cfg_scale=5.0, timestep_shift=5.0)
-_SAMPLING_A14B = SamplingInfo(num_steps=40, cfg_scale=4.0, timestep_shift=12.0)
+_SAMPLING = SamplingInfo(
+    num_steps=50, cfg_scale=5.0, timestep_shift=3.0, negative_prompt=NEGATIVE_PROMPT
+)
+_SAMPLING_720P = dataclasses.replace(_SAMPLING, timestep_shift=5.0)
+_SAMPLING_A14B = dataclasses.replace(_SAMPLING, num_steps=40, cfg_scale=4.0, timestep_shift=12.0)
 
 
 @MODELS.register(
