@@ -1,0 +1,926 @@
+"""`norm_rope`, `qk_norm_rope` and `joint_qk_norm_rope` in Triton, forward and backward.
+
+What is normalised is a row of W channels: a head (W = Dh, H rows a token), or all heads of a token
+(W = H Dh, one row). Kernels compute on pairs (a, b) of channels that turn together; how pairs lie
+in a row is a matter of loading and storing alone. A row of W / 2 pairs is cut into two tiles, the
+largest power of two and the power of two that covers the rest, as in `norms`.
+
+    x_hat = x * rstd;   n = x_hat * weight;   y = (na cos - nb sin, na sin + nb cos)
+    g     = (dya cos + dyb sin, dyb cos - dya sin)        the rotation turned back
+    dL/dweight = sum of g * x_hat over rows
+    dL/dx      = rstd * (g * weight - x_hat * avg(g * weight * x_hat))
+
+rstd is computed anew in the backward pass, which reads x anyway. Gradients of weights are added up
+by each program, then by `segment_sum`: no atomics, so results repeat bit for bit.
+
+One launch does a stream: the second axis of its grid is q, k and v, of which v is only copied.
+
+Shapes: B samples, L tokens, H heads, Dh channels per head, S streams, P programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from apt.errors import InputError
+from apt.kernels._triton.segment_sum import segment_sum
+
+# Numbers that change from batch to batch: no new compilation for those that 16 divides.
+COUNTS = ("num_rows", "length", "rows_per_program")
+
+
+@triton.jit
+def _pairs(i: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
+    if i == 0:
+        return tl.arange(0, MAIN)[None, :]
+    else:
+        return MAIN + tl.arange(0, REST)[None, :]
+
+
+@triton.jit
+def _channels(i: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
+    if i == 0:
+        return tl.arange(0, 2 * MAIN)[None, :]
+    else:
+        return 2 * MAIN + tl.arange(0, 2 * REST)[None, :]
+
+
+@triton.jit
+def _mask(i: tl.constexpr, valid, columns, NUM: tl.constexpr, PADDED: tl.constexpr):
+    """None where no lane can be out of bounds. `valid` (rows, 1) is None for what all rows share."""
+    if i == 1 and NUM != PADDED:
+        if valid is None:
+            return columns < NUM
+        else:
+            return valid & (columns < NUM)
+    else:
+        return valid
+
+
+@triton.jit
+def _load(at, mask):
+    if mask is None:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _within_row(channels, head_stride, DH: tl.constexpr, WIDTH: tl.constexpr):
+    if WIDTH == DH:
+        return channels
+    else:
+        return channels // DH * head_stride + channels % DH
+
+
+@triton.jit
+def _first_of(pairs, DH: tl.constexpr):
+    """The channel of a in the half-split layout; b is Dh / 2 further."""
+    return pairs // (DH // 2) * DH + pairs % (DH // 2)
+
+
+@triton.jit
+def _load_pairs(
+    ptr,
+    rows,
+    valid,
+    head_stride,
+    i: tl.constexpr,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """a and b (rows, pairs) fp32; zeros out of bounds. `rows` (rows, 1): where each one begins."""
+    if HALF:
+        pairs = _pairs(i, MAIN, REST)
+        mask = _mask(i, valid, pairs, WIDTH // 2, MAIN + REST)
+        at = ptr + (rows + _within_row(_first_of(pairs, DH), head_stride, DH, WIDTH))
+        a = _load(at, mask)
+        b = _load(at + DH // 2, mask)
+    else:
+        channels = _channels(i, MAIN, REST)
+        mask = _mask(i, valid, channels, WIDTH, 2 * (MAIN + REST))
+        both = _load(ptr + (rows + _within_row(channels, head_stride, DH, WIDTH)), mask)
+        a, b = tl.split(tl.reshape(both, (both.shape[0], both.shape[1] // 2, 2)))
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def _store_pairs(
+    ptr,
+    rows,
+    valid,
+    a,
+    b,
+    i: tl.constexpr,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """To rows whose heads lie side by side."""
+    a = a.to(ptr.dtype.element_ty)
+    b = b.to(ptr.dtype.element_ty)
+    if HALF:
+        pairs = _pairs(i, MAIN, REST)
+        mask = _mask(i, valid, pairs, WIDTH // 2, MAIN + REST)
+        at = ptr + (rows + _first_of(pairs, DH))
+        tl.store(at, a, mask=mask)
+        tl.store(at + DH // 2, b, mask=mask)
+    else:
+        channels = _channels(i, MAIN, REST)
+        mask = _mask(i, valid, channels, WIDTH, 2 * (MAIN + REST))
+        both = tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
+        tl.store(ptr + (rows + channels), both, mask=mask)
+
+
+@triton.jit
+def _load_table(
+    ptr,
+    position,
+    valid,
+    i: tl.constexpr,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+):
+    pairs = _pairs(i, MAIN, REST)
+    mask = _mask(i, valid, pairs, WIDTH // 2, MAIN + REST)
+    return _load(ptr + (position * (DH // 2) + pairs % (DH // 2)), mask).to(tl.float32)
+
+
+@triton.jit
+def _weights(
+    ptr,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """(a, b) of each tile, one after the other; nothing without a weight."""
+    tiles = ()
+    if ptr is not None:
+        for i in tl.static_range(2 if REST else 1):
+            a, b = _load_pairs(ptr, 0, None, DH, i, DH, WIDTH, HALF, MAIN, REST)
+            tiles += (a, b)
+    return tiles
+
+
+@triton.jit
+def _normalised(
+    x_ptr,
+    rows,
+    valid,
+    head_stride,
+    eps,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """x_hat, (a, b) of each tile one after the other, and rstd (rows, 1)."""
+    TILES: tl.constexpr = 2 if REST else 1
+    x = ()
+    squares = tl.zeros([ROWS], tl.float32)
+    for i in tl.static_range(TILES):
+        a, b = _load_pairs(x_ptr, rows, valid, head_stride, i, DH, WIDTH, HALF, MAIN, REST)
+        squares += tl.sum(a * a + b * b, axis=1)
+        x += (a, b)
+    rstd = (1.0 / tl.sqrt_rn(squares / WIDTH + eps))[:, None]
+    x_hat = ()
+    for i in tl.static_range(2 * TILES):
+        x_hat += (x[i] * rstd,)
+    return x_hat, rstd
+
+
+@triton.jit
+def _forward_rows(
+    x_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    source,
+    target,
+    position,
+    valid,
+    head_stride,
+    eps,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    x_hat, _ = _normalised(
+        x_ptr, source, valid, head_stride, eps, DH, WIDTH, HALF, MAIN, REST, ROWS
+    )
+    weights = _weights(weight_ptr, DH, WIDTH, HALF, MAIN, REST)
+    for i in tl.static_range(2 if REST else 1):
+        a = x_hat[2 * i]
+        b = x_hat[2 * i + 1]
+        if weight_ptr is not None:
+            a *= weights[2 * i]
+            b *= weights[2 * i + 1]
+        if cos_ptr is None:
+            _store_pairs(y_ptr, target, valid, a, b, i, DH, WIDTH, HALF, MAIN, REST)
+        else:
+            cos = _load_table(cos_ptr, position, valid, i, DH, WIDTH, MAIN, REST)
+            sin = _load_table(sin_ptr, position, valid, i, DH, WIDTH, MAIN, REST)
+            turned_a = a * cos - b * sin
+            turned_b = a * sin + b * cos
+            _store_pairs(y_ptr, target, valid, turned_a, turned_b, i, DH, WIDTH, HALF, MAIN, REST)
+
+
+@triton.jit
+def _copy_rows(
+    x_ptr,
+    y_ptr,
+    source,
+    target,
+    valid,
+    head_stride,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """To rows whose heads lie side by side."""
+    for i in tl.static_range(2 if REST else 1):
+        channels = _channels(i, MAIN, REST)
+        mask = _mask(i, valid, channels, WIDTH, 2 * (MAIN + REST))
+        x = _load(x_ptr + (source + _within_row(channels, head_stride, DH, WIDTH)), mask)
+        tl.store(y_ptr + (target + channels), x, mask=mask)
+
+
+@triton.jit
+def _place(row, length, GROUP: tl.constexpr):
+    """Sample, position and head of each row, (rows, 1) int64."""
+    token = row // GROUP
+    return (
+        (token // length).to(tl.int64)[:, None],
+        (token % length).to(tl.int64)[:, None],
+        (row % GROUP).to(tl.int64)[:, None],
+    )
+
+
+@triton.jit(do_not_specialize=COUNTS[:2])
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    v_out_ptr,
+    batch_stride,
+    token_stride,
+    head_stride,
+    q_out_batch_stride,
+    k_out_batch_stride,
+    num_rows,
+    length,
+    eps,
+    GROUP: tl.constexpr,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """q, k and v share their strides; outputs have dense tokens, and v_out the strides of k_out.
+
+    A grid of (programs, parts), where parts are those of q, k, v that are not None, in this order.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = (row < num_rows)[:, None]
+    sample, position, head = _place(row, length, GROUP)
+    source = sample * batch_stride + position * token_stride + head * head_stride
+    target = position * (GROUP * WIDTH) + head * WIDTH
+    part = tl.program_id(1) + (1 if q_ptr is None else 0)
+    if part == 0:
+        if q_ptr is not None:
+            _forward_rows(
+                q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr,
+                source, target + sample * q_out_batch_stride, position, valid, head_stride, eps,
+                DH, WIDTH, HALF, MAIN, REST, ROWS,
+            )  # fmt: skip
+    elif part == 1:
+        if k_ptr is not None:
+            _forward_rows(
+                k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr,
+                source, target + sample * k_out_batch_stride, position, valid, head_stride, eps,
+                DH, WIDTH, HALF, MAIN, REST, ROWS,
+            )  # fmt: skip
+    else:
+        if v_ptr is not None:
+            _copy_rows(
+                v_ptr, v_out_ptr, source, target + sample * k_out_batch_stride, valid, head_stride,
+                DH, WIDTH, MAIN, REST,
+            )  # fmt: skip
+
+
+@triton.jit
+def _backward_rows(
+    grad_y_ptr,
+    grad_y_batch_stride,
+    x_ptr,
+    batch_stride,
+    token_stride,
+    head_stride,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    grad_x_ptr,
+    grad_x_token_stride,
+    partials_ptr,
+    begin,
+    end,
+    length,
+    eps,
+    GROUP: tl.constexpr,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    TILES: tl.constexpr = 2 if REST else 1
+    weights = _weights(weight_ptr, DH, WIDTH, HALF, MAIN, REST)
+    sums = ()
+    if partials_ptr is not None:
+        sums += (tl.zeros([ROWS, MAIN], tl.float32), tl.zeros([ROWS, MAIN], tl.float32))
+        if REST:
+            sums += (tl.zeros([ROWS, REST], tl.float32), tl.zeros([ROWS, REST], tl.float32))
+    for start in tl.range(begin, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        valid = (row < end)[:, None]
+        sample, position, head = _place(row, length, GROUP)
+        source = sample * batch_stride + position * token_stride + head * head_stride
+        x_hat, rstd = _normalised(
+            x_ptr, source, valid, head_stride, eps, DH, WIDTH, HALF, MAIN, REST, ROWS
+        )
+        from_y = sample * grad_y_batch_stride + position * (GROUP * WIDTH) + head * WIDTH
+        gs = ()
+        new_sums = ()
+        dot = tl.zeros([ROWS], tl.float32)
+        for i in tl.static_range(TILES):
+            a, b = _load_pairs(grad_y_ptr, from_y, valid, DH, i, DH, WIDTH, HALF, MAIN, REST)
+            if cos_ptr is None:
+                g_a = a
+                g_b = b
+            else:
+                cos = _load_table(cos_ptr, position, valid, i, DH, WIDTH, MAIN, REST)
+                sin = _load_table(sin_ptr, position, valid, i, DH, WIDTH, MAIN, REST)
+                g_a = a * cos + b * sin
+                g_b = b * cos - a * sin
+            if partials_ptr is not None:
+                new_sums += (sums[2 * i] + g_a * x_hat[2 * i],)
+                new_sums += (sums[2 * i + 1] + g_b * x_hat[2 * i + 1],)
+            if weight_ptr is not None:
+                g_a *= weights[2 * i]
+                g_b *= weights[2 * i + 1]
+            dot += tl.sum(g_a * x_hat[2 * i] + g_b * x_hat[2 * i + 1], axis=1)
+            gs += (g_a, g_b)
+        sums = new_sums
+        dot = (dot / WIDTH)[:, None]
+        to_x = (sample * length + position) * grad_x_token_stride + head * WIDTH
+        for i in tl.static_range(TILES):
+            a = rstd * (gs[2 * i] - x_hat[2 * i] * dot)
+            b = rstd * (gs[2 * i + 1] - x_hat[2 * i + 1] * dot)
+            _store_pairs(grad_x_ptr, to_x, valid, a, b, i, DH, WIDTH, HALF, MAIN, REST)
+    if partials_ptr is not None:
+        for i in tl.static_range(TILES):
+            a = tl.sum(sums[2 * i], axis=0)[None, :]
+            b = tl.sum(sums[2 * i + 1], axis=0)[None, :]
+            _store_pairs(partials_ptr, 0, None, a, b, i, DH, WIDTH, HALF, MAIN, REST)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def backward_kernel(
+    grad_q_out_ptr,
+    grad_k_out_ptr,
+    grad_v_out_ptr,
+    q_ptr,
+    k_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    grad_q_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    q_partials_ptr,
+    k_partials_ptr,
+    grad_q_out_batch_stride,
+    grad_k_out_batch_stride,
+    grad_v_out_batch_stride,
+    batch_stride,
+    token_stride,
+    head_stride,
+    grad_token_stride,
+    num_rows,
+    length,
+    rows_per_program,
+    eps,
+    GROUP: tl.constexpr,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A grid as the forward's. q and k share strides; all gradients have dense tokens or rows.
+
+    partials (P, W) fp32, if the caller wants them: sums of g * x_hat over the program's rows.
+    """
+    begin = tl.program_id(0) * rows_per_program
+    end = tl.minimum(begin + rows_per_program, num_rows)
+    of_program = tl.program_id(0).to(tl.int64) * WIDTH
+    part = tl.program_id(1) + (1 if grad_q_out_ptr is None else 0)
+    if part == 0:
+        if grad_q_out_ptr is not None:
+            _backward_rows(
+                grad_q_out_ptr, grad_q_out_batch_stride,
+                q_ptr, batch_stride, token_stride, head_stride,
+                q_weight_ptr, cos_ptr, sin_ptr, grad_q_ptr, grad_token_stride,
+                None if q_partials_ptr is None else q_partials_ptr + of_program,
+                begin, end, length, eps, GROUP, DH, WIDTH, HALF, MAIN, REST, ROWS,
+            )  # fmt: skip
+    elif part == 1:
+        if grad_k_out_ptr is not None:
+            _backward_rows(
+                grad_k_out_ptr, grad_k_out_batch_stride,
+                k_ptr, batch_stride, token_stride, head_stride,
+                k_weight_ptr, cos_ptr, sin_ptr, grad_k_ptr, grad_token_stride,
+                None if k_partials_ptr is None else k_partials_ptr + of_program,
+                begin, end, length, eps, GROUP, DH, WIDTH, HALF, MAIN, REST, ROWS,
+            )  # fmt: skip
+    else:
+        if grad_v_out_ptr is not None:
+            for start in tl.range(begin, end, ROWS):
+                row = start + tl.arange(0, ROWS)
+                valid = (row < end)[:, None]
+                sample, position, head = _place(row, length, GROUP)
+                source = position * (GROUP * WIDTH) + head * WIDTH
+                source += sample * grad_v_out_batch_stride
+                target = (sample * length + position) * grad_token_stride + head * WIDTH
+                _copy_rows(
+                    grad_v_out_ptr, grad_v_ptr, source, target, valid, DH, DH, WIDTH, MAIN, REST
+                )
+
+
+class Tiling(NamedTuple):
+    """How a kernel cuts its work: two tiles of pairs, rows per step, warps."""
+
+    main: int
+    rest: int
+    rows: int
+    num_warps: int
+
+
+def forward_tiling(width: int) -> Tiling:
+    """About 16 values per thread."""
+    main, rest, padded = _split(width)
+    rows = max(1, 2048 // (2 * main))
+    return Tiling(main, rest, rows, num_warps=min(16, max(4, _power_below(padded // 512))))
+
+
+def backward_tiling(width: int) -> Tiling:
+    """Sums, weights and gradients stay in registers as well, hence fewer values per thread."""
+    main, rest, padded = _split(width)
+    rows = max(1, 1024 // (2 * main))
+    return Tiling(main, rest, rows, num_warps=min(16, max(4, triton.next_power_of_2(padded) // 256)))
+
+
+def _split(width: int) -> tuple[int, int, int]:
+    pairs = width // 2
+    main = _power_below(pairs)
+    rest = 0 if main == pairs else triton.next_power_of_2(pairs - main)
+    return main, rest, 2 * (main + rest)
+
+
+def _power_below(number: int) -> int:
+    return 1 << (max(number, 1).bit_length() - 1)
+
+
+class Options(NamedTuple):
+    """What all rows have in common."""
+
+    eps: float
+    across_heads: bool
+    half: bool
+
+    def constants(self, heads: int, channels: int) -> dict[str, Any]:
+        """Compile-time arguments that follow from the shape."""
+        group, width = (1, heads * channels) if self.across_heads else (heads, channels)
+        return {"GROUP": group, "DH": channels, "WIDTH": width, "HALF": self.half}
+
+
+class Parts(NamedTuple):
+    """q, k and v of a stream, each (B, L, H, Dh) or absent."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+    @property
+    def some(self) -> Tensor:
+        return next(part for part in self if part is not None)
+
+    @property
+    def number(self) -> int:
+        return sum(part is not None for part in self)
+
+
+class Table(NamedTuple):
+    """Weights of the norms, (W,), and cosines and sines (L, Dh / 2); each may be absent."""
+
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+def _forward(x: Parts, out: Parts, table: Table, options: Options) -> None:
+    """Write into `out`, whose tokens are dense. The parts of x have the same strides."""
+    batch, length, heads, channels = x.some.shape
+    constants = options.constants(heads, channels)
+    tiling = forward_tiling(constants["WIDTH"])
+    num_rows = batch * length * constants["GROUP"]
+    if num_rows == 0:
+        return
+    keys = out.v if out.k is None else out.k
+    with torch.cuda.device_of(x.some):
+        forward_kernel[(triton.cdiv(num_rows, tiling.rows), x.number)](
+            *x,
+            *table,
+            *out,
+            *x.some.stride()[:3],
+            0 if out.q is None else out.q.stride(0),
+            0 if keys is None else keys.stride(0),
+            num_rows,
+            length,
+            options.eps,
+            **constants,
+            MAIN=tiling.main,
+            REST=tiling.rest,
+            ROWS=tiling.rows,
+            num_warps=tiling.num_warps,
+            enable_fp_fusion=True,
+        )
+
+
+def _backward(
+    grad_out: Parts, x: Parts, table: Table, grad_x: Parts, options: Options, weight_grad: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write into `grad_x`, whose parts have the same strides; return the gradients of weights."""
+    batch, length, heads, channels = x.some.shape
+    constants = options.constants(heads, channels)
+    width = constants["WIDTH"]
+    tiling = backward_tiling(width)
+    num_rows = batch * length * constants["GROUP"]
+    per_program, programs = _share_out(x.some.device, num_rows, grad_out.number, tiling)
+    weighted = [w for w in table[:2] if w is not None and weight_grad]
+    partials = x.some.new_empty(len(weighted), programs, width, dtype=torch.float32)
+    by_part = iter(partials)
+    q_partials, k_partials = (
+        next(by_part) if w is not None and weight_grad else None for w in table[:2]
+    )
+    if num_rows:
+        with torch.cuda.device_of(x.some):
+            backward_kernel[(programs, grad_out.number)](
+                *grad_out,
+                *x[:2],
+                *table,
+                *grad_x,
+                q_partials,
+                k_partials,
+                *(0 if grad is None else grad.stride(0) for grad in grad_out),
+                *x.some.stride()[:3],
+                grad_x.some.stride(1),
+                num_rows,
+                length,
+                per_program,
+                options.eps,
+                **constants,
+                MAIN=tiling.main,
+                REST=tiling.rest,
+                ROWS=tiling.rows,
+                num_warps=tiling.num_warps,
+                enable_fp_fusion=True,
+            )
+            sums = segment_sum(partials, None, 1)[:, 0] if weighted else partials[:, 0]
+    else:
+        sums = partials.new_zeros(len(weighted), width)
+    by_part = iter(sums)
+    q_grad, k_grad = (
+        next(by_part).to(w.dtype, copy=True) if w is not None and weight_grad else None
+        for w in table[:2]
+    )
+    return q_grad, k_grad
+
+
+def _share_out(device: torch.device, rows: int, parts: int, tiling: Tiling) -> tuple[int, int]:
+    """Rows per program, and programs."""
+    processors = 4
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = triton.cdiv(processors * max(1, 32 // tiling.num_warps), parts)
+    # Each program writes a row of sums in fp32: few rows would not be worth that.
+    per_program = max(triton.cdiv(rows, wanted), 16)
+    per_program = triton.cdiv(per_program, tiling.rows) * tiling.rows
+    return per_program, triton.cdiv(rows, per_program)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Kernels take any strides but of channels."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """Gradients of attention have dense tokens, or are copied."""
+    heads, channels = grad.shape[2:]
+    return grad if grad.stride()[1:] == (heads * channels, channels, 1) else grad.contiguous()
+
+
+def _none_if_empty(x: Tensor) -> Tensor | None:
+    return x.contiguous() if x.numel() else None
+
+
+# Ops of torch.library take no lists with gaps: an absent weight or table is an empty tensor.
+
+
+@torch.library.custom_op("apt::norm_rope", mutates_args=())
+def norm_rope_op(
+    xs: list[Tensor],
+    weights: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    across_heads: bool,
+    half: bool,
+) -> list[Tensor]:
+    xs = [_readable(x) for x in xs]
+    outs = [x.new_empty(x.shape) for x in xs]
+    for x, out, table in _launches(xs, outs, weights, cos, sin):
+        _forward(x, out, table, Options(eps, across_heads, half))
+    return outs
+
+
+def _launches(
+    xs: list[Tensor], others: list[Tensor], weights: list[Tensor], cos: Tensor, sin: Tensor
+) -> list[tuple[Parts, Parts, Table]]:
+    """One for two tensors of the same shape and strides, else one each."""
+    turn = _none_if_empty(cos), _none_if_empty(sin)
+    scales = [_none_if_empty(w) for w in weights]
+    alike = len({(x.shape, x.stride(), x.dtype) for x in xs}) == 1
+    if len(xs) == 2 and alike:
+        return [(Parts(*xs), Parts(*others), Table(scales[0], scales[1], *turn))]
+    return [
+        (Parts(x), Parts(other), Table(scale, None, *turn))
+        for x, other, scale in zip(xs, others, scales, strict=True)
+    ]
+
+
+@norm_rope_op.register_fake
+def _(xs, weights, cos, sin, eps, across_heads, half):
+    return [x.new_empty(x.shape) for x in xs]
+
+
+@torch.library.custom_op("apt::norm_rope_backward", mutates_args=())
+def norm_rope_backward_op(
+    grads: list[Tensor],
+    xs: list[Tensor],
+    weights: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    across_heads: bool,
+    half: bool,
+    weight_grad: bool,
+) -> list[Tensor]:
+    """Gradients of xs, then, if wanted, of weights."""
+    xs = [_readable(x) for x in xs]
+    grads = [_dense(grad) for grad in grads]
+    grad_xs = [x.new_empty(x.shape) for x in xs]
+    of_weights: list[Tensor] = []
+    begin = 0
+    for x, grad_x, table in _launches(xs, grad_xs, weights, cos, sin):
+        grad = Parts(*grads[begin : begin + x.number])
+        found = _backward(grad, x, table, grad_x, Options(eps, across_heads, half), weight_grad)
+        of_weights += [_or_empty(g, x.some) for g in found[: x.number]]
+        begin += x.number
+    return grad_xs + (of_weights if weight_grad else [])
+
+
+def _or_empty(gradient: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if gradient is None else gradient
+
+
+@norm_rope_backward_op.register_fake
+def _(grads, xs, weights, cos, sin, eps, across_heads, half, weight_grad):
+    of_weights = [w.new_empty(w.shape) if w.numel() else xs[0].new_empty(0) for w in weights]
+    return [x.new_empty(x.shape) for x in xs] + (of_weights if weight_grad else [])
+
+
+@torch.library.custom_op("apt::joint_qk_norm_rope", mutates_args=())
+def joint_op(
+    qkvs: list[Tensor],
+    q_weights: list[Tensor],
+    k_weights: list[Tensor],
+    coss: list[Tensor],
+    sins: list[Tensor],
+    eps: float,
+    across_heads: bool,
+    half: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    qkvs = [_readable(qkv) for qkv in qkvs]
+    joint = _joint_buffers(qkvs)
+    tables = _tables(q_weights, k_weights, coss, sins)
+    for qkv, out, table in zip(qkvs, _slices(qkvs, joint), tables, strict=True):
+        _forward(_parts(qkv), out, table, Options(eps, across_heads, half))
+    return joint
+
+
+def _joint_buffers(qkvs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    first = qkvs[0]
+    batch, heads, channels = first.shape[0], *first.shape[3:]
+    asked = sum(qkv.shape[1] for qkv in qkvs if qkv.shape[2] == 3)
+    length = sum(qkv.shape[1] for qkv in qkvs)
+    q, k, v = (first.new_empty(batch, n, heads, channels) for n in (asked, length, length))
+    return q, k, v
+
+
+def _slices(qkvs: list[Tensor], joint: tuple[Tensor, Tensor, Tensor]) -> list[Parts]:
+    """Each stream's tokens in joint buffers (q, k, v)."""
+    q, k, v = joint
+    slices = []
+    asked = begin = 0
+    for qkv in qkvs:
+        length = qkv.shape[1]
+        mine = slice(begin, begin + length)
+        queries = q[:, asked : asked + length] if qkv.shape[2] == 3 else None
+        slices.append(Parts(queries, k[:, mine], v[:, mine]))
+        asked += length if qkv.shape[2] == 3 else 0
+        begin += length
+    return slices
+
+
+def _parts(qkv: Tensor) -> Parts:
+    """(B, L, 3, H, Dh), or (B, L, 2, H, Dh) without q, taken apart."""
+    return Parts(*qkv.unbind(2)) if qkv.shape[2] == 3 else Parts(None, *qkv.unbind(2))
+
+
+def _tables(
+    q_weights: list[Tensor], k_weights: list[Tensor], coss: list[Tensor], sins: list[Tensor]
+) -> list[Table]:
+    return [
+        Table(*map(_none_if_empty, row))
+        for row in zip(q_weights, k_weights, coss, sins, strict=True)
+    ]
+
+
+@joint_op.register_fake
+def _(qkvs, q_weights, k_weights, coss, sins, eps, across_heads, half):
+    return _joint_buffers(qkvs)
+
+
+@torch.library.custom_op("apt::joint_qk_norm_rope_backward", mutates_args=())
+def joint_backward_op(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    qkvs: list[Tensor],
+    q_weights: list[Tensor],
+    k_weights: list[Tensor],
+    coss: list[Tensor],
+    sins: list[Tensor],
+    eps: float,
+    across_heads: bool,
+    half: bool,
+    weight_grad: bool,
+) -> list[Tensor]:
+    """Gradients of the qkvs, then, if wanted, of the q_weights and of the k_weights."""
+    qkvs = [_readable(qkv) for qkv in qkvs]
+    grads = _dense(grad_q), _dense(grad_k), _dense(grad_v)
+    tables = _tables(q_weights, k_weights, coss, sins)
+    of_qkvs, of_q, of_k = [], [], []
+    for qkv, grad, table in zip(qkvs, _slices(qkvs, grads), tables, strict=True):
+        of_qkv = qkv.new_empty(qkv.shape)
+        options = Options(eps, across_heads, half)
+        found = _backward(grad, _parts(qkv), table, _parts(of_qkv), options, weight_grad)
+        of_qkvs.append(of_qkv)
+        of_q.append(_or_empty(found[0], qkv))
+        of_k.append(_or_empty(found[1], qkv))
+    return of_qkvs + (of_q + of_k if weight_grad else [])
+
+
+@joint_backward_op.register_fake
+def _(
+    grad_q, grad_k, grad_v, qkvs, q_weights, k_weights, coss, sins, eps, across_heads, half,
+    weight_grad,
+):  # fmt: skip
+    like = [w.new_empty(w.shape) for w in (*q_weights, *k_weights)]
+    return [qkv.new_empty(qkv.shape) for qkv in qkvs] + (like if weight_grad else [])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """For both ops: lists of tensors, single ones, and three options."""
+    *tensors, ctx.eps, ctx.across_heads, ctx.half = inputs
+    ctx.sizes = [len(value) if isinstance(value, list) else None for value in tensors]
+    ctx.save_for_backward(*(x for v in tensors for x in (v if isinstance(v, list) else [v])))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    """Tensors as they were given, then the options."""
+    saved = iter(ctx.saved_tensors)
+    given = [
+        next(saved) if size is None else [next(saved) for _ in range(size)] for size in ctx.sizes
+    ]
+    return [*given, ctx.eps, ctx.across_heads, ctx.half]
+
+
+def _none_for(weights: list[Tensor], gradients: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of what was there."""
+    if not gradients:
+        return [None] * len(weights)
+    return [g if w.numel() else None for g, w in zip(gradients, weights, strict=True)]
+
+
+def _norm_rope_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    xs, weights, *others = _saved(ctx)
+    found = norm_rope_backward_op(grads, xs, weights, *others, any(ctx.needs_input_grad[1]))
+    n = len(xs)
+    return (found[:n], _none_for(weights, found[n:]), *[None] * 5)
+
+
+def _joint_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Any, ...]:
+    qkvs, q_weights, k_weights, *others = _saved(ctx)
+    wanted = any(ctx.needs_input_grad[1]) or any(ctx.needs_input_grad[2])
+    found = joint_backward_op(
+        grad_q, grad_k, grad_v, qkvs, q_weights, k_weights, *others, wanted
+    )
+    n = len(qkvs)
+    of_q = _none_for(q_weights, found[n : 2 * n])
+    of_k = _none_for(k_weights, found[2 * n :])
+    return (found[:n], of_q, of_k, [None] * n, [None] * n, *[None] * 3)
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise InputError(
+        "norm_rope, qk_norm_rope and joint_qk_norm_rope in Triton cannot be differentiated twice; "
+        "pass backend='reference', or compute inside apt.kernels.kernel_backend('reference')"
+    )
+
+
+norm_rope_op.register_autograd(_norm_rope_backward, setup_context=_save)
+norm_rope_backward_op.register_autograd(_no_double_backward)
+joint_op.register_autograd(_joint_backward, setup_context=_save)
+joint_backward_op.register_autograd(_no_double_backward)
+
+
+def norm_rope(
+    xs: list[Tensor],
+    weights: list[Tensor | None],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    across_heads: bool,
+    half: bool,
+) -> list[Tensor]:
+    """The op, without checks."""
+    given = [_or_empty(w, xs[0]) for w in weights]
+    turn = _or_empty(cos, xs[0]), _or_empty(sin, xs[0])
+    return norm_rope_op(xs, given, *turn, eps, across_heads, half)
+
+
+def joint_qk_norm_rope(
+    qkvs: list[Tensor],
+    tables: list[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]],
+    eps: float,
+    across_heads: bool,
+    half: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op, without checks. `tables`: q_weight, k_weight, cos and sin of each stream."""
+    lists = [[_or_empty(value, qkvs[0]) for value in column] for column in zip(*tables, strict=True)]
+    return joint_op(qkvs, *lists, eps, across_heads, half)
