@@ -70,7 +70,7 @@ def joint_qk_norm_rope(
 
     Returns:
         q (B, Lq, H, Dh) of the streams that have queries, k and v (B, Lk, H, Dh) of all streams, in
-        the order of `streams`; contiguous, in the dtype of the projections.
+        the order of `streams`, in the dtype of the projections. The kernel's are contiguous.
 
     Raises:
         InputError: shapes or dtypes that do not fit, an unknown layout or backend, a backend that
@@ -95,7 +95,8 @@ def joint_qk_norm_rope(
         ]
         ks.append(norm_rope_reference(k, k_weight, cos, sin, eps, across_heads, layout))
         vs.append(v)
-    return torch.cat(qs, dim=1), torch.cat(ks, dim=1), torch.cat(vs, dim=1)
+    q, k, v = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (qs, ks, vs))
+    return q, k, v
 
 
 def _check(streams: Sequence[StreamQKV], across_heads: bool) -> None:

@@ -201,7 +201,9 @@ def check_table(op: str, cos: Tensor | None, sin: Tensor | None, x: Tensor) -> N
         if values is not None and values.shape != table:
             raise InputError(f"{op}: {name} must be {table}, got {tuple(values.shape)}")
         if values is not None and values.requires_grad:
-            raise InputError(f"{op}: no gradient reaches {name}; pass a table without requires_grad")
+            raise InputError(
+                f"{op}: no gradient reaches {name}; pass a table without requires_grad"
+            )
 
 
 def why_not_triton(x: Tensor, across_heads: bool) -> str | None:
