@@ -18,6 +18,7 @@ from apt.kernels.backends import (
     kernel_backend,
     kernel_status,
 )
+from apt.kernels.fused_rmsprop import FusedRMSprop
 from apt.kernels.joint_qk_norm_rope import StreamQKV, joint_qk_norm_rope
 from apt.kernels.modulated_norm import modulated_norm
 from apt.kernels.perturbed_batch import perturbed_batch
@@ -27,6 +28,7 @@ from apt.kernels.timesteps import sample_shifted_timesteps
 
 __all__ = [
     "BackendStatus",
+    "FusedRMSprop",
     "StreamQKV",
     "attention",
     "attention_backend",

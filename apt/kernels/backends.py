@@ -28,6 +28,7 @@ OPS = {
     "joint_qk_norm_rope": ("reference", "triton"),
     "sample_shifted_timesteps": ("reference",),
     "perturbed_batch": ("reference",),
+    "fused_rmsprop": ("reference", "triton"),
 }
 BACKENDS = ("reference", "triton")
 

@@ -43,23 +43,35 @@ class EMA:
         self._average = get_ema_multi_avg_fn(decay)
         buffers = {name for name, _ in module.named_buffers()}
         state = model_state(module)
-        self._averaged = [k for k, v in state.items() if k not in buffers and v.is_floating_point()]
-        names = set(self._averaged)
+        names = {k for k, v in state.items() if k not in buffers and v.is_floating_point()}
+        self._averaged = [k for k in state if k in names]
+        self._copied = [k for k in state if k not in names]
         self._shadow = {
             k: v.to(torch.float32, copy=True) if k in names else v.clone() for k, v in state.items()
         }
 
+    def lend(self, module: nn.Module) -> dict[Tensor, Tensor]:
+        """Averages by trained parameter, for an optimiser that moves both in one pass.
+
+        From now on whoever has them keeps them up to date, and `update` leaves them out.
+        """
+        lent: dict[Tensor, Tensor] = {}
+        for name, value in module.state_dict(keep_vars=True).items():
+            if name in self._averaged and value.requires_grad and value not in lent:
+                lent[value] = self._shadow[name]
+                self._averaged.remove(name)
+        return lent
+
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Move the average one step towards the module's present weights."""
+        """Move the average one step towards the module's present weights, but for what was lent."""
         state = model_state(module)
         shadows = [_local(self._shadow[k]) for k in self._averaged]
         weights = [_local(state[k]).to(torch.float32) for k in self._averaged]
-        self._average(shadows, weights, None)
-        averaged = set(self._averaged)
-        for name, value in state.items():
-            if name not in averaged:
-                self._shadow[name].copy_(value)
+        if shadows:
+            self._average(shadows, weights, None)
+        for name in self._copied:
+            self._shadow[name].copy_(state[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averaged tensors by name (live: loading into them in place restores)."""

@@ -496,10 +496,11 @@ class Tiling(NamedTuple):
 
 
 def forward_tiling(width: int) -> Tiling:
-    """Up to 16 values per thread."""
+    """Up to 20 values per thread."""
     main, rest, padded = _split(width)
     rows = max(1, 2048 // (2 * main))
-    return Tiling(main, rest, rows, num_warps=max(4, triton.next_power_of_2(rows * padded) // 512))
+    num_warps = triton.next_power_of_2(triton.cdiv(rows * padded, 32 * 20))
+    return Tiling(main, rest, rows, max(num_warps, 4))
 
 
 def backward_tiling(width: int) -> Tiling:
