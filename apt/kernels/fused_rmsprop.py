@@ -5,7 +5,7 @@
     avg = ema_decay avg + (1 - ema_decay) p
 
 Bytes in fp32: p, v and the average are read and written, the gradient is read: 28 a parameter. A
-pass of torch's foreach step moves 48, and the average by itself 12 more.
+step of torch's foreach kernels moves 52, and the average by itself 12 more.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class FusedRMSprop(torch.optim.RMSprop):
         params: parameters or groups, real and floating point.
         lr, alpha, eps, weight_decay: as in torch.
         momentum, centered: refused unless off.
-        ema: averages by parameter, at least fp32, in the parameter's shape and sharding. Parameters
-            without a gradient stay, and are averaged all the same. Averages belong to the caller
-            and are not part of the state dict.
+        ema: averages by parameter, fp32 (or fp64, of fp64 parameters), in the parameter's shape and
+            sharding. Parameters without a gradient stay, and are averaged all the same. Averages
+            belong to the caller and are not part of the state dict.
         ema_decay: in [0, 1]; the paper uses 0.995.
         backend: "triton": one launch for all fp16, bf16 and fp32 parameters of a type that are
             contiguous; "reference": torch. None chooses at each step: the kernel for CUDA
@@ -100,7 +100,7 @@ class FusedRMSprop(torch.optim.RMSprop):
                 self.state[p]["square_avg"] = exact.to(p.device, _wide(p), copy=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the parameters that have gradients, and of all averages."""
         loss = None
         if closure is not None:
@@ -134,8 +134,8 @@ class FusedRMSprop(torch.optim.RMSprop):
 
             rmsprop_op(*columns, **options, ema_decay=self._ema_decay)
             return
-        for row in zip(*columns[:3], strict=True):
-            rmsprop_reference(*row, **options)
+        for p, grad, square_avg in zip(*columns[:3], strict=True):
+            rmsprop_reference(p, grad, square_avg, **options)
         _average(columns[0], columns[3], self._ema_decay)
 
     def _create_state(self, p: Tensor) -> None:
@@ -219,8 +219,9 @@ def _check_averages(groups: list[dict[str, Any]], averages: Mapping[Tensor, Tens
     if strangers:
         raise InputError(f"{OP}: ema has {strangers} parameters that are not optimised")
     for p, average in averages.items():
-        if average.shape != p.shape or average.dtype != _wide(p) or average.device != p.device:
+        fits = average.shape == p.shape and average.device == p.device
+        if not fits or average.dtype not in (torch.float32, _wide(p)):
             raise InputError(
-                f"{OP}: the average of a parameter {tuple(p.shape)} on {p.device} must be "
-                f"{_wide(p)}, got {tuple(average.shape)} {average.dtype} on {average.device}"
+                f"{OP}: the average of a parameter {tuple(p.shape)} on {p.device} must be fp32 of "
+                f"that shape, got {tuple(average.shape)} {average.dtype} on {average.device}"
             )

@@ -155,8 +155,9 @@ def _share_out(device: torch.device, rows: int, parts: int, tiling: Tiling) -> t
 
 
 def _readable(x: Tensor) -> Tensor:
-    """Kernels take any strides but of channels."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Kernels take any strides but of channels; within a row they count in 32 bits."""
+    near = x.stride(-2) * x.shape[-2] < 2**31
+    return x if x.stride(-1) == 1 and near else x.contiguous()
 
 
 def _dense(grad: Tensor) -> Tensor:
