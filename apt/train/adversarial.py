@@ -23,6 +23,7 @@ from apt.models.bundle import ModelBundle, load_backbone
 from apt.models.conditions import TextCondition
 from apt.models.discriminator import Discriminator
 from apt.models.generator import generate
+from apt.train.adapters import add_adapters
 from apt.train.config import AdversarialConfig, TrainConfig
 from apt.train.networks import make_trained, require_source
 from apt.train.parallel import Parallel
@@ -47,6 +48,8 @@ class Adversarial(Stage):
         torch.manual_seed(config.seed)
         discriminator = Discriminator(backbone, head=stage.head, layers=stage.layers or None)
         backbone.set_checkpointing(config.activation_checkpointing)
+        if config.lora.discriminator:
+            add_adapters(backbone, config.lora, seed=config.seed)
         if stage.freeze_discriminator_backbone:
             discriminator.requires_grad_(False)
             for parameter in discriminator.head_parameters():

@@ -24,9 +24,10 @@ class EMA:
     """Keeps `ema = decay * ema + (1 - decay) * weights` beside a module.
 
     Floating-point parameters are averaged in fp32 whatever their own dtype; persistent buffers
-    and integer tensors are copied as they are. The first value is the module's current one. Under
-    FSDP2 every rank averages its own shard, so nothing is communicated and the result is the one
-    of a single process.
+    and integer tensors are copied as they are; parameters that do not train are left out, as their
+    average would be the same in twice the memory. The first value is the module's current one.
+    Under FSDP2 every rank averages its own shard, so nothing is communicated and the result is the
+    one of a single process.
 
     Args:
         module: the module to follow; sharding, if any, must already be done.
@@ -43,11 +44,17 @@ class EMA:
         self._average = get_ema_multi_avg_fn(decay)
         buffers = {name for name, _ in module.named_buffers()}
         state = model_state(module)
-        names = {k for k, v in state.items() if k not in buffers and v.is_floating_point()}
-        self._averaged = [k for k in state if k in names]
-        self._copied = [k for k in state if k not in names]
+        frozen = {
+            name
+            for name, value in module.state_dict(keep_vars=True).items()
+            if isinstance(value, nn.Parameter) and not value.requires_grad
+        }
+        kept = {k: v for k, v in state.items() if k not in frozen}
+        self._averaged = [k for k, v in kept.items() if k not in buffers and v.is_floating_point()]
+        names = set(self._averaged)
+        self._copied = [k for k in kept if k not in names]
         self._shadow = {
-            k: v.to(torch.float32, copy=True) if k in names else v.clone() for k, v in state.items()
+            k: v.to(torch.float32 if k in names else v.dtype, copy=True) for k, v in kept.items()
         }
 
     def lend(self, module: nn.Module) -> dict[Tensor, Tensor]:
@@ -74,7 +81,10 @@ class EMA:
             self._shadow[name].copy_(state[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averaged tensors by name (live: loading into them in place restores)."""
+        """The averaged tensors by name (live: loading into them in place restores).
+
+        What does not train is not among them; the module has it.
+        """
         return dict(self._shadow)
 
     @torch.no_grad()
@@ -100,17 +110,20 @@ class EMA:
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
         """Write the average into `module`, cast to the module's own dtypes."""
-        for name, value in model_state(module).items():
-            value.copy_(self._shadow[name])
+        state = model_state(module)
+        for name, value in self._shadow.items():
+            state[name].copy_(value)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Let `module` carry the average inside the `with` block; its weights come back."""
-        kept = {name: value.clone() for name, value in model_state(module).items()}
+        state = model_state(module)
+        kept = {name: state[name].clone() for name in self._shadow}
         self.copy_to(module)
         try:
             yield
         finally:
+            state = model_state(module)
             with torch.no_grad():
-                for name, value in model_state(module).items():
-                    value.copy_(kept[name])
+                for name, value in kept.items():
+                    state[name].copy_(value)

@@ -52,6 +52,8 @@ def _mask(i: tl.constexpr, valid, columns, NUM: tl.constexpr, PADDED: tl.constex
             return columns < NUM
         else:
             return valid & (columns < NUM)
+    elif valid is None:
+        return None
     else:
         return valid
 
