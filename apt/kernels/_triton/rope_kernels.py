@@ -500,7 +500,7 @@ class Tiling(NamedTuple):
 def forward_tiling(width: int) -> Tiling:
     """Up to 20 values per thread."""
     main, rest, padded = _split(width)
-    rows = _power_below(2048 // padded)
+    rows = _power_below((1024 if rest else 2048) // padded)  # two tiles need more registers
     num_warps = triton.next_power_of_2(triton.cdiv(rows * padded, 32 * 20))
     return Tiling(main, rest, rows, max(num_warps, 4))
 
@@ -508,7 +508,7 @@ def forward_tiling(width: int) -> Tiling:
 def backward_tiling(width: int) -> Tiling:
     """Sums, weights and gradients stay in registers as well, hence fewer values per thread."""
     main, rest, padded = _split(width)
-    rows = _power_below(1024 // padded)
+    rows = _power_below((512 if rest else 1024) // padded)
     num_warps = max(4, _power_below(padded) // 256)
     return Tiling(main, rest, rows, min(num_warps, 16))
 
