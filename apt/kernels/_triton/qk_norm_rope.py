@@ -67,7 +67,7 @@ def _forward(x: Parts, out: Parts, table: Table, options: Options) -> None:
     """Write into `out`, whose tokens are dense. The parts of x have the same strides."""
     batch, length, heads, channels = x.some.shape
     constants = options.constants(heads, channels)
-    tiling = forward_tiling(constants["WIDTH"])
+    tiling = forward_tiling(constants["WIDTH"], x.some.element_size())
     num_rows = batch * length * constants["GROUP"]
     if num_rows == 0:
         return

@@ -497,10 +497,12 @@ class Tiling(NamedTuple):
     num_warps: int
 
 
-def forward_tiling(width: int) -> Tiling:
-    """Up to 20 values per thread."""
+def forward_tiling(width: int, itemsize: int) -> Tiling:
+    """Up to 20 values per thread; narrow rows share a program, by bytes."""
     main, rest, padded = _split(width)
-    rows = _power_below((1024 if rest else 2048) // padded)  # two tiles need more registers
+    rows = _power_below(
+        (2048 if rest else 4096) // (itemsize * padded)
+    )  # two tiles: more registers
     num_warps = triton.next_power_of_2(triton.cdiv(rows * padded, 32 * 20))
     return Tiling(main, rest, rows, max(num_warps, 4))
 
