@@ -45,7 +45,9 @@ COMMANDS = {
     "data encode": Command("apt.cli.data_encode", "videos as latents, encoded once for all runs"),
     "data check": Command("apt.cli.data_check", "report what is in a folder of captioned videos"),
     "evaluate digits": Command("apt.cli.evaluate_digits", "measure the digits models"),
-    "export": Command("apt.cli.export", "make a model folder from a training run"),
+    "export": Command("apt.cli.export", "write a model for this package, diffusers or ComfyUI"),
+    "pull": Command("apt.cli.pull", "download a model from the Hub"),
+    "push": Command("apt.cli.push", "upload a model to the Hub, with a card"),
     "list": Command("apt.cli.list", "what can be chosen by name, and what runs on this machine"),
 }
 

@@ -23,6 +23,7 @@ from apt.kernels.joint_qk_norm_rope import StreamQKV, joint_qk_norm_rope
 from apt.kernels.modulated_norm import modulated_norm
 from apt.kernels.perturbed_batch import perturbed_batch
 from apt.kernels.qk_norm_rope import norm_rope, qk_norm_rope
+from apt.kernels.query_pooling import query_pooling
 from apt.kernels.residual_modulated_norm import residual_modulated_norm
 from apt.kernels.timesteps import sample_shifted_timesteps
 
@@ -42,6 +43,7 @@ __all__ = [
     "norm_rope",
     "perturbed_batch",
     "qk_norm_rope",
+    "query_pooling",
     "residual_modulated_norm",
     "sample_shifted_timesteps",
 ]

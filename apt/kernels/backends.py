@@ -26,8 +26,9 @@ OPS = {
     "residual_modulated_norm": ("reference", "triton"),
     "qk_norm_rope": ("reference", "triton"),
     "joint_qk_norm_rope": ("reference", "triton"),
-    "sample_shifted_timesteps": ("reference",),
-    "perturbed_batch": ("reference",),
+    "sample_shifted_timesteps": ("reference", "triton"),
+    "perturbed_batch": ("reference", "triton"),
+    "query_pooling": ("reference",),
     "fused_rmsprop": ("reference", "triton"),
 }
 BACKENDS = ("reference", "triton")
