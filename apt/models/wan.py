@@ -29,7 +29,13 @@ from torch.utils.checkpoint import checkpoint
 from apt.errors import ConfigError, InputError
 from apt.hub.info import SampleInfo, SamplingInfo
 from apt.hub.pretrained import PretrainedEntry
-from apt.kernels import attention, modulated_norm, residual_modulated_norm
+from apt.kernels import (
+    attention,
+    modulated_norm,
+    norm_rope,
+    qk_norm_rope,
+    residual_modulated_norm,
+)
 from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
 from apt.models.families import FlowAdapter
@@ -386,18 +392,22 @@ class WanAttention(nn.Module):
 
     def over_itself(self, h: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Self-attention of visual tokens (B, L, D)."""
-        q = _norm_rope(self.to_q(h), self.norm_q.weight, self.num_heads, self.eps, rope)
-        k = _norm_rope(self.to_k(h), self.norm_k.weight, self.num_heads, self.eps, rope)
-        v = self.to_v(h).unflatten(-1, (self.num_heads, -1))
+        q, k, v = (self._heads(project(h)) for project in (self.to_q, self.to_k, self.to_v))
+        weights = self.norm_q.weight, self.norm_k.weight
+        q, k = qk_norm_rope(q, k, *weights, *rope, eps=self.eps, across_heads=True)
         return self.to_out[0](attention(q, k, v).flatten(2))
 
     def over_text(self, h: Tensor, text_RSD: Tensor, rows: Tensor | None) -> Tensor:
         """Attention of visual tokens (B, L, D) over text (R, S, D), projected once per row."""
-        q = _norm_rope(self.to_q(h), self.norm_q.weight, self.num_heads, self.eps, None)
-        k = _norm_rope(self.to_k(text_RSD), self.norm_k.weight, self.num_heads, self.eps, None)
-        v = self.to_v(text_RSD).unflatten(-1, (self.num_heads, -1))
+        q, k = self._heads(self.to_q(h)), self._heads(self.to_k(text_RSD))
+        q = norm_rope(q, self.norm_q.weight, eps=self.eps, across_heads=True)
+        k = norm_rope(k, self.norm_k.weight, eps=self.eps, across_heads=True)
+        v = self._heads(self.to_v(text_RSD))
         k, v = take_rows(k, rows), take_rows(v, rows)
         return self.to_out[0](attention(q, k, v).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
 
 
 class FeedForward(nn.Module):
@@ -436,18 +446,6 @@ def timestep_sinusoids(time: Tensor, size: int) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """In fp32, or fp64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _norm_rope(
-    x: Tensor, weight: Tensor, num_heads: int, eps: float, rope: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """RMSNorm (B, L, D) across heads, and rotate pairs of each head's channels: (B, L, H, Dh)."""
-    y = F.rms_norm(_wide(x), x.shape[-1:], _wide(weight), eps).unflatten(-1, (num_heads, -1))
-    if rope is not None:
-        cos, sin = (table.to(y.dtype)[:, None] for table in rope)
-        a, b = y.unflatten(-1, (-1, 2)).unbind(-1)
-        y = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    return y.to(x.dtype)
 
 
 def _published(
