@@ -322,26 +322,30 @@ def test_our_own_folder_as_a_backbone(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import resource, sys, torch
+import sys, torch
+from apt.hub import save_weights
 from apt.models.loading import Checkpoint
 from apt.models.registry import MODELS
 from apt.registry import replace_typed
 from pathlib import Path
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(name):  # in bytes, of this process alone; getrusage also knows its parent
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name)]
+    return int(line.split()[1]) * 1024
 
 folder, hidden, depth, dtype = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 config = replace_typed(MODELS.get("wan2.1_t2v_1.3b")(), dict(
     hidden_size=hidden, depth=depth, num_heads=hidden // 128, mlp_size=4 * hidden
 ))
-# What the first use of anything costs, a small model included, is no part of it.
+# What the first use of anything costs, whatever the size, is no part of it.
 small = replace_typed(config, dict(hidden_size=128, num_heads=1, depth=1, mlp_size=64))
-torch.isfinite(small.build().blocks[0].ffn.net[2].weight).all()
-before = peak()
+save_weights(folder.with_name("small.safetensors"), small.build())
+Checkpoint(folder.with_name("small.safetensors"), "wan2.1_t2v_1.3b", small).load()
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 model = Checkpoint(folder, "wan2.1_t2v_1.3b", config).load(dtype=getattr(torch, dtype))
 size = sum(p.numel() * p.element_size() for p in model.parameters())
-print((peak() - before) / size, size)
+print((memory("VmHWM") - before) / size, size)
 """
 
 
@@ -376,11 +380,12 @@ def measure(index: Path, hidden: int, depth: int, dtype: str) -> tuple[float, fl
     return ratio, size
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_model(tmp_path: Path) -> None:
     index = make_checkpoint(tmp_path, 512, 16, torch.float32)
     ratio, size = measure(index, 512, 16, "float32")
     assert size > 250e6
-    assert ratio <= 1.2
+    assert 0.95 < ratio <= 1.2
 
 
 @pytest.mark.slow
@@ -394,4 +399,4 @@ def test_loading_a_gigabyte_takes_little_more_memory(
     index = make_checkpoint(tmp_path, 1024, depth, stored_as)
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 1e9
     ratio, _ = measure(index, 1024, depth, wanted)
-    assert ratio <= 1.2
+    assert 0.95 < ratio <= 1.2
