@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 from benchmarks.aot.build import Row
+from benchmarks.aot.cases import ACCEPTED_SPILLS
 from benchmarks.aot.gate import differences, problems
 from benchmarks.aot.sass import Code, read_code
 from benchmarks.aot.table import read_table, record_of
@@ -143,14 +144,16 @@ def test_machine_code_is_read():
         read_code(RESOURCES, "")
 
 
-def test_recorded_tables_hold_no_spill():
+def test_recorded_tables_hold_no_spill_that_was_not_accepted():
     recorded = [path.stem.removeprefix("aot_triton_") for path in tables()]
     assert recorded
     for version in recorded:
         table = read_table(version)
         assert table
-        spilling = [key for key, row in table.items() if row["local"] or row["stack"]]
-        assert not spilling, version
+        for key, row in table.items():
+            kernel, _, width, dtype, chip = key.split(" | ")
+            accepted, _ = ACCEPTED_SPILLS.get((kernel, int(width), dtype, chip), (0, ""))
+            assert int(str(row["stack"])) <= accepted, f"{version}: {key}"
 
 
 def tables() -> list[Path]:

@@ -102,7 +102,7 @@ def test_backward(start_at, per_token):
     # A program for each token, so that its sums lie beyond 2^31 too; of one program in the grid,
     # the second sum follows the first
     partials = huge((FAR + 2) * WIDTH, torch.float32).view(-1, WIDTH)
-    tiling = norms.backward_tiling(WIDTH, num_tensors=2, itemsize=2)
+    tiling = norms.backward_tiling(WIDTH, 2, itemsize=2, per_token=per_token)
     assert tiling.tokens == 1
     start_at(FAR)
     norms.backward_kernel[(1,)](
@@ -111,7 +111,7 @@ def test_backward(start_at, per_token):
         FAR + 1, FAR + 1, 1, FAR + 1,
         GATE_STRIDE=0, SCALE_STRIDE=WIDTH, PER_TOKEN=per_token, LAYER=False, D=WIDTH,
         MAIN=tiling.main, REST=tiling.rest, TOKENS=1, STAGES=1, KEEP_SHARED=False,
-        num_warps=tiling.num_warps,
+        KEEP_X=not per_token, num_warps=tiling.num_warps,
     )  # fmt: skip
     x_hat, grad = x[FAR].float() * rstd, grad_y[FAR].float()
     factor = 1 + scale[row].float()
