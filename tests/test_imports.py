@@ -19,8 +19,9 @@ ARROWS: dict[str, set[str]] = {
     "version": set(),
     "registry": {"errors"},
     "rng": {"errors"},
+    "philox": set(),
     "flow": {"errors"},
-    "kernels": {"errors", "rng"},
+    "kernels": {"errors", "rng", "philox"},
     "media": {"errors"},
     "hub": {"errors", "registry", "version"},
     "models": {"kernels", "hub"} | BASE,
@@ -30,10 +31,11 @@ ARROWS: dict[str, set[str]] = {
     "sampling": {"models"} | BASE,
     "pipeline": {"models", "hub", "sampling"} | BASE,
     "train": {"kernels", "models", "hub", "sampling", "losses", "data", "metrics", "media"} | BASE,
+    "encode": {"models", "hub", "data"} | BASE,
     "evaluate": {"models", "hub", "sampling", "pipeline", "data", "metrics", "media"} | BASE,
 }
 # The public API re-exports from these. `train` and `pipeline` together are for the CLI alone.
-ARROWS["__init__"] = set(ARROWS) - {"train", "evaluate"}
+ARROWS["__init__"] = set(ARROWS) - {"train", "evaluate", "encode"}
 ARROWS["cli"] = set(ARROWS) - {"__init__"}
 ARROWS["__main__"] = {"cli"}
 

@@ -37,6 +37,9 @@ class DiffusersCodecConfig:
         latents_mean, latents_std: statistics of the raw latents, one value per channel.
         temporal_compression: frames per latent frame after the first.
         spatial_compression: pixels per latent along height and width.
+        tiling: work on overlapping tiles of large pictures, in less memory; their seams are
+            blended, so results differ a little.
+        slicing: work on one sample of a batch at a time, in less memory.
     """
 
     class_name: str
@@ -48,6 +51,8 @@ class DiffusersCodecConfig:
     latents_std: tuple[float, ...] | None = None
     temporal_compression: int | None = None
     spatial_compression: int | None = None
+    tiling: bool = False
+    slicing: bool = False
 
     def build(self) -> DiffusersCodec:
         """Load the weights, downloading what is not in the Hub's cache."""
@@ -79,6 +84,14 @@ class DiffusersCodec(nn.Module):
             )
         self.config = config
         self.vae = load_complete(vae_class, folder, dtype=torch_dtype(config.dtype))
+        for wanted, switch in (
+            (config.tiling, "enable_tiling"),
+            (config.slicing, "enable_slicing"),
+        ):
+            if wanted and not hasattr(self.vae, switch):
+                raise ConfigError(f"{config.class_name} has no {switch.removeprefix('enable_')}")
+            if wanted:
+                getattr(self.vae, switch)()
         self.channels = int(self._required("latent channels", "latent_channels", "z_dim"))
         # Temporal autoencoders of the SVD kind have a temporal decoder over an image encoder
         self._is_video = any(isinstance(part, nn.Conv3d) for part in self.vae.encoder.modules())
@@ -232,9 +245,25 @@ def wan_vae() -> DiffusersCodecConfig:
     )
 
 
+@CODECS.register("wan2.2_vae")
+def wan22_vae() -> DiffusersCodecConfig:
+    """Wan 2.2's causal video VAE, 4x16x16, 48 channels (Apache-2.0), of the 5B model alone."""
+    return DiffusersCodecConfig(
+        class_name="AutoencoderKLWan", repo="Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    )
+
+
 @CODECS.register("kl_vae")
 def kl_vae() -> DiffusersCodecConfig:
     """Stable Diffusion's image VAE, 8x8, 4 channels (MIT); video frame by frame."""
     return DiffusersCodecConfig(
         class_name="AutoencoderKL", repo="stabilityai/sd-vae-ft-mse", subfolder=""
+    )
+
+
+@CODECS.register("sd3_vae")
+def sd3_vae() -> DiffusersCodecConfig:
+    """Stable Diffusion 3 and 3.5's image VAE, 8x8, 16 channels (Stability AI community licence)."""
+    return DiffusersCodecConfig(
+        class_name="AutoencoderKL", repo="stabilityai/stable-diffusion-3.5-medium"
     )

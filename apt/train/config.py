@@ -14,8 +14,9 @@ class DataConfig:
     """Where clips come from.
 
     Attributes:
-        source: "digits", the built-in stream, or "folder", your own videos and images.
-        path: the folder, for source "folder".
+        source: "digits", the built-in stream; "folder", your own videos and images; or "latents",
+            what `diffusion-apt data encode` made of such a folder, whose size and rate then hold.
+        path: the folder, for sources "folder" and "latents".
         frames, height, width: size of a clip; frames are 4k + 1. In a folder, height times width
             is the pixel budget of the aspect-ratio buckets.
         fps: frame rate of the clips; 0 keeps each video's own.
@@ -27,7 +28,7 @@ class DataConfig:
         strict: stop at the first file that cannot be used, instead of skipping and reporting it.
     """
 
-    source: Literal["digits", "folder"] = "digits"
+    source: Literal["digits", "folder", "latents"] = "digits"
     path: str = ""
     frames: int = 9
     height: int = 32
@@ -43,7 +44,7 @@ class DataConfig:
         if self.path and self.source == "digits":
             raise ConfigError(
                 f"--data.path {self.path} is a folder, but the data source is the built-in digits; "
-                "add --data.source folder"
+                "add --data.source folder (or latents)"
             )
 
 
@@ -64,6 +65,33 @@ class ModelConfig:
     text_encoder_options: dict[str, int | float | str] = field(default_factory=dict)
     codec: str = "patchify"
     codec_options: dict[str, int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Train low-rank adapters in place of the weights (Hu et al. 2022; needs peft).
+
+    The finished model has them merged in, and holds them alone in
+    `pytorch_lora_weights.safetensors` too.
+
+    Attributes:
+        rank: of the change of each weight; 0 trains the weights themselves.
+        alpha: the change is scaled by alpha over rank; 0 is the rank, a scale of 1.
+        targets: ends of the names of linear layers, such as "attn1.to_q"; empty takes all in the
+            blocks.
+        discriminator: D's backbone gets adapters as well; its heads train in full.
+    """
+
+    rank: int = 0
+    alpha: int = 0
+    targets: tuple[str, ...] = ()
+    discriminator: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.alpha < 0:
+            raise ConfigError(
+                f"lora.rank and lora.alpha must not be negative, got {self.rank} and {self.alpha}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +226,8 @@ class TrainConfig:
         name: of the recipe; goes into logs and model folders.
         run_dir: where checkpoints, logs, samples and the finished model go.
         stage: what is trained and how; its type is the stage.
-        model, data, optimizer, monitor: see there. Generator and discriminator have one optimizer
-            config, as in the paper, but for D's own learning rate if the stage gives one.
+        model, data, optimizer, lora, monitor: see there. Generator and discriminator have one
+            optimizer config, as in the paper, but for D's own learning rate if the stage gives one.
         seed: of everything random.
         num_updates: updates of the (generator's) weights.
         batch_size: samples per update over all ranks and accumulation steps.
@@ -222,6 +250,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     seed: int = 0
     num_updates: int = 1000
@@ -245,5 +274,10 @@ class TrainConfig:
         for name in ("micro_batch_size", "sample_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.lora.rank and isinstance(self.stage, PretrainConfig):
+            raise ConfigError(
+                "lora.rank is for later stages: pre-training starts from random weights, which "
+                "adapters would leave as they are"
+            )
         if self.optimizer.learning_rate <= 0:
             raise ConfigError(f"learning_rate must be positive, got {self.optimizer.learning_rate}")
