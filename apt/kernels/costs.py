@@ -224,7 +224,8 @@ def query_pooling_cost(
     """`apt.kernels.query_pooling`: one query, keys and values folded to its side.
 
     The query meets W_k (2 D²), each head scores and pools L tokens of D channels (4 B L H D), and
-    W_v comes after pooling (2 B D²). Tokens (B, L, D) are read once, and never projected.
+    W_v comes after pooling (2 B D²). Tokens (B, L, D) are read once, and never projected. Products
+    alone are counted, without the norm.
     """
     tokens, matrices = batch * length * width, 2 * width * width
     scores = 2 * batch * length * num_heads * width

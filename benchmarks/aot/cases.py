@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt.kernels._triton import norms
+from apt.kernels._triton import norms, sampling
 from apt.kernels._triton.segment_sum import segment_sum
 
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
@@ -25,7 +25,10 @@ SHARED = ("segment_sum.segment_sum",)
 
 # Kernels that have no 16-byte access, and why they cannot
 NARROW_LOADS: dict[str, str] = {}
-NARROW_STORES = {"segment_sum.segment_sum": "128 threads store a row of 64 sums"}
+NARROW_STORES = {
+    "segment_sum.segment_sum": "128 threads store a row of 64 sums",
+    "sampling.timesteps": "one number for each thread",
+}
 
 # (kernel, channels, dtype, chip): bytes of local memory that are accepted, and why
 ACCEPTED_SPILLS = {
@@ -39,7 +42,7 @@ ACCEPTED_SPILLS = {
 
 @dataclass(frozen=True)
 class Point:
-    """One shape class: channels and dtype of the activations."""
+    """One shape class: channels (or numbers of a sample) and dtype of the activations."""
 
     width: int
     dtype: torch.dtype
@@ -108,6 +111,18 @@ def _segment_sum(point: Point, *, rows: bool) -> None:
     segment_sum(torch.empty(3, 4 * _BATCH, point.width, dtype=point.dtype), index, _BATCH)
 
 
+_KEY = {"key": 2**40 + 1, "first": 0}
+
+
+def _timesteps(point: Point) -> None:
+    sampling.shifted_timesteps(num=point.width, shift=12.0, device=torch.device("cpu"), **_KEY)
+
+
+def _perturbed_batch(point: Point) -> None:
+    x = torch.empty(_BATCH, point.width, dtype=point.dtype)
+    sampling.perturbed_batch(x, x, 0.1, _BATCH, **_KEY)
+
+
 # The variants that hold most in registers are compiled at every width, the lighter ones at the
 # widths of models that use them.
 CASES = (
@@ -149,5 +164,20 @@ CASES = (
         name="modulated_norm, layer",
         call=lambda p: _norm(p, layer=True),
         points=points((1152, 1536, 2432, 5120), BF16),
+    ),
+    Case(
+        name="sample_shifted_timesteps",
+        call=_timesteps,
+        points=points((1024,), FP32),
+        quick=Point(1024, FP32),
+        unfused=True,
+    ),
+    # Latents of the digits, and of apt_8b at 1024 px
+    Case(
+        name="perturbed_batch",
+        call=_perturbed_batch,
+        points=points((9216, 2**18), BF16, FP32) + points((2**18,), FP16),
+        quick=Point(2**18, BF16),
+        unfused=True,
     ),
 )

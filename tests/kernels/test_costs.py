@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from apt.errors import InputError
-from apt.kernels import attention
+from apt.kernels import attention, query_pooling
 from apt.kernels.costs import (
     OpCost,
     attention_cost,
@@ -176,22 +176,23 @@ def test_attention_backward_as_torch_counts_flash_attention():
     assert cost.flops == sdpa_backward_flop_count(q, q, k, k)
 
 
-def test_query_pooling_against_plain_products():
+def test_query_pooling_against_the_counter_of_torch():
     batch, length, width, heads = 2, 7, 24, 3
-    tokens = torch.randn(batch, length, width)
-    query = torch.randn(width)
-    w_k, w_v = torch.randn(2, heads, width // heads, width)
+    tokens = torch.randn(batch, length, width, requires_grad=True)
+    query = torch.randn(width, requires_grad=True)
+    weights = torch.randn(2, width, width, requires_grad=True)
 
     def pool():
-        folded = torch.einsum("hc,hcd->hd", query.view(heads, -1), w_k)
-        scores = (tokens @ folded.T).softmax(dim=1)  # (B, L, H)
-        pooled = scores.transpose(1, 2) @ tokens  # (B, H, D)
-        return torch.einsum("bhd,hcd->bhc", pooled, w_v)
+        return query_pooling(tokens, query, *weights, num_heads=heads)
 
+    forward, both = count(pool), count(lambda: pool().sum().backward())
     cost = query_pooling_cost(batch, length, width, heads, dtype=FP32)
-    assert cost.flops == count(pool)
+    assert cost.flops == forward
     assert cost.bytes_read == 4 * (batch * length * width + 2 * width**2 + width)
     assert cost.bytes_written == 4 * batch * width
+    backward = query_pooling_cost(batch, length, width, heads, dtype=FP32, backward=True)
+    # torch keeps the scores, which a fused backward would compute again
+    assert backward.flops == both - forward + 2 * batch * length * heads * width
 
 
 def test_a_roofline_is_the_slower_of_work_and_traffic():

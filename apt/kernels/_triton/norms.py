@@ -341,19 +341,25 @@ def backward_kernel(
 
 
 class Tiling(NamedTuple):
-    """How a kernel cuts its work: two tiles of columns, tokens per step, warps, loop stages."""
+    """How a kernel cuts its work: two tiles of columns, tokens per step, warps, loop stages.
+
+    `registers` per thread, where ptxas would otherwise choose fewer, for an occupancy that does not
+    pay, and spill a few values to keep to it.
+    """
 
     main: int
     rest: int
     tokens: int
     num_warps: int
     stages: int = 1
+    registers: int | None = None
 
 
 def forward_tiling(width: int) -> Tiling:
     """16 values of a wide row per thread."""
     main, rest, tokens = _split(width)
-    return Tiling(main, rest, tokens, num_warps=max(4, main // 512))
+    num_warps = max(4, main // 512)
+    return Tiling(main, rest, tokens, num_warps, registers=64 if num_warps == 4 else None)
 
 
 def backward_tiling(width: int, num_tensors: int, itemsize: int, per_token: bool) -> Tiling:
@@ -368,7 +374,8 @@ def backward_tiling(width: int, num_tensors: int, itemsize: int, per_token: bool
         return Tiling(main, rest, tokens, num_warps=32 if itemsize == 4 or per_token else 16)
     num_warps = next(n for most, n in BACKWARD_WARPS if padded <= most)
     ahead = num_warps > 4 and num_tensors * padded * itemsize <= 2**16
-    return Tiling(main, rest, tokens, num_warps, stages=2 if ahead else 1)
+    limit = 128 if num_warps == 4 and main == 1024 and num_tensors < 4 else None
+    return Tiling(main, rest, tokens, num_warps, stages=2 if ahead else 1, registers=limit)
 
 
 # (padded width up to, warps): the fewest that spill nothing in any variant (benchmarks/aot)
@@ -379,15 +386,6 @@ WIDE = 5120  # wider rows keep less in registers, and read it again for each tok
 def _keeps_shared(tiling: Tiling, residual: bool, per_token: bool) -> bool:
     """Whether shared modulation stays in registers: with a gate, rows of 5120 would spill."""
     return tiling.main + tiling.rest <= (4096 if residual else WIDE) and not per_token
-
-
-def _most_registers(num_warps: int) -> int | None:
-    """A limit for programs of 4 warps; None: what the number of warps leaves.
-
-    Without one ptxas may set 56 or 96 for an occupancy that these kernels do not need, and spill a
-    few values to keep to it.
-    """
-    return 128 if num_warps == 4 else None
 
 
 def _split(width: int) -> tuple[int, int, int]:
@@ -461,7 +459,7 @@ def _forward(
             REST=tiling.rest,
             TOKENS=tiling.tokens,
             num_warps=tiling.num_warps,
-            maxnreg=_most_registers(tiling.num_warps),
+            maxnreg=tiling.registers,
             enable_fp_fusion=True,
         )
     return x_new, y, stats
@@ -540,7 +538,7 @@ def _backward(
             KEEP_SHARED=_keeps_shared(tiling, update is not None, per_token),
             KEEP_X=tiling.main + tiling.rest <= WIDE or tiling.num_warps == 32,
             num_warps=tiling.num_warps,
-            maxnreg=_most_registers(tiling.num_warps),
+            maxnreg=tiling.registers,
             enable_fp_fusion=True,
         )
         sums = None if partials is None else segment_sum(partials, rows, num_rows)
