@@ -75,7 +75,7 @@ def test_forward(start_at, per_token):
     x[FAR], update[FAR] = torch.randn(2, WIDTH).half()
     row, (gate, scale, shift) = modulations(per_token)
     stats = torch.full((2 * (FAR + 1),), torch.nan)
-    tiling = norms.forward_tiling(WIDTH)
+    tiling = norms.forward_tiling(WIDTH, per_token)
     assert tiling.tokens == 1  # program and token have the same number
     start_at(FAR)
     norms.forward_kernel[(1,)](

@@ -355,11 +355,11 @@ class Tiling(NamedTuple):
     registers: int | None = None
 
 
-def forward_tiling(width: int) -> Tiling:
+def forward_tiling(width: int, per_token: bool) -> Tiling:
     """16 values of a wide row per thread."""
     main, rest, tokens = _split(width)
-    num_warps = max(4, main // 512)
-    return Tiling(main, rest, tokens, num_warps, registers=64 if num_warps == 4 else None)
+    limit = 128 if per_token and main == 2048 and 0 < rest <= 512 else None
+    return Tiling(main, rest, tokens, num_warps=max(4, main // 512), registers=limit)
 
 
 def backward_tiling(width: int, num_tensors: int, itemsize: int, per_token: bool) -> Tiling:
@@ -432,7 +432,7 @@ def _forward(
     if num_tokens == 0:
         return x_new, y, stats
     gate, scale, shift = _matrix(gate), _matrix(scale), _matrix(shift)
-    tiling = forward_tiling(width)
+    tiling = forward_tiling(width, per_token)
     with torch.cuda.device_of(x):
         forward_kernel[(triton.cdiv(num_tokens, tiling.tokens),)](
             x,
