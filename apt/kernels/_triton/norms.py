@@ -44,7 +44,7 @@ def _mask(i: tl.constexpr, valid, columns, D: tl.constexpr, WIDTH: tl.constexpr)
     if i == 1 and WIDTH != D:
         return valid & (columns < D)
     elif valid.shape[0] == 1:
-        return None
+        return  # and not `return None`, of which Triton 3.6 makes a tensor
     else:
         return valid
 
@@ -55,7 +55,7 @@ def _in_row(i: tl.constexpr, columns, D: tl.constexpr, WIDTH: tl.constexpr):
     if i == 1 and WIDTH != D:
         return columns < D
     else:
-        return None
+        return  # and not `return None`, of which Triton 3.6 makes a tensor
 
 
 @triton.jit
