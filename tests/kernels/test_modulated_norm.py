@@ -156,6 +156,24 @@ def test_compiles_to_one_graph():
     torch.testing.assert_close(compiled(x), run(x))
 
 
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_the_reference_compiles_to_one_graph_with_its_backward(norm):
+    x, _, _, scale, shift, weight, _, rows = make((4, 3, 8), 2)
+    leaves = [value.requires_grad_() for value in (x, scale, shift, weight)]
+
+    def run(x, scale, shift, weight):
+        return modulated_norm(
+            x, scale, shift, weight=weight, norm=norm, rows=rows, backend="reference"
+        )
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found, expected = (
+        torch.autograd.grad(function(*leaves).square().sum(), leaves)
+        for function in (compiled, run)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -146,7 +146,26 @@ def test_accuracy_at_ragged_shapes(case):
     check(case, floor=2)
 
 
-@pytest.mark.parametrize("modulation", ["per_sample", "per_token"])
+@settings(max_examples=8, deadline=None)
+@given(
+    st.builds(
+        Case,
+        batch=st.integers(1, 2),
+        length=st.integers(1, 2),
+        width=st.integers(151, 8192),
+        residual=st.booleans(),
+        norm=st.sampled_from(["rms", "layer"]),
+        modulation=st.sampled_from(["per_sample", "shared", "per_token"]),
+        affine=st.booleans(),
+        dtype=st.sampled_from(DTYPES),
+        seed=st.integers(0, 9),
+    )
+)
+def test_accuracy_at_ragged_widths(case):
+    check(case, floor=2)
+
+
+@pytest.mark.parametrize("modulation", ["per_sample", "shared", "per_token"])
 @pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
 def test_zero_rows(batch, length, modulation):
     case = Case(batch, length, norm="layer", modulation=modulation)

@@ -44,7 +44,7 @@ def _mask(i: tl.constexpr, valid, columns, D: tl.constexpr, WIDTH: tl.constexpr)
     if i == 1 and WIDTH != D:
         return valid & (columns < D)
     elif valid.shape[0] == 1:
-        return None
+        return  # and not `return None`, of which Triton 3.6 makes a tensor
     else:
         return valid
 
@@ -55,7 +55,7 @@ def _in_row(i: tl.constexpr, columns, D: tl.constexpr, WIDTH: tl.constexpr):
     if i == 1 and WIDTH != D:
         return columns < D
     else:
-        return None
+        return  # and not `return None`, of which Triton 3.6 makes a tensor
 
 
 @triton.jit
@@ -215,6 +215,7 @@ def backward_kernel(
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     KEEP_SHARED: tl.constexpr,
+    KEEP_X: tl.constexpr,
 ):
     """x is what was normed: x_new, where there is an update.
 
@@ -286,7 +287,8 @@ def backward_kernel(
                 new_y += (sums_y[i] + shared,)
             dot += tl.sum(g * x_hat, axis=1)
             total += tl.sum(g, axis=1)
-            x_hats += (x_hat,)
+            if KEEP_X:
+                x_hats += (x_hat,)
             gs += (g,)
         if partials_ptr is not None:
             sums_xy = new_xy
@@ -298,7 +300,12 @@ def backward_kernel(
         for i in tl.static_range(TILES):
             columns = _columns(i, MAIN, REST)
             mask = _mask(i, valid[:, None], columns, D, WIDTH)
-            grad = gs[i] - x_hats[i] * dot
+            if KEEP_X:
+                x_hat = x_hats[i]
+            else:  # with a cache modifier, or the compiler would make one load of the two
+                x_hat = tl.load(x_ptr + first + columns, mask=mask, cache_modifier=".ca")
+                x_hat = (x_hat.to(tl.float32) - mean) * rstd
+            grad = gs[i] - x_hat * dot
             if LAYER:
                 grad -= total
             grad *= rstd
@@ -334,22 +341,28 @@ def backward_kernel(
 
 
 class Tiling(NamedTuple):
-    """How a kernel cuts its work: two tiles of columns, tokens per step, warps, loop stages."""
+    """How a kernel cuts its work: two tiles of columns, tokens per step, warps, loop stages.
+
+    `registers` per thread, where ptxas would otherwise choose fewer, for an occupancy that does not
+    pay, and spill a few values to keep to it.
+    """
 
     main: int
     rest: int
     tokens: int
     num_warps: int
     stages: int = 1
+    registers: int | None = None
 
 
-def forward_tiling(width: int) -> Tiling:
+def forward_tiling(width: int, per_token: bool) -> Tiling:
     """16 values of a wide row per thread."""
     main, rest, tokens = _split(width)
-    return Tiling(main, rest, tokens, num_warps=max(4, main // 512))
+    limit = 128 if per_token and main == 2048 and 0 < rest <= 512 else None
+    return Tiling(main, rest, tokens, num_warps=max(4, main // 512), registers=limit)
 
 
-def backward_tiling(width: int, num_tensors: int, itemsize: int) -> Tiling:
+def backward_tiling(width: int, num_tensors: int, itemsize: int, per_token: bool) -> Tiling:
     """Sums and shared modulation stay in registers as well, hence fewer values per thread.
 
     A program of 8 or 16 warps has a multiprocessor nearly to itself, so it loads the next token of
@@ -357,14 +370,22 @@ def backward_tiling(width: int, num_tensors: int, itemsize: int) -> Tiling:
     """
     main, rest, tokens = _split(width)
     padded = main + rest
+    if padded > WIDE:  # loading ahead would spill
+        return Tiling(main, rest, tokens, num_warps=32 if itemsize == 4 or per_token else 16)
     num_warps = next(n for most, n in BACKWARD_WARPS if padded <= most)
-    ahead = num_warps in (8, 16) and num_tensors * padded * itemsize <= 2**16
-    return Tiling(main, rest, tokens, num_warps, stages=2 if ahead else 1)
+    ahead = num_warps > 4 and num_tensors * padded * itemsize <= 2**16
+    limit = 128 if num_warps == 4 and main == 1024 and num_tensors < 4 else None
+    return Tiling(main, rest, tokens, num_warps, stages=2 if ahead else 1, registers=limit)
 
 
-# (padded width up to, warps): the fewest that spill nothing in any variant (benchmarks/aot.py)
-BACKWARD_WARPS = ((1536, 4), (3072, 8), (5120, 16), (8192, 32))
-MAX_KEPT_WIDTH = 5120  # wider: shared modulation is read again for each token, from L1
+# (padded width up to, warps): the fewest that spill nothing in any variant (benchmarks/aot)
+BACKWARD_WARPS = ((1536, 4), (3072, 8), (5120, 16))
+WIDE = 5120  # wider rows keep less in registers, and read it again for each token, from L1
+
+
+def _keeps_shared(tiling: Tiling, residual: bool, per_token: bool) -> bool:
+    """Whether shared modulation stays in registers: with a gate, rows of 5120 would spill."""
+    return tiling.main + tiling.rest <= (4096 if residual else WIDE) and not per_token
 
 
 def _split(width: int) -> tuple[int, int, int]:
@@ -411,7 +432,7 @@ def _forward(
     if num_tokens == 0:
         return x_new, y, stats
     gate, scale, shift = _matrix(gate), _matrix(scale), _matrix(shift)
-    tiling = forward_tiling(width)
+    tiling = forward_tiling(width, per_token)
     with torch.cuda.device_of(x):
         forward_kernel[(triton.cdiv(num_tokens, tiling.tokens),)](
             x,
@@ -438,6 +459,7 @@ def _forward(
             REST=tiling.rest,
             TOKENS=tiling.tokens,
             num_warps=tiling.num_warps,
+            maxnreg=tiling.registers,
             enable_fp_fusion=True,
         )
     return x_new, y, stats
@@ -474,7 +496,7 @@ def _backward(
         grad_gate = None if gate is None else torch.empty_like(x, dtype=gate.dtype)
     num_tensors = 2 + 2 * (update is not None)
     num_tensors += (1 + (update is not None)) * per_token
-    tiling = backward_tiling(width, num_tensors, x.element_size())
+    tiling = backward_tiling(width, num_tensors, x.element_size(), per_token)
     per_program, programs = _share_out(x.device, batch, length, tiling)
     num_sums = _number_of_sums(update, weight, bias, per_token) if modulation_grad else 0
     if num_sums:
@@ -513,8 +535,10 @@ def _backward(
             REST=tiling.rest,
             TOKENS=tiling.tokens,
             STAGES=tiling.stages,
-            KEEP_SHARED=tiling.main + tiling.rest <= MAX_KEPT_WIDTH and not per_token,
+            KEEP_SHARED=_keeps_shared(tiling, update is not None, per_token),
+            KEEP_X=tiling.main + tiling.rest <= WIDE or tiling.num_warps == 32,
             num_warps=tiling.num_warps,
+            maxnreg=tiling.registers,
             enable_fp_fusion=True,
         )
         sums = None if partials is None else segment_sum(partials, rows, num_rows)
