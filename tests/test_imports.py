@@ -27,13 +27,14 @@ ARROWS: dict[str, set[str]] = {
     "losses": {"kernels"} | BASE,
     "data": {"media"} | BASE,
     "metrics": BASE,
+    "bench": {"kernels", "models"} | BASE,
     "sampling": {"models"} | BASE,
     "pipeline": {"models", "hub", "sampling"} | BASE,
     "train": {"kernels", "models", "hub", "sampling", "losses", "data", "metrics", "media"} | BASE,
     "evaluate": {"models", "hub", "sampling", "pipeline", "data", "metrics", "media"} | BASE,
 }
 # The public API re-exports from these. `train` and `pipeline` together are for the CLI alone.
-ARROWS["__init__"] = set(ARROWS) - {"train", "evaluate"}
+ARROWS["__init__"] = set(ARROWS) - {"train", "evaluate", "bench"}
 ARROWS["cli"] = set(ARROWS) - {"__init__"}
 ARROWS["__main__"] = {"cli"}
 
@@ -41,6 +42,7 @@ OPTIONAL_PACKAGES = (
     "accelerate",
     "diffusers",
     "flash_attn",
+    "liger_kernel",
     "peft",
     "sentencepiece",
     "torchdata",

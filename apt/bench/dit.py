@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from apt.bench.split import Split, profile_split
 from apt.bench.timing import Clock, Work, median, time_interleaved
 from apt.errors import InputError
 from apt.kernels import attention_backend, kernel_backend
-from apt.models import TextCondition, create_model
+from apt.kernels.roofline import Rates
+from apt.models import MODELS, TextCondition, create_model
+from apt.models.costs import DiTCost, dit_cost
+from apt.models.mmdit import MMDiTConfig
 from apt.models.protocols import Backbone
 
 Mode = Literal["graph", "eager", "compile"]
@@ -58,6 +62,7 @@ class Workload:
 
     @property
     def size(self) -> str:
+        """FRAMESxHEIGHTxWIDTH."""
         return f"{self.frames}x{self.height}x{self.width}"
 
     def latent_shape(self) -> tuple[int, int, int]:
@@ -70,6 +75,25 @@ class Workload:
                 f"{self.height}x{self.width} is not a multiple of the compression, {h}x{w}"
             )
         return (self.frames - 1) // t + 1, self.height // h, self.width // w
+
+    def config(self) -> MMDiTConfig:
+        """Of the model; raises InputError for one whose work nobody has counted."""
+        config = MODELS.get(self.model)()
+        if not isinstance(config, MMDiTConfig):
+            raise InputError(
+                f"{self.model} is no MMDiT: its FLOPs and bytes are not counted (apt.models.costs)"
+            )
+        return config
+
+    def cost(self) -> DiTCost:
+        """Work of one forward pass."""
+        return dit_cost(
+            self.config(),
+            self.batch,
+            self.latent_shape(),
+            text_tokens=self.text_tokens,
+            dtype=DTYPES[self.dtype],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,21 +134,14 @@ class RandomNetwork:
 
     def __init__(self, workload: Workload, device: torch.device, *, seed: int = 0) -> None:
         self.workload, self.device, self.dtype = workload, device, DTYPES[workload.dtype]
+        self.cost = workload.cost()
         torch.manual_seed(seed)
         with device:
-            backbone = create_model(workload.model)
-        self.backbone: Backbone = backbone
-        self.module = cast(nn.Module, backbone).eval().requires_grad_(False)
-        fill_zeros(self.module)
-        self.module.to(self.dtype)
-        self.grid = backbone.token_grid(workload.latent_shape())
+            self.backbone: Backbone = create_model(workload.model)
+        module = cast(nn.Module, self.backbone).eval().requires_grad_(False)
+        fill_zeros(module)
+        module.to(self.dtype)
         self.inputs = self._draw_inputs(torch.Generator(device).manual_seed(seed))
-
-    @property
-    def tokens(self) -> int:
-        """Visual tokens of one sample."""
-        t, h, w = self.grid
-        return t * h * w
 
     def __call__(self) -> Tensor:
         with torch.no_grad():
@@ -134,7 +151,7 @@ class RandomNetwork:
         def normal(*size: int) -> Tensor:
             return torch.randn(size, generator=generator, device=self.device).to(self.dtype)
 
-        w, config = self.workload, self.backbone.config
+        w, config = self.workload, self.workload.config()
         x = normal(w.batch, self.backbone.in_channels, *w.latent_shape())
         pooled = normal(w.batch, config.pooled_dim) if config.pooled_dim else None
         text = TextCondition(normal(w.batch, w.text_tokens, config.text_dim), None, pooled)
@@ -251,6 +268,32 @@ def measure_dit(
     Raises:
         InputError: sizes that the model cannot take.
     """
+    try:
+        return _measure(
+            workload,
+            variants,
+            device=device,
+            clock=clock,
+            ceilings=ceilings,
+            rounds=rounds,
+            max_seconds=max_seconds,
+            split=split,
+        )
+    finally:
+        _release(device)
+
+
+def _measure(
+    workload: Workload,
+    variants: Sequence[Variant],
+    *,
+    device: torch.device,
+    clock: Clock,
+    ceilings: Ceilings,
+    rounds: int,
+    max_seconds: float | None,
+    split: bool,
+) -> list[Measurement]:
     network = RandomNetwork(workload, device)
     if any(variant.mode == "compile" for variant in variants):
         # Block by block: they are alike, so that one is compiled for all.
@@ -268,10 +311,13 @@ def measure_dit(
             failed[variant] = ("skipped", str(error))
             continue
         output = prepared.output().double()
+        if not output.isfinite().all():
+            failed[variant] = ("wrong", "the output is not finite")
+            continue
         expected = output if expected is None else expected
         difference = float((output - expected).norm() / expected.norm())
         allowed = LARGEST_DIFFERENCE[network.dtype]
-        if difference <= allowed and output.isfinite().all():
+        if difference <= allowed:
             ready[variant], differences[variant] = prepared, difference
         else:
             failed[variant] = ("wrong", f"differs by {difference:.2g}, allowed {allowed:g}")
@@ -289,12 +335,37 @@ def measure_dit(
             measurements.append(Measurement(case=case, status=status, reason=reason))
             continue
         values = samples[variant.label]
-        metrics = figures(network, median(values), ceilings) | {"difference": differences[variant]}
+        metrics = figures(network.cost, median(values), ceilings) | {"difference": differences[variant]}
         if split:
             parts = ready[variant].split().as_dict()
             metrics |= {f"{name}_ms": value for name, value in parts.items()}
         measurements.append(Measurement(case=case, samples_ms=values, metrics=metrics))
     return measurements
+
+
+def figures(cost: DiTCost, milliseconds: float, ceilings: Ceilings) -> dict[str, float]:
+    """What follows from a time: TFLOP/s, and the share of the floor.
+
+    The floor is matrix products and attention alone, at the rate of this machine's large matrix
+    products: no implementation in this type is faster.
+    """
+    rates = Rates(matmul_tflops=ceilings.matmul_tflops, memory_gb_s=ceilings.copy_gb_s)
+    tflop, floor = cost.flops / 1e12, cost.floor(rates).matmul * 1e3
+    return {
+        "tokens": float(cost.visual_tokens),
+        "tflop": tflop,
+        "tflops": tflop / milliseconds * 1e3,
+        "floor_ms": floor,
+        "share_of_floor": floor / milliseconds,
+    }
+
+
+def _release(device: torch.device) -> None:
+    """Give back the memory of networks, graphs and compiled code for the next measurement."""
+    torch.compiler.reset()
+    gc.collect()  # compiled modules refer to themselves
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def case_of(workload: Workload, variant: Variant) -> dict[str, str | int]:

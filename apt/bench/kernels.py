@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apt.bench.ceilings import Ceilings
 from apt.bench.ops import Function, Inputs, Op, Outputs, Random, exact_inputs, variants_of
-from apt.bench.records import Measurement
+from apt.bench.records import Measurement, Status
 from apt.bench.shapes import Shape
 from apt.bench.timing import Clock, Work, median, time_interleaved
 from apt.errors import InputError
@@ -101,41 +101,54 @@ def measure_op(
         if only is None or name in only
     }
     generator = torch.Generator(device).manual_seed(seed)
-    found = {name: _Found() for name in functions}
-    _check(case, functions, found, generator)
+    checks = _check(case, functions, generator)
     inputs = _draw(case, case.shape, generator)
     works = {
-        name: _work(case, function, inputs)
-        for name, function in functions.items()
-        if found[name].status == "measured"
+        name: _work(case, functions[name], inputs)
+        for name, check in checks.items()
+        if check.status == "measured"
     }
+    samples: dict[str, tuple[float, ...]] = {}
     if works:
         samples = time_interleaved(works, clock, rounds=rounds, max_seconds=max_seconds)
-        for name, values in samples.items():
-            found[name].samples = values
-            found[name].metrics |= _rates(case, median(values), ceilings)
     if case.op.compiled:
         torch.compiler.reset()  # or the next shapes count as recompilations of this one
     return [
         Measurement(
             case=case.key(name),
-            status=f.status,
-            reason=f.reason,
-            samples_ms=f.samples,
-            metrics=f.metrics if f.samples else {},
+            status=check.status,
+            reason=check.reason,
+            samples_ms=samples.get(name, ()),
+            metrics={"error": check.error} | _rates(case, median(samples[name]), ceilings)
+            if name in samples
+            else {},
         )
-        for name, f in found.items()
+        for name, check in checks.items()
     ]
 
 
-class _Found:
-    """What is known of a variant so far."""
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Whether a variant may be timed.
 
-    def __init__(self) -> None:
-        self.status: Literal["measured", "wrong", "skipped"] = "measured"
-        self.reason = ""
-        self.samples: tuple[float, ...] = ()
-        self.metrics: dict[str, float] = {}
+    Attributes:
+        status: "measured" if it may.
+        reason: why not.
+        error: the largest relative error of its outputs or gradients.
+    """
+
+    status: Status
+    reason: str = ""
+    error: float = float("nan")
+
+
+def check_op(
+    case: OpCase, *, device: torch.device, only: Collection[str] | None = None, seed: int = 0
+) -> dict[str, Check]:
+    """Each variant against fp64, without timing it."""
+    functions = _functions(case.op, device)
+    chosen = {name: f for name, f in functions.items() if only is None or name in only}
+    return _check(case, chosen, torch.Generator(device).manual_seed(seed))
 
 
 def _functions(op: Op, device: torch.device) -> dict[str, Function]:
@@ -167,41 +180,40 @@ def _draw(case: OpCase, shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def _check(
-    case: OpCase,
-    functions: Mapping[str, Function],
-    found: Mapping[str, _Found],
-    generator: torch.Generator,
-) -> None:
-    """Mark the variants that cannot run, and those whose results are wrong."""
+    case: OpCase, functions: Mapping[str, Function], generator: torch.Generator
+) -> dict[str, Check]:
+    """Outputs or gradients within twice the same-dtype reference's error against fp64."""
     op, limit = case.op, case.op.check_tokens or case.shape.tokens
-    shape = replace(case.shape, tokens=min(limit, case.shape.tokens))
-    inputs = _draw(case, shape, generator)
-    exact = {
-        name: value.detach().requires_grad_(value.requires_grad)
-        for name, value in exact_inputs(inputs).items()
-    }
-    results = _results(case, lambda i: op.call(i, op.exact), exact)
-    reference = _errors(_results(case, lambda i: op.call(i, op.exact), inputs), results)
+    inputs = _draw(case, replace(case.shape, tokens=min(limit, case.shape.tokens)), generator)
+    exact_results = _results(case, lambda i: op.call(i, op.exact), exact_inputs(inputs))
+    reference = _errors(_results(case, lambda i: op.call(i, op.exact), inputs), exact_results)
     eps = torch.finfo(case.dtype).eps
+    checks = {}
     for name, function in functions.items():
         try:
-            errors = _errors(_results(case, function, inputs), results)
+            errors = _errors(_results(case, function, inputs), exact_results)
         except InputError as error:
-            found[name].status, found[name].reason = "skipped", str(error)
+            checks[name] = Check(status="skipped", reason=str(error))
             continue
         # One failing variant must not take the times of all others with it: it is reported
         except Exception as error:
             text = (str(error).splitlines() or [""])[0]
-            found[name].status = "wrong" if is_ours(op, name) else "skipped"
-            found[name].reason = f"raised {type(error).__name__}: {text}"
+            checks[name] = Check(
+                status="wrong" if is_ours(op, name) else "skipped",
+                reason=f"raised {type(error).__name__}: {text}",
+            )
             continue
-        found[name].metrics["error"] = max(errors.values())
-        for part, error in errors.items():
-            allowed = 2 * reference[part] + 2 * eps
-            if not error <= allowed:  # not >, which NaN would pass
-                found[name].status = "wrong"
-                found[name].reason = f"error of {part} {error:.2g}, allowed {allowed:.2g}"
-                break
+        # Beyond twice the reference, two roundings: a peer may round once more on its way
+        allowed = {part: 2 * value + 2 * eps for part, value in reference.items()}
+        # not >, which NaN would pass
+        wrong = [part for part in errors if not errors[part] <= allowed[part]]
+        if wrong:
+            part = wrong[0]
+            reason = f"error of {part} {errors[part]:.2g}, allowed {allowed[part]:.2g}"
+            checks[name] = Check(status="wrong", reason=reason, error=errors[part])
+        else:
+            checks[name] = Check(status="measured", error=max(errors.values()))
+    return checks
 
 
 def _results(case: OpCase, function: Function, inputs: Inputs) -> dict[str, Tensor]:
@@ -259,7 +271,7 @@ def _errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[st
 
 
 def _rates(case: OpCase, milliseconds: float, ceilings: Ceilings) -> dict[str, float]:
-    cost = case.op.cost(case.shape, case.dtype, case.direction)
+    cost = case.op.cost(case.shape, case.dtype, case.direction == "backward")
     gb_s, tflops = cost.bytes / milliseconds / 1e6, cost.flops / milliseconds / 1e9
     return {
         "bytes": float(cost.bytes),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,9 @@ from torch import Tensor
 from apt import kernels
 from apt.bench import peers
 from apt.bench.shapes import Shape
-from apt.kernels import backends
+from apt.kernels import backends, costs
 from apt.kernels.attention import BACKENDS as ATTENTION_BACKENDS
+from apt.kernels.costs import OpCost
 
 Inputs = dict[str, Tensor]
 Outputs = Tensor | tuple[Tensor, ...]
@@ -50,6 +50,7 @@ class Op:
         draw: the inputs at a shape.
         call: the op on inputs with one of its backends.
         gradients: the inputs that the backward differentiates; empty: the op has no backward.
+        cost: bytes and FLOPs at a shape and dtype, of the forward or (True) the backward.
         variants: names to backends.
         exact: fp64 inputs to the result that all are held against.
         peers: the same function from other packages; they raise InputError where they cannot run.
@@ -63,6 +64,7 @@ class Op:
     draw: Callable[[Shape, Random], Inputs]
     call: Callable[[Inputs, str], Outputs]
     gradients: tuple[str, ...]
+    cost: Callable[[Shape, torch.dtype, bool], OpCost]
     variants: Mapping[str, str] = field(
         default_factory=lambda: {"triton": "triton", "eager": "reference"}
     )
@@ -107,6 +109,9 @@ OPS: dict[str, Op] = {
             draw=lambda s, r: _tokens(s, r, "x") | _modulation(s, r, "scale", "shift"),
             call=lambda inputs, backend: kernels.modulated_norm(**inputs, backend=backend),
             gradients=("x", "scale", "shift"),
+            cost=lambda s, dtype, backward: costs.modulated_norm_cost(
+                s.batch, s.tokens, s.width, dtype=dtype, backward=backward
+            ),
             peers={"liger": peers.liger_modulated_norm},
         ),
         Op(
@@ -116,6 +121,9 @@ OPS: dict[str, Op] = {
             ),
             call=lambda inputs, backend: kernels.residual_modulated_norm(**inputs, backend=backend),
             gradients=("x", "update", "gate", "scale", "shift"),
+            cost=lambda s, dtype, backward: costs.residual_modulated_norm_cost(
+                s.batch, s.tokens, s.width, dtype=dtype, backward=backward
+            ),
             peers={"liger": peers.liger_residual_modulated_norm},
         ),
         Op(
@@ -123,6 +131,9 @@ OPS: dict[str, Op] = {
             draw=_draw_qk,
             call=lambda inputs, backend: kernels.qk_norm_rope(**inputs, backend=backend),
             gradients=("q", "k", "q_weight", "k_weight"),
+            cost=lambda s, dtype, backward: costs.qk_norm_rope_cost(
+                s.batch, s.tokens, s.heads, s.head_dim, dtype=dtype, backward=backward
+            ),
         ),
         Op(
             name="perturbed_batch",
@@ -131,6 +142,9 @@ OPS: dict[str, Op] = {
                 **inputs, sigma=0.1, **_KEY, backend=backend
             ),
             gradients=("x_real", "x_fake"),
+            cost=lambda s, dtype, backward: costs.perturbed_batch_cost(
+                s.batch, s.batch, s.latent_values, dtype=dtype, backward=backward
+            ),
             compiled=False,  # draws from a counter-based generator, which is no torch op
         ),
         Op(
@@ -138,6 +152,9 @@ OPS: dict[str, Op] = {
             draw=lambda s, r: _heads(s, r, "q", "k", "v"),
             call=lambda inputs, backend: kernels.attention(**inputs, backend=backend),
             gradients=("q", "k", "v"),
+            cost=lambda s, dtype, backward: costs.attention_cost(
+                s.batch, s.tokens, s.tokens, s.heads, s.head_dim, dtype=dtype, backward=backward
+            ),
             variants={name: name for name in ATTENTION_BACKENDS if name != "_native_math"},
             exact="_native_math",
             compiled=False,
@@ -158,6 +175,11 @@ def variants_of(op: Op) -> dict[str, Function]:
     return {name: bind(backend) for name, backend in op.variants.items() if backend in known}
 
 
-def exact_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The same values in fp64."""
-    return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+def exact_inputs(inputs: Mapping[str, Tensor]) -> Inputs:
+    """The same values in fp64, as leaves of their own."""
+    return {
+        name: (value.detach().double() if value.is_floating_point() else value).requires_grad_(
+            value.requires_grad
+        )
+        for name, value in inputs.items()
+    }

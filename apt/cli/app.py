@@ -44,6 +44,8 @@ COMMANDS = {
     "data digits": Command("apt.cli.data_digits", "write the built-in data set as video files"),
     "data check": Command("apt.cli.data_check", "report what is in a folder of captioned videos"),
     "evaluate digits": Command("apt.cli.evaluate_digits", "measure the digits models"),
+    "bench dit": Command("apt.cli.bench_dit", "time one forward pass, or estimate it for a GPU"),
+    "bench kernels": Command("apt.cli.bench_kernels", "time the fused ops on this machine"),
     "export": Command("apt.cli.export", "make a model folder from a training run"),
     "list": Command("apt.cli.list", "what can be chosen by name, and what runs on this machine"),
 }
