@@ -1,0 +1,103 @@
+"""What named GPUs can do at best, and the time below which a cost cannot come on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from apt.errors import InputError
+from apt.kernels.costs import OpCost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How fast a machine computes and moves.
+
+    Attributes:
+        matmul_tflops: dense bf16 matrix products with fp32 sums, 10¹² operations per second.
+        memory_gb_s: device memory, bytes read plus bytes written, 10⁹ per second.
+        attention_tflops: of an attention kernel; None: as fast as matrix products.
+    """
+
+    matmul_tflops: float
+    memory_gb_s: float
+    attention_tflops: float | None = None
+
+    def seconds(self, cost: OpCost) -> float:
+        """The roofline: an op takes at least its arithmetic, and at least its traffic."""
+        return max(cost.flops / self.matmul_tflops / 1e12, cost.bytes / self.memory_gb_s / 1e9)
+
+    def attention_seconds(self, cost: OpCost) -> float:
+        """As `seconds`, at the rate of attention."""
+        tflops = self.attention_tflops or self.matmul_tflops
+        return max(cost.flops / tflops / 1e12, cost.bytes / self.memory_gb_s / 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        name: in full.
+        peak: the vendor's figures, dense, at boost clock; no kernel reaches them.
+        source: where they are published.
+        measured: what large matrix products and copies reach in practice; None: not known here.
+        measured_by: where that comes from.
+    """
+
+    name: str
+    peak: Rates
+    source: str
+    measured: Rates | None = None
+    measured_by: str | None = None
+
+    @property
+    def rates(self) -> Rates:
+        """Measured ones where they are known, else the peak."""
+        return self.measured or self.peak
+
+
+# Data sheets give bf16 with sparsity; dense is half of that.
+GPUS: dict[str, Gpu] = {
+    "a100": Gpu(
+        name="NVIDIA A100 SXM 80 GB",
+        peak=Rates(matmul_tflops=312, memory_gb_s=2039),
+        source="NVIDIA A100 Tensor Core GPU data sheet (2021)",
+    ),
+    "h100": Gpu(
+        name="NVIDIA H100 SXM",
+        peak=Rates(matmul_tflops=989.4, memory_gb_s=3350),
+        source="NVIDIA H100 Tensor Core GPU data sheet (2023)",
+    ),
+    "h100-pcie": Gpu(
+        name="NVIDIA H100 PCIe",
+        peak=Rates(matmul_tflops=756, memory_gb_s=2000),
+        source="NVIDIA H100 Tensor Core GPU data sheet (2022)",
+    ),
+    "h200": Gpu(
+        name="NVIDIA H200 SXM",
+        peak=Rates(matmul_tflops=989.4, memory_gb_s=4800),
+        source="NVIDIA H200 Tensor Core GPU data sheet (2024)",
+        measured=Rates(matmul_tflops=790, memory_gb_s=4300),
+        measured_by="large bf16 matrix products and copies of this project's field notes",
+    ),
+    "b200": Gpu(
+        name="NVIDIA B200 SXM",
+        peak=Rates(matmul_tflops=2250, memory_gb_s=8000),
+        source="NVIDIA DGX B200 data sheet (2024), an eighth of the system",
+    ),
+    "rtx4090": Gpu(
+        name="NVIDIA GeForce RTX 4090",
+        peak=Rates(matmul_tflops=165.2, memory_gb_s=1008),
+        source="NVIDIA Ada GPU architecture white paper (2023), fp32 sums",
+    ),
+}
+
+# TFLOP/s that attention kernels reach on an H100, head size 128, 16k tokens (published figures)
+H100_ATTENTION_TFLOPS = {"flash-attn 2": 370.0, "cuDNN": 595.0, "flash-attn 3": 648.0}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU with a key of `GPUS`; raises InputError for others."""
+    if name not in GPUS:
+        raise InputError(f"unknown GPU {name!r}; choose from: {', '.join(GPUS)}")
+    return GPUS[name]
