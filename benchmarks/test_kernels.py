@@ -65,5 +65,3 @@ def test_op(name: str, variant: str, bench: Bench, replay: Replay) -> None:
     if measurement.status == "wrong" and not is_ours(CASES[name].op, variant):
         pytest.skip(f"the peer's result is wrong: {measurement.reason}")
     replay(measurement)
-
-

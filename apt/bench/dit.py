@@ -324,9 +324,7 @@ def _measure(
     samples: dict[str, tuple[float, ...]] = {}
     if ready:
         works = {variant.label: prepared.work() for variant, prepared in ready.items()}
-        samples = time_interleaved(
-            works, clock, rounds=rounds, warmup=1, max_seconds=max_seconds
-        )
+        samples = time_interleaved(works, clock, rounds=rounds, warmup=1, max_seconds=max_seconds)
     measurements = []
     for variant in variants:
         case = case_of(workload, variant)
@@ -335,7 +333,9 @@ def _measure(
             measurements.append(Measurement(case=case, status=status, reason=reason))
             continue
         values = samples[variant.label]
-        metrics = figures(network.cost, median(values), ceilings) | {"difference": differences[variant]}
+        metrics = figures(network.cost, median(values), ceilings) | {
+            "difference": differences[variant]
+        }
         if split:
             parts = ready[variant].split().as_dict()
             metrics |= {f"{name}_ms": value for name, value in parts.items()}

@@ -13,7 +13,7 @@ from apt.bench.tables import (
     format_table,
 )
 from apt.kernels.costs import OpCost
-from apt.kernels.roofline import H100_ATTENTION_TFLOPS, Gpu, Rates, find_gpu
+from apt.kernels.roofline import H100_ATTENTION_TFLOPS, Gpu, find_gpu
 
 # The published attention rates are of this chip; the H200 computes like it.
 _HOPPER = ("h100", "h200")
@@ -35,37 +35,28 @@ def floor_report(workload: Workload, gpu: str) -> str:
         _row("elementwise, all fused", total.elementwise_fused, floor.elementwise_fused),
         ("sum, all fused", "", "", f"{floor.total_fused * 1e3:.4g}"),
     ]
+    plural = "s" if workload.frames > 1 else ""
     paragraphs = [
-        f"{workload.model}, {workload.frames} frames of {workload.width}x{workload.height}, batch "
+        f"{workload.model}, {workload.frames} frame{plural} of "
+        f"{workload.width}x{workload.height}, batch "
         f"{workload.batch}, {workload.dtype}: {cost.visual_tokens:,} tokens and "
         f"{cost.text_tokens} of text, {cost.flops / 1e12:.4g} TFLOP",
         f"An estimate for {found.name}; nothing was measured.\n{_rates(found)}",
         format_table(("part", "TFLOP", "GB", "ms"), rows, left=1),
     ]
     if gpu in _HOPPER:
-        rows = [
-            (
-                name,
-                f"{tflops:g}",
-                *(
-                    f"{seconds * 1e3:.4g}"
-                    for seconds in _with_attention(workload, found.rates, tflops)
-                ),
-            )
-            for name, tflops in H100_ATTENTION_TFLOPS.items()
-        ]
+        with_attention = []
+        for name, tflops in H100_ATTENTION_TFLOPS.items():
+            there = cost.floor(replace(found.rates, attention_tflops=tflops))
+            times = (f"{s * 1e3:.4g}" for s in (there.total, there.total_fused))
+            with_attention.append((name, f"{tflops:g}", *times))
         header = ("attention by", "TFLOP/s", "ms", "ms, all fused")
         paragraphs.append(
             "With the rates that attention kernels reach on an H100 (published, head size 128, 16k "
-            "tokens):\n\n" + format_table(header, rows, left=1)
+            "tokens):\n\n" + format_table(header, with_attention, left=1)
         )
     paragraphs += _comparison(workload, floor.matmul)
     return "\n\n".join(paragraphs)
-
-
-def _with_attention(workload: Workload, rates: Rates, tflops: float) -> tuple[float, float]:
-    floor = workload.cost().floor(replace(rates, attention_tflops=tflops))
-    return floor.total, floor.total_fused
 
 
 def _row(name: str, cost: OpCost, seconds: float) -> tuple[str, str, str, str]:

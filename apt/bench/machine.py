@@ -53,7 +53,7 @@ class Provenance:
     Attributes:
         date: UTC, ISO 8601 to the second.
         command: what was typed, without folders.
-        commit: of the checkout, "+changes" behind it if files differ from it; "unknown" outside one.
+        commit: of the checkout, with "+changes" if files differ from it; "unknown" outside one.
         apt: version of the package.
     """
 

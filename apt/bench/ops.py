@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from apt.kernels import backends, costs
 from apt.kernels.attention import BACKENDS as ATTENTION_BACKENDS
 from apt.kernels.costs import OpCost
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]  # tensors, by the names of arguments
 Outputs = Tensor | tuple[Tensor, ...]
 Function = Callable[[Inputs], Outputs]
 
@@ -99,7 +100,7 @@ def _draw_latents(shape: Shape, random: Random) -> Inputs:
     return {name: random.normal(*size) for name in ("x_real", "x_fake")}
 
 
-_KEY = {"seed": 1, "step": 2, "offset": 3}
+_KEY: dict[str, Any] = {"seed": 1, "step": 2, "offset": 3}
 
 OPS: dict[str, Op] = {
     op.name: op

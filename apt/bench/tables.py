@@ -26,9 +26,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
         ]
         return f"| {' | '.join(padded)} |"
 
-    rule = [
-        "-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)
-    ]
+    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 

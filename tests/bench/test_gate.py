@@ -222,7 +222,7 @@ class TestBudget:
         assert not verdict.fails
 
     def test_a_metric_that_nobody_measures_is_a_mistake(self):
-        with pytest.raises(ConfigError, match="no metric 'gb_s'.*median_ms, share"):
+        with pytest.raises(ConfigError, match=r"no metric 'gb_s'.*median_ms, share"):
             check_budget(SPEED, run_of(1.0, share=0.5), [])
 
     @pytest.mark.parametrize("bounds", [{}, {"at_least": 1.0, "at_most": 2.0}])
