@@ -15,6 +15,7 @@ import argparse
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,10 +23,10 @@ import torch
 
 from apt.bench.ceilings import Ceilings, measure_ceilings
 from apt.bench.dit import Workload, default_variants, measure_dit
-from apt.bench.kernels import OpCase, cases_of, measure_op
+from apt.bench.kernels import COMPILE, OpCase, cases_of, measure_op, variant_names
 from apt.bench.machine import describe_machine, find_device
 from apt.bench.ops import OPS
-from apt.bench.records import Measurement
+from apt.bench.records import Measurement, first_line
 from apt.bench.shapes import SHAPES, default_shapes
 from apt.bench.timing import Clock, clock_for
 from apt.errors import InputError
@@ -86,9 +87,12 @@ class Session:
             self.failures.append(f"tests on the GPU failed (exit code {done.returncode})")
 
     def measure_network(self, workload: Workload) -> None:
+        variants = [
+            v for v in default_variants(self.device) if v.mode != "compile" or not self.rehearsal
+        ]
         found = measure_dit(
             workload,
-            default_variants(self.device),
+            variants,
             device=self.device,
             clock=self.clock,
             ceilings=self.ceilings,
@@ -104,6 +108,7 @@ class Session:
             clock=self.clock,
             ceilings=self.ceilings,
             rounds=5 if self.rehearsal else 50,
+            only=[v for v in variant_names(case.op) if v != COMPILE or not self.rehearsal],
             max_seconds=5,
         )
         self.add("kernels", found)
@@ -144,14 +149,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{session.ceilings.matmul_tflops:.4g} TFLOP/s",
         flush=True,
     )
-    first, *other_workloads = WORKLOADS[session.device.type]
+    workloads = [
+        w for w in WORKLOADS[session.device.type] if w.model in (options.model or [w.model])
+    ]
     cases = list(cases_in_order(session.device))
     if options.shape:
         cases = [case for case in cases if case.shape.name in options.shape]
     if "tests" in options.steps and not session.rehearsal:
         session.run_tests()
+    networks = [
+        ("dit", f"{w.model} {w.size}", lambda w=w: session.measure_network(w)) for w in workloads
+    ]
     for step, name, work in [
-        ("dit", f"{first.model} {first.size}", lambda: session.measure_network(first)),
+        *networks[:1],
         *(
             (
                 "kernels",
@@ -160,10 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             for case in cases
         ),
-        *(
-            ("dit", f"{w.model} {w.size}", lambda w=w: session.measure_network(w))
-            for w in other_workloads
-        ),
+        *networks[1:],
     ]:
         if step not in options.steps:
             continue
@@ -172,7 +179,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             session.not_reached.append(name)
             continue
         print(f"... {step}: {name}, {session.seconds_left:.0f} s left", flush=True)
-        work()
+        try:
+            work()
+        # What one case breaks is reported, with its traceback; the others still get their times
+        except Exception as error:
+            traceback.print_exc()
+            session.failures.append(f"{step} {name} {first_line(error)}")
     return session.finish()
 
 
@@ -183,13 +195,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, default=9.5, help="stop starting new work after")
     made.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="what to do")
     made.add_argument("--shape", nargs="+", choices=SHAPES, help="shapes of ops (default: all)")
+    made.add_argument("--model", nargs="+", help="models of the networks (default: all)")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder for records")
     made.add_argument("--commit", help="of this copy, where it is no git checkout")
     made.add_argument(
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="cpu rehearses the command on small shapes",
+        help="cpu rehearses the command on small shapes; nothing is compiled",
     )
     return made
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.bench.ceilings import Ceilings
-from apt.bench.records import Measurement
+from apt.bench.records import Measurement, first_line
 from apt.bench.split import Split, profile_split
 from apt.bench.timing import Clock, Work, median, time_interleaved
 from apt.errors import InputError
@@ -307,10 +307,14 @@ def _measure(
     for variant in variants:
         try:
             prepared = PreparedVariant(network, variant, pool)
+            output = prepared.output().double()
         except InputError as error:
             failed[variant] = ("skipped", str(error))
             continue
-        output = prepared.output().double()
+        # A compiler's or a driver's error in one variant must not take the times of all others
+        except Exception as error:
+            failed[variant] = ("wrong", first_line(error))
+            continue
         if not output.isfinite().all():
             failed[variant] = ("wrong", "the output is not finite")
             continue

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apt.bench.ceilings import Ceilings
 from apt.bench.ops import Function, Inputs, Op, Outputs, Random, exact_inputs, variants_of
-from apt.bench.records import Measurement, Status
+from apt.bench.records import Measurement, Status, first_line
 from apt.bench.shapes import Shape
 from apt.bench.timing import Clock, Work, median, time_interleaved
 from apt.errors import InputError
@@ -197,14 +197,13 @@ def _check(
             continue
         # One failing variant must not take the times of all others with it: it is reported
         except Exception as error:
-            text = (str(error).splitlines() or [""])[0]
-            checks[name] = Check(
-                status="wrong" if is_ours(op, name) else "skipped",
-                reason=f"raised {type(error).__name__}: {text}",
-            )
+            status: Status = "wrong" if is_ours(op, name) else "skipped"
+            checks[name] = Check(status=status, reason=first_line(error))
             continue
-        # Beyond twice the reference, two roundings: a peer may round once more on its way
-        allowed = {part: 2 * value + 2 * eps for part, value in reference.items()}
+        # Beyond twice the reference: two roundings, as a peer may round once more on its way, and
+        # what fp32 sums over thousands of rows differ by in another order
+        slack = 2 * eps + 32 * torch.finfo(torch.float32).eps
+        allowed = {part: 2 * value + slack for part, value in reference.items()}
         # not >, which NaN would pass
         wrong = [part for part in errors if not errors[part] <= allowed[part]]
         if wrong:

@@ -116,6 +116,12 @@ def read_records(folder: Path, topic: str) -> list[Record]:
     return [read_record(path) for path in sorted(folder.glob(f"*_{topic}.json"))]
 
 
+def first_line(error: Exception) -> str:
+    """An error that nobody expected, as the reason why something was not measured."""
+    text = (str(error).splitlines() or [""])[0]
+    return f"raised {type(error).__name__}: {text}"
+
+
 def _rounded(value: Any) -> Any:
     """Six digits are more than any clock has."""
     if isinstance(value, float):

@@ -121,7 +121,23 @@ def test_a_variant_that_computes_something_else_has_no_time(monkeypatch):
 def test_an_output_that_is_not_finite_has_no_time(monkeypatch):
     monkeypatch.setattr(PreparedVariant, "output", lambda self: torch.full((2,), float("nan")))
     (found,) = measure(EAGER)
-    assert found.status == "wrong"
+    assert (found.status, found.reason) == ("wrong", "the output is not finite")
+
+
+def test_a_crash_leaves_the_others_their_times(monkeypatch):
+    honest = RandomNetwork.__call__
+    calls = []
+
+    def planted(self: RandomNetwork) -> Tensor:
+        calls.append(self)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return honest(self)
+
+    monkeypatch.setattr(RandomNetwork, "__call__", planted)
+    crashed, right = measure(EAGER, Variant(attention="_native_math"))
+    assert (crashed.status, crashed.reason) == ("wrong", "raised RuntimeError: out of memory")
+    assert right.status == "measured"
 
 
 def test_attention_backends_agree():
