@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 
-from apt.cli.app import main
+from apt.cli import app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code, or leaves with it where ranks ran."""
+    code = app.main(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Gloo's threads outlive destroy_process_group, and one that lets go of a tensor while
+        # Python shuts down aborts the process, after all work is done (pytorch issue 190489; 5 of
+        # 12 runs with two ranks on two busy cores). So ranks leave without that shutdown.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
 
 if __name__ == "__main__":
     sys.exit(main())

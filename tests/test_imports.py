@@ -31,10 +31,11 @@ ARROWS: dict[str, set[str]] = {
     "sampling": {"models"} | BASE,
     "pipeline": {"models", "hub", "sampling"} | BASE,
     "train": {"kernels", "models", "hub", "sampling", "losses", "data", "metrics", "media"} | BASE,
+    "encode": {"models", "hub", "data"} | BASE,
     "evaluate": {"models", "hub", "sampling", "pipeline", "data", "metrics", "media"} | BASE,
 }
 # The public API re-exports from these. `train` and `pipeline` together are for the CLI alone.
-ARROWS["__init__"] = set(ARROWS) - {"train", "evaluate", "bench"}
+ARROWS["__init__"] = set(ARROWS) - {"train", "evaluate", "encode", "bench"}
 ARROWS["cli"] = set(ARROWS) - {"__init__"}
 ARROWS["__main__"] = {"cli"}
 

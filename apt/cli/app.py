@@ -42,6 +42,7 @@ COMMANDS = {
     "generate": Command("apt.cli.generate", "videos or images from prompts"),
     "train": Command("apt.cli.train", "run a training recipe"),
     "data digits": Command("apt.cli.data_digits", "write the built-in data set as video files"),
+    "data encode": Command("apt.cli.data_encode", "videos as latents, encoded once for all runs"),
     "data check": Command("apt.cli.data_check", "report what is in a folder of captioned videos"),
     "evaluate digits": Command("apt.cli.evaluate_digits", "measure the digits models"),
     "bench dit": Command("apt.cli.bench_dit", "time one forward pass, or estimate it for a GPU"),

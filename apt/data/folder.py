@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import logging
 import os
@@ -11,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from apt.data.buckets import MAX_UPSCALE, Bucket, best_bucket, check_buckets
 from apt.data.decode import MediaInfo, probe, read_clip, read_image, reason
+from apt.data.order import BucketOrder
 from apt.data.report import DataReport, Problem, problem_lines
 from apt.data.sample import Sample
 from apt.data.scan import Entry, looked_for, scan_folder
@@ -155,67 +154,9 @@ class VideoFolder:
         )
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
-        """Global batches for ever, each of one bucket; see `VideoDataset.batches`.
-
-        Every pass shuffles each bucket's items, and then the batches, by (seed, pass). A batch
-        that a bucket's pass leaves incomplete is filled from its next pass, so nothing is dropped.
-        """
-        if batch_size < 1 or start < 0:
-            raise ConfigError(
-                f"batch_size must be at least 1 and start at least 0, got {batch_size} and {start}"
-            )
-        for bucket, size in self.bucket_sizes().items():
-            if size < batch_size:
-                _LOG.warning(
-                    "bucket %s has %d items for batches of %d: a batch repeats them; use fewer "
-                    "buckets, a smaller batch or more files",
-                    bucket, size, batch_size,
-                )  # fmt: skip
-        sizes = list(self.bucket_sizes().values())
-
-        def completed(epochs: int) -> int:
-            return sum(epochs * size // batch_size for size in sizes)
-
-        # The pass in which batch number `start` is completed, found without walking there.
-        limit = 1
-        while completed(limit) <= start:
-            limit *= 2
-        epoch = bisect.bisect_right(range(limit), start, key=completed) - 1
-        skipped = start - completed(epoch)
-        for current in count(epoch):
-            yield from self._epoch_batches(batch_size, seed, current, skipped)
-            skipped = 0
-
-    def _epoch_batches(
-        self, batch_size: int, seed: int, epoch: int, skipped: int
-    ) -> Iterator[list[int]]:
-        """The batches that are completed in pass `epoch`, in their order, without the first."""
-        due = [
-            (bucket, number)
-            for bucket, items in self._members.items()
-            for number in range(
-                epoch * len(items) // batch_size, (epoch + 1) * len(items) // batch_size
-            )
-        ]
-        order = torch.randperm(len(due), generator=generator_for("batch order", seed, epoch))
-        shuffled: dict[tuple[Bucket, int], list[int]] = {}
-        for position in order.tolist()[skipped:]:
-            bucket, number = due[position]
-            size = len(self._members[bucket])
-            batch = []
-            for place in range(number * batch_size, (number + 1) * batch_size):
-                key = (bucket, place // size)
-                if key not in shuffled:
-                    shuffled[key] = self._shuffled(seed, *key)
-                batch.append(shuffled[key][place % size])
-            yield batch
-
-    def _shuffled(self, seed: int, bucket: Bucket, epoch: int) -> list[int]:
-        """Sample indices of a bucket's items in pass `epoch`, in that pass's order."""
-        items = self._members[bucket]
-        generator = generator_for("item order", seed, str(bucket), epoch)
-        order = torch.randperm(len(items), generator=generator).tolist()
-        return [epoch * len(self.items) + items[place] for place in order]
+        """Global batches for ever, each of one bucket; see `BucketOrder`."""
+        order = BucketOrder(self._members, len(self.items))
+        return order.batches(batch_size, seed=seed, start=start)
 
     def _split(self, index: int) -> tuple[int, int]:
         if index < 0:

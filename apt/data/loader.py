@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from apt.data.report import DataReport, Problem
-from apt.data.sample import Batch, VideoDataset
+from apt.data.sample import Batch, TrainingData
 from apt.errors import ConfigError, DataError
 
 
@@ -24,7 +23,7 @@ class Reporting(Protocol):
 
 
 def make_loader(
-    dataset: VideoDataset,
+    dataset: TrainingData,
     *,
     batch_size: int,
     rank: int = 0,
@@ -78,7 +77,7 @@ def make_loader(
 class _Plan(Iterable[tuple[int, list[int]]]):
     """The (number, indices) of this rank's slices; iterated in the main process only."""
 
-    dataset: VideoDataset
+    dataset: TrainingData
     batch_size: int
     seed: int
     start: int
@@ -94,7 +93,7 @@ class _Plan(Iterable[tuple[int, list[int]]]):
 class _Slices(Dataset[Batch | DataError]):
     """Makes a whole slice at once: the unit of work of a worker."""
 
-    def __init__(self, dataset: VideoDataset, offset: int) -> None:
+    def __init__(self, dataset: TrainingData, offset: int) -> None:
         self._dataset = dataset
         self._offset = offset
 
@@ -105,16 +104,10 @@ class _Slices(Dataset[Batch | DataError]):
         except DataError as error:
             # torch would rebuild it around a worker's traceback; users are owed the one line.
             return DataError(str(error))
-        return Batch(
-            pixels=torch.stack([sample.pixels for sample in samples]),
-            captions=[sample.caption for sample in samples],
-            offset=self._offset,
-            batch_index=number,
-            problems=tuple(problem for sample in samples for problem in sample.problems),
-        )
+        return Batch.collate(samples, offset=self._offset, batch_index=number)
 
 
-def _batches(loader: Iterable[Batch | DataError], dataset: VideoDataset) -> Iterator[Batch]:
+def _batches(loader: Iterable[Batch | DataError], dataset: TrainingData) -> Iterator[Batch]:
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
@@ -122,7 +115,7 @@ def _batches(loader: Iterable[Batch | DataError], dataset: VideoDataset) -> Iter
         yield batch
 
 
-def _record(dataset: VideoDataset, problems: Iterable[Problem]) -> None:
+def _record(dataset: TrainingData, problems: Iterable[Problem]) -> None:
     # A worker's report dies with the worker.
     if isinstance(dataset, Reporting):
         for problem in problems:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from apt.data.report import Problem
@@ -27,8 +28,16 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class EncodedSample:
+    """One captioned clip as latents (C, T', H', W'), in the type in which they were stored."""
+
+    latents: Tensor
+    caption: str
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One rank's slice of a global batch.
+    """One rank's slice of a global batch: pixels, or latents if the data set has those.
 
     Attributes:
         pixels: (b, 3, T, H, W) float32 in [-1, 1].
@@ -36,16 +45,38 @@ class Batch:
         offset: the index of this slice's first sample within the global batch.
         batch_index: the number of the global batch since the start of the run.
         problems: files that failed while the slice was made.
+        latents: (b, C, T', H', W') in place of pixels.
     """
 
-    pixels: Tensor
+    pixels: Tensor | None
     captions: list[str]
     offset: int
     batch_index: int
     problems: tuple[Problem, ...] = ()
+    latents: Tensor | None = None
+
+    @classmethod
+    def collate(
+        cls, samples: Sequence[Sample | EncodedSample], *, offset: int, batch_index: int
+    ) -> Batch:
+        """Stack samples of one kind and one shape."""
+        pixels = [sample.pixels for sample in samples if isinstance(sample, Sample)]
+        latents = [sample.latents for sample in samples if isinstance(sample, EncodedSample)]
+        problems = (s.problems for s in samples if isinstance(s, Sample))
+        return cls(
+            pixels=torch.stack(pixels) if pixels else None,
+            captions=[sample.caption for sample in samples],
+            offset=offset,
+            batch_index=batch_index,
+            problems=tuple(problem for some in problems for problem in some),
+            latents=torch.stack(latents) if latents else None,
+        )
 
 
-class VideoDataset(Protocol):
+Item = TypeVar("Item", covariant=True)
+
+
+class Indexed(Protocol[Item]):
     """A data set whose samples depend on their index alone, so that any reader order is exact.
 
     Indices are not bound by a length: an index also says which pass over the data it belongs to.
@@ -56,7 +87,7 @@ class VideoDataset(Protocol):
         """A hash that differs where samples would not continue as before after a resume."""
         ...
 
-    def __getitem__(self, index: int, /) -> Sample:
+    def __getitem__(self, index: int, /) -> Item:
         """Sample `index`: the same one whenever, and in whichever process, it is asked for."""
         ...
 
@@ -67,3 +98,11 @@ class VideoDataset(Protocol):
         where the first k batches of `batches(n, seed=s)` ended.
         """
         ...
+
+
+class VideoDataset(Indexed[Sample], Protocol):
+    """A data set of clips as pixels."""
+
+
+TrainingData = Indexed[Sample] | Indexed[EncodedSample]
+"""What a run can be trained on."""

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from apt.models import codec_diffusers, codecs, heads, mmdit, text_bytes, text_transformers
+from apt.models import (
+    codec_diffusers,
+    codecs,
+    conversions,
+    heads,
+    mmdit,
+    sd3,
+    text_bytes,
+    text_sd3,
+    text_transformers,
+    wan,
+)
 from apt.models.conditions import TextCondition
 from apt.models.discriminator import Discriminator, create_discriminator
+from apt.models.families import FAMILIES
 from apt.models.generator import generate
 from apt.models.registry import (
     CODECS,
@@ -19,6 +31,7 @@ from apt.models.registry import (
 
 __all__ = [
     "CODECS",
+    "FAMILIES",
     "HEADS",
     "MODELS",
     "TEXT_ENCODERS",
@@ -26,6 +39,7 @@ __all__ = [
     "TextCondition",
     "codec_diffusers",
     "codecs",
+    "conversions",
     "create_codec",
     "create_discriminator",
     "create_model",
@@ -34,6 +48,9 @@ __all__ = [
     "heads",
     "list_models",
     "mmdit",
+    "sd3",
     "text_bytes",
+    "text_sd3",
     "text_transformers",
+    "wan",
 ]

@@ -169,6 +169,26 @@ def load_backbone(name_or_folder: str | Path) -> tuple[Backbone, ModelInfo]:
     return backbone, info
 
 
+def load_text_encoder(name_or_folder: str | Path) -> TextEncoder:
+    """As `load_pretrained`, but only the text encoder."""
+    folder = resolve(name_or_folder)
+    part = read_info(folder).text_encoder
+    with _building_from(folder):
+        text_encoder = create_text_encoder(part.architecture, **part.config)
+    module = _module(text_encoder).eval()
+    if part.weights is not None:
+        load_weights(folder / part.weights, module.float())
+    return text_encoder
+
+
+def load_codec(name_or_folder: str | Path) -> LatentCodec:
+    """As `load_pretrained`, but only the codec."""
+    folder = resolve(name_or_folder)
+    part = read_info(folder).codec
+    with _building_from(folder):
+        return create_codec(part.architecture, **part.config)
+
+
 @contextmanager
 def _building_from(folder: Path) -> Iterator[None]:
     """Options that a part refuses are the folder's fault."""

@@ -232,9 +232,25 @@ def wan_vae() -> DiffusersCodecConfig:
     )
 
 
+@CODECS.register("wan2.2_vae")
+def wan22_vae() -> DiffusersCodecConfig:
+    """Wan 2.2's causal video VAE, 4x16x16, 48 channels (Apache-2.0), of the 5B model alone."""
+    return DiffusersCodecConfig(
+        class_name="AutoencoderKLWan", repo="Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    )
+
+
 @CODECS.register("kl_vae")
 def kl_vae() -> DiffusersCodecConfig:
     """Stable Diffusion's image VAE, 8x8, 4 channels (MIT); video frame by frame."""
     return DiffusersCodecConfig(
         class_name="AutoencoderKL", repo="stabilityai/sd-vae-ft-mse", subfolder=""
+    )
+
+
+@CODECS.register("sd3_vae")
+def sd3_vae() -> DiffusersCodecConfig:
+    """Stable Diffusion 3 and 3.5's image VAE, 8x8, 16 channels (Stability AI community licence)."""
+    return DiffusersCodecConfig(
+        class_name="AutoencoderKL", repo="stabilityai/stable-diffusion-3.5-medium"
     )

@@ -74,7 +74,9 @@ class Family:
         diffusers_class: the transformer's class name there; its configs and keys are understood.
         from_diffusers, to_diffusers: between that class's config.json and `config_class`.
             The first raises CheckpointError for a config that our module cannot be built from.
-        rules: from the original layout to ours; each original key meets exactly one.
+        rules: from the original layout to ours; each original key meets exactly one. A function of
+            the config where they depend on it, as when only the last block differs; `rules_for`
+            gives them either way.
         marks: fragments of original or diffusers keys that together occur in no other family.
         pipeline_class: diffusers' pipeline that runs an export in one step.
     """
@@ -85,9 +87,13 @@ class Family:
     diffusers_class: str
     from_diffusers: Callable[[Mapping[str, Any]], Buildable]
     to_diffusers: Callable[[Any], dict[str, Any]]
-    rules: Sequence[KeyRule]
+    rules: Sequence[KeyRule] | Callable[[Any], Sequence[KeyRule]]
     marks: Sequence[str]
     pipeline_class: str
+
+    def rules_for(self, config: Any) -> Sequence[KeyRule]:
+        """The key rules of a model of this config, an instance of `config_class`."""
+        return self.rules(config) if callable(self.rules) else self.rules
 
 
 FAMILIES: Registry[Family] = Registry("family")

@@ -26,6 +26,7 @@ from apt.kernels import attention, modulated_norm, qk_norm_rope, residual_modula
 from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
 from apt.models.registry import MODELS
+from apt.models.tokens import check_layers, check_rows, rope_table, token_grid
 
 # Below this noise level a predicted sample is not divided further: 1 / t would only amplify errors.
 _MIN_TIMESTEP = 0.05
@@ -158,13 +159,7 @@ class MMDiT(nn.Module):
 
     def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Tokens along (T, H, W); raises InputError if the patch size does not divide."""
-        for name, size, patch in zip(
-            ("frames", "height", "width"), latent_shape, self.config.patch_size, strict=True
-        ):
-            if size < patch or size % patch:
-                raise InputError(f"latent {name} {size} is not a multiple of the patch, {patch}")
-        t, h, w = (s // p for s, p in zip(latent_shape, self.config.patch_size, strict=True))
-        return t, h, w
+        return token_grid(latent_shape, self.config.patch_size)
 
     def block_list(self) -> list[MMDiTBlock]:
         """The transformer blocks in order."""
@@ -190,14 +185,8 @@ class MMDiT(nn.Module):
         layers: Sequence[int],
     ) -> tuple[list[Tensor], Tensor]:
         """Hidden tokens after `layers` and the timestep embedding (R, D)."""
-        if not layers or min(layers) < 1 or max(layers) > self.depth:
-            raise InputError(f"layers must lie in 1..{self.depth}, got {list(layers)}")
-        num_rows = x.shape[0] if rows is None else t.shape[0]
-        if t.shape != (num_rows,) or len(c) != num_rows:
-            raise InputError(
-                f"{x.shape[0]} samples need {num_rows} timesteps and conditions, got "
-                f"{tuple(t.shape)} and {len(c)}; pass `rows` to share them"
-            )
+        check_layers(layers, self.depth)
+        check_rows(x, t, c, rows)
         grid = self.token_grid(tuple(x.shape[2:]))
         pt, ph, pw = self.config.patch_size
         patches = rearrange(x, "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", p=pt, q=ph, r=pw)
@@ -403,32 +392,6 @@ def position_table(grid: tuple[int, int, int], size: int, device: torch.device) 
     """Sinusoids (L, D) fp32 of absolute positions: the angles of `rope_table` with base 100."""
     cos, sin = rope_table(grid, size, 100.0, device)
     return torch.cat([cos, sin], dim=-1)
-
-
-@lru_cache(maxsize=64)
-def rope_table(
-    grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (L, Dh / 2) fp32 of 3D rotary positions.
-
-    Height and width get a third of the dimensions each (rounded down to even), time the rest.
-    """
-    spatial = head_dim // 6 * 2
-    sizes = (head_dim - 2 * spatial, spatial, spatial)
-    axes = []
-    for length, size in zip(grid, sizes, strict=True):
-        frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-        axes.append(torch.arange(length, dtype=torch.float64)[:, None] * frequencies)
-    t, h, w = grid
-    angles = torch.cat(
-        [
-            axes[0][:, None, None].expand(t, h, w, -1),
-            axes[1][None, :, None].expand(t, h, w, -1),
-            axes[2][None, None, :].expand(t, h, w, -1),
-        ],
-        dim=-1,
-    ).reshape(t * h * w, head_dim // 2)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 @MODELS.register("mmdit_digits")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt.errors import CheckpointError, InputError
@@ -43,6 +44,8 @@ class TransformersTextConfig:
         projection: CLIP's pooled vector comes from its text projection, not from its last norm.
         skip_layers: CLIP's tokens are taken before this many last layers, without the final norm;
             0 takes the normed output.
+        unmasked: pad every prompt to `max_length` and treat padding as text, in the encoder and in
+            what it returns; Stable Diffusion 3 was trained so.
     """
 
     architecture: Literal["t5", "umt5", "clip"]
@@ -55,6 +58,7 @@ class TransformersTextConfig:
     truncate: bool = False
     projection: bool = False
     skip_layers: int = 0
+    unmasked: bool = False
 
     def build(self) -> TransformersTextEncoder:
         """Load the tokenizer and the weights, downloading what is not in the Hub's cache."""
@@ -64,7 +68,8 @@ class TransformersTextConfig:
 class TransformersTextEncoder(nn.Module):
     """Prompts to the embeddings of a frozen T5, UMT5 or CLIP. Always in evaluation mode.
 
-    Embeddings at padding are zero and masked. CLIP also gives a pooled vector.
+    Embeddings at padding are zero and masked, unless the config says `unmasked`. CLIP also gives a
+    pooled vector.
 
     Raises:
         InputError: transformers is not installed; skip_layers or projection do not fit.
@@ -109,25 +114,29 @@ class TransformersTextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> TextCondition:
-        """Encode prompts: tokens (R, S, E) padded to the longest, mask (R, S) or None if all are
-        as long, and CLIP's pooled (R, P).
+        """Encode prompts: tokens (R, S, E) padded to the longest, or to `max_length` if
+        `unmasked`; mask (R, S), or None if all are as long or `unmasked`; CLIP's pooled (R, P).
 
         Raises InputError for no prompt, a prompt that is no string, or one of more than
         `max_length` tokens unless the config says `truncate`.
         """
         ids, mask = self._tokenize(prompts)
-        full = bool(mask.all())  # asked while it is on the CPU: no synchronisation
+        if self.config.unmasked:
+            ids = F.pad(ids, (0, self.max_length - ids.shape[1]), value=self.tokenizer.pad_token_id)
+        # Asked while it is on the CPU: no synchronisation
+        full = self.config.unmasked or bool(mask.all())
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         output = self.model(
             input_ids=ids,
-            attention_mask=mask.long(),
+            attention_mask=None if self.config.unmasked else mask.long(),
             output_hidden_states=self.config.skip_layers > 0,
         )
         if self.config.skip_layers:
             tokens = output.hidden_states[-1 - self.config.skip_layers]
         else:
             tokens = output.last_hidden_state
-        tokens = tokens.masked_fill(~mask[..., None], 0.0)
+        if not full:
+            tokens = tokens.masked_fill(~mask[..., None], 0.0)
         pooled = None
         if self.config.architecture == "clip":
             pooled = output.text_embeds if self.config.projection else output.pooler_output

@@ -14,8 +14,9 @@ class DataConfig:
     """Where clips come from.
 
     Attributes:
-        source: "digits", the built-in stream, or "folder", your own videos and images.
-        path: the folder, for source "folder".
+        source: "digits", the built-in stream; "folder", your own videos and images; or "latents",
+            what `diffusion-apt data encode` made of such a folder, whose size and rate then hold.
+        path: the folder, for sources "folder" and "latents".
         frames, height, width: size of a clip; frames are 4k + 1. In a folder, height times width
             is the pixel budget of the aspect-ratio buckets.
         fps: frame rate of the clips; 0 keeps each video's own.
@@ -27,7 +28,7 @@ class DataConfig:
         strict: stop at the first file that cannot be used, instead of skipping and reporting it.
     """
 
-    source: Literal["digits", "folder"] = "digits"
+    source: Literal["digits", "folder", "latents"] = "digits"
     path: str = ""
     frames: int = 9
     height: int = 32
@@ -43,7 +44,7 @@ class DataConfig:
         if self.path and self.source == "digits":
             raise ConfigError(
                 f"--data.path {self.path} is a folder, but the data source is the built-in digits; "
-                "add --data.source folder"
+                "add --data.source folder (or latents)"
             )
 
 

@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from apt.data.latents import LatentFolder
 from apt.errors import ConfigError
 from apt.hub import ModelInfo, SampleInfo, SamplingInfo
-from apt.models.bundle import ModelBundle, component_info, load_pretrained
+from apt.models.bundle import (
+    ModelBundle,
+    component_info,
+    load_backbone,
+    load_pretrained,
+    load_text_encoder,
+)
 from apt.models.conditions import TextCondition
-from apt.models.protocols import Backbone
+from apt.models.protocols import Backbone, LatentCodec
 from apt.models.registry import create_codec, create_model, create_text_encoder
+from apt.train.cached import cached_codec, cached_text_encoder
 from apt.train.config import DistillConfig, OptimizerConfig, PretrainConfig, TrainConfig
 from apt.train.ema import EMA
 from apt.train.parallel import Parallel
@@ -129,7 +137,19 @@ def initial_bundle(config: TrainConfig) -> ModelBundle:
         return _new_bundle(config)
     source = stage.teacher if isinstance(stage, DistillConfig) else stage.generator
     option = "stage.teacher" if isinstance(stage, DistillConfig) else "stage.generator"
-    return load_pretrained(require_source(source, option))
+    source = require_source(source, option)
+    if config.data.source == "latents":
+        return _bundle_on_cache(source, LatentFolder(config.data.path))
+    return load_pretrained(source)
+
+
+def _bundle_on_cache(source: str, cache: LatentFolder) -> ModelBundle:
+    """The model without what its latents and embeddings were made by."""
+    backbone, info = load_backbone(source)
+    codec = cached_codec(cache, info.codec)
+    if info.text_encoder.weights is None:
+        return ModelBundle(backbone, cached_text_encoder(cache, info.text_encoder), codec, info)
+    return ModelBundle(backbone, load_text_encoder(source), codec, info)
 
 
 def require_source(source: str, option: str) -> str:
@@ -147,7 +167,9 @@ def _new_bundle(config: TrainConfig) -> ModelBundle:
     assert isinstance(stage, PretrainConfig)
     torch.manual_seed(config.seed)
     text_encoder = create_text_encoder(model.text_encoder, **model.text_encoder_options)
-    codec = create_codec(model.codec, **model.codec_options)
+    codec: LatentCodec = create_codec(model.codec, **model.codec_options)
+    if config.data.source == "latents":
+        codec = cached_codec(LatentFolder(config.data.path), component_info(model.codec, codec))
     backbone = create_model(model.name, **model.options)
     if backbone.in_channels != codec.channels:
         raise ConfigError(

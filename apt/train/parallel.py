@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from apt.errors import ConfigError
 
-__all__ = ["Parallel"]
+__all__ = ["Parallel", "pick_device"]
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,15 @@ class Parallel:
             timeout: how long a collective waits for the slowest rank.
 
         Raises:
-            ConfigError: `"cuda"` was asked for and is not available, there are fewer GPUs than
-                local ranks, or the device is none of the above.
+            ConfigError: see `pick_device`.
         """
-        if device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"device {device!r} is not one of 'auto', 'cpu', 'cuda'.")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device 'cuda' was asked for, but PyTorch sees no GPU; use 'cpu'.")
-        use_cuda = device != "cpu" and torch.cuda.is_available()
+        here = pick_device(device)
         rank = int(os.environ.get("RANK", "0"))
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if use_cuda and local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {local_rank} has no GPU of its own: there are "
-                f"{torch.cuda.device_count()}. Start torchrun with fewer processes per node."
-            )
-        here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-        if use_cuda:
-            torch.cuda.set_device(here)
         if world_size == 1:
             return cls(rank=0, world_size=1, device=here, mesh=None)
         # Gloo also on GPUs, for the small CPU tensors and objects of logs and checkpoints.
-        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
         mesh = init_device_mesh(here.type, (world_size,), mesh_dim_names=("data",))
         return cls(rank=rank, world_size=world_size, device=here, mesh=mesh)
@@ -147,3 +133,30 @@ class Parallel:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """This process's device, which becomes CUDA's current one if it is a GPU.
+
+    Args:
+        device: `"auto"` (CUDA where there is one), `"cpu"` or `"cuda"`.
+
+    Raises:
+        ConfigError: `"cuda"` was asked for and is not available, there are fewer GPUs than local
+            ranks, or the device is none of the above.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is not one of 'auto', 'cpu', 'cuda'.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but PyTorch sees no GPU; use 'cpu'.")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: there are "
+            f"{torch.cuda.device_count()}. Start torchrun with fewer processes per node."
+        )
+    here = torch.device("cuda", local_rank)
+    torch.cuda.set_device(here)
+    return here

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apt.flow import sampling_timesteps
 from apt.media import write_contact_sheet
+from apt.models.cached import CachedCodec
 from apt.models.generator import generate
 from apt.rng import sample_noise
 from apt.sampling import bind_guided, sample
@@ -18,7 +19,7 @@ from apt.train.stage import Stage
 
 @torch.no_grad()
 def draw_samples(stage: Stage, prompts: tuple[str, ...]) -> Tensor:
-    """Pixels (B, 3, T, H, W) in [-1, 1] from the EMA weights, always from the same noise.
+    """Latents (B, C, T, H, W) from the EMA weights, always from the same noise.
 
     Diffusion models take their many steps with guidance, later stages one step. Every rank must
     call it.
@@ -39,7 +40,16 @@ def draw_samples(stage: Stage, prompts: tuple[str, ...]) -> Tensor:
             x = sample(predict, z, grid, sampler="euler", noise=lambda step: z)
         else:
             x = generate(trained.module, z, c)
-        return codec.decode(x.float()).clamp(-1, 1)
+        return x.float()
+
+
+@torch.no_grad()
+def decode_samples(stage: Stage, latents: Tensor) -> Tensor | None:
+    """Pixels (B, 3, T, H, W) in [-1, 1]; None if the run has no codec that decodes."""
+    if isinstance(stage.start.codec, CachedCodec):
+        return None
+    with stage.autocast():
+        return stage.start.codec.decode(latents).clamp(-1, 1)
 
 
 def write_sheet(path: Path, pixels: Tensor, prompts: tuple[str, ...], title: str) -> None:

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from apt.data.loader import make_loader
-from apt.data.sample import Batch, VideoDataset
+from apt.data.sample import Batch, TrainingData
 from apt.errors import CheckpointError, ConfigError
 from apt.train import checkpoint
 from apt.train.adversarial import Adversarial
 from apt.train.config import AdversarialConfig, DistillConfig, PretrainConfig, TrainConfig
-from apt.train.datasets import make_dataset
+from apt.train.datasets import make_dataset, with_cached_size
 from apt.train.distill import Distill
 from apt.train.export import export
 from apt.train.logs import RunLog
@@ -27,7 +27,7 @@ from apt.train.networks import initial_bundle
 from apt.train.parallel import Parallel
 from apt.train.plots import plot_losses
 from apt.train.pretrain import Pretrain
-from apt.train.samples import draw_samples, write_sheet
+from apt.train.samples import decode_samples, draw_samples, write_sheet
 from apt.train.signals import StopRequest
 from apt.train.stage import MicroBatch, Stage
 
@@ -66,6 +66,7 @@ def run(config: TrainConfig, *, resume: bool = False, parallel: Parallel | None 
         CheckpointError: nothing to resume, or a checkpoint cannot be written.
         TrainingStopped: a loss is not finite, or the collapse monitor was told to stop.
     """
+    config = with_cached_size(config)
     run_dir = Path(config.run_dir)
     if parallel is None:
         with Parallel.from_environment(config.device) as parallel:
@@ -78,10 +79,9 @@ def run(config: TrainConfig, *, resume: bool = False, parallel: Parallel | None 
             _check_resumable(config, before["config"], found)
         dataset = make_dataset(config.data, seed=config.seed)
         stage = _STAGES[type(config.stage)](config, initial_bundle(config), parallel)
-        assert isinstance(stage.start.codec, nn.Module)
-        stage.start.codec.to(parallel.device)
-        if isinstance(stage.start.text_encoder, nn.Module):
-            stage.start.text_encoder.to(parallel.device)
+        for part in (stage.start.codec, stage.start.text_encoder):
+            if isinstance(part, nn.Module):
+                part.to(parallel.device)
         state = _state(stage)
         if found is not None:
             checkpoint.load(found, state, verified=True)
@@ -93,6 +93,11 @@ def run(config: TrainConfig, *, resume: bool = False, parallel: Parallel | None 
                 log.message(
                     f"warning: the data are not those of {found}: files or captions were added, "
                     "removed or changed, so samples do not continue where they stopped"
+                )
+            if config.data.source == "latents" and config.sample_every and config.sample_prompts:
+                log.message(
+                    "no sample sheets: a run on a latent cache loads no codec to decode with; the "
+                    "monitor looks at latents. `diffusion-apt generate --model` draws samples"
                 )
             done = _loop(config, stage, dataset, state, log, stop)
             if done < config.num_updates:
@@ -111,7 +116,7 @@ def run(config: TrainConfig, *, resume: bool = False, parallel: Parallel | None 
 def _loop(
     config: TrainConfig,
     stage: Stage,
-    dataset: VideoDataset,
+    dataset: TrainingData,
     state: dict[str, Any],
     log: RunLog,
     stop: StopRequest,
@@ -140,9 +145,10 @@ def _loop(
         state["update"] += 1
         update = state["update"]
         if config.sample_every and update % config.sample_every == 0 and config.sample_prompts:
-            pixels = draw_samples(stage, config.sample_prompts)
-            metrics |= sample_statistics(pixels)
-            if parallel.is_main:
+            latents = draw_samples(stage, config.sample_prompts)
+            pixels = decode_samples(stage, latents)
+            metrics |= sample_statistics(latents if pixels is None else pixels)
+            if parallel.is_main and pixels is not None:
                 path = run_dir / "samples" / f"{update:08d}.png"
                 title = f"{config.name}, update {update}"
                 write_sheet(path, pixels, config.sample_prompts, title)
@@ -173,9 +179,16 @@ def _micro_batches(config: TrainConfig, stage: Stage, batch: Batch) -> list[Micr
             f"micro_batch_size {size} must divide a rank's share of the batch, {share} samples"
         )
     codec, device = stage.start.codec, stage.parallel.device
+
+    def latents(start: int) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents[start : start + size].to(device).float()
+        assert batch.pixels is not None
+        return codec.encode(batch.pixels[start : start + size].to(device)).float()
+
     return [
         MicroBatch(
-            x=codec.encode(batch.pixels[i : i + size].to(device)).float(),
+            x=latents(i),
             captions=batch.captions[i : i + size],
             offset=batch.offset + i,
         )

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from apt.errors import ConfigError, InputError
 from apt.flow import to_sample
-from apt.kernels import qk_norm_rope
 from apt.kernels.rows import take_rows
 from apt.models import TextCondition, create_model, generate
-from apt.models.mmdit import MMDiT, MMDiTConfig, TimestepEmbedding, rope_table
+from apt.models.mmdit import MMDiT, MMDiTConfig, TimestepEmbedding
 from apt.models.protocols import Backbone
 from tests.models.nets import CHANNELS, POOLED_DIM, TEXT_DIM, inputs, tiny_mmdit
 
@@ -443,47 +442,6 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
     arguments = (x.double().requires_grad_(), c.tokens.double().requires_grad_())
     assert torch.autograd.gradcheck(velocity, arguments)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    first=st.tuples(*[st.integers(0, 3)] * 3),
-    second=st.tuples(*[st.integers(0, 3)] * 3),
-    moved=st.tuples(*[st.integers(0, 3)] * 3),
-    head_dim=st.sampled_from([6, 8, 12, 16, 32]),
-)
-def test_rope_is_relative(
-    first: tuple[int, int, int],
-    second: tuple[int, int, int],
-    moved: tuple[int, int, int],
-    head_dim: int,
-) -> None:
-    """A query's score with a key depends on their distance along each axis alone."""
-    grid = (8, 8, 8)
-    cos, sin = rope_table(grid, head_dim, 10_000.0, torch.device("cpu"))
-    assert cos.shape == sin.shape == (512, head_dim // 2)
-    assert cos.dtype == torch.float32
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 1, 1, head_dim, generator=generator).expand(1, 512, 1, head_dim)
-    k = torch.randn(1, 1, 1, head_dim, generator=generator).expand(1, 512, 1, head_dim)
-    q, k = qk_norm_rope(q, k, None, None, cos, sin)
-
-    def score(a: tuple[int, int, int], b: tuple[int, int, int]) -> Tensor:
-        index = [(p[0] * 8 + p[1]) * 8 + p[2] for p in (a, b)]
-        return (q[0, index[0], 0] * k[0, index[1], 0]).sum()
-
-    there = [tuple(p + m for p, m in zip(place, moved, strict=True)) for place in (first, second)]
-    torch.testing.assert_close(
-        score(first, second), score(there[0], there[1]), rtol=1e-4, atol=1e-4
-    )
-
-
-def test_rope_tells_every_place_apart() -> None:
-    cos, sin = rope_table((3, 4, 5), 12, 10_000.0, torch.device("cpu"))
-    table = torch.cat([cos, sin], dim=-1)
-    assert torch.equal(cos[0], torch.ones(6)) and torch.equal(sin[0], torch.zeros(6))
-    distance = torch.cdist(table, table) + torch.eye(60)
-    assert distance.min() > 0.01
 
 
 def test_timestep_embedding_is_diffusers() -> None:

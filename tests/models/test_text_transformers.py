@@ -14,32 +14,12 @@ from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models.protocols import TextEncoder
 from apt.models.registry import TEXT_ENCODERS, create_text_encoder
 from apt.models.text_transformers import TransformersTextConfig
+from tests.models.tiny_tokenizers import clip_tokenizer, unigram_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
 PROMPTS = ["a red seven moving left", "a blue four", ""]
 WIDTH = 16
-
-
-def unigram_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>")
-    tokenizer.train_from_iterator([*PROMPTS, "a green one moving up"] * 5, trainer)
-    pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
-    return transformers.T5Tokenizer(vocab=[tuple(piece) for piece in pieces], extra_ids=0)
-
-
-def clip_tokenizer():
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*letters, *(letter + "</w>" for letter in letters)]
-    vocab = {word: i for i, word in enumerate(words)}
-    # CLIP's own order: the end token has the largest id
-    vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
-    return transformers.CLIPTokenizer(vocab=vocab, merges=[])
 
 
 def t5_model(kind):
@@ -68,7 +48,7 @@ def folders(tmp_path_factory):
     """One folder per kind, in the layout of a diffusers repository."""
     root = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
-    unigram, clip = unigram_tokenizer(), clip_tokenizer()
+    unigram, clip = unigram_tokenizer([*PROMPTS, "a green one moving up"]), clip_tokenizer()
     for name, tokenizer in (("t5", unigram), ("umt5", unigram), ("clip", clip), ("proj", clip)):
         tokenizer.save_pretrained(root / name / "tokenizer")
     t5_model("T5").save_pretrained(root / "t5" / "text_encoder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,4 @@ def _sharded(net: nn.Module) -> dict[str, DTensor]:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    os._exit(0)  # as the command does, because gloo's threads may abort Python's shutdown

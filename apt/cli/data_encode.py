@@ -1,0 +1,135 @@
+"""`diffusion-apt data encode`: a folder of videos as latents and text embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from apt.cli.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class DataEncode:
+    """Encode captioned videos and images once, so that training loads neither VAE nor text encoder.
+
+    OUT gets shards of latents and of text embeddings. An interrupted call goes on where it stopped
+    when it is repeated, and `torchrun -m apt data encode ...` shares the shards among GPUs. Train
+    with --data.source latents --data.path OUT.
+    """
+
+    directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """Captioned videos and images, as for `data check`."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Where to write; made if need be."""
+    model: str
+    """Whose codec and text encoder: a built-in or registered name, a folder, or a Hub id."""
+    frames: int | None = None
+    """Frames of a clip, 4k + 1. None, also below, is what the model was trained on."""
+    height: int | None = None
+    """Height of a clip; times width it is the pixel budget of the aspect-ratio buckets."""
+    width: int | None = None
+    """Width of a clip."""
+    fps: float | None = None
+    """Frame rate of the clips; 0 keeps each video's own."""
+    size_multiple: int | None = None
+    """Heights and widths are multiples of this; None is two latents (a patch of the usual size)."""
+    native_ratio: bool = True
+    """Aspect-ratio buckets near each file's own shape; otherwise all are cropped to one size."""
+    images: Literal["mix", "only", "none"] = "mix"
+    """Images as one-frame videos beside the videos, only they, or none."""
+    clips_per_item: int = 1
+    """Clips of each video, from different starts."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to embed beside the captions: negative prompts, and those that samples show."""
+    strict: bool = False
+    """Stop at the first file that cannot be used, instead of skipping and reporting it."""
+    seed: int = 0
+    """Of the clips' starts."""
+    batch_size: int = 1
+    """Clips, or prompts, that are encoded at once."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number type of the stored latents."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to encode."""
+
+
+def main(args: Sequence[str], *, prog: str) -> None:
+    """Embed the prompts, encode the clips, and say what is in the cache."""
+    options = tyro.cli(DataEncode, args=args, prog=prog)
+
+    import torch
+    from torch import nn
+
+    from apt.data.folder import VideoFolder
+    from apt.encode import encode_clips, encode_texts, open_cache, plan_cache, ranks
+    from apt.hub import read_info, resolve
+    from apt.models.bundle import load_codec, load_text_encoder
+    from apt.train.config import DataConfig
+    from apt.train.datasets import clip_buckets
+    from apt.train.parallel import pick_device
+
+    info = read_info(resolve(options.model))
+    rank, world_size = ranks()
+    device = pick_device(options.device)
+    codec = load_codec(options.model)
+    if isinstance(codec, nn.Module):
+        codec.to(device)
+    sample = info.sample
+    data = DataConfig(
+        source="folder",
+        path=str(options.directory),
+        frames=sample.frames if options.frames is None else options.frames,
+        height=sample.height if options.height is None else options.height,
+        width=sample.width if options.width is None else options.width,
+        fps=sample.fps if options.fps is None else options.fps,
+        size_multiple=options.size_multiple or 2 * codec.spatial_compression,
+        native_ratio=options.native_ratio,
+        images=options.images,
+        strict=options.strict,
+    )
+    videos = VideoFolder(
+        data.path,
+        buckets=clip_buckets(data),
+        fps=data.fps or None,
+        seed=options.seed,
+        strict=data.strict,
+    )
+    text = info.text_encoder if info.text_encoder.weights is None else None
+    plan, prompts = plan_cache(
+        videos,
+        info.codec,
+        codec,
+        text,
+        size=(data.frames, data.height, data.width),
+        fps=data.fps,
+        clips_per_item=options.clips_per_item,
+        prompts=options.prompts,
+        dtype=getattr(torch, options.dtype),
+    )
+    open_cache(options.out, plan, rank=rank)
+    if text is not None and rank == 0:
+        encoder = load_text_encoder(options.model)
+        assert isinstance(encoder, nn.Module)
+        encoder.to(device)
+        with progress_bar("embedding prompts") as update:
+            encode_texts(
+                options.out, prompts, encoder, batch_size=options.batch_size, progress=update
+            )
+        del encoder  # it may be larger than the VAE and all that the VAE needs
+    with progress_bar("encoding clips") as update:
+        encode_clips(
+            options.out,
+            plan,
+            videos,
+            codec,
+            batch_size=options.batch_size,
+            progress=update,
+            rank=rank,
+            world_size=world_size,
+        )
+    print(videos.report.text())
+    print(f"{plan.num_clips} clips and {plan.num_prompts} prompts: {options.out}")

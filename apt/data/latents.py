@@ -1,0 +1,287 @@
+"""A folder of encoded clips: latents and text embeddings in safetensors shards.
+
+    latents.json                 what was encoded, by which codec and text encoder: `CacheInfo`
+    latents-00000.safetensors    latents (C, T', H', W') of clips, with captions in its metadata
+    texts-00000.safetensors      embeddings of prompts, with the prompts in its metadata
+
+A shard is there whole or not at all, so writing one continues after any interruption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from apt.data.buckets import Bucket
+from apt.data.order import BucketOrder
+from apt.data.sample import EncodedSample
+from apt.errors import DataError
+
+INFO_FILE = "latents.json"
+FORMAT = 1
+CLIPS_PER_SHARD = 64
+PROMPTS_PER_SHARD = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheInfo:
+    """The contents of `latents.json`.
+
+    Attributes:
+        codec, text_encoder: {"architecture", "config"} of the parts that encoded; no text encoder:
+            that of the model has weights of its own, and encodes while it trains.
+        channels, temporal_compression, spatial_compression: of the codec.
+        frames, height, width, fps: the clips that were asked for; height times width is the pixel
+            budget of aspect-ratio buckets.
+        dtype: of the stored latents.
+        source: hash of the clips that were to be encoded.
+        num_clips: how many they are; a shard has `CLIPS_PER_SHARD` of them, less broken ones.
+        num_prompts: distinct captions and extra prompts that have embeddings at the end.
+    """
+
+    codec: dict[str, Any]
+    text_encoder: dict[str, Any] | None
+    channels: int
+    temporal_compression: int
+    spatial_compression: int
+    frames: int
+    height: int
+    width: int
+    fps: float
+    dtype: str
+    source: str
+    num_clips: int
+    num_prompts: int
+
+    def clip_shards(self) -> list[str]:
+        """Names of all files of latents."""
+        count = -(-self.num_clips // CLIPS_PER_SHARD)
+        return [f"latents-{number:05d}.safetensors" for number in range(count)]
+
+
+class EncodedText(NamedTuple):
+    """One prompt: tokens (S, E), a mask (S,) if some are padding, a pooled (P,) if there is one."""
+
+    tokens: Tensor
+    mask: Tensor | None
+    pooled: Tensor | None
+
+
+class LatentFolder:
+    """The clips of a latent cache, as `EncodedSample`s.
+
+    Args:
+        directory: written by `diffusion-apt data encode`.
+
+    Attributes:
+        info: what the cache says of itself.
+        texts: the embeddings of its prompts.
+
+    Raises:
+        DataError: no cache, one that is not complete, or a damaged file.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.info = read_cache_info(self.directory)
+        self.texts = TextFolder(self.directory)
+        names = self.info.clip_shards()
+        missing = [name for name in names if not (self.directory / name).is_file()]
+        if missing or len(self.texts) < self.info.num_prompts:
+            raise DataError(
+                f"{directory}: the cache is not complete, {len(names) - len(missing)} of "
+                f"{len(names)} files of latents and {len(self.texts)} of {self.info.num_prompts} "
+                "prompts are there; run the same `data encode` again, it goes on"
+            )
+        self._clips: list[tuple[str, str, str]] = []
+        members: dict[Bucket, list[int]] = {}
+        for name in self.info.clip_shards():
+            for key, entry in _entries(self.directory / name):
+                members.setdefault(Bucket(*entry["bucket"]), []).append(len(self._clips))
+                self._clips.append((name, key, entry["caption"]))
+        if not self._clips:
+            raise DataError(f"{directory}: the cache has no clip; every file was broken")
+        self._order = BucketOrder(dict(sorted(members.items())), len(self._clips))
+
+    def __len__(self) -> int:
+        """Number of clips."""
+        return len(self._clips)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what was encoded, and of all captions."""
+        digest = hashlib.sha256(repr(self.info).encode())
+        digest.update(repr(self._clips).encode())
+        return digest.hexdigest()
+
+    def __getitem__(self, index: int) -> EncodedSample:
+        """Sample `index`: clip `index % len(self)`.
+
+        Raises DataError if the file has gone or is damaged.
+        """
+        name, key, caption = self._clips[index % len(self._clips)]
+        with _opened(self.directory / name) as shard:
+            return EncodedSample(shard.get_tensor(key), caption)
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
+        """Global batches for ever, each of one bucket; see `BucketOrder`.
+
+        The order is that of the videos themselves, if each gave one clip.
+        """
+        return self._order.batches(batch_size, seed=seed, start=start)
+
+
+class TextFolder(Mapping[str, EncodedText]):
+    """The embeddings of a cache by prompt, read when they are asked for.
+
+    Raises DataError for a damaged file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.shards = sorted(directory.glob("texts-*.safetensors"))
+        self._places = {
+            prompt: (path, number)
+            for path in self.shards
+            for number, prompt in enumerate(_prompts(path))
+        }
+
+    def __getitem__(self, prompt: str) -> EncodedText:
+        path, number = self._places[prompt]
+        with _opened(path) as shard:
+            keys = set(shard.keys())
+
+            def part(kind: str) -> Tensor | None:
+                key = f"{number}.{kind}"
+                return shard.get_tensor(key) if key in keys else None
+
+            return EncodedText(shard.get_tensor(f"{number}.tokens"), part("mask"), part("pooled"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def read_cache_info(directory: Path) -> CacheInfo:
+    """Read `latents.json`. Raises DataError if it is missing or not one of this format."""
+    path = directory / INFO_FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document.pop("format") == FORMAT:
+            return CacheInfo(**document)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{directory} has no {INFO_FILE}, so it is no latent cache; make one with "
+            "`diffusion-apt data encode`"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); encode the folder again") from error
+    raise DataError(f"{path} is of another format; encode the folder again with this version")
+
+
+def write_cache_info(directory: Path, info: CacheInfo) -> None:
+    """Write `latents.json` at once. Raises DataError if the disk refuses."""
+    text = json.dumps({"format": FORMAT, **dataclasses.asdict(info)}, indent=2) + "\n"
+    path = directory / INFO_FILE
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class Clip(NamedTuple):
+    """Latents (C, T', H', W') of a caption's clip, which had the bucket's size in pixels."""
+
+    latents: Tensor
+    caption: str
+    bucket: Bucket
+
+
+def write_clips(path: Path, clips: list[Clip]) -> None:
+    """Write a shard of clips, whole or not at all.
+
+    Raises DataError for values that are not finite, or a disk that refuses.
+    """
+    for clip in clips:
+        if not bool(torch.isfinite(clip.latents).all()):
+            raise DataError(
+                f"latents of the clip {clip.caption!r} are NaN or infinite in "
+                f"{clip.latents.dtype}; encode in a wider type"
+            )
+    tensors = {str(number): clip.latents for number, clip in enumerate(clips)}
+    entries = {
+        str(number): {"caption": clip.caption, "bucket": list(clip.bucket)}
+        for number, clip in enumerate(clips)
+    }
+    _write(path, tensors, {"clips": json.dumps(entries)})
+
+
+def write_texts(path: Path, texts: Mapping[str, EncodedText]) -> None:
+    """Write a shard of embeddings, whole or not at all. Raises DataError if the disk refuses."""
+    tensors = {
+        f"{number}.{kind}": value
+        for number, text in enumerate(texts.values())
+        for kind, value in text._asdict().items()
+        if value is not None
+    }
+    _write(path, tensors, {"prompts": json.dumps(list(texts))})
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    whole = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(whole, partial, metadata=metadata)
+        partial.chmod(mode)  # safetensors >= 0.8 makes the file readable for its owner alone
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"cannot write {path}: {error}; shards that were written before stay, and the same "
+            "command goes on from them"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{path} is missing or damaged ({error}); delete it and run the same `data encode` "
+            "again, which makes only that file"
+        ) from error
+
+
+def _metadata(path: Path, name: str) -> Any:
+    with _opened(path) as shard:
+        try:
+            return json.loads(shard.metadata()[name])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is not a file of a latent cache; delete it") from error
+
+
+def _entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    return list(_metadata(path, "clips").items())
+
+
+def _prompts(path: Path) -> list[str]:
+    return list(_metadata(path, "prompts"))

@@ -1,0 +1,224 @@
+"""A folder of captioned videos to a latent cache, which training reads without VAE or encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from apt.data.buckets import Bucket
+from apt.data.folder import VideoFolder
+from apt.data.latents import (
+    CLIPS_PER_SHARD,
+    INFO_FILE,
+    PROMPTS_PER_SHARD,
+    CacheInfo,
+    Clip,
+    EncodedText,
+    TextFolder,
+    read_cache_info,
+    write_cache_info,
+    write_clips,
+    write_texts,
+)
+from apt.data.sample import Sample
+from apt.errors import DataError
+from apt.hub import ComponentInfo
+from apt.models.protocols import LatentCodec, TextEncoder
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
+
+
+def plan_cache(
+    videos: VideoFolder,
+    codec: ComponentInfo,
+    built: LatentCodec,
+    text_encoder: ComponentInfo | None,
+    *,
+    size: tuple[int, int, int],
+    fps: float,
+    clips_per_item: int = 1,
+    prompts: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> tuple[CacheInfo, list[str]]:
+    """What a cache of these videos will be, and the prompts that it needs embeddings of.
+
+    Args:
+        videos: the clips, in buckets.
+        codec, built: description of the codec, and the codec.
+        text_encoder: description; None if the model's own encoder runs while it trains.
+        size: frames, height, width that the buckets were made for.
+        fps: of the clips, 0 for each video's own.
+        clips_per_item: clips of each file, each with a start of its own.
+        prompts: to embed besides the captions; the empty one always is.
+        dtype: of the stored latents.
+    """
+    captions = sorted({videos.caption(index) for index in range(len(videos))})
+    wanted = list(dict.fromkeys([*captions, "", *prompts])) if text_encoder else []
+    source = hashlib.sha256(repr((videos.fingerprint, clips_per_item)).encode()).hexdigest()
+    info = CacheInfo(
+        codec=_describe(codec),
+        text_encoder=None if text_encoder is None else _describe(text_encoder),
+        channels=built.channels,
+        temporal_compression=built.temporal_compression,
+        spatial_compression=built.spatial_compression,
+        frames=size[0],
+        height=size[1],
+        width=size[2],
+        fps=fps,
+        dtype=str(dtype).removeprefix("torch."),
+        source=source,
+        num_clips=len(videos) * clips_per_item,
+        num_prompts=len(wanted),
+    )
+    return info, wanted
+
+
+def open_cache(out: Path, info: CacheInfo, *, rank: int = 0) -> None:
+    """Begin a cache, or go on with one of the same plan. Every rank calls it; rank 0 writes.
+
+    Raises:
+        DataError: the folder holds a cache of something else, or other files, or cannot be written.
+    """
+    if (out / INFO_FILE).is_file():
+        before = read_cache_info(out)
+        same = dataclasses.replace(before, num_prompts=info.num_prompts)
+        changed = [
+            field.name
+            for field in dataclasses.fields(info)
+            if getattr(same, field.name) != getattr(info, field.name)
+        ]
+        if changed:
+            raise DataError(
+                f"{out} holds a cache that was made otherwise (different: {', '.join(changed)}); "
+                "repeat the options of then, or choose another folder"
+            )
+        info = dataclasses.replace(info, num_prompts=max(info.num_prompts, before.num_prompts))
+    elif rank == 0 and out.is_dir() and any(out.iterdir()):
+        raise DataError(f"{out} is neither empty nor a latent cache; choose another folder")
+    if rank == 0:
+        write_cache_info(out, info)
+
+
+def encode_texts(
+    out: Path, prompts: Sequence[str], encoder: TextEncoder, *, batch_size: int, progress: Progress
+) -> int:
+    """Embed the prompts that the cache lacks; returns how many they were."""
+    texts = TextFolder(out)
+    missing = [prompt for prompt in prompts if prompt not in texts]
+    numbers = [int(path.stem.partition("-")[2]) for path in texts.shards]
+    done = 0
+    first = max(numbers, default=-1) + 1
+    for number, shard in enumerate(_chunks(missing, PROMPTS_PER_SHARD), first):
+        encoded: dict[str, EncodedText] = {}
+        for batch in _chunks(shard, batch_size):
+            encoded |= dict(zip(batch, _embed(encoder, batch), strict=True))
+            progress(done + len(encoded), len(missing))
+        write_texts(out / f"texts-{number:05d}.safetensors", encoded)
+        done += len(shard)
+    return len(missing)
+
+
+def encode_clips(
+    out: Path,
+    info: CacheInfo,
+    videos: VideoFolder,
+    codec: LatentCodec,
+    *,
+    batch_size: int,
+    progress: Progress,
+    rank: int = 0,
+    world_size: int = 1,
+) -> int:
+    """Encode the shards that are not there yet; returns how many clips were due.
+
+    Clips whose file breaks while it is decoded are left out, and named in `videos.report`. Several
+    processes share the work: each makes every `world_size`-th shard.
+
+    Raises:
+        DataError: values that are not finite, a disk that refuses, a broken file if the folder is
+            strict.
+    """
+    plan = _plan(videos, info.num_clips)
+    shards = list(zip(info.clip_shards(), _chunks(plan, CLIPS_PER_SHARD), strict=True))
+    mine = shards[rank::world_size]
+    due = [(name, indices) for name, indices in mine if not (out / name).is_file()]
+    total, done = sum(len(indices) for _, indices in due), 0
+    device, dtype = _device(codec), getattr(torch, info.dtype)
+    for name, indices in due:
+        clips: list[Clip] = []
+        for batch in _batches(videos, indices, batch_size):
+            pixels = torch.stack([sample.pixels for sample in batch])
+            latents = codec.encode(pixels.to(device)).to(dtype).cpu()
+            bucket = Bucket(*pixels.shape[2:])
+            clips += (
+                Clip(x, sample.caption, bucket) for x, sample in zip(latents, batch, strict=True)
+            )
+            progress(done + len(clips), total)
+        write_clips(out / name, clips)
+        done += len(indices)
+    progress(total, total)
+    return total
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _plan(videos: VideoFolder, num_clips: int) -> list[int]:
+    """All indices, those of one bucket together, so that they fill batches."""
+    items = videos.items
+    return sorted(range(num_clips), key=lambda index: (items[index % len(items)].bucket, index))
+
+
+def _batches(videos: VideoFolder, indices: Sequence[int], size: int) -> Iterator[list[Sample]]:
+    """Samples of one shape each, decoded as they are needed."""
+    batch: list[Sample] = []
+    for index in indices:
+        sample = videos[index]
+        if sample.problems:
+            continue  # it stands in for a broken file, and has a place of its own
+        if len(batch) == size or (batch and batch[0].pixels.shape != sample.pixels.shape):
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
+
+
+def _embed(encoder: TextEncoder, prompts: Sequence[str]) -> Iterator[EncodedText]:
+    """The rows of a batch, without the padding that only this batch needs."""
+    c = encoder(prompts).to("cpu")
+    for row in range(len(c)):
+        tokens, mask = c.tokens[row], None if c.mask is None else c.mask[row]
+        if mask is not None:
+            length = int(mask.nonzero().max()) + 1
+            tokens, mask = tokens[:length], mask[:length]
+            mask = None if bool(mask.all()) else mask
+        yield EncodedText(tokens, mask, None if c.pooled is None else c.pooled[row])
+
+
+def _describe(part: ComponentInfo) -> dict[str, object]:
+    # Lists, as JSON gives them back.
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in part.config.items()}
+    return {"architecture": part.architecture, "config": config}
+
+
+def _device(codec: LatentCodec) -> torch.device:
+    first = next(codec.parameters(), None) if isinstance(codec, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
+
+
+def _chunks(values: Sequence[T], size: int) -> Iterator[list[T]]:
+    rest = iter(values)
+    while chunk := list(islice(rest, size)):
+        yield chunk

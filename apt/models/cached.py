@@ -1,0 +1,75 @@
+"""Stand-ins for a text encoder and a codec whose results were stored: nothing heavy is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from apt.errors import InputError
+from apt.models.conditions import TextCondition
+
+_LISTED = 3
+
+
+class CachedTextEncoder(nn.Module):
+    """Looks prompts up instead of encoding them.
+
+    Args:
+        config: that of the encoder which made the embeddings.
+        texts: conditions of one row, by prompt.
+    """
+
+    def __init__(self, config: Any, texts: Mapping[str, TextCondition]) -> None:
+        super().__init__()
+        self.config = config
+        self._texts = texts
+        lengths = [texts[prompt].tokens.shape for prompt in [*texts][:1]]
+        self.embedding_dim = int(lengths[0][2]) if lengths else 0
+        self.max_length = int(getattr(config, "max_length", 0))
+        # Moves with the module, and says where conditions have to be.
+        self.register_buffer("_here", torch.empty(0), persistent=False)
+
+    def forward(self, prompts: Sequence[str]) -> TextCondition:
+        """Conditions of prompts; raises InputError for those that were not stored."""
+        missing = sorted({prompt for prompt in prompts if prompt not in self._texts})
+        if missing:
+            shown = ", ".join(map(repr, missing[:_LISTED]))
+            more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+            raise InputError(
+                f"the latent cache has no embedding of {shown}{more}; name it with `data encode "
+                "--prompts` (a cache that is there gets what is missing)"
+            )
+        rows = TextCondition.concatenate([self._texts[prompt] for prompt in prompts])
+        assert isinstance(self._here, Tensor)
+        return rows.to(self._here.device)
+
+
+class CachedCodec:
+    """Knows the shapes of latents, and neither encodes nor decodes.
+
+    Args:
+        config: that of the codec which made the latents.
+        channels, temporal_compression, spatial_compression: of that codec.
+    """
+
+    def __init__(
+        self, config: Any, *, channels: int, temporal_compression: int, spatial_compression: int
+    ) -> None:
+        self.config = config
+        self.channels = channels
+        self.temporal_compression = temporal_compression
+        self.spatial_compression = spatial_compression
+
+    def encode(self, pixels: Tensor) -> NoReturn:
+        raise InputError("this run was given latents, and has no codec to encode pixels with")
+
+    def decode(self, latents: Tensor) -> NoReturn:
+        raise InputError("this run was given latents, and has no codec to decode them with")
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T', H', W') for a clip of a size that the codec takes."""
+        p = self.spatial_compression
+        return (frames - 1) // self.temporal_compression + 1, height // p, width // p

@@ -1,0 +1,189 @@
+"""The SD3 family: configs of diffusers' SD3Transformer2DModel, keys of Stability AI's own files.
+
+Their keys are taken without the prefix `model.diffusion_model.`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from apt.errors import CheckpointError, ConfigError
+from apt.models.families import FAMILIES, Family, KeyRule
+from apt.models.sd3 import FLOW, SD3Config
+from apt.registry import replace_typed
+
+CLASS_NAME = "SD3Transformer2DModel"
+
+# Values that diffusers' class takes where a config leaves them out.
+_DEFAULTS: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 18,
+    "attention_head_dim": 64,
+    "num_attention_heads": 18,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1152,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+    "pos_embed_max_size": 96,
+    "dual_attention_layers": [],
+    "qk_norm": None,
+}
+
+
+def config_from_diffusers(config: Mapping[str, Any]) -> SD3Config:
+    """The config of a transformer's config.json.
+
+    Raises CheckpointError for another class, or values that `SD3` is not made for.
+    """
+    name = config.get("_class_name", CLASS_NAME)
+    if name != CLASS_NAME:
+        raise CheckpointError(f"the config describes a {name}, expected {CLASS_NAME}")
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    unknown = sorted(given.keys() - _DEFAULTS.keys())
+    if unknown:
+        raise CheckpointError(
+            f"the config of {CLASS_NAME} has options that are not known here: "
+            f"{', '.join(unknown)}; the checkpoint is of a newer diffusers, or of another model"
+        )
+    options = {**_DEFAULTS, **given}
+    try:
+        ours = replace_typed(
+            SD3Config(),
+            {
+                "in_channels": options["in_channels"],
+                "depth": options["num_layers"],
+                "num_heads": options["num_attention_heads"],
+                "head_dim": options["attention_head_dim"],
+                "patch_size": options["patch_size"],
+                "text_dim": options["joint_attention_dim"],
+                "pooled_dim": options["pooled_projection_dim"],
+                "dual_attention_layers": options["dual_attention_layers"],
+                "qk_norm": options["qk_norm"] is not None,
+                "max_positions": options["pos_embed_max_size"],
+                "sample_size": options["sample_size"],
+            },
+        )
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the config of {CLASS_NAME} cannot be built: {error}; download it again"
+        ) from error
+    # diffusers reads None as "the same"
+    possible = {
+        "caption_projection_dim": (ours.hidden_size,),
+        "out_channels": (ours.in_channels, None),
+        "qk_norm": ("rms_norm", None),
+    }
+    for key, values in possible.items():
+        if options[key] not in values:
+            expected = " or ".join(map(repr, values))
+            raise CheckpointError(
+                f"{key} is {options[key]!r} in this {CLASS_NAME}, expected {expected}; use a "
+                "checkpoint of Stable Diffusion 3 or 3.5"
+            )
+    return ours
+
+
+def config_to_diffusers(config: SD3Config) -> dict[str, Any]:
+    """The config.json of a transformer."""
+    return {
+        "_class_name": CLASS_NAME,
+        "sample_size": config.sample_size,
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "num_layers": config.depth,
+        "attention_head_dim": config.head_dim,
+        "num_attention_heads": config.num_heads,
+        "joint_attention_dim": config.text_dim,
+        "caption_projection_dim": config.hidden_size,
+        "pooled_projection_dim": config.pooled_dim,
+        "out_channels": config.in_channels,
+        "pos_embed_max_size": config.max_positions,
+        "dual_attention_layers": list(config.dual_attention_layers),
+        "qk_norm": "rms_norm" if config.qk_norm else None,
+    }
+
+
+def key_rules(config: SD3Config) -> Sequence[KeyRule]:
+    """From the original layout to ours.
+
+    Modulation is shift before scale there. So it is in diffusers, but for the norms behind which
+    nothing follows: the output's, and that of the text in the last block.
+    """
+    last = config.depth - 1
+    n, kind = r"(\d+)", r"(weight|bias)"
+    image, text = rf"joint_blocks\.{n}\.x_block", rf"joint_blocks\.{n}\.context_block"
+    block = r"transformer_blocks.\1"
+    qkv = ("to_q", "to_k", "to_v")
+    return (
+        _rule("pos_embed", "pos_embed.pos_embed"),
+        _rule(rf"x_embedder\.proj\.{kind}", r"pos_embed.proj.\1"),
+        *(
+            _rule(rf"{theirs}\.mlp\.{place}\.{kind}", rf"time_text_embed.{ours}.linear_{number}.\1")
+            for theirs, ours in (
+                ("t_embedder", "timestep_embedder"),
+                ("y_embedder", "text_embedder"),
+            )
+            for place, number in ((0, 1), (2, 2))
+        ),
+        _rule(rf"context_embedder\.{kind}", r"context_embedder.\1"),
+        # Image tokens
+        _rule(rf"{image}\.adaLN_modulation\.1\.{kind}", rf"{block}.norm1.linear.\2"),
+        *(
+            rule
+            for attn in ("attn", "attn2")
+            for rule in (
+                _rule(rf"{image}\.{attn}\.qkv\.{kind}", *(rf"{block}.{attn}.{p}.\2" for p in qkv)),
+                _rule(rf"{image}\.{attn}\.ln_(q|k)\.weight", rf"{block}.{attn}.norm_\2.weight"),
+                _rule(rf"{image}\.{attn}\.proj\.{kind}", rf"{block}.{attn}.to_out.0.\2"),
+            )
+        ),
+        _rule(rf"{image}\.mlp\.fc1\.{kind}", rf"{block}.ff.net.0.proj.\2"),
+        _rule(rf"{image}\.mlp\.fc2\.{kind}", rf"{block}.ff.net.2.\2"),
+        # Text tokens
+        _rule(
+            rf"joint_blocks\.(?!{last}\.){n}\.context_block\.adaLN_modulation\.1\.{kind}",
+            rf"{block}.norm1_context.linear.\2",
+        ),
+        _rule(
+            rf"joint_blocks\.({last})\.context_block\.adaLN_modulation\.1\.{kind}",
+            rf"{block}.norm1_context.linear.\2",
+            swap_halves=True,
+        ),
+        _rule(
+            rf"{text}\.attn\.qkv\.{kind}",
+            *(rf"{block}.attn.add_{p}_proj.\2" for p in ("q", "k", "v")),
+        ),
+        _rule(rf"{text}\.attn\.ln_(q|k)\.weight", rf"{block}.attn.norm_added_\2.weight"),
+        _rule(rf"{text}\.attn\.proj\.{kind}", rf"{block}.attn.to_add_out.\2"),
+        _rule(rf"{text}\.mlp\.fc1\.{kind}", rf"{block}.ff_context.net.0.proj.\2"),
+        _rule(rf"{text}\.mlp\.fc2\.{kind}", rf"{block}.ff_context.net.2.\2"),
+        # Output
+        _rule(
+            rf"final_layer\.adaLN_modulation\.1\.{kind}", r"norm_out.linear.\1", swap_halves=True
+        ),
+        _rule(rf"final_layer\.linear\.{kind}", r"proj_out.\1"),
+    )
+
+
+def _rule(theirs: str, *ours: str, swap_halves: bool = False) -> KeyRule:
+    return KeyRule(theirs=theirs, ours=ours, swap_halves=swap_halves)
+
+
+@FAMILIES.register("sd3")
+def sd3() -> Family:
+    """Stable Diffusion 3 and 3.5, text to image."""
+    return Family(
+        name="sd3",
+        adapter=FLOW,
+        config_class=SD3Config,
+        diffusers_class=CLASS_NAME,
+        from_diffusers=config_from_diffusers,
+        to_diffusers=config_to_diffusers,
+        rules=key_rules,
+        # In both layouts. FLUX has the second alone, AuraFlow the first and no such bias.
+        marks=("pos_embed", "context_embedder.bias"),
+        pipeline_class="StableDiffusion3Pipeline",
+    )

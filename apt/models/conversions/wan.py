@@ -1,0 +1,161 @@
+"""The Wan family: configs of diffusers' WanTransformer3DModel, keys of Wan's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from apt.errors import CheckpointError, ConfigError
+from apt.models.families import FAMILIES, Family, KeyRule
+from apt.models.wan import FLOW, WanConfig
+from apt.registry import replace_typed
+
+CLASS_NAME = "WanTransformer3DModel"
+
+# Values that diffusers' class takes where a config leaves them out.
+_DEFAULTS: dict[str, Any] = {
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "rope_max_seq_len": 1024,
+    "pos_embed_seq_len": None,
+}
+
+# The only values that `Wan` is built for, and what other values mean.
+_FIXED: dict[str, str] = {
+    "image_dim": "image-to-video with an image encoder",
+    "added_kv_proj_dim": "image-to-video with an image encoder",
+    "pos_embed_seq_len": "video between two given frames",
+    "cross_attn_norm": "no norm before the cross-attention",
+    "qk_norm": "another norm of queries and keys",
+}
+
+
+def config_from_diffusers(config: Mapping[str, Any]) -> WanConfig:
+    """The config of a transformer's config.json.
+
+    Raises CheckpointError for another class, or a Wan that is no plain text-to-video transformer.
+    """
+    name = config.get("_class_name", CLASS_NAME)
+    if name != CLASS_NAME:
+        raise CheckpointError(f"the config describes a {name}, expected {CLASS_NAME}")
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    unknown = sorted(given.keys() - _DEFAULTS.keys())
+    if unknown:
+        raise CheckpointError(
+            f"the config of {CLASS_NAME} has options that are not known here: {', '.join(unknown)};"
+            " the checkpoint is of another kind of Wan, or of a newer diffusers"
+        )
+    options = {**_DEFAULTS, **given}
+    for key, meaning in _FIXED.items():
+        if options[key] != _DEFAULTS[key]:
+            raise CheckpointError(
+                f"{key} is {options[key]!r} in this Wan ({meaning}), expected {_DEFAULTS[key]!r}; "
+                "use a text-to-video checkpoint"
+            )
+    # diffusers reads 0 and None as "the same"
+    if (options["out_channels"] or options["in_channels"]) != options["in_channels"]:
+        raise CheckpointError(
+            f"this Wan reads {options['in_channels']} channels and writes "
+            f"{options['out_channels']}: it is conditioned on latents; use a text-to-video "
+            "checkpoint"
+        )
+    try:
+        return replace_typed(
+            WanConfig(),
+            {
+                "in_channels": options["in_channels"],
+                "hidden_size": options["num_attention_heads"] * options["attention_head_dim"],
+                "depth": options["num_layers"],
+                "num_heads": options["num_attention_heads"],
+                "mlp_size": options["ffn_dim"],
+                "patch_size": options["patch_size"],
+                "text_dim": options["text_dim"],
+                "time_dim": options["freq_dim"],
+                "max_positions": options["rope_max_seq_len"],
+                "norm_eps": options["eps"],
+            },
+        )
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(
+            f"the config of {CLASS_NAME} cannot be built: {error}; download it again"
+        ) from error
+
+
+def config_to_diffusers(config: WanConfig) -> dict[str, Any]:
+    """The config.json of a transformer. `text_length` is an argument of diffusers' pipeline."""
+    return {
+        "_class_name": CLASS_NAME,
+        **_DEFAULTS,
+        "patch_size": list(config.patch_size),
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.hidden_size // config.num_heads,
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "text_dim": config.text_dim,
+        "freq_dim": config.time_dim,
+        "ffn_dim": config.mlp_size,
+        "num_layers": config.depth,
+        "eps": config.norm_eps,
+        "rope_max_seq_len": config.max_positions,
+    }
+
+
+def _rule(theirs: str, ours: str) -> KeyRule:
+    return KeyRule(theirs=theirs, ours=(ours,))
+
+
+def _attention_rules(theirs: str, ours: str) -> list[KeyRule]:
+    block = rf"blocks\.(\d+)\.{theirs}"
+    return [
+        _rule(rf"{block}\.([qkv])\.(weight|bias)", rf"blocks.\1.{ours}.to_\2.\3"),
+        _rule(rf"{block}\.o\.(weight|bias)", rf"blocks.\1.{ours}.to_out.0.\2"),
+        _rule(rf"{block}\.norm_([qk])\.weight", rf"blocks.\1.{ours}.norm_\2.weight"),
+    ]
+
+
+RULES: tuple[KeyRule, ...] = (
+    _rule(r"patch_embedding\.(weight|bias)", r"patch_embedding.\1"),
+    _rule(r"text_embedding\.0\.(weight|bias)", r"condition_embedder.text_embedder.linear_1.\1"),
+    _rule(r"text_embedding\.2\.(weight|bias)", r"condition_embedder.text_embedder.linear_2.\1"),
+    _rule(r"time_embedding\.0\.(weight|bias)", r"condition_embedder.time_embedder.linear_1.\1"),
+    _rule(r"time_embedding\.2\.(weight|bias)", r"condition_embedder.time_embedder.linear_2.\1"),
+    _rule(r"time_projection\.1\.(weight|bias)", r"condition_embedder.time_proj.\1"),
+    _rule(r"blocks\.(\d+)\.modulation", r"blocks.\1.scale_shift_table"),
+    *_attention_rules("self_attn", "attn1"),
+    *_attention_rules("cross_attn", "attn2"),
+    # The authors number norms by age, diffusers by order of use; the others have no weights.
+    _rule(r"blocks\.(\d+)\.norm3\.(weight|bias)", r"blocks.\1.norm2.\2"),
+    _rule(r"blocks\.(\d+)\.ffn\.0\.(weight|bias)", r"blocks.\1.ffn.net.0.proj.\2"),
+    _rule(r"blocks\.(\d+)\.ffn\.2\.(weight|bias)", r"blocks.\1.ffn.net.2.\2"),
+    _rule(r"head\.head\.(weight|bias)", r"proj_out.\1"),
+    _rule(r"head\.modulation", r"scale_shift_table"),
+)
+"""From the layout of Wan's own repositories, which ComfyUI's files share behind a prefix."""
+
+
+@FAMILIES.register("wan")
+def wan() -> Family:
+    """Wan 2.1 and 2.2, text to video."""
+    return Family(
+        name="wan",
+        adapter=FLOW,
+        config_class=WanConfig,
+        diffusers_class=CLASS_NAME,
+        from_diffusers=config_from_diffusers,
+        to_diffusers=config_to_diffusers,
+        rules=RULES,
+        marks=("patch_embedding.", ".norm_k.", ".ffn."),
+        pipeline_class="WanPipeline",
+    )

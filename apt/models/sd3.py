@@ -1,0 +1,557 @@
+"""SD3: the two-stream transformer of Stable Diffusion 3 and 3.5 (arXiv 2403.03206).
+
+Image and text tokens have weights of their own and attend jointly; LayerNorm, optional qk-RMSNorm,
+sinusoidal positions cropped from the middle of one table, timestep and pooled text in the
+modulation. In 3.5 medium some blocks also attend among image tokens alone. Parameters are named as
+in diffusers' `SD3Transformer2DModel`.
+
+Shape suffixes: B samples, R rows of conditions, L image tokens, S text tokens, D hidden size,
+H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from apt.errors import ConfigError, InputError
+from apt.hub.pretrained import PretrainedEntry
+from apt.kernels import attention, modulated_norm, qk_norm_rope, residual_modulated_norm
+from apt.kernels.rows import take_rows
+from apt.models.conditions import TextCondition
+from apt.models.families import FlowAdapter
+from apt.models.registry import MODELS
+from apt.models.tokens import check_layers, check_rows, token_grid
+
+FLOW = FlowAdapter(time_scale=1000.0)
+"""SD3's time is 1000 t, its velocity is ours."""
+
+_EPS = 1e-6  # of every norm
+_TIME_FREQUENCIES = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class SD3Config:
+    """Shape of an `SD3`.
+
+    Attributes:
+        in_channels: latent channels C.
+        depth, num_heads, head_dim: blocks, attention heads, channels per head; D is the product of
+            the last two.
+        patch_size: latents per token along height and width.
+        text_dim: of the text tokens: T5's, to which CLIP's are padded.
+        pooled_dim: of the pooled text: those of both CLIPs together.
+        dual_attention_layers: blocks, counted from 0, with a second attention over image tokens.
+        qk_norm: whether queries and keys are RMS-normalised per head (3.5 but not 3).
+        max_positions: tokens along the side of the table of positions; larger latents are refused.
+        sample_size: latents along the side of the images of the first training stage. The table's
+            coordinates run from 0 to sample_size / patch_size whatever its size.
+    """
+
+    in_channels: int = 16
+    depth: int = 24
+    num_heads: int = 24
+    head_dim: int = 64
+    patch_size: int = 2
+    text_dim: int = 4096
+    pooled_dim: int = 2048
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: bool = True
+    max_positions: int = 192
+    sample_size: int = 128
+
+    def __post_init__(self) -> None:
+        for name in (
+            "in_channels", "depth", "num_heads", "head_dim", "patch_size", "text_dim", "pooled_dim",
+            "max_positions", "sample_size",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % 4:
+            raise ConfigError(
+                f"the hidden size, {self.num_heads} heads x {self.head_dim}, must be a multiple of "
+                "4: sine and cosine of two coordinates"
+            )
+        if self.qk_norm and self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even with qk_norm, got {self.head_dim}")
+        layers = self.dual_attention_layers
+        if list(layers) != sorted(set(layers)) or not set(layers) <= set(range(self.depth)):
+            raise ConfigError(
+                f"dual_attention_layers must rise and lie in 0..{self.depth - 1}, got {layers}"
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.num_heads * self.head_dim
+
+    def build(self) -> SD3:
+        return SD3(self)
+
+
+class SD3(nn.Module):
+    """A velocity network over image latents (B, C, 1, H, W); see `apt.models.protocols.Backbone`.
+
+    Takes our t and gives our velocity; `FLOW` says what differs inside.
+    """
+
+    def __init__(self, config: SD3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden_size = d = config.hidden_size
+        self.depth = config.depth
+        self.in_channels = config.in_channels
+        self.checkpointing = False
+
+        self.pos_embed = PatchEmbed(config)
+        self.time_text_embed = TimeTextEmbedding(config)
+        self.context_embedder = nn.Linear(config.text_dim, d)
+        self.transformer_blocks = nn.ModuleList(
+            JointBlock(config, dual=i in config.dual_attention_layers, last=i == config.depth - 1)
+            for i in range(config.depth)
+        )
+        self.norm_out = Modulation(d, 2)
+        self.proj_out = nn.Linear(d, config.patch_size**2 * config.in_channels)
+        self._init_weights()
+
+    def forward(
+        self, x: Tensor, t: Tensor, c: TextCondition, *, rows: Tensor | None = None
+    ) -> Tensor:
+        """Velocity (B, C, 1, H, W).
+
+        Args:
+            x: latents (B, C, 1, H, W).
+            t: timesteps (R,) in [0, 1].
+            c: R rows of text with pooled vectors. Stable Diffusion attends to padding too, so its
+                own text encoder gives no mask; a mask that is given is kept.
+            rows: (B,) int64, the row of `t` and `c` for each sample; None if R = B.
+
+        Raises:
+            InputError: for more than one frame, latents that the patch size does not divide or that
+                exceed the table of positions, conditions or rows that do not match.
+        """
+        h_BLD, embedding = self._run(x, t, c, rows, layers=(self.depth,))
+        _, height, width = self.token_grid((x.shape[2], x.shape[3], x.shape[4]))
+        scale, shift = self.norm_out(embedding)
+        y = modulated_norm(h_BLD[0], scale, shift, norm="layer", eps=_EPS, rows=rows)
+        p = self.config.patch_size
+        out = rearrange(
+            self.proj_out(y),
+            "b (h w) (p q c) -> b c 1 (h p) (w q)",
+            h=height, w=width, p=p, q=p,
+        )  # fmt: skip
+        return FLOW.velocity(out)
+
+    def hidden_states(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c: TextCondition,
+        *,
+        layers: Sequence[int],
+        rows: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Image tokens (B, L, D) after each block of `layers`, counted from 1."""
+        return self._run(x, t, c, rows, layers)[0]
+
+    def token_grid(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Tokens along (T, H, W); raises InputError for latents that do not fit."""
+        frames, *sides = latent_shape
+        if frames != 1:
+            raise InputError(
+                f"Stable Diffusion 3 makes images: latents must be (B, C, 1, H, W), got {frames} "
+                "frames; choose a video model, or images"
+            )
+        patch, most = self.config.patch_size, self.config.max_positions
+        grid = token_grid(latent_shape, (1, patch, patch))
+        if max(grid) > most:
+            raise InputError(
+                f"latents of {tuple(sides)} are {grid[1:]} tokens along height and width; this "
+                f"model takes up to {most} along each, {patch * most} latents"
+            )
+        return grid
+
+    def block_list(self) -> list[JointBlock]:
+        """The transformer blocks in order."""
+        return cast("list[JointBlock]", list(self.transformer_blocks))
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute blocks in the backward pass."""
+        self.checkpointing = enabled
+
+    def keep_hidden_states(self, last_layer: int) -> None:
+        """Delete the blocks after `last_layer`, its unused text output, and the output layers."""
+        del self.transformer_blocks[last_layer:]
+        self.depth = last_layer
+        self.block_list()[-1].drop_text_output()
+        del self.norm_out, self.proj_out
+
+    def _run(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c: TextCondition,
+        rows: Tensor | None,
+        layers: Sequence[int],
+    ) -> tuple[list[Tensor], Tensor]:
+        """Image tokens after `layers`, and the activated embedding (R, D) of time and text."""
+        self._check(x, t, c, rows, layers)
+        x_BLD = self.pos_embed(x[:, :, 0])
+        y_RSD = self.context_embedder(c.tokens.to(x_BLD.dtype))
+        y_BSD = take_rows(y_RSD, rows)
+        mask = c.mask if c.mask is None or rows is None else c.mask[rows]
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(x_BLD.shape[:2]), mask], dim=1)
+        assert c.pooled is not None
+        # Every block activates the same embedding first: once is enough.
+        embedding = F.silu(self.time_text_embed(t, c.pooled.to(y_RSD.dtype)))
+
+        collected: dict[int, Tensor] = {}
+        for number, block in enumerate(self.block_list()[: max(layers)], start=1):
+            inputs = (x_BLD, y_BSD, embedding, mask, rows)
+            if self.checkpointing and torch.is_grad_enabled():
+                x_BLD, y_BSD = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x_BLD, y_BSD = block(*inputs)
+            collected[number] = x_BLD
+        return [collected[layer] for layer in layers], embedding
+
+    def _check(
+        self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None, layers: Sequence[int]
+    ) -> None:
+        check_layers(layers, self.depth)
+        if x.ndim != 5 or x.shape[1] != self.in_channels:
+            raise InputError(
+                f"latents must be (B, {self.in_channels}, 1, H, W), got {tuple(x.shape)}"
+            )
+        self.token_grid((x.shape[2], x.shape[3], x.shape[4]))
+        check_rows(x, t, c, rows)
+        if c.tokens.shape[2] != self.config.text_dim:
+            raise InputError(
+                f"this model needs text tokens of {self.config.text_dim} dimensions, got "
+                f"{c.tokens.shape[2]}; use the text encoder 'sd3'"
+            )
+        if c.pooled is None or c.pooled.shape[1:] != (self.config.pooled_dim,):
+            given = "none" if c.pooled is None else tuple(c.pooled.shape)
+            raise InputError(
+                f"this model needs a pooled text vector of {self.config.pooled_dim} dimensions, "
+                f"got {given}; use the text encoder 'sd3'"
+            )
+
+    def _init_weights(self) -> None:
+        """Xavier for linear layers; modulation and output start at zero, so blocks start as
+        identities (adaLN-zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.linear.weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens with positions: (B, C, H, W) to (B, L, D)."""
+
+    pos_embed: Tensor
+
+    def __init__(self, config: SD3Config) -> None:
+        super().__init__()
+        self.max_positions = config.max_positions
+        self.proj = nn.Conv2d(
+            config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size
+        )
+        # Published checkpoints hold the table, so it is part of the state here too.
+        self.register_buffer("pos_embed", position_table(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.proj(x)
+        height, width = tokens.shape[2:]
+        # The middle of the table: images of any size share their centre.
+        top, left = (self.max_positions - height) // 2, (self.max_positions - width) // 2
+        table = self.pos_embed.view(self.max_positions, self.max_positions, -1)
+        positions = table[top : top + height, left : left + width].flatten(0, 1)
+        return (rearrange(tokens, "b d h w -> b (h w) d") + positions).to(tokens.dtype)
+
+
+def position_table(config: SD3Config) -> Tensor:
+    """Sinusoids (1, N^2, D) fp32 of the N x N positions: the column's half, then the row's."""
+    n, quarter = config.max_positions, config.hidden_size // 4
+    # fp32 coordinates and fp64 angles, which is what published tables were made with
+    places = torch.arange(n, dtype=torch.float32) / (n / (config.sample_size // config.patch_size))
+    frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = places.double()[:, None] * frequencies
+    side = torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    columns, rows = side[None, :].expand(n, n, -1), side[:, None].expand(n, n, -1)
+    return torch.cat([columns, rows], dim=2).view(1, n * n, config.hidden_size)
+
+
+class TimeTextEmbedding(nn.Module):
+    """Time and pooled text: (R,) in [0, 1] and (R, P) to (R, D)."""
+
+    def __init__(self, config: SD3Config) -> None:
+        super().__init__()
+        self.timestep_embedder = Perceptron(2 * _TIME_FREQUENCIES, config.hidden_size)
+        self.text_embedder = Perceptron(config.pooled_dim, config.hidden_size)
+
+    def forward(self, t: Tensor, pooled: Tensor) -> Tensor:
+        # fp32, and this order of operations: the angles reach 1000, where one ulp is visible
+        index = torch.arange(_TIME_FREQUENCIES, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10_000) * index / _TIME_FREQUENCIES)
+        angles = FLOW.time(t)[:, None] * frequencies
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1).to(pooled.dtype)
+        return self.timestep_embedder(sinusoids) + self.text_embedder(pooled)
+
+
+class Perceptron(nn.Module):
+    """Two linear layers with a SiLU between them."""
+
+    def __init__(self, in_features: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Modulation(nn.Module):
+    """The activated embedding (R, D) to `number` shifts, scales and gates (R, D)."""
+
+    def __init__(self, hidden_size: int, number: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, number * hidden_size)
+
+    def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(embedding).split(embedding.shape[1], dim=1)
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, linear; four times as wide inside."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        # diffusers has a dropout of 0 between the two, which gives them the places 0 and 2.
+        self.net = nn.Sequential(
+            GELUProjection(hidden_size), nn.Identity(), nn.Linear(4 * hidden_size, hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class GELUProjection(nn.Module):
+    """The first half of a `FeedForward`."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, 4 * hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class Attention(nn.Module):
+    """The projections that image tokens have in every attention."""
+
+    def __init__(self, config: SD3Config) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.num_heads = config.num_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(d, d) for _ in range(3))
+        self.norm_q, self.norm_k = head_norm(config), head_norm(config)
+        self.to_out = nn.ModuleList([nn.Linear(d, d)])
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised q, k, and v, each (B, L, H, Dh)."""
+        q, k, v = (self._heads(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
+        return *normalize(q, k, self.norm_q, self.norm_k), v
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class ImageAttention(Attention):
+    """Attention among image tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) to (B, L, D)."""
+        return self.to_out[0](attention(*self.project(x)).flatten(2))
+
+
+class JointAttention(Attention):
+    """Attention among image and text tokens, with weights of their own.
+
+    Without `text_output` text is only looked at. Its queries are then read by nothing, but
+    published checkpoints hold them.
+    """
+
+    def __init__(self, config: SD3Config, *, text_output: bool) -> None:
+        super().__init__(config)
+        d = config.hidden_size
+        self.add_q_proj: nn.Linear | None = nn.Linear(d, d)
+        self.add_k_proj, self.add_v_proj = nn.Linear(d, d), nn.Linear(d, d)
+        self.norm_added_q, self.norm_added_k = head_norm(config), head_norm(config)
+        self.to_add_out = nn.Linear(d, d) if text_output else None
+        if not text_output:
+            for unused in (self.add_q_proj, self.norm_added_q):
+                if unused is not None:
+                    unused.requires_grad_(False)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Image (B, L, D) and text (B, S, D) to updates of both; of the image alone without
+        `text_output`. `mask` is (B, L + S)."""
+        q_x, k_x, v_x = self.project(x)
+        k_y, v_y = self._heads(self.add_k_proj(y)), self._heads(self.add_v_proj(y))
+        if self.to_add_out is None or self.add_q_proj is None:
+            _, k_y = normalize(k_y, k_y, self.norm_added_k, self.norm_added_k)
+            k, v = torch.cat([k_x, k_y], dim=1), torch.cat([v_x, v_y], dim=1)
+            return self.to_out[0](attention(q_x, k, v, mask=mask).flatten(2)), None
+        q_y = self._heads(self.add_q_proj(y))
+        q_y, k_y = normalize(q_y, k_y, self.norm_added_q, self.norm_added_k)
+        q, k, v = (torch.cat(pair, dim=1) for pair in ((q_x, q_y), (k_x, k_y), (v_x, v_y)))
+        attended = attention(q, k, v, mask=mask).flatten(2)
+        split = x.shape[1]
+        return self.to_out[0](attended[:, :split]), self.to_add_out(attended[:, split:])
+
+    def drop_text_output(self) -> None:
+        """Delete what only the text's own output needs."""
+        self.add_q_proj = self.norm_added_q = self.to_add_out = None
+
+
+def head_norm(config: SD3Config) -> nn.RMSNorm | None:
+    """The norm of queries or keys, if the model has one; `normalize` computes it."""
+    return nn.RMSNorm(config.head_dim, eps=_EPS) if config.qk_norm else None
+
+
+def normalize(
+    q: Tensor, k: Tensor, norm_q: nn.RMSNorm | None, norm_k: nn.RMSNorm | None
+) -> tuple[Tensor, Tensor]:
+    """q and k (B, L, H, Dh), RMS-normalised per head if there are norms."""
+    if norm_q is None or norm_k is None:
+        return q, k
+    return qk_norm_rope(q, k, norm_q.weight, norm_k.weight, eps=_EPS)
+
+
+class JointBlock(nn.Module):
+    """Joint attention, attention among image tokens if `dual`, then an MLP for each stream.
+
+    In the `last` block text is only looked at.
+    """
+
+    def __init__(self, config: SD3Config, *, dual: bool, last: bool) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.norm1 = Modulation(d, 9 if dual else 6)
+        self.norm1_context = Modulation(d, 2 if last else 6)
+        self.attn = JointAttention(config, text_output=not last)
+        self.attn2 = ImageAttention(config) if dual else None
+        self.ff = FeedForward(d)
+        self.ff_context = None if last else FeedForward(d)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        y_BSD: Tensor,
+        embedding: Tensor,
+        mask: Tensor | None,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Image tokens (B, L, D) and text tokens (B, S, D) after the block.
+
+        `embedding` (R, D) is activated; `mask` (B, L + S) is True for keys that count.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2, *dual = self.norm1(embedding)
+        text = self.norm1_context(embedding)
+        # A text stream without output has the published order of the final norm: scale first.
+        shift_y, scale_y = (text[1], text[0]) if self.ff_context is None else text[:2]
+        h = modulated_norm(x_BLD, scale1, shift1, norm="layer", eps=_EPS, rows=rows)
+        h_y = modulated_norm(y_BSD, scale_y, shift_y, norm="layer", eps=_EPS, rows=rows)
+        update, update_y = self.attn(h, h_y, mask)
+        if self.attn2 is not None:
+            shift, scale, gate = dual
+            h = modulated_norm(x_BLD, scale, shift, norm="layer", eps=_EPS, rows=rows)
+            x_BLD = torch.addcmul(x_BLD, take_rows(gate1, rows)[:, None], update)
+            update, gate1 = self.attn2(h), gate
+        x_BLD = finish(x_BLD, update, (gate1, shift2, scale2, gate2), self.ff, rows)
+        if self.ff_context is not None and update_y is not None:
+            y_BSD = finish(y_BSD, update_y, text[2:], self.ff_context, rows)
+        return x_BLD, y_BSD
+
+    @torch.no_grad()
+    def drop_text_output(self) -> None:
+        """Delete what only text behind this block needs: it becomes like the last one."""
+        self.attn.drop_text_output()
+        if self.ff_context is None:
+            return
+        self.ff_context = None
+        old = self.norm1_context.linear
+        shift, scale = slice(None, old.in_features), slice(old.in_features, 2 * old.in_features)
+        new = nn.Linear(
+            old.in_features, 2 * old.in_features, device=old.weight.device, dtype=old.weight.dtype
+        )
+        new.weight.copy_(torch.cat([old.weight[scale], old.weight[shift]]))
+        new.bias.copy_(torch.cat([old.bias[scale], old.bias[shift]]))
+        self.norm1_context.linear = new
+
+
+def finish(
+    x: Tensor,
+    update: Tensor,
+    modulation: Sequence[Tensor],
+    ff: FeedForward,
+    rows: Tensor | None,
+) -> Tensor:
+    """Gated residual of the attention's update (B, L, D), and the MLP with its own."""
+    gate1, shift, scale, gate2 = modulation
+    x, h = residual_modulated_norm(
+        x, update, gate1, scale, shift, norm="layer", eps=_EPS, rows=rows
+    )
+    return torch.addcmul(x, take_rows(gate2, rows)[:, None], ff(h))
+
+
+def _stability(repo: str, note: str = "") -> PretrainedEntry:
+    return PretrainedEntry(
+        repo=repo,
+        license="stabilityai-ai-community",
+        source="Stability AI; arXiv 2403.03206",
+        codec="sd3_vae",
+        text_encoder="sd3",
+        gated=True,
+        note=note,
+    )
+
+
+@MODELS.register(
+    "sd3.5_medium",
+    pretrained={"stabilityai": _stability("stabilityai/stable-diffusion-3.5-medium")},
+)
+def sd3_5_medium() -> SD3Config:
+    """Stable Diffusion 3.5 medium: 2.2 B parameters, images of up to 2 megapixels."""
+    return SD3Config(
+        depth=24, num_heads=24, dual_attention_layers=tuple(range(13)), max_positions=384
+    )
+
+
+@MODELS.register(
+    "sd3.5_large",
+    pretrained={
+        "stabilityai": _stability(
+            "stabilityai/stable-diffusion-3.5-large",
+            "The text encoder and VAE named here are read from the repository of 3.5 medium: "
+            "accept its licence too, or set their `repo` to this one.",
+        )
+    },
+)
+def sd3_5_large() -> SD3Config:
+    """Stable Diffusion 3.5 large: 8.1 B parameters, images of 1 megapixel (APT Table 3)."""
+    return SD3Config(depth=38, num_heads=38)

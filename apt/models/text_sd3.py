@@ -1,0 +1,120 @@
+"""The text encoder of Stable Diffusion 3 and 3.5: two CLIPs and T5 (arXiv 2403.03206, Sec. 4).
+
+They are frozen and are not saved with a model of ours: the config names where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from apt.errors import CheckpointError
+from apt.models.conditions import TextCondition
+from apt.models.external import DType
+from apt.models.registry import TEXT_ENCODERS
+from apt.models.text_transformers import TransformersTextConfig, TransformersTextEncoder
+
+_CLIP_LENGTH = 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class SD3TextConfig:
+    """The three encoders of a diffusers repository.
+
+    Attributes:
+        repo: Hub id or local folder, with the subfolders text_encoder, text_encoder_2,
+            text_encoder_3, tokenizer, tokenizer_2 and tokenizer_3.
+        revision: branch, tag or commit on the Hub.
+        dtype: of the weights and the embeddings.
+        max_length: tokens of T5, special tokens included. The CLIPs always read 77 and cut what
+            follows.
+        truncate: cut prompts that are too long for T5 instead of raising.
+    """
+
+    repo: str = "stabilityai/stable-diffusion-3.5-medium"
+    revision: str | None = None
+    dtype: DType = "bfloat16"
+    max_length: int = 256
+    truncate: bool = False
+
+    def build(self) -> SD3TextEncoder:
+        """Load tokenizers and weights, downloading what is not in the Hub's cache."""
+        return SD3TextEncoder(self)
+
+
+class SD3TextEncoder(nn.Module):
+    """Prompts to what SD3 reads: CLIP's tokens, both encoders' side by side, before T5's.
+
+    Padding counts as text and there is no mask, as in diffusers' `StableDiffusion3Pipeline`. Always
+    in evaluation mode.
+
+    Raises:
+        InputError: transformers is not installed.
+        CheckpointError: the repository, the folder or its weights cannot be used.
+    """
+
+    def __init__(self, config: SD3TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        # T5 first: its length is the one that a user chooses, and may have wrong
+        self.t5 = self._encoder("t5", "3", config.max_length)
+        self.clip_l = self._encoder("clip", "", _CLIP_LENGTH)
+        self.clip_g = self._encoder("clip", "2", _CLIP_LENGTH)
+        self.embedding_dim = self.t5.embedding_dim
+        self.max_length = config.max_length
+        clips = self.clip_l.embedding_dim + self.clip_g.embedding_dim
+        if clips > self.embedding_dim:
+            raise CheckpointError(
+                f"the CLIPs of {config.repo!r} have {clips} dimensions together, T5 has only "
+                f"{self.embedding_dim}; this is not a text encoder of Stable Diffusion 3"
+            )
+        self.eval()
+
+    def train(self, mode: bool = True) -> SD3TextEncoder:
+        """Stay in evaluation mode: it is frozen, and T5 has dropout."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> TextCondition:
+        """Encode prompts: tokens (R, 77 + max_length, E) and pooled (R, P).
+
+        Raises InputError for no prompt, a prompt that is no string, or one that T5 has to cut
+        unless the config says `truncate`.
+        """
+        t5, clip_l, clip_g = self.t5(prompts), self.clip_l(prompts), self.clip_g(prompts)
+        assert clip_l.pooled is not None and clip_g.pooled is not None
+        clips = torch.cat([clip_l.tokens, clip_g.tokens], dim=2)
+        clips = F.pad(clips, (0, self.embedding_dim - clips.shape[2]))
+        return TextCondition(
+            torch.cat([clips, t5.tokens], dim=1),
+            pooled=torch.cat([clip_l.pooled, clip_g.pooled], dim=1),
+        )
+
+    def _encoder(
+        self, architecture: Literal["clip", "t5"], number: str, max_length: int
+    ) -> TransformersTextEncoder:
+        suffix, is_clip = f"_{number}" if number else "", architecture == "clip"
+        return TransformersTextConfig(
+            architecture=architecture,
+            repo=self.config.repo,
+            revision=self.config.revision,
+            subfolder=f"text_encoder{suffix}",
+            tokenizer_subfolder=f"tokenizer{suffix}",
+            dtype=self.config.dtype,
+            max_length=max_length,
+            truncate=is_clip or self.config.truncate,
+            projection=is_clip,
+            skip_layers=1 if is_clip else 0,
+            unmasked=True,
+        ).build()
+
+
+@TEXT_ENCODERS.register("sd3")
+def sd3() -> SD3TextConfig:
+    """CLIP-L, CLIP-G and T5 v1.1 XXL of Stable Diffusion 3.5 (gated; its community licence)."""
+    return SD3TextConfig()

@@ -1,0 +1,72 @@
+"""What transformers over latents share: token grids, rotary positions, rows of conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from apt.errors import InputError
+from apt.models.conditions import TextCondition
+
+
+def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:
+    """Tokens along (T, H, W); raises InputError if the patch size does not divide."""
+    for name, size, patch in zip(
+        ("frames", "height", "width"), latent_shape, patch_size, strict=True
+    ):
+        if size < patch or size % patch:
+            raise InputError(f"latent {name} {size} is not a multiple of the patch, {patch}")
+    t, h, w = (size // patch for size, patch in zip(latent_shape, patch_size, strict=True))
+    return t, h, w
+
+
+def check_layers(layers: Sequence[int], depth: int) -> None:
+    """Raise InputError unless there are layers and all are blocks, counted from 1."""
+    if not layers or min(layers) < 1 or max(layers) > depth:
+        raise InputError(f"layers must lie in 1..{depth}, got {list(layers)}")
+
+
+def check_rows(
+    x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None, *, num_tokens: int | None = None
+) -> None:
+    """Raise InputError unless t (R,) and c (R rows) fit x (B, ...) and rows (B,).
+
+    `num_tokens` L also allows a timestep per token, (R, L).
+    """
+    num_rows = x.shape[0] if rows is None else t.shape[0]
+    per_token = num_tokens is not None and t.shape == (num_rows, num_tokens)
+    if (t.shape != (num_rows,) and not per_token) or len(c) != num_rows:
+        shape = f"({num_rows},)" + (f" or ({num_rows}, {num_tokens})" if num_tokens else "")
+        raise InputError(
+            f"{x.shape[0]} samples need {num_rows} timesteps and conditions, timesteps of shape "
+            f"{shape}; got {tuple(t.shape)} and {len(c)} conditions; pass `rows` to share them"
+        )
+
+
+@lru_cache(maxsize=64)
+def rope_table(
+    grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (L, Dh / 2) fp32 of 3D rotary positions.
+
+    Height and width get a third of the dimensions each (rounded down to even), time the rest.
+    """
+    spatial = head_dim // 6 * 2
+    sizes = (head_dim - 2 * spatial, spatial, spatial)
+    axes = []
+    for length, size in zip(grid, sizes, strict=True):
+        frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        axes.append(torch.arange(length, dtype=torch.float64)[:, None] * frequencies)
+    t, h, w = grid
+    angles = torch.cat(
+        [
+            axes[0][:, None, None].expand(t, h, w, -1),
+            axes[1][None, :, None].expand(t, h, w, -1),
+            axes[2][None, None, :].expand(t, h, w, -1),
+        ],
+        dim=-1,
+    ).reshape(t * h * w, head_dim // 2)
+    return angles.cos().float().to(device), angles.sin().float().to(device)

@@ -1,0 +1,88 @@
+"""The parts of a model that a run on a latent cache does not load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from apt.data.latents import LatentFolder, TextFolder
+from apt.errors import ConfigError
+from apt.hub import ComponentInfo
+from apt.models.cached import CachedCodec, CachedTextEncoder
+from apt.models.conditions import TextCondition
+from apt.models.registry import CODECS, TEXT_ENCODERS, Buildable
+from apt.registry import Registry, replace_typed
+
+# Where a part is computed, not what it computes.
+_FREE_OPTIONS = ("dtype",)
+
+
+def cached_codec(cache: LatentFolder, part: ComponentInfo) -> CachedCodec:
+    """The model's codec as far as its latents tell; raises ConfigError if another one made them."""
+    _check("codec", cache, cache.info.codec, part)
+    return CachedCodec(
+        _config(CODECS, part),
+        channels=cache.info.channels,
+        temporal_compression=cache.info.temporal_compression,
+        spatial_compression=cache.info.spatial_compression,
+    )
+
+
+def cached_text_encoder(cache: LatentFolder, part: ComponentInfo) -> CachedTextEncoder:
+    """The model's text encoder as a table; raises ConfigError if another one made it."""
+    _check("text encoder", cache, cache.info.text_encoder, part)
+    return CachedTextEncoder(_config(TEXT_ENCODERS, part), _Conditions(cache.texts))
+
+
+class _Conditions(Mapping[str, TextCondition]):
+    """Stored embeddings as conditions of one row."""
+
+    def __init__(self, texts: TextFolder) -> None:
+        self._texts = texts
+
+    def __getitem__(self, prompt: str) -> TextCondition:
+        tokens, mask, pooled = self._texts[prompt]
+        return TextCondition(
+            tokens[None],
+            None if mask is None else mask[None],
+            None if pooled is None else pooled[None],
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+
+def _config(registry: Registry[Buildable], part: ComponentInfo) -> Any:
+    return replace_typed(registry.get(part.architecture)(), part.config)
+
+
+def _check(
+    kind: str, cache: LatentFolder, made_by: dict[str, Any] | None, part: ComponentInfo
+) -> None:
+    again = "encode the videos again with `diffusion-apt data encode --model` of this model"
+    if made_by is None:
+        raise ConfigError(
+            f"{cache.directory} has no text embeddings, as the model that it was made for trains "
+            f"its own text encoder, but this one's is {part.architecture!r}; {again}"
+        )
+    # Through `ComponentInfo`, as JSON has lists where configs have tuples.
+    theirs = ComponentInfo(architecture=made_by["architecture"], config=made_by["config"])
+    if theirs.architecture != part.architecture:
+        raise ConfigError(
+            f"{cache.directory} was made by the {kind} {theirs.architecture!r}, this model's is "
+            f"{part.architecture!r}; {again}"
+        )
+    names = (theirs.config.keys() | part.config.keys()) - set(_FREE_OPTIONS)
+    changed = [
+        f"{name} (cache: {theirs.config.get(name)!r}, model: {part.config.get(name)!r})"
+        for name in sorted(names)
+        if theirs.config.get(name) != part.config.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{cache.directory} was made by another {kind} than this model's: "
+            f"{', '.join(changed)}; {again}"
+        )

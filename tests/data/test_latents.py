@@ -1,0 +1,168 @@
+"""The files of a latent cache: whole, read back as written, and refused when they are not."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from apt.data.buckets import Bucket
+from apt.data.latents import (
+    CacheInfo,
+    Clip,
+    EncodedText,
+    LatentFolder,
+    read_cache_info,
+    write_cache_info,
+    write_clips,
+    write_texts,
+)
+from apt.data.loader import make_loader
+from apt.errors import DataError
+
+SMALL, WIDE = Bucket(1, 8, 8), Bucket(5, 8, 16)
+
+
+def info(num_clips: int, num_prompts: int) -> CacheInfo:
+    return CacheInfo(
+        codec={"architecture": "patchify", "config": {}},
+        text_encoder={"architecture": "umt5", "config": {}},
+        channels=2,
+        temporal_compression=4,
+        spatial_compression=8,
+        frames=5,
+        height=8,
+        width=16,
+        fps=8.0,
+        dtype="float32",
+        source="",
+        num_clips=num_clips,
+        num_prompts=num_prompts,
+    )
+
+
+def clip(number: int, bucket: Bucket = SMALL, dtype: torch.dtype = torch.float32) -> Clip:
+    shape = (2, (bucket.frames - 1) // 4 + 1, bucket.height // 8, bucket.width // 8)
+    return Clip(torch.full(shape, float(number), dtype=dtype), f"clip {number}", bucket)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """Two shards: 64 small clips, then 3 small and 5 wide ones."""
+    write_cache_info(tmp_path, info(72, 3))
+    write_clips(tmp_path / "latents-00000.safetensors", [clip(i) for i in range(64)])
+    rest = [clip(64 + i) for i in range(3)] + [clip(67 + i, WIDE) for i in range(5)]
+    write_clips(tmp_path / "latents-00001.safetensors", rest)
+    texts = {
+        "a": EncodedText(torch.ones(3, 4), None, None),
+        "b": EncodedText(torch.zeros(2, 4), torch.tensor([True, False]), torch.ones(5)),
+    }
+    write_texts(tmp_path / "texts-00000.safetensors", texts)
+    write_texts(
+        tmp_path / "texts-00001.safetensors", {"": EncodedText(torch.ones(1, 4), None, None)}
+    )
+    return tmp_path
+
+
+def test_clips_come_back_as_they_were_written(cache: Path) -> None:
+    folder = LatentFolder(cache)
+    assert len(folder) == 72
+    for index in (0, 63, 64, 71, 72 + 5):
+        sample, number = folder[index], index % 72
+        assert sample.caption == f"clip {number}"
+        assert torch.equal(sample.latents, clip(number, SMALL if number < 67 else WIDE).latents)
+
+
+def test_batches_have_one_shape_and_every_clip_once_a_pass(cache: Path) -> None:
+    loader = make_loader(LatentFolder(cache), batch_size=1, seed=3)
+    captions = [batch.captions[0] for batch in islice(loader, 72)]
+    assert sorted(captions) == sorted(f"clip {i}" for i in range(72))
+    for batch in islice(make_loader(LatentFolder(cache), batch_size=4, seed=3), 40):
+        assert batch.pixels is None and batch.latents is not None
+        expected = [float(caption.split()[1]) for caption in batch.captions]
+        assert batch.latents.amax(dim=(1, 2, 3, 4)).tolist() == expected
+
+
+def test_a_loader_goes_on_where_one_stopped(cache: Path) -> None:
+    whole = [b.captions for b in islice(make_loader(LatentFolder(cache), batch_size=4), 30)]
+    rest = make_loader(LatentFolder(cache), batch_size=4, start_batch=20, num_workers=1)
+    assert [b.captions for b in islice(rest, 10)] == whole[20:]
+
+
+def test_texts_come_back_as_they_were_written(cache: Path) -> None:
+    texts = LatentFolder(cache).texts
+    assert set(texts) == {"a", "b", ""}
+    assert texts["a"].mask is None and texts["a"].pooled is None
+    assert texts["a"].tokens.shape == (3, 4)
+    mask, pooled = texts["b"].mask, texts["b"].pooled
+    assert mask is not None and mask.tolist() == [True, False]
+    assert pooled is not None and pooled.tolist() == [1.0] * 5
+
+
+def test_bf16_is_stored_as_bf16(tmp_path: Path) -> None:
+    write_cache_info(tmp_path, info(1, 0))
+    write_clips(tmp_path / "latents-00000.safetensors", [clip(1, dtype=torch.bfloat16)])
+    assert LatentFolder(tmp_path)[0].latents.dtype == torch.bfloat16
+
+
+def test_the_fingerprint_tells_captions_apart(cache: Path) -> None:
+    before = LatentFolder(cache).fingerprint
+    assert LatentFolder(cache).fingerprint == before
+    path = cache / "latents-00000.safetensors"
+    write_clips(path, [clip(i)._replace(caption="other") for i in range(64)])
+    assert LatentFolder(cache).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    "name", ["latents-00001.safetensors", "texts-00001.safetensors", "latents.json"]
+)
+def test_a_missing_file_is_named(cache: Path, name: str) -> None:
+    (cache / name).unlink()
+    with pytest.raises(DataError, match="data encode") as caught:
+        LatentFolder(cache)
+    if name != "latents.json":
+        assert "not complete" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["latents-00001.safetensors", "texts-00000.safetensors"])
+def test_a_truncated_file_is_named(cache: Path, name: str) -> None:
+    path = cache / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=name):
+        LatentFolder(cache)
+
+
+def test_a_file_that_goes_while_it_is_used_is_named(cache: Path) -> None:
+    folder = LatentFolder(cache)
+    (cache / "latents-00001.safetensors").unlink()
+    with pytest.raises(DataError, match=r"latents-00001"):
+        folder[70]
+
+
+def test_foreign_files_are_refused(cache: Path) -> None:
+    (cache / "latents-00001.safetensors").write_bytes(
+        (cache / "texts-00000.safetensors").read_bytes()
+    )
+    with pytest.raises(DataError, match="not a file of a latent cache"):
+        LatentFolder(cache)
+
+
+@pytest.mark.parametrize(
+    "change", [{"format": 2}, {"format": 1, "codec": {}}, {"format": 1, "unknown": 1}]
+)
+def test_another_format_is_refused(cache: Path, change: dict[str, object]) -> None:
+    document = json.loads((cache / "latents.json").read_text())
+    document = {"format": change["format"], **change} if "codec" in change else document | change
+    (cache / "latents.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="again"):
+        read_cache_info(cache)
+
+
+def test_values_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
+    bad = Clip(torch.tensor([float("nan")]).view(1, 1, 1, 1), "broken", SMALL)
+    with pytest.raises(DataError, match="broken"):
+        write_clips(tmp_path / "latents-00000.safetensors", [bad])
+    assert not list(tmp_path.iterdir())
