@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt.errors import InputError
 from apt.flow import sampling_timesteps
 from apt.hub import ModelInfo, Stage
 from apt.models.bundle import ModelBundle, load_pretrained
 from apt.models.conditions import TextCondition
+from apt.models.lora import find_lora, merge_lora, read_lora
+from apt.models.protocols import Backbone, LatentCodec, TextEncoder
 from apt.rng import sample_noise
 from apt.sampling import (
     SAMPLERS,
@@ -61,8 +64,9 @@ class OneStepPipeline:
     and batch sizes start from the same noise, and differ by rounding.
     """
 
-    def __init__(self, bundle: ModelBundle) -> None:
+    def __init__(self, bundle: ModelBundle, *, offload_to: torch.device | None = None) -> None:
         self.bundle = bundle
+        self._offload_to = offload_to
         for module in bundle.modules():
             module.eval()
 
@@ -73,21 +77,54 @@ class OneStepPipeline:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        offload: bool = False,
     ) -> OneStepPipeline:
         """Load a built-in name, a folder, or a Hub id; see `apt.models.bundle.load_pretrained`.
 
-        `device` None takes the GPU if there is one, else the CPU; `pipeline.device` tells.
+        Args:
+            name_or_folder: see there.
+            device: where to compute; None takes the GPU if there is one, else the CPU;
+                `pipeline.device` tells.
+            dtype: of the model's own weights.
+            offload: keep the parts in main memory, and each on the device only while it works:
+                text encoder, then transformer, then codec. The device then needs room for the
+                largest of them, and every call waits for the copies.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(load_pretrained(name_or_folder, device=device, dtype=dtype))
+        kept = "cpu" if offload else device
+        bundle = load_pretrained(name_or_folder, device=kept, dtype=dtype)
+        return cls(bundle, offload_to=torch.device(device) if offload else None)
+
+    def load_lora(self, name_or_file: str | Path, *, scale: float = 1.0) -> OneStepPipeline:
+        """Merge a LoRA into the transformer, in place; returns itself.
+
+        Args:
+            name_or_file: a .safetensors file, or a folder or Hub id ("owner/name[@revision]") with
+                `pytorch_lora_weights.safetensors`, in the spelling of diffusers, ComfyUI or kohya.
+            scale: of the change; merging again with the negative takes it off, to rounding.
+
+        Raises:
+            CheckpointError: no such file, or one that does not fit the model.
+            InputError: a scale that is not finite.
+        """
+        backbone = self.bundle.backbone
+        assert isinstance(backbone, nn.Module)
+        merge_lora(backbone, read_lora(find_lora(name_or_file), backbone), scale=scale)
+        return self
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> OneStepPipeline:
-        """Move the networks, in place; returns itself. `dtype` is for the model's own weights."""
-        for module in self.bundle.modules():
-            module.to(device=device)
+        """Move the networks, in place; returns itself. `dtype` is for the model's own weights.
+
+        With `offload` they stay, and `device` is where they will work.
+        """
+        if self._offload_to is None:
+            for module in self.bundle.modules():
+                module.to(device=device)
+        elif device is not None:
+            self._offload_to = torch.device(device)
         for module in self.bundle.own_modules():
             module.to(dtype=dtype)
         return self
@@ -104,8 +141,8 @@ class OneStepPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
-        return self._parameter().device
+        """Where the networks compute."""
+        return self._offload_to or self._parameter().device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -237,19 +274,35 @@ class OneStepPipeline:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         # All prompts are read before the first video is made, so that a bad one costs no time.
-        conditions = [self._encode(text) for text in prompts]
-        negative = self._encode(plan.negative_prompt) if plan.cfg_scale != 1 else None
-        videos = [
-            self._sample_batch(
-                TextCondition.concatenate(conditions[start : start + batch_size]),
-                negative,
-                seeds[start : start + batch_size],
-                shape,
-                plan,
-            )
-            for start in range(0, len(prompts), batch_size)
-        ]
+        with self._at_work(self.bundle.text_encoder):
+            conditions = [self._encode(text) for text in prompts]
+            negative = self._encode(plan.negative_prompt) if plan.cfg_scale != 1 else None
+        with self._at_work(self.bundle.backbone):
+            latents = [
+                self._sample_latents(
+                    TextCondition.concatenate(conditions[start : start + batch_size]),
+                    negative,
+                    seeds[start : start + batch_size],
+                    shape,
+                    plan,
+                )
+                for start in range(0, len(prompts), batch_size)
+            ]
+        with self._at_work(self.bundle.codec):
+            videos = [self.bundle.codec.decode(x).float().clamp(-1, 1) for x in latents]
         return torch.cat(videos)
+
+    @contextmanager
+    def _at_work(self, part: Backbone | TextEncoder | LatentCodec) -> Iterator[None]:
+        """Have a part on the device, and with `offload` back in main memory afterwards."""
+        if self._offload_to is None or not isinstance(part, nn.Module):
+            yield
+            return
+        part.to(self._offload_to)
+        try:
+            yield
+        finally:
+            part.to("cpu")
 
     def latent_shape(
         self, frames: int | None = None, height: int | None = None, width: int | None = None
@@ -297,7 +350,7 @@ class OneStepPipeline:
         above = next((v for v in range(start + 1, start + reach) if fits(v)), None)
         return [value for value in (below, above) if value is not None]
 
-    def _sample_batch(
+    def _sample_latents(
         self,
         condition: TextCondition,
         negative: TextCondition | None,
@@ -321,10 +374,8 @@ class OneStepPipeline:
             predict = bind_guided(backbone, condition, negative, plan.cfg_scale)
         z = noise(0)
         if len(plan.timesteps) == 2:
-            latents = one_step_sample(predict, z)
-        else:
-            latents = sample(predict, z, plan.timesteps, sampler=plan.sampler, noise=noise)
-        return self.bundle.codec.decode(latents).float().clamp(-1, 1)
+            return one_step_sample(predict, z)
+        return sample(predict, z, plan.timesteps, sampler=plan.sampler, noise=noise)
 
     def _encode(self, prompt: str) -> TextCondition:
         return self.bundle.text_encoder([prompt]).to(self.device, self.dtype)

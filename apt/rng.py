@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 
-def generator_for(*key: int | str) -> torch.Generator:
-    """A CPU generator whose seed is a hash of `key` (integers and strings, order matters)."""
+def hash_key(*key: int | str) -> int:
+    """64 bits that stand for `key` (integers and strings, order matters)."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little")
+
+
+def generator_for(*key: int | str) -> torch.Generator:
+    """A CPU generator whose seed is a hash of `key`."""
+    return torch.Generator().manual_seed(hash_key(*key) >> 1)
 
 
 def sample_noise(

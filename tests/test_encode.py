@@ -25,7 +25,8 @@ from apt.train.trainer import run
 from tests.cli.shell import error_line, invoke
 from tests.data.media import noise, truncate, write_image, write_video
 from tests.models.test_codec_diffusers import tiny_wan
-from tests.models.test_text_transformers import WIDTH, t5_model, unigram_tokenizer
+from tests.models.test_text_transformers import WIDTH, t5_model
+from tests.models.tiny_tokenizers import unigram_tokenizer
 
 CAPTIONS = ["a red seven moving left", "a blue four", "a green one moving up"]
 
@@ -41,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_image(root / "videos" / "still.png", noise(1, 16, 32)[0])
     (root / "videos" / "still.txt").write_text("a still")
     torch.manual_seed(0)
-    unigram_tokenizer().save_pretrained(root / "peer" / "tokenizer")
+    unigram_tokenizer(CAPTIONS).save_pretrained(root / "peer" / "tokenizer")
     t5_model("UMT5").save_pretrained(root / "peer" / "text_encoder")
     tiny_wan().save_pretrained(root / "peer" / "vae")
     make_model(root / "model", root / "peer")

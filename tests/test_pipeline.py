@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt.errors import InputError
+from apt.errors import CheckpointError, InputError
 from apt.hub import SamplingInfo
 from apt.models.bundle import save_pretrained
+from apt.models.lora import LORA_FILE, LoRALayer, save_lora
 from apt.pipeline import OneStepPipeline, to_uint8
 from apt.rng import sample_noise
 from tests.tiny import tiny_bundle
@@ -215,3 +217,43 @@ def test_generation_leaves_no_gradients(pipeline: OneStepPipeline) -> None:
 def test_uint8_rounds_and_clips() -> None:
     pixels = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.5, 1.0, 3.0])
     assert to_uint8(pixels).tolist() == [0, 0, 0, 128, 191, 255, 255]
+
+
+def test_offload_has_one_part_at_a_time_on_the_device(
+    pipeline: OneStepPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tiny_bundle()
+    moves: list[tuple[str, str]] = []
+    for name in ("text_encoder", "backbone", "codec"):
+        part: Any = getattr(bundle, name)
+
+        def record(device: Any, part: Any = part, name: str = name) -> Any:
+            moves.append((name, str(device)))
+            return torch.nn.Module.to(part, device)
+
+        monkeypatch.setattr(part, "to", record)
+    # The same device under another spelling, so that arriving and leaving can be told apart
+    offloaded = OneStepPipeline(bundle, offload_to=torch.device("cpu", 0))
+    assert torch.equal(
+        offloaded([PROMPT, "a blue one"], seed=3), pipeline([PROMPT, "a blue one"], seed=3)
+    )
+    assert moves == [
+        (name, device)
+        for name in ("text_encoder", "backbone", "codec")
+        for device in ("cpu:0", "cpu")
+    ]
+    assert offloaded.device == torch.device("cpu", 0)
+
+
+def test_a_lora_is_merged_and_taken_off(tmp_path: Path) -> None:
+    pipe = OneStepPipeline(tiny_bundle())
+    before = pipe(PROMPT)
+    weight = pipe.bundle.backbone.get_parameter("blocks.0.streams.0.qkv.weight")  # type: ignore[attr-defined]
+    layer = LoRALayer(torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2))
+    save_lora(tmp_path, {"blocks.0.streams.0.qkv": layer})
+    assert pipe.load_lora(tmp_path, scale=0.5) is pipe
+    assert not torch.equal(pipe(PROMPT), before)
+    pipe.load_lora(tmp_path / LORA_FILE, scale=-0.5)
+    assert (pipe(PROMPT).int() - before.int()).abs().max() <= 1
+    with pytest.raises(CheckpointError, match="there is no LoRA"):
+        pipe.load_lora(tmp_path / "nowhere")

@@ -62,6 +62,12 @@ class Generate:
     """cpu, cuda or cuda:N; None takes a GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number type of the weights."""
+    offload: bool = False
+    """Keep only the part that works on the device: slower, for models that do not fit whole."""
+    lora: str | None = None
+    """A LoRA to merge first: a .safetensors file, a folder or a Hub id."""
+    lora_scale: float = 1.0
+    """Strength of the LoRA."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
@@ -87,7 +93,10 @@ def main(args: Sequence[str], *, prog: str) -> None:
         options.model,
         device=None if options.device is None else find_device(options.device),
         dtype=getattr(torch, options.dtype),
+        offload=options.offload,
     )
+    if options.lora is not None:
+        pipeline.load_lora(options.lora, scale=options.lora_scale)
     jobs = list(itertools.product(prompts, options.seed))
     videos = pipeline(
         [prompt for prompt, _ in jobs],

@@ -21,6 +21,7 @@ from apt.kernels.backends import (
 from apt.kernels.modulated_norm import modulated_norm
 from apt.kernels.perturbed_batch import perturbed_batch
 from apt.kernels.qk_norm_rope import qk_norm_rope
+from apt.kernels.query_pooling import query_pooling
 from apt.kernels.residual_modulated_norm import residual_modulated_norm
 from apt.kernels.timesteps import sample_shifted_timesteps
 
@@ -36,6 +37,7 @@ __all__ = [
     "modulated_norm",
     "perturbed_batch",
     "qk_norm_rope",
+    "query_pooling",
     "residual_modulated_norm",
     "sample_shifted_timesteps",
 ]

@@ -25,8 +25,9 @@ OPS = {
     "modulated_norm": ("reference", "triton"),
     "residual_modulated_norm": ("reference", "triton"),
     "qk_norm_rope": ("reference",),
-    "sample_shifted_timesteps": ("reference",),
-    "perturbed_batch": ("reference",),
+    "sample_shifted_timesteps": ("reference", "triton"),
+    "perturbed_batch": ("reference", "triton"),
+    "query_pooling": ("reference",),
 }
 BACKENDS = ("reference", "triton")
 

@@ -1,16 +1,26 @@
 """The discriminator's batch under the approximated R1 penalty (APT Eq. 9).
 
-[ x_real | x_real + sigma * eps | x_fake ],   eps ~ N(0, I)
+    [ x_real | x_real + sigma * eps | x_fake ],   eps ~ N(0, I)
+
+The noise is made where it is added: each input is read once and each output written once, B + F
+samples in and B + P + F out. What it is depends on the key, the global index of the sample and the
+index of the element alone, so an activation that is computed again gets the same noise.
+
+Shapes: B real samples, P of them perturbed, F generated samples.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from apt import philox
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
-from apt.rng import sample_noise
+from apt.kernels.draws import check_draw, philox_key
 
 
 def perturbed_batch(
@@ -27,7 +37,8 @@ def perturbed_batch(
 ) -> Tensor:
     """Lay out real, perturbed and generated samples in one buffer.
 
-    Gradients reach x_real through both of its copies, and x_fake.
+    Gradients reach x_real through both of its copies, and x_fake. The op is linear, so it may be
+    differentiated any number of times with either backend.
 
     Args:
         x_real: (B, ...) real latents.
@@ -37,37 +48,104 @@ def perturbed_batch(
         offset: global index of the first real sample, so that the noise of a sample does not
             depend on ranks or splits.
         num_perturbed: P, how many of the first real samples get a perturbed copy; None for all B.
-        backend: None chooses; "reference" draws the noise on the CPU.
+        backend: "triton", the kernel: fp16, bf16 and fp32; "reference", plain torch, which holds
+            the noise: fp64 too. The same values bit for bit. None chooses: the kernel on CUDA
+            tensors that it can take, else the reference. Inputs that are not contiguous are copied.
 
     Returns:
-        (B + P + F, ...) in the dtype of x_real; the perturbed copy is rounded once, from fp32.
+        (B + P + F, ...) in the dtype of x_real, contiguous; the perturbed copy is rounded once,
+        from fp32 (sigma * eps and the sum), or fp64 for fp64 inputs.
 
     Raises:
-        InputError: inputs that do not fit each other, P outside [0, B], a negative sigma, an
-            unknown backend.
+        InputError: inputs that do not fit each other or are not floating point, P outside [0, B],
+            sigma negative or not finite, a key beyond 64 bits, an unknown backend, or one that
+            cannot run.
     """
-    resolve_backend("perturbed_batch", backend)
-    if x_real.shape[1:] != x_fake.shape[1:] or x_real.dtype != x_fake.dtype:
+    op = "perturbed_batch"
+    if (
+        0 in (x_real.ndim, x_fake.ndim)
+        or x_real.shape[1:] != x_fake.shape[1:]
+        or (x_real.dtype, x_real.device) != (x_fake.dtype, x_fake.device)
+        or not x_real.is_floating_point()
+    ):
         raise InputError(
-            "perturbed_batch: x_real and x_fake must agree in sample shape and dtype, got "
-            f"{tuple(x_real.shape)} {x_real.dtype} and {tuple(x_fake.shape)} {x_fake.dtype}"
+            f"{op}: x_real and x_fake must be floating point and agree in sample shape, dtype and "
+            f"device, got {_describe(x_real)} and {_describe(x_fake)}"
         )
-    if not sigma >= 0:
-        raise InputError(f"perturbed_batch: sigma must be at least 0, got {sigma}")
-    count = x_real.shape[0] if num_perturbed is None else num_perturbed
-    if not 0 <= count <= x_real.shape[0]:
-        raise InputError(
-            f"perturbed_batch: num_perturbed must be in [0, {x_real.shape[0]}], got {count}"
-        )
-    noise = sample_noise(
-        count,
-        x_real.shape[1:],
-        seed=seed,
-        step=step,
-        offset=offset,
-        stream=stream,
-        device=x_real.device,
-        dtype=torch.promote_types(x_real.dtype, torch.float32),
-    )
-    perturbed = torch.add(x_real[:count], noise, alpha=sigma).to(x_real.dtype)
-    return torch.cat((x_real, perturbed, x_fake))
+    if not 0 <= sigma < math.inf:
+        raise InputError(f"{op}: sigma must be at least 0 and finite, got {sigma}")
+    num_real = x_real.shape[0]
+    count = num_real if num_perturbed is None else num_perturbed
+    if not 0 <= count <= num_real:
+        raise InputError(f"{op}: num_perturbed must be in [0, {num_real}], got {count}")
+    check_draw(op, seed, step, offset, num_real)
+    chosen = resolve_backend(op, backend, (x_real, x_fake))
+    return perturbed_batch_op(x_real, x_fake, sigma, count, seed, step, offset, stream, chosen)
+
+
+# The reference is in an op as well: a compiler that saw into it would fuse its roundings.
+@torch.library.custom_op("apt::perturbed_batch", mutates_args=())
+def perturbed_batch_op(
+    x_real: Tensor,
+    x_fake: Tensor,
+    sigma: float,
+    num_perturbed: int,
+    seed: int,
+    step: int,
+    offset: int,
+    stream: str,
+    backend: str,
+) -> Tensor:
+    key = philox_key(seed, step, stream)
+    if backend == "triton":
+        from apt.kernels._triton import sampling
+
+        return sampling.perturbed_batch(x_real, x_fake, sigma, num_perturbed, key=key, first=offset)
+    noisy = x_real[:num_perturbed]
+    size = math.prod(x_real.shape[1:])
+    noise = philox.normal(key, num_perturbed, size, first=offset, device=x_real.device)
+    noise = noise.view(noisy.shape).to(torch.promote_types(x_real.dtype, torch.float32))
+    perturbed = noise.mul_(sigma).add_(noisy)
+    return torch.cat((x_real, perturbed.to(x_real.dtype), x_fake))
+
+
+@perturbed_batch_op.register_fake
+def _(
+    x_real: Tensor,
+    x_fake: Tensor,
+    sigma: float,
+    num_perturbed: int,
+    seed: int,
+    step: int,
+    offset: int,
+    stream: str,
+    backend: str,
+) -> Tensor:
+    return x_real.new_empty(x_real.shape[0] + num_perturbed + x_fake.shape[0], *x_real.shape[1:])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_real, _, _, num_perturbed, *_ = inputs
+    ctx.num_real, ctx.num_perturbed = x_real.shape[0], num_perturbed
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """In torch: a view, and a sum, which for P = B moves no more bytes than a kernel would."""
+    num_real, num_perturbed = ctx.num_real, ctx.num_perturbed
+    grad_real = grad_fake = None
+    if ctx.needs_input_grad[0]:
+        grad_real = grad[:num_real]
+        if num_perturbed:
+            both = grad[:num_perturbed] + grad[num_real : num_real + num_perturbed]
+            rest = grad_real[num_perturbed:]
+            grad_real = torch.cat((both, rest)) if num_perturbed < num_real else both
+    if ctx.needs_input_grad[1]:
+        grad_fake = grad[num_real + num_perturbed :]
+    return (grad_real, grad_fake, *[None] * 7)
+
+
+perturbed_batch_op.register_autograd(_backward, setup_context=_save)
+
+
+def _describe(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"

@@ -37,6 +37,9 @@ class DiffusersCodecConfig:
         latents_mean, latents_std: statistics of the raw latents, one value per channel.
         temporal_compression: frames per latent frame after the first.
         spatial_compression: pixels per latent along height and width.
+        tiling: work on overlapping tiles of large pictures, in less memory; their seams are
+            blended, so results differ a little.
+        slicing: work on one sample of a batch at a time, in less memory.
     """
 
     class_name: str
@@ -48,6 +51,8 @@ class DiffusersCodecConfig:
     latents_std: tuple[float, ...] | None = None
     temporal_compression: int | None = None
     spatial_compression: int | None = None
+    tiling: bool = False
+    slicing: bool = False
 
     def build(self) -> DiffusersCodec:
         """Load the weights, downloading what is not in the Hub's cache."""
@@ -79,6 +84,14 @@ class DiffusersCodec(nn.Module):
             )
         self.config = config
         self.vae = load_complete(vae_class, folder, dtype=torch_dtype(config.dtype))
+        for wanted, switch in (
+            (config.tiling, "enable_tiling"),
+            (config.slicing, "enable_slicing"),
+        ):
+            if wanted and not hasattr(self.vae, switch):
+                raise ConfigError(f"{config.class_name} has no {switch.removeprefix('enable_')}")
+            if wanted:
+                getattr(self.vae, switch)()
         self.channels = int(self._required("latent channels", "latent_channels", "z_dim"))
         # Temporal autoencoders of the SVD kind have a temporal decoder over an image encoder
         self._is_video = any(isinstance(part, nn.Conv3d) for part in self.vae.encoder.modules())

@@ -8,17 +8,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from apt.errors import ConfigError
-from apt.kernels import attention
+from apt.kernels import query_pooling
 from apt.models.registry import HEADS
 
 _HEAD_DIM = 64
+_NORM_EPS = 1e-6
 
 
 @HEADS.register("attention")
 class AttentionHead(nn.Module):
     """Cross-attention-only block: one learnable query attends to all visual tokens.
 
-    APT Sec. 3.3. Tokens (B, L, D) to features (B, D).
+    APT Sec. 3.3. Tokens (B, L, D) to features (B, D). The keys have no bias: softmax takes no
+    notice of what is added to all of them, so it would never train.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -29,18 +31,25 @@ class AttentionHead(nn.Module):
                 f"hidden size {hidden_size} does not split into {self.num_heads} heads"
             )
         self.query = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
-        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm = nn.RMSNorm(hidden_size, eps=_NORM_EPS)
         self.to_query = nn.Linear(hidden_size, hidden_size)
-        self.to_key_value = nn.Linear(hidden_size, 2 * hidden_size)
+        self.to_key = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_value = nn.Linear(hidden_size, hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Features (B, D) of tokens (B, L, D); attention does not need the grid."""
-        query = self.query.expand(tokens.shape[0], 1, -1)
-        q = self.to_query(query).unflatten(-1, (self.num_heads, -1))
-        key_value = self.to_key_value(self.norm(tokens)).unflatten(-1, (2, self.num_heads, -1))
-        k, v = key_value.unbind(dim=2)
-        return (query + self.out(attention(q, k, v).flatten(2)))[:, 0]
+        attended = query_pooling(
+            tokens,
+            self.to_query(self.query),
+            self.to_key.weight,
+            self.to_value.weight,
+            self.to_value.bias,
+            num_heads=self.num_heads,
+            norm_weight=self.norm.weight,
+            eps=_NORM_EPS,
+        )
+        return self.query + self.out(attended)
 
 
 @HEADS.register("conv3d")
@@ -53,7 +62,7 @@ class Conv3DHead(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         width = max(hidden_size // 4, 1)
-        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm = nn.RMSNorm(hidden_size, eps=_NORM_EPS)
         self.reduce = nn.Linear(hidden_size, width)
         self.conv = nn.Conv3d(width, width, kernel_size=3, padding=1)
         self.out = nn.Linear(width, hidden_size)

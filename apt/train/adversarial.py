@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from apt.models.bundle import ModelBundle, load_backbone
 from apt.models.conditions import TextCondition
 from apt.models.discriminator import Discriminator
 from apt.models.generator import generate
+from apt.train.adapters import add_adapters
 from apt.train.config import AdversarialConfig, TrainConfig
 from apt.train.networks import make_trained, require_source
 from apt.train.parallel import Parallel
@@ -47,6 +48,8 @@ class Adversarial(Stage):
         torch.manual_seed(config.seed)
         discriminator = Discriminator(backbone, head=stage.head, layers=stage.layers or None)
         backbone.set_checkpointing(config.activation_checkpointing)
+        if config.lora.discriminator:
+            add_adapters(backbone, config.lora, seed=config.seed)
         if stage.freeze_discriminator_backbone:
             discriminator.requires_grad_(False)
             for parameter in discriminator.head_parameters():
@@ -70,6 +73,11 @@ class Adversarial(Stage):
                 ema_decay=None,
             ),
         }
+
+    @property
+    def judge(self) -> Discriminator:
+        """D itself."""
+        return cast("Discriminator", self.trained["discriminator"].module)
 
     def update(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
         metrics = self.discriminator_step(batches, update)
@@ -127,9 +135,8 @@ class Adversarial(Stage):
             groups["mismatched"] = (chosen + 1) % num
             x = torch.cat([x, x_real[chosen]])
 
-        output = self.trained["discriminator"].module(x, t, c, rows=torch.cat([*groups.values()]))
-        sizes = [len(group) for group in groups.values()]
-        logits = dict(zip(groups, output.logits.split(sizes), strict=True))
+        output = self.judge.forward_groups(x, t, c, groups)
+        logits = {name: judged.logits for name, judged in output.items()}
 
         adversarial = self.objective.discriminator(logits["real"], logits["fake"])
         terms: dict[str, Tensor] = {}
@@ -178,20 +185,18 @@ class Adversarial(Stage):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch; real samples are judged too if a term compares with them."""
         matching = self.penalties.get("feature_matching")
-        x, rows = x_fake, None
-        num = len(batch.captions)
+        rows = torch.arange(len(batch.captions), device=x_fake.device)
+        x, groups = x_fake, {"fake": rows}
         if matching or self.objective.needs_real:
-            x = torch.cat([x_fake, batch.x])
-            rows = torch.arange(num, device=x.device).repeat(2)
-        output = self.trained["discriminator"].module(x, t, c, rows=rows)
-        logits_fake, logits_real = output.logits[:num], output.logits[num:]
+            x, groups = torch.cat([x_fake, batch.x]), {"fake": rows, "real": rows}
+        output = self.judge.forward_groups(x, t, c, groups)
         adversarial = self.objective.generator(
-            logits_fake, logits_real if self.objective.needs_real else None
+            output["fake"].logits, output["real"].logits if self.objective.needs_real else None
         )
         log = {"generator/loss": adversarial}
         if not matching:
             return adversarial, log
-        distance = matching([f[:num] for f in output.features], [f[num:] for f in output.features])
+        distance = matching(output["fake"].features, output["real"].features)
         return adversarial + distance, {**log, "generator/feature_matching": distance}
 
     def fake(self, batch: MicroBatch, c: TextCondition, update: int, stream: str) -> Tensor:

@@ -13,8 +13,8 @@ from apt.models.conditions import TextCondition
 from apt.models.registry import CODECS, TEXT_ENCODERS, Buildable
 from apt.registry import Registry, replace_typed
 
-# Where a part is computed, not what it computes.
-_FREE_OPTIONS = ("dtype",)
+# How a part computes, not what.
+_FREE_OPTIONS = ("dtype", "tiling", "slicing")
 
 
 def cached_codec(cache: LatentFolder, part: ComponentInfo) -> CachedCodec:

@@ -68,6 +68,33 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Train low-rank adapters in place of the weights (Hu et al. 2022; needs peft).
+
+    The finished model has them merged in, and holds them alone in
+    `pytorch_lora_weights.safetensors` too.
+
+    Attributes:
+        rank: of the change of each weight; 0 trains the weights themselves.
+        alpha: the change is scaled by alpha over rank; 0 is the rank, a scale of 1.
+        targets: ends of the names of linear layers, such as "attn1.to_q"; empty takes all in the
+            blocks.
+        discriminator: D's backbone gets adapters as well; its heads train in full.
+    """
+
+    rank: int = 0
+    alpha: int = 0
+    targets: tuple[str, ...] = ()
+    discriminator: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.alpha < 0:
+            raise ConfigError(
+                f"lora.rank and lora.alpha must not be negative, got {self.rank} and {self.alpha}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """How weights move.
 
@@ -199,8 +226,8 @@ class TrainConfig:
         name: of the recipe; goes into logs and model folders.
         run_dir: where checkpoints, logs, samples and the finished model go.
         stage: what is trained and how; its type is the stage.
-        model, data, optimizer, monitor: see there. Generator and discriminator have one optimizer
-            config, as in the paper, but for D's own learning rate if the stage gives one.
+        model, data, optimizer, lora, monitor: see there. Generator and discriminator have one
+            optimizer config, as in the paper, but for D's own learning rate if the stage gives one.
         seed: of everything random.
         num_updates: updates of the (generator's) weights.
         batch_size: samples per update over all ranks and accumulation steps.
@@ -223,6 +250,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     seed: int = 0
     num_updates: int = 1000
@@ -246,5 +274,10 @@ class TrainConfig:
         for name in ("micro_batch_size", "sample_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.lora.rank and isinstance(self.stage, PretrainConfig):
+            raise ConfigError(
+                "lora.rank is for later stages: pre-training starts from random weights, which "
+                "adapters would leave as they are"
+            )
         if self.optimizer.learning_rate <= 0:
             raise ConfigError(f"learning_rate must be positive, got {self.optimizer.learning_rate}")

@@ -30,10 +30,12 @@ class Distill(Stage):
             cfg_scale=stage.cfg_scale,
             shift=stage.timestep_shift,
         )
-        teacher, target = frozen_copy(start.backbone), frozen_copy(start.backbone)
+        teacher = frozen_copy(start.backbone)
+        network = denoiser(start, config, with_text=False)
+        target = frozen_copy(start.backbone)  # after the network got its adapters, if any
+        target.backbone.set_checkpointing(False)
         self.teacher = place(teacher, teacher.backbone.block_list(), parallel)
         self.target = place(target, target.backbone.block_list(), parallel)
-        network = denoiser(start, config, with_text=False)
         self.trained = {
             "generator": make_trained(
                 network,

@@ -24,9 +24,10 @@ class EMA:
     """Keeps `ema = decay * ema + (1 - decay) * weights` beside a module.
 
     Floating-point parameters are averaged in fp32 whatever their own dtype; persistent buffers
-    and integer tensors are copied as they are. The first value is the module's current one. Under
-    FSDP2 every rank averages its own shard, so nothing is communicated and the result is the one
-    of a single process.
+    and integer tensors are copied as they are; parameters that do not train are left out, as their
+    average would be the same in twice the memory. The first value is the module's current one.
+    Under FSDP2 every rank averages its own shard, so nothing is communicated and the result is the
+    one of a single process.
 
     Args:
         module: the module to follow; sharding, if any, must already be done.
@@ -43,10 +44,16 @@ class EMA:
         self._average = get_ema_multi_avg_fn(decay)
         buffers = {name for name, _ in module.named_buffers()}
         state = model_state(module)
-        self._averaged = [k for k, v in state.items() if k not in buffers and v.is_floating_point()]
+        frozen = {
+            name
+            for name, value in module.state_dict(keep_vars=True).items()
+            if isinstance(value, nn.Parameter) and not value.requires_grad
+        }
+        kept = {k: v for k, v in state.items() if k not in frozen}
+        self._averaged = [k for k, v in kept.items() if k not in buffers and v.is_floating_point()]
         names = set(self._averaged)
         self._shadow = {
-            k: v.to(torch.float32, copy=True) if k in names else v.clone() for k, v in state.items()
+            k: v.to(torch.float32 if k in names else v.dtype, copy=True) for k, v in kept.items()
         }
 
     @torch.no_grad()
@@ -56,13 +63,14 @@ class EMA:
         shadows = [_local(self._shadow[k]) for k in self._averaged]
         weights = [_local(state[k]).to(torch.float32) for k in self._averaged]
         self._average(shadows, weights, None)
-        averaged = set(self._averaged)
-        for name, value in state.items():
-            if name not in averaged:
-                self._shadow[name].copy_(value)
+        for name in self._shadow.keys() - set(self._averaged):
+            self._shadow[name].copy_(state[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averaged tensors by name (live: loading into them in place restores)."""
+        """The averaged tensors by name (live: loading into them in place restores).
+
+        What does not train is not among them; the module has it.
+        """
         return dict(self._shadow)
 
     @torch.no_grad()
@@ -88,17 +96,20 @@ class EMA:
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
         """Write the average into `module`, cast to the module's own dtypes."""
-        for name, value in model_state(module).items():
-            value.copy_(self._shadow[name])
+        state = model_state(module)
+        for name, value in self._shadow.items():
+            state[name].copy_(value)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Let `module` carry the average inside the `with` block; its weights come back."""
-        kept = {name: value.clone() for name, value in model_state(module).items()}
+        state = model_state(module)
+        kept = {name: state[name].clone() for name in self._shadow}
         self.copy_to(module)
         try:
             yield
         finally:
+            state = model_state(module)
             with torch.no_grad():
-                for name, value in model_state(module).items():
-                    value.copy_(kept[name])
+                for name, value in kept.items():
+                    state[name].copy_(value)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from apt.hub import SampleInfo, SamplingInfo
 from apt.hub import Stage as StageName
 from apt.models.bundle import ModelBundle, save_pretrained
+from apt.models.lora import LoRA, merge_lora, save_lora
 from apt.models.protocols import TextEncoder
 from apt.models.registry import create_model, create_text_encoder
+from apt.train.adapters import split_adapters
 from apt.train.config import AdversarialConfig, DistillConfig, StageConfig, TrainConfig
 from apt.train.networks import gather
 from apt.train.parallel import Parallel
@@ -40,21 +42,25 @@ def export(
 
     Args:
         stage: whose generator it is.
-        folder: where to.
+        folder: where to. Adapters are merged into the weights, and written by themselves too.
         updates: done so far, for the record.
         weights: "ema" or "raw".
         dtype: of the weights in the file; None keeps fp32.
     """
     trained = stage.generator
     assert trained.ema is not None
-    state = trained.ema.state_dict() if weights == "ema" else model_state(trained.module)
+    state = model_state(trained.module)
+    if weights == "ema":
+        state |= trained.ema.state_dict()
     whole = gather(state)
     if not parallel.is_main:
         return
     start = stage.start
     backbone = create_model(start.info.model.architecture, **start.info.model.config)
     assert isinstance(backbone, nn.Module)
-    backbone.load_state_dict(_part(whole, "backbone."))
+    weights_of, adapters = split_adapters(_part(whole, "backbone."), stage.config.lora)
+    backbone.load_state_dict(weights_of)
+    merge_lora(backbone, LoRA(adapters, {}))
     text_encoder: TextEncoder = start.text_encoder
     text_state = _part(whole, "text_encoder.")
     if text_state:
@@ -75,6 +81,8 @@ def export(
     bundle = ModelBundle(backbone, text_encoder, start.codec, info)
     external = start.info.text_encoder.weights is None and not text_state
     save_pretrained(folder, bundle, dtype=dtype, external_text_encoder=external)
+    if adapters:
+        save_lora(folder, adapters)
 
 
 def provenance(

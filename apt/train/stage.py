@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from apt.models.bundle import ModelBundle
 from apt.models.conditions import TextCondition
 from apt.rng import sample_noise, sample_uniform
+from apt.train.adapters import add_adapters
 from apt.train.config import TrainConfig
 from apt.train.networks import Denoiser, Trained
 from apt.train.parallel import Parallel
@@ -99,8 +100,9 @@ class Stage(ABC):
 
 
 def denoiser(start: ModelBundle, config: TrainConfig, *, with_text: bool) -> Denoiser:
-    """The generator's networks, with activation checkpointing as configured."""
+    """The generator's networks, with activation checkpointing and adapters as configured."""
     start.backbone.set_checkpointing(config.activation_checkpointing)
+    add_adapters(start.backbone, config.lora, seed=config.seed)
     text = start.text_encoder if with_text else None
     assert text is None or isinstance(text, nn.Module)
     return Denoiser(start.backbone, text)

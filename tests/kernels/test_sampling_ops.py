@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.errors import InputError
@@ -13,6 +13,7 @@ from apt.kernels import perturbed_batch, sample_shifted_timesteps
 KEY = {"seed": 3, "step": 5, "offset": 0}
 
 
+@settings(deadline=None)
 @given(st.floats(0.05, 50))
 def test_shift_follows_eq_7(shift):
     u = sample_shifted_timesteps(6, shift=1, **KEY).double()
@@ -30,6 +31,14 @@ def test_timesteps_have_the_shifted_distribution():
     steps = torch.linspace(0, 1, 4001, dtype=torch.float64)
     distance = torch.maximum((sorted_u - steps[:-1]).abs(), (sorted_u - steps[1:]).abs()).max()
     assert distance < 1.63 / 4000**0.5  # Kolmogorov-Smirnov at 1 %
+
+
+def test_draws_are_the_same_for_ever():
+    key = {"seed": 0, "step": 5, "offset": 8}
+    t = sample_shifted_timesteps(3, shift=12, **key)
+    assert t.tolist() == [0.9675341844558716, 0.9884034991264343, 0.24135856330394745]
+    noise = perturbed_batch(torch.zeros(1, 3), torch.zeros(0, 3), 1.0, **key)[1]
+    assert noise.tolist() == [-1.431465983390808, -1.5098768472671509, 0.06745760887861252]
 
 
 def test_timesteps_do_not_depend_on_splits():
@@ -108,6 +117,12 @@ def test_half_precision_is_rounded_once():
         ({"num_perturbed": -1}, "num_perturbed"),
         ({"x_fake": torch.zeros(3, 5)}, "agree in sample shape"),
         ({"x_fake": torch.zeros(3, 4, dtype=torch.float64)}, "dtype"),
+        ({"x_fake": torch.zeros(3, 4, device="meta")}, "device"),
+        ({"x_real": torch.zeros(3, 4).int(), "x_fake": torch.zeros(3, 4).int()}, "floating point"),
+        ({"x_real": torch.zeros(3), "x_fake": torch.zeros(())}, "agree in sample shape"),
+        ({"sigma": float("inf")}, "finite"),
+        ({"offset": -1}, "offset must be"),
+        ({"seed": 2**63}, "seed must fit"),
         ({"backend": "fused"}, "no backend 'fused'"),
     ],
 )
@@ -117,9 +132,19 @@ def test_bad_batches_are_refused(change, message):
         perturbed_batch(**(given_ | change))
 
 
-@pytest.mark.parametrize("shift", [0, -1.0, float("nan")])
-def test_bad_shifts_are_refused(shift):
-    with pytest.raises(InputError, match="shift must be above 0"):
-        sample_shifted_timesteps(2, shift=shift, **KEY)
-    with pytest.raises(InputError, match="no backend"):
-        sample_shifted_timesteps(2, shift=1.0, backend="fused", **KEY)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shift": 0}, "shift must be above 0"),
+        ({"shift": -1.0}, "shift must be above 0"),
+        ({"shift": float("nan")}, "shift must be above 0"),
+        ({"shift": float("inf")}, "finite"),
+        ({"num": -1}, "num must be"),
+        ({"step": -(2**63) - 1}, "step must fit"),
+        ({"offset": 2**63}, "offset must be"),
+        ({"backend": "fused"}, "no backend 'fused'"),
+    ],
+)
+def test_bad_draws_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        sample_shifted_timesteps(**({"num": 2, "shift": 1.0} | KEY | change))

@@ -278,3 +278,20 @@ def test_registered_configs():
     for name in ("wan_vae", "kl_vae"):
         assert isinstance(CODECS.get(name)(), DiffusersCodecConfig)
         assert CODECS.summary(name)
+
+
+def test_tiles_and_slices_are_the_whole_where_it_is_one_tile(folders, wan):
+    x = video(5)
+    options = {"repo": str(folders / "wan"), "slicing": True, "tiling": True}
+    thrifty = create_codec("wan_vae", **options)
+    assert thrifty.vae.use_tiling and thrifty.vae.use_slicing
+    torch.testing.assert_close(thrifty.encode(x), wan.encode(x))
+    assert not wan.vae.use_tiling and not wan.vae.use_slicing
+
+
+def test_tiles_really_cut(folders, wan):
+    x = video(1, height=512, width=512, batch=1)
+    thrifty = create_codec("wan_vae", repo=str(folders / "wan"), tiling=True)
+    whole, tiled = wan.encode(x), thrifty.encode(x)
+    assert whole.shape == tiled.shape
+    assert not torch.equal(whole, tiled)

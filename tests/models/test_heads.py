@@ -55,7 +55,7 @@ def test_attention_head_written_out(hidden_size: int) -> None:
     x = tokens(1, hidden_size)
     normed = head.norm(x[0])
     query = head.to_query(head.query)
-    keys, values = head.to_key_value(normed).split(hidden_size, dim=1)
+    keys, values = head.to_key(normed), head.to_value(normed)
     size = hidden_size // head.num_heads
     parts = []
     for i in range(0, hidden_size, size):

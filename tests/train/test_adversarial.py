@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt.errors import ConfigError, InputError
-from apt.flow import shift_timesteps
 from apt.hub import TEXT_ENCODER_FILE
+from apt.kernels import perturbed_batch, sample_shifted_timesteps
 from apt.models import TextCondition
 from apt.models.bundle import load_pretrained, save_pretrained
 from apt.models.discriminator import Discriminator
-from apt.rng import sample_noise, sample_uniform
+from apt.rng import sample_noise
 from apt.train.adversarial import Adversarial
 from apt.train.config import AdversarialConfig
 from apt.train.networks import initial_bundle
@@ -50,6 +50,11 @@ def noise(stream: str) -> Tensor:
     return sample_noise(len(CAPTIONS), LATENT_SHAPE, **key(stream))
 
 
+def perturbation() -> Tensor:
+    zeros = torch.zeros(len(CAPTIONS), *LATENT_SHAPE)
+    return perturbed_batch(zeros, zeros[:0], 1.0, **key("perturbation"))[len(CAPTIONS) :]
+
+
 class Oracle:
     """The paper's equations from separate forwards of D, each with its own timesteps."""
 
@@ -64,7 +69,7 @@ class Oracle:
 
     @staticmethod
     def timesteps(stream: str, shift: float) -> Tensor:
-        return shift_timesteps(sample_uniform(len(CAPTIONS), **key(stream)), shift)
+        return sample_shifted_timesteps(len(CAPTIONS), shift=shift, **key(stream))
 
     def logits(self, x: Tensor) -> Tensor:
         return self.judge(x, self.t, self.c).logits
@@ -87,7 +92,7 @@ def test_discriminator_minimises_equation_10(tmp_path: Path) -> None:
 
     oracle = Oracle(stage, shift=4.0)
     real, fake = oracle.logits(oracle.x), oracle.logits(oracle.fake)
-    perturbed = oracle.logits(oracle.x + 0.3 * noise("perturbation"))
+    perturbed = oracle.logits(oracle.x + 0.3 * perturbation())
     gan = F.softplus(-real).mean() + F.softplus(fake).mean()
     penalty = 30.0 * (real - perturbed).square().mean()
     assert metrics["discriminator/loss"] == pytest.approx(gan.item(), rel=1e-4)
@@ -147,7 +152,7 @@ def test_discriminator_terms_one_by_one(term: str, tmp_path: Path) -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         real, fake = oracle.logits(x), oracle.logits(oracle.fake)
         if term == "approximate_r1":
-            other = oracle.logits(oracle.x + 0.3 * noise("perturbation"))
+            other = oracle.logits(oracle.x + 0.3 * perturbation())
             value = 7 * (real - other).square().mean()
         elif term == "approximate_r2":
             other = oracle.logits(oracle.fake + 0.3 * noise("perturbation/fake"))
@@ -192,7 +197,7 @@ def test_fraction_perturbs_the_first_samples(tmp_path: Path) -> None:
     metrics = stage.discriminator_step(micro_batches(first=FIRST), UPDATE)
     oracle = Oracle(stage, shift=1.0)
     real = oracle.logits(oracle.x)
-    perturbed = oracle.logits(oracle.x + 0.3 * noise("perturbation"))
+    perturbed = oracle.logits(oracle.x + 0.3 * perturbation())
     penalty = 100 * (real - perturbed)[:2].square().mean()
     assert metrics["discriminator/approximate_r1"] == pytest.approx(penalty.item(), rel=1e-3)
 

@@ -21,8 +21,9 @@ class Net(nn.Module):
 def disturb(net: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in net.state_dict().values():
-            value.copy_(10 * torch.randn(value.shape, generator=generator))
+        for name, value in net.state_dict().items():
+            if name != "frozen":
+                value.copy_(10 * torch.randn(value.shape, generator=generator))
 
 
 def test_equals_the_definition_in_fp64():
@@ -47,7 +48,8 @@ def test_equals_torch_averaged_model():
         ema.update(net)
         peer.update_parameters(net)
     for name, value in peer.module.named_parameters():
-        assert torch.equal(ema.state_dict()[name], value), name
+        if name != "frozen":
+            assert torch.equal(ema.state_dict()[name], value), name
 
 
 def test_buffers_are_copied_and_temporary_ones_left_out():
@@ -104,16 +106,29 @@ def test_state_round_trip_is_strict():
     other.load_state_dict(ema.state_dict())
     assert all(torch.equal(v, ema.state_dict()[k]) for k, v in other.state_dict().items())
     state = ema.state_dict()
-    del state["frozen"]
-    with pytest.raises(CheckpointError, match="frozen"):
+    del state["layer.bias"]
+    with pytest.raises(CheckpointError, match=r"layer\.bias"):
         other.load_state_dict(state)
-    with pytest.raises(CheckpointError, match=r"'frozen' is torch\.float32 \(3,\), expected"):
-        other.load_state_dict(state | {"frozen": torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=r"'layer\.bias' is torch\.float32 \(2,\), expected"):
+        other.load_state_dict(state | {"layer.bias": torch.zeros(2)})
     with pytest.raises(CheckpointError, match=r"torch\.float64"):
-        other.load_state_dict(state | {"frozen": torch.zeros(2, dtype=torch.float64)})
+        other.load_state_dict(state | {"layer.bias": torch.zeros(3, dtype=torch.float64)})
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan")])
 def test_decay_outside_its_range(decay: float):
     with pytest.raises(InputError, match=r"\[0, 1\]"):
         EMA(Net(), decay)
+
+
+def test_what_does_not_train_takes_no_memory_and_no_update():
+    net = Net(torch.bfloat16)
+    ema = EMA(net, 0.5)
+    assert "frozen" not in ema.state_dict()
+    before = net.frozen.clone()
+    disturb(net, 1)
+    ema.update(net)
+    with ema.applied(net):
+        assert torch.equal(net.frozen, before)
+    assert torch.equal(net.frozen, before)
+    assert ema.state_dict()["layer.weight"].dtype == torch.float32

@@ -1,0 +1,23 @@
+"""The key of a draw, as the ops that make random numbers take it."""
+
+from __future__ import annotations
+
+from apt.errors import InputError
+from apt.rng import hash_key
+
+
+def check_draw(op: str, seed: int, step: int, first: int, num: int) -> None:
+    """Raise InputError unless seed, step and the samples' global indices are 64-bit integers."""
+    for name, value in (("seed", seed), ("step", step)):
+        if not -(2**63) <= value < 2**63:
+            raise InputError(f"{op}: {name} must fit into 64 bits with its sign, got {value}")
+    if not 0 <= first <= 2**63 - 1 - num:
+        raise InputError(
+            f"{op}: offset must be the global index of a sample, in [0, 2^63), got {first}"
+        )
+
+
+def philox_key(seed: int, step: int, stream: str) -> int:
+    """64 bits, as a signed integer, which is how Triton and torch take them."""
+    key = hash_key(seed, stream, step)
+    return key - 2**64 if key >= 2**63 else key

@@ -1,0 +1,61 @@
+"""One of two ranks that count FSDP's all-gathers: python pair_gathers.py RANK FOLDER."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from apt.models import create_discriminator
+from apt.train.parallel import Parallel
+from tests.models.nets import inputs, tiny_mmdit
+
+
+class Gathers(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "allgather" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def count(logits: Callable[[], Tensor]) -> dict[str, int]:
+    with Gathers() as forward:
+        loss = logits().sum()
+    with Gathers() as backward:
+        loss.backward()
+    return {"forward": forward.count, "backward": backward.count}
+
+
+def main(rank: int, folder: Path) -> None:
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    judge = create_discriminator(tiny_mmdit())
+    Parallel(rank, 2, torch.device("cpu"), mesh).shard(judge, judge.backbone.block_list())
+    x, t, c = inputs(2)
+    key = {"seed": 0, "step": 0, "offset": 2 * rank}
+
+    def pair() -> Tensor:
+        return torch.cat([one.logits for one in judge.forward_pair(x, x, t, c, sigma=0.1, **key)])
+
+    def apart() -> Tensor:
+        return torch.cat([judge(x, t, c).logits for _ in range(3)])
+
+    found = {"blocks": judge.backbone.depth, "pair": count(pair), "apart": count(apart)}
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

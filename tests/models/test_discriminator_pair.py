@@ -1,0 +1,177 @@
+"""One pass over real, perturbed and generated samples: equal to three, and what it saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apt.errors import InputError
+from apt.kernels import perturbed_batch
+from apt.models import Discriminator, TextCondition, create_discriminator
+from apt.models.discriminator import PairOutput
+from tests.memory import peak_bytes, saved_bytes
+from tests.models.nets import POOLED_DIM, inputs, tiny_mmdit
+
+KEY: dict[str, Any] = {"seed": 3, "step": 5, "offset": 7}
+ROWS = 3  # real samples, and rows of conditions
+
+
+def tiny(head: str = "attention", **overrides: Any) -> Discriminator:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return create_discriminator(tiny_mmdit(pooled_dim=POOLED_DIM, **overrides), head=head)
+
+
+def penalised(logits: list[Tensor]) -> Tensor:
+    """A loss with gradients through all groups and both copies of the pair (APT Eq. 10)."""
+    real, perturbed, fake = logits
+    penalty = (real[: len(perturbed)] - perturbed).square().mean()
+    adversarial = nn.functional.softplus(-real).mean() + nn.functional.softplus(fake).mean()
+    return adversarial + 100 * penalty
+
+
+def gradients(judge: Discriminator, loss: Tensor, *others: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [*judge.parameters(), *others]))
+
+
+@pytest.mark.parametrize("head", ["attention", "conv3d"])
+@pytest.mark.parametrize("modulation", ["shared", "block"])
+@pytest.mark.parametrize("num_perturbed", [None, 1])
+def test_it_equals_three_calls(head, modulation, num_perturbed):
+    judge = tiny(head, modulation=modulation)
+    real, t, c = inputs(ROWS, lengths=[5, 2, 3])
+    fake = inputs(ROWS, seed=9)[0]
+    real.requires_grad_()
+    fake.requires_grad_()
+    options = KEY | {"num_perturbed": num_perturbed}
+    pair = judge.forward_pair(real, fake, t, c, sigma=0.3, **options)
+    assert isinstance(pair, PairOutput)
+
+    batch = perturbed_batch(real, fake, 0.3, **options)
+    parts = batch.split([ROWS, len(batch) - 2 * ROWS, ROWS])
+    apart = [judge(x, t[: len(x)], c.select(slice(0, len(x)))) for x in parts]
+    for ours, alone in zip(pair, apart, strict=True):
+        torch.testing.assert_close(ours.logits, alone.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.features, alone.features, rtol=1e-4, atol=1e-5)
+    found = gradients(judge, penalised([one.logits for one in pair]), real, fake)
+    expected = gradients(judge, penalised([one.logits for one in apart]), real, fake)
+    for got, want in zip(found, expected, strict=True):
+        assert ((got - want).norm() / want.norm()).item() < 1e-4
+
+
+def test_groups_by_name():
+    judge = tiny()
+    x, t, c = inputs(ROWS)
+    none = torch.zeros(0, dtype=torch.int64)
+    groups = {"b": torch.tensor([2, 0]), "none": none, "a": torch.tensor([1])}
+    found = judge.forward_groups(x, t, c, groups)
+    assert list(found) == ["b", "none", "a"] and found["none"].logits.shape == (0,)
+    expected = judge(x, t, c, rows=torch.tensor([2, 0, 1]))
+    assert torch.equal(torch.cat([one.logits for one in found.values()]), expected.logits)
+    for layer, features in enumerate(expected.features):
+        assert torch.equal(torch.cat([one.features[layer] for one in found.values()]), features)
+    with pytest.raises(InputError, match=r"'a': 1.* must add up to the 3 samples"):
+        judge.forward_groups(x, t, c, {"a": groups["a"]})
+
+
+def test_fewer_generated_samples_but_not_more():
+    judge = tiny()
+    x, t, c = inputs(ROWS)
+    pair = judge.forward_pair(x, x[:1], t, c, sigma=0.1, **KEY)
+    assert [len(one.logits) for one in pair] == [ROWS, ROWS, 1]
+    with pytest.raises(InputError, match="3 generated samples for the rows of 1"):
+        judge.forward_pair(x[:1], x, t[:1], c.select(slice(0, 1)), sigma=0.1, **KEY)
+
+
+def rows_computed(judge: Discriminator, names: list[str]) -> dict[str, int]:
+    """Counts, from now on, the rows that these layers of the backbone take."""
+    counts = dict.fromkeys(names, 0)
+
+    def count(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            counts[name] += len(args[0])
+
+        return hook
+
+    assert isinstance(judge.backbone, nn.Module)
+    for name in names:
+        judge.backbone.get_submodule(name).register_forward_pre_hook(count(name))
+    return counts
+
+
+@pytest.mark.parametrize("modulation", ["shared", "block"])
+def test_conditions_are_computed_once_for_all_groups(modulation):
+    judge = tiny(modulation=modulation)
+    names = ["time_in.linear1", "time_in.linear2", "text_in", "pooled_in.0"]
+    if modulation == "shared":
+        names.append("time_modulation")
+    else:
+        names += [f"blocks.{i}.streams.{j}.modulation" for i in range(3) for j in range(2)]
+    counts = rows_computed(judge, names)
+    tokens = rows_computed(judge, ["patch_in"])
+    x, t, c = inputs(ROWS)
+    judge.forward_pair(x, x, t, c, sigma=0.1, **KEY)
+    assert counts == dict.fromkeys(names, ROWS)
+    assert tokens == {"patch_in": 3 * ROWS}
+
+
+def repeated(c: TextCondition) -> TextCondition:
+    return c.select(torch.arange(ROWS).repeat(3))
+
+
+def test_memory_against_three_copies_of_the_conditions():
+    """Modulation is most of the difference: two more rows of it for each, in every block."""
+    judge = tiny(modulation="block", hidden_size=96, num_heads=6)
+    x, t, c = inputs(ROWS, size=(1, 2, 2), words=1)
+    copies = repeated(c)
+
+    def shared() -> Tensor:
+        pair = judge.forward_pair(x, x, t, c, sigma=0.1, **KEY)
+        return penalised([one.logits for one in pair])
+
+    def copied() -> Tensor:
+        batch = perturbed_batch(x, x, 0.1, **KEY)
+        return penalised(list(judge(batch, t.repeat(3), copies).logits.chunk(3)))
+
+    torch.testing.assert_close(shared(), copied())
+    table = 6 * 96 * 4  # bytes of a row of modulation; two streams in each of three blocks
+    extra = 2 * ROWS * 6 * table
+    weights = next(judge.parameters())
+    assert saved_bytes(copied, without=weights) - saved_bytes(shared, without=weights) > extra / 2
+    assert peak_bytes(copied) - peak_bytes(shared) > extra / 2
+
+
+def test_sharded_weights_are_gathered_once_for_all_groups(tmp_path: Path) -> None:
+    """By two ranks: once in the forward and once in the backward pass of each block."""
+    script = Path(__file__).with_name("pair_gathers.py")
+    root = Path(__file__).parents[2]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=600)
+        assert rank.returncode == 0, errors[-4000:]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        blocks = found["blocks"]
+        # The rest of D, which is one more, stays gathered from its first use on.
+        assert found["pair"] == {"forward": blocks + 1, "backward": blocks}
+        assert found["apart"] == {"forward": 3 * blocks + 1, "backward": 3 * blocks}

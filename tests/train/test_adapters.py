@@ -1,0 +1,121 @@
+"""Training through LoRA adapters: what trains, what stays, and what comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from apt.errors import ConfigError
+from apt.models.bundle import load_backbone
+from apt.models.lora import LORA_FILE, merge_lora, read_lora
+from apt.train.config import LoRAConfig, OptimizerConfig, PretrainConfig
+from apt.train.export import export
+from apt.train.stage import Stage
+from tests.train.tiny_stages import adversarial, distill, micro_batches, single, train_config
+
+pytest.importorskip("peft")
+
+FAST = OptimizerConfig(learning_rate=1e-2)
+
+
+def settings(**lora: Any) -> dict[str, Any]:
+    return {"optimizer": FAST, "lora": LoRAConfig(**{"rank": 2, "alpha": 4, **lora})}
+
+
+def snapshot(stage: Stage, name: str) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in stage.trained[name].module.state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], stage: Stage, name: str) -> set[str]:
+    after = stage.trained[name].module.state_dict()
+    return {key for key, value in before.items() if not torch.equal(value, after[key])}
+
+
+@pytest.mark.parametrize("make", [distill, adversarial])
+def test_adapters_begin_as_no_change(tmp_path: Path, make: Any) -> None:
+    plain = make(tmp_path / "plain", train={"optimizer": FAST})
+    lora = make(tmp_path / "lora", train=settings())
+    batch = micro_batches()
+    z, c = batch[0].x, plain.encode(batch[0].captions)
+    t = torch.ones(len(z))
+    with torch.no_grad():
+        expected = plain.generator.module(z, t, c)
+        assert torch.equal(lora.generator.module(z, t, c), expected)
+
+
+def test_only_adapters_train(tmp_path: Path) -> None:
+    stage = distill(tmp_path, train=settings())
+    before = snapshot(stage, "generator")
+    for update in range(2):
+        stage.update(micro_batches(), update)
+    moved = changed(before, stage, "generator")
+    assert moved and all(".lora_" in name for name in moved)
+    assert moved == {name for name in before if ".lora_" in name}
+    teacher = stage.teacher.state_dict()
+    assert not any(".lora_" in name for name in teacher)
+
+
+def test_in_the_adversarial_stage_heads_train_in_full(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, train=settings())
+    before = snapshot(stage, "discriminator")
+    for update in range(2):
+        stage.update(micro_batches(), update)
+    moved = changed(before, stage, "discriminator")
+    assert {name for name in before if not name.startswith("backbone.")} <= moved
+    inside = {name for name in moved if name.startswith("backbone.")}
+    assert inside and all(".lora_" in name for name in inside)
+
+
+def test_the_discriminator_can_train_in_full(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, train=settings(discriminator=False))
+    before = snapshot(stage, "discriminator")
+    stage.update(micro_batches(), 0)
+    assert changed(before, stage, "discriminator") == set(before)
+
+
+def test_targets_choose_layers_by_the_ends_of_their_names(tmp_path: Path) -> None:
+    stage = distill(tmp_path / "a", train=settings(targets=("qkv",)))
+    adapters = {
+        name.partition(".lora_")[0] for name in snapshot(stage, "generator") if ".lora_" in name
+    }
+    assert adapters and all(name.endswith(".qkv") for name in adapters)
+    with pytest.raises(ConfigError, match=r"to_nowhere.*qkv"):
+        distill(tmp_path / "b", train=settings(targets=("qkv", "to_nowhere")))
+    with pytest.raises(ConfigError, match="negative"):
+        LoRAConfig(rank=-1)
+    with pytest.raises(ConfigError, match="random weights"):
+        train_config(PretrainConfig(), lora=LoRAConfig(rank=1))
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_the_model_is_merged_and_the_adapters_alone_make_it_from_the_start(
+    tmp_path: Path, weights: str
+) -> None:
+    stage = distill(tmp_path, train=settings())
+    for update in range(3):
+        stage.update(micro_batches(), update)
+    export(stage, single(), tmp_path / "out", updates=3, weights=weights)
+    result, info = load_backbone(tmp_path / "out")
+    assert info.stage == "consistency"
+    start, _ = load_backbone(tmp_path / "generator")
+    assert isinstance(start, torch.nn.Module) and isinstance(result, torch.nn.Module)
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    merge_lora(start, read_lora(tmp_path / "out" / LORA_FILE, start))
+    for name, value in result.state_dict().items():
+        torch.testing.assert_close(start.state_dict()[name], value, msg=name)
+    assert any(not torch.equal(before[name], v) for name, v in result.state_dict().items())
+    batch = micro_batches()[0]
+    c, t = stage.encode(batch.captions), torch.ones(len(batch.x))
+    trained = stage.generator
+    assert trained.ema is not None
+    with torch.no_grad():
+        if weights == "ema":
+            with trained.ema.applied(trained.module):
+                expected = trained.module(batch.x, t, c)
+        else:
+            expected = trained.module(batch.x, t, c)
+        torch.testing.assert_close(result(batch.x, t, c), expected, rtol=1e-4, atol=1e-4)
