@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.bench.ceilings import Ceilings
+from apt.bench.machine import describe_machine
 from apt.bench.records import Measurement, first_line
 from apt.bench.split import Split, profile_split
 from apt.bench.timing import Clock, Work, median, time_interleaved
@@ -125,6 +126,7 @@ def default_variants(device: torch.device) -> list[Variant]:
         Variant(kernels="auto", attention="_native_cudnn", mode="graph"),
         Variant(kernels="reference", attention="_native_cudnn", mode="graph"),
         Variant(kernels="reference", attention="_native_cudnn", mode="compile"),
+        Variant(kernels="auto", attention="_native_cudnn", mode="compile"),
         Variant(kernels="auto", attention="_flash_3", mode="graph"),
     ]
 
@@ -133,14 +135,14 @@ class RandomNetwork:
     """A backbone with random weights, and random inputs that fit it."""
 
     def __init__(self, workload: Workload, device: torch.device, *, seed: int = 0) -> None:
+        """Raises InputError if the weights alone do not fit into the device's memory."""
         self.workload, self.device, self.dtype = workload, device, DTYPES[workload.dtype]
         self.cost = workload.cost()
+        check_memory(workload, device)
         torch.manual_seed(seed)
-        with device:
-            self.backbone: Backbone = create_model(workload.model)
+        self.backbone = build(workload.model, device, self.dtype)
         module = cast(nn.Module, self.backbone).eval().requires_grad_(False)
         fill_zeros(module)
-        module.to(self.dtype)
         self.inputs = self._draw_inputs(torch.Generator(device).manual_seed(seed))
 
     def __call__(self) -> Tensor:
@@ -156,6 +158,32 @@ class RandomNetwork:
         pooled = normal(w.batch, config.pooled_dim) if config.pooled_dim else None
         text = TextCondition(normal(w.batch, w.text_tokens, config.text_dim), None, pooled)
         return x, torch.ones(w.batch, device=self.device), text
+
+
+def build(model: str, device: torch.device, dtype: torch.dtype) -> Backbone:
+    """A registered model whose weights are made on the device and in the type that they stay in.
+
+    8 B parameters that began in fp32 would need twice the memory.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return create_model(model)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def check_memory(workload: Workload, device: torch.device) -> None:
+    """Raise InputError unless the weights fit into the memory of a device."""
+    module = cast(nn.Module, build(workload.model, torch.device("meta"), DTYPES[workload.dtype]))
+    needed = sum(p.numel() * p.element_size() for p in module.parameters())
+    there = describe_machine(device).memory_gb * 2**30
+    if needed > there:
+        raise InputError(
+            f"the weights of {workload.model} take {needed / 2**30:.0f} GB in {workload.dtype}, "
+            f"{device.type} has {there / 2**30:.0f} GB; `bench dit --floor --gpu NAME` estimates"
+        )
 
 
 def fill_zeros(module: nn.Module) -> None:

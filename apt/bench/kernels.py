@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from apt.bench.ceilings import Ceilings
-from apt.bench.ops import Function, Inputs, Op, Outputs, Random, exact_inputs, variants_of
+from apt.bench.inputs import Inputs, Random, copies, exact
+from apt.bench.ops import Function, Op, Outputs, variants_of
 from apt.bench.records import Measurement, Status, first_line
 from apt.bench.shapes import Shape
 from apt.bench.timing import Clock, Work, median, time_interleaved
@@ -43,10 +44,10 @@ class OpCase:
 
 
 def cases_of(op: Op, shape: Shape, dtype: torch.dtype | None = None) -> list[OpCase]:
-    """Forward, and backward if the op has one; dtype None is that of the shape's models."""
+    """Forward, and backward if the op has one; dtype None is that of the op or the shape."""
     directions: list[Direction] = ["forward", "backward"] if op.gradients else ["forward"]
     return [
-        OpCase(op=op, shape=shape, dtype=dtype or shape.dtype, direction=direction)
+        OpCase(op=op, shape=shape, dtype=dtype or op.dtype or shape.dtype, direction=direction)
         for direction in directions
     ]
 
@@ -97,9 +98,11 @@ def measure_op(
         )
     functions = {
         name: function
-        for name, function in _functions(case.op, device).items()
+        for name, function in _functions(case.op).items()
         if only is None or name in only
     }
+    if "triton" in functions and device.type != "cuda":
+        functions["triton"] = _refuse("needs a CUDA GPU; the interpreter's time says nothing")
     generator = torch.Generator(device).manual_seed(seed)
     checks = _check(case, functions, generator)
     inputs = _draw(case, case.shape, generator)
@@ -145,17 +148,14 @@ class Check:
 def check_op(
     case: OpCase, *, device: torch.device, only: Collection[str] | None = None, seed: int = 0
 ) -> dict[str, Check]:
-    """Each variant against fp64, without timing it."""
-    functions = _functions(case.op, device)
+    """Each variant against fp64, without timing it; on a CPU, Triton in its interpreter."""
+    functions = _functions(case.op)
     chosen = {name: f for name, f in functions.items() if only is None or name in only}
     return _check(case, chosen, torch.Generator(device).manual_seed(seed))
 
 
-def _functions(op: Op, device: torch.device) -> dict[str, Function]:
+def _functions(op: Op) -> dict[str, Function]:
     functions = variants_of(op)
-    for name in functions:
-        if name == "triton" and device.type != "cuda":
-            functions[name] = _refuse("needs a CUDA GPU; the interpreter's time says nothing")
     if op.compiled:
         # fullgraph: a time of half a graph would be nobody's
         functions[COMPILE] = torch.compile(
@@ -185,7 +185,7 @@ def _check(
     """Outputs or gradients within twice the same-dtype reference's error against fp64."""
     op, limit = case.op, case.op.check_tokens or case.shape.tokens
     inputs = _draw(case, replace(case.shape, tokens=min(limit, case.shape.tokens)), generator)
-    exact_results = _results(case, lambda i: op.call(i, op.exact), exact_inputs(inputs))
+    exact_results = _results(case, lambda i: op.call(i, op.exact), exact(inputs))
     reference = _errors(_results(case, lambda i: op.call(i, op.exact), inputs), exact_results)
     eps = torch.finfo(case.dtype).eps
     checks = {}
@@ -217,6 +217,8 @@ def _check(
 
 def _results(case: OpCase, function: Function, inputs: Inputs) -> dict[str, Tensor]:
     """Outputs, or gradients, by name."""
+    if case.op.mutates:
+        inputs = copies(inputs)
     if case.direction == "forward":
         with torch.no_grad():
             outputs = _tuple(function(inputs))

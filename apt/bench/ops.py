@@ -1,7 +1,4 @@
-"""The ops that are measured. Adding one is one `Op(...)` in OPS.
-
-Shapes: B samples, L tokens, D channels, H heads, Dh channels per head.
-"""
+"""The ops that are measured. Adding one is one `Op(...)` in OPS."""
 
 from __future__ import annotations
 
@@ -13,33 +10,17 @@ import torch
 from torch import Tensor
 
 from apt import kernels
-from apt.bench import peers
+from apt.bench import calls, inputs, peers
+from apt.bench.inputs import Inputs, Random
 from apt.bench.shapes import Shape
 from apt.kernels import backends, costs
 from apt.kernels.attention import BACKENDS as ATTENTION_BACKENDS
 from apt.kernels.costs import OpCost
 
-Inputs = dict[str, Any]  # tensors, by the names of arguments
 Outputs = Tensor | tuple[Tensor, ...]
 Function = Callable[[Inputs], Outputs]
 
-
-@dataclass(frozen=True)
-class Random:
-    """Draws the inputs of an op, anew for every case: zeros would be faster, and hide mistakes."""
-
-    generator: torch.Generator
-    dtype: torch.dtype
-
-    def normal(self, *size: int) -> Tensor:
-        """N(0, 1) in the case's dtype."""
-        device = self.generator.device
-        return torch.randn(size, generator=self.generator, device=device).to(self.dtype)
-
-    def positive(self, *size: int) -> Tensor:
-        """Around 1, as the weights of norms are, in fp32."""
-        device = self.generator.device
-        return 1 + 0.1 * torch.randn(size, generator=self.generator, device=device)
+OURS = {"triton": "triton", "eager": "reference"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +28,19 @@ class Op:
     """One op of `apt.kernels`, and everything needed to measure it.
 
     Attributes:
-        name: as in `apt.kernels`.
+        name: as in `apt.kernels.kernel_status`, or "attention".
         draw: the inputs at a shape.
         call: the op on inputs with one of its backends.
         gradients: the inputs that the backward differentiates; empty: the op has no backward.
         cost: bytes and FLOPs at a shape and dtype, of the forward or (True) the backward.
         variants: names to backends.
-        exact: fp64 inputs to the result that all are held against.
+        exact: the backend that makes the result, from fp64 inputs, that all are held against.
         peers: the same function from other packages; they raise InputError where they cannot run.
         compiled: also measure `torch.compile` of the reference.
+        mutates: the op writes to its inputs.
+        dtype: that it is used in, whatever the models compute in; None: the shape's.
         check_tokens: correctness is checked on this many tokens at most: fp64 attention over all
             would not fit.
-        unit: which ceiling the op is held to: "copy" bandwidth, or "matmul" throughput.
     """
 
     name: str
@@ -66,49 +48,27 @@ class Op:
     call: Callable[[Inputs, str], Outputs]
     gradients: tuple[str, ...]
     cost: Callable[[Shape, torch.dtype, bool], OpCost]
-    variants: Mapping[str, str] = field(
-        default_factory=lambda: {"triton": "triton", "eager": "reference"}
-    )
+    variants: Mapping[str, str] = field(default_factory=lambda: OURS)
     exact: str = "reference"
     peers: Mapping[str, Function] = field(default_factory=dict)
     compiled: bool = True
+    mutates: bool = False
+    dtype: torch.dtype | None = None
     check_tokens: int | None = None
-    unit: str = "copy"
-
-
-def _modulation(shape: Shape, random: Random, *names: str) -> Inputs:
-    return {name: random.normal(shape.batch, shape.width) for name in names}
-
-
-def _tokens(shape: Shape, random: Random, *names: str) -> Inputs:
-    return {name: random.normal(shape.batch, shape.tokens, shape.width) for name in names}
-
-
-def _heads(shape: Shape, random: Random, *names: str) -> Inputs:
-    size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
-    return {name: random.normal(*size) for name in names}
-
-
-def _draw_qk(shape: Shape, random: Random) -> Inputs:
-    angles = 10 * random.positive(shape.tokens, shape.head_dim // 2)
-    weights = {name: random.positive(shape.head_dim) for name in ("q_weight", "k_weight")}
-    return _heads(shape, random, "q", "k") | weights | {"cos": angles.cos(), "sin": angles.sin()}
-
-
-def _draw_latents(shape: Shape, random: Random) -> Inputs:
-    size = (shape.batch, shape.latent_values)
-    return {name: random.normal(*size) for name in ("x_real", "x_fake")}
 
 
 _KEY: dict[str, Any] = {"seed": 1, "step": 2, "offset": 3}
+
 
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
         Op(
             name="modulated_norm",
-            draw=lambda s, r: _tokens(s, r, "x") | _modulation(s, r, "scale", "shift"),
-            call=lambda inputs, backend: kernels.modulated_norm(**inputs, backend=backend),
+            draw=lambda s, r: (
+                inputs.tokens(s, r, "x") | inputs.modulation(s, r, "scale", "shift")
+            ),
+            call=lambda i, backend: kernels.modulated_norm(**i, backend=backend),
             gradients=("x", "scale", "shift"),
             cost=lambda s, dtype, backward: costs.modulated_norm_cost(
                 s.batch, s.tokens, s.width, dtype=dtype, backward=backward
@@ -118,9 +78,10 @@ OPS: dict[str, Op] = {
         Op(
             name="residual_modulated_norm",
             draw=lambda s, r: (
-                _tokens(s, r, "x", "update") | _modulation(s, r, "gate", "scale", "shift")
+                inputs.tokens(s, r, "x", "update")
+                | inputs.modulation(s, r, "gate", "scale", "shift")
             ),
-            call=lambda inputs, backend: kernels.residual_modulated_norm(**inputs, backend=backend),
+            call=lambda i, backend: kernels.residual_modulated_norm(**i, backend=backend),
             gradients=("x", "update", "gate", "scale", "shift"),
             cost=lambda s, dtype, backward: costs.residual_modulated_norm_cost(
                 s.batch, s.tokens, s.width, dtype=dtype, backward=backward
@@ -129,29 +90,52 @@ OPS: dict[str, Op] = {
         ),
         Op(
             name="qk_norm_rope",
-            draw=_draw_qk,
-            call=lambda inputs, backend: kernels.qk_norm_rope(**inputs, backend=backend),
+            draw=inputs.qk,
+            call=lambda i, backend: kernels.qk_norm_rope(**i, backend=backend),
             gradients=("q", "k", "q_weight", "k_weight"),
             cost=lambda s, dtype, backward: costs.qk_norm_rope_cost(
                 s.batch, s.tokens, s.heads, s.head_dim, dtype=dtype, backward=backward
             ),
         ),
         Op(
+            name="sample_shifted_timesteps",
+            draw=lambda s, r: {"num": s.batch * s.tokens, "device": r.generator.device},
+            call=lambda i, backend: kernels.sample_shifted_timesteps(
+                **i, shift=12.0, **_KEY, backend=backend
+            ),
+            gradients=(),
+            cost=lambda s, _, __: costs.sample_shifted_timesteps_cost(s.batch * s.tokens),
+            compiled=False,  # its torch form is there to be right
+            dtype=torch.float32,
+        ),
+        Op(
             name="perturbed_batch",
-            draw=_draw_latents,
-            call=lambda inputs, backend: kernels.perturbed_batch(
-                **inputs, sigma=0.1, **_KEY, backend=backend
+            draw=lambda s, r: inputs.latents(s, r, "x_real", "x_fake"),
+            call=lambda i, backend: kernels.perturbed_batch(
+                **i, sigma=0.1, **_KEY, backend=backend
             ),
             gradients=("x_real", "x_fake"),
             cost=lambda s, dtype, backward: costs.perturbed_batch_cost(
                 s.batch, s.batch, s.latent_values, dtype=dtype, backward=backward
             ),
-            compiled=False,  # draws from a counter-based generator, which is no torch op
+            compiled=False,  # as above
+        ),
+        Op(
+            name="query_pooling",
+            draw=inputs.pooling,
+            call=lambda i, backend: kernels.query_pooling(**i, backend=backend),
+            gradients=(
+                "x", "query", "key_weight", "value_weight", "value_bias", "norm_weight",
+            ),
+            cost=lambda s, dtype, backward: costs.query_pooling_cost(
+                s.batch, s.tokens, s.width, s.heads, dtype=dtype, backward=backward
+            ),
+            peers={"cross_attention": calls.cross_attention},
         ),
         Op(
             name="attention",
-            draw=lambda s, r: _heads(s, r, "q", "k", "v"),
-            call=lambda inputs, backend: kernels.attention(**inputs, backend=backend),
+            draw=lambda s, r: inputs.heads(s, r, "q", "k", "v"),
+            call=lambda i, backend: kernels.attention(**i, backend=backend),
             gradients=("q", "k", "v"),
             cost=lambda s, dtype, backward: costs.attention_cost(
                 s.batch, s.tokens, s.tokens, s.heads, s.head_dim, dtype=dtype, backward=backward
@@ -160,27 +144,16 @@ OPS: dict[str, Op] = {
             exact="_native_math",
             compiled=False,
             check_tokens=2048,
-            unit="matmul",
         ),
     )
-}
+}  # fmt: skip
 
 
 def variants_of(op: Op) -> dict[str, Function]:
-    """Ours and torch's, by name; a backend that the op does not have yet is left out."""
+    """Ours and torch's, by name; a backend that the op does not have is left out."""
     known = backends.OPS.get(op.name, tuple(op.variants.values()))
 
     def bind(backend: str) -> Function:
-        return lambda inputs: op.call(inputs, backend)
+        return lambda values: op.call(values, backend)
 
     return {name: bind(backend) for name, backend in op.variants.items() if backend in known}
-
-
-def exact_inputs(inputs: Mapping[str, Tensor]) -> Inputs:
-    """The same values in fp64, as leaves of their own."""
-    return {
-        name: (value.detach().double() if value.is_floating_point() else value).requires_grad_(
-            value.requires_grad
-        )
-        for name, value in inputs.items()
-    }

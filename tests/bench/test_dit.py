@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from apt.bench.dit import (
     fill_zeros,
     measure_dit,
 )
+from apt.bench.machine import describe_machine
 from apt.bench.timing import HostClock
 from apt.errors import InputError
 
@@ -71,6 +74,21 @@ def test_gates_are_not_left_at_zero():
     fill_zeros(module)
     assert module[0].weight.all()
     assert torch.equal(module[1].weight, before)
+
+
+def test_weights_are_made_in_their_own_type():
+    network = RandomNetwork(replace(DIGITS, dtype="bfloat16"), CPU)
+    assert {p.dtype for p in network.backbone.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+    assert network().isfinite().all()
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_built(monkeypatch):
+    small = replace(describe_machine(CPU), memory_gb=8)
+    monkeypatch.setattr("apt.bench.dit.describe_machine", lambda device: small)
+    workload = Workload(model="apt_8b", frames=1, height=64, width=64)
+    with pytest.raises(InputError, match=r"apt_8b take 15 GB in bfloat16, cpu has 8 GB; .*--floor"):
+        RandomNetwork(workload, CPU)
 
 
 def test_the_output_depends_on_the_blocks():

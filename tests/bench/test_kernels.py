@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from apt.bench.ceilings import Ceilings, measure_ceilings
+from apt.bench.inputs import Inputs, Random, exact
 from apt.bench.kernels import OpCase, cases_of, check_op, measure_op, variant_names
-from apt.bench.ops import OPS, Function, Inputs, Op, Outputs, Random, exact_inputs, variants_of
+from apt.bench.ops import OPS, Function, Op, Outputs, variants_of
 from apt.bench.peers import liger_modulated_norm, liger_residual_modulated_norm
 from apt.bench.records import Measurement
 from apt.bench.shapes import SHAPES, Shape, default_shapes
@@ -48,11 +49,16 @@ def one(op: Op, direction: str = "forward") -> OpCase:
     return case
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("name", OPS)
-def test_every_op_on_the_cpu(name, direction):
-    case = one(OPS[name], direction)
-    ours = "native" if name == "attention" else "eager"
+ALL_CASES = [case for op in OPS.values() for case in cases_of(op, SMALL)]
+
+
+def label(case: OpCase) -> str:
+    return f"{case.op.name}-{case.direction}"
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=label)
+def test_every_op_on_the_cpu(case):
+    ours = "native" if case.op.name == "attention" else "eager"
     for variant, found in measure(case, *variants_of(case.op)).items():
         if variant == ours:
             assert found.status == "measured"
@@ -135,19 +141,30 @@ def test_unknown_variants_are_told():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("name", [op.name for op in OPS.values() if op.compiled])
-def test_compiled_variants_on_the_cpu(name, direction):
-    found = measure(one(OPS[name], direction), "compile")["compile"]
+@pytest.mark.parametrize("case", [case for case in ALL_CASES if case.op.compiled], ids=label)
+def test_compiled_variants_on_the_cpu(case):
+    found = measure(case, "compile")["compile"]
     assert found.status == "measured", found.reason
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in ALL_CASES if "triton" in variants_of(case.op)], ids=label
+)
+def test_our_kernels_are_declared_right(case):
+    """In the interpreter: the GPU command must not be the first to call them this way."""
+    check = check_op(case, device=CPU, only=["triton"])["triton"]
+    assert check.status == "measured", check.reason
+
+
+@pytest.mark.parametrize(("op", "peer"), [("query_pooling", "cross_attention")])
+def test_peers_of_torch_are_the_same_function(op, peer):
+    for case in cases_of(OPS[op], SMALL):
+        check = check_op(case, device=CPU, only=[peer])[peer]
+        assert check.status == "measured", check.reason
+
+
 def test_every_op_of_the_status_table_is_measured():
-    assert set(OPS) - {"attention"} == set(backends.OPS) - NOT_TIMED
-
-
-# One number a sample: a launch, whatever it does
-NOT_TIMED = {"sample_shifted_timesteps"}
+    assert set(OPS) - {"attention"} == set(backends.OPS)
 
 
 def test_inputs_are_random_and_repeat():
@@ -163,12 +180,13 @@ def test_inputs_are_random_and_repeat():
 
 def test_exact_inputs_are_leaves_of_the_same_values():
     x = torch.randn(3, dtype=torch.bfloat16, requires_grad=True)
-    exact = exact_inputs({"x": x, "rows": torch.tensor([1])})
-    assert exact["x"].dtype == torch.float64
-    assert exact["x"].is_leaf
-    assert exact["x"].requires_grad
-    assert torch.equal(exact["x"].detach(), x.detach().double())
-    assert exact["rows"].dtype == torch.int64
+    found = exact({"x": x, "rows": torch.tensor([1]), "num_heads": 2})
+    assert found["x"].dtype == torch.float64
+    assert found["x"].is_leaf
+    assert found["x"].requires_grad
+    assert torch.equal(found["x"].detach(), x.detach().double())
+    assert found["rows"].dtype == torch.int64
+    assert found["num_heads"] == 2
 
 
 def test_sizes_are_those_of_the_models():

@@ -45,7 +45,8 @@ def test_a_rehearsal_measures_records_and_ends_with_tables(tmp_path):
         assert f"[{record.stem}.json]({record.stem}.json)" in page
         assert str(tmp_path) not in page
     times = {m.case["variant"] for m in kernels.measurements if m.status == "measured"}
-    assert times == {"eager", "native", "_native_flash"}
+    assert times >= {"eager", "native"}
+    assert not times & {"triton", "compile", "liger"}
     assert {m.case["model"] for m in dit.measurements} == {"mmdit_digits"}
     assert "Gates:" in result.stdout
     assert "not reached" not in result.stdout
