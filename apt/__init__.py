@@ -12,6 +12,7 @@ from apt.version import __version__
 
 if TYPE_CHECKING:
     from apt.hub import list_pretrained
+    from apt.hub.push import push_to_hub
     from apt.losses import create_loss, list_losses
     from apt.models import (
         Discriminator,
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
         list_models,
     )
     from apt.models.bundle import ModelBundle, load_pretrained, save_pretrained
+    from apt.models.exporting import export_model
+    from apt.models.loading import from_pretrained
     from apt.pipeline import OneStepPipeline
 
 _SOURCES = {
     "apt.hub": ("list_pretrained",),
+    "apt.hub.push": ("push_to_hub",),
     "apt.losses": ("create_loss", "list_losses"),
     "apt.models": (
         "Discriminator",
@@ -40,6 +44,8 @@ _SOURCES = {
         "list_models",
     ),
     "apt.models.bundle": ("ModelBundle", "load_pretrained", "save_pretrained"),
+    "apt.models.exporting": ("export_model",),
+    "apt.models.loading": ("from_pretrained",),
     "apt.pipeline": ("OneStepPipeline",),
 }
 _MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
@@ -55,11 +61,14 @@ __all__ = [
     "create_loss",
     "create_model",
     "create_text_encoder",
+    "export_model",
+    "from_pretrained",
     "generate",
     "list_losses",
     "list_models",
     "list_pretrained",
     "load_pretrained",
+    "push_to_hub",
     "save_pretrained",
 ]
 

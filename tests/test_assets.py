@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apt.hub import Stage, list_pretrained, resolve
+from apt.hub import Stage, list_pretrained, locate
 from apt.pipeline import OneStepPipeline
 
 SHIPPED: dict[str, tuple[Stage, int]] = {
@@ -20,7 +20,7 @@ def test_both_models_are_there() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_model_is_small_and_says_where_it_is_from(name: str) -> None:
-    assert sum(file.stat().st_size for file in resolve(name).iterdir()) <= 16 * 2**20
+    assert sum(file.stat().st_size for file in locate(name).folder.iterdir()) <= 16 * 2**20
     info = OneStepPipeline.from_pretrained(name, device="cpu").info
     assert (info.stage, info.sampling.num_steps) == SHIPPED[name]
     assert {"recipe", "seed", "updates"} <= info.training.keys()

@@ -47,7 +47,9 @@ COMMANDS = {
     "evaluate digits": Command("apt.cli.evaluate_digits", "measure the digits models"),
     "bench dit": Command("apt.cli.bench_dit", "time one forward pass, or estimate it for a GPU"),
     "bench kernels": Command("apt.cli.bench_kernels", "time the fused ops on this machine"),
-    "export": Command("apt.cli.export", "make a model folder from a training run"),
+    "export": Command("apt.cli.export", "write a model for this package, diffusers or ComfyUI"),
+    "pull": Command("apt.cli.pull", "download a model from the Hub"),
+    "push": Command("apt.cli.push", "upload a model to the Hub, with a card"),
     "list": Command("apt.cli.list", "what can be chosen by name, and what runs on this machine"),
 }
 

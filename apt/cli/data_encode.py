@@ -66,13 +66,12 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
     from apt.data.folder import VideoFolder
     from apt.encode import encode_clips, encode_texts, open_cache, plan_cache, ranks
-    from apt.hub import read_info, resolve
-    from apt.models.bundle import load_codec, load_text_encoder
+    from apt.models.bundle import describe, load_codec, load_text_encoder
     from apt.train.config import DataConfig
     from apt.train.datasets import clip_buckets
     from apt.train.parallel import pick_device
 
-    info = read_info(resolve(options.model))
+    info = describe(options.model)
     rank, world_size = ranks()
     device = pick_device(options.device)
     codec = load_codec(options.model)

@@ -1,4 +1,4 @@
-"""`diffusion-apt export`: a model folder to keep, from a training run."""
+"""`diffusion-apt export`: from a training run to a model that others can load."""
 
 from __future__ import annotations
 
@@ -14,38 +14,59 @@ from apt.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Export:
-    """Make a model folder (apt.json and safetensors) from a training run.
+    """Write a model for this package, for diffusers or for ComfyUI.
 
-    A finished run has one in export/, and one for each update of --snapshot-at in snapshots/; this
-    checks it, and writes it elsewhere in the number type you choose.
+    A finished run has a model in export/, and one for each update of --snapshot-at in snapshots/;
+    this checks it, and writes it elsewhere in the layout and number type that you choose.
     """
 
-    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
-    """Folder of the run."""
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_MODEL")]
+    """Folder of a training run, or of a model."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder to write; made if need be."""
+    """Folder to write, made if need be; for comfyui a file that ends in .safetensors."""
+    format: Literal["apt", "diffusers", "comfyui"] = "apt"
+    """apt: apt.json and safetensors. diffusers: a whole pipeline that runs in stock diffusers with
+    one step. comfyui: the diffusion model in one file, in its authors' layout."""
     update: int | None = None
     """Take the snapshot of this update; None takes the finished model."""
     weights: Literal["ema", "raw"] = "ema"
     """Of a snapshot: averaged weights, or those that were training."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number type in the files."""
+    base: str | None = None
+    """For diffusers: the pipeline (folder or Hub id) that text encoders and VAE are copied from;
+    None is where this model's VAE comes from."""
+    max_shard_size: str = "5GB"
+    """For diffusers: the largest file of the transformer."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Load the model strictly, write it, and say where it is."""
     options = tyro.cli(Export, args=args, prog=prog)
-    source = find_model(options.run_dir, options.update, options.weights)
+    source = (
+        options.source
+        if is_model(options.source)
+        else find_model(options.source, options.update, options.weights)
+    )
 
     import torch
 
-    from apt.models.bundle import load_pretrained, save_pretrained
+    from apt.models.exporting import export_model
 
-    bundle = load_pretrained(source)
-    external = bundle.info.text_encoder.weights is None
-    dtype = getattr(torch, options.dtype)
-    save_pretrained(options.out, bundle, dtype=dtype, external_text_encoder=external)
-    print(options.out)
+    written = export_model(
+        source,
+        options.out,
+        format=options.format,
+        dtype=getattr(torch, options.dtype),
+        base=options.base,
+        max_shard_size=options.max_shard_size,
+    )
+    print(written)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a model itself, not a run that has some."""
+    return any((folder / name).is_file() for name in ("apt.json", "model_index.json"))
 
 
 def find_model(run_dir: Path, update: int | None, weights: str) -> Path:

@@ -11,6 +11,7 @@ import tyro
 
 if TYPE_CHECKING:
     from apt.kernels import BackendStatus
+    from apt.models.catalogue import CatalogueEntry
     from apt.registry import Registry
 
 Section = Literal[
@@ -66,9 +67,42 @@ def _status(rows: Sequence[BackendStatus]) -> list[Row]:
 
 
 def _models() -> list[Row]:
-    from apt.models import MODELS
+    from apt.models.catalogue import catalogue
 
-    return _registered(MODELS)
+    entries = catalogue()
+    cells = []
+    for entry in entries:
+        published = next(iter(entry.pretrained.values()), None)
+        gated = " (gated)" if published is not None and published.gated else ""
+        cells.append(
+            (
+                _count(entry.parameters),
+                ", ".join(entry.formats),
+                (published.license if published else "no published weights") + gated,
+                _origin(entry),
+                " ".join(filter(None, [entry.summary, published.source if published else ""])),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        Row(
+            entry.name,
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)),
+        )
+        for entry, row in zip(entries, cells, strict=True)
+    ]
+
+
+def _count(parameters: int) -> str:
+    small = parameters < 10**8
+    return f"{parameters / 1e6:.1f} M" if small else f"{parameters / 1e9:.2f} B"
+
+
+def _origin(entry: CatalogueEntry) -> str:
+    """Where the weights are, and by which tags if there are several."""
+    repos = dict.fromkeys(weights.repo for weights in entry.pretrained.values())
+    tags = f" (tags {', '.join(entry.pretrained)})" if len(entry.pretrained) > 1 else ""
+    return ", ".join(repos) + tags
 
 
 def _text_encoders() -> list[Row]:

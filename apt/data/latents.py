@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -82,16 +82,19 @@ class LatentFolder:
 
     Args:
         directory: written by `diffusion-apt data encode`.
+        images: "mix" has all clips, "only" those of one frame, "none" the longer ones.
 
     Attributes:
         info: what the cache says of itself.
         texts: the embeddings of its prompts.
 
     Raises:
-        DataError: no cache, one that is not complete, or a damaged file.
+        DataError: no cache, one that is not complete, a damaged file, or no clip of that kind.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(
+        self, directory: str | Path, *, images: Literal["mix", "only", "none"] = "mix"
+    ) -> None:
         self.directory = Path(directory)
         self.info = read_cache_info(self.directory)
         self.texts = TextFolder(self.directory)
@@ -107,10 +110,15 @@ class LatentFolder:
         members: dict[Bucket, list[int]] = {}
         for name in self.info.clip_shards():
             for key, entry in _entries(self.directory / name):
-                members.setdefault(Bucket(*entry["bucket"]), []).append(len(self._clips))
-                self._clips.append((name, key, entry["caption"]))
+                bucket = Bucket(*entry["bucket"])
+                if images == "mix" or (images == "only") == (bucket.frames == 1):
+                    members.setdefault(bucket, []).append(len(self._clips))
+                    self._clips.append((name, key, entry["caption"]))
         if not self._clips:
-            raise DataError(f"{directory}: the cache has no clip; every file was broken")
+            kind = {"mix": "clip", "only": "image", "none": "video"}[images]
+            raise DataError(
+                f"{directory}: the cache has no {kind} in it; encode a folder with some"
+            )
         self._order = BucketOrder(dict(sorted(members.items())), len(self._clips))
 
     def __len__(self) -> int:

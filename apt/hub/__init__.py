@@ -4,13 +4,14 @@
     transformer.safetensors    the backbone
     text_encoder.safetensors   the text encoder, if its weights belong to this model
 
-`apt.models.bundle` builds the model that a folder describes.
+A folder can also be a pipeline of diffusers (`PIPELINE_FILE`), with or without an apt.json. Folders
+come from the Hub and go there; `apt.models.bundle` builds the model that one describes.
 """
 
 from __future__ import annotations
 
 from apt.hub.download import download
-from apt.hub.folders import list_pretrained, resolve
+from apt.hub.folders import PIPELINE_FILE, Source, list_pretrained, locate
 from apt.hub.info import (
     FORMAT,
     INFO_FILE,
@@ -29,19 +30,21 @@ from apt.hub.weights import check_safetensors, load_weights, save_weights
 __all__ = [
     "FORMAT",
     "INFO_FILE",
+    "PIPELINE_FILE",
     "TEXT_ENCODER_FILE",
     "TRANSFORMER_FILE",
     "ComponentInfo",
     "ModelInfo",
     "SampleInfo",
     "SamplingInfo",
+    "Source",
     "Stage",
     "check_safetensors",
     "download",
     "list_pretrained",
     "load_weights",
+    "locate",
     "read_info",
-    "resolve",
     "save_weights",
     "write_info",
 ]

@@ -4,13 +4,46 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from apt.errors import CheckpointError
 from apt.hub.download import download
-from apt.hub.info import INFO_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE
+from apt.hub.info import INFO_FILE
 
 ASSETS = Path(__file__).parents[1] / "assets"
+
+PIPELINE_FILE = "model_index.json"
+"""What makes a folder a diffusers pipeline."""
+
+DESCRIPTIONS = [INFO_FILE, PIPELINE_FILE, "config.json", "*/config.json", "*.index.json"]
+"""Small files that tell what a repository is, before anything large is fetched."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: a folder, and the Hub repository that it is a snapshot of, if it is one.
+
+    Attributes:
+        folder: its files; of a repository, those that were fetched.
+        repo: Hub id, or None for a local folder.
+        revision: the commit.
+    """
+
+    folder: Path
+    repo: str | None = None
+    revision: str | None = None
+
+    def fetch(self, patterns: Sequence[str]) -> None:
+        """Have the files that match these patterns too. Raises CheckpointError; see `download`."""
+        if self.repo is not None:
+            download(self.repo, self.revision, patterns)
+
+    @property
+    def name(self) -> str:
+        """What others can load it by: the repository, or the absolute path of the folder."""
+        return self.repo or str(self.folder.resolve())
 
 
 def list_pretrained() -> list[str]:
@@ -18,38 +51,42 @@ def list_pretrained() -> list[str]:
     return sorted(path.parent.name for path in ASSETS.glob(f"*/{INFO_FILE}"))
 
 
-def resolve(name_or_folder: str | Path) -> Path:
-    """The folder that a name means; a Hub repository is downloaded (its safetensors only).
+def locate(name_or_folder: str | Path, revision: str | None = None) -> Source:
+    """Where the model of a name is; of a Hub repository only `DESCRIPTIONS` are fetched.
 
     A built-in name wins over a folder of the same name, which "./name" reaches.
+
+    Args:
+        name_or_folder: a built-in name, a folder, or "owner/name[@revision]".
+        revision: of a Hub repository, in place of the part behind "@".
+
+    Raises:
+        CheckpointError: for a name that is nowhere; see also `download`.
     """
     name = str(name_or_folder)
     if isinstance(name_or_folder, str) and name in list_pretrained():
-        return ASSETS / name
+        return Source(ASSETS / name)
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
-        return folder
+        return Source(folder)
     if folder.exists():
         raise CheckpointError(f"{name!r} is a file; pass the folder that holds {INFO_FILE}")
-    hub_id = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", name)
-    if isinstance(name_or_folder, str) and hub_id:
-        return _download(hub_id[1], hub_id[2])
+    hub_id = split_hub_id(name) if isinstance(name_or_folder, str) else None
+    if hub_id is not None:
+        repo, asked = hub_id
+        snapshot = download(repo, revision or asked, DESCRIPTIONS)
+        return Source(snapshot, repo, snapshot.name)
     builtin = list_pretrained()
     close = difflib.get_close_matches(name, builtin, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise CheckpointError(
         f"there is no model {name!r}: {hint}It can be a built-in name "
-        f"({', '.join(builtin) or 'none is installed'}), an existing folder with {INFO_FILE}, or a "
-        "Hub id (owner/name)"
+        f"({', '.join(builtin) or 'none is installed'}), an existing folder with {INFO_FILE} or "
+        f"{PIPELINE_FILE}, or a Hub id (owner/name or owner/name@revision)"
     )
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
-    """Fetch the files of one of our models from the Hub into its cache."""
-    # Exact names: a foreign repository must not be fetched whole to find that it is one.
-    folder = download(repo_id, revision, [INFO_FILE, TRANSFORMER_FILE, TEXT_ENCODER_FILE])
-    if not (folder / INFO_FILE).is_file():
-        raise CheckpointError(
-            f"the Hub model {repo_id!r} has no {INFO_FILE}, so it is not a model of this package"
-        )
-    return folder
+def split_hub_id(name: str) -> tuple[str, str | None] | None:
+    """ "owner/name@revision" in two, the latter None if it is not there; None for another text."""
+    found = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", name)
+    return None if found is None else (found[1], found[2])

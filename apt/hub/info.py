@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from apt.errors import CheckpointError, InputError
-from apt.hub.weights import listed
+from apt.hub.mismatch import listed
 from apt.registry import check_options
 
 FORMAT = 1
@@ -124,12 +124,16 @@ def _describe_foreign_folder(folder: Path) -> str:
     start = f"{str(folder)!r} has no {INFO_FILE}, so it is not a model of this package"
     try:
         names = {entry.name for entry in folder.iterdir()}
+    except FileNotFoundError:
+        # Of a Hub repository, whose files are fetched as they are asked for.
+        return f"{start}; nor is it a pipeline of diffusers"
     except OSError as error:
         return f"cannot read {str(folder)!r}: {error.strerror or error}"
-    if "model_index.json" in names:
-        return f"{start}; model_index.json says that it is a diffusers pipeline"
     if "config.json" in names:
-        return f"{start}; config.json says that it is a diffusers or transformers model"
+        return (
+            f"{start}; config.json says that it is a diffusers or transformers model: pass the "
+            "folder of the whole pipeline, or load a transformer alone with apt.from_pretrained"
+        )
     if any(name.endswith((".pt", ".pth", ".ckpt", ".bin")) for name in names):
         return f"{start}; it holds pickles, which are never loaded"
     if any(name.startswith("step") for name in names):
@@ -137,7 +141,7 @@ def _describe_foreign_folder(folder: Path) -> str:
             f"{start}; it looks like the checkpoints of a training run: pass the folder that the "
             "run exported, or resume the run"
         )
-    return f"{start}; pass the folder that save_pretrained wrote"
+    return f"{start}; pass the folder that save_pretrained wrote, or a pipeline of diffusers"
 
 
 def _parse(kind: Any, document: Any, where: str) -> Any:

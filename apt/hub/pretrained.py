@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from apt.hub.info import SampleInfo, SamplingInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,9 @@ class PretrainedEntry:
         source: who published it, and the paper or page.
         gated: whether the licence must be accepted on the Hub first.
         codec, text_encoder: registered names of the parts that go with it.
+        sample: the size of what it makes best.
+        sampling: how its authors sample it; a shift that the folder's scheduler gives is taken
+            instead of this one.
         note: what a user has to know before they choose it.
     """
 
@@ -28,4 +33,10 @@ class PretrainedEntry:
     revision: str | None = None
     subfolder: str = "transformer"
     gated: bool = False
+    sample: SampleInfo = field(
+        default_factory=lambda: SampleInfo(frames=1, height=1024, width=1024, fps=1)
+    )
+    sampling: SamplingInfo = field(
+        default_factory=lambda: SamplingInfo(num_steps=50, cfg_scale=5.0, timestep_shift=3.0)
+    )
     note: str = ""

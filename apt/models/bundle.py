@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,14 +19,23 @@ from apt.hub import (
     TRANSFORMER_FILE,
     ComponentInfo,
     ModelInfo,
+    Source,
     load_weights,
     read_info,
-    resolve,
     save_weights,
     write_info,
 )
+from apt.models.loading import (
+    Checkpoint,
+    configured,
+    empty_module,
+    find_checkpoint,
+    locate_model,
+    unbuildable,
+)
+from apt.models.pipelines import describe_pipeline, is_pipeline
 from apt.models.protocols import Backbone, LatentCodec, TextEncoder
-from apt.models.registry import create_codec, create_model, create_text_encoder
+from apt.models.registry import CODECS, TEXT_ENCODERS
 
 
 @dataclass
@@ -117,40 +127,37 @@ def save_pretrained(
 def load_pretrained(
     name_or_folder: str | Path,
     *,
+    revision: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> ModelBundle:
-    """Load a built-in model, a folder written by `save_pretrained`, or a Hub repository of one.
+    """Load a whole model: built-in, from a folder, or from the Hub.
+
+    A folder is one that `save_pretrained` wrote, or a pipeline of diffusers of a known family.
 
     Args:
-        name_or_folder: a built-in name (`list_pretrained`), a folder, or "owner/name[@revision]".
+        name_or_folder: a built-in name (`list_pretrained`), a registered model with published
+            weights ("wan2.1_t2v_1.3b", "arch.tag"), a folder, or "owner/name[@revision]".
+        revision: of a Hub repository, in place of the part behind "@".
         device: where the weights go.
         dtype: floating-point type of this model's own weights, whatever the file has. A text
             encoder or VAE of a public checkpoint keeps the type that its config names.
 
     Returns:
-        The bundle, in evaluation mode.
+        The bundle, in evaluation mode. Parts that come from the Hub are pinned to a commit.
 
     Raises:
         CheckpointError: for a name that is nowhere, a file that is missing, damaged or of a newer
             format, weights that are not finite, or weights of another model.
     """
-    folder = resolve(name_or_folder)
-    info = read_info(folder)
-    with _building_from(folder):
-        backbone = create_model(info.model.architecture, **info.model.config)
-        text_encoder = create_text_encoder(
-            info.text_encoder.architecture, **info.text_encoder.config
-        )
-        codec = create_codec(info.codec.architecture, **info.codec.config)
+    source, info, checkpoint = _find(name_or_folder, revision)
+    codec = _build_codec(source, info)
+    with _building_from(source):
+        backbone = checkpoint.load(dtype=dtype, device=device)
+        text_encoder = _load_text_encoder(source, info, dtype, device)
         bundle = ModelBundle(backbone, text_encoder, codec, info)
     for module in bundle.modules():
         module.to(device).eval()
-    for module in bundle.own_modules():
-        module.to(dtype)
-    for part, component in ((backbone, info.model), (text_encoder, info.text_encoder)):
-        if component.weights is not None:
-            load_weights(folder / component.weights, _module(part))
     return bundle
 
 
@@ -159,48 +166,66 @@ def load_backbone(name_or_folder: str | Path) -> tuple[Backbone, ModelInfo]:
 
     A discriminator needs no text encoder or VAE of its own, and those can be larger than it is.
     """
-    folder = resolve(name_or_folder)
-    info = read_info(folder)
-    with _building_from(folder):
-        backbone = create_model(info.model.architecture, **info.model.config)
-    module = _module(backbone).float().eval()
-    if info.model.weights is not None:
-        load_weights(folder / info.model.weights, module)
-    return backbone, info
+    source, info, checkpoint = _find(name_or_folder)
+    with _building_from(source):
+        return checkpoint.load(), info
 
 
 def load_text_encoder(name_or_folder: str | Path) -> TextEncoder:
-    """As `load_pretrained`, but only the text encoder."""
-    folder = resolve(name_or_folder)
-    part = read_info(folder).text_encoder
-    with _building_from(folder):
-        text_encoder = create_text_encoder(part.architecture, **part.config)
-    module = _module(text_encoder).eval()
-    if part.weights is not None:
-        load_weights(folder / part.weights, module.float())
-    return text_encoder
+    """As `load_pretrained`, but only the text encoder, its own weights in fp32, on the CPU."""
+    source, info, _ = _find(name_or_folder)
+    return _load_text_encoder(source, info, torch.float32, "cpu")
 
 
 def load_codec(name_or_folder: str | Path) -> LatentCodec:
-    """As `load_pretrained`, but only the codec."""
-    folder = resolve(name_or_folder)
-    part = read_info(folder).codec
-    with _building_from(folder):
-        return create_codec(part.architecture, **part.config)
+    """As `load_pretrained`, but only the codec, on the CPU."""
+    source, info, _ = _find(name_or_folder)
+    return _build_codec(source, info)
+
+
+def describe(name_or_folder: str | Path) -> ModelInfo:
+    """What `load_pretrained` would load. Weights of a Hub repository are fetched, but not read."""
+    return _find(name_or_folder)[1]
+
+
+def _find(
+    name_or_folder: str | Path, revision: str | None = None
+) -> tuple[Source, ModelInfo, Checkpoint]:
+    source, subfolder = locate_model(name_or_folder, revision)
+    if is_pipeline(source):
+        return source, *describe_pipeline(source, subfolder)
+    info = read_info(source.folder)
+    return source, info, find_checkpoint(source)
+
+
+def _load_text_encoder(
+    source: Source, info: ModelInfo, dtype: torch.dtype, device: torch.device | str
+) -> TextEncoder:
+    part = info.text_encoder
+    config = configured(TEXT_ENCODERS, part, source.folder / INFO_FILE)
+    with _building_from(source):
+        built = config.build() if part.weights is None else empty_module(config, dtype)
+    if part.weights is not None:
+        source.fetch([part.weights])
+        load_weights(source.folder / part.weights, built, device=device)
+    return cast(TextEncoder, built.to(device).eval())
+
+
+def _build_codec(source: Source, info: ModelInfo) -> LatentCodec:
+    config = configured(CODECS, info.codec, source.folder / INFO_FILE)
+    with _building_from(source):
+        return cast(LatentCodec, config.build())
 
 
 @contextmanager
-def _building_from(folder: Path) -> Iterator[None]:
+def _building_from(source: Source) -> Iterator[None]:
     """Options that a part refuses are the folder's fault."""
     try:
         yield
     except CheckpointError:
         raise
     except InputError as error:
-        raise CheckpointError(
-            f"{str(folder / INFO_FILE)!r} describes a model that cannot be built: {error}; it may "
-            "come from a newer version of this package"
-        ) from error
+        raise unbuildable(source.folder / INFO_FILE, error) from error
 
 
 def _module(part: Backbone | TextEncoder) -> nn.Module:

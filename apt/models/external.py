@@ -13,7 +13,7 @@ import torch
 
 from apt.errors import CheckpointError, InputError
 from apt.hub import download
-from apt.hub.weights import listed
+from apt.hub.mismatch import listed
 
 DType = Literal["float32", "bfloat16", "float16"]
 

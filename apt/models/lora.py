@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from apt.errors import CheckpointError, InputError
 from apt.hub import check_safetensors, download
-from apt.hub.weights import listed
+from apt.hub.mismatch import listed
 from apt.models.families import FAMILIES, Family, KeyRule
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
+from apt.errors import InputError
 from apt.hub.pretrained import PretrainedEntry
 from apt.models.protocols import Backbone, LatentCodec, TextEncoder
 from apt.registry import B, Registry, replace_typed
@@ -54,12 +56,75 @@ CODECS: Registry[Buildable] = Registry("latent codec")
 HEADS: Registry[nn.Module] = Registry("discriminator head")
 
 
-def create_model(name: str, /, **overrides: Any) -> Backbone:
-    """Build a registered backbone with random weights; overrides are fields of its config.
+def create_model(
+    name: str,
+    /,
+    *,
+    pretrained: bool | str = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **overrides: Any,
+) -> Backbone:
+    """Build a registered backbone, with random or with published weights.
 
-    Raises InputError for an unknown name or field, with close matches.
+    Args:
+        name: a registered name, or "name.tag", which means `pretrained="tag"`.
+        pretrained: False: random weights. True: the published ones, of the first tag if there are
+            several. A tag: those.
+        dtype: of the weights, whatever a checkpoint has; None is torch's default.
+        device: where they go; None is torch's default. Published weights are loaded with hardly
+            more memory than they take there.
+        overrides: fields of the config.
+
+    Raises:
+        InputError: an unknown name, tag or field, with close matches, or no published weights.
+        CheckpointError: weights that cannot be fetched or do not fit; see `from_pretrained`.
     """
-    return replace_typed(MODELS.get(name)(), overrides).build()
+    name, tag = split_tag(name)
+    if tag is not None:
+        if pretrained not in (False, True, tag):
+            raise InputError(f"{name}.{tag} and pretrained={pretrained!r} name two tags; name one")
+        pretrained = tag
+    if pretrained is not False:
+        # It builds on this module.
+        from apt.models.loading import load_registered
+
+        return load_registered(
+            name,
+            find_tag(name, pretrained),
+            overrides,
+            dtype=dtype or torch.get_default_dtype(),
+            device=device or torch.get_default_device(),
+        )
+    module = replace_typed(MODELS.get(name)(), overrides).build()
+    return module.to(device=device, dtype=dtype)
+
+
+def split_tag(name: str) -> tuple[str, str | None]:
+    """ "arch.tag" in two; names of models may have dots too. The tag is None without one."""
+    architecture, dot, tag = name.rpartition(".")
+    if name in MODELS.names() or not dot or architecture not in MODELS.names():
+        return name, None
+    return architecture, tag
+
+
+def find_tag(name: str, tag: bool | str) -> str:
+    """The tag of published weights of a model; True is its first.
+
+    Raises InputError if there is none of that name, listing those there are.
+    """
+    tags = list(MODELS.pretrained(name))
+    if not tags:
+        published = [other for other in MODELS.names() if MODELS.pretrained(other)]
+        raise InputError(
+            f"no weights are published for {name!r}; there are for {', '.join(published)}, and "
+            "apt.from_pretrained loads folders and Hub repositories"
+        )
+    if tag is True:
+        return tags[0]
+    if tag not in tags:
+        raise InputError(f"{name!r} has no weights {tag!r}; choose from: {', '.join(tags)}")
+    return str(tag)
 
 
 def create_text_encoder(name: str, /, **overrides: Any) -> TextEncoder:

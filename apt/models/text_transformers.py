@@ -203,7 +203,11 @@ def t5() -> TransformersTextConfig:
 
 @TEXT_ENCODERS.register("umt5")
 def umt5() -> TransformersTextConfig:
-    """UMT5-XXL, 5.7 B parameters, multilingual, as Wan 2.1 uses it (Apache-2.0)."""
+    """UMT5-XXL, 5.7 B parameters, multilingual, as Wan uses it (Apache-2.0).
+
+    Wan attends to padding as to words of zeros, which its module adds; its authors' negative prompt
+    is `apt.models.wan.NEGATIVE_PROMPT`.
+    """
     return TransformersTextConfig(
         architecture="umt5", repo="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", max_length=512
     )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apt.errors import ConfigError, InputError
+from apt.hub.info import SampleInfo, SamplingInfo
 from apt.hub.pretrained import PretrainedEntry
 from apt.kernels import attention, modulated_norm, residual_modulated_norm
 from apt.kernels.rows import take_rows
@@ -93,12 +94,12 @@ class WanConfig:
 
 
 class KeepsFloat32(nn.Module):
-    """A module whose own fp32 parameters stay fp32 when it is cast to half precision."""
+    """A module whose own fp32 parameters stay fp32 when it is cast to a narrower type."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def keep(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if tensor.dtype == torch.float32 and result.dtype in (torch.bfloat16, torch.float16):
+            if tensor.dtype == torch.float32 and result.dtype.itemsize < 4:
                 return tensor.to(result.device)
             return result
 
@@ -448,13 +449,30 @@ def _norm_rope(
     return y.to(x.dtype)
 
 
-def _published(repo: str, **options: Any) -> PretrainedEntry:
+def _published(
+    repo: str, sample: SampleInfo, sampling: SamplingInfo, **options: Any
+) -> PretrainedEntry:
     parts = {"codec": "wan_vae", "text_encoder": "umt5", "license": "Apache-2.0"}
-    return PretrainedEntry(repo=repo, source="Wan team, arXiv 2503.20314", **{**parts, **options})
+    return PretrainedEntry(
+        repo=repo,
+        source="Wan team, arXiv 2503.20314",
+        sample=sample,
+        sampling=sampling,
+        **{**parts, **options},
+    )
+
+
+# What diffusers' page of each repository recommends.
+_480P = SampleInfo(frames=81, height=480, width=832, fps=16)
+_720P = SampleInfo(frames=81, height=720, width=1280, fps=16)
+_SAMPLING = SamplingInfo(num_steps=50, cfg_scale=5.0, timestep_shift=3.0)
+_SAMPLING_720P = SamplingInfo(num_steps=50, cfg_scale=5.0, timestep_shift=5.0)
+_SAMPLING_A14B = SamplingInfo(num_steps=40, cfg_scale=4.0, timestep_shift=12.0)
 
 
 @MODELS.register(
-    "wan2.1_t2v_1.3b", pretrained={"official": _published("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")}
+    "wan2.1_t2v_1.3b",
+    pretrained={"official": _published("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _480P, _SAMPLING)},
 )
 def wan21_t2v_1_3b() -> WanConfig:
     """Wan 2.1 text to video, 1.42 B parameters: 480p, 16 fps."""
@@ -462,7 +480,8 @@ def wan21_t2v_1_3b() -> WanConfig:
 
 
 @MODELS.register(
-    "wan2.1_t2v_14b", pretrained={"official": _published("Wan-AI/Wan2.1-T2V-14B-Diffusers")}
+    "wan2.1_t2v_14b",
+    pretrained={"official": _published("Wan-AI/Wan2.1-T2V-14B-Diffusers", _720P, _SAMPLING_720P)},
 )
 def wan21_t2v_14b() -> WanConfig:
     """Wan 2.1 text to video, 14.3 B parameters: 480p and 720p, 16 fps."""
@@ -474,6 +493,8 @@ def wan21_t2v_14b() -> WanConfig:
     pretrained={
         "official": _published(
             "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+            SampleInfo(frames=121, height=704, width=1280, fps=24),
+            _SAMPLING_720P,
             codec="wan2.2_vae",
             note="text to video; a given first frame needs timesteps per token",
         )
@@ -493,10 +514,14 @@ def wan22_ti2v_5b() -> WanConfig:
     pretrained={
         "high_noise": _published(
             "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+            _720P,
+            _SAMPLING_A14B,
             note="the expert for t from 0.875 to 1: the one that generates in one step",
         ),
         "low_noise": _published(
             "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+            _720P,
+            _SAMPLING_A14B,
             subfolder="transformer_2",
             note="the expert for t below 0.875: it has never seen the pure noise of one step",
         ),
@@ -507,5 +532,6 @@ def wan22_t2v_a14b() -> WanConfig:
 
     Wan 2.2 A14B has an expert for t >= 0.875 and another below. One step starts at t = 1, so the
     generator is made from the high-noise expert alone, and an export holds no second transformer.
+    As a teacher it is to be trusted for t >= 0.875 only.
     """
     return WanConfig(hidden_size=5120, depth=40, num_heads=40, mlp_size=13824)

@@ -24,6 +24,7 @@ class DataConfig:
         native_ratio: aspect-ratio buckets near each file's own shape; False crops all to
             height x width.
         images: "mix" trains on images as one-frame videos beside the videos; "only" and "none".
+            A latent cache with both can be used for any of these.
         num_workers: processes that decode ahead; 0 decodes in the trainer.
         strict: stop at the first file that cannot be used, instead of skipping and reporting it.
     """

@@ -30,7 +30,7 @@ def make_dataset(config: DataConfig, *, seed: int) -> TrainingData:
         return MovingDigits(seed)
     _check_path(config)
     if config.source == "latents":
-        return LatentFolder(config.path)
+        return LatentFolder(config.path, images=config.images)
     return VideoFolder(
         config.path,
         buckets=clip_buckets(config),
@@ -57,8 +57,9 @@ def with_cached_size(config: TrainConfig) -> TrainConfig:
         return config
     _check_path(data)
     info = read_cache_info(Path(data.path))
+    frames = 1 if data.images == "only" else info.frames
     data = dataclasses.replace(
-        data, frames=info.frames, height=info.height, width=info.width, fps=info.fps
+        data, frames=frames, height=info.height, width=info.width, fps=info.fps
     )
     return dataclasses.replace(config, data=data)
 

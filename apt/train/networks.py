@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,7 +171,8 @@ def _new_bundle(config: TrainConfig) -> ModelBundle:
     codec: LatentCodec = create_codec(model.codec, **model.codec_options)
     if config.data.source == "latents":
         codec = cached_codec(LatentFolder(config.data.path), component_info(model.codec, codec))
-    backbone = create_model(model.name, **model.options)
+    options: dict[str, Any] = model.options
+    backbone = create_model(model.name, **options)
     if backbone.in_channels != codec.channels:
         raise ConfigError(
             f"model {model.name!r} takes {backbone.in_channels} channels, but codec "

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from apt.registry import Registry
+from apt.train import recipes_public
 from apt.train.config import (
     AdversarialConfig,
     DataConfig,
@@ -19,8 +19,9 @@ from apt.train.config import (
     PretrainConfig,
     TrainConfig,
 )
+from apt.train.registry import RECIPES, list_recipes
 
-RECIPES: Registry[TrainConfig | Sequence[TrainConfig]] = Registry("recipe")
+__all__ = ["RECIPES", "list_recipes", "recipes_public"]
 
 _DIGITS_PROMPTS = (
     "a red seven moving left",
@@ -32,11 +33,6 @@ _DIGITS_PROMPTS = (
 )
 _DIGITS_CFG = 2.5
 _DIGITS_SHIFT = 12.0
-
-
-def list_recipes(pattern: str = "*") -> list[str]:
-    """Names of registered recipes that match a shell-style pattern, sorted."""
-    return RECIPES.names(pattern)
 
 
 @RECIPES.register("digits_pretrain")

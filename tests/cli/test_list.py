@@ -34,6 +34,20 @@ def test_one_section(section: str, expected: list[str]) -> None:
     assert all(len(line.split()) > 1 for line in result.stdout.splitlines()[1:-1]), "no summary"
 
 
+def test_models_tell_size_formats_licence_and_source() -> None:
+    lines = invoke("list", "models").stdout.splitlines()
+    large, wan, own = (
+        next(line for line in lines if line.startswith(f"  {name} "))
+        for name in ("sd3.5_large", "wan2.2_t2v_a14b", "mmdit_digits")
+    )
+    for text in ("8.06 B", "apt, diffusers, comfyui", "(gated)", "stable-diffusion-3.5-large"):
+        assert text in large
+    for text in ("14.29 B", "Apache-2.0", "(tags high_noise, low_noise)", "arXiv 2503.20314"):
+        assert text in wan
+    assert own.split()[1:4] == ["3.9", "M", "apt"]
+    assert "no published weights" in own
+
+
 def test_pattern() -> None:
     result = invoke("list", "recipes", "digits_apt*")
     assert names(result.stdout) == list_recipes("digits_apt*") != list_recipes()

@@ -86,6 +86,16 @@ def test_batches_have_one_shape_and_every_clip_once_a_pass(cache: Path) -> None:
         assert batch.latents.amax(dim=(1, 2, 3, 4)).tolist() == expected
 
 
+def test_images_or_videos_alone(cache: Path) -> None:
+    small, wide = LatentFolder(cache, images="only"), LatentFolder(cache, images="none")
+    assert (len(small), len(wide)) == (67, 5)
+    assert wide[0].caption == "clip 67" and small[66].caption == "clip 66"
+    assert small.fingerprint != LatentFolder(cache).fingerprint
+    write_clips(cache / "latents-00001.safetensors", [clip(i) for i in range(8)])
+    with pytest.raises(DataError, match="no video"):
+        LatentFolder(cache, images="none")
+
+
 def test_a_loader_goes_on_where_one_stopped(cache: Path) -> None:
     whole = [b.captions for b in islice(make_loader(LatentFolder(cache), batch_size=4), 30)]
     rest = make_loader(LatentFolder(cache), batch_size=4, start_batch=20, num_workers=1)

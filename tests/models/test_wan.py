@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apt.errors import ConfigError, InputError
+from apt.kernels import kernel_backend
 from apt.models import TextCondition, create_discriminator, create_model
 from apt.models.discriminator import paper_layers
 from apt.models.protocols import Backbone
@@ -368,6 +369,30 @@ def test_compiles_without_graph_breaks(per_token: bool) -> None:
     torch.testing.assert_close(
         compiled(x, t, c, rows=rows), model(x, t, c, rows=rows), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_on_the_fused_kernels(per_token: bool) -> None:
+    """Their interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, t, c = wan_inputs(3, (1, 4, 6), lengths=[5, 2, 3])
+    if per_token:
+        t = t[:, None] * torch.linspace(0, 1, 6)
+    rows = torch.tensor([2, 0, 2], device=device)
+    results = []
+    for backend in ("triton", "reference"):
+        model = tiny_wan(num_layers=1).to(device)
+        latents = x.to(device, copy=True).requires_grad_()
+        with kernel_backend(backend):
+            velocity = model(latents, t.to(device), c.to(device), rows=rows)
+            velocity.square().sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((velocity, latents.grad, grads))
+    ours, expected = results
+    for a, b in zip(ours[:2], expected[:2], strict=True):
+        assert relative_error(a, b) < 1e-5
+    assert_same_gradients(ours[2], expected[2])
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

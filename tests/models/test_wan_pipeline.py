@@ -11,13 +11,14 @@ from torch import Tensor
 
 from apt.models import create_codec, create_text_encoder, generate
 from apt.models.wan import Wan
-from tests.models.test_text_transformers import WIDTH, t5_model, unigram_tokenizer
+from tests.models.tiny_tokenizers import unigram_tokenizer
 from tests.models.wan_nets import ours_of, relative_error, tiny_peer
 
 diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 
 PROMPTS = ["a red seven moving left", "a blue four"]
-LENGTH = 30
+WIDTH, LENGTH = 16, 30
 
 
 def tiny_vae(channels: int) -> Any:
@@ -47,7 +48,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stock pipelines: Wan 2.1; 2.2 TI2V with a timestep per token; 2.2 A14B with two experts."""
     root = tmp_path_factory.mktemp("wan")
     torch.manual_seed(0)
-    tokenizer, text_encoder = unigram_tokenizer(), t5_model("UMT5").eval()
+    tokenizer = unigram_tokenizer(PROMPTS)
+    umt5 = transformers.UMT5Config(
+        vocab_size=80, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
+    text_encoder = transformers.UMT5EncoderModel(umt5).eval()
     for name, channels, options in (
         ("wan2.1", 16, {}),
         ("ti2v", 48, {"expand_timesteps": True}),

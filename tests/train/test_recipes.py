@@ -8,7 +8,7 @@ import torch
 
 from apt.errors import InputError
 from apt.losses import create_loss
-from apt.models import create_codec, create_model, create_text_encoder
+from apt.models import MODELS, create_codec, create_model, create_text_encoder
 from apt.models.discriminator import paper_layers
 from apt.train.config import AdversarialConfig, DistillConfig, PretrainConfig, TrainConfig
 from apt.train.networks import initial_bundle
@@ -22,6 +22,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "digits_apt_distilled_d": {"stage.discriminator": "runs/digits/distill/export"},
     "digits_apt_small_batch": {"batch_size": 4},
 }
+PUBLIC = ("wan_distill", "apt_image_wan", "apt_video_wan", "sd35_distill", "apt_image_sd35")
 # What an ablation may say of itself: its name, its place, how long it runs and what it keeps.
 OWN = {"name", "run_dir", "num_updates", "snapshot_at"}
 
@@ -60,9 +61,10 @@ def test_all_recipes() -> None:
         "digits_apt",
         "apt_image_1024",
         "apt_video_720p",
+        *PUBLIC,
         *ABLATIONS,
     }
-    assert list_recipes("apt_*") == ["apt_image_1024", "apt_video_720p"]
+    assert list_recipes("apt_*_1024") == ["apt_image_1024"]
     with pytest.raises(InputError, match="did you mean 'digits_apt'"):
         RECIPES.get("digits_atp")
 
@@ -203,3 +205,32 @@ def test_the_digits_models_fit_each_other() -> None:
     weights = sum(p.numel() for m in bundle.modules() for p in m.parameters())
     # `make demo` ships this model twice, in bf16, within 16 MB in all at most twice over.
     assert weights * 2 < 16e6
+
+
+@pytest.mark.parametrize(
+    ("ours", "paper"),
+    [
+        ("apt_image_wan", "apt_image_1024"),
+        ("apt_video_wan", "apt_video_720p"),
+        ("apt_image_sd35", "apt_image_1024"),
+    ],
+)
+def test_recipes_for_public_models_keep_the_papers_method(ours: str, paper: str) -> None:
+    """They differ in models, data and batch alone, which the module gives reasons for."""
+    free = {
+        "name", "run_dir", "batch_size", "negative_prompt", "sample_every", "sample_prompts",
+        "stage.generator", "stage.discriminator",
+    }  # fmt: skip
+    one, other = flat(recipe(ours)), flat(recipe(paper))
+    assert one.keys() == other.keys()
+    different = {key for key in one if one[key] != other[key] and not key.startswith("data.")}
+    assert different <= free
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_recipes_for_public_models_start_from_weights_that_are_published(name: str) -> None:
+    stage = recipe(name).stage
+    source = stage.teacher if isinstance(stage, DistillConfig) else stage.discriminator  # type: ignore[union-attr]
+    assert MODELS.pretrained(source)
+    assert recipe(name).data.source == "latents"
+    assert not recipe(name).sample_every  # a run on a latent cache has no codec to show them

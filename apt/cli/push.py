@@ -1,0 +1,57 @@
+"""`diffusion-apt push`: a model folder to the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload a model folder to the Hub, with a model card made from its record of training.
+
+    It takes what `diffusion-apt export` makes: for others to load, use --format diffusers there.
+    The token is that of `hf auth login`, or HF_TOKEN.
+    """
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    """Folder of the model."""
+    repo: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OWNER/NAME")]
+    """Where to; made if need be."""
+    private: bool = False
+    """If it is made: for you and your organisation alone."""
+    revision: str | None = None
+    """Branch, made if need be; None is main."""
+    license: str | None = None
+    """For the card; None carries over that of the base model."""
+    message: str = "Upload by diffusion-apt"
+    """Of the commit."""
+
+
+def main(args: Sequence[str], *, prog: str) -> None:
+    """Upload, and say where it is."""
+    options = tyro.cli(Push, args=args, prog=prog)
+
+    from apt.hub import read_info
+    from apt.hub.push import push_to_hub
+    from apt.models import MODELS
+
+    license = options.license
+    if license is None:
+        architecture = read_info(options.folder).model.architecture
+        entries = MODELS.pretrained(architecture) if architecture in MODELS.names() else {}
+        license = next((entry.license for entry in entries.values()), None)
+    print(
+        push_to_hub(
+            options.folder,
+            options.repo,
+            private=options.private,
+            revision=options.revision,
+            license=license,
+            message=options.message,
+        )
+    )

@@ -1,0 +1,167 @@
+"""The model card: what a model is, where it comes from, and how to use it; from apt.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from apt.hub.folders import PIPELINE_FILE, split_hub_id
+from apt.hub.info import ModelInfo
+
+CARD_FILE = "README.md"
+LIBRARY = "diffusion-apt"
+
+# Licences that the Hub knows by these names; others are "other" with a name and a link.
+_KNOWN_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "openrail++")
+
+_STAGES = {
+    "apt": "a one-step generator made by Adversarial Post-Training (arXiv 2501.08316)",
+    "consistency": "a consistency-distilled model, the start of Adversarial Post-Training",
+    "diffusion": "a flow-matching diffusion model, sampled in many steps",
+}
+
+
+def make_card(info: ModelInfo, repo_id: str, folder: Path, *, license: str | None = None) -> str:
+    """The text of a model card, with metadata that the Hub understands.
+
+    The base model and its licence come from the record of training, which each stage carries over
+    from the model it started from.
+
+    Args:
+        info: apt.json.
+        repo_id: where the model goes, for the snippets.
+        folder: of the model: whether diffusers can load it.
+        license: of these weights; None carries over that of the base model.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    history = list(_history(info.training))
+    base: Mapping[str, Any] = next((s for s in reversed(history) if "source" in s), {})
+    base_id = base.get("source") if split_hub_id(str(base.get("source", ""))) else None
+    license = license or base.get("license")
+    in_diffusers = (folder / PIPELINE_FILE).is_file()
+    image = info.sample.frames == 1
+    tags = [LIBRARY, "adversarial-post-training", *(["one-step"] if info.stage == "apt" else [])]
+    data = ModelCardData(
+        base_model=base_id,
+        base_model_relation="finetune" if base_id else None,
+        library_name="diffusers" if in_diffusers else LIBRARY,
+        pipeline_tag="text-to-image" if image else "text-to-video",
+        tags=tags,
+        **_licence(license, base_id),
+    )
+    sections = [
+        f"# {repo_id.rpartition('/')[2]}",
+        _summary(info, base_id, base.get("revision")),
+        "## Use it",
+        _snippets(info, repo_id, in_diffusers),
+        "## How it was made",
+        _recipe(history),
+        "## Data",
+        _data_note(info, history),
+        *_figures(info.training),
+        "## Licence",
+        f"{license or 'Not stated: ask the author.'}"
+        + (f" It is carried over from {base_id}." if base_id and license else ""),
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+
+
+def _history(training: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The stages of training, newest first."""
+    stage: Any = training
+    while isinstance(stage, Mapping) and stage:
+        yield stage
+        stage = stage.get("started_from")
+
+
+def _licence(license: str | None, base_id: str | None) -> dict[str, Any]:
+    from huggingface_hub import constants
+
+    if license is None:
+        return {}
+    if license.lower() in _KNOWN_LICENCES:
+        return {"license": license.lower()}
+    link = {"license_link": f"{constants.ENDPOINT}/{base_id}"} if base_id else {}
+    return {"license": "other", "license_name": license, **link}
+
+
+def _summary(info: ModelInfo, base_id: str | None, commit: str | None) -> str:
+    size = info.sample
+    what = "Images" if size.frames == 1 else f"Videos of {size.frames} frames at {size.fps:g} fps"
+    start = f", made from [{base_id}]({_link(base_id)})" if base_id else ""
+    at = f" at commit `{commit}`" if base_id and commit else ""
+    return (
+        f"{_STAGES[info.stage].capitalize()}{start}{at}. {what}, {size.width}x{size.height}; "
+        f"architecture `{info.model.architecture}`. Steps: {info.sampling.num_steps}; "
+        f"guidance: {info.sampling.cfg_scale:g}."
+    )
+
+
+def _link(repo_id: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo_id}"
+
+
+def _snippets(info: ModelInfo, repo_id: str, in_diffusers: bool) -> str:
+    ours = (
+        "```python\nimport apt  # pip install diffusion-apt[hub]\n\n"
+        f'pipeline = apt.OneStepPipeline.from_pretrained("{repo_id}")\n'
+        'video = pipeline("a prompt", seed=0)  # uint8 (1, frames, height, width, 3)\n```'
+    )
+    if not in_diffusers:
+        return ours
+    size = info.sample
+    frames = "" if size.frames == 1 else f"    num_frames={size.frames},\n"
+    result = "images[0]" if size.frames == 1 else "frames[0]"
+    guidance = info.sampling.cfg_scale
+    stock = (
+        "```python\nfrom diffusers import DiffusionPipeline\n\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}")\n'
+        f'output = pipeline(\n    "a prompt",\n{frames}    height={size.height},\n'
+        f"    width={size.width},\n    num_inference_steps={info.sampling.num_steps},\n"
+        f"    guidance_scale={guidance:g},\n).{result}\n```"
+    )
+    return f"{ours}\n\nStock diffusers runs the same weights:\n\n{stock}"
+
+
+def _recipe(history: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        f"| {stage.get('recipe')} | {stage.get('updates', '')} | {stage.get('batch_size', '')} | "
+        f"{stage.get('seed', '')} | {stage.get('weights', '')} |"
+        for stage in reversed(history)
+        if "recipe" in stage
+    ]
+    if not rows:
+        return "The weights are those of the base model."
+    head = "| recipe | updates | batch size | seed | weights |\n| --- | --- | --- | --- | --- |"
+    table = "\n".join([head, *rows])
+    title = "Stages of `diffusion-apt train`, first to last; `apt.json` has every value."
+    return f"{title}\n\n{table}"
+
+
+def _data_note(info: ModelInfo, history: Sequence[Mapping[str, Any]]) -> str:
+    sources = [
+        stage["config"]["data"].get("source")
+        for stage in history
+        if isinstance(stage.get("config"), Mapping)
+        and isinstance(stage["config"].get("data"), Mapping)
+    ]
+    size = info.sample
+    shape = f"{size.frames} frames of {size.width}x{size.height}"
+    if "digits" in sources:
+        return f"Built-in moving digits, made by `diffusion-apt data digits`: {shape}."
+    return (
+        f"Post-trained on captioned samples of {shape}, which are not published with the model. "
+        "What the base model was trained on is said on its own page."
+    )
+
+
+def _figures(training: Mapping[str, Any]) -> list[str]:
+    figures = training.get("figures")
+    if not isinstance(figures, Mapping) or not figures:
+        return []
+    rows = [f"| {name} | {value} |" for name, value in figures.items()]
+    return ["## Figures", "\n".join(["| measure | value |", "| --- | --- |", *rows])]

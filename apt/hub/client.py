@@ -1,0 +1,207 @@
+"""huggingface_hub as we use it: quiet, tried again with back-off, its errors in our words."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from apt.errors import CheckpointError
+
+T = TypeVar("T")
+
+ATTEMPTS = 4
+FIRST_WAIT = 1.0
+"""Seconds before the second attempt; each further wait is twice as long."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_log = logging.getLogger(__name__)
+
+
+def with_retries(action: Callable[[], T]) -> T:
+    """Call `action`, again if the connection or the server failed in a way that may pass.
+
+    huggingface_hub mends cuts in the middle of a file by itself, but gives up on others, and then
+    deletes what it has of the file.
+    """
+    wait = FIRST_WAIT
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return action()
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            _log.info("attempt %d failed (%s); again in %g s", attempt, reason, wait)
+        time.sleep(wait)
+        wait *= 2
+    return action()
+
+
+@contextmanager
+def quiet_client() -> Iterator[None]:
+    """Keep huggingface_hub's warnings to itself: what matters of them is in our own errors."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        hub_logging.set_verbosity(before)
+
+
+def progress_class() -> type[Any]:
+    """huggingface_hub's progress bar, shown in a terminal alone."""
+    from huggingface_hub.utils import tqdm
+
+    class TerminalBar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs["disable"] = kwargs.get("disable") or not sys.stderr.isatty()
+            super().__init__(*args, **kwargs)
+
+    return TerminalBar
+
+
+@contextmanager
+def explained(action: str, repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a CheckpointError.
+
+    Args:
+        action: "download" or "push to".
+        repo_id, revision: of the model on the Hub.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = repr(repo_id if revision is None else f"{repo_id}@{revision}")
+    cannot = f"cannot {action} {name}"
+    try:
+        yield
+    # Derives from RepositoryNotFoundError, so it comes first.
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{cannot}: access is gated; accept the licence at {_page(repo_id)}, and "
+            f"{_token_advice()}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{cannot}: the Hub has no such model, or it is private ({_page(repo_id)}): check the "
+            f"spelling, or {_token_advice()}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"the Hub model {repo_id!r} has no revision {revision!r}; see {_page(repo_id)}/commits"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(f"{cannot}: {_unreachable(error)}") from error
+    except RemoteEntryNotFoundError as error:
+        file = str(error.response.url).partition("/resolve/")[2].partition("/")[2]
+        raise CheckpointError(
+            f"{cannot}: its file {file!r} is not there, though it is listed; try again, or another "
+            "revision"
+        ) from error
+    except HFValidationError as error:
+        raise CheckpointError(f"{name} is neither a folder nor a Hub id: {error}") from error
+    except OfflineModeIsEnabled as error:
+        raise CheckpointError(f"{cannot}: HF_HUB_OFFLINE is set; unset it to connect") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise CheckpointError(
+                f"{cannot}: the Hub refuses ({status}); {_token_advice()}"
+            ) from error
+        raise CheckpointError(
+            f"{cannot}: the Hub answers {status} ({_first_line(error)}); try again later"
+        ) from error
+    except HTTPError as error:
+        raise CheckpointError(
+            f"{cannot}: the connection failed {ATTEMPTS} times ({_first_line(error)}); try again"
+        ) from error
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise CheckpointError(
+                f"{cannot}: the disk is full ({error.strerror}); free some space, or set HF_HOME "
+                "or --local-dir to a larger disk"
+            ) from error
+        raise CheckpointError(f"{cannot}: {_first_line(error)}; try again") from error
+
+
+def require_token() -> None:
+    """Raise CheckpointError if there is no token to write with."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise CheckpointError(
+            "writing to the Hub needs a token with write access; " + _token_advice()
+        )
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether trying again can help."""
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if isinstance(error, LocalEntryNotFoundError):
+        # Not on the disk, because of what happened on the way to the Hub.
+        return error.__cause__ is not None and _may_pass(error.__cause__)
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    if isinstance(error, HTTPError):
+        return True
+    # A file that came shorter than announced.
+    return isinstance(error, OSError) and "Consistency check failed" in str(error)
+
+
+def _unreachable(error: BaseException) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cause = error.__cause__
+    if constants.is_offline_mode():
+        why = "HF_HUB_OFFLINE is set"
+    elif isinstance(cause, HfHubHTTPError):
+        why = f"the Hub answers {cause.response.status_code}"
+    else:
+        why = f"the Hub cannot be reached at {constants.ENDPOINT}"
+    return f"it is neither a folder nor whole in the local cache, and {why}"
+
+
+def _page(repo_id: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo_id}"
+
+
+def _token_advice() -> str:
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        return "log in with `hf auth login`, or set HF_TOKEN"
+    return "use a token (`hf auth login`, HF_TOKEN) that has access: the one that is set has none"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

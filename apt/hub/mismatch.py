@@ -1,0 +1,103 @@
+"""Do the tensors of a checkpoint fit a module? If not: which do not, and what is it probably?"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from apt.errors import CheckpointError
+
+_LISTED = 5
+"""Keys named in a message before the rest is only counted."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+Marks = Mapping[str, Sequence[str]]
+"""Names of families, each with fragments of keys that all occur in its files."""
+
+
+def check_keys(source: str, stored: Shapes, expected: Shapes, marks: Marks) -> None:
+    """Raise CheckpointError unless `stored` has exactly the keys and shapes of `expected`.
+
+    Args:
+        source: where the tensors come from, for the message.
+        stored, expected: shapes by key.
+        marks: of the families that a foreign checkpoint may belong to.
+    """
+    missing = sorted(expected.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - expected.keys())
+    reshaped = [
+        f"{key} is {_shape(stored[key])}, expected {_shape(expected[key])}"
+        for key in sorted(expected.keys() & stored.keys())
+        if stored[key] != expected[key]
+    ]
+    if not (missing or unexpected or reshaped):
+        return
+    problems = [
+        f"{len(items)} {label}: {listed(items)}"
+        for label, items in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrongly shaped", reshaped),
+        )
+        if items
+    ]
+    guess = _guess(missing, unexpected, stored, expected, marks)
+    raise CheckpointError(
+        f"{source!r} does not fit the model that it is loaded into: {'; '.join(problems)}. {guess}"
+    )
+
+
+def looks_like(keys: Collection[str], marks: Marks) -> str | None:
+    """What a checkpoint with these keys probably is: a family of `marks`, or a known other kind."""
+    for name, fragments in {**marks, **_OTHERS}.items():
+        if fragments and all(any(fragment in key for key in keys) for fragment in fragments):
+            return name
+    return None
+
+
+def listed(items: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(items)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _guess(
+    missing: list[str], unexpected: list[str], stored: Shapes, expected: Shapes, marks: Marks
+) -> str:
+    for prefix in _WRAPPER_PREFIXES:
+        if {key.removeprefix(prefix): shape for key, shape in stored.items()} == dict(expected):
+            return f"It fits once the prefix {prefix!r} is taken off its keys."
+    if not missing and not unexpected:
+        return "The keys agree, so the config is of another size of the same model."
+    family = looks_like(stored.keys(), marks)
+    if family is not None and family != looks_like(expected.keys(), marks):
+        return f"Its keys look like {family}; load it as that."
+    pairs = [
+        f"{key} (for {close[0]}?)"
+        for key in unexpected[:_LISTED]
+        if (close := difflib.get_close_matches(key, missing[:2000], n=1, cutoff=0.8))
+    ]
+    if pairs:
+        return f"Similar names: {', '.join(pairs)}."
+    return f"It shares {len(expected.keys() & stored.keys())} of {len(expected)} keys with it."
+
+
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "transformer.")
+"""What wrapping a module adds to its keys."""
+
+_OTHERS: Marks = {
+    "FLUX, which this package has no model of": (
+        "single_transformer_blocks.",
+        "transformer_blocks.",
+    ),
+    "a LoRA, not a whole model": (".lora_A.",),
+    "a LoRA of another naming, not a whole model": (".lora_down.",),
+    "an image or video autoencoder": ("encoder.", "decoder."),
+    "a T5 or UMT5 text encoder": ("shared.weight", "encoder.block."),
+}
+"""Kinds of checkpoints that are no family of ours."""
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"

@@ -1,0 +1,51 @@
+"""A whole model from the Hub: all that loading, training and exporting ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apt.errors import CheckpointError
+from apt.hub.download import download
+from apt.hub.folders import DESCRIPTIONS, PIPELINE_FILE
+from apt.hub.info import INFO_FILE
+from apt.hub.stored import read_json
+
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_EXTRAS = ["*.md", "LICENSE*"]
+
+
+def pull(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    local_dir: str | Path | None = None,
+    everything: bool = False,
+) -> Path:
+    """Fetch a model; returns its folder, in the Hub's cache unless `local_dir` is given.
+
+    Of a pipeline of two experts only the one that generates in one step is fetched, unless
+    `everything`. Pickles never are.
+
+    Raises:
+        CheckpointError: as `download`; or a repository without a model in it.
+    """
+    folder = download(repo_id, revision, DESCRIPTIONS, local_dir=local_dir)
+    # One commit from here on, even if the branch moves.
+    commit = folder.name if local_dir is None else revision
+    patterns = [*_FILES, *_EXTRAS]
+    if (folder / PIPELINE_FILE).is_file() and not everything:
+        index = read_json(folder / PIPELINE_FILE)
+        parts = [
+            name
+            for name, value in index.items()
+            if isinstance(value, list) and value[:1] != [None] and name != "transformer_2"
+        ]
+        inside = [f"{part}/{pattern}" for part in parts for pattern in _FILES]
+        patterns = [*DESCRIPTIONS, *_EXTRAS, *inside]
+    folder = download(repo_id, commit, patterns, local_dir=local_dir)
+    if not any(folder.rglob("*.safetensors")):
+        raise CheckpointError(
+            f"the Hub model {repo_id!r} has no safetensors, {INFO_FILE} or {PIPELINE_FILE} that "
+            "could be loaded; other formats are never read"
+        )
+    return folder

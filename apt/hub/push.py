@@ -1,0 +1,113 @@
+"""A model folder to the Hub: checked, with a card, in one commit."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+
+from apt.errors import CheckpointError
+from apt.hub.card import CARD_FILE, make_card
+from apt.hub.client import explained, quiet_client, require_token, with_retries
+from apt.hub.folders import PIPELINE_FILE
+from apt.hub.info import INFO_FILE, ModelInfo, read_info
+from apt.hub.stored import read_header
+
+_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md", "LICENSE*", "*.png", "*.mp4")
+"""What a model consists of. Pickles are not among them."""
+
+_REPLACED = ("*.safetensors", "*.safetensors.index.json")
+"""Files of an earlier push that must go if they are no longer there: a loader may take them."""
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    license: str | None = None,
+    message: str = "Upload by diffusion-apt",
+) -> str:
+    """Upload a model folder, with a model card unless it has a README.md.
+
+    One commit brings everything, so nobody ever sees half a model. What the Hub has already is not
+    sent again, and failures that may pass are tried again.
+
+    Args:
+        folder: one of ours, or an export for diffusers.
+        repo_id: "owner/name"; made if need be.
+        private: if it is made.
+        revision: branch; made if need be. None is main.
+        license: for the card; None carries over that of the base model.
+        message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CheckpointError: no model in the folder, a damaged file, parts that only this machine has,
+            no token or no right to write, or no connection.
+    """
+    root = Path(folder)
+    info = _check(root)
+    names = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_file()
+        and any(fnmatch.fnmatch(path.name, pattern) for pattern in _PATTERNS)
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
+    for name in names:
+        if name.endswith(".safetensors"):
+            read_header(root / name)
+    card = None if CARD_FILE in names else make_card(info, repo_id, root, license=license)
+
+    # Slow to import, and not needed for anything local.
+    from huggingface_hub import HfApi
+
+    with quiet_client(), explained("push to", repo_id, revision):
+        require_token()
+        api = HfApi()
+        with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        if revision is not None:
+            with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        return with_retries(lambda: _commit(root, names, card, repo_id, revision, message))
+
+
+def _commit(
+    root: Path, names: list[str], card: str | None, repo_id: str, revision: str | None, message: str
+) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi()
+    there = api.list_repo_files(repo_id, revision=revision)
+    stale = [
+        name
+        for name in there
+        if name not in names and any(fnmatch.fnmatch(name, pattern) for pattern in _REPLACED)
+    ]
+    # Made anew for each attempt: they remember what has become of them.
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=root / name) for name in names
+    ]
+    if card is not None:
+        operations.append(CommitOperationAdd(path_in_repo=CARD_FILE, path_or_fileobj=card.encode()))
+    operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
+    commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    return str(commit.commit_url)
+
+
+def _check(root: Path) -> ModelInfo:
+    """What the folder says of itself, if others could load it."""
+    info = read_info(root)
+    if (root / PIPELINE_FILE).is_file():
+        return info
+    for name, part in (("text encoder", info.text_encoder), ("codec", info.codec)):
+        repo = part.config.get("repo")
+        if isinstance(repo, str) and part.weights is None and Path(repo).expanduser().is_dir():
+            raise CheckpointError(
+                f"the {name} of {str(root)!r} comes from the folder {repo!r}, which others do not "
+                "have; push what `diffusion-apt export --format diffusers` makes, which carries "
+                f"it along, or name a Hub id as its repo in {INFO_FILE}"
+            )
+    return info

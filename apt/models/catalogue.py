@@ -1,0 +1,55 @@
+"""What there is to start from: every registered model, its size, weights, licence and formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from apt.hub.pretrained import PretrainedEntry
+from apt.models.layouts import family_of
+from apt.models.registry import MODELS
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """A registered model.
+
+    Attributes:
+        name: registered.
+        summary: what it is.
+        parameters: counted on the meta device.
+        family: of public checkpoints; None for models of our own.
+        formats: that it is loaded from and exported to.
+        pretrained: published weights by tag.
+    """
+
+    name: str
+    summary: str
+    parameters: int
+    family: str | None
+    formats: tuple[str, ...]
+    pretrained: dict[str, PretrainedEntry]
+
+
+def catalogue(pattern: str = "*") -> list[CatalogueEntry]:
+    """The registered models whose names match a shell-style pattern."""
+    entries = []
+    for name in MODELS.names(pattern):
+        config = MODELS.get(name)()
+        with torch.device("meta"):
+            module = cast(nn.Module, config.build())
+        family = family_of(config)
+        entries.append(
+            CatalogueEntry(
+                name=name,
+                summary=MODELS.summary(name),
+                parameters=sum(parameter.numel() for parameter in module.parameters()),
+                family=None if family is None else family.name,
+                formats=("apt",) if family is None else ("apt", "diffusers", "comfyui"),
+                pretrained=dict(MODELS.pretrained(name)),
+            )
+        )
+    return entries

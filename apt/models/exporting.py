@@ -1,0 +1,241 @@
+"""Models of ours in the layouts of others: folders of diffusers, files of ComfyUI."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from apt.errors import CheckpointError, InputError
+from apt.hub import PIPELINE_FILE, ComponentInfo, ModelInfo, Source, locate, write_info
+from apt.hub.stored import INDEX_SUFFIX, read_json
+from apt.hub.weights import cast_type, save_tensors
+from apt.models.bundle import load_backbone, load_pretrained, save_pretrained
+from apt.models.families import Family
+from apt.models.layouts import COMFYUI_PREFIX, all_families, family_of, original_layout
+from apt.models.loading import WEIGHTS_STEM
+from apt.models.protocols import Backbone
+
+Format = Literal["apt", "diffusers", "comfyui"]
+
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+_SCHEDULER_CONFIG = {
+    "_class_name": SCHEDULER,
+    "num_train_timesteps": 1000,
+    # One step starts at t = 1 whatever the shift is.
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+}
+
+
+def export_model(
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: Format = "apt",
+    dtype: torch.dtype | None = None,
+    base: str | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write a model for this package, for diffusers or for ComfyUI.
+
+    Args:
+        model: its folder, built-in name or Hub id, as `load_pretrained` takes it.
+        out: a folder, which is made; for "comfyui" a file that ends in .safetensors.
+        format: "apt": as `save_pretrained`. "diffusers": a whole pipeline, whose text encoders and
+            VAE are copies of those in `base`; with num_inference_steps=1 and guidance_scale=1 the
+            stock pipeline makes what ours makes. "comfyui": the diffusion model alone, in the
+            layout of its authors.
+        dtype: of the weights in the file; None is fp32.
+        base: the pipeline's folder or Hub id that the other parts come from; None is where this
+            model's VAE comes from.
+        max_shard_size: of the files of a diffusers folder, such as "5GB".
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError: a model of no public family, no base with those parts, weights that are
+            not finite, or a disk that refuses.
+    """
+    path = Path(out)
+    if format == "apt":
+        bundle = load_pretrained(model)
+        external = bundle.info.text_encoder.weights is None
+        return save_pretrained(path, bundle, dtype=dtype, external_text_encoder=external)
+    # Text encoder and VAE are copied as files, never loaded.
+    backbone, info = load_backbone(model)
+    family = family_of(backbone.config)
+    if family is None:
+        known = ", ".join(family.name for family in all_families())
+        raise CheckpointError(
+            f"{info.model.architecture!r} is no model of a public family ({known}), so {format} "
+            "has no class for it; use --format apt"
+        )
+    try:
+        if format == "comfyui":
+            return _export_file(backbone, family, path, dtype)
+        return _export_pipeline(backbone, info, family, path, dtype, base, max_shard_size)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot export to {str(out)!r}: {error.strerror or error}; free some space or choose "
+            "another folder"
+        ) from error
+
+
+def _export_file(backbone: Backbone, family: Family, path: Path, dtype: torch.dtype | None) -> Path:
+    if path.suffix != ".safetensors":
+        raise InputError(f"comfyui is one file: {str(path)!r} must end in .safetensors")
+    state = _state(backbone)
+    tensors = {}
+    for theirs, made_of in original_layout(state, family.rules_for(backbone.config)).items():
+        parts = [state[name] for name in made_of.ours]
+        if made_of.swap_halves:
+            parts = [torch.cat(part.chunk(2)[::-1]) for part in parts]
+        tensors[COMFYUI_PREFIX + theirs] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, tensors, dtype)
+    return path
+
+
+def _export_pipeline(
+    backbone: Backbone,
+    info: ModelInfo,
+    family: Family,
+    folder: Path,
+    dtype: torch.dtype | None,
+    base: str | None,
+    max_shard_size: str,
+) -> Path:
+    source = _base_pipeline(info, base)
+    index = read_json(source.folder / PIPELINE_FILE)
+    if index.get("_class_name") != family.pipeline_class:
+        raise CheckpointError(
+            f"{source.name!r} is a {index.get('_class_name')}, expected a {family.pipeline_class}; "
+            "pass --base with a pipeline of the same family"
+        )
+    if folder.resolve() == source.folder.resolve():
+        raise InputError(f"{str(folder)!r} is the base itself; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    # What is written last makes the folder a pipeline: half an export is none.
+    (folder / PIPELINE_FILE).unlink(missing_ok=True)
+    _copy_components(source, index, folder)
+    _save_transformer(backbone, family, folder / "transformer", dtype, max_shard_size)
+    scheduler = folder / "scheduler"
+    scheduler.mkdir(exist_ok=True)
+    _write_json(scheduler / "scheduler_config.json", _SCHEDULER_CONFIG)
+    write_info(folder, _portable(info))
+    index["transformer"] = ["diffusers", family.diffusers_class]
+    index["scheduler"] = ["diffusers", SCHEDULER]
+    if "transformer_2" in index:
+        # One step needs the high-noise expert alone.
+        index |= {"transformer_2": [None, None], "boundary_ratio": None}
+    _write_json(folder / PIPELINE_FILE, index)
+    return folder
+
+
+def _base_pipeline(info: ModelInfo, base: str | None) -> Source:
+    codec = info.codec.config
+    name = base or codec.get("repo")
+    revision = None if base else codec.get("revision")
+    if name is None:
+        raise CheckpointError(
+            f"the codec {info.codec.architecture!r} comes from no pipeline; pass --base "
+            "with the pipeline that text encoder and VAE are taken from"
+        )
+    source = locate(name, revision)
+    if not (source.folder / PIPELINE_FILE).is_file():
+        raise CheckpointError(
+            f"{name!r} has no {PIPELINE_FILE}, so it is no pipeline to take text encoder and VAE "
+            "from; pass --base with one"
+        )
+    return source
+
+
+def _copy_components(source: Source, index: Mapping[str, Any], folder: Path) -> None:
+    """Copy what the pipeline has beside transformers and scheduler, as it is."""
+    names = [
+        name
+        for name, value in index.items()
+        if isinstance(value, list)
+        and value[:1] != [None]
+        and not name.startswith("transformer")
+        and name != "scheduler"
+    ]
+    suffixes = ("*.json", "*.safetensors", "*.model", "*.txt")
+    source.fetch([f"{name}/{suffix}" for name in names for suffix in suffixes])
+    for name in names:
+        part = source.folder / name
+        if not part.is_dir():
+            raise CheckpointError(
+                f"{str(source.folder)!r} lacks the folder {name!r} that its {PIPELINE_FILE} names; "
+                "copy or download it again"
+            )
+        target = folder / name
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        for file in sorted(part.iterdir()):
+            if any(file.match(suffix) for suffix in suffixes):
+                shutil.copyfile(file, target / file.name)
+
+
+def _save_transformer(
+    backbone: Backbone,
+    family: Family,
+    folder: Path,
+    dtype: torch.dtype | None,
+    max_shard_size: str,
+) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    state = _state(backbone)
+    folder.mkdir(exist_ok=True)
+    for old in (*folder.glob("*.safetensors"), *folder.glob(f"*{INDEX_SUFFIX}")):
+        old.unlink()
+    # Only sizes count, and those are of what is written.
+    empty = {key: cast_type(torch.empty_like(v, device="meta"), dtype) for key, v in state.items()}
+    split = split_torch_state_dict_into_shards(
+        empty,
+        filename_pattern=WEIGHTS_STEM + "{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        save_tensors(folder / name, {key: state[key] for key in keys}, dtype)
+    if split.is_sharded:
+        _write_json(
+            folder / f"{WEIGHTS_STEM}.safetensors{INDEX_SUFFIX}",
+            {"metadata": split.metadata, "weight_map": split.tensor_to_filename},
+        )
+    _write_json(folder / "config.json", family.to_diffusers(backbone.config))
+
+
+def _portable(info: ModelInfo) -> ModelInfo:
+    """What apt.json of a pipeline says: its parts are in the folder itself, not elsewhere."""
+
+    def here(part: ComponentInfo) -> ComponentInfo:
+        config = {**part.config, "repo": ".", "revision": None}
+        return dataclasses.replace(part, config=config, weights=None)
+
+    return dataclasses.replace(
+        info,
+        model=dataclasses.replace(info.model, weights=None),
+        text_encoder=here(info.text_encoder),
+        codec=here(info.codec),
+    )
+
+
+def _state(backbone: Backbone) -> dict[str, Tensor]:
+    return cast(nn.Module, backbone).state_dict()
+
+
+def _write_json(path: Path, document: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

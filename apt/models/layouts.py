@@ -1,0 +1,181 @@
+"""Layouts of public checkpoints: which tensor of a file is which of ours, and the way back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apt.errors import CheckpointError
+from apt.hub.stored import StoredTensor
+from apt.hub.weights import Piece
+from apt.models.families import FAMILIES, Family, KeyRule
+
+COMFYUI_PREFIX = "model.diffusion_model."
+
+_PREFIXES = (COMFYUI_PREFIX, "diffusion_model.")
+"""What ComfyUI puts before the keys of a diffusion model."""
+
+_COMPANIONS = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.")
+"""Beside a prefix of `_PREFIXES`: other models in an all-in-one file, which are not read."""
+
+
+def all_families() -> list[Family]:
+    """Every registered family."""
+    return [FAMILIES.get(name)() for name in FAMILIES.names()]
+
+
+def family_marks() -> dict[str, Sequence[str]]:
+    """How to tell the families by their keys, for messages; see `apt.hub.mismatch`."""
+    return {f"a checkpoint of the {f.name} family": f.marks for f in all_families()}
+
+
+def family_of(config: Any) -> Family | None:
+    """The family that a model config belongs to; None for models of our own."""
+    return next((f for f in all_families() if type(config) is f.config_class), None)
+
+
+def without_prefix(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of the diffusion model in a file, without ComfyUI's prefix if there is one."""
+    for prefix in _PREFIXES:
+        if any(key.startswith(prefix) for key in stored):
+            return {
+                key.removeprefix(prefix): tensor
+                for key, tensor in stored.items()
+                if not key.startswith(_COMPANIONS)
+            }
+    return dict(stored)
+
+
+def map_keys(
+    stored: Mapping[str, StoredTensor], expected: Collection[str], rules: Sequence[KeyRule]
+) -> dict[str, Piece]:
+    """Where each of our tensors lies in a checkpoint in our layout, or in the original one.
+
+    A key that no rule meets keeps its name, and is then found to be unexpected.
+
+    Args:
+        stored: the checkpoint.
+        expected: our keys, which decide between the layouts.
+        rules: from the original layout to ours.
+
+    Raises:
+        CheckpointError: if two tensors of the checkpoint are the same one of ours.
+    """
+    stored = without_prefix(stored)
+    pieces: dict[str, Piece] = {}
+    for key, tensor in stored.items():
+        for ours, piece in _converted(key, tensor, rules):
+            if ours in pieces:
+                raise CheckpointError(
+                    f"{pieces[ours].stored.key!r} and {key!r} are both {ours!r} of ours; the "
+                    "checkpoint mixes layouts, use the one that its authors published"
+                )
+            pieces[ours] = piece
+    expected = set(expected)
+    if len(expected & stored.keys()) >= len(expected & pieces.keys()):
+        return {key: Piece(tensor) for key, tensor in stored.items()}
+    return pieces
+
+
+def _converted(
+    key: str, tensor: StoredTensor, rules: Sequence[KeyRule]
+) -> Iterable[tuple[str, Piece]]:
+    for rule in rules:
+        ours = rule.match(key)
+        if ours is not None:
+            for part, name in enumerate(ours):
+                yield name, Piece(tensor, part, len(ours), rule.swap_halves)
+            return
+    yield key, Piece(tensor)
+
+
+@dataclass(frozen=True)
+class OriginalTensor:
+    """A tensor of the original layout: our tensors one after the other along dimension 0.
+
+    `swap_halves`: the two halves of each trade places.
+    """
+
+    ours: tuple[str, ...]
+    swap_halves: bool
+
+
+def original_layout(keys: Iterable[str], rules: Sequence[KeyRule]) -> dict[str, OriginalTensor]:
+    """The inverse of the rules: original keys, and what of ours each is made of.
+
+    Raises:
+        ValueError: a rule that cannot be turned round, or a key of ours that no rule leads to.
+    """
+    left = dict.fromkeys(keys)
+    original: dict[str, OriginalTensor] = {}
+    templates = [_Template.parse(rule) for rule in rules]
+    for key in list(left):
+        if key not in left:
+            continue
+        for template in templates:
+            theirs = template.theirs_of(key)
+            if theirs is None:
+                continue
+            ours = template.rule.match(theirs)
+            if ours is not None and key in ours and all(name in left for name in ours):
+                original[theirs] = OriginalTensor(ours, template.rule.swap_halves)
+                for name in ours:
+                    del left[name]
+                break
+    if left:
+        raise ValueError(f"no rule leads to {len(left)} keys, such as {next(iter(left))!r}")
+    return original
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A rule turned round: a pattern for our first key, and the original key with holes."""
+
+    rule: KeyRule
+    pattern: re.Pattern[str]
+    theirs: tuple[str | int, ...]
+
+    def theirs_of(self, key: str) -> str | None:
+        """The original key for one of ours; None if it is not the first of this rule."""
+        found = self.pattern.fullmatch(key)
+        if found is None:
+            return None
+        return "".join(part if isinstance(part, str) else found[f"g{part}"] for part in self.theirs)
+
+    @classmethod
+    def parse(cls, rule: KeyRule) -> _Template:
+        """Read `rule.theirs`: literal text, groups without groups in them, and lookaheads.
+
+        Raises ValueError for anything else, and for a group that our key does not repeat.
+        """
+        parts: list[str | int] = []
+        groups: list[str] = []
+        # A group, a lookahead (which text does not come from), an escape, or plain text.
+        tokens = re.compile(
+            r"\((?P<group>[^()?][^()]*)\)|\(\?[!=][^()]*\)|\\(?P<escaped>\W)|(?P<plain>[\w-])"
+        )
+        position = 0
+        while position < len(rule.theirs):
+            found = tokens.match(rule.theirs, position)
+            if found is None:
+                raise ValueError(f"cannot turn round {rule.theirs!r} at character {position}")
+            position = found.end()
+            if found["group"] is not None:
+                groups.append(found["group"])
+                parts.append(len(groups))
+            elif found["escaped"] or found["plain"]:
+                parts.append(found["escaped"] or found["plain"])
+        pattern, used = "", set()
+        for piece in re.split(r"(\\\d)", rule.ours[0]):
+            if not re.fullmatch(r"\\\d", piece):
+                pattern += re.escape(piece)
+                continue
+            number = int(piece[1])
+            repeated = number in used
+            pattern += f"(?P=g{number})" if repeated else f"(?P<g{number}>{groups[number - 1]})"
+            used.add(number)
+        if used != set(range(1, len(groups) + 1)):
+            raise ValueError(f"{rule.ours[0]!r} does not repeat every group of {rule.theirs!r}")
+        return cls(rule, re.compile(pattern), tuple(parts))

@@ -1,0 +1,16 @@
+"""The registry of recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from apt.registry import Registry
+from apt.train.config import TrainConfig
+
+RECIPES: Registry[TrainConfig | Sequence[TrainConfig]] = Registry("recipe")
+"""Functions that return the configuration of a run, or of several in a row."""
+
+
+def list_recipes(pattern: str = "*") -> list[str]:
+    """Names of registered recipes that match a shell-style pattern, sorted."""
+    return RECIPES.names(pattern)
