@@ -67,6 +67,12 @@ def test_sizes_that_do_not_fit(change, message):
         Workload(**{"model": "apt_8b", "frames": 49, "height": 720, "width": 1280} | change)
 
 
+def test_a_model_whose_work_is_not_counted_is_refused():
+    workload = Workload(model="wan2.1_t2v_1.3b", frames=49, height=480, width=832)
+    with pytest.raises(InputError, match=r"wan2.1_t2v_1.3b is no MMDiT"):
+        workload.cost()
+
+
 def test_gates_are_not_left_at_zero():
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
     nn.init.zeros_(module[0].weight)
