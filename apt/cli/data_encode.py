@@ -44,7 +44,7 @@ class DataEncode:
     clips_per_item: int = 1
     """Clips of each video, from different starts."""
     prompts: tuple[str, ...] = ()
-    """Prompts to embed beside the captions: negative prompts, and those that samples show."""
+    """Prompts to embed beside the captions and the model's own negative prompt."""
     strict: bool = False
     """Stop at the first file that cannot be used, instead of skipping and reporting it."""
     seed: int = 0
@@ -106,7 +106,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
         size=(data.frames, data.height, data.width),
         fps=data.fps,
         clips_per_item=options.clips_per_item,
-        prompts=options.prompts,
+        prompts=[info.sampling.negative_prompt, *options.prompts],
         dtype=getattr(torch, options.dtype),
     )
     open_cache(options.out, plan, rank=rank)

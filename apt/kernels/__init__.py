@@ -18,23 +18,29 @@ from apt.kernels.backends import (
     kernel_backend,
     kernel_status,
 )
+from apt.kernels.fused_rmsprop import FusedRMSprop
+from apt.kernels.joint_qk_norm_rope import StreamQKV, joint_qk_norm_rope
 from apt.kernels.modulated_norm import modulated_norm
 from apt.kernels.perturbed_batch import perturbed_batch
-from apt.kernels.qk_norm_rope import qk_norm_rope
+from apt.kernels.qk_norm_rope import norm_rope, qk_norm_rope
 from apt.kernels.query_pooling import query_pooling
 from apt.kernels.residual_modulated_norm import residual_modulated_norm
 from apt.kernels.timesteps import sample_shifted_timesteps
 
 __all__ = [
     "BackendStatus",
+    "FusedRMSprop",
+    "StreamQKV",
     "attention",
     "attention_backend",
     "attention_status",
     "current_attention_backend",
     "current_kernel_backend",
+    "joint_qk_norm_rope",
     "kernel_backend",
     "kernel_status",
     "modulated_norm",
+    "norm_rope",
     "perturbed_batch",
     "qk_norm_rope",
     "query_pooling",

@@ -24,10 +24,12 @@ ENVIRONMENT_VARIABLE = "APT_KERNEL_BACKEND"
 OPS = {
     "modulated_norm": ("reference", "triton"),
     "residual_modulated_norm": ("reference", "triton"),
-    "qk_norm_rope": ("reference",),
+    "qk_norm_rope": ("reference", "triton"),
+    "joint_qk_norm_rope": ("reference", "triton"),
     "sample_shifted_timesteps": ("reference", "triton"),
     "perturbed_batch": ("reference", "triton"),
     "query_pooling": ("reference",),
+    "fused_rmsprop": ("reference", "triton"),
 }
 BACKENDS = ("reference", "triton")
 

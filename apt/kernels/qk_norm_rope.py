@@ -1,13 +1,20 @@
-"""RMSNorm of queries and keys per head, and rotary positions.
+"""RMSNorm of queries and keys, and rotary positions.
 
-Interleaved layout: channels (2i, 2i + 1) form pair i and turn by the angle of pair i,
+    n = x / sqrt(mean(x^2) + eps) * weight            over a head's channels, or over all heads'
+    (a, b) -> (a cos - b sin, a sin + b cos)          for each pair of channels of a head
 
-    (a, b) -> (a cos - b sin, a sin + b cos)
+Pair i of a head is channels (2i, 2i + 1) in the layout "interleaved", (i, i + Dh/2) in "half". How
+time, height and width share the pairs (3D rotary positions) is the table's business.
+
+Bytes: each of q and k is read and written once, forward; read twice (x and dL/dy) and written once,
+backward. Everything before the last rounding is computed in at least fp32.
 
 Shapes: B samples, L tokens, H heads, Dh channels per head.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +22,56 @@ from torch import Tensor
 
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
+
+Layout = Literal["interleaved", "half"]
+
+
+def norm_rope(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    across_heads: bool = False,
+    layout: Layout = "interleaved",
+    backend: str | None = None,
+) -> Tensor:
+    """RMS-normalise queries or keys, then rotate them; for both in one launch: `qk_norm_rope`.
+
+    Args:
+        x: (B, L, H, Dh), floating point, Dh even.
+        weight: (Dh,) of the norm, or (H Dh,) across heads; None for 1.
+        cos, sin: (L, Dh/2) of the angle of each pair at each position. None for both: no rotation
+            (text tokens, cross-attention). No gradients reach them.
+        eps: added to the mean square.
+        across_heads: one norm over the channels of all heads, as in Wan; else one per head.
+        layout: which channels turn together: "interleaved" or "half".
+        backend: "triton", the fused kernel: fp16, bf16 and fp32, Dh (across heads: H Dh) up to
+            8192, once differentiable; "reference", plain torch: fp64 too, twice differentiable.
+            None chooses: the kernel on CUDA tensors that it can take, else the reference. The
+            kernel takes any strides but of channels, which it copies if they are not adjacent.
+
+    Returns:
+        A new contiguous tensor in the shape and dtype of x.
+
+    Raises:
+        InputError: shapes that do not fit, an unknown layout or backend, a backend that cannot run.
+    """
+    op = "norm_rope"
+    check_layout(op, layout)
+    check_heads(op, "x", x)
+    check_weight(op, "weight", weight, x, across_heads)
+    check_table(op, cos, sin, x)
+    tensors = (x, weight, cos, sin)
+    if resolve_backend("qk_norm_rope", backend, tensors, why_not_triton(x, across_heads)) == (
+        "triton"
+    ):
+        from apt.kernels._triton import qk_norm_rope as fused
+
+        half = layout == "half"
+        return fused.norm_rope([x], [weight], cos, sin, eps, across_heads, half)[0]
+    return norm_rope_reference(x, weight, cos, sin, eps, across_heads, layout)
 
 
 def qk_norm_rope(
@@ -26,42 +83,79 @@ def qk_norm_rope(
     sin: Tensor | None = None,
     *,
     eps: float = 1e-6,
+    across_heads: bool = False,
+    layout: Layout = "interleaved",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RMS-normalise q and k over each head's channels, then rotate pairs of channels.
+    """RMS-normalise q and k, then rotate them; one launch if their shapes and strides agree.
 
     Args:
-        q, k: (B, L, H, Dh), floating point, Dh even.
-        q_weight, k_weight: (Dh,) of the norms; None for 1.
-        cos, sin: (L, Dh/2) of the angle of each pair at each position; how time, height and width
-            share the pairs is the table's business. None for both: no rotation (text tokens).
-        eps: added to the mean square.
-        backend: None chooses; "reference" is plain torch, twice differentiable.
+        q: (B, Lq, H, Dh), floating point, Dh even.
+        k: (B, Lk, H, Dh); Lk = Lq if they are rotated.
+        q_weight, k_weight: (Dh,) of the norms, or (H Dh,) across heads; None for 1.
+        cos, sin, eps, across_heads, layout, backend: as in `norm_rope`.
 
     Returns:
-        q and k with their own shapes and dtypes, computed in at least fp32.
+        q and k, new contiguous tensors with their own shapes and dtypes.
 
     Raises:
-        InputError: shapes that do not fit, an unknown backend.
+        InputError: shapes that do not fit, an unknown layout or backend, a backend that cannot run.
     """
-    resolve_backend("qk_norm_rope", backend)
-    _check(q, k, q_weight, k_weight, cos, sin)
-    return _norm_rope(q, q_weight, cos, sin, eps), _norm_rope(k, k_weight, cos, sin, eps)
+    op = "qk_norm_rope"
+    check_layout(op, layout)
+    check_heads(op, "q", q)
+    check_heads(op, "k", k)
+    if (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
+        raise InputError(
+            f"{op}: k must have the samples, heads and channels of q, {tuple(q.shape)}; "
+            f"got {tuple(k.shape)}"
+        )
+    if cos is not None and k.shape != q.shape:
+        raise InputError(
+            f"{op}: rotated by one table, k must have the shape of q, {tuple(q.shape)}; "
+            f"got {tuple(k.shape)}"
+        )
+    check_weight(op, "q_weight", q_weight, q, across_heads)
+    check_weight(op, "k_weight", k_weight, k, across_heads)
+    check_table(op, cos, sin, q)
+    tensors = (q, k, q_weight, k_weight, cos, sin)
+    limit = why_not_triton(q, across_heads) or why_not_triton(k, across_heads)
+    if resolve_backend(op, backend, tensors, limit) == "triton":
+        from apt.kernels._triton import qk_norm_rope as fused
+
+        half = layout == "half"
+        q, k = fused.norm_rope([q, k], [q_weight, k_weight], cos, sin, eps, across_heads, half)
+        return q, k
+    return (
+        norm_rope_reference(q, q_weight, cos, sin, eps, across_heads, layout),
+        norm_rope_reference(k, k_weight, cos, sin, eps, across_heads, layout),
+    )
 
 
-def _norm_rope(
-    x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float
+def norm_rope_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    across_heads: bool,
+    layout: Layout,
 ) -> Tensor:
+    """The op in torch, without checks."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = None if weight is None else weight.to(dtype)
-    y = F.rms_norm(x.to(dtype), x.shape[-1:], weight, eps)
+    if across_heads:
+        wide = x.to(dtype).flatten(2)
+        y = F.rms_norm(wide, wide.shape[-1:], weight, eps).unflatten(2, x.shape[2:])
+    else:
+        y = F.rms_norm(x.to(dtype), x.shape[-1:], weight, eps)
     if cos is None or sin is None:
         return y.to(x.dtype)
-    return _rotate(y, cos.to(dtype), sin.to(dtype)).to(x.dtype)
+    rotate = _rotate if layout == "interleaved" else _rotate_halves
+    return rotate(y, cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)).to(x.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     pairs = x.unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # inductor does not generate code for complex numbers
         a, b = pairs.unbind(-1)
@@ -71,30 +165,52 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(-2)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-) -> None:
-    if q.ndim != 4 or q.shape[-1] % 2 or not q.is_floating_point():
+def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def check_layout(op: str, layout: str) -> None:
+    """Raise InputError unless the layout exists."""
+    if layout not in ("interleaved", "half"):
+        raise InputError(f"{op}: layout must be 'interleaved' or 'half', got {layout!r}")
+
+
+def check_heads(op: str, name: str, x: Tensor) -> None:
+    """Raise InputError unless x is (B, L, H, Dh) floating point with pairs of channels."""
+    if x.ndim != 4 or x.shape[-1] % 2 or not x.is_floating_point():
         raise InputError(
-            f"qk_norm_rope: q must be (B, L, H, Dh) with an even Dh, got {tuple(q.shape)} {q.dtype}"
+            f"{op}: {name} must be (B, L, H, Dh) floating point with an even Dh, got "
+            f"{tuple(x.shape)} {x.dtype}"
         )
-    if k.shape != q.shape:
-        raise InputError(
-            f"qk_norm_rope: k must have the shape of q, {tuple(q.shape)}; got {tuple(k.shape)}"
-        )
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None and weight.shape != q.shape[-1:]:
-            raise InputError(
-                f"qk_norm_rope: {name} must be ({q.shape[-1]},), got {tuple(weight.shape)}"
-            )
-    table = (q.shape[1], q.shape[-1] // 2)
+
+
+def check_weight(op: str, name: str, weight: Tensor | None, x: Tensor, across_heads: bool) -> None:
+    """Raise InputError unless the weight has a value for each normalised channel."""
+    width = x.shape[-2] * x.shape[-1] if across_heads else x.shape[-1]
+    if weight is not None and weight.shape != (width,):
+        raise InputError(f"{op}: {name} must be ({width},), got {tuple(weight.shape)}")
+
+
+def check_table(op: str, cos: Tensor | None, sin: Tensor | None, x: Tensor) -> None:
+    """Raise InputError unless cos and sin have a value for each position and pair."""
     if (cos is None) != (sin is None):
-        raise InputError("qk_norm_rope: pass both cos and sin, or neither")
+        raise InputError(f"{op}: pass both cos and sin, or neither")
+    table = (x.shape[1], x.shape[-1] // 2)
     for name, values in (("cos", cos), ("sin", sin)):
         if values is not None and values.shape != table:
-            raise InputError(f"qk_norm_rope: {name} must be {table}, got {tuple(values.shape)}")
+            raise InputError(f"{op}: {name} must be {table}, got {tuple(values.shape)}")
+        if values is not None and values.requires_grad:
+            raise InputError(
+                f"{op}: no gradient reaches {name}; pass a table without requires_grad"
+            )
+
+
+def why_not_triton(x: Tensor, across_heads: bool) -> str | None:
+    """Why the kernels cannot take x (B, L, H, Dh), as far as its shape says; None if they can."""
+    width = x.shape[-2] * x.shape[-1] if across_heads else x.shape[-1]
+    if not 2 <= width <= 8192:  # whole rows must fit into registers
+        return f"takes norms over 2 to 8192 channels, got {width}"
+    if x.shape[0] * x.shape[1] * x.shape[2] > 2**30:  # rows are counted in 32 bits
+        return f"takes up to 2^30 tokens times heads, got {x.shape[0] * x.shape[1] * x.shape[2]}"
+    return None

@@ -22,7 +22,13 @@ from torch.utils.checkpoint import checkpoint
 
 from apt.errors import ConfigError, InputError
 from apt.flow import expand_timesteps
-from apt.kernels import attention, modulated_norm, qk_norm_rope, residual_modulated_norm
+from apt.kernels import (
+    StreamQKV,
+    attention,
+    joint_qk_norm_rope,
+    modulated_norm,
+    residual_modulated_norm,
+)
 from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
 from apt.models.registry import MODELS
@@ -285,22 +291,17 @@ class Stream(nn.Module):
         m: Modulation,
         rope: tuple[Tensor, Tensor] | None,
         rows: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised and rotated q, k, and v, each (B, L, H, Dh)."""
+        *,
+        queries: bool = True,
+    ) -> StreamQKV:
+        """q, k and v as projected, and their norms and rotation; a stream may ask nothing."""
         h = modulated_norm(x, m.scale1, m.shift1, rows=rows, eps=self.eps)
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=2)
+        parts = 3 if self.q_norm is not None else 2
+        qkv = self.qkv(h).unflatten(-1, (parts, self.num_heads, -1))
         cos, sin = rope if rope is not None else (None, None)
-        q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin, eps=self.eps)
-        return q, k, v
-
-    def project_key_value(
-        self, x: Tensor, m: Modulation, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Normalised k, and v, of a stream that asks nothing; no rotation."""
-        h = modulated_norm(x, m.scale1, m.shift1, rows=rows, eps=self.eps)
-        k, v = self.qkv(h).unflatten(-1, (2, self.num_heads, -1)).unbind(dim=2)
-        k, _ = qk_norm_rope(k, k, self.k_norm, self.k_norm, eps=self.eps)
-        return k, v
+        if queries:
+            return StreamQKV(qkv, self.q_norm, self.k_norm, cos, sin)
+        return StreamQKV(qkv[:, :, -2:], None, self.k_norm, cos, sin)
 
     @torch.no_grad()
     def keep_keys_and_values(self) -> None:
@@ -344,19 +345,16 @@ class MMDiTBlock(nn.Module):
         visual, text = self.stream_list()[0], self.stream_list()[-1]
         m_x = visual.modulate(embedding)
         m_y = m_x if text is visual else text.modulate(embedding)
-        q_x, k_x, v_x = visual.project(x_BLD, m_x, rope, rows)
-        if self.text_output or text is visual:
-            q_y, k_y, v_y = text.project(y_BSD, m_y, None, rows)
-        else:
-            k_y, v_y = text.project_key_value(y_BSD, m_y, rows)
-        k, v = torch.cat([k_x, k_y], dim=1), torch.cat([v_x, v_y], dim=1)
-        if not self.text_output:
-            attended = attention(q_x, k, v, mask=mask).flatten(2)
-            return visual.finish(x_BLD, attended, m_x, rows), y_BSD
-        attended = attention(torch.cat([q_x, q_y], dim=1), k, v, mask=mask).flatten(2)
+        streams = [
+            visual.project(x_BLD, m_x, rope, rows),
+            text.project(y_BSD, m_y, None, rows, queries=self.text_output),
+        ]
+        q, k, v = joint_qk_norm_rope(streams, eps=visual.eps)
+        attended = attention(q, k, v, mask=mask).flatten(2)
         split = x_BLD.shape[1]
         x_BLD = visual.finish(x_BLD, attended[:, :split], m_x, rows)
-        y_BSD = text.finish(y_BSD, attended[:, split:], m_y, rows)
+        if self.text_output:
+            y_BSD = text.finish(y_BSD, attended[:, split:], m_y, rows)
         return x_BLD, y_BSD
 
     def stream_list(self) -> list[Stream]:

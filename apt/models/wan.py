@@ -14,6 +14,7 @@ H heads.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,13 @@ from torch.utils.checkpoint import checkpoint
 from apt.errors import ConfigError, InputError
 from apt.hub.info import SampleInfo, SamplingInfo
 from apt.hub.pretrained import PretrainedEntry
-from apt.kernels import attention, modulated_norm, residual_modulated_norm
+from apt.kernels import (
+    attention,
+    modulated_norm,
+    norm_rope,
+    qk_norm_rope,
+    residual_modulated_norm,
+)
 from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
 from apt.models.families import FlowAdapter
@@ -385,18 +392,22 @@ class WanAttention(nn.Module):
 
     def over_itself(self, h: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Self-attention of visual tokens (B, L, D)."""
-        q = _norm_rope(self.to_q(h), self.norm_q.weight, self.num_heads, self.eps, rope)
-        k = _norm_rope(self.to_k(h), self.norm_k.weight, self.num_heads, self.eps, rope)
-        v = self.to_v(h).unflatten(-1, (self.num_heads, -1))
+        q, k, v = (self._heads(project(h)) for project in (self.to_q, self.to_k, self.to_v))
+        weights = self.norm_q.weight, self.norm_k.weight
+        q, k = qk_norm_rope(q, k, *weights, *rope, eps=self.eps, across_heads=True)
         return self.to_out[0](attention(q, k, v).flatten(2))
 
     def over_text(self, h: Tensor, text_RSD: Tensor, rows: Tensor | None) -> Tensor:
         """Attention of visual tokens (B, L, D) over text (R, S, D), projected once per row."""
-        q = _norm_rope(self.to_q(h), self.norm_q.weight, self.num_heads, self.eps, None)
-        k = _norm_rope(self.to_k(text_RSD), self.norm_k.weight, self.num_heads, self.eps, None)
-        v = self.to_v(text_RSD).unflatten(-1, (self.num_heads, -1))
+        q, k = self._heads(self.to_q(h)), self._heads(self.to_k(text_RSD))
+        q = norm_rope(q, self.norm_q.weight, eps=self.eps, across_heads=True)
+        k = norm_rope(k, self.norm_k.weight, eps=self.eps, across_heads=True)
+        v = self._heads(self.to_v(text_RSD))
         k, v = take_rows(k, rows), take_rows(v, rows)
         return self.to_out[0](attention(q, k, v).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
 
 
 class FeedForward(nn.Module):
@@ -437,18 +448,6 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _norm_rope(
-    x: Tensor, weight: Tensor, num_heads: int, eps: float, rope: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """RMSNorm (B, L, D) across heads, and rotate pairs of each head's channels: (B, L, H, Dh)."""
-    y = F.rms_norm(_wide(x), x.shape[-1:], _wide(weight), eps).unflatten(-1, (num_heads, -1))
-    if rope is not None:
-        cos, sin = (table.to(y.dtype)[:, None] for table in rope)
-        a, b = y.unflatten(-1, (-1, 2)).unbind(-1)
-        y = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    return y.to(x.dtype)
-
-
 def _published(
     repo: str, sample: SampleInfo, sampling: SamplingInfo, **options: Any
 ) -> PretrainedEntry:
@@ -465,9 +464,11 @@ def _published(
 # What diffusers' page of each repository recommends.
 _480P = SampleInfo(frames=81, height=480, width=832, fps=16)
 _720P = SampleInfo(frames=81, height=720, width=1280, fps=16)
-_SAMPLING = SamplingInfo(num_steps=50, cfg_scale=5.0, timestep_shift=3.0)
-_SAMPLING_720P = SamplingInfo(num_steps=50, cfg_scale=5.0, timestep_shift=5.0)
-_SAMPLING_A14B = SamplingInfo(num_steps=40, cfg_scale=4.0, timestep_shift=12.0)
+_SAMPLING = SamplingInfo(
+    num_steps=50, cfg_scale=5.0, timestep_shift=3.0, negative_prompt=NEGATIVE_PROMPT
+)
+_SAMPLING_720P = dataclasses.replace(_SAMPLING, timestep_shift=5.0)
+_SAMPLING_A14B = dataclasses.replace(_SAMPLING, num_steps=40, cfg_scale=4.0, timestep_shift=12.0)
 
 
 @MODELS.register(

@@ -52,18 +52,32 @@ class EMA:
         kept = {k: v for k, v in state.items() if k not in frozen}
         self._averaged = [k for k, v in kept.items() if k not in buffers and v.is_floating_point()]
         names = set(self._averaged)
+        self._copied = [k for k in kept if k not in names]
         self._shadow = {
             k: v.to(torch.float32 if k in names else v.dtype, copy=True) for k, v in kept.items()
         }
 
+    def lend(self, module: nn.Module) -> dict[Tensor, Tensor]:
+        """Averages by trained parameter, for an optimiser that moves both in one pass.
+
+        From now on whoever has them keeps them up to date, and `update` leaves them out.
+        """
+        lent: dict[Tensor, Tensor] = {}
+        for name, value in module.state_dict(keep_vars=True).items():
+            if name in self._averaged and value.requires_grad and value not in lent:
+                lent[value] = self._shadow[name]
+                self._averaged.remove(name)
+        return lent
+
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Move the average one step towards the module's present weights."""
+        """Move the average one step towards the module's present weights, but for what was lent."""
         state = model_state(module)
         shadows = [_local(self._shadow[k]) for k in self._averaged]
         weights = [_local(state[k]).to(torch.float32) for k in self._averaged]
-        self._average(shadows, weights, None)
-        for name in self._shadow.keys() - set(self._averaged):
+        if shadows:
+            self._average(shadows, weights, None)
+        for name in self._copied:
             self._shadow[name].copy_(state[name])
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from apt.data.latents import LatentFolder
 from apt.errors import ConfigError
 from apt.hub import ModelInfo, SampleInfo, SamplingInfo
+from apt.kernels import FusedRMSprop
 from apt.models.bundle import (
     ModelBundle,
     component_info,
@@ -109,10 +110,13 @@ def gradient_norm(parameters: Sequence[Tensor]) -> float:
 
 
 def make_optimizer(
-    parameters: Sequence[nn.Parameter], config: OptimizerConfig
+    module: nn.Module, config: OptimizerConfig, ema: EMA | None = None
 ) -> torch.optim.Optimizer:
-    """RMSprop (APT Sec. 3.5) or AdamW over the parameters that train."""
-    chosen = [p for p in parameters if p.requires_grad]
+    """RMSprop (APT Sec. 3.5) or AdamW over the parameters that train.
+
+    RMSprop also averages them, in the same pass over memory, if there is an EMA of the module.
+    """
+    chosen = [p for p in module.parameters() if p.requires_grad]
     if config.name == "adamw":
         return torch.optim.AdamW(
             chosen,
@@ -121,7 +125,14 @@ def make_optimizer(
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-    return torch.optim.RMSprop(chosen, lr=config.learning_rate, alpha=config.alpha, eps=config.eps)
+    return FusedRMSprop(
+        chosen,
+        lr=config.learning_rate,
+        alpha=config.alpha,
+        eps=config.eps,
+        ema=None if ema is None else ema.lend(module),
+        ema_decay=None if ema is None else ema.decay,
+    )
 
 
 def initial_bundle(config: TrainConfig) -> ModelBundle:
@@ -211,10 +222,10 @@ def make_trained(
     ema_decay: float | None,
     forward_methods: Sequence[str] = (),
 ) -> Trained:
-    """Move to the device, shard, and give an optimiser and an EMA: in this order."""
+    """Move to the device, shard, and give an EMA and an optimiser: in this order."""
     place(module, blocks, parallel, forward_methods=forward_methods)
-    optimizer = make_optimizer(list(module.parameters()), config.optimizer)
     ema = None if ema_decay is None else EMA(module, ema_decay)
+    optimizer = make_optimizer(module, config.optimizer, ema)
     return Trained(module, optimizer, config.optimizer, config.num_updates, ema)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from apt.models.wan import NEGATIVE_PROMPT
 from apt.train.config import (
     AdversarialConfig,
     DataConfig,
@@ -21,8 +22,6 @@ from apt.train.registry import RECIPES
 
 _WAN = "wan2.1_t2v_1.3b"
 _SD35 = "sd3.5_medium"
-# One text for teacher, cache and sampling: embed it with `data encode --prompts`.
-NEGATIVE_PROMPT = "blurry, distorted, low quality, washed out, static"
 
 
 @RECIPES.register("wan_distill")
@@ -46,7 +45,7 @@ def wan_distill() -> TrainConfig:
         batch_size=128,  # a regression, which small batches serve, unlike the adversarial stage
         micro_batch_size=1,
         ema_decay=0.995,
-        negative_prompt=NEGATIVE_PROMPT,
+        negative_prompt=NEGATIVE_PROMPT,  # Wan's own; `data encode` embeds it with the captions
         precision="bf16",
         activation_checkpointing=True,
         checkpoint_every=100,
@@ -121,6 +120,7 @@ def sd35_distill() -> TrainConfig:
         # 4.5 and 3 are what Stability AI samples with.
         stage=dataclasses.replace(wan.stage, teacher=_SD35, cfg_scale=4.5, timestep_shift=3.0),
         data=_cache("data/sd35", "only"),
+        negative_prompt="",  # its pipeline's default
     )
 
 
@@ -136,6 +136,7 @@ def apt_image_sd35() -> TrainConfig:
             image.stage, generator="runs/sd35/distill/export", discriminator=_SD35
         ),
         data=_cache("data/sd35", "only"),
+        negative_prompt="",
     )
 
 

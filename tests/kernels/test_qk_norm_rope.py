@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.errors import InputError
-from apt.kernels import qk_norm_rope
+from apt.kernels import norm_rope, qk_norm_rope
 
 
 def table(length: int, pairs: int, dtype=torch.float64):
@@ -109,6 +111,39 @@ def test_slices_of_a_joint_projection():
     torch.testing.assert_close(qk_norm_rope(q, k, None, None, cos, sin), expected)
 
 
+@pytest.mark.parametrize("across_heads", [False, True])
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_both_layouts_and_norms_are_diffusers(layout, across_heads):
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
+    weight = torch.randn(24 if across_heads else 8, dtype=torch.float64)
+    cos, sin = table(5, 4)
+    normed = (
+        F.rms_norm(x.flatten(2), (24,), weight, 1e-6).view_as(x)
+        if across_heads
+        else F.rms_norm(x, (8,), weight, 1e-6)
+    )
+    if layout == "interleaved":
+        angles, unbind = (cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)), -1
+    else:
+        angles, unbind = (cos.repeat(1, 2), sin.repeat(1, 2)), -2
+    expected = apply_rotary_emb(
+        normed.transpose(1, 2), angles, use_real=True, use_real_unbind_dim=unbind
+    ).transpose(1, 2)
+    found = norm_rope(x, weight, cos, sin, across_heads=across_heads, layout=layout)
+    torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-6, atol=1e-6)
+
+
+def test_cross_attention_queries_and_keys_of_different_lengths():
+    q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 7, 3, 8)
+    weight = torch.randn(24)
+    found = qk_norm_rope(q, k, weight, None, across_heads=True)
+    assert torch.equal(found[0], norm_rope(q, weight, across_heads=True))
+    assert torch.equal(found[1], norm_rope(k, None, across_heads=True))
+    cos, sin = table(5, 4, torch.float32)
+    with pytest.raises(InputError, match="rotated by one table"):
+        qk_norm_rope(q, k, None, None, cos, sin)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -116,6 +151,10 @@ def test_slices_of_a_joint_projection():
         ({"q": torch.zeros(1, 4, 6)}, "q must be"),
         ({"q": torch.zeros(1, 4, 2, 5)}, "even Dh"),
         ({"k": torch.zeros(1, 3, 2, 6)}, "k must have the shape"),
+        ({"k": torch.zeros(1, 4, 1, 6)}, "k must have the samples, heads and channels"),
+        ({"layout": "split"}, "layout must be 'interleaved' or 'half', got 'split'"),
+        ({"across_heads": True, "k_weight": torch.zeros(6)}, r"k_weight must be \(12,\)"),
+        ({"cos": torch.zeros(4, 3, requires_grad=True)}, "no gradient reaches cos"),
         ({"q_weight": torch.zeros(5)}, r"q_weight must be \(6,\)"),
         ({"sin": None}, "both cos and sin"),
         ({"cos": torch.zeros(4, 6)}, r"cos must be \(4, 3\)"),

@@ -115,6 +115,35 @@ def test_state_round_trip_is_strict():
         other.load_state_dict(state | {"layer.bias": torch.zeros(3, dtype=torch.float64)})
 
 
+def test_lent_averages_are_left_to_whoever_moves_them():
+    net, plain = Net(), Net()
+    plain.load_state_dict(net.state_dict())
+    ema, expected = EMA(net, 0.9), EMA(plain, 0.9)
+    lent = ema.lend(net)
+    assert {id(p) for p in lent} == {id(p) for p in net.parameters() if p.requires_grad}
+    assert lent[net.layer.weight] is ema.state_dict()["layer.weight"]
+    for module in (net, plain):
+        disturb(module, 1)
+    ema.update(net)
+    expected.update(plain)
+    for name, value in expected.state_dict().items():
+        moved = not any(ema.state_dict()[name] is average for average in lent.values())
+        assert torch.equal(ema.state_dict()[name], value) is moved, name
+
+
+def test_a_weight_with_two_names_is_lent_once():
+    net = Net()
+    net.tied = net.layer.weight
+    ema = EMA(net, 0.9)
+    before = {name: value.clone() for name, value in ema.state_dict().items()}
+    average = ema.lend(net)[net.tied]
+    assert average is ema.state_dict()["tied"]
+    disturb(net, 1)
+    ema.update(net)
+    assert torch.equal(average, before["tied"])
+    assert not torch.equal(ema.state_dict()["layer.weight"], before["layer.weight"])
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan")])
 def test_decay_outside_its_range(decay: float):
     with pytest.raises(InputError, match=r"\[0, 1\]"):

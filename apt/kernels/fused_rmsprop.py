@@ -1,0 +1,227 @@
+"""RMSProp (APT Sec. 3.5) and the moving average of the weights (Sec. 4) in one pass.
+
+    v   = alpha v + (1 - alpha) g^2            g = dL/dp + weight_decay p
+    p   = p - lr g / (sqrt(v) + eps)
+    avg = ema_decay avg + (1 - ema_decay) p
+
+Bytes in fp32: p, v and the average are read and written, the gradient is read: 28 a parameter. A
+step of torch's foreach kernels moves 52, and the average by itself 12 more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from apt.errors import CheckpointError, InputError
+from apt.kernels.backends import resolve_backend
+
+OP = "fused_rmsprop"
+# Options of torch's RMSprop that change its arithmetic or where it keeps its state.
+UNSUPPORTED = ("momentum", "centered", "maximize", "capturable", "differentiable")
+
+
+class FusedRMSprop(torch.optim.RMSprop):
+    """`torch.optim.RMSprop` without momentum, which can keep an average of the weights as it steps.
+
+    The state dict is that of torch's class, and either loads the other's. Squares are averaged in
+    fp32 also for fp16 and bf16 parameters (torch's class keeps them in the parameter's type), and
+    the state exists from the start. The reference equals torch's class bit for bit in fp32 (torch's
+    loop, its choice on the CPU). Sharded parameters (DTensor) are updated shard by shard.
+
+    Args:
+        params: parameters or groups, real and floating point.
+        lr, alpha, eps, weight_decay: as in torch.
+        momentum, centered: refused unless off.
+        ema: averages by parameter, fp32 (or fp64, of fp64 parameters), in the parameter's shape and
+            sharding. Parameters without a gradient stay, and are averaged all the same. Averages
+            belong to the caller and are not part of the state dict.
+        ema_decay: in [0, 1]; the paper uses 0.995.
+        backend: "triton": one launch for all fp16, bf16 and fp32 parameters of a type that are
+            contiguous; "reference": torch. None chooses at each step: the kernel for CUDA
+            parameters that it can take, else the reference.
+
+    Raises:
+        InputError: options or averages as above; at a step, sparse gradients, or a backend that
+            cannot run.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        ema: Mapping[Tensor, Tensor] | None = None,
+        ema_decay: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        problem = _unsupported({"momentum": momentum, "centered": centered})
+        if problem:
+            raise InputError(problem)
+        super().__init__(params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay)
+        if (ema is None) != (ema_decay is None) or not 0.0 <= (ema_decay or 0.0) <= 1.0:
+            raise InputError(f"{OP}: pass both ema and an ema_decay in [0, 1], got {ema_decay}")
+        self._averages = dict(ema or {})
+        self._ema_decay = 0.0 if ema_decay is None else ema_decay
+        self._backend = backend
+        _check_averages(self.param_groups, self._averages)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the state of new parameters is created at once."""
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.is_complex():
+                raise InputError(f"{OP}: takes real parameters, got {p.dtype}")
+            self._create_state(p)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch. Raises CheckpointError for the state of an optimiser with momentum."""
+        for group in state_dict["param_groups"]:
+            problem = _unsupported(group)
+            if problem:
+                raise CheckpointError(problem)
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, parameters, strict=True):
+            self._create_state(p)
+            square_avg = self.state[p]["square_avg"]
+            if square_avg.dtype != _wide(p):  # torch rounds what it loads to the parameter's type
+                exact = state_dict["state"][i]["square_avg"]
+                self.state[p]["square_avg"] = exact.to(p.device, _wide(p), copy=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of the parameters that have gradients, and of all averages."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            averaged = [p for p in moved if p in self._averages]
+            self._step(group, averaged, [self._averages[p] for p in averaged])
+            self._step(group, [p for p in moved if p not in self._averages], [])
+            still = [p for p in group["params"] if p.grad is None and p in self._averages]
+            _average(_local(still), _local([self._averages[p] for p in still]), self._ema_decay)
+        return loss
+
+    def _step(self, group: dict[str, Any], params: list[Tensor], averages: list[Tensor]) -> None:
+        if not params:
+            return
+        grads = [_gradient(p) for p in params]
+        torch._foreach_add_([self.state[p]["step"] for p in params], 1.0)
+        columns = (
+            _local(params),
+            _local(grads),
+            _local([self.state[p]["square_avg"] for p in params]),
+            _local(averages),
+        )
+        options = {name: float(group[name]) for name in ("lr", "alpha", "eps", "weight_decay")}
+        tensors = [tensor for column in columns for tensor in column]
+        limit = _why_not_triton(columns[0] + columns[2] + columns[3])
+        if resolve_backend(OP, self._backend, tensors, limit) == "triton":
+            from apt.kernels._triton.rmsprop import rmsprop_op
+
+            rmsprop_op(*columns, **options, ema_decay=self._ema_decay)
+            return
+        for p, grad, square_avg in zip(*columns[:3], strict=True):
+            rmsprop_reference(p, grad, square_avg, **options)
+        _average(columns[0], columns[3], self._ema_decay)
+
+    def _create_state(self, p: Tensor) -> None:
+        if not self.state[p]:
+            self.state[p]["step"] = torch.zeros((), dtype=torch.get_default_dtype())
+            self.state[p]["square_avg"] = torch.zeros_like(p, dtype=_wide(p))
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_averages", "_ema_decay", "_backend")
+        return super().__getstate__() | {name: self.__dict__[name] for name in kept}
+
+
+def rmsprop_reference(
+    p: Tensor,
+    grad: Tensor,
+    square_avg: Tensor,
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step in torch, in place, with the operations of torch's own loop, in at least fp32."""
+    value, grad = p.to(_wide(p)), grad.to(_wide(p))
+    if weight_decay:
+        grad = grad.add(value, alpha=weight_decay)
+    square_avg.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
+    value.addcdiv_(grad, square_avg.sqrt().add_(eps), value=-lr)
+    if value is not p:
+        p.copy_(value)
+
+
+def _average(params: list[Tensor], averages: list[Tensor], decay: float) -> None:
+    """The operation of `torch.optim.swa_utils.get_ema_multi_avg_fn`."""
+    if averages:
+        values = [p.to(average.dtype) for p, average in zip(params, averages, strict=True)]
+        torch._foreach_lerp_(averages, values, 1 - decay)
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    """This rank's shards; plain tensors as they are."""
+    from torch.distributed.tensor import DTensor
+
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    if p.grad.is_sparse:
+        raise InputError(f"{OP}: takes dense gradients, got a sparse one")
+    shards = [getattr(tensor, "placements", None) for tensor in (p, p.grad)]
+    if shards[0] != shards[1]:
+        raise InputError(
+            f"{OP}: a gradient must be sharded as its parameter, {shards[0]}; got {shards[1]}"
+        )
+    return p.grad
+
+
+def _why_not_triton(tensors: list[Tensor]) -> str | None:
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return None
+    return "takes contiguous parameters, states and averages"
+
+
+def _unsupported(options: Mapping[str, Any]) -> str | None:
+    found = [f"{name}={options[name]}" for name in UNSUPPORTED if options.get(name)]
+    if not found:
+        return None
+    return (
+        f"{OP}: has no {', '.join(found)}; APT uses RMSProp without them. Leave them out, or take "
+        "torch.optim.RMSprop"
+    )
+
+
+def _check_averages(groups: list[dict[str, Any]], averages: Mapping[Tensor, Tensor]) -> None:
+    parameters = {p for group in groups for p in group["params"]}
+    strangers = sum(p not in parameters for p in averages)
+    if strangers:
+        raise InputError(f"{OP}: ema has {strangers} parameters that are not optimised")
+    for p, average in averages.items():
+        fits = average.shape == p.shape and average.device == p.device
+        if not fits or average.dtype not in (torch.float32, _wide(p)):
+            raise InputError(
+                f"{OP}: the average of a parameter {tuple(p.shape)} on {p.device} must be fp32 of "
+                f"that shape, got {tuple(average.shape)} {average.dtype} on {average.device}"
+            )
