@@ -71,6 +71,21 @@ def qk(shape: Shape, random: Random) -> Inputs:
     return heads(shape, random, "q", "k") | weights | random.rotation(shape)
 
 
+def text_tokens(shape: Shape) -> int:
+    """S beside the visual tokens: 256 at the sizes of videos, fewer at small ones."""
+    return max(min(256, shape.tokens // 8), 1)
+
+
+def joint_qkv(shape: Shape, random: Random) -> Inputs:
+    """Fused projections (B, L, 3, H, Dh) of visual and text tokens, weights and tables."""
+    drawn: Inputs = {}
+    for stream, length in (("visual", shape.tokens), ("text", text_tokens(shape))):
+        drawn[f"{stream}_qkv"] = random.normal(shape.batch, length, 3, shape.heads, shape.head_dim)
+        drawn[f"{stream}_q_weight"] = random.norm_weight(shape.head_dim)
+        drawn[f"{stream}_k_weight"] = random.norm_weight(shape.head_dim)
+    return drawn | random.rotation(shape)
+
+
 def pooling(shape: Shape, random: Random) -> Inputs:
     """Tokens, one query, and the weights of keys and values."""
     d = shape.width
@@ -82,6 +97,17 @@ def pooling(shape: Shape, random: Random) -> Inputs:
         "value_bias": random.normal(d),
         "norm_weight": random.norm_weight(d),
         "num_heads": shape.heads,
+    }
+
+
+def optimizer(shape: Shape, random: Random) -> Inputs:
+    """As many parameters as there are token values, with gradients; fp32 averages."""
+    count = shape.batch * shape.tokens * shape.width
+    return {
+        "parameters": random.normal(count),
+        "gradients": random.normal(count),
+        "square_averages": random.normal(count, dtype=torch.float32).square(),
+        "averages": random.normal(count, dtype=torch.float32),
     }
 
 

@@ -60,6 +60,20 @@ class Op:
 _KEY: dict[str, Any] = {"seed": 1, "step": 2, "offset": 3}
 
 
+def _joint_cost(shape: Shape, dtype: torch.dtype, backward: bool) -> OpCost:
+    lengths = {True: shape.tokens, False: inputs.text_tokens(shape)}
+    return sum(
+        (
+            costs.qk_norm_rope_cost(
+                shape.batch, length, shape.heads, shape.head_dim, dtype=dtype, rope=rope, copied=1,
+                backward=backward,
+            )
+            for rope, length in lengths.items()
+        ),
+        OpCost(),
+    )  # fmt: skip
+
+
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
@@ -98,6 +112,16 @@ OPS: dict[str, Op] = {
             ),
         ),
         Op(
+            name="joint_qk_norm_rope",
+            draw=inputs.joint_qkv,
+            call=calls.joint,
+            gradients=(
+                "visual_qkv", "visual_q_weight", "visual_k_weight",
+                "text_qkv", "text_q_weight", "text_k_weight",
+            ),
+            cost=_joint_cost,
+        ),
+        Op(
             name="sample_shifted_timesteps",
             draw=lambda s, r: {"num": s.batch * s.tokens, "device": r.generator.device},
             call=lambda i, backend: kernels.sample_shifted_timesteps(
@@ -131,6 +155,19 @@ OPS: dict[str, Op] = {
                 s.batch, s.tokens, s.width, s.heads, dtype=dtype, backward=backward
             ),
             peers={"cross_attention": calls.cross_attention},
+        ),
+        Op(
+            name="fused_rmsprop",
+            draw=inputs.optimizer,
+            call=calls.rmsprop,
+            gradients=(),
+            cost=lambda s, dtype, _: costs.fused_rmsprop_cost(
+                s.batch * s.tokens * s.width, dtype=dtype
+            ),
+            peers={"foreach": calls.foreach_rmsprop},
+            compiled=False,  # torch.optim is compiled by other means
+            mutates=True,
+            dtype=torch.float32,  # the weights that mixed precision trains
         ),
         Op(
             name="attention",

@@ -156,11 +156,25 @@ def test_our_kernels_are_declared_right(case):
     assert check.status == "measured", check.reason
 
 
-@pytest.mark.parametrize(("op", "peer"), [("query_pooling", "cross_attention")])
+@pytest.mark.parametrize(
+    ("op", "peer"), [("query_pooling", "cross_attention"), ("fused_rmsprop", "foreach")]
+)
 def test_peers_of_torch_are_the_same_function(op, peer):
     for case in cases_of(OPS[op], SMALL):
         check = check_op(case, device=CPU, only=[peer])[peer]
         assert check.status == "measured", check.reason
+
+
+def test_torchs_optimiser_is_no_peer_in_bf16():
+    (case,) = cases_of(OPS["fused_rmsprop"], SMALL, torch.bfloat16)
+    check = check_op(case, device=CPU, only=["foreach"])["foreach"]
+    assert check.status == "skipped"
+    assert "keeps its state in the parameters' type" in check.reason
+
+
+def test_inputs_of_an_op_that_writes_to_them_survive_the_check():
+    (case,) = cases_of(OPS["fused_rmsprop"], SMALL)
+    assert all(check.status != "wrong" for check in check_op(case, device=CPU).values())
 
 
 def test_every_op_of_the_status_table_is_measured():

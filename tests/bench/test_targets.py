@@ -29,7 +29,9 @@ def test_the_committed_targets():
     forward = "ops forward at 720p: 90 % of the copy bandwidth"
     assert set(targets.policies) == {"cuda", "cpu"}
     fused = {name for name in OPS if fnmatch(name, by_name[forward].where["op"])}
-    assert fused == {"modulated_norm", "residual_modulated_norm", "qk_norm_rope"}
+    assert fused == {
+        "modulated_norm", "residual_modulated_norm", "qk_norm_rope", "joint_qk_norm_rope",
+    }  # fmt: skip
     for budget in targets.budgets:
         assert all("H100" in name or "H200" in name for name in budget.devices)
 
