@@ -2,7 +2,7 @@
 # make test     install with development tools and run the default tests
 # make check    ruff, formatting and types
 # make format   let ruff mend what it can
-# make bench    benchmarks (correctness first, then timings of this machine)
+# make bench    benchmarks of all that this machine can run: records in benchmarks/results/, gates
 # make clean    remove the environment, caches and build outputs
 #
 # PYTHON chooses the interpreter for the environment (3.10 or newer): make test PYTHON=python3.12

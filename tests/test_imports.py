@@ -28,6 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "losses": {"kernels"} | BASE,
     "data": {"media"} | BASE,
     "metrics": BASE,
+    "bench": {"kernels", "models"} | BASE,
     "sampling": {"models"} | BASE,
     "pipeline": {"models", "hub", "sampling"} | BASE,
     "train": {"kernels", "models", "hub", "sampling", "losses", "data", "metrics", "media"} | BASE,
@@ -35,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "evaluate": {"models", "hub", "sampling", "pipeline", "data", "metrics", "media"} | BASE,
 }
 # The public API re-exports from these. `train` and `pipeline` together are for the CLI alone.
-ARROWS["__init__"] = set(ARROWS) - {"train", "evaluate", "encode"}
+ARROWS["__init__"] = set(ARROWS) - {"train", "evaluate", "encode", "bench"}
 ARROWS["cli"] = set(ARROWS) - {"__init__"}
 ARROWS["__main__"] = {"cli"}
 
@@ -43,6 +44,7 @@ OPTIONAL_PACKAGES = (
     "accelerate",
     "diffusers",
     "flash_attn",
+    "liger_kernel",
     "peft",
     "sentencepiece",
     "torchdata",

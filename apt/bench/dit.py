@@ -1,0 +1,414 @@
+"""One forward pass of a diffusion transformer with random weights: the step of a one-step model."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from apt.bench.ceilings import Ceilings
+from apt.bench.machine import describe_machine
+from apt.bench.records import Measurement, first_line
+from apt.bench.split import Split, profile_split
+from apt.bench.timing import Clock, Work, median, time_interleaved
+from apt.errors import InputError
+from apt.kernels import attention_backend, kernel_backend
+from apt.kernels.roofline import Rates
+from apt.models import MODELS, TextCondition, create_model
+from apt.models.costs import DiTCost, dit_cost
+from apt.models.mmdit import MMDiTConfig
+from apt.models.protocols import Backbone
+
+Mode = Literal["graph", "eager", "compile"]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# One bf16 rounding is 0.002 of a value; 36 blocks of them in another order stay well below this,
+# and a wrong kernel far above.
+LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a forward pass is given.
+
+    Attributes:
+        model: a registered backbone.
+        frames, height, width: of the video in pixels; 1 frame is an image.
+        batch: videos.
+        text_tokens: length of the prompt's encoding; the paper does not give one.
+        compression: pixels per latent along time (after the first frame), height and width.
+        dtype: of weights and activations.
+    """
+
+    model: str
+    frames: int
+    height: int
+    width: int
+    batch: int = 1
+    text_tokens: int = 256
+    compression: tuple[int, int, int] = (4, 8, 8)
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype {self.dtype!r} is none of: {', '.join(DTYPES)}")
+        if min(self.batch, self.text_tokens, *self.compression) < 1:
+            raise InputError(f"batch, text_tokens and compression must be at least 1, got {self}")
+        self.latent_shape()
+
+    @property
+    def size(self) -> str:
+        """FRAMESxHEIGHTxWIDTH."""
+        return f"{self.frames}x{self.height}x{self.width}"
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(T, H, W); raises InputError for sizes that the compression does not divide."""
+        t, h, w = self.compression
+        if self.frames < 1 or (self.frames - 1) % t:
+            raise InputError(f"{self.frames} frames are not {t}k + 1")
+        if self.height < h or self.height % h or self.width < w or self.width % w:
+            raise InputError(
+                f"{self.height}x{self.width} is not a multiple of the compression, {h}x{w}"
+            )
+        return (self.frames - 1) // t + 1, self.height // h, self.width // w
+
+    def config(self) -> MMDiTConfig:
+        """Of the model; raises InputError for one whose work nobody has counted."""
+        config = MODELS.get(self.model)()
+        if not isinstance(config, MMDiTConfig):
+            raise InputError(
+                f"{self.model} is no MMDiT: its FLOPs and bytes are not counted (apt.models.costs)"
+            )
+        return config
+
+    def cost(self) -> DiTCost:
+        """Work of one forward pass."""
+        return dit_cost(
+            self.config(),
+            self.batch,
+            self.latent_shape(),
+            text_tokens=self.text_tokens,
+            dtype=DTYPES[self.dtype],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """How a forward pass is run.
+
+    Attributes:
+        kernels: "auto" (what a user gets), or a name of `apt.kernels.kernel_backend`.
+        attention: a name of `apt.kernels.attention_status`.
+        mode: "graph": replays of a CUDA graph; "eager": op by op; "compile": torch.compile of each
+            block, in a CUDA graph on a GPU.
+    """
+
+    kernels: str = "auto"
+    attention: str = "native"
+    mode: Mode = "eager"
+
+    @property
+    def label(self) -> str:
+        return f"{self.kernels}/{self.attention}/{self.mode}"
+
+
+def default_variants(device: torch.device) -> list[Variant]:
+    """What is worth comparing on a device; the first is what the others are checked against."""
+    if device.type == "cpu":
+        return [Variant(kernels="reference"), Variant(kernels="reference", mode="compile")]
+    return [
+        Variant(kernels="reference", attention="_native_flash", mode="graph"),
+        Variant(kernels="auto", attention="_native_cudnn", mode="graph"),
+        Variant(kernels="reference", attention="_native_cudnn", mode="graph"),
+        Variant(kernels="reference", attention="_native_cudnn", mode="compile"),
+        Variant(kernels="auto", attention="_native_cudnn", mode="compile"),
+        Variant(kernels="auto", attention="_flash_3", mode="graph"),
+    ]
+
+
+class RandomNetwork:
+    """A backbone with random weights, and random inputs that fit it."""
+
+    def __init__(self, workload: Workload, device: torch.device, *, seed: int = 0) -> None:
+        """Raises InputError if the weights alone do not fit into the device's memory."""
+        self.workload, self.device, self.dtype = workload, device, DTYPES[workload.dtype]
+        self.cost = workload.cost()
+        check_memory(workload, device)
+        torch.manual_seed(seed)
+        self.backbone = build(workload.model, device, self.dtype)
+        module = cast(nn.Module, self.backbone).eval().requires_grad_(False)
+        fill_zeros(module)
+        self.inputs = self._draw_inputs(torch.Generator(device).manual_seed(seed))
+
+    def __call__(self) -> Tensor:
+        with torch.no_grad():
+            return self.backbone(*self.inputs)
+
+    def _draw_inputs(self, generator: torch.Generator) -> tuple[Tensor, Tensor, TextCondition]:
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=self.device).to(self.dtype)
+
+        w, config = self.workload, self.workload.config()
+        x = normal(w.batch, self.backbone.in_channels, *w.latent_shape())
+        pooled = normal(w.batch, config.pooled_dim) if config.pooled_dim else None
+        text = TextCondition(normal(w.batch, w.text_tokens, config.text_dim), None, pooled)
+        return x, torch.ones(w.batch, device=self.device), text
+
+
+def build(model: str, device: torch.device, dtype: torch.dtype) -> Backbone:
+    """A registered model whose weights are made on the device and in the type that they stay in.
+
+    8 B parameters that began in fp32 would need twice the memory.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return create_model(model)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def check_memory(workload: Workload, device: torch.device) -> None:
+    """Raise InputError unless the weights fit into the memory of a device."""
+    module = cast(nn.Module, build(workload.model, torch.device("meta"), DTYPES[workload.dtype]))
+    needed = sum(p.numel() * p.element_size() for p in module.parameters())
+    there = describe_machine(device).memory_gb * 2**30
+    if needed > there:
+        raise InputError(
+            f"the weights of {workload.model} take {needed / 2**30:.0f} GB in {workload.dtype}, "
+            f"{device.type} has {there / 2**30:.0f} GB; `bench dit --floor --gpu NAME` estimates"
+        )
+
+
+def fill_zeros(module: nn.Module) -> None:
+    """Give tensors that start at zero small random values.
+
+    Zero gates would hide wrong blocks, and products with zeros run faster than with data.
+    """
+    for parameter in module.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+
+
+class PreparedVariant:
+    """A network ready to run in one way: in a CUDA graph on a GPU, op by op on a CPU."""
+
+    def __init__(self, network: RandomNetwork, variant: Variant, pool: Any = None) -> None:
+        """Warm up, and capture.
+
+        Args:
+            network: shared by all variants.
+            variant: how to run it.
+            pool: of memory for the graph, which graphs that are not replayed at once may share.
+
+        Raises:
+            InputError: the variant cannot run here, with the reason.
+        """
+        self.network, self.variant = network, variant
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._output: Tensor | None = None
+        on_gpu = network.device.type == "cuda"
+        if variant.mode == "graph" and not on_gpu:
+            raise InputError("CUDA graphs need a CUDA GPU")
+        with self.backends():
+            network()
+            if on_gpu and variant.mode != "eager":
+                self._capture(pool)
+
+    def work(self) -> Work:
+        """For `time_interleaved`."""
+        if self.graph is not None:
+            graph = self.graph
+            return Work(lambda _: graph.replay())
+
+        def run(entered: ExitStack) -> None:
+            with entered:
+                self.network()
+
+        return Work(run, prepare=self.backends)
+
+    def output(self) -> Tensor:
+        """The velocity of one run."""
+        if self.graph is not None and self._output is not None:
+            self.graph.replay()
+            return self._output.clone()
+        with self.backends():
+            return self.network()
+
+    def split(self) -> Split:
+        """Where the time goes, op by op."""
+        with self.backends():
+            return profile_split(self.network, self.network.device)
+
+    def backends(self) -> ExitStack:
+        """The variant's choices, already in force until the stack is closed."""
+        with ExitStack() as stack:
+            if self.variant.kernels != "auto":
+                stack.enter_context(kernel_backend(self.variant.kernels))
+            stack.enter_context(attention_backend(self.variant.attention))
+            if self.variant.mode != "compile":
+                # The blocks may have been compiled for another variant of the same network
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            return stack.pop_all()
+
+    def _capture(self, pool: Any) -> None:
+        stream = torch.cuda.Stream(self.network.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.network()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self._output = self.network()
+
+
+def measure_dit(
+    workload: Workload,
+    variants: Sequence[Variant],
+    *,
+    device: torch.device,
+    clock: Clock,
+    ceilings: Ceilings,
+    rounds: int,
+    max_seconds: float | None = None,
+    split: bool = True,
+) -> list[Measurement]:
+    """One measurement for each variant of one forward pass, all of the same network.
+
+    The output of the first variant that runs must be finite; those of the others must agree with
+    it to `LARGEST_DIFFERENCE`, or they get no time.
+
+    Args:
+        workload: model and sizes.
+        variants: ways to run it; `default_variants` has those worth comparing.
+        device, clock: where, and its clock.
+        ceilings: of this device: the floor follows from them.
+        rounds, max_seconds: as in `time_interleaved`.
+        split: also profile where the time goes.
+
+    Raises:
+        InputError: sizes that the model cannot take.
+    """
+    try:
+        return _measure(
+            workload,
+            variants,
+            device=device,
+            clock=clock,
+            ceilings=ceilings,
+            rounds=rounds,
+            max_seconds=max_seconds,
+            split=split,
+        )
+    finally:
+        _release(device)
+
+
+def _measure(
+    workload: Workload,
+    variants: Sequence[Variant],
+    *,
+    device: torch.device,
+    clock: Clock,
+    ceilings: Ceilings,
+    rounds: int,
+    max_seconds: float | None,
+    split: bool,
+) -> list[Measurement]:
+    network = RandomNetwork(workload, device)
+    if any(variant.mode == "compile" for variant in variants):
+        # Block by block: they are alike, so that one is compiled for all.
+        for block in network.backbone.block_list():
+            block.compile(fullgraph=True, dynamic=False)
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    ready: dict[Variant, PreparedVariant] = {}
+    failed: dict[Variant, tuple[Literal["wrong", "skipped"], str]] = {}
+    differences: dict[Variant, float] = {}
+    expected: Tensor | None = None
+    for variant in variants:
+        try:
+            prepared = PreparedVariant(network, variant, pool)
+            output = prepared.output().double()
+        except InputError as error:
+            failed[variant] = ("skipped", str(error))
+            continue
+        # A compiler's or a driver's error in one variant must not take the times of all others
+        except Exception as error:
+            failed[variant] = ("wrong", first_line(error))
+            continue
+        if not output.isfinite().all():
+            failed[variant] = ("wrong", "the output is not finite")
+            continue
+        expected = output if expected is None else expected
+        difference = float((output - expected).norm() / expected.norm())
+        allowed = LARGEST_DIFFERENCE[network.dtype]
+        if difference <= allowed:
+            ready[variant], differences[variant] = prepared, difference
+        else:
+            failed[variant] = ("wrong", f"differs by {difference:.2g}, allowed {allowed:g}")
+    samples: dict[str, tuple[float, ...]] = {}
+    if ready:
+        works = {variant.label: prepared.work() for variant, prepared in ready.items()}
+        samples = time_interleaved(works, clock, rounds=rounds, warmup=1, max_seconds=max_seconds)
+    measurements = []
+    for variant in variants:
+        case = case_of(workload, variant)
+        if variant in failed:
+            status, reason = failed[variant]
+            measurements.append(Measurement(case=case, status=status, reason=reason))
+            continue
+        values = samples[variant.label]
+        metrics = figures(network.cost, median(values), ceilings) | {
+            "difference": differences[variant]
+        }
+        if split:
+            parts = ready[variant].split().as_dict()
+            metrics |= {f"{name}_ms": value for name, value in parts.items()}
+        measurements.append(Measurement(case=case, samples_ms=values, metrics=metrics))
+    return measurements
+
+
+def figures(cost: DiTCost, milliseconds: float, ceilings: Ceilings) -> dict[str, float]:
+    """What follows from a time: TFLOP/s, and the share of the floor.
+
+    The floor is matrix products and attention alone, at the rate of this machine's large matrix
+    products: no implementation in this type is faster.
+    """
+    rates = Rates(matmul_tflops=ceilings.matmul_tflops, memory_gb_s=ceilings.copy_gb_s)
+    tflop, floor = cost.flops / 1e12, cost.floor(rates).matmul * 1e3
+    return {
+        "tokens": float(cost.visual_tokens),
+        "tflop": tflop,
+        "tflops": tflop / milliseconds * 1e3,
+        "floor_ms": floor,
+        "share_of_floor": floor / milliseconds,
+    }
+
+
+def _release(device: torch.device) -> None:
+    """Give back the memory of networks, graphs and compiled code for the next measurement."""
+    torch.compiler.reset()
+    gc.collect()  # compiled modules refer to themselves
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def case_of(workload: Workload, variant: Variant) -> dict[str, str | int]:
+    """As records hold it."""
+    return {
+        "model": workload.model,
+        "size": workload.size,
+        "batch": workload.batch,
+        "text_tokens": workload.text_tokens,
+        "dtype": workload.dtype,
+        "kernels": variant.kernels,
+        "attention": variant.attention,
+        "mode": variant.mode,
+    }

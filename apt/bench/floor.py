@@ -1,0 +1,83 @@
+"""The roofline of a forward pass on a GPU that is not here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from apt.bench.dit import Workload
+from apt.bench.tables import (
+    FRAMES_PER_SECOND,
+    PAPER_MODEL,
+    PAPER_SECONDS,
+    PAPER_SIZE,
+    format_table,
+)
+from apt.kernels.costs import OpCost
+from apt.kernels.roofline import H100_ATTENTION_TFLOPS, Gpu, find_gpu
+
+# The published attention rates are of this chip; the H200 computes like it.
+_HOPPER = ("h100", "h200")
+
+
+def floor_report(workload: Workload, gpu: str) -> str:
+    """What the arithmetic says: work by kind, the floor, and what attention kernels make of it.
+
+    Raises InputError for a GPU whose rates are not known, or a model whose work is not counted.
+    """
+    found, cost = find_gpu(gpu), workload.cost()
+    total, floor = cost.total, cost.floor(found.rates)
+    rows = [
+        _row("linear", total.linear, floor.linear),
+        _row("attention", total.attention, floor.attention),
+        _row("floor: matrix products alone", total.linear + total.attention, floor.matmul),
+        _row("elementwise, one pass an op", total.elementwise, floor.elementwise),
+        ("sum, nothing overlapped", "", "", f"{floor.total * 1e3:.4g}"),
+        _row("elementwise, all fused", total.elementwise_fused, floor.elementwise_fused),
+        ("sum, all fused", "", "", f"{floor.total_fused * 1e3:.4g}"),
+    ]
+    plural = "s" if workload.frames > 1 else ""
+    paragraphs = [
+        f"{workload.model}, {workload.frames} frame{plural} of "
+        f"{workload.width}x{workload.height}, batch "
+        f"{workload.batch}, {workload.dtype}: {cost.visual_tokens:,} tokens and "
+        f"{cost.text_tokens} of text, {cost.flops / 1e12:.4g} TFLOP",
+        f"An estimate for {found.name}; nothing was measured.\n{_rates(found)}",
+        format_table(("part", "TFLOP", "GB", "ms"), rows, left=1),
+    ]
+    if gpu in _HOPPER:
+        with_attention = []
+        for name, tflops in H100_ATTENTION_TFLOPS.items():
+            there = cost.floor(replace(found.rates, attention_tflops=tflops))
+            times = (f"{s * 1e3:.4g}" for s in (there.total, there.total_fused))
+            with_attention.append((name, f"{tflops:g}", *times))
+        header = ("attention by", "TFLOP/s", "ms", "ms, all fused")
+        paragraphs.append(
+            "With the rates that attention kernels reach on an H100 (published, head size 128, 16k "
+            "tokens):\n\n" + format_table(header, with_attention, left=1)
+        )
+    paragraphs += _comparison(workload, floor.matmul)
+    return "\n\n".join(paragraphs)
+
+
+def _row(name: str, cost: OpCost, seconds: float) -> tuple[str, str, str, str]:
+    return name, f"{cost.flops / 1e12:.4g}", f"{cost.bytes / 1e9:.4g}", f"{seconds * 1e3:.4g}"
+
+
+def _rates(gpu: Gpu) -> str:
+    rates = gpu.rates
+    source = f"measured: {gpu.measured_by}" if gpu.measured else f"peak: {gpu.source}"
+    return f"{rates.matmul_tflops:g} TFLOP/s, {rates.memory_gb_s:g} GB/s ({source})"
+
+
+def _comparison(workload: Workload, floor: float) -> list[str]:
+    lines = []
+    if workload.frames > 1:
+        clip = workload.batch * workload.frames / FRAMES_PER_SECOND
+        lines.append(
+            f"Real time: {clip:.2f} s at {FRAMES_PER_SECOND} frames per second; "
+            f"the floor is {floor / clip:.2f} of it."
+        )
+    if (workload.model, workload.size, workload.batch) == (PAPER_MODEL, PAPER_SIZE, 1):
+        times = ", ".join(f"{s:.2f} s on {n}" for n, s in PAPER_SECONDS.items())
+        lines.append(f"The paper's DiT (APT Table 8), H100s: {times}.")
+    return lines

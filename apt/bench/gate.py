@@ -1,0 +1,245 @@
+"""Gates: does a measurement keep to its budget, and is it no slower than it was?
+
+A regression is a median that exceeds the median of recorded like runs by more than a percentage
+*and* more than an absolute floor: the percentage alone fails on the jitter of short kernels, the
+floor alone on that of long ones. Runs are alike if machine, software and case are equal; others are
+never compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from typing import Literal
+
+from apt.bench.machine import Machine
+from apt.bench.records import Measurement, Record
+from apt.bench.timing import median
+from apt.errors import ConfigError, InputError
+
+Outcome = Literal["passed", "failed", "not judged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionPolicy:
+    """How much slower counts.
+
+    Attributes:
+        percent: above the median of like runs, and
+        floor_ms: milliseconds above it; both must be exceeded.
+        minimum_runs: fewer like runs judge nothing.
+    """
+
+    percent: float
+    floor_ms: float
+    minimum_runs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.percent <= 0 or self.floor_ms <= 0 or self.minimum_runs < 1:
+            raise ConfigError(
+                "a regression policy needs percent > 0, floor_ms > 0 and minimum_runs >= 1, got "
+                f"{self}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A figure that must be reached on one class of devices.
+
+    Attributes:
+        name: what is promised, in words.
+        devices: patterns of device names; other devices are not judged.
+        where: patterns that the case must match; the topic counts as part of it.
+        metric: "median_ms", or a key of `Measurement.metrics`.
+        at_least, at_most: the bound; one of them.
+        relative_to: what to change in the case to find the measurement whose metric the bound is a
+            multiple of ({"variant": "compile"}), from the same run; None for an absolute bound.
+        enforced: False is a goal: it is reported, and fails nothing.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    where: Mapping[str, str]
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+    relative_to: Mapping[str, str] | None = None
+    enforced: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ConfigError(f"budget {self.name!r} needs either at_least or at_most")
+        if not self.devices or not self.where:
+            raise ConfigError(f"budget {self.name!r} must say for which devices and where it holds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a gate says about a measurement.
+
+    Attributes:
+        gate: the budget's name, or "no regression".
+        subject: the measurement's label.
+        outcome: "not judged" where there is nothing like it.
+        text: the figures, or why there is no judgement.
+        enforced: whether a failure counts.
+    """
+
+    gate: str
+    subject: str
+    outcome: Outcome
+    text: str
+    enforced: bool = True
+
+    @property
+    def fails(self) -> bool:
+        """Whether the run must fail for it."""
+        return self.outcome == "failed" and self.enforced
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A measurement with the machine that it was made on: what can be like another."""
+
+    machine: Machine
+    topic: str
+    measurement: Measurement
+    date: str = field(default="", compare=False)
+
+    def differences(self, other: Run) -> list[str]:
+        """Names of everything that makes the two unlike; empty if they compare."""
+        mine, theirs = (
+            asdict(run.machine) | {"topic": run.topic} | dict(run.measurement.case)
+            for run in (self, other)
+        )
+        return [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+
+
+def runs_of(records: Iterable[Record]) -> list[Run]:
+    """Every measurement that a later one may be compared with."""
+    return [
+        Run(machine=r.machine, topic=r.topic, measurement=m, date=r.provenance.date)
+        for r in records
+        for m in r.measurements
+        if m.status == "measured" and m.label not in r.failed
+    ]
+
+
+def like_runs(run: Run, archive: Iterable[Run]) -> list[Run]:
+    """Those of the archive that `run` may be compared with."""
+    return [other for other in archive if not run.differences(other)]
+
+
+def check_regression(run: Run, baselines: Sequence[Run], policy: RegressionPolicy) -> Verdict:
+    """Is `run` slower than the median of its baselines, beyond percentage and floor?
+
+    Raises:
+        InputError: a baseline is not like `run`, with what differs; or `run` was not measured.
+    """
+    if run.measurement.status != "measured":
+        raise InputError(f"{run.measurement.label} was not measured: {run.measurement.reason}")
+    for baseline in baselines:
+        different = run.differences(baseline)
+        if different:
+            raise InputError(
+                f"{run.measurement.label} cannot be compared with the run of {baseline.date}: "
+                f"{', '.join(different)} differ"
+            )
+    subject, gate = run.measurement.label, "no regression"
+    if len(baselines) < policy.minimum_runs:
+        text = f"{len(baselines)} recorded like runs, {policy.minimum_runs} needed"
+        return Verdict(gate=gate, subject=subject, outcome="not judged", text=text)
+    before = median([baseline.measurement.median_ms for baseline in baselines])
+    now = run.measurement.median_ms
+    slower, percent = now - before, 100 * (now / before - 1)
+    failed = slower > policy.floor_ms and percent > policy.percent
+    text = (
+        f"{now:.4g} ms against {before:.4g} ms of {len(baselines)} like runs ({percent:+.1f} %; "
+        f"fails beyond both +{policy.percent:g} % and +{policy.floor_ms:g} ms)"
+    )
+    return Verdict(gate=gate, subject=subject, outcome="failed" if failed else "passed", text=text)
+
+
+def check_budget(budget: Budget, run: Run, beside: Sequence[Run]) -> Verdict | None:
+    """Does `run` keep to a budget? None if the budget is not about it.
+
+    Args:
+        beside: everything measured in the same run, where a relative bound finds its other half.
+
+    Raises:
+        ConfigError: the budget's metric is none of the measurement's.
+    """
+    case = {"topic": run.topic, **run.measurement.case}
+    about = all(fnmatch(str(case.get(key, "")), pattern) for key, pattern in budget.where.items())
+    if not about or run.measurement.status == "skipped":
+        return None
+
+    def verdict(outcome: Outcome, text: str) -> Verdict:
+        return Verdict(
+            gate=budget.name,
+            subject=run.measurement.label,
+            outcome=outcome,
+            text=text,
+            enforced=budget.enforced,
+        )
+
+    if not any(fnmatch(run.machine.device, pattern) for pattern in budget.devices):
+        return verdict("not judged", f"for {', '.join(budget.devices)}; not {run.machine.device}")
+    if run.measurement.status == "wrong":
+        return verdict("failed", run.measurement.reason)
+    value, unit = _metric(budget, run), ""
+    if budget.relative_to is not None:
+        wanted = {**run.measurement.case, **budget.relative_to}
+        others = [o for o in beside if o.measurement.case == wanted]
+        if not others or others[0].measurement.status != "measured":
+            return verdict("not judged", f"{dict(budget.relative_to)} was not measured beside it")
+        value /= _metric(budget, others[0])
+        unit = f" times that of {', '.join(budget.relative_to.values())}"
+    if budget.at_least is not None:
+        kept, bound = value >= budget.at_least, f"at least {budget.at_least:g}"
+    else:
+        assert budget.at_most is not None
+        kept, bound = value <= budget.at_most, f"at most {budget.at_most:g}"
+    return verdict("passed" if kept else "failed", f"{budget.metric} {value:.4g}, {bound}{unit}")
+
+
+def check_record(
+    record: Record,
+    archive: Sequence[Record],
+    budgets: Sequence[Budget],
+    policies: Mapping[str, RegressionPolicy],
+) -> list[Verdict]:
+    """Every verdict on a record: budgets, and regressions against the archive.
+
+    Args:
+        policies: by kind of device.
+
+    Raises:
+        ConfigError: there is no policy for the record's kind of device.
+    """
+    if record.machine.kind not in policies:
+        raise ConfigError(
+            f"no regression policy for {record.machine.kind!r}; there are: {', '.join(policies)}"
+        )
+    policy, known = policies[record.machine.kind], runs_of(archive)
+    runs = [
+        Run(machine=record.machine, topic=record.topic, measurement=m) for m in record.measurements
+    ]
+    verdicts = [check_budget(budget, run, runs) for budget in budgets for run in runs]
+    return [v for v in verdicts if v is not None] + [
+        check_regression(run, like_runs(run, known), policy)
+        for run in runs
+        if run.measurement.status == "measured"
+    ]
+
+
+def _metric(budget: Budget, run: Run) -> float:
+    if budget.metric == "median_ms":
+        return run.measurement.median_ms
+    if budget.metric not in run.measurement.metrics:
+        raise ConfigError(
+            f"budget {budget.name!r}: no metric {budget.metric!r} in {run.measurement.label}; "
+            f"there are: median_ms, {', '.join(run.measurement.metrics)}"
+        )
+    return run.measurement.metrics[budget.metric]

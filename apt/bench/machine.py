@@ -1,0 +1,167 @@
+"""What was measured on, and with what: without it a time means nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from apt.errors import InputError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A device and the software on it. Times compare only between equal ones.
+
+    Attributes:
+        device: the product's name, as its driver or the kernel gives it.
+        kind: "cuda" or "cpu".
+        capability: "9.0"; empty on a CPU.
+        threads: threads that torch computes with on a CPU; 0 on a GPU, where they do not matter.
+        memory_gb: of the device, rounded.
+        python, torch, triton, cuda, liger: versions; empty where absent.
+        system: operating system and architecture.
+    """
+
+    device: str
+    kind: str
+    capability: str
+    threads: int
+    memory_gb: int
+    python: str
+    torch: str
+    triton: str
+    cuda: str
+    liger: str
+    system: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a record comes from.
+
+    Attributes:
+        date: UTC, ISO 8601 to the second.
+        command: what was typed, without folders.
+        commit: of the checkout, with "+changes" if files differ from it; "unknown" outside one.
+        apt: version of the package.
+    """
+
+    date: str
+    command: str
+    commit: str
+    apt: str
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """The machine as torch sees it. Raises InputError for a GPU that is not there."""
+    if device.type == "cuda":
+        check_cuda()
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory
+        capability = f"{properties.major}.{properties.minor}"
+    else:
+        name, memory, capability = cpu_name(), _host_memory(), ""
+    return Machine(
+        device=name,
+        kind=device.type,
+        capability=capability,
+        threads=0 if device.type == "cuda" else torch.get_num_threads(),
+        memory_gb=round(memory / 2**30),
+        python=".".join(map(str, sys.version_info[:2])),
+        torch=torch.__version__,
+        triton=_version("triton"),
+        cuda=(torch.version.cuda or "") if device.type == "cuda" else "",
+        liger=_version("liger-kernel"),
+        system=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def find_device(name: str | None) -> torch.device:
+    """cpu, or cuda; None takes a GPU if there is one. Raises InputError for anything else."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"benchmarks run on cpu or cuda, not on {name!r}")
+    if name == "cuda":
+        check_cuda()
+    return torch.device(name)
+
+
+def check_cuda() -> None:
+    """Raise InputError unless torch sees a GPU."""
+    if not torch.cuda.is_available():
+        raise InputError(
+            "PyTorch sees no CUDA GPU here; take the CPU, or `--floor --gpu NAME` for an estimate"
+        )
+
+
+def describe_run(command: str | None = None) -> Provenance:
+    """Now, this command line, and this checkout."""
+    from apt.version import __version__
+
+    return Provenance(
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        command=command or command_line(sys.argv),
+        commit=find_commit(_PACKAGE),
+        apt=__version__,
+    )
+
+
+def command_line(argv: list[str]) -> str:
+    """A command as a reader can type it: folders of the machine it ran on stay out of records."""
+    first, *rest = argv
+    if first.endswith("__main__.py"):
+        first = f"python -m {Path(first).parent.name}"
+    return " ".join([Path(first).name if "/" in first else first, *map(_without_folder, rest)])
+
+
+def find_commit(folder: Path) -> str:
+    """Commit of the git checkout that a folder is in; see `Provenance.commit`."""
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    # No git, or no checkout: an installed package, or a copy without history
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head[:12] + ("+changes" if changes else "")
+
+
+def cpu_name() -> str:
+    """The processor's product name."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _without_folder(word: str) -> str:
+    return Path(word).name if word.startswith("/") else word
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()

@@ -1,0 +1,53 @@
+"""What a user would take instead: the same functions from liger-kernel.
+
+Liger has the modulated RMSNorm (scale and shift per sample or per token, no shared rows), but no
+gated residual: before it stands the sum as a user would write it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt.errors import InputError
+
+Function = Any  # a function of liger_kernel.transformers.functional, which has no types
+
+
+def liger_modulated_norm(inputs: dict[str, Tensor]) -> Tensor:
+    """`modulated_norm` by Liger; raises InputError where it cannot run, with the reason."""
+    # in_place would write dL/dx over dL/dy, which the next sample needs; the bytes are the same.
+    # "gemma" computes in fp32 as we do; the default rounds in between.
+    run = _function("liger_modulated_rms_norm", inputs["x"])
+    return run(
+        inputs["x"],
+        inputs.get("weight"),
+        inputs["scale"],
+        inputs["shift"],
+        casting_mode="gemma",
+        in_place=False,
+    )
+
+
+def liger_residual_modulated_norm(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """`residual_modulated_norm` by torch's addcmul and Liger's modulated RMSNorm."""
+    x = torch.addcmul(inputs["x"], inputs["update"], inputs["gate"].unsqueeze(1))
+    return x, liger_modulated_norm(inputs | {"x": x})
+
+
+def _function(name: str, x: Tensor) -> Function:
+    if not x.is_cuda:
+        raise InputError("liger-kernel is Triton, which needs a CUDA GPU")
+    try:
+        module = importlib.import_module("liger_kernel.transformers.functional")
+    # A Triton or torch that it does not know fails while it loads
+    except (ImportError, RuntimeError) as error:
+        raise InputError(
+            f"needs `pip install liger-kernel` ({type(error).__name__}: {error})"
+        ) from error
+    if not hasattr(module, name):
+        raise InputError(f"this liger-kernel has no {name}: `pip install -U liger-kernel`")
+    return getattr(module, name)

@@ -1,0 +1,65 @@
+"""Where the time of a network goes: attention, matrix products, and everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+ATTENTION = ("attention", "flash", "fmha", "sdpa")
+LINEAR = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "mkldnn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Milliseconds by kind of work.
+
+    Attributes:
+        attention: softmax attention, whatever its backend.
+        linear: matrix products.
+        elementwise: norms, modulation, rotation, activation, copies, sums.
+        unattributed: device time of kernels that no op claims; 0 on the CPU.
+    """
+
+    attention: float
+    linear: float
+    elementwise: float
+    unattributed: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def profile_split(run: Callable[[], object], device: torch.device) -> Split:
+    """Profile one call and add up the time of each op itself, without the ops it calls.
+
+    The call must launch its ops one by one: replays of a CUDA graph have no ops to name. `run` is
+    called once before, to warm up.
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    run()
+    with profile(activities=activities) as profiler:
+        run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    totals = dict.fromkeys(("attention", "linear", "elementwise"), 0.0)
+    kernels = 0.0
+    for event in profiler.key_averages():
+        if event.device_type == DeviceType.CPU:
+            own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            totals[kind_of(event.key)] += own / 1e3
+        elif not event.is_user_annotation:
+            kernels += event.self_device_time_total / 1e3
+    missing = max(kernels - sum(totals.values()), 0.0) if on_gpu else 0.0
+    return Split(**totals, unattributed=missing)
+
+
+def kind_of(op: str) -> str:
+    """`Split`'s field for an op by its name in the profiler."""
+    if any(word in op.lower() for word in ATTENTION):
+        return "attention"
+    return "linear" if op.startswith(LINEAR) else "elementwise"

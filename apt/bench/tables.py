@@ -1,0 +1,188 @@
+"""Records as tables that read well in a terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from apt.bench.gate import Verdict
+from apt.bench.records import Measurement, Record
+from apt.bench.timing import quantile
+
+# APT Table 8: seconds of the DiT for 49 frames of 1280x720, by number of H100s.
+PAPER_SECONDS = {1: 2.65, 4: 0.73, 8: 0.50}
+PAPER_SIZE = "49x720x1280"
+PAPER_MODEL = "apt_8b"
+FRAMES_PER_SECOND = 24
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
+    """An aligned Markdown table; columns from `left` on are figures, and stand to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            f"{cell:<{width}}" if i < left else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def record_table(record: Record) -> str:
+    """The measurements of a record; what was not measured comes below, with the reasons."""
+    measured = [m for m in record.measurements if m.status == "measured"]
+    form = _dit_table if record.topic == "dit" else _kernel_table
+    parts = [form(measured)] if measured else ["Nothing was measured."]
+    for status in ("wrong", "skipped"):
+        reasons: dict[str, list[str]] = {}
+        for m in record.measurements:
+            if m.status == status:
+                reasons.setdefault(m.reason, []).append(m.label)
+        parts += [
+            f"{status} ({len(labels)}): {reason}\n" + "\n".join(f"  {label}" for label in labels)
+            if status == "wrong"
+            else f"{status} ({len(labels)}): {reason}; {labels[0]}"
+            + (", ..." if len(labels) > 1 else "")
+            for reason, labels in reasons.items()
+        ]
+    return "\n\n".join(parts)
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """Gates that spoke, failures first; those that had nothing to judge are counted."""
+    order = {"failed": 0, "passed": 1}
+    judged = sorted((v for v in verdicts if v.outcome in order), key=lambda v: order[v.outcome])
+    silent = len(verdicts) - len(judged)
+    lines = []
+    if judged:
+        rows = [
+            (v.outcome if v.enforced else f"{v.outcome} (a goal)", v.gate, v.subject, v.text)
+            for v in judged
+        ]
+        lines.append(format_table(("gate", "of", "what", "figures"), rows, left=4))
+    if silent:
+        reasons = sorted({v.text for v in verdicts if v.outcome not in order})
+        lines.append(f"{silent} not judged: {'; '.join(reasons)}")
+    return "\n\n".join(lines) or "No gate applies."
+
+
+def markdown(record: Record, verdicts: Sequence[Verdict]) -> str:
+    """The page beside a record's raw samples."""
+    machine, run = record.machine, record.provenance
+    software = [f"Python {machine.python}", f"torch {machine.torch}"]
+    software += [f"triton {machine.triton}"] if machine.triton else []
+    software += [f"CUDA {machine.cuda}"] if machine.cuda else []
+    software += [f"liger-kernel {machine.liger}"] if machine.liger else []
+    where = f"{machine.device}, {machine.memory_gb} GB"
+    where += f", {machine.threads} threads" if machine.threads else ""
+    ceilings = ", ".join(f"{name} {value:.4g}" for name, value in record.ceilings.items())
+    return "\n".join(
+        [
+            f"# Benchmark: {record.topic}",
+            "",
+            *([f"**{record.note}**", ""] if record.note else []),
+            f"- Device: {where}; {machine.system}",
+            f"- Software: {', '.join(software)}; apt {run.apt}, commit {run.commit}",
+            f"- Date: {run.date}",
+            f"- Command: `{run.command}`",
+            f"- Ceilings measured in the same run: {ceilings}",
+            f"- Raw samples: [{record.stem}.json]({record.stem}.json)",
+            "",
+            record_table(record),
+            "",
+            "## Gates",
+            "",
+            verdict_table(verdicts),
+            "",
+        ]
+    )
+
+
+def milliseconds(value: float) -> str:
+    """Three digits or more."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value >= 0.01 else f"{value:.2g}"
+
+
+def _kernel_table(measurements: Sequence[Measurement]) -> str:
+    header = (
+        "op", "shape", "dtype", "direction", "variant",
+        "median ms", "10-90 % ms", "GB/s", "of copy", "TFLOP/s", "of matmul",
+    )  # fmt: skip
+    rows = []
+    for m in measurements:
+        case, figures = m.case, m.metrics
+        rows.append(
+            (
+                *(str(case[key]) for key in ("op", "shape", "dtype", "direction", "variant")),
+                milliseconds(m.median_ms),
+                spread(m),
+                f"{figures['gb_s']:.1f}",
+                f"{figures['share_of_copy']:.0%}",
+                f"{figures['tflops']:.3g}",
+                f"{figures['share_of_matmul']:.0%}",
+            )
+        )
+    return format_table(header, rows, left=5)
+
+
+def _dit_table(measurements: Sequence[Measurement]) -> str:
+    header = (
+        "model", "frames x height x width", "kernels", "attention", "mode", "tokens", "TFLOP",
+        "median ms", "10-90 % ms", "TFLOP/s", "of floor", "attention", "linear", "elementwise",
+        "real time",
+    )  # fmt: skip
+    rows = []
+    for m in measurements:
+        case, figures = m.case, m.metrics
+        rows.append(
+            (
+                *(str(case[key]) for key in ("model", "size", "kernels", "attention", "mode")),
+                f"{figures['tokens']:.0f}",
+                f"{figures['tflop']:.4g}",
+                milliseconds(m.median_ms),
+                spread(m),
+                f"{figures['tflops']:.3g}",
+                f"{figures['share_of_floor']:.0%}",
+                *split_shares(m),
+                real_time(m),
+            )
+        )
+    lines = [format_table(header, rows, left=5)]
+    if any(is_papers_case(m) for m in measurements):
+        others = ", ".join(f"{s:.2f} s on {n}" for n, s in PAPER_SECONDS.items())
+        lines.append(f"The paper's DiT at this size (APT Table 8), H100s: {others}.")
+        for m in measurements:
+            if is_papers_case(m):
+                ratio = m.median_ms / 1e3 / PAPER_SECONDS[1]
+                lines.append(f"{m.label}: {ratio:.2f} of the paper's time on one H100")
+    return "\n\n".join(lines)
+
+
+def spread(m: Measurement) -> str:
+    """Where most samples lie."""
+    low, high = (milliseconds(quantile(m.samples_ms, share)) for share in (0.1, 0.9))
+    return f"{low}-{high}"
+
+
+def split_shares(m: Measurement) -> tuple[str, str, str]:
+    """Shares of attention, linear and elementwise in the profile; empty if there is none."""
+    parts = [m.metrics.get(f"{name}_ms", 0.0) for name in ("attention", "linear", "elementwise")]
+    total = sum(parts) + m.metrics.get("unattributed_ms", 0.0)
+    if not total:
+        return "", "", ""
+    attention, linear, elementwise = (f"{part / total:.0%}" for part in parts)
+    return attention, linear, elementwise
+
+
+def real_time(m: Measurement) -> str:
+    """Time over the video's own length at 24 frames per second; below 1 is faster than watching."""
+    frames = int(str(m.case["size"]).split("x")[0]) * int(m.case["batch"])
+    return "" if frames == 1 else f"{m.median_ms / 1e3 * FRAMES_PER_SECOND / frames:.2f}"
+
+
+def is_papers_case(m: Measurement) -> bool:
+    """The paper's video on the paper's model."""
+    case = m.case
+    return (case["model"], case["size"], case["batch"]) == (PAPER_MODEL, PAPER_SIZE, 1)

@@ -1,0 +1,118 @@
+"""`diffusion-apt bench dit`: one forward pass of a model, measured here or estimated for a GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from apt.errors import InputError
+
+if TYPE_CHECKING:
+    from apt.bench.dit import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchDit:
+    """Time one forward pass with random weights: the step of a one-step model.
+
+    On a GPU it runs as a CUDA graph, with our kernels and without, and compiled. Outputs must agree
+    before anything is timed. Text encoder and VAE are not part of it.
+    """
+
+    model: str = "apt_8b"
+    """A registered MMDiT; `diffusion-apt list models` shows them."""
+    frames: int = 49
+    """Number of frames; 1 is an image."""
+    height: int = 720
+    """Height in pixels."""
+    width: int = 1280
+    """Width in pixels."""
+    batch: int = 1
+    """Videos at once."""
+    text_tokens: int = 256
+    """Length of the prompt's encoding."""
+    compression: tuple[int, int, int] = (4, 8, 8)
+    """Of the VAE, along time, height and width; 4 4 4 is that of mmdit_digits."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number type of weights and activations."""
+    floor: bool = False
+    """Measure nothing: print the roofline estimate for --gpu, which need not be here."""
+    gpu: str = ""
+    """With --floor: a100, h100, h100-pcie, h200, b200 or rtx4090."""
+    rounds: int = 20
+    """Samples of each variant, taken in turns."""
+    max_seconds: float = 120.0
+    """For all samples together."""
+    compile: bool = True
+    """Also measure torch.compile of each block."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+
+def main(args: Sequence[str], *, prog: str) -> None:
+    """Print the estimate, or measure and print one table."""
+    options = tyro.cli(BenchDit, args=args, prog=prog)
+    if bool(options.gpu) != options.floor:
+        raise InputError("--floor and --gpu go together: --floor --gpu h100")
+
+    from apt.bench.dit import Workload
+    from apt.bench.floor import floor_report
+
+    workload = Workload(
+        model=options.model,
+        frames=options.frames,
+        height=options.height,
+        width=options.width,
+        batch=options.batch,
+        text_tokens=options.text_tokens,
+        compression=options.compression,
+        dtype=options.dtype,
+    )
+    if options.floor:
+        print(floor_report(workload, options.gpu))
+    else:
+        measure(workload, options)
+
+
+def measure(workload: Workload, options: BenchDit) -> None:
+    """Measure here. The exit code is 1 if a variant gave a wrong result."""
+    from apt.bench.ceilings import measure_ceilings
+    from apt.bench.dit import default_variants, measure_dit
+    from apt.bench.machine import describe_machine, describe_run, find_device
+    from apt.bench.records import Record
+    from apt.bench.tables import record_table
+    from apt.bench.timing import clock_for
+
+    device = find_device(None if options.device == "auto" else options.device)
+    clock = clock_for(device)
+    ceilings = measure_ceilings(device, clock)
+    variants = [v for v in default_variants(device) if options.compile or v.mode != "compile"]
+    found = measure_dit(
+        workload,
+        variants,
+        device=device,
+        clock=clock,
+        ceilings=ceilings,
+        rounds=options.rounds,
+        max_seconds=options.max_seconds,
+    )
+    machine = describe_machine(device)
+    record = Record(
+        topic="dit",
+        note="",
+        provenance=describe_run(),
+        machine=machine,
+        ceilings=ceilings.as_dict(),
+        measurements=tuple(found),
+    )
+    print(f"{machine.device}, torch {machine.torch}")
+    print(
+        f"measured copy {ceilings.copy_gb_s:.4g} GB/s, matmul {ceilings.matmul_tflops:.4g} TFLOP/s"
+    )
+    print(f"\n{record_table(record)}")
+    if any(m.status == "wrong" for m in found):
+        sys.exit("results are wrong on this machine (above); please report it")

@@ -1,0 +1,106 @@
+"""`diffusion-apt bench kernels`: the fused ops on this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from apt.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchKernels:
+    """Time each fused op, forward and backward, beside eager torch, torch.compile and Liger.
+
+    Every variant is first checked against fp64; one that is wrong gets no time. Shares are of the
+    copy and matrix product rates of this machine, measured in the same run.
+    """
+
+    op: tuple[str, ...] = ()
+    """Names of ops; none is all of them."""
+    shape: tuple[str, ...] = ()
+    """digits, 1024px, 480p, 720p, cpu; none is what suits the device."""
+    variant: tuple[str, ...] = ()
+    """Names of variants: triton, eager, compile, liger, or attention backends; none is all."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Number type; auto is that of the models of each shape."""
+    rounds: int = 50
+    """Samples of each variant, taken in turns."""
+    max_seconds: float = 10.0
+    """Per case, all variants together."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+
+def main(args: Sequence[str], *, prog: str) -> None:
+    """Measure, and print one table. The exit code is 1 if a result of ours was wrong."""
+    options = tyro.cli(BenchKernels, args=args, prog=prog)
+
+    import torch
+
+    from apt.bench.ceilings import measure_ceilings
+    from apt.bench.kernels import cases_of, is_ours, measure_op, variant_names
+    from apt.bench.machine import describe_machine, describe_run, find_device
+    from apt.bench.ops import OPS
+    from apt.bench.records import Measurement, Record
+    from apt.bench.shapes import SHAPES, default_shapes
+    from apt.bench.tables import record_table
+    from apt.bench.timing import clock_for
+    from apt.cli.progress import progress_bar
+
+    ops = [OPS[name] for name in known(options.op, OPS, "op") or OPS]
+    device = find_device(None if options.device == "auto" else options.device)
+    chosen = known(options.shape, SHAPES, "shape")
+    shapes = [SHAPES[name] for name in chosen] or default_shapes(device)
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    known(options.variant, {name: op for op in ops for name in variant_names(op)}, "variant")
+
+    clock = clock_for(device)
+    ceilings = measure_ceilings(device, clock)
+    cases = [case for shape in shapes for op in ops for case in cases_of(op, shape, dtype)]
+    found: list[Measurement] = []
+    with progress_bar("measuring", len(cases)) as update:
+        for number, case in enumerate(cases, start=1):
+            names = variant_names(case.op)
+            only = [name for name in names if not options.variant or name in options.variant]
+            found += measure_op(
+                case,
+                device=device,
+                clock=clock,
+                ceilings=ceilings,
+                rounds=options.rounds,
+                only=only,
+                max_seconds=options.max_seconds,
+            )
+            update(number)
+    record = Record(
+        topic="kernels",
+        note="",
+        provenance=describe_run(),
+        machine=describe_machine(device),
+        ceilings=ceilings.as_dict(),
+        measurements=tuple(found),
+    )
+    print(f"{record.machine.device}, torch {record.machine.torch}")
+    print(
+        f"measured copy {ceilings.copy_gb_s:.4g} GB/s, matmul {ceilings.matmul_tflops:.4g} TFLOP/s"
+    )
+    print(f"\n{record_table(record)}")
+    if any(
+        m.status == "wrong" and is_ours(OPS[str(m.case["op"])], str(m.case["variant"]))
+        for m in found
+    ):
+        sys.exit("results of our own kernels are wrong on this machine (above); please report it")
+
+
+def known(names: Sequence[str], existing: Iterable[str], what: str) -> list[str]:
+    """The names as they are; raises InputError for one that does not exist."""
+    choices = list(existing)
+    for name in names:
+        if name not in choices:
+            raise InputError(f"unknown {what} {name!r}; choose from: {', '.join(choices)}")
+    return list(names)

@@ -1,0 +1,178 @@
+"""A forward pass of a network: sizes, variants, and no time for what computes something else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apt.bench.ceilings import Ceilings
+from apt.bench.dit import (
+    PreparedVariant,
+    RandomNetwork,
+    Variant,
+    Workload,
+    default_variants,
+    fill_zeros,
+    measure_dit,
+)
+from apt.bench.machine import describe_machine
+from apt.bench.timing import HostClock
+from apt.errors import InputError
+
+CPU = torch.device("cpu")
+DIGITS = Workload(
+    model="mmdit_digits",
+    frames=9,
+    height=32,
+    width=32,
+    text_tokens=8,
+    compression=(4, 4, 4),
+    dtype="float32",
+)
+EAGER = Variant(kernels="reference")
+CEILINGS = Ceilings(copy_gb_s=10.0, matmul_tflops=0.1)
+
+
+def measure(*variants: Variant, split: bool = False):
+    return measure_dit(
+        DIGITS, variants, device=CPU, clock=HostClock(), ceilings=CEILINGS, rounds=3, split=split
+    )
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "tokens"),
+    [(49, 720, 1280, 46_800), (49, 480, 832, 20_280), (1, 1024, 1024, 4096)],
+)
+def test_tokens_of_the_papers_sizes(frames, height, width, tokens):
+    workload = Workload(model="apt_8b", frames=frames, height=height, width=width)
+    t, h, w = workload.latent_shape()
+    assert t * (h // 2) * (w // 2) == tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frames": 48}, "48 frames are not 4k [+] 1"),
+        ({"height": 721}, "721x1280 is not a multiple of the compression, 8x8"),
+        ({"width": 0}, "720x0"),
+        ({"batch": 0}, "at least 1"),
+        ({"dtype": "int8"}, "'int8' is none of: bfloat16"),
+    ],
+)
+def test_sizes_that_do_not_fit(change, message):
+    with pytest.raises(InputError, match=message):
+        Workload(**{"model": "apt_8b", "frames": 49, "height": 720, "width": 1280} | change)
+
+
+def test_a_model_whose_work_is_not_counted_is_refused():
+    workload = Workload(model="wan2.1_t2v_1.3b", frames=49, height=480, width=832)
+    with pytest.raises(InputError, match=r"wan2.1_t2v_1.3b is no MMDiT"):
+        workload.cost()
+
+
+def test_gates_are_not_left_at_zero():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    nn.init.zeros_(module[0].weight)
+    before = module[1].weight.clone()
+    fill_zeros(module)
+    assert module[0].weight.all()
+    assert torch.equal(module[1].weight, before)
+
+
+def test_weights_are_made_in_their_own_type():
+    network = RandomNetwork(replace(DIGITS, dtype="bfloat16"), CPU)
+    assert {p.dtype for p in network.backbone.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+    assert network().isfinite().all()
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_built(monkeypatch):
+    small = replace(describe_machine(CPU), memory_gb=8)
+    monkeypatch.setattr("apt.bench.dit.describe_machine", lambda device: small)
+    workload = Workload(model="apt_8b", frames=1, height=64, width=64)
+    with pytest.raises(InputError, match=r"apt_8b take 15 GB in bfloat16, cpu has 8 GB; .*--floor"):
+        RandomNetwork(workload, CPU)
+
+
+def test_the_output_depends_on_the_blocks():
+    network = RandomNetwork(DIGITS, CPU)
+    before = network()
+    block = network.backbone.block_list()[2]
+    for parameter in block.parameters():
+        parameter.mul_(2)
+    assert not torch.allclose(network(), before, rtol=1e-3)
+
+
+def test_a_measurement():
+    (found,) = measure(EAGER, split=True)
+    assert found.status == "measured"
+    assert len(found.samples_ms) == 3
+    assert found.case["size"] == "9x32x32"
+    figures = found.metrics
+    assert figures["tokens"] == 48
+    assert figures["tflop"] > 0
+    assert figures["share_of_floor"] > 0
+    assert figures["tflops"] == pytest.approx(figures["tflop"] / found.median_ms * 1e3)
+    for name in ("attention_ms", "linear_ms", "elementwise_ms"):
+        assert figures[name] > 0
+
+
+def test_what_cannot_run_is_skipped_with_the_reason():
+    graph, cudnn, eager = measure(Variant(mode="graph"), Variant(attention="_native_cudnn"), EAGER)
+    assert (graph.status, graph.reason) == ("skipped", "CUDA graphs need a CUDA GPU")
+    assert cudnn.status == "skipped"
+    assert "needs a CUDA GPU" in cudnn.reason
+    assert eager.status == "measured"
+
+
+def test_a_variant_that_computes_something_else_has_no_time(monkeypatch):
+    honest = PreparedVariant.output
+
+    def planted(self: PreparedVariant) -> Tensor:
+        output = honest(self)
+        return output * 1.1 if self.variant.attention == "_native_math" else output
+
+    monkeypatch.setattr(PreparedVariant, "output", planted)
+    right, wrong = measure(EAGER, Variant(kernels="reference", attention="_native_math"))
+    assert right.status == "measured"
+    assert (wrong.status, wrong.samples_ms) == ("wrong", ())
+    assert wrong.reason == "differs by 0.1, allowed 0.001"
+
+
+def test_an_output_that_is_not_finite_has_no_time(monkeypatch):
+    monkeypatch.setattr(PreparedVariant, "output", lambda self: torch.full((2,), float("nan")))
+    (found,) = measure(EAGER)
+    assert (found.status, found.reason) == ("wrong", "the output is not finite")
+
+
+def test_a_crash_leaves_the_others_their_times(monkeypatch):
+    honest = RandomNetwork.__call__
+    calls = []
+
+    def planted(self: RandomNetwork) -> Tensor:
+        calls.append(self)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return honest(self)
+
+    monkeypatch.setattr(RandomNetwork, "__call__", planted)
+    crashed, right = measure(EAGER, Variant(attention="_native_math"))
+    assert (crashed.status, crashed.reason) == ("wrong", "raised RuntimeError: out of memory")
+    assert right.status == "measured"
+
+
+def test_attention_backends_agree():
+    right, other = measure(EAGER, Variant(kernels="reference", attention="_native_math"))
+    assert right.metrics["difference"] == 0
+    assert other.status == "measured"
+    assert 0 < other.metrics["difference"] < 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_blocks_agree_and_leave_the_other_variants_eager():
+    eager, compiled = measure(*default_variants(CPU))
+    assert eager.status == compiled.status == "measured"
+    assert compiled.metrics["difference"] < 1e-5

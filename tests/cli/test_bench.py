@@ -1,0 +1,74 @@
+"""`diffusion-apt bench`: estimates without a GPU, and times of this machine."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cli.shell import error_line, invoke
+
+
+def test_the_floor_of_the_papers_model():
+    result = invoke("bench", "dit", "--floor", "--gpu", "h200")
+    assert result.returncode == 0, result.stderr
+    text = result.stdout
+    assert "46,800 tokens and 256 of text, 1363 TFLOP" in text
+    assert "nothing was measured" in text
+    floor = next(line for line in text.splitlines() if "floor" in line)
+    assert floor.split("|")[-2].strip() == "1726"  # 1,363 TFLOP at 790 TFLOP/s
+    for figure in ("2.65 s on 1", "0.73 s on 4", "0.50 s on 8", "Real time: 2.04 s"):
+        assert figure in text
+
+
+def test_an_image_has_no_real_time_and_no_papers_figure():
+    options = ("--frames", "1", "--height", "1024", "--width", "1024")
+    text = invoke("bench", "dit", "--floor", "--gpu", "b200", *options).stdout
+    assert "1 frame of 1024x1024" in text
+    assert "4,096 tokens" in text
+    assert "Real time" not in text
+    assert "Table 8" not in text
+    assert "attention by" not in text  # published rates are of another chip
+
+
+DIGITS = (
+    "bench", "dit", "--model", "mmdit_digits", "--frames", "9", "--height", "32", "--width", "32",
+    "--compression", "4", "4", "4", "--dtype", "float32", "--device", "cpu", "--rounds", "3",
+)  # fmt: skip
+
+
+def test_a_forward_pass_here():
+    result = invoke(*DIGITS, "--no-compile")
+    assert result.returncode == 0, result.stderr
+    (row,) = [line for line in result.stdout.splitlines() if line.startswith("| mmdit_digits")]
+    assert [cell.strip() for cell in row.split("|")[2:7]] == [
+        "9x32x32", "reference", "native", "eager", "48",
+    ]  # fmt: skip
+    assert "measured copy" in result.stdout
+
+
+def test_kernels_here():
+    result = invoke(
+        "bench", "kernels", "--op", "modulated_norm", "--shape", "digits", "--variant", "eager",
+        "triton", "--rounds", "3", "--device", "cpu",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = [line for line in result.stdout.splitlines() if line.startswith("| modulated_norm")]
+    assert [row.split("|")[4].strip() for row in rows] == ["forward", "backward"]
+    assert "skipped (2): needs a CUDA GPU" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("dit", "--floor"), "--floor and --gpu go together"),
+        (("dit", "--gpu", "h100"), "--floor and --gpu go together"),
+        (("dit", "--floor", "--gpu", "h1000"), "unknown GPU 'h1000'; choose from: a100, h100"),
+        (("dit", "--floor", "--gpu", "h100", "--frames", "48"), "48 frames are not 4k + 1"),
+        (("dit", "--floor", "--gpu", "h100", "--height", "728"), "no multiple of the patch"),
+        (("dit", "--floor", "--gpu", "h100", "--model", "apt_9b"), "apt_9b"),
+        (("kernels", "--op", "softmax"), "unknown op 'softmax'; choose from: modulated_norm"),
+        (("kernels", "--shape", "8k"), "unknown shape '8k'; choose from: digits"),
+        (("kernels", "--variant", "cuda"), "unknown variant 'cuda'; choose from: triton"),
+    ],
+)
+def test_mistakes(args, message):
+    assert message in error_line(invoke("bench", *args))
