@@ -128,6 +128,7 @@ def sd35_distill() -> TrainConfig:
 def apt_image_sd35() -> TrainConfig:
     """The paper's image stage on Stable Diffusion 3.5 medium, at 1024 px."""
     image = apt_image_wan()
+    assert isinstance(image.stage, AdversarialConfig)
     return dataclasses.replace(
         image,
         name="apt_image_sd35",
