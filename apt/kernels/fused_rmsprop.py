@@ -42,8 +42,9 @@ class FusedRMSprop(torch.optim.RMSprop):
             belong to the caller and are not part of the state dict.
         ema_decay: in [0, 1]; the paper uses 0.995.
         backend: "triton": one launch for all fp16, bf16 and fp32 parameters of a type that are
-            contiguous; "reference": torch. None chooses at each step: the kernel for CUDA
-            parameters that it can take, else the reference.
+            contiguous; "reference": torch, parameter by parameter. None chooses at each step, for
+            all of a group's parameters that have averages and for all that have none: the kernel
+            if they are CUDA tensors that it can take, every one of them, else the reference.
 
     Raises:
         InputError: options or averages as above; at a step, sparse gradients, or a backend that
