@@ -37,8 +37,8 @@ class BenchDit:
     """Length of the prompt's encoding. Left out: 256, and 32 for mmdit_digits."""
     compression: tuple[int, int, int] | None = None
     """Of the VAE, along time, height and width. Left out: 4 8 8, and 4 4 4 for mmdit_digits."""
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Number type of weights and activations. Left out: bfloat16, and float32 for mmdit_digits."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number type of weights and activations."""
     floor: bool = False
     """Measure nothing: print the roofline estimate for --gpu, which need not be here."""
     gpu: str = ""

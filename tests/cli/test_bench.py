@@ -48,7 +48,7 @@ def test_a_forward_pass_here():
 def test_the_size_of_the_digits_is_its_models():
     result = invoke("bench", "dit", "--model", "mmdit_digits", "--floor", "--gpu", "h100")
     assert result.returncode == 0, result.stderr
-    assert "9 frames of 32x32, batch 1, float32: 48 tokens and 32 of text" in result.stdout
+    assert "9 frames of 32x32, batch 1, bfloat16: 48 tokens and 32 of text" in result.stdout
 
 
 def test_kernels_here():
@@ -67,6 +67,7 @@ def test_kernels_here():
     [
         (("dit", "--floor"), "--floor and --gpu go together"),
         (("dit", "--gpu", "h100"), "--floor and --gpu go together"),
+        (("dit", "--floor", "--gpu", "h100", "--dtype", "float32"), "take --dtype bfloat16"),
         (("dit", "--floor", "--gpu", "h1000"), "unknown GPU 'h1000'; choose from: a100, h100"),
         (("dit", "--floor", "--gpu", "h100", "--frames", "48"), "48 frames are not 4k + 1"),
         (("dit", "--floor", "--gpu", "h100", "--height", "728"), "no multiple of the patch"),
