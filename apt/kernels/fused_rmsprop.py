@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from apt.errors import CheckpointError, InputError
-from apt.kernels.backends import resolve_backend
+from apt.kernels.backends import check_backend, resolve_backend
 
 OP = "fused_rmsprop"
 # Options of torch's RMSprop that change its arithmetic or where it keeps its state.
@@ -47,8 +47,8 @@ class FusedRMSprop(torch.optim.RMSprop):
             if they are CUDA tensors that it can take, every one of them, else the reference.
 
     Raises:
-        InputError: options or averages as above; at a step, sparse gradients, or a backend that
-            cannot run.
+        InputError: options or averages as above, or an unknown backend; at a step, sparse
+            gradients, or a backend that cannot run.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class FusedRMSprop(torch.optim.RMSprop):
         ema_decay: float | None = None,
         backend: str | None = None,
     ) -> None:
+        check_backend(OP, backend)
         problem = _unsupported({"momentum": momentum, "centered": centered})
         if problem:
             raise InputError(problem)
