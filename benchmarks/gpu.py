@@ -138,10 +138,23 @@ def cases_in_order(device: torch.device) -> Iterator[OpCase]:
             yield from cases_of(op, shape)
 
 
+def chosen_workloads(device: str, models: Sequence[str] | None) -> list[Workload]:
+    """Those of the models; None: all. Raises InputError for a model that a device does not run."""
+    there = WORKLOADS[device]
+    names = {w.model: None for w in there}
+    for name in models or ():
+        if name not in names:
+            raise InputError(
+                f"on {device} there is no model {name!r}; there are: {', '.join(names)}"
+            )
+    return [w for w in there if w.model in (models or names)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps that were asked for; returns the exit code."""
     options = parser().parse_args(argv)
     try:
+        workloads = chosen_workloads(options.device, options.model)
         session = Session(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -153,9 +166,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{session.ceilings.matmul_tflops:.4g} TFLOP/s",
         flush=True,
     )
-    workloads = [
-        w for w in WORKLOADS[session.device.type] if w.model in (options.model or [w.model])
-    ]
     cases = list(cases_in_order(session.device))
     if options.shape:
         cases = [case for case in cases if case.shape.name in options.shape]

@@ -43,6 +43,10 @@ class Workload:
         text_tokens: length of the prompt's encoding; the paper does not give one.
         compression: pixels per latent along time (after the first frame), height and width.
         dtype: of weights and activations.
+
+    Raises:
+        InputError: a value that makes no sense, sizes that the compression does not divide, or a
+            model that does not exist or whose work nobody has counted.
     """
 
     model: str
@@ -58,8 +62,12 @@ class Workload:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype {self.dtype!r} is none of: {', '.join(DTYPES)}")
         if min(self.batch, self.text_tokens, *self.compression) < 1:
-            raise InputError(f"batch, text_tokens and compression must be at least 1, got {self}")
+            raise InputError(
+                "batch, text_tokens and compression must be at least 1, got "
+                f"{self.batch}, {self.text_tokens} and {self.compression}"
+            )
         self.latent_shape()
+        self.config()
 
     @property
     def size(self) -> str:
@@ -95,6 +103,25 @@ class Workload:
             text_tokens=self.text_tokens,
             dtype=DTYPES[self.dtype],
         )
+
+
+# 9 frames of 32x32 in pixel patches, one clip: what the digits model generates
+DIGITS = Workload(
+    model="mmdit_digits",
+    frames=9,
+    height=32,
+    width=32,
+    text_tokens=32,
+    compression=(4, 4, 4),
+    dtype="float32",
+)
+
+
+def usual_workload(model: str) -> Workload:
+    """What a model is for: a clip of digits, or else the paper's 49 frames of 1280x720 in bf16."""
+    if model == DIGITS.model:
+        return DIGITS
+    return Workload(model=model, frames=49, height=720, width=1280)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from apt.bench.tables import (
     PAPER_SIZE,
     format_table,
 )
+from apt.errors import InputError
 from apt.kernels.costs import OpCost
 from apt.kernels.roofline import H100_ATTENTION_TFLOPS, Gpu, find_gpu
 
@@ -22,8 +23,10 @@ _HOPPER = ("h100", "h200")
 def floor_report(workload: Workload, gpu: str) -> str:
     """What the arithmetic says: work by kind, the floor, and what attention kernels make of it.
 
-    Raises InputError for a GPU whose rates are not known, or a model whose work is not counted.
+    Raises InputError for a GPU whose rates are not known, or fp32, in which none is known.
     """
+    if workload.dtype == "float32":
+        raise InputError("rates of GPUs are those of bf16 and fp16: take --dtype bfloat16")
     found, cost = find_gpu(gpu), workload.cost()
     total, floor = cost.total, cost.floor(found.rates)
     rows = [

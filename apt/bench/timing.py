@@ -80,6 +80,12 @@ def clock_for(device: torch.device) -> Clock:
     raise InputError(f"times are taken on cuda and cpu, not on {device.type}")
 
 
+def check_rounds(rounds: int) -> None:
+    """Raise InputError for fewer than three rounds: there is no median to speak of."""
+    if rounds < MINIMUM_ROUNDS:
+        raise InputError(f"timing needs at least {MINIMUM_ROUNDS} rounds, got {rounds}")
+
+
 def time_interleaved(
     works: Mapping[str, Work],
     clock: Clock,
@@ -101,13 +107,11 @@ def time_interleaved(
         max_seconds: stop after the round that passes this, but not before three rounds.
 
     Raises:
-        InputError: nothing to time, or fewer than three rounds: there is no median to speak of.
+        InputError: nothing to time, or fewer than three rounds.
     """
-    if not works or rounds < MINIMUM_ROUNDS:
-        raise InputError(
-            f"timing needs something to time and at least {MINIMUM_ROUNDS} rounds, got "
-            f"{len(works)} pieces of work and {rounds} rounds"
-        )
+    if not works:
+        raise InputError("there is nothing to time")
+    check_rounds(rounds)
     names = list(works)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for name in names:

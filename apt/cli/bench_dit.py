@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import tyro
@@ -25,18 +25,18 @@ class BenchDit:
 
     model: str = "apt_8b"
     """A registered MMDiT; `diffusion-apt list models` shows them."""
-    frames: int = 49
-    """Number of frames; 1 is an image."""
-    height: int = 720
-    """Height in pixels."""
-    width: int = 1280
-    """Width in pixels."""
-    batch: int = 1
-    """Videos at once."""
-    text_tokens: int = 256
-    """Length of the prompt's encoding."""
-    compression: tuple[int, int, int] = (4, 8, 8)
-    """Of the VAE, along time, height and width; 4 4 4 is that of mmdit_digits."""
+    frames: int | None = None
+    """Number of frames; 1 is an image. Left out: 49, and 9 for mmdit_digits."""
+    height: int | None = None
+    """Height in pixels. Left out: 720, and 32 for mmdit_digits."""
+    width: int | None = None
+    """Width in pixels. Left out: 1280, and 32 for mmdit_digits."""
+    batch: int | None = None
+    """Videos at once. Left out: 1."""
+    text_tokens: int | None = None
+    """Length of the prompt's encoding. Left out: 256, and 32 for mmdit_digits."""
+    compression: tuple[int, int, int] | None = None
+    """Of the VAE, along time, height and width. Left out: 4 8 8, and 4 4 4 for mmdit_digits."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number type of weights and activations."""
     floor: bool = False
@@ -59,19 +59,16 @@ def main(args: Sequence[str], *, prog: str) -> None:
     if bool(options.gpu) != options.floor:
         raise InputError("--floor and --gpu go together: --floor --gpu h100")
 
-    from apt.bench.dit import Workload
+    from apt.bench.dit import usual_workload
     from apt.bench.floor import floor_report
+    from apt.bench.timing import check_rounds
 
-    workload = Workload(
-        model=options.model,
-        frames=options.frames,
-        height=options.height,
-        width=options.width,
-        batch=options.batch,
-        text_tokens=options.text_tokens,
-        compression=options.compression,
-        dtype=options.dtype,
+    names = ("frames", "height", "width", "batch", "text_tokens", "compression", "dtype")
+    given = {name: getattr(options, name) for name in names}
+    workload = replace(
+        usual_workload(options.model), **{k: v for k, v in given.items() if v is not None}
     )
+    check_rounds(options.rounds)
     if options.floor:
         print(floor_report(workload, options.gpu))
     else:
@@ -89,7 +86,13 @@ def measure(workload: Workload, options: BenchDit) -> None:
 
     device = find_device(None if options.device == "auto" else options.device)
     clock = clock_for(device)
+    machine = describe_machine(device)
+    print(f"{machine.device}, torch {machine.torch}")
     ceilings = measure_ceilings(device, clock)
+    print(
+        f"measured copy {ceilings.copy_gb_s:.4g} GB/s, matmul {ceilings.matmul_tflops:.4g} TFLOP/s",
+        flush=True,  # what follows takes minutes
+    )
     variants = [v for v in default_variants(device) if options.compile or v.mode != "compile"]
     found = measure_dit(
         workload,
@@ -100,7 +103,6 @@ def measure(workload: Workload, options: BenchDit) -> None:
         rounds=options.rounds,
         max_seconds=options.max_seconds,
     )
-    machine = describe_machine(device)
     record = Record(
         topic="dit",
         note="",
@@ -108,10 +110,6 @@ def measure(workload: Workload, options: BenchDit) -> None:
         machine=machine,
         ceilings=ceilings.as_dict(),
         measurements=tuple(found),
-    )
-    print(f"{machine.device}, torch {machine.torch}")
-    print(
-        f"measured copy {ceilings.copy_gb_s:.4g} GB/s, matmul {ceilings.matmul_tflops:.4g} TFLOP/s"
     )
     print(f"\n{record_table(record)}")
     if any(m.status == "wrong" for m in found):

@@ -49,7 +49,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     from apt.bench.records import Measurement, Record
     from apt.bench.shapes import SHAPES, default_shapes
     from apt.bench.tables import record_table
-    from apt.bench.timing import clock_for
+    from apt.bench.timing import check_rounds, clock_for
     from apt.cli.progress import progress_bar
 
     ops = [OPS[name] for name in known(options.op, OPS, "op") or OPS]
@@ -58,6 +58,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     shapes = [SHAPES[name] for name in chosen] or default_shapes(device)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     known(options.variant, {name: op for op in ops for name in variant_names(op)}, "variant")
+    check_rounds(options.rounds)
 
     clock = clock_for(device)
     ceilings = measure_ceilings(device, clock)

@@ -94,6 +94,14 @@ def current_kernel_backend() -> str | None:
     return name or None
 
 
+def check_backend(op: str, backend: str | None) -> None:
+    """Raise InputError for a backend that the op does not have, whether or not it could run."""
+    if backend is not None and backend not in OPS[op]:
+        raise InputError(
+            f"{op} has no backend {backend!r}; choose from: {', '.join(OPS[op])}, or leave it out"
+        )
+
+
 def resolve_backend(
     op: str,
     backend: str | None,
@@ -111,10 +119,7 @@ def resolve_backend(
     Raises:
         InputError: a backend that the op does not have, or that was named and cannot run.
     """
-    if backend is not None and backend not in OPS[op]:
-        raise InputError(
-            f"{op} has no backend {backend!r}; choose from: {', '.join(OPS[op])}, or leave it out"
-        )
+    check_backend(op, backend)
     name = backend or current_kernel_backend()
     if "triton" not in OPS[op] or name == "reference":
         return "reference"

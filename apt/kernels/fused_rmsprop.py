@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from apt.errors import CheckpointError, InputError
-from apt.kernels.backends import resolve_backend
+from apt.kernels.backends import check_backend, resolve_backend
 
 OP = "fused_rmsprop"
 # Options of torch's RMSprop that change its arithmetic or where it keeps its state.
@@ -42,12 +42,13 @@ class FusedRMSprop(torch.optim.RMSprop):
             belong to the caller and are not part of the state dict.
         ema_decay: in [0, 1]; the paper uses 0.995.
         backend: "triton": one launch for all fp16, bf16 and fp32 parameters of a type that are
-            contiguous; "reference": torch. None chooses at each step: the kernel for CUDA
-            parameters that it can take, else the reference.
+            contiguous; "reference": torch, parameter by parameter. None chooses at each step, for
+            all of a group's parameters that have averages and for all that have none: the kernel
+            if they are CUDA tensors that it can take, every one of them, else the reference.
 
     Raises:
-        InputError: options or averages as above; at a step, sparse gradients, or a backend that
-            cannot run.
+        InputError: options or averages as above, or an unknown backend; at a step, sparse
+            gradients, or a backend that cannot run.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class FusedRMSprop(torch.optim.RMSprop):
         ema_decay: float | None = None,
         backend: str | None = None,
     ) -> None:
+        check_backend(OP, backend)
         problem = _unsupported({"momentum": momentum, "centered": centered})
         if problem:
             raise InputError(problem)

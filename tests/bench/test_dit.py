@@ -58,7 +58,8 @@ def test_tokens_of_the_papers_sizes(frames, height, width, tokens):
         ({"frames": 48}, "48 frames are not 4k [+] 1"),
         ({"height": 721}, "721x1280 is not a multiple of the compression, 8x8"),
         ({"width": 0}, "720x0"),
-        ({"batch": 0}, "at least 1"),
+        ({"batch": 0}, "at least 1, got 0, 256 and"),
+        ({"model": "apt_9b"}, "unknown model 'apt_9b'"),
         ({"dtype": "int8"}, "'int8' is none of: bfloat16"),
     ],
 )
@@ -68,9 +69,8 @@ def test_sizes_that_do_not_fit(change, message):
 
 
 def test_a_model_whose_work_is_not_counted_is_refused():
-    workload = Workload(model="wan2.1_t2v_1.3b", frames=49, height=480, width=832)
     with pytest.raises(InputError, match=r"wan2.1_t2v_1.3b is no MMDiT"):
-        workload.cost()
+        Workload(model="wan2.1_t2v_1.3b", frames=49, height=480, width=832)
 
 
 def test_gates_are_not_left_at_zero():

@@ -52,6 +52,14 @@ def test_a_rehearsal_measures_records_and_ends_with_tables(tmp_path):
     assert "not reached" not in result.stdout
 
 
+def test_a_model_that_is_not_measured_is_an_error():
+    result = run("--device", "cpu", "--model", "mmdit_digit")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: on cpu there is no model 'mmdit_digit'; there are: mmdit_digits, mmdit_small\n"
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     result = run()

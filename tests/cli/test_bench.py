@@ -45,6 +45,12 @@ def test_a_forward_pass_here():
     assert "measured copy" in result.stdout
 
 
+def test_the_size_of_the_digits_is_its_models():
+    result = invoke("bench", "dit", "--model", "mmdit_digits", "--floor", "--gpu", "h100")
+    assert result.returncode == 0, result.stderr
+    assert "9 frames of 32x32, batch 1, bfloat16: 48 tokens and 32 of text" in result.stdout
+
+
 def test_kernels_here():
     result = invoke(
         "bench", "kernels", "--op", "modulated_norm", "--shape", "digits", "--variant", "eager",
@@ -61,10 +67,15 @@ def test_kernels_here():
     [
         (("dit", "--floor"), "--floor and --gpu go together"),
         (("dit", "--gpu", "h100"), "--floor and --gpu go together"),
+        (("dit", "--floor", "--gpu", "h100", "--dtype", "float32"), "take --dtype bfloat16"),
         (("dit", "--floor", "--gpu", "h1000"), "unknown GPU 'h1000'; choose from: a100, h100"),
         (("dit", "--floor", "--gpu", "h100", "--frames", "48"), "48 frames are not 4k + 1"),
         (("dit", "--floor", "--gpu", "h100", "--height", "728"), "no multiple of the patch"),
         (("dit", "--floor", "--gpu", "h100", "--model", "apt_9b"), "apt_9b"),
+        (("dit", "--model", "apt_9b"), "apt_9b"),
+        (("dit", "--rounds", "2"), "at least 3 rounds, got 2"),
+        (("dit", "--floor", "--gpu", "h100", "--text-tokens", "0"), "got 1, 0 and (4, 8, 8)"),
+        (("kernels", "--rounds", "2"), "at least 3 rounds, got 2"),
         (("kernels", "--op", "softmax"), "unknown op 'softmax'; choose from: modulated_norm"),
         (("kernels", "--shape", "8k"), "unknown shape '8k'; choose from: digits"),
         (("kernels", "--variant", "cuda"), "unknown variant 'cuda'; choose from: triton"),

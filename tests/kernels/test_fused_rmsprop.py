@@ -356,10 +356,8 @@ def test_the_reference_by_hand():
     ],
 )
 def test_bad_options_are_refused(options, message):
-    params = parameters()
-    give_gradients(params, 0)
     with pytest.raises(InputError, match=message):
-        FusedRMSprop(params, **options).step()
+        FusedRMSprop(parameters(), **options)
 
 
 def test_bad_averages_states_and_gradients_are_refused():
