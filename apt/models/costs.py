@@ -178,12 +178,14 @@ class _Counter:
         last = number == self.config.depth - 1
         dual = self.config.num_dual_blocks is None or number < self.config.num_dual_blocks
         cost = self.attention(queries=self.length + (0 if last else self.text))
-        cost += self.stream(self.length, output=True, queries=True, rope=True)
+        cost += self.stream(self.length, output=True, projected=3, normed=2, rope=True)
         if self.text:
-            # Behind the last block nothing reads text: its q is made only by weights that it shares
+            # Behind the last block nothing reads text: weights that it shares make its q all the
+            # same, but only k is normalised
             cost += self.stream(
-                self.text, output=not last, queries=not last or not dual, rope=False
-            )
+                self.text, output=not last, projected=2 if last and dual else 3,
+                normed=1 if last else 2, rope=False,
+            )  # fmt: skip
         if self.config.modulation == "block":
             d = self.config.hidden_size
             cost += LayerCost(linear=(2 if dual else 1) * self.linear(self.rows, d, 6 * d))
@@ -202,13 +204,14 @@ class _Counter:
             )
         )
 
-    def stream(self, length: int, *, output: bool, queries: bool, rope: bool) -> LayerCost:
-        """One modality in a block."""
+    def stream(
+        self, length: int, *, output: bool, projected: int, normed: int, rope: bool
+    ) -> LayerCost:
+        """One modality in a block; q, k and v, as far as `projected` and `normed` say."""
         d, heads = self.config.hidden_size, self.config.num_heads
         width = int(d * self.config.mlp_ratio)
         tokens = self.batch * length
-        normed = 2 if queries else 1
-        linear = self.linear(tokens, d, (normed + 1) * d)
+        linear = self.linear(tokens, d, projected * d)
         norm = modulated_norm_cost(self.batch, length, d, num_rows=self.rows, dtype=self.dtype)
         qk = {
             copied: qk_norm_rope_cost(

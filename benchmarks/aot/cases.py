@@ -12,13 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt.kernels._triton import norms, sampling
+from apt.kernels._triton import norms, qk_norm_rope, sampling
+from apt.kernels._triton.rmsprop import rmsprop_op
 from apt.kernels._triton.segment_sum import segment_sum
 
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
 
 # The digits, DiT-XL, Wan 1.3B, SD 3.5, an odd one, apt_8b, Wan 14B, the widest
 WIDTHS = (64, 192, 1152, 1536, 2432, 3000, 3072, 5120, 8192)
+
+# Channels of a head: mmdit_tiny, SD 3.5, an odd one, apt_8b and Wan, the widest; and of the heads
+# of 128 that Wan 1.3B and 14B norm together
+HEADS = (24, 64, 96, 128, 256)
+ACROSS_HEADS = (1536, 5120)
 
 # Launched by many ops, compiled by a case of their own
 SHARED = ("segment_sum.segment_sum",)
@@ -123,6 +129,45 @@ def _perturbed_batch(point: Point) -> None:
     sampling.perturbed_batch(x, x, 0.1, _BATCH, **_KEY)
 
 
+def _streams(
+    point: Point, *, across_heads: bool = False, half: bool = False, text_queries: bool = True
+) -> None:
+    """q, k and v of visual tokens, which turn, and of text tokens, which do not."""
+    heads = (point.width // 128, 128) if across_heads else (2, point.width)
+    visual = point.empty(_BATCH, _LENGTH, 3, *heads)
+    text = point.empty(_BATCH, _LENGTH, 3 if text_queries else 2, *heads)
+    weights = [point.empty(point.width) for _ in range(4)]
+    cos, sin = torch.empty(2, _LENGTH, heads[1] // 2)
+    tables = [
+        (weights[0], weights[1], cos, sin),
+        (weights[2] if text_queries else None, weights[3], None, None),
+    ]
+    outputs = qk_norm_rope.joint_qk_norm_rope(
+        [visual, text], list(tables), 1e-6, across_heads, half
+    )
+    torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
+
+
+def _q_and_k(
+    point: Point, *, across_heads: bool = False, half: bool = False, rope: bool = True,
+    affine: bool = True,
+) -> None:  # fmt: skip
+    """q and k of projections of their own, as in Wan."""
+    heads = (point.width // 128, 128) if across_heads else (2, point.width)
+    xs = [point.empty(_BATCH, _LENGTH, *heads) for _ in range(2)]
+    weights = [point.empty(point.width) if affine else None for _ in range(2)]
+    cos, sin = torch.empty(2, _LENGTH, heads[1] // 2) if rope else (None, None)
+    outputs = qk_norm_rope.norm_rope(xs, weights, cos, sin, 1e-6, across_heads, half)
+    torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
+
+
+def _rmsprop(point: Point, *, ema: bool) -> None:
+    param, grad = (torch.empty(point.width, dtype=point.dtype) for _ in range(2))
+    square_avg, average = torch.empty(2, point.width)
+    averages = [average] if ema else []
+    rmsprop_op([param], [grad], [square_avg], averages, 1e-3, 0.9, 1e-8, 0.0, 0.995)
+
+
 # The variants that hold most in registers are compiled at every width, the lighter ones at the
 # widths of models that use them.
 CASES = (
@@ -179,5 +224,53 @@ CASES = (
         points=points((9216, 2**18), BF16, FP32) + points((2**18,), FP16),
         quick=Point(2**18, BF16),
         unfused=True,
+    ),
+    Case(
+        name="joint_qk_norm_rope",
+        call=_streams,
+        points=points(HEADS, BF16) + points((128,), FP32, FP16),
+        quick=Point(128, BF16),
+    ),
+    Case(
+        name="joint_qk_norm_rope, half layout",
+        call=lambda p: _streams(p, half=True),
+        points=points(HEADS, BF16),
+    ),
+    Case(
+        name="joint_qk_norm_rope, text without queries",
+        call=lambda p: _streams(p, text_queries=False),
+        points=points((128,), BF16),
+    ),
+    Case(
+        name="qk_norm_rope across heads",
+        call=lambda p: _q_and_k(p, across_heads=True),
+        points=points(ACROSS_HEADS, BF16, FP32),
+    ),
+    Case(
+        name="qk_norm_rope across heads, half layout",
+        call=lambda p: _q_and_k(p, across_heads=True, half=True),
+        points=points(ACROSS_HEADS, BF16),
+    ),
+    Case(
+        name="qk_norm_rope across heads, not rotated",
+        call=lambda p: _q_and_k(p, across_heads=True, rope=False),
+        points=points(ACROSS_HEADS, BF16),
+    ),
+    Case(
+        name="qk_norm_rope, no weights",
+        call=lambda p: _q_and_k(p, affine=False),
+        points=points((128,), BF16),
+    ),
+    # The width is that of one parameter: its size does not reach the code
+    Case(
+        name="FusedRMSprop with EMA",
+        call=lambda p: _rmsprop(p, ema=True),
+        points=points((4096,), FP32, BF16),
+        quick=Point(4096, FP32),
+    ),
+    Case(
+        name="FusedRMSprop",
+        call=lambda p: _rmsprop(p, ema=False),
+        points=points((4096,), FP32, BF16),
     ),
 )

@@ -40,12 +40,12 @@ def atomic_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
 
 
 def launch(kernel: triton.JITFunction, *args: int, **options: int) -> None:
-    x = torch.empty(65_536)
+    x = torch.empty(16_384)
     kernel[(1,)](x, x, *args, **options)
 
 
 CALLS = {
-    "spilling": lambda _: launch(spilling_kernel, SIZE=65_536, num_warps=4),
+    "spilling": lambda _: launch(spilling_kernel, SIZE=16_384, num_warps=1),
     "narrow": lambda _: launch(narrow_kernel, 3, SIZE=1024, num_warps=4),
     "approximate": lambda _: launch(approximate_kernel, SIZE=1024, num_warps=4),
     "atomic": lambda _: launch(atomic_kernel, SIZE=1024, num_warps=4),

@@ -146,22 +146,30 @@ def test_accuracy_at_ragged_shapes(case):
     check(case, floor=2)
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    st.builds(
-        Case,
-        batch=st.integers(1, 2),
-        length=st.integers(1, 2),
-        width=st.integers(151, 8192),
-        residual=st.booleans(),
-        norm=st.sampled_from(["rms", "layer"]),
-        modulation=st.sampled_from(["per_sample", "shared", "per_token"]),
-        affine=st.booleans(),
-        dtype=st.sampled_from(DTYPES),
-        seed=st.integers(0, 9),
-    )
+WIDE_CASES = st.builds(
+    Case,
+    batch=st.integers(1, 2),
+    length=st.integers(1, 2),
+    width=st.integers(151, 8192),
+    residual=st.booleans(),
+    norm=st.sampled_from(["rms", "layer"]),
+    modulation=st.sampled_from(["per_sample", "shared", "per_token"]),
+    affine=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 9),
 )
+
+
+@settings(max_examples=4, deadline=None)
+@given(WIDE_CASES)
 def test_accuracy_at_ragged_widths(case):
+    check(case, floor=2)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(WIDE_CASES)
+def test_accuracy_at_many_ragged_widths(case):
     check(case, floor=2)
 
 

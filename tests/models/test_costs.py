@@ -83,6 +83,17 @@ def test_fused_elementwise_work_moves_twelve_token_tensors_a_layer():
     assert cost.layers[0].elementwise.bytes / token_tensor == pytest.approx(23, rel=0.01)
 
 
+@pytest.mark.parametrize("num_dual_blocks", [None, 1], ids=["dual", "shared_weights"])
+def test_the_last_block_normalises_the_keys_of_text_alone(num_dual_blocks):
+    config = dataclasses.replace(SMALL, num_dual_blocks=num_dual_blocks)
+    visual, both = (dit_cost(config, 2, (2, 4, 6), text_tokens=s).layers[-1] for s in (0, 5))
+    tokens, head, size = 2 * 5 * 48, 12, 2
+    # Tokens in and out, a row of scale and shift for each sample, and the index of that row
+    norm = (2 * tokens + 2 * 2 * 48) * size + 2 * 8
+    keys_and_values = (4 * tokens + head) * size  # in and out, and the weight of the norm of k
+    assert both.elementwise.bytes - visual.elementwise.bytes == norm + keys_and_values
+
+
 def test_floors_are_those_of_the_field():
     cost = dit_cost(apt_8b(), 1, (13, 90, 160), text_tokens=256)
     h200 = GPUS["h200"].rates

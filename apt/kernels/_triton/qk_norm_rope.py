@@ -99,7 +99,7 @@ def _backward(
     batch, length, heads, channels = x.some.shape
     constants = options.constants(heads, channels)
     width = constants["WIDTH"]
-    tiling = backward_tiling(width)
+    tiling = backward_tiling(width, x.some.element_size(), options.half)
     num_rows = batch * length * constants["GROUP"]
     per_program, programs = _share_out(x.some.device, num_rows, grad_out.number, tiling)
     weighted = [w for w in table[:2] if w is not None and weight_grad]
