@@ -210,7 +210,7 @@ def test_what_cannot_be_exported_says_why(trained: Path, wan: Path, tmp_path: Pa
     with pytest.raises(InputError, match="is the base itself"):
         export_model(wan, wan, format="diffusers")
     line = error_line(invoke("export", tmp_path / "none", tmp_path / "out"))
-    assert "no finished model" in line
+    assert "there is no folder" in line
     (tmp_path / "in the way").write_text("")
     line = error_line(
         invoke("export", trained, tmp_path / "in the way" / "out", "--format", "diffusers")
