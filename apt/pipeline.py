@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from apt.models.bundle import ModelBundle, load_pretrained
 from apt.models.conditions import TextCondition
 from apt.models.lora import find_lora, merge_lora, read_lora
 from apt.models.protocols import Backbone, LatentCodec, TextEncoder
+from apt.models.registry import untrained_timesteps
 from apt.rng import sample_noise
 from apt.sampling import (
     SAMPLERS,
@@ -273,6 +275,10 @@ class OneStepPipeline:
         shape = self.latent_shape(frames, height, width)
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        if self.stage == "diffusion" and (
+            problem := untrained_timesteps(self.info.model.architecture, plan.timesteps)
+        ):
+            warnings.warn(problem, stacklevel=4)
         # All prompts are read before the first video is made, so that a bad one costs no time.
         with self._at_work(self.bundle.text_encoder):
             conditions = [self._encode(text) for text in prompts]
@@ -321,7 +327,7 @@ class OneStepPipeline:
         for axis, name in enumerate(("frames", "height", "width")):
             alone = (*own[:axis], size[axis], *own[axis + 1 :])
             if self._latent_size(alone) is None:
-                near = " or ".join(str(value) for value in self._nearest(alone, axis))
+                near = " or ".join(map(str, self._nearest(alone, axis) or [own[axis]]))
                 raise InputError(
                     f"{name} = {size[axis]} does not fit this model; use {near}. It was trained "
                     f"on {own[0]} frames of {own[1]}x{own[2]} (height x width)"
@@ -340,13 +346,16 @@ class OneStepPipeline:
         return latent
 
     def _nearest(self, size: tuple[int, ...], axis: int) -> list[int]:
-        """The values nearest to size[axis], below and above, that the model can take."""
+        """The values nearest to size[axis], below and above, that the model can take.
+
+        Those that are further than `reach` help nobody, and looking for them may take minutes.
+        """
 
         def fits(value: int) -> bool:
             return self._latent_size((*size[:axis], value, *size[axis + 1 :])) is not None
 
         start, reach = max(size[axis], 0), 1024
-        below = next((v for v in range(start, 0, -1) if fits(v)), None)
+        below = next((v for v in range(start, max(start - reach, 0), -1) if fits(v)), None)
         above = next((v for v in range(start + 1, start + reach) if fits(v)), None)
         return [value for value in (below, above) if value is not None]
 

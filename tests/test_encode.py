@@ -222,6 +222,13 @@ def test_a_cache_of_other_options_or_other_files_is_left_alone(root: Path, tmp_p
     assert "neither empty nor a latent cache" in line
 
 
+@pytest.mark.parametrize("option", ["--batch-size", "--clips-per-item"])
+def test_batches_of_nothing_write_nothing(root: Path, tmp_path: Path, option: str) -> None:
+    arguments = ("data", "encode", root / "videos", tmp_path / "out", "--model", root / "model")
+    assert f"{option} must be at least 1, got 0" in error_line(invoke(*arguments, option, "0"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_broken_files_are_reported_and_left_out(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "videos", tmp_path / "videos")
     write_video(tmp_path / "videos" / "bad.mp4", noise(9, 16, 32, 9), 8, faststart=True, gop=3)

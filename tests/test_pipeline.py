@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from apt.errors import CheckpointError, InputError
 from apt.hub import SamplingInfo
@@ -212,6 +215,35 @@ def test_from_pretrained_and_to(tmp_path: Any, pipeline: OneStepPipeline) -> Non
 def test_generation_leaves_no_gradients(pipeline: OneStepPipeline) -> None:
     assert not pipeline.sample_pixels(PROMPT).requires_grad
     assert all(not module.training for module in pipeline.bundle.modules())
+
+
+def test_a_size_far_from_any_that_fits_names_the_trained_one(pipeline: OneStepPipeline) -> None:
+    backbone = cast(nn.Module, pipeline.bundle.backbone)
+
+    def small(latent: tuple[int, ...]) -> tuple[int, int, int]:
+        if max(latent) > 64:
+            raise InputError("too large")
+        return type(backbone).token_grid(backbone, latent)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "token_grid", small)
+        trained = pipeline.info.sample.height
+        with pytest.raises(InputError, match=rf"height = 100000000 .*; use {trained}\. "):
+            pipeline.latent_shape(height=100_000_000)
+
+
+def test_an_expert_is_not_sampled_below_its_range_in_silence(diffusion: OneStepPipeline) -> None:
+    info = diffusion.info
+    expert = dataclasses.replace(info.model, architecture="wan2.2_t2v_a14b")
+    diffusion.bundle.info = dataclasses.replace(info, model=expert)
+    try:
+        with pytest.warns(UserWarning, match=r"an expert for t >= 0\.875, .* down to 0\.667"):
+            diffusion(PROMPT, num_steps=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            diffusion(PROMPT, num_steps=1)
+    finally:
+        diffusion.bundle.info = info
 
 
 def test_uint8_rounds_and_clips() -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from apt.cli.progress import progress_bar
+from apt.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class DataEncode:
 def main(args: Sequence[str], *, prog: str) -> None:
     """Embed the prompts, encode the clips, and say what is in the cache."""
     options = tyro.cli(DataEncode, args=args, prog=prog)
+    for name in ("batch_size", "clips_per_item"):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} must be at least 1, got {getattr(options, name)}")
 
     import torch
     from torch import nn

@@ -71,6 +71,8 @@ def is_model(folder: Path) -> bool:
 
 def find_model(run_dir: Path, update: int | None, weights: str) -> Path:
     """The model folder inside a run. Raises CheckpointError that names those there are."""
+    if not run_dir.is_dir():
+        raise CheckpointError(f"there is no folder {str(run_dir)!r}; pass that of a run or a model")
     snapshots = sorted(
         int(path.parent.name)
         for path in run_dir.glob(f"snapshots/*/{weights}")

@@ -19,13 +19,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from apt.data.buckets import Bucket
 from apt.data.order import BucketOrder
 from apt.data.sample import EncodedSample
 from apt.errors import DataError
+from apt.files import write_safetensors, write_text
 
 INFO_FILE = "latents.json"
 FORMAT = 1
@@ -204,11 +204,9 @@ def write_cache_info(directory: Path, info: CacheInfo) -> None:
     """Write `latents.json` at once. Raises DataError if the disk refuses."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(info)}, indent=2) + "\n"
     path = directory / INFO_FILE
-    partial = path.with_name(f".{path.name}.partial")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, text)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -252,21 +250,13 @@ def write_texts(path: Path, texts: Mapping[str, EncodedText]) -> None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    whole = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file(whole, partial, metadata=metadata)
-        partial.chmod(mode)  # safetensors >= 0.8 makes the file readable for its owner alone
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
+        write_safetensors(path, tensors, metadata)
+    except OSError as error:
         raise DataError(
-            f"cannot write {path}: {error}; shards that were written before stay, and the same "
-            "command goes on from them"
+            f"cannot write {path}: {error.strerror or error}; shards that were written before "
+            "stay, and the same command goes on from them"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _opened(path: Path) -> Any:

@@ -10,7 +10,7 @@ from apt.hub.client import explained, progress_class, quiet_client, with_retries
 from apt.hub.verify import METADATA, announced_checksum, damaged_files
 
 _ATTEMPTS_AT_CONTENT = 2
-_VARIANTS = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"]
+VARIANTS = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"]
 """Second copies of the same weights in another number type."""
 
 
@@ -43,7 +43,7 @@ def download(
                         repo_id,
                         revision=revision,
                         allow_patterns=list(patterns),
-                        ignore_patterns=_VARIANTS,
+                        ignore_patterns=VARIANTS,
                         local_dir=local_dir,
                         tqdm_class=progress_class(),
                     )
@@ -71,7 +71,7 @@ def _check(folder: Path, patterns: Sequence[str]) -> list[str]:
         for path in folder.rglob("*")
         if path.is_file() and ".cache" not in path.relative_to(folder).parts
     ]
-    chosen = filter_repo_objects(names, allow_patterns=list(patterns), ignore_patterns=_VARIANTS)
+    chosen = filter_repo_objects(names, allow_patterns=list(patterns), ignore_patterns=VARIANTS)
     expected = {name: sum_ for name in chosen if (sum_ := announced_checksum(folder, name))}
     in_cache = folder.parent.name == "snapshots"
     return damaged_files(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apt.errors import CheckpointError
+from apt.errors import CheckpointError, InputError
 from apt.hub.download import download
 from apt.hub.info import INFO_FILE
 
@@ -58,22 +58,28 @@ def locate(name_or_folder: str | Path, revision: str | None = None) -> Source:
 
     Args:
         name_or_folder: a built-in name, a folder, or "owner/name[@revision]".
-        revision: of a Hub repository, in place of the part behind "@".
+        revision: of a Hub repository, if it is not behind "@".
 
     Raises:
         CheckpointError: for a name that is nowhere; see also `download`.
+        InputError: for a revision of what has none, or a second one behind "@".
     """
     name = str(name_or_folder)
-    if isinstance(name_or_folder, str) and name in list_pretrained():
-        return Source(ASSETS / name)
     folder = Path(name_or_folder).expanduser()
-    if folder.is_dir():
-        return Source(folder)
+    built_in = isinstance(name_or_folder, str) and name in list_pretrained()
+    if built_in or folder.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"{name!r} is no Hub repository, so it has no revision {revision!r}; leave it out"
+            )
+        return Source(ASSETS / name if built_in else folder)
     if folder.exists():
         raise CheckpointError(f"{name!r} is a file; pass the folder that holds {INFO_FILE}")
     hub_id = split_hub_id(name) if isinstance(name_or_folder, str) else None
     if hub_id is not None:
         repo, asked = hub_id
+        if asked and revision and asked != revision:
+            raise InputError(f"{name!r} and revision {revision!r} name two revisions; name one")
         snapshot = download(repo, revision or asked, DESCRIPTIONS)
         return Source(snapshot, repo, snapshot.name)
     builtin = list_pretrained()

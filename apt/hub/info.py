@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from apt.errors import CheckpointError, InputError
+from apt.files import write_text
 from apt.hub.mismatch import listed
 from apt.registry import check_options
 
@@ -113,11 +114,13 @@ def write_info(folder: str | Path, info: ModelInfo) -> None:
     Raises:
         OSError: if the disk refuses.
     """
+    write_text(Path(folder) / INFO_FILE, info_text(info))
+
+
+def info_text(info: ModelInfo) -> str:
+    """The text of `apt.json`."""
     document = {"format": FORMAT, **dataclasses.asdict(info)}
-    path = Path(folder) / INFO_FILE
-    partial = path.with_name(f".{INFO_FILE}.partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    return json.dumps(document, indent=2) + "\n"
 
 
 def _describe_foreign_folder(folder: Path) -> str:

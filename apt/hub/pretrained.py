@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from apt.hub.info import SampleInfo, SamplingInfo
 
@@ -22,6 +22,7 @@ class PretrainedEntry:
         sample: the size of what it makes best.
         sampling: how its authors sample it; a shift that the folder's scheduler gives is taken
             instead of this one.
+        lowest_t: the least t in [0, 1] that it was trained at; above 0 for an expert of several.
         note: what a user has to know before they choose it.
     """
 
@@ -30,13 +31,10 @@ class PretrainedEntry:
     source: str
     codec: str
     text_encoder: str
+    sample: SampleInfo
+    sampling: SamplingInfo
     revision: str | None = None
     subfolder: str = "transformer"
     gated: bool = False
-    sample: SampleInfo = field(
-        default_factory=lambda: SampleInfo(frames=1, height=1024, width=1024, fps=1)
-    )
-    sampling: SamplingInfo = field(
-        default_factory=lambda: SamplingInfo(num_steps=50, cfg_scale=5.0, timestep_shift=3.0)
-    )
+    lowest_t: float = 0.0
     note: str = ""

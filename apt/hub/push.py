@@ -9,7 +9,8 @@ from apt.errors import CheckpointError
 from apt.hub.card import CARD_FILE, make_card
 from apt.hub.client import explained, quiet_client, require_token, with_retries
 from apt.hub.folders import PIPELINE_FILE
-from apt.hub.info import INFO_FILE, ModelInfo, read_info
+from apt.hub.info import INFO_FILE, ModelInfo, info_text, read_info
+from apt.hub.shared import without_folders
 from apt.hub.stored import read_header
 
 _PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md", "LICENSE*", "*.png", "*.mp4")
@@ -31,7 +32,8 @@ def push_to_hub(
     """Upload a model folder, with a model card unless it has a README.md.
 
     One commit brings everything, so nobody ever sees half a model. What the Hub has already is not
-    sent again, and failures that may pass are tried again.
+    sent again, and failures that may pass are tried again. apt.json goes there without the folders
+    of this machine.
 
     Args:
         folder: one of ours, or an export for diffusers.
@@ -49,7 +51,7 @@ def push_to_hub(
             no token or no right to write, or no connection.
     """
     root = Path(folder)
-    info = _check(root)
+    info = without_folders(_check(root))
     names = sorted(
         path.relative_to(root).as_posix()
         for path in root.rglob("*")
@@ -60,7 +62,10 @@ def push_to_hub(
     for name in names:
         if name.endswith(".safetensors"):
             read_header(root / name)
-    card = None if CARD_FILE in names else make_card(info, repo_id, root, license=license)
+    written = {INFO_FILE: info_text(info)}
+    if CARD_FILE not in names:
+        written[CARD_FILE] = make_card(info, repo_id, root, license=license)
+    copied = [name for name in names if name not in written]
 
     # Slow to import, and not needed for anything local.
     from huggingface_hub import HfApi
@@ -71,12 +76,18 @@ def push_to_hub(
         with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         if revision is not None:
             with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-        return with_retries(lambda: _commit(root, names, card, repo_id, revision, message))
+        return with_retries(lambda: _commit(root, copied, written, repo_id, revision, message))
 
 
 def _commit(
-    root: Path, names: list[str], card: str | None, repo_id: str, revision: str | None, message: str
+    root: Path,
+    copied: list[str],
+    written: dict[str, str],
+    repo_id: str,
+    revision: str | None,
+    message: str,
 ) -> str:
+    """Commit files of the folder, and texts by name; returns the address."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
@@ -84,14 +95,16 @@ def _commit(
     stale = [
         name
         for name in there
-        if name not in names and any(fnmatch.fnmatch(name, pattern) for pattern in _REPLACED)
+        if name not in copied and any(fnmatch.fnmatch(name, pattern) for pattern in _REPLACED)
     ]
     # Made anew for each attempt: they remember what has become of them.
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=root / name) for name in names
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=root / name) for name in copied
     ]
-    if card is not None:
-        operations.append(CommitOperationAdd(path_in_repo=CARD_FILE, path_or_fileobj=card.encode()))
+    operations += [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=text.encode())
+        for name, text in written.items()
+    ]
     operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
     commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return str(commit.commit_url)

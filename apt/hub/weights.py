@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt.errors import CheckpointError
+from apt.files import write_safetensors
 from apt.hub.mismatch import Marks, check_keys
 from apt.hub.stored import StoredTensor, read_header, read_stored
 
@@ -134,23 +133,14 @@ def save_tensors(
     for key, value in tensors.items():
         tensor = cast_type(value.detach().cpu(), dtype)
         check_finite(str(path), key, tensor)
-        # Tensors that share memory are written as copies: a loader must find every key.
-        ready[key] = tensor.clone(memory_format=torch.contiguous_format)
-    partial = path.with_name(f".{path.name}.partial")
+        ready[key] = tensor
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file(ready, partial, metadata={"format": "pt"})
-        # safetensors >= 0.8 makes the file readable for its owner alone.
-        partial.chmod(mode)
-        partial.replace(path)
-    except (SafetensorError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        write_safetensors(path, ready)
+    except OSError as error:
         raise CheckpointError(
-            f"cannot write {str(path)!r}: {reason}; free some space or choose another folder"
+            f"cannot write {str(path)!r}: {error.strerror or error}; free some space or choose "
+            "another folder"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def cast_type(value: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -138,7 +138,7 @@ def load_pretrained(
     Args:
         name_or_folder: a built-in name (`list_pretrained`), a registered model with published
             weights ("wan2.1_t2v_1.3b", "arch.tag"), a folder, or "owner/name[@revision]".
-        revision: of a Hub repository, in place of the part behind "@".
+        revision: of a Hub repository, if it is not behind "@".
         device: where the weights go.
         dtype: floating-point type of this model's own weights, whatever the file has. A text
             encoder or VAE of a public checkpoint keeps the type that its config names.

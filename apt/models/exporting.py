@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from apt.errors import CheckpointError, InputError
+from apt.files import write_text
 from apt.hub import PIPELINE_FILE, ComponentInfo, ModelInfo, Source, locate, write_info
+from apt.hub.shared import without_folders
 from apt.hub.stored import INDEX_SUFFIX, read_json
 from apt.hub.weights import cast_type, save_tensors
 from apt.models.bundle import load_backbone, load_pretrained, save_pretrained
+from apt.models.external import COMPONENT_FILES, is_component_file
 from apt.models.families import Family
 from apt.models.layouts import COMFYUI_PREFIX, all_families, family_of, original_layout
 from apt.models.loading import WEIGHTS_STEM
@@ -46,6 +49,8 @@ def export_model(
 ) -> Path:
     """Write a model for this package, for diffusers or for ComfyUI.
 
+    Its apt.json names no folder of this machine in the record of training.
+
     Args:
         model: its folder, built-in name or Hub id, as `load_pretrained` takes it.
         out: a folder, which is made; for "comfyui" a file that ends in .safetensors.
@@ -68,6 +73,7 @@ def export_model(
     path = Path(out)
     if format == "apt":
         bundle = load_pretrained(model)
+        bundle.info = without_folders(bundle.info)
         external = bundle.info.text_encoder.weights is None
         return save_pretrained(path, bundle, dtype=dtype, external_text_encoder=external)
     # Text encoder and VAE are copied as files, never loaded.
@@ -131,7 +137,7 @@ def _export_pipeline(
     scheduler = folder / "scheduler"
     scheduler.mkdir(exist_ok=True)
     _write_json(scheduler / "scheduler_config.json", _SCHEDULER_CONFIG)
-    write_info(folder, _portable(info))
+    write_info(folder, without_folders(_portable(info)))
     index["transformer"] = ["diffusers", family.diffusers_class]
     index["scheduler"] = ["diffusers", SCHEDULER]
     if "transformer_2" in index:
@@ -169,8 +175,7 @@ def _copy_components(source: Source, index: Mapping[str, Any], folder: Path) -> 
         and not name.startswith("transformer")
         and name != "scheduler"
     ]
-    suffixes = ("*.json", "*.safetensors", "*.model", "*.txt")
-    source.fetch([f"{name}/{suffix}" for name in names for suffix in suffixes])
+    source.fetch([f"{name}/{pattern}" for name in names for pattern in COMPONENT_FILES])
     for name in names:
         part = source.folder / name
         if not part.is_dir():
@@ -182,7 +187,7 @@ def _copy_components(source: Source, index: Mapping[str, Any], folder: Path) -> 
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
         for file in sorted(part.iterdir()):
-            if any(file.match(suffix) for suffix in suffixes):
+            if is_component_file(file):
                 shutil.copyfile(file, target / file.name)
 
 
@@ -236,6 +241,4 @@ def _state(backbone: Backbone) -> dict[str, Tensor]:
 
 
 def _write_json(path: Path, document: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(document, indent=2) + "\n")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -13,9 +15,19 @@ import torch
 
 from apt.errors import CheckpointError, InputError
 from apt.hub import download
+from apt.hub.download import VARIANTS
 from apt.hub.mismatch import listed
 
 DType = Literal["float32", "bfloat16", "float16"]
+
+COMPONENT_FILES = (
+    "*.json",
+    "*.model",
+    "*.txt",
+    "model*.safetensors",
+    "diffusion_pytorch_model*.safetensors",
+)
+"""What transformers and diffusers load of a component: configuration, tokenizer, weights."""
 
 
 def torch_dtype(name: DType) -> torch.dtype:
@@ -41,8 +53,9 @@ def import_hub_extra(module: str) -> ModuleType:
 def local_folder(repo: str, revision: str | None, subfolders: Sequence[str]) -> Path:
     """The folder of a checkpoint: `repo` itself if it is one, or else the Hub repository's copy.
 
-    Only configuration, tokenizer and safetensors files of `subfolders` ("" is the top) are fetched;
-    files in the cache are not fetched again, and with HF_HUB_OFFLINE=1 nothing is.
+    Only `COMPONENT_FILES` of `subfolders` ("" is the top) are fetched, and no second copies in
+    another number type; files in the cache are not fetched again, and with HF_HUB_OFFLINE=1 nothing
+    is.
 
     Raises:
         CheckpointError: no such folder or repository, no access, no connection and no copy.
@@ -50,9 +63,14 @@ def local_folder(repo: str, revision: str | None, subfolders: Sequence[str]) -> 
     folder = Path(repo).expanduser()
     if folder.is_dir():
         return folder
-    suffixes = ("*.json", "*.safetensors", "*.model", "*.txt")
-    patterns = [f"{sub}/{s}" if sub else s for sub in subfolders for s in suffixes]
+    patterns = [f"{sub}/{p}" if sub else p for sub in subfolders for p in COMPONENT_FILES]
     return download(repo, revision, patterns)
+
+
+def is_component_file(file: Path) -> bool:
+    """Whether `local_folder` would fetch a file of this name."""
+    wanted = any(file.match(pattern) for pattern in COMPONENT_FILES)
+    return wanted and not any(file.match(pattern) for pattern in VARIANTS)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -92,13 +110,14 @@ def load_complete(
         # Reported below by name; transformers' own error does not say which tensors they are
         options = {"dtype": dtype, "ignore_mismatched_sizes": True}
     try:
-        model, info = model_class.from_pretrained(
-            folder,
-            **options,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _bars_in_terminals_alone(model_class.__module__.partition(".")[0]):
+            model, info = model_class.from_pretrained(
+                folder,
+                **options,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot load {model_class.__name__} from {folder}: {_first_line(error)}"
@@ -119,6 +138,26 @@ def load_complete(
             "download them again, or choose the architecture that they belong to"
         )
     return model
+
+
+@contextmanager
+def _bars_in_terminals_alone(library: str) -> Iterator[None]:
+    """Keep the progress bars of transformers or diffusers out of logs; settings are as before."""
+    settings = importlib.import_module(f"{library}.utils.logging")
+    if sys.stderr.isatty() or not settings.is_progress_bar_enabled():
+        yield
+        return
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+
+    # transformers switches those of huggingface_hub with its own.
+    hub_was_quiet = are_progress_bars_disabled()
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        settings.enable_progress_bar()
+        if hub_was_quiet:
+            disable_progress_bars()
 
 
 def _first_line(error: Exception) -> str:

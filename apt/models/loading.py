@@ -104,6 +104,10 @@ def from_pretrained(
         source, published = locate_model(name_or_path, revision)
         if filename is not None:
             source.fetch([filename])
+            if not (source.folder / filename).is_file():
+                raise CheckpointError(
+                    f"{source.name!r} has no file {filename!r}; name one that is there"
+                )
             checkpoint = single_file(source.folder / filename, architecture, options)
         elif architecture is not None or options:
             raise InputError("architecture and options are for a single file; name it too")

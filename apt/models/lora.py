@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt.errors import CheckpointError, InputError
 from apt.hub import check_safetensors, download
+from apt.hub.folders import split_hub_id
 from apt.hub.mismatch import listed
+from apt.hub.weights import save_tensors
 from apt.models.families import FAMILIES, Family, KeyRule
+from apt.models.layouts import family_of
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
@@ -108,7 +110,7 @@ def read_lora(path: str | Path, model: nn.Module, family: Family | None = None) 
         tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         metadata = json.loads((stored.metadata() or {}).get(_METADATA, "{}"))
     if family is None:
-        family = family_of(model)
+        family = family_of(model.config)
     names = _Names(model, () if family is None else family.rules_for(model.config))
     parts: dict[str, dict[str, Tensor]] = {}
     unknown: list[str] = []
@@ -156,33 +158,14 @@ def save_lora(folder: str | Path, layers: Mapping[str, LoRALayer]) -> Path:
     for name, layer in layers.items():
         # The scale goes into the weights: loaders disagree on where alpha is.
         up = layer.up if layer.scale == 1 else layer.up * layer.scale
-        tensors[f"transformer.{name}.lora_A.weight"] = layer.down.detach().cpu().contiguous()
-        tensors[f"transformer.{name}.lora_B.weight"] = up.detach().cpu().contiguous()
-    bad = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
-    if bad:
-        raise CheckpointError(f"the LoRA has NaN or infinite values in {listed(bad)}; not saved")
-    partial = file.with_name(f".{LORA_FILE}.partial")
+        tensors[f"transformer.{name}.lora_A.weight"] = layer.down
+        tensors[f"transformer.{name}.lora_B.weight"] = up
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.chmod(mode)  # safetensors >= 0.8 makes the file readable for its owner alone
-        partial.replace(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot write {str(file)!r}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    save_tensors(file, tensors)
     return file
-
-
-def family_of(model: nn.Module) -> Family | None:
-    """The public family of a backbone; None for our own architectures."""
-    for name in FAMILIES.names():
-        family = FAMILIES.get(name)()
-        if isinstance(getattr(model, "config", None), family.config_class):
-            return family
-    return None
 
 
 class _Names:
@@ -323,9 +306,9 @@ def find_lora(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    if not path.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", str(name)):
-        repo, _, revision = str(name).partition("@")
-        path = download(repo, revision or None, [LORA_FILE])
+    hub_id = None if path.is_dir() or path.suffix == ".safetensors" else split_hub_id(str(name))
+    if hub_id is not None:
+        path = download(*hub_id, [LORA_FILE])
     if not (path / LORA_FILE).is_file():
         raise CheckpointError(
             f"there is no LoRA {str(name)!r}: expected a .safetensors file, or a folder or Hub "

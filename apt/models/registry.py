@@ -6,7 +6,7 @@ replace its fields. A model's identity in a file is its registered name and its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -125,6 +125,21 @@ def find_tag(name: str, tag: bool | str) -> str:
     if tag not in tags:
         raise InputError(f"{name!r} has no weights {tag!r}; choose from: {', '.join(tags)}")
     return str(tag)
+
+
+def untrained_timesteps(name: str, timesteps: Iterable[float]) -> str | None:
+    """What is wrong with timesteps above 0 that published weights of a model were not trained at.
+
+    None if nothing is. The weights are those of the first tag.
+    """
+    entry = next(iter(MODELS.pretrained(name).values()), None)
+    below = [t for t in timesteps if entry is not None and 0 < t < entry.lowest_t]
+    if entry is None or not below:
+        return None
+    return (
+        f"{name!r} is an expert for t >= {entry.lowest_t:g}, and was not trained at "
+        f"{len(below)} of these timesteps, down to {min(below):.3g}: expect poor results there"
+    )
 
 
 def create_text_encoder(name: str, /, **overrides: Any) -> TextEncoder:

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apt.errors import ConfigError, InputError
+from apt.hub.info import SampleInfo, SamplingInfo
 from apt.hub.pretrained import PretrainedEntry
 from apt.kernels import attention, modulated_norm, qk_norm_rope, residual_modulated_norm
 from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
 from apt.models.families import FlowAdapter
 from apt.models.registry import MODELS
-from apt.models.tokens import check_layers, check_rows, token_grid
+from apt.models.tokens import FeedForward, check_layers, check_rows, token_grid
 
 FLOW = FlowAdapter(time_scale=1000.0)
 """SD3's time is 1000 t, its velocity is ours."""
@@ -335,31 +336,6 @@ class Modulation(nn.Module):
         return self.linear(embedding).split(embedding.shape[1], dim=1)
 
 
-class FeedForward(nn.Module):
-    """Linear, tanh-GELU, linear; four times as wide inside."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        # diffusers has a dropout of 0 between the two, which gives them the places 0 and 2.
-        self.net = nn.Sequential(
-            GELUProjection(hidden_size), nn.Identity(), nn.Linear(4 * hidden_size, hidden_size)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class GELUProjection(nn.Module):
-    """The first half of a `FeedForward`."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(hidden_size, 4 * hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
 class Attention(nn.Module):
     """The projections that image tokens have in every attention."""
 
@@ -455,8 +431,8 @@ class JointBlock(nn.Module):
         self.norm1_context = Modulation(d, 2 if last else 6)
         self.attn = JointAttention(config, text_output=not last)
         self.attn2 = ImageAttention(config) if dual else None
-        self.ff = FeedForward(d)
-        self.ff_context = None if last else FeedForward(d)
+        self.ff = FeedForward(d, 4 * d)
+        self.ff_context = None if last else FeedForward(d, 4 * d)
 
     def forward(
         self,
@@ -519,7 +495,8 @@ def finish(
     return torch.addcmul(x, take_rows(gate2, rows)[:, None], ff(h))
 
 
-def _stability(repo: str, note: str = "") -> PretrainedEntry:
+def _stability(repo: str, num_steps: int, cfg_scale: float) -> PretrainedEntry:
+    """Steps and guidance are those of the repository's page."""
     return PretrainedEntry(
         repo=repo,
         license="stabilityai-ai-community",
@@ -527,13 +504,14 @@ def _stability(repo: str, note: str = "") -> PretrainedEntry:
         codec="sd3_vae",
         text_encoder="sd3",
         gated=True,
-        note=note,
+        sample=SampleInfo(frames=1, height=1024, width=1024, fps=1),
+        sampling=SamplingInfo(num_steps=num_steps, cfg_scale=cfg_scale, timestep_shift=3.0),
     )
 
 
 @MODELS.register(
     "sd3.5_medium",
-    pretrained={"stabilityai": _stability("stabilityai/stable-diffusion-3.5-medium")},
+    pretrained={"stabilityai": _stability("stabilityai/stable-diffusion-3.5-medium", 40, 4.5)},
 )
 def sd3_5_medium() -> SD3Config:
     """Stable Diffusion 3.5 medium: 2.2 B parameters, images of up to 2 megapixels."""
@@ -544,13 +522,7 @@ def sd3_5_medium() -> SD3Config:
 
 @MODELS.register(
     "sd3.5_large",
-    pretrained={
-        "stabilityai": _stability(
-            "stabilityai/stable-diffusion-3.5-large",
-            "The text encoder and VAE named here are read from the repository of 3.5 medium: "
-            "accept its licence too, or set their `repo` to this one.",
-        )
-    },
+    pretrained={"stabilityai": _stability("stabilityai/stable-diffusion-3.5-large", 28, 3.5)},
 )
 def sd3_5_large() -> SD3Config:
     """Stable Diffusion 3.5 large: 8.1 B parameters, images of 1 megapixel (APT Table 3)."""

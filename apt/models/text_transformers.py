@@ -5,6 +5,7 @@ They are frozen and are not saved with a model of ours: the config names where t
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -46,6 +47,7 @@ class TransformersTextConfig:
             0 takes the normed output.
         unmasked: pad every prompt to `max_length` and treat padding as text, in the encoder and in
             what it returns; Stable Diffusion 3 was trained so.
+        clean: see `clean_prompt`; Wan was trained so.
     """
 
     architecture: Literal["t5", "umt5", "clip"]
@@ -59,6 +61,7 @@ class TransformersTextConfig:
     projection: bool = False
     skip_layers: int = 0
     unmasked: bool = False
+    clean: bool = False
 
     def build(self) -> TransformersTextEncoder:
         """Load the tokenizer and the weights, downloading what is not in the Hub's cache."""
@@ -146,7 +149,7 @@ class TransformersTextEncoder(nn.Module):
         if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
             raise InputError(f"prompts must be a sequence of at least one string, got {prompts!r}")
         encoded = self.tokenizer(
-            list(prompts),
+            [clean_prompt(p) for p in prompts] if self.config.clean else list(prompts),
             padding="longest",
             truncation=self.config.truncate,
             max_length=self.max_length if self.config.truncate else None,
@@ -179,6 +182,14 @@ class TransformersTextEncoder(nn.Module):
             )
 
 
+def clean_prompt(prompt: str) -> str:
+    """HTML entities as characters, white space as single spaces: diffusers' cleaning for Wan.
+
+    It also mends wrongly decoded text if ftfy is installed; results must not depend on that here.
+    """
+    return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
 def _class_name(config: TransformersTextConfig) -> str:
     if config.architecture == "clip":
         return "CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"
@@ -209,7 +220,7 @@ def umt5() -> TransformersTextConfig:
     is `apt.models.wan.NEGATIVE_PROMPT`.
     """
     return TransformersTextConfig(
-        architecture="umt5", repo="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", max_length=512
+        architecture="umt5", repo="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", max_length=512, clean=True
     )
 
 

@@ -1,4 +1,4 @@
-"""What transformers over latents share: token grids, rotary positions, rows of conditions."""
+"""What transformers over latents share: token grids, rotary positions, rows of conditions, MLPs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from apt.errors import InputError
 from apt.models.conditions import TextCondition
@@ -70,3 +71,27 @@ def rope_table(
         dim=-1,
     ).reshape(t * h * w, head_dim // 2)
     return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, linear; numbered as in diffusers, where a dropout of 0 is number 1."""
+
+    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            GELUProjection(hidden_size, mlp_size), nn.Identity(), nn.Linear(mlp_size, hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class GELUProjection(nn.Module):
+    """The first layer and activation of a `FeedForward`."""
+
+    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, mlp_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")

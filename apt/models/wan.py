@@ -40,7 +40,7 @@ from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
 from apt.models.families import FlowAdapter
 from apt.models.registry import MODELS
-from apt.models.tokens import check_layers, check_rows, rope_table, token_grid
+from apt.models.tokens import FeedForward, check_layers, check_rows, rope_table, token_grid
 
 FLOW = FlowAdapter(time_scale=1000.0)
 """Wan's time is 1000 t, and its prediction is our velocity."""
@@ -410,30 +410,6 @@ class WanAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
 
-class FeedForward(nn.Module):
-    """Linear, GELU, linear; numbered as in diffusers, where a dropout of 0 is number 1."""
-
-    def __init__(self, hidden_size: int, mlp_size: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            GELUProjection(hidden_size, mlp_size), nn.Identity(), nn.Linear(mlp_size, hidden_size)
-        )
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.net(h)
-
-
-class GELUProjection(nn.Module):
-    """The MLP's first layer and activation."""
-
-    def __init__(self, hidden_size: int, mlp_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(hidden_size, mlp_size)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return F.gelu(self.proj(h), approximate="tanh")
-
-
 def timestep_sinusoids(time: Tensor, size: int) -> Tensor:
     """Cosines, then sines (..., size) fp32 of times in Wan's scale, as diffusers rounds them."""
     half = size // 2
@@ -461,7 +437,7 @@ def _published(
     )
 
 
-# What diffusers' page of each repository recommends.
+# What the authors sample with: their configs, and diffusers' page on Wan for the shift at 480p.
 _480P = SampleInfo(frames=81, height=480, width=832, fps=16)
 _720P = SampleInfo(frames=81, height=720, width=1280, fps=16)
 _SAMPLING = SamplingInfo(
@@ -469,6 +445,7 @@ _SAMPLING = SamplingInfo(
 )
 _SAMPLING_720P = dataclasses.replace(_SAMPLING, timestep_shift=5.0)
 _SAMPLING_A14B = dataclasses.replace(_SAMPLING, num_steps=40, cfg_scale=4.0, timestep_shift=12.0)
+_BOUNDARY_A14B = 0.875
 
 
 @MODELS.register(
@@ -517,12 +494,13 @@ def wan22_ti2v_5b() -> WanConfig:
             "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
             _720P,
             _SAMPLING_A14B,
+            lowest_t=_BOUNDARY_A14B,
             note="the expert for t from 0.875 to 1: the one that generates in one step",
         ),
         "low_noise": _published(
             "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
             _720P,
-            _SAMPLING_A14B,
+            dataclasses.replace(_SAMPLING_A14B, cfg_scale=3.0),
             subfolder="transformer_2",
             note="the expert for t below 0.875: it has never seen the pure noise of one step",
         ),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from apt.losses import create_loss
 from apt.models.bundle import ModelBundle
+from apt.models.registry import untrained_timesteps
 from apt.sampling import bind
 from apt.train.config import DistillConfig, TrainConfig
 from apt.train.ema import EMA
@@ -49,6 +51,11 @@ class Distill(Stage):
 
     def extra_state(self) -> dict[str, Any]:
         return {"target": self.target_ema.state_dict()}
+
+    def warnings(self) -> list[str]:
+        grid, _ = self.loss.timesteps(torch.arange(self.loss.num_timesteps))
+        problem = untrained_timesteps(self.start.info.model.architecture, grid.tolist())
+        return [] if problem is None else [f"the teacher {problem}"]
 
     def update(self, batches: Sequence[MicroBatch], update: int) -> dict[str, float | Tensor]:
         student = self.generator.module

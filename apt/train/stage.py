@@ -61,6 +61,10 @@ class Stage(ABC):
         """What a checkpoint holds beside the trained networks."""
         return {}
 
+    def warnings(self) -> list[str]:
+        """What the user should know before the run costs time."""
+        return []
+
     @property
     def generator(self) -> Trained:
         return self.trained["generator"]

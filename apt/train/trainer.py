@@ -99,6 +99,8 @@ def run(config: TrainConfig, *, resume: bool = False, parallel: Parallel | None 
                     "no sample sheets: a run on a latent cache loads no codec to decode with; the "
                     "monitor looks at latents. `diffusion-apt generate --model` draws samples"
                 )
+            for text in stage.warnings():
+                log.message(f"warning: {text}")
             done = _loop(config, stage, dataset, state, log, stop)
             if done < config.num_updates:
                 log.message(

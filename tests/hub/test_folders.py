@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from apt.errors import CheckpointError
+from apt.errors import CheckpointError, InputError
 from apt.hub import INFO_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE, locate, read_info
 from apt.hub.weights import check_safetensors, load_weights, save_weights
 from apt.models.bundle import component_info, load_pretrained, save_pretrained
@@ -333,6 +333,14 @@ def test_names_that_are_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path.parent)
     with pytest.raises(CheckpointError, match="there is no model"):
         locate(Path("digits"))
+
+
+def test_a_revision_of_what_has_none_and_two_of_one(tmp_path: Path) -> None:
+    for name in ("digits", tmp_path):
+        with pytest.raises(InputError, match="is no Hub repository, so it has no revision 'main'"):
+            locate(name, "main")
+    with pytest.raises(InputError, match="name two revisions"):
+        locate("owner/name@one", "two")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

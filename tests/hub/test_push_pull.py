@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import apt
-from apt.hub import SamplingInfo
+from apt.hub import SamplingInfo, read_info, write_info
 from apt.hub.card import make_card
 from apt.hub.info import ModelInfo
 from apt.models.bundle import load_pretrained, save_pretrained
@@ -88,6 +88,7 @@ def test_pushing_again_sends_only_what_changed(hub: HubServer, own: Path, tmp_pa
         assert result.returncode == 0, result.stderr
         return len(hub.requests("PUT /storage")) - before
 
+    info = read_info(own)
     assert push() == 2
     commits = len(hub.repos["me/digits"].commits)
     assert push() == 0
@@ -97,6 +98,15 @@ def test_pushing_again_sends_only_what_changed(hub: HubServer, own: Path, tmp_pa
     assert push() == 0
     assert "old-00002-of-00002.safetensors" not in repo.files, "a loader could take it"
     assert "my.png" in repo.files
+
+    local = {"config": {"data": {"path": "/home/somebody/secret"}}}
+    write_info(own, dataclasses.replace(info, training={**info.training, **local}))
+    try:
+        assert push() == 0
+    finally:
+        write_info(own, info)
+    assert b"secret" not in repo.files["apt.json"]
+    assert b'"path": ""' in repo.files["apt.json"]
 
 
 def test_a_branch_is_made(hub: HubServer, own: Path, tmp_path: Path) -> None:
@@ -194,6 +204,7 @@ def test_the_whole_way_of_an_export(hub: HubServer, wan: Path, tmp_path: Path) -
     result = run_cli(hub, tmp_path / "a", "push", tmp_path / "out", "me/one-step", token=TOKEN)
     assert result.returncode == 0, result.stderr
     card = ModelCard(hub.repos["me/one-step"].files["README.md"].decode())
+    assert b"secret" not in hub.repos["me/one-step"].files["apt.json"]
     assert card.data.base_model == "Wan-AI/Some-Wan" and card.data.license == "apache-2.0"
 
     generate = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from safetensors.torch import load_file
 
 import apt
 from apt.errors import CheckpointError, InputError
-from apt.hub import SamplingInfo, read_info
+from apt.hub import SamplingInfo, read_info, write_info
 from apt.models.bundle import load_pretrained, save_pretrained
-from apt.models.exporting import export_model
+from apt.models.exporting import Format, export_model
 from apt.models.generator import generate
 from apt.pipeline import OneStepPipeline
 from tests.cli.shell import error_line, invoke
@@ -76,6 +77,41 @@ def test_it_remembers_how_it_was_trained_and_is_sampled(exported: Path) -> None:
     assert info.codec.config["repo"] == info.text_encoder.config["repo"] == str(exported)
     # Nobody else has the folder that it was exported from.
     assert read_info(exported).codec.config["repo"] == "."
+
+
+@pytest.mark.parametrize("format", ["apt", "diffusers"])
+def test_no_folder_of_this_machine_leaves_it(
+    trained: Path, wan: Path, tmp_path: Path, format: Format
+) -> None:
+    info = read_info(trained)
+    start = {"source": str(wan), "license": "Apache-2.0"}
+    config = {
+        "run_dir": "runs/mine",
+        "negative_prompt": "/not/a/folder",
+        "data": {"source": "latents", "path": str(tmp_path)},
+        "stage": {"generator": "runs/wan/distill/export", "discriminator": "owner/name"},
+    }
+    record = {"config": config, "started_from": start}
+    source = tmp_path / "source"
+    shutil.copytree(trained, source)
+    write_info(source, dataclasses.replace(info, training=record))
+    kept = read_info(export_model(source, tmp_path / "out", format=format)).training
+    assert kept["started_from"] == {"source": "", "license": "Apache-2.0"}
+    assert kept["config"] == {
+        "run_dir": "",
+        "negative_prompt": "/not/a/folder",
+        "data": {"source": "latents", "path": ""},
+        "stage": {"generator": "", "discriminator": "owner/name"},
+    }
+
+
+def test_second_copies_of_weights_stay_behind(trained: Path, wan: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(wan, base)
+    (copied,) = (base / "vae").glob("*.safetensors")
+    shutil.copy(copied, copied.with_suffix(".fp16.safetensors"))
+    out = export_model(trained, tmp_path / "out", format="diffusers", base=str(base))
+    assert [file.name for file in (out / "vae").glob("*.safetensors")] == [copied.name]
 
 
 def test_stock_diffusers_makes_what_ours_makes(exported: Path) -> None:
@@ -174,7 +210,7 @@ def test_what_cannot_be_exported_says_why(trained: Path, wan: Path, tmp_path: Pa
     with pytest.raises(InputError, match="is the base itself"):
         export_model(wan, wan, format="diffusers")
     line = error_line(invoke("export", tmp_path / "none", tmp_path / "out"))
-    assert "no finished model" in line
+    assert "there is no folder" in line
     (tmp_path / "in the way").write_text("")
     line = error_line(
         invoke("export", trained, tmp_path / "in the way" / "out", "--format", "diffusers")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from apt.errors import CheckpointError
-from apt.models.external import local_folder
+from apt.models.external import load_complete, local_folder
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
@@ -47,3 +48,49 @@ def test_a_repository_that_is_not_cached(offline_cache):
 def test_neither_a_folder_nor_an_id(offline_cache):
     with pytest.raises(CheckpointError, match="neither a folder nor a Hub id"):
         local_folder("/no/such/folder", None, ["vae"])
+
+
+def test_only_what_loads_is_fetched_of_a_component(monkeypatch):
+    """Weights of other names, and second copies in another type, would double the download."""
+    asked = {}
+
+    def spy(repo, **options):
+        asked.update(options)
+        raise OSError("seen")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", spy)
+    with pytest.raises(CheckpointError, match="seen"):
+        local_folder("owner/name", None, ["text_encoder", ""])
+    names = [
+        "text_encoder/config.json",
+        "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model.safetensors.index.json",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/model.fp16-00001-of-00002.safetensors",
+        "text_encoder/model.safetensors.index.fp16.json",
+        "text_encoder/open_clip.safetensors",
+        "diffusion_pytorch_model.safetensors",
+        "all_in_one.safetensors",
+    ]
+    kept = huggingface_hub.utils.filter_repo_objects(
+        names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert list(kept) == [*names[:3], names[7]]
+
+
+def test_bars_are_shown_in_terminals_alone_and_settings_stay(tmp_path, capfd):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
+    )
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
+    settings = transformers.utils.logging
+    capfd.readouterr()
+    for enabled in (True, False):
+        (settings.enable_progress_bar if enabled else settings.disable_progress_bar)()
+        try:
+            load_complete(transformers.T5EncoderModel, tmp_path, dtype=torch.float32)
+            assert settings.is_progress_bar_enabled() == enabled
+        finally:
+            settings.enable_progress_bar()
+    assert "Loading weights" not in capfd.readouterr().err

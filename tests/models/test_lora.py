@@ -277,8 +277,9 @@ def test_half_a_pair_wrong_shapes_and_nothing(tmp_path: Path, model: nn.Module) 
         read_lora(path, model)
     with pytest.raises(CheckpointError, match="missing"):
         read_lora(tmp_path / "nowhere.safetensors", model)
-    with pytest.raises(CheckpointError, match="there is no LoRA"):
-        find_lora(tmp_path / "nowhere")
+    for name in (tmp_path / "nowhere", "folder/nowhere.safetensors"):
+        with pytest.raises(CheckpointError, match="there is no LoRA"):
+            find_lora(name)
 
 
 def test_values_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:

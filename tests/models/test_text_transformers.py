@@ -13,7 +13,7 @@ import torch
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models.protocols import TextEncoder
 from apt.models.registry import TEXT_ENCODERS, create_text_encoder
-from apt.models.text_transformers import TransformersTextConfig
+from apt.models.text_transformers import TransformersTextConfig, clean_prompt
 from tests.models.tiny_tokenizers import clip_tokenizer, unigram_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -185,6 +185,19 @@ def test_a_long_prompt_raises_or_is_cut(folders):
 def test_bad_prompts(folders, prompts):
     with pytest.raises(InputError, match="sequence of at least one string"):
         load(folders, "t5")(prompts)
+
+
+def test_wan_s_prompts_are_cleaned_as_diffusers_does(folders):
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    messy = "  a red\n\tseven &amp;amp;  four "
+    assert clean_prompt(messy) == prompt_clean(messy) == "a red seven & four"
+    assert TEXT_ENCODERS.get("umt5")().clean and not TEXT_ENCODERS.get("t5")().clean
+    encoder = load(folders, "umt5", clean=True)
+    tidy = encoder([clean_prompt(messy)]).tokens
+    assert torch.equal(encoder([messy]).tokens, tidy)
+    as_it_is = load(folders, "umt5", clean=False)([messy]).tokens
+    assert as_it_is.shape != tidy.shape
 
 
 def test_options_that_do_not_fit(folders):

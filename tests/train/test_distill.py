@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,16 @@ def test_teacher_stays_and_target_follows_slowly(tmp_path: Path) -> None:
     moved = {name: value.clone() for name, value in averages.items()}
     stage.update(micro_batches(), 1)
     assert unchanged(moved, weights(target)) == moved.keys()
+
+
+def test_a_teacher_that_is_one_expert_of_two_is_warned_of(tmp_path: Path) -> None:
+    stage = distill(tmp_path)
+    assert stage.warnings() == []
+    info = stage.start.info
+    expert = dataclasses.replace(info.model, architecture="wan2.2_t2v_a14b")
+    stage.start.info = dataclasses.replace(info, model=expert)
+    (text,) = stage.warnings()
+    assert "not trained at" in text and "expert for t >= 0.875" in text
 
 
 def test_target_is_part_of_the_state(tmp_path: Path) -> None:
