@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+import triton
+
 from benchmarks.aot.build import Row
-from benchmarks.aot.cases import ACCEPTED_SPILLS, NARROW_LOADS, NARROW_STORES
+from benchmarks.aot.cases import NARROW_LOADS, NARROW_STORES, accepted_spill
 from benchmarks.aot.chips import CHIPS
 
 _WIDE = 16  # bytes
@@ -18,7 +20,7 @@ def problems(row: Row, *, unfused: bool = False) -> list[str]:
     chip = next(chip for chip in CHIPS if chip.name == row.chip)
     code, found = row.code, []
     kernel = row.kernel.partition(" (")[0]  # without the number of its form
-    accepted, _ = ACCEPTED_SPILLS.get((kernel, row.width, row.dtype, row.chip), (0, ""))
+    accepted = accepted_spill(triton.__version__, kernel, row.width, row.dtype, row.chip)
     if code.stack > accepted or (code.local and not accepted):
         found.append(f"spills: {code.local} accesses to {code.stack} bytes of local memory")
     if row.shared > chip.shared_bytes:
