@@ -34,16 +34,18 @@ PROMPTS = (
     "a white eight moving right",
 )
 SEED = 0
-MIN_TIMINGS = 12
-"""Fast samplers are timed again until their median has this many values behind it."""
+ROUNDS = 3
+"""How often every prompt is generated; the medians have that many values for each."""
 
 
 @dataclass
 class Run:
-    """What one sampler made."""
+    """One sampler, and what it made."""
 
+    pipeline: OneStepPipeline
     name: str
     detail: str
+    num_steps: int
     videos: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -52,19 +54,21 @@ class Run:
         return statistics.median(self.seconds)
 
 
-def generate(pipeline: OneStepPipeline, name: str, detail: str, num_steps: int) -> Run:
-    """Generate every prompt one by one, as a user who waits for it would."""
-    run = Run(name, detail)
-    pipeline(PROMPTS[0], seed=SEED, num_steps=1)  # the first call is slower
-    rounds = -(-MIN_TIMINGS // len(PROMPTS)) if num_steps <= 2 else 1
-    for number in range(rounds):
+def generate(runs: list[Run]) -> None:
+    """Generate every prompt one by one, as a user who waits for it would.
+
+    The samplers take turns, so that whatever else the machine does meets all of them.
+    """
+    for run in runs:
+        run.pipeline(PROMPTS[0], seed=SEED, num_steps=run.num_steps)  # the first call is slower
+    for number in range(ROUNDS):
         for prompt in PROMPTS:
-            start = time.perf_counter()
-            video = pipeline(prompt, seed=SEED, num_steps=num_steps)[0]
-            run.seconds.append(time.perf_counter() - start)
-            if number == 0:
-                run.videos.append(video)
-    return run
+            for run in runs:
+                start = time.perf_counter()
+                video = run.pipeline(prompt, seed=SEED, num_steps=run.num_steps)[0]
+                run.seconds.append(time.perf_counter() - start)
+                if number == 0:
+                    run.videos.append(video)
 
 
 def write_results(runs: list[Run], folder: Path, fps: float) -> None:
@@ -131,10 +135,11 @@ def main() -> int:
         sampling = diffusion.info.sampling
         detail = f"diffusion, guidance {sampling.cfg_scale:g}"
         runs = [
-            generate(one_step, "1 step", "adversarial post-training", 1),
-            generate(one_step, "2 steps", "adversarial post-training", 2),
-            generate(diffusion, f"{sampling.num_steps} steps", detail, sampling.num_steps),
+            Run(one_step, "1 step", "adversarial post-training", 1),
+            Run(one_step, "2 steps", "adversarial post-training", 2),
+            Run(diffusion, f"{sampling.num_steps} steps", detail, sampling.num_steps),
         ]
+        generate(runs)
         write_results(runs, args.out, one_step.info.sample.fps)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
