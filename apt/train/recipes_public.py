@@ -1,8 +1,8 @@
 """Recipes for public checkpoints: Wan 2.1 and Stable Diffusion 3.5.
 
-They follow the paper's (`apt_image_1024`, `apt_video_720p` in `apt.train.recipes`); every value
-that differs says why. None of them has been run at full size: they are where to start, not results.
-They read latent caches (`diffusion-apt data encode`), so neither VAE nor text encoder takes memory.
+They follow the paper's (`apt.train.recipes_paper`); every value that differs says why. None of them
+has been run at full size: they are where to start, not results. They read latent caches
+(`diffusion-apt data encode`), so neither VAE nor text encoder takes memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from apt.train.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from apt.train.recipes_paper import apt_image_1024, apt_video_720p
 from apt.train.registry import RECIPES
 
 _WAN = "wan2.1_t2v_1.3b"
@@ -56,55 +57,44 @@ def wan_distill() -> TrainConfig:
 @RECIPES.register("apt_image_wan")
 def apt_image_wan() -> TrainConfig:
     """The paper's image stage on Wan 2.1 1.3B: images as videos of one frame."""
-    return TrainConfig(
+    paper = apt_image_1024()
+    assert isinstance(paper.stage, AdversarialConfig)
+    return dataclasses.replace(
+        paper,
         name="apt_image_wan",
         run_dir="runs/wan/image",
-        stage=AdversarialConfig(
-            generator="runs/wan/distill/export",
-            discriminator=_WAN,
-            r1_weight=100.0,
-            r1_sigma=0.01,
-            timestep_shift=1.0,
+        stage=dataclasses.replace(
+            paper.stage, generator="runs/wan/distill/export", discriminator=_WAN
         ),
         data=_cache("data/wan", "only"),
-        optimizer=OptimizerConfig(learning_rate=5e-6),
-        num_updates=350,
         # The paper has 9062 on 128 to 256 GPUs. 1024 is the smallest that its video stage was
         # stable with (App. E: 256 collapsed); it is accumulated on however few GPUs there are.
         batch_size=1024,
-        micro_batch_size=1,
-        ema_decay=0.995,
         negative_prompt=NEGATIVE_PROMPT,
-        precision="bf16",
-        activation_checkpointing=True,
-        checkpoint_every=25,
-        snapshot_at=(50, 100, 150, 200, 250, 300, 350),
         sample_every=0,
+        sample_prompts=(),
     )
 
 
 @RECIPES.register("apt_video_wan")
 def apt_video_wan() -> TrainConfig:
     """The paper's video stage on Wan 2.1 1.3B, at Wan's own 81 frames of 480p and 16 fps."""
-    image = apt_image_wan()
-    assert isinstance(image.stage, AdversarialConfig)
+    image, paper = apt_image_wan(), apt_video_720p()
+    assert isinstance(paper.stage, AdversarialConfig)
     return dataclasses.replace(
         image,
         name="apt_video_wan",
         run_dir="runs/wan/video",
         stage=dataclasses.replace(
-            image.stage,
-            generator="runs/wan/image/export",
-            r1_sigma=0.1,
-            timestep_shift=12.0,
+            paper.stage, generator="runs/wan/image/export", discriminator=_WAN
         ),
         # The cache has Wan's size and rate, 81 frames of 480x832 at 16 fps, where the paper has 49
         # of 720p at 24 fps: the 1.3B model is trained on no larger one.
         data=_cache("data/wan", "none"),
-        optimizer=OptimizerConfig(learning_rate=3e-6),
-        num_updates=300,
-        batch_size=1024,  # the paper: 2048; see `apt_image_wan`
-        snapshot_at=(50, 100, 150, 200, 250, 300),
+        optimizer=paper.optimizer,
+        num_updates=paper.num_updates,
+        # The batch is `apt_image_wan`'s; the paper has 2048.
+        snapshot_at=paper.snapshot_at,
     )
 
 
