@@ -170,7 +170,13 @@ def test_samples_of_many_steps_are_kept_and_belong_to_their_weights(
 
     def sample() -> torch.Tensor:
         return generate(
-            method, folder, captions, batch_size=8, cache=tmp_path / "c", advance=done.append
+            method,
+            folder,
+            captions,
+            batch_size=8,
+            precision="fp32",
+            cache=tmp_path / "c",
+            advance=done.append,
         )
 
     first = sample()
@@ -187,7 +193,15 @@ def test_batch_size_does_not_change_the_noise(runs: Path, tmp_path: Path) -> Non
     captions = caption_set(3, 4, 2)
     folder = APT.folder(runs)
     clips = [
-        generate(APT, folder, captions, batch_size=n, cache=tmp_path, advance=lambda _: None)
+        generate(
+            APT,
+            folder,
+            captions,
+            batch_size=n,
+            precision="fp32",
+            cache=tmp_path,
+            advance=lambda _: None,
+        )
         for n in (3, 8)
     ]
     torch.testing.assert_close(clips[0], clips[1], rtol=0, atol=2.1 / 255)
