@@ -24,6 +24,7 @@ ENVIRONMENT_VARIABLE = "APT_KERNEL_BACKEND"
 OPS = {
     "modulated_norm": ("reference", "triton"),
     "residual_modulated_norm": ("reference", "triton"),
+    "norm_rope": ("reference", "triton"),
     "qk_norm_rope": ("reference", "triton"),
     "joint_qk_norm_rope": ("reference", "triton"),
     "sample_shifted_timesteps": ("reference", "triton"),
