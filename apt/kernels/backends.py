@@ -127,7 +127,7 @@ def resolve_backend(
     given = [tensor for tensor in tensors if tensor is not None]
     if name is None and not given[0].is_cuda:
         return "reference"  # the interpreter is for tests: it is slow
-    reason = _why_no_triton() or _why_not_tensors(given) or limit
+    reason = _why_no_triton() or why_not_tensors(given) or limit
     if reason is None:
         return "triton"
     if name is None:
@@ -161,7 +161,7 @@ def _why_no_triton() -> str | None:
     return None
 
 
-def _why_not_tensors(tensors: Sequence[Tensor]) -> str | None:
+def why_not_tensors(tensors: Sequence[Tensor]) -> str | None:
     """Why Triton kernels cannot take these tensors; None if they can."""
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
