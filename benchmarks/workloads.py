@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from apt.bench.dit import DIGITS, Workload, usual_workload
+from apt.bench.dit import DIGITS, usual_workload
 
 WORKLOADS = {
     "cuda": (
         usual_workload("apt_8b"),
-        Workload(model="apt_8b", frames=49, height=480, width=832),
-        Workload(model="apt_8b", frames=1, height=1024, width=1024),
+        usual_workload("apt_8b", height=480, width=832),
+        usual_workload("apt_8b", frames=1, height=1024, width=1024),
         usual_workload("mmdit_small"),
         replace(DIGITS, dtype="bfloat16"),  # no fused attention takes fp32
     ),
     # 64 tokens of the small preset: enough blocks and width to be more than Python
     "cpu": (
         DIGITS,
-        Workload(
-            model="mmdit_small", frames=1, height=128, width=128, text_tokens=16, dtype="float32"
+        usual_workload(
+            "mmdit_small", frames=1, height=128, width=128, text_tokens=16, dtype="float32"
         ),
     ),
 }

@@ -27,6 +27,7 @@ from apt.kernels import (
     joint_qk_norm_rope,
     kernel_status,
     modulated_norm,
+    norm_rope,
     qk_norm_rope,
     residual_modulated_norm,
     sample_shifted_timesteps,
@@ -432,6 +433,7 @@ FUSED = {
     "residual_modulated_norm": lambda *inputs, backend: residual_modulated_norm(
         *inputs, backend=backend
     )[1],
+    "norm_rope": lambda x, *_, backend: norm_rope(x[:, :, None], None, backend=backend),
     "qk_norm_rope": lambda x, *_, backend: qk_norm_rope(
         x[:, :, None], x[:, :, None], None, None, backend=backend
     )[0],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -15,13 +15,13 @@ from apt.bench.ceilings import Ceilings
 from apt.bench.machine import describe_machine
 from apt.bench.records import Measurement, first_line
 from apt.bench.split import Split, profile_split
+from apt.bench.tables import FRAMES_PER_SECOND
 from apt.bench.timing import Clock, Work, median, time_interleaved
 from apt.errors import InputError
 from apt.kernels import attention_backend, kernel_backend
 from apt.kernels.roofline import Rates
 from apt.models import MODELS, TextCondition, create_model
 from apt.models.costs import DiTCost, dit_cost
-from apt.models.mmdit import MMDiTConfig
 from apt.models.protocols import Backbone
 
 Mode = Literal["graph", "eager", "compile"]
@@ -39,13 +39,16 @@ class Workload:
     Attributes:
         model: a registered backbone.
         frames, height, width: of the video in pixels; 1 frame is an image.
-        batch: videos.
         text_tokens: length of the prompt's encoding; the paper does not give one.
         compression: pixels per latent along time (after the first frame), height and width.
+        batch: videos.
         dtype: of weights and activations.
+        fps: frames per second of the video, which say what real time is.
+
+    `usual_workload` has a model's own.
 
     Raises:
-        InputError: a value that makes no sense, sizes that the compression does not divide, or a
+        InputError: a value that makes no sense, sizes or text that the model cannot take, or a
             model that does not exist or whose work nobody has counted.
     """
 
@@ -53,10 +56,11 @@ class Workload:
     frames: int
     height: int
     width: int
+    text_tokens: int
+    compression: tuple[int, int, int]
     batch: int = 1
-    text_tokens: int = 256
-    compression: tuple[int, int, int] = (4, 8, 8)
     dtype: str = "bfloat16"
+    fps: float = FRAMES_PER_SECOND
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -66,8 +70,7 @@ class Workload:
                 "batch, text_tokens and compression must be at least 1, got "
                 f"{self.batch}, {self.text_tokens} and {self.compression}"
             )
-        self.latent_shape()
-        self.config()
+        self.cost()
 
     @property
     def size(self) -> str:
@@ -85,17 +88,12 @@ class Workload:
             )
         return (self.frames - 1) // t + 1, self.height // h, self.width // w
 
-    def config(self) -> MMDiTConfig:
-        """Of the model; raises InputError for one whose work nobody has counted."""
-        config = MODELS.get(self.model)()
-        if not isinstance(config, MMDiTConfig):
-            raise InputError(
-                f"{self.model} is no MMDiT: its FLOPs and bytes are not counted (apt.models.costs)"
-            )
-        return config
+    def config(self) -> Any:
+        """Of the model; raises InputError for one that does not exist."""
+        return MODELS.get(self.model)()
 
     def cost(self) -> DiTCost:
-        """Work of one forward pass."""
+        """Work of one forward pass; raises InputError as `dit_cost`."""
         return dit_cost(
             self.config(),
             self.batch,
@@ -117,11 +115,37 @@ DIGITS = Workload(
 )
 
 
-def usual_workload(model: str) -> Workload:
-    """What a model is for: a clip of digits, or else the paper's 49 frames of 1280x720 in bf16."""
+PAPER_SAMPLE = {
+    "frames": 49,
+    "height": 720,
+    "width": 1280,
+    "text_tokens": 256,
+    "compression": (4, 8, 8),
+}
+
+
+def usual_workload(model: str, **changes: Any) -> Workload:
+    """What a model is for, in bf16: what its published weights make best, with the VAE and text
+    that they were trained with; a clip of digits; or else the paper's 49 frames of 1280x720.
+
+    Args:
+        model: a registered backbone.
+        changes: fields of `Workload` that are to be others.
+
+    Raises:
+        InputError: as `Workload`.
+    """
     if model == DIGITS.model:
-        return DIGITS
-    return Workload(model=model, frames=49, height=720, width=1280)
+        return replace(DIGITS, **changes)
+    published = next(iter(MODELS.pretrained(model).values()), None)
+    if published is None:
+        usual = PAPER_SAMPLE
+    else:
+        usual = asdict(published.sample) | {
+            "text_tokens": published.text_tokens,
+            "compression": published.compression,
+        }
+    return Workload(**{"model": model, **usual, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,28 +206,44 @@ class RandomNetwork:
 
         w, config = self.workload, self.workload.config()
         x = normal(w.batch, self.backbone.in_channels, *w.latent_shape())
-        pooled = normal(w.batch, config.pooled_dim) if config.pooled_dim else None
+        pooled_dim = getattr(config, "pooled_dim", 0)  # not every family has a pooled vector
+        pooled = normal(w.batch, pooled_dim) if pooled_dim else None
         text = TextCondition(normal(w.batch, w.text_tokens, config.text_dim), None, pooled)
         return x, torch.ones(w.batch, device=self.device), text
 
 
 def build(model: str, device: torch.device, dtype: torch.dtype) -> Backbone:
-    """A registered model whose weights are made on the device and in the type that they stay in.
+    """A registered model whose weights are made on the device and in a narrow type.
 
-    8 B parameters that began in fp32 would need twice the memory.
+    8 B parameters that began in fp32 would need twice the memory. What the model keeps in fp32 when
+    it is cast is fp32 here too.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            return create_model(model)
+            backbone = create_model(model)
     finally:
         torch.set_default_dtype(before)
+    kept = {name: tensor.dtype for name, tensor in _tensors(cast_on_meta(model, dtype))}
+    for name, tensor in _tensors(cast(nn.Module, backbone)):
+        tensor.data = tensor.data.to(kept[name])
+    return backbone
+
+
+def cast_on_meta(model: str, dtype: torch.dtype) -> nn.Module:
+    """A registered model without storage, cast as a user's would be."""
+    with torch.device("meta"):
+        return cast(nn.Module, create_model(model, dtype=dtype, device="meta"))
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def check_memory(workload: Workload, device: torch.device) -> None:
     """Raise InputError unless the weights fit into the memory of a device."""
-    module = cast(nn.Module, build(workload.model, torch.device("meta"), DTYPES[workload.dtype]))
+    module = cast_on_meta(workload.model, DTYPES[workload.dtype])
     needed = sum(p.numel() * p.element_size() for p in module.parameters())
     there = describe_machine(device).memory_gb * 2**30
     if needed > there:
@@ -393,7 +433,8 @@ def _measure(
             continue
         values = samples[variant.label]
         metrics = figures(network.cost, median(values), ceilings) | {
-            "difference": differences[variant]
+            "difference": differences[variant],
+            "fps": workload.fps,
         }
         if split:
             parts = ready[variant].split().as_dict()

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from apt.bench.dit import Workload
 from apt.bench.tables import (
-    FRAMES_PER_SECOND,
     PAPER_MODEL,
     PAPER_SECONDS,
     PAPER_SIZE,
@@ -34,9 +33,9 @@ def floor_report(workload: Workload, gpu: str) -> str:
         _row("attention", total.attention, floor.attention),
         _row("floor: matrix products alone", total.linear + total.attention, floor.matmul),
         _row("elementwise, one pass an op", total.elementwise, floor.elementwise),
-        ("sum, nothing overlapped", "", "", f"{floor.total * 1e3:.4g}"),
+        ("sum, nothing overlapped", "", "", _ms(floor.total)),
         _row("elementwise, all fused", total.elementwise_fused, floor.elementwise_fused),
-        ("sum, all fused", "", "", f"{floor.total_fused * 1e3:.4g}"),
+        ("sum, all fused", "", "", _ms(floor.total_fused)),
     ]
     plural = "s" if workload.frames > 1 else ""
     paragraphs = [
@@ -51,7 +50,7 @@ def floor_report(workload: Workload, gpu: str) -> str:
         with_attention = []
         for name, tflops in H100_ATTENTION_TFLOPS.items():
             there = cost.floor(replace(found.rates, attention_tflops=tflops))
-            times = (f"{s * 1e3:.4g}" for s in (there.total, there.total_fused))
+            times = _ms(there.total), _ms(there.total_fused)
             with_attention.append((name, f"{tflops:g}", *times))
         header = ("attention by", "TFLOP/s", "ms", "ms, all fused")
         paragraphs.append(
@@ -63,7 +62,11 @@ def floor_report(workload: Workload, gpu: str) -> str:
 
 
 def _row(name: str, cost: OpCost, seconds: float) -> tuple[str, str, str, str]:
-    return name, f"{cost.flops / 1e12:.4g}", f"{cost.bytes / 1e9:.4g}", f"{seconds * 1e3:.4g}"
+    return name, f"{cost.flops / 1e12:.4g}", f"{cost.bytes / 1e9:.4g}", _ms(seconds)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}" if seconds >= 1 else f"{seconds * 1e3:.4g}"
 
 
 def _rates(gpu: Gpu) -> str:
@@ -75,9 +78,9 @@ def _rates(gpu: Gpu) -> str:
 def _comparison(workload: Workload, floor: float) -> list[str]:
     lines = []
     if workload.frames > 1:
-        clip = workload.batch * workload.frames / FRAMES_PER_SECOND
+        clip = workload.batch * workload.frames / workload.fps
         lines.append(
-            f"Real time: {clip:.2f} s at {FRAMES_PER_SECOND} frames per second; "
+            f"Real time: {clip:.2f} s at {workload.fps:g} frames per second; "
             f"the floor is {floor / clip:.2f} of it."
         )
     if (workload.model, workload.size, workload.batch) == (PAPER_MODEL, PAPER_SIZE, 1):

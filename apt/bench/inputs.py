@@ -65,6 +65,12 @@ def latents(shape: Shape, random: Random, *names: str) -> Inputs:
     return {name: random.normal(shape.batch, shape.latent_values) for name in names}
 
 
+def queries(shape: Shape, random: Random) -> Inputs:
+    """x, its weight and tables."""
+    weight = {"weight": random.norm_weight(shape.head_dim)}
+    return heads(shape, random, "x") | weight | random.rotation(shape)
+
+
 def qk(shape: Shape, random: Random) -> Inputs:
     """q, k, their weights and tables."""
     weights = {name: random.norm_weight(shape.head_dim) for name in ("q_weight", "k_weight")}

@@ -103,6 +103,16 @@ OPS: dict[str, Op] = {
             peers={"liger": peers.liger_residual_modulated_norm},
         ),
         Op(
+            name="norm_rope",
+            draw=inputs.queries,
+            call=lambda i, backend: kernels.norm_rope(**i, backend=backend),
+            gradients=("x", "weight"),
+            cost=lambda s, dtype, backward: costs.qk_norm_rope_cost(
+                s.batch, s.tokens, s.heads, s.head_dim, num_tensors=1, dtype=dtype,
+                backward=backward,
+            ),
+        ),
+        Op(
             name="qk_norm_rope",
             draw=inputs.qk,
             call=lambda i, backend: kernels.qk_norm_rope(**i, backend=backend),

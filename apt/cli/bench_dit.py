@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import tyro
@@ -24,19 +24,19 @@ class BenchDit:
     """
 
     model: str = "apt_8b"
-    """A registered MMDiT; `diffusion-apt list models` shows them."""
+    """A registered model; `diffusion-apt list models` shows them."""
     frames: int | None = None
-    """Number of frames; 1 is an image. Left out: 49, and 9 for mmdit_digits."""
+    """Number of frames; 1 is an image. Left out: what the model is published for, or else 49."""
     height: int | None = None
-    """Height in pixels. Left out: 720, and 32 for mmdit_digits."""
+    """Height in pixels. Left out: what the model is published for, or else 720."""
     width: int | None = None
-    """Width in pixels. Left out: 1280, and 32 for mmdit_digits."""
+    """Width in pixels. Left out: what the model is published for, or else 1280."""
     batch: int | None = None
     """Videos at once. Left out: 1."""
     text_tokens: int | None = None
-    """Length of the prompt's encoding. Left out: 256, and 32 for mmdit_digits."""
+    """Length of the prompt's encoding. Left out: that of the model's text encoder, or else 256."""
     compression: tuple[int, int, int] | None = None
-    """Of the VAE, along time, height and width. Left out: 4 8 8, and 4 4 4 for mmdit_digits."""
+    """Pixels per latent along time, height and width. Left out: of the model's VAE, or 4 8 8."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number type of weights and activations."""
     floor: bool = False
@@ -65,9 +65,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
     names = ("frames", "height", "width", "batch", "text_tokens", "compression", "dtype")
     given = {name: getattr(options, name) for name in names}
-    workload = replace(
-        usual_workload(options.model), **{k: v for k, v in given.items() if v is not None}
-    )
+    changes = {name: value for name, value in given.items() if value is not None}
+    workload = usual_workload(options.model, **changes)
     check_rounds(options.rounds)
     if options.floor:
         print(floor_report(workload, options.gpu))

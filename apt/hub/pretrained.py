@@ -19,6 +19,9 @@ class PretrainedEntry:
         source: who published it, and the paper or page.
         gated: whether the licence must be accepted on the Hub first.
         codec, text_encoder: registered names of the parts that go with it.
+        compression: pixels per latent of that codec along time (after the first frame), height and
+            width.
+        text_tokens: the length of the sequence that the model reads for any prompt.
         sample: the size of what it makes best.
         sampling: how its authors sample it; a shift that the folder's scheduler gives is taken
             instead of this one.
@@ -31,6 +34,8 @@ class PretrainedEntry:
     source: str
     codec: str
     text_encoder: str
+    compression: tuple[int, int, int]
+    text_tokens: int
     sample: SampleInfo
     sampling: SamplingInfo
     revision: str | None = None

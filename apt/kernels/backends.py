@@ -10,7 +10,7 @@ reference, and use it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ ENVIRONMENT_VARIABLE = "APT_KERNEL_BACKEND"
 OPS = {
     "modulated_norm": ("reference", "triton"),
     "residual_modulated_norm": ("reference", "triton"),
+    "norm_rope": ("reference", "triton"),
     "qk_norm_rope": ("reference", "triton"),
     "joint_qk_norm_rope": ("reference", "triton"),
     "sample_shifted_timesteps": ("reference", "triton"),
@@ -52,7 +53,8 @@ class BackendStatus(NamedTuple):
 def kernel_status() -> list[BackendStatus]:
     """A row `op/backend` for each implementation of each fused op on this machine.
 
-    Available means that it can run here; some inputs (fp64, CPU tensors) may still be refused.
+    Available means that it can run here, on one GPU at least; some inputs (fp64, CPU tensors, those
+    on an older GPU) may still be refused.
     """
     reason = _why_no_triton()
     triton = BackendStatus("triton", reason is None, reason or _describe_triton())
@@ -64,7 +66,7 @@ def kernel_status() -> list[BackendStatus]:
 def kernel_backend(name: str) -> Iterator[None]:
     """Make every fused op called inside, on any thread, use one backend.
 
-    Raises InputError for a name that does not exist, or a backend that is unavailable here.
+    Raises InputError for a name that does not exist, or a backend that no device here can run.
     """
     if name not in BACKENDS:
         raise InputError(f"unknown kernel backend {name!r}; choose from: {', '.join(BACKENDS)}")
@@ -126,7 +128,8 @@ def resolve_backend(
     given = [tensor for tensor in tensors if tensor is not None]
     if name is None and not given[0].is_cuda:
         return "reference"  # the interpreter is for tests: it is slow
-    reason = _why_no_triton() or _why_not_tensors(given) or limit
+    device = given[0].device if given[0].is_cuda else None
+    reason = _why_no_triton(device) or why_not_tensors(given) or limit
     if reason is None:
         return "triton"
     if name is None:
@@ -134,8 +137,8 @@ def resolve_backend(
     raise InputError(_cannot_run(op, name, reason))
 
 
-def _why_no_triton() -> str | None:
-    """Why this machine cannot run Triton kernels; None if it can."""
+def _why_no_triton(device: torch.device | None = None) -> str | None:
+    """Why Triton kernels cannot run on a GPU; None if they can. Without one: on any GPU here."""
     try:
         import triton
     # A package built for another system fails while its libraries load
@@ -154,13 +157,31 @@ def _why_no_triton() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "needs a CUDA GPU, or TRITON_INTERPRET=1 from the start to run it on the CPU, slowly"
-    capability = torch.cuda.get_device_capability()
-    if capability < LOWEST_CAPABILITY:
-        return f"needs compute capability 8.0, found {capability[0]}.{capability[1]}"
-    return None
+    capabilities = _capabilities(device)
+    too_old = those_too_old(capabilities)
+    if len(too_old) < len(capabilities):
+        return None
+    major, minor = LOWEST_CAPABILITY
+    return f"needs compute capability {major}.{minor}, found {', '.join(too_old)}"
 
 
-def _why_not_tensors(tensors: Sequence[Tensor]) -> str | None:
+def _capabilities(device: torch.device | None) -> dict[str, tuple[int, int]]:
+    if device is not None:
+        return {str(device): torch.cuda.get_device_capability(device.index)}
+    every = range(torch.cuda.device_count())
+    return {f"cuda:{index}": torch.cuda.get_device_capability(index) for index in every}
+
+
+def those_too_old(capabilities: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The GPUs whose compute capability is too low, each with it."""
+    return [
+        f"{major}.{minor} ({name})"
+        for name, (major, minor) in capabilities.items()
+        if (major, minor) < LOWEST_CAPABILITY
+    ]
+
+
+def why_not_tensors(tensors: Sequence[Tensor]) -> str | None:
     """Why Triton kernels cannot take these tensors; None if they can."""
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
@@ -186,7 +207,11 @@ def _version(text: str) -> tuple[int, int]:
 def _describe_triton() -> str:
     import triton
 
-    return f"triton {triton.__version__}" + (", interpreted" if interpreted() else "")
+    if interpreted():
+        return f"triton {triton.__version__}, interpreted"
+    too_old = those_too_old(_capabilities(None))
+    exceptions = f", but not on {', '.join(too_old)}" if too_old else ""
+    return f"triton {triton.__version__}{exceptions}"
 
 
 def _cannot_run(op: str, name: str, reason: str) -> str:

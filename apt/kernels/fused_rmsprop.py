@@ -11,14 +11,14 @@ step of torch's foreach kernels moves 52, and the average by itself 12 more.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from apt.errors import CheckpointError, InputError
-from apt.kernels.backends import check_backend, resolve_backend
+from apt.kernels.backends import check_backend, resolve_backend, why_not_tensors
 
 OP = "fused_rmsprop"
 # Options of torch's RMSprop that change its arithmetic or where it keeps its state.
@@ -41,14 +41,14 @@ class FusedRMSprop(torch.optim.RMSprop):
             sharding. Parameters without a gradient stay, and are averaged all the same. Averages
             belong to the caller and are not part of the state dict.
         ema_decay: in [0, 1]; the paper uses 0.995.
-        backend: "triton": one launch for all fp16, bf16 and fp32 parameters of a type that are
-            contiguous; "reference": torch, parameter by parameter. None chooses at each step, for
-            all of a group's parameters that have averages and for all that have none: the kernel
-            if they are CUDA tensors that it can take, every one of them, else the reference.
+        backend: "triton": one launch for all fp16, bf16 and fp32 parameters of a group that have
+            one type and averages, or none; they must be contiguous. "reference": torch, parameter
+            by parameter. None chooses at each step and for each parameter: the kernel for CUDA
+            tensors that it can take, the reference for the others.
 
     Raises:
         InputError: options or averages as above, or an unknown backend; at a step, sparse
-            gradients, or a backend that cannot run.
+            gradients, or a backend that cannot run; then nothing has changed.
     """
 
     def __init__(
@@ -108,37 +108,34 @@ class FusedRMSprop(torch.optim.RMSprop):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Every choice before any change: a named backend that cannot run leaves all as it was
+        for part in [part for group in self.param_groups for part in self._parts(group)]:
+            part.update(self._ema_decay)
         for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            averaged = [p for p in moved if p in self._averages]
-            self._step(group, averaged, [self._averages[p] for p in averaged])
-            self._step(group, [p for p in moved if p not in self._averages], [])
             still = [p for p in group["params"] if p.grad is None and p in self._averages]
             _average(_local(still), _local([self._averages[p] for p in still]), self._ema_decay)
         return loss
 
-    def _step(self, group: dict[str, Any], params: list[Tensor], averages: list[Tensor]) -> None:
-        if not params:
-            return
-        grads = [_gradient(p) for p in params]
-        torch._foreach_add_([self.state[p]["step"] for p in params], 1.0)
-        columns = (
-            _local(params),
-            _local(grads),
-            _local([self.state[p]["square_avg"] for p in params]),
-            _local(averages),
-        )
+    def _parts(self, group: dict[str, Any]) -> list[_Part]:
+        """The parameters that have gradients, by how each is updated."""
         options = {name: float(group[name]) for name in ("lr", "alpha", "eps", "weight_decay")}
-        tensors = [tensor for column in columns for tensor in column]
-        limit = _why_not_triton(columns[0] + columns[2] + columns[3])
-        if resolve_backend(OP, self._backend, tensors, limit) == "triton":
-            from apt.kernels._triton.rmsprop import rmsprop_op
+        alike: dict[tuple[torch.device, bool, str | None], list[_Row]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                row = self._row(p)
+                kind = row.param.device, row.average is None, _why_not_triton(row)
+                alike.setdefault(kind, []).append(row)
+        return [
+            _Part(resolve_backend(OP, self._backend, rows[0].tensors, limit), rows, options)
+            for (*_, limit), rows in alike.items()
+        ]
 
-            rmsprop_op(*columns, **options, ema_decay=self._ema_decay)
-            return
-        for p, grad, square_avg in zip(*columns[:3], strict=True):
-            rmsprop_reference(p, grad, square_avg, **options)
-        _average(columns[0], columns[3], self._ema_decay)
+    def _row(self, p: Tensor) -> _Row:
+        state = self.state[p]
+        touched = [p, _gradient(p), state["square_avg"]]
+        if p in self._averages:
+            touched.append(self._averages[p])
+        return _Row(state["step"], *_local(touched))
 
     def _create_state(self, p: Tensor) -> None:
         if not self.state[p]:
@@ -148,6 +145,46 @@ class FusedRMSprop(torch.optim.RMSprop):
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_averages", "_ema_decay", "_backend")
         return super().__getstate__() | {name: self.__dict__[name] for name in kept}
+
+
+class _Row(NamedTuple):
+    """A parameter's count of steps, and this rank's shard of all else that a step touches."""
+
+    step: Tensor
+    param: Tensor
+    grad: Tensor
+    square_avg: Tensor
+    average: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What a kernel would be given."""
+        return [tensor for tensor in self[1:] if tensor is not None]
+
+
+class _Part(NamedTuple):
+    """Rows of one device, all with an average or all without, that one backend updates."""
+
+    backend: str
+    rows: list[_Row]
+    options: dict[str, float]
+
+    def update(self, ema_decay: float) -> None:
+        torch._foreach_add_([row.step for row in self.rows], 1.0)
+        params, grads, square_avgs = (
+            [row.param for row in self.rows],
+            [row.grad for row in self.rows],
+            [row.square_avg for row in self.rows],
+        )
+        averages = [row.average for row in self.rows if row.average is not None]
+        if self.backend == "triton":
+            from apt.kernels._triton.rmsprop import rmsprop_op
+
+            rmsprop_op(params, grads, square_avgs, averages, **self.options, ema_decay=ema_decay)
+            return
+        for row in self.rows:
+            rmsprop_reference(row.param, row.grad, row.square_avg, **self.options)
+        _average(params, averages, ema_decay)
 
 
 def rmsprop_reference(
@@ -199,9 +236,9 @@ def _gradient(p: Tensor) -> Tensor:
     return p.grad
 
 
-def _why_not_triton(tensors: list[Tensor]) -> str | None:
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return None
+def _why_not_triton(row: _Row) -> str | None:
+    if all(x.is_contiguous() for x in (row.param, row.square_avg, row.average) if x is not None):
+        return why_not_tensors(row.tensors)
     return "takes contiguous parameters, states and averages"
 
 

@@ -64,9 +64,7 @@ def norm_rope(
     check_weight(op, "weight", weight, x, across_heads)
     check_table(op, cos, sin, x)
     tensors = (x, weight, cos, sin)
-    if resolve_backend("qk_norm_rope", backend, tensors, why_not_triton(x, across_heads)) == (
-        "triton"
-    ):
+    if resolve_backend(op, backend, tensors, why_not_triton(x, across_heads)) == "triton":
         from apt.kernels._triton import qk_norm_rope as fused
 
         half = layout == "half"

@@ -89,6 +89,10 @@ class MMDiTConfig:
         if self.depth < 1:
             raise ConfigError(f"depth must be at least 1, got {self.depth}")
 
+    def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Tokens along (T, H, W); raises InputError if the patch size does not divide."""
+        return token_grid(latent_shape, self.patch_size)
+
     def build(self) -> MMDiT:
         return MMDiT(self)
 
@@ -164,8 +168,8 @@ class MMDiT(nn.Module):
         return self._run(x, t, c, rows, layers)[0]
 
     def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Tokens along (T, H, W); raises InputError if the patch size does not divide."""
-        return token_grid(latent_shape, self.config.patch_size)
+        """As of its config."""
+        return self.config.token_grid(latent_shape)
 
     def block_list(self) -> list[MMDiTBlock]:
         """The transformer blocks in order."""

@@ -94,6 +94,23 @@ class SD3Config:
         """D."""
         return self.num_heads * self.head_dim
 
+    def token_grid(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Tokens along (T, H, W); raises InputError for latents that do not fit."""
+        frames, *sides = latent_shape
+        if frames != 1:
+            raise InputError(
+                f"Stable Diffusion 3 makes images: latents must be (B, C, 1, H, W), got {frames} "
+                "frames; choose a video model, or images"
+            )
+        patch, most = self.patch_size, self.max_positions
+        grid = token_grid(latent_shape, (1, patch, patch))
+        if max(grid) > most:
+            raise InputError(
+                f"latents of {tuple(sides)} are {grid[1:]} tokens along height and width; this "
+                f"model takes up to {most} along each, {patch * most} latents"
+            )
+        return grid
+
     def build(self) -> SD3:
         return SD3(self)
 
@@ -164,21 +181,8 @@ class SD3(nn.Module):
         return self._run(x, t, c, rows, layers)[0]
 
     def token_grid(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Tokens along (T, H, W); raises InputError for latents that do not fit."""
-        frames, *sides = latent_shape
-        if frames != 1:
-            raise InputError(
-                f"Stable Diffusion 3 makes images: latents must be (B, C, 1, H, W), got {frames} "
-                "frames; choose a video model, or images"
-            )
-        patch, most = self.config.patch_size, self.config.max_positions
-        grid = token_grid(latent_shape, (1, patch, patch))
-        if max(grid) > most:
-            raise InputError(
-                f"latents of {tuple(sides)} are {grid[1:]} tokens along height and width; this "
-                f"model takes up to {most} along each, {patch * most} latents"
-            )
-        return grid
+        """As of its config."""
+        return self.config.token_grid(latent_shape)
 
     def block_list(self) -> list[JointBlock]:
         """The transformer blocks in order."""
@@ -502,7 +506,9 @@ def _stability(repo: str, num_steps: int, cfg_scale: float) -> PretrainedEntry:
         license="stabilityai-ai-community",
         source="Stability AI; arXiv 2403.03206",
         codec="sd3_vae",
+        compression=(1, 8, 8),
         text_encoder="sd3",
+        text_tokens=77 + 256,  # CLIP's and T5's
         gated=True,
         sample=SampleInfo(frames=1, height=1024, width=1024, fps=1),
         sampling=SamplingInfo(num_steps=num_steps, cfg_scale=cfg_scale, timestep_shift=3.0),

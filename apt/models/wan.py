@@ -96,6 +96,19 @@ class WanConfig:
         if self.time_dim < 2 or self.time_dim % 2:
             raise ConfigError(f"time_dim must be even, sines and cosines, got {self.time_dim}")
 
+    def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Tokens along (T, H, W).
+
+        Raises InputError if the patch size does not divide, or for more than `max_positions`.
+        """
+        grid = token_grid(latent_shape, self.patch_size)
+        if max(grid) > self.max_positions:
+            raise InputError(
+                f"latents of {latent_shape} are {grid} tokens along time, height and width; this "
+                f"model takes up to {self.max_positions} along each"
+            )
+        return grid
+
     def build(self) -> Wan:
         return Wan(self)
 
@@ -193,17 +206,8 @@ class Wan(KeepsFloat32):
         return self._run(x, t, c, rows, layers)[0]
 
     def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Tokens along (T, H, W).
-
-        Raises InputError if the patch size does not divide, or for more than `max_positions`.
-        """
-        grid = token_grid(latent_shape, self.config.patch_size)
-        if max(grid) > self.config.max_positions:
-            raise InputError(
-                f"latents of {latent_shape} are {grid} tokens along time, height and width; this "
-                f"model takes up to {self.config.max_positions} along each"
-            )
-        return grid
+        """As of its config."""
+        return self.config.token_grid(latent_shape)
 
     def block_list(self) -> list[WanBlock]:
         """The transformer blocks in order."""
@@ -427,10 +431,13 @@ def _wide(x: Tensor) -> Tensor:
 def _published(
     repo: str, sample: SampleInfo, sampling: SamplingInfo, **options: Any
 ) -> PretrainedEntry:
-    parts = {"codec": "wan_vae", "text_encoder": "umt5", "license": "Apache-2.0"}
+    parts = {"codec": "wan_vae", "compression": (4, 8, 8)}
     return PretrainedEntry(
         repo=repo,
+        license="Apache-2.0",
         source="Wan team, arXiv 2503.20314",
+        text_encoder="umt5",
+        text_tokens=512,
         sample=sample,
         sampling=sampling,
         **{**parts, **options},
@@ -474,6 +481,7 @@ def wan21_t2v_14b() -> WanConfig:
             SampleInfo(frames=121, height=704, width=1280, fps=24),
             _SAMPLING_720P,
             codec="wan2.2_vae",
+            compression=(4, 16, 16),
             note="text to video; a given first frame needs timesteps per token",
         )
     },

@@ -176,6 +176,17 @@ def _q_and_k(
     torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
 
 
+def _queries(
+    point: Point, *, across_heads: bool = False, half: bool = False, rope: bool = True
+) -> None:
+    """Queries alone, whose keys have another length, as in cross-attention."""
+    heads = (point.width // 128, 128) if across_heads else (2, point.width)
+    x, weight = point.empty(_BATCH, _LENGTH, *heads), point.empty(point.width)
+    cos, sin = torch.empty(2, _LENGTH, heads[1] // 2).unbind() if rope else (None, None)
+    (output,) = qk_norm_rope.norm_rope([x], [weight], cos, sin, 1e-6, across_heads, half)
+    output.backward(torch.empty_like(output))
+
+
 def _rmsprop(point: Point, *, ema: bool) -> None:
     param, grad = (torch.empty(point.width, dtype=point.dtype) for _ in range(2))
     square_avg, average = torch.empty(2, point.width)
@@ -274,6 +285,31 @@ CASES = (
         name="qk_norm_rope, no weights",
         call=lambda p: _q_and_k(p, affine=False),
         points=points((128,), BF16),
+    ),
+    Case(
+        name="qk_norm_rope per head, not rotated",
+        call=lambda p: _q_and_k(p, rope=False),
+        points=points((64,), BF16),
+    ),
+    Case(
+        name="norm_rope per head",
+        call=_queries,
+        points=points(HEADS, BF16) + points((128,), FP32, FP16),
+    ),
+    Case(
+        name="norm_rope per head, half layout",
+        call=lambda p: _queries(p, half=True),
+        points=points((128,), BF16),
+    ),
+    Case(
+        name="norm_rope per head, not rotated",
+        call=lambda p: _queries(p, rope=False),
+        points=points((64, 128), BF16),
+    ),
+    Case(
+        name="norm_rope across heads, not rotated",
+        call=lambda p: _queries(p, across_heads=True, rope=False),
+        points=points(ACROSS_HEADS, BF16),
     ),
     # The width is that of one parameter: its size does not reach the code
     Case(

@@ -17,10 +17,15 @@ from apt.bench.dit import (
     default_variants,
     fill_zeros,
     measure_dit,
+    usual_workload,
 )
 from apt.bench.machine import describe_machine
+from apt.bench.tables import real_time
 from apt.bench.timing import HostClock
 from apt.errors import InputError
+from apt.models import MODELS, TEXT_ENCODERS
+from apt.models.sd3 import SD3Config
+from apt.models.wan import WanConfig
 
 CPU = torch.device("cpu")
 DIGITS = Workload(
@@ -36,9 +41,9 @@ EAGER = Variant(kernels="reference")
 CEILINGS = Ceilings(copy_gb_s=10.0, matmul_tflops=0.1)
 
 
-def measure(*variants: Variant, split: bool = False):
+def measure(*variants: Variant, workload: Workload = DIGITS, split: bool = False):
     return measure_dit(
-        DIGITS, variants, device=CPU, clock=HostClock(), ceilings=CEILINGS, rounds=3, split=split
+        workload, variants, device=CPU, clock=HostClock(), ceilings=CEILINGS, rounds=3, split=split
     )
 
 
@@ -47,7 +52,7 @@ def measure(*variants: Variant, split: bool = False):
     [(49, 720, 1280, 46_800), (49, 480, 832, 20_280), (1, 1024, 1024, 4096)],
 )
 def test_tokens_of_the_papers_sizes(frames, height, width, tokens):
-    workload = Workload(model="apt_8b", frames=frames, height=height, width=width)
+    workload = usual_workload("apt_8b", frames=frames, height=height, width=width)
     t, h, w = workload.latent_shape()
     assert t * (h // 2) * (w // 2) == tokens
 
@@ -65,12 +70,49 @@ def test_tokens_of_the_papers_sizes(frames, height, width, tokens):
 )
 def test_sizes_that_do_not_fit(change, message):
     with pytest.raises(InputError, match=message):
-        Workload(**{"model": "apt_8b", "frames": 49, "height": 720, "width": 1280} | change)
+        usual_workload(**{"model": "apt_8b"} | change)
 
 
-def test_a_model_whose_work_is_not_counted_is_refused():
-    with pytest.raises(InputError, match=r"wan2.1_t2v_1.3b is no MMDiT"):
-        Workload(model="wan2.1_t2v_1.3b", frames=49, height=480, width=832)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "wan2.2_ti2v_5b", "height": 712}, "712x1280 is not a multiple .*, 16x16"),
+        ({"model": "wan2.1_t2v_14b", "height": 728}, "latent height 91 is not a multiple of the"),
+        ({"model": "wan2.1_t2v_14b", "text_tokens": 513}, "up to 512 text tokens, got 513"),
+        ({"model": "sd3.5_large", "frames": 5}, "makes images: .*got 5 frames"),
+        ({"model": "sd3.5_large", "width": 4096}, "takes up to 192 along each, 384 latents"),
+    ],
+)
+def test_what_a_public_model_cannot_take(change, message):
+    with pytest.raises(InputError, match=message):
+        usual_workload(**change)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "latents", "text", "fps"),
+    [
+        ("wan2.1_t2v_1.3b", "81x480x832", (21, 60, 104), 512, 16),
+        ("wan2.2_t2v_a14b", "81x720x1280", (21, 90, 160), 512, 16),
+        ("wan2.2_ti2v_5b", "121x704x1280", (31, 44, 80), 512, 24),  # a VAE of 16x16 pixels
+        ("sd3.5_medium", "1x1024x1024", (1, 128, 128), 333, 1),
+        ("apt_8b", "49x720x1280", (13, 90, 160), 256, 24),
+        ("mmdit_digits", "9x32x32", (3, 8, 8), 32, 24),
+    ],
+)
+def test_what_a_model_is_usually_given(model, size, latents, text, fps):
+    workload = usual_workload(model)
+    assert (workload.size, workload.latent_shape()) == (size, latents)
+    assert (workload.text_tokens, workload.fps) == (text, fps)
+
+
+def test_lengths_of_text_are_those_of_the_text_encoders():
+    for name in MODELS.names():
+        for published in MODELS.pretrained(name).values():
+            encoder = TEXT_ENCODERS.get(published.text_encoder)()
+            clip = 77 if published.text_encoder == "sd3" else 0  # before T5's tokens
+            assert published.text_tokens == encoder.max_length + clip
+            config = MODELS.get(name)()
+            assert getattr(config, "text_length", published.text_tokens) == published.text_tokens
 
 
 def test_gates_are_not_left_at_zero():
@@ -89,10 +131,70 @@ def test_weights_are_made_in_their_own_type():
     assert network().isfinite().all()
 
 
+TINY_WAN = WanConfig(
+    in_channels=4, hidden_size=24, depth=2, num_heads=2, mlp_size=20, text_dim=10, text_length=9,
+    time_dim=16,
+)  # fmt: skip
+TINY_SD3 = SD3Config(
+    in_channels=4, depth=3, num_heads=2, head_dim=8, text_dim=20, pooled_dim=6, max_positions=8,
+    dual_attention_layers=(0,),
+)  # fmt: skip
+
+
+@pytest.fixture(params=["wan_tiny", "sd3_tiny"])
+def public(request, monkeypatch) -> Workload:
+    """A family of public checkpoints, at a size that a test can run."""
+    config, frames, compression = {
+        "wan_tiny": (TINY_WAN, 5, (4, 8, 8)),
+        "sd3_tiny": (TINY_SD3, 1, (1, 8, 8)),
+    }[request.param]
+    monkeypatch.setitem(MODELS._builders, request.param, lambda: config)
+    monkeypatch.setitem(MODELS._pretrained, request.param, {})
+    return Workload(
+        model=request.param,
+        frames=frames,
+        height=32,
+        width=48,
+        text_tokens=7,
+        compression=compression,
+        dtype="float32",
+        fps=16,
+    )
+
+
+def test_public_families_are_measured(public):
+    variants = EAGER, Variant(kernels="reference", attention="_native_math")
+    for found in measure(*variants, workload=public, split=True):
+        assert found.status == "measured", found.reason
+        assert found.metrics["tokens"] == (12 if public.frames == 5 else 6)
+        assert found.metrics["difference"] < 1e-5
+        assert min(found.metrics[f"{part}_ms"] for part in ("attention", "linear")) > 0
+        clip = 5 / 16 if public.frames == 5 else None
+        expected = "" if clip is None else f"{found.median_ms / 1e3 / clip:.2f}"
+        assert real_time(found) == expected
+
+
+@pytest.mark.parametrize("public", ["wan_tiny"], indirect=True)
+def test_what_a_model_keeps_in_fp32_is_fp32(public):
+    network = RandomNetwork(replace(public, dtype="bfloat16"), CPU)
+    cast = TINY_WAN.build().to(torch.bfloat16)
+    types = {name: p.dtype for name, p in cast.named_parameters()}
+    assert set(types.values()) == {torch.bfloat16, torch.float32}
+    assert {name: p.dtype for name, p in network.backbone.named_parameters()} == types
+    assert network().isfinite().all()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_public_families_agree(public):
+    eager, compiled = measure(*default_variants(CPU), workload=public)
+    assert eager.status == compiled.status == "measured", compiled.reason
+    assert compiled.metrics["difference"] < 1e-5
+
+
 def test_a_model_that_does_not_fit_is_refused_before_it_is_built(monkeypatch):
     small = replace(describe_machine(CPU), memory_gb=8)
     monkeypatch.setattr("apt.bench.dit.describe_machine", lambda device: small)
-    workload = Workload(model="apt_8b", frames=1, height=64, width=64)
+    workload = usual_workload("apt_8b", frames=1, height=64, width=64)
     with pytest.raises(InputError, match=r"apt_8b take 15 GB in bfloat16, cpu has 8 GB; .*--floor"):
         RandomNetwork(workload, CPU)
 

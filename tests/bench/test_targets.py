@@ -30,7 +30,8 @@ def test_the_committed_targets():
     assert set(targets.policies) == {"cuda", "cpu"}
     fused = {name for name in OPS if fnmatch(name, by_name[forward].where["op"])}
     assert fused == {
-        "modulated_norm", "residual_modulated_norm", "qk_norm_rope", "joint_qk_norm_rope",
+        "modulated_norm", "residual_modulated_norm",
+        "norm_rope", "qk_norm_rope", "joint_qk_norm_rope",
     }  # fmt: skip
     for budget in targets.budgets:
         assert all("H100" in name or "H200" in name for name in budget.devices)

@@ -29,6 +29,16 @@ def test_an_image_has_no_real_time_and_no_papers_figure():
     assert "attention by" not in text  # published rates are of another chip
 
 
+def test_the_floor_of_a_public_model_is_at_its_own_sizes():
+    options = ("--frames", "81", "--height", "480", "--width", "832")
+    text = invoke(
+        "bench", "dit", "--model", "wan2.1_t2v_1.3b", "--floor", "--gpu", "h100", *options
+    ).stdout
+    assert "32,760 tokens and 512 of text, 283 TFLOP" in text
+    assert "Real time: 5.06 s at 16 frames per second" in text
+    assert "Table 8" not in text
+
+
 DIGITS = (
     "bench", "dit", "--model", "mmdit_digits", "--frames", "9", "--height", "32", "--width", "32",
     "--compression", "4", "4", "4", "--dtype", "float32", "--device", "cpu", "--rounds", "3",
@@ -70,7 +80,12 @@ def test_kernels_here():
         (("dit", "--floor", "--gpu", "h100", "--dtype", "float32"), "take --dtype bfloat16"),
         (("dit", "--floor", "--gpu", "h1000"), "unknown GPU 'h1000'; choose from: a100, h100"),
         (("dit", "--floor", "--gpu", "h100", "--frames", "48"), "48 frames are not 4k + 1"),
-        (("dit", "--floor", "--gpu", "h100", "--height", "728"), "no multiple of the patch"),
+        (("dit", "--floor", "--gpu", "h100", "--height", "728"), "not a multiple of the patch, 2"),
+        (("dit", "--model", "sd3.5_large", "--frames", "5"), "Stable Diffusion 3 makes images"),
+        (
+            ("dit", "--model", "wan2.1_t2v_1.3b", "--text-tokens", "600"),
+            "takes up to 512 text tokens, got 600",
+        ),
         (("dit", "--floor", "--gpu", "h100", "--model", "apt_9b"), "apt_9b"),
         (("dit", "--model", "apt_9b"), "apt_9b"),
         (("dit", "--rounds", "2"), "at least 3 rounds, got 2"),

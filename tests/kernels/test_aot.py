@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from apt.kernels.backends import OPS
 from benchmarks.aot.build import Row
-from benchmarks.aot.cases import accepted_spill
+from benchmarks.aot.cases import CASES, accepted_spill
 from benchmarks.aot.gate import differences, problems
 from benchmarks.aot.sass import Code, read_code
 from benchmarks.aot.table import read_table, record_of
@@ -45,6 +46,20 @@ def test_all_kernels_are_as_recorded():
 def test_all_kernels_with_another_triton(version):
     result = run("-m", "benchmarks.aot", "--check", "--triton", version)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+
+
+def test_every_fused_op_has_a_case():
+    # A case is called as its op, or its class, and what is special
+    compiled = {case.name.replace(",", "").split()[0].lower() for case in CASES}
+    fused = [op for op, backends in OPS.items() if "triton" in backends]
+    assert [op for op in fused if not {op, op.replace("_", "")} & compiled] == []
+
+
+def test_recorded_tables_have_every_case():
+    cases = {case.name for case in CASES}
+    for path in tables():
+        table = read_table(path.stem.removeprefix("aot_triton_"))
+        assert table and {key.split(" | ")[1] for key in table} == cases, path.name
 
 
 def test_kernels_that_break_the_rules_are_seen():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,80 @@ def test_no_gpu_and_no_interpreter(triton):
     with pytest.raises(InputError, match="'triton' cannot run: needs a CUDA GPU"):
         modulated_norm(x, x[:, 0], x[:, 0], backend="triton")
     with pytest.raises(InputError, match="needs a CUDA GPU"), kernel_backend("triton"):
+        pass
+
+
+TURING, AMPERE, HOPPER = (7, 5), (8, 0), (9, 0)
+
+
+@pytest.fixture
+def gpus(triton):
+    """A machine with GPUs of these compute capabilities, which need not be here: no kernel runs."""
+
+    def install(*capabilities: tuple[int, int], current: int = 0) -> None:
+        def capability(index: int | None = None) -> tuple[int, int]:
+            return capabilities[current if index is None else index]
+
+        triton.delenv("TRITON_INTERPRET", raising=False)
+        triton.setattr(torch.cuda, "is_available", lambda: True)
+        triton.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        triton.setattr(torch.cuda, "get_device_capability", capability)
+
+    return install
+
+
+def on_gpu(index: int) -> Any:
+    """What the choice reads of a tensor."""
+    return SimpleNamespace(
+        device=torch.device("cuda", index),
+        is_cuda=True,
+        dtype=torch.float32,
+        is_floating_point=lambda: True,
+    )
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_gpu_of_the_tensors_is_asked_whichever_is_current(gpus, current):
+    gpus(TURING, HOPPER, current=current)
+    old, new = on_gpu(0), on_gpu(1)
+    assert resolve_backend(OP, None, [old]) == "reference"
+    assert resolve_backend(OP, None, [new]) == "triton"
+    assert resolve_backend(OP, "triton", [new]) == "triton"
+    message = r"cannot run: needs compute capability 8\.0, found 7\.5 \(cuda:0\)"
+    with pytest.raises(InputError, match=message):
+        resolve_backend(OP, "triton", [old])
+    with pytest.raises(InputError, match="one device, got cuda:0, cuda:1"):
+        resolve_backend(OP, "triton", [new, old])
+    with pytest.raises(InputError, match="takes CUDA tensors, got cpu"):
+        resolve_backend(OP, "triton", [torch.zeros(1)])
+    with kernel_backend("triton"):  # one of the two can run it
+        assert resolve_backend(OP, None, [new]) == "triton"
+        with pytest.raises(InputError, match=message):
+            resolve_backend(OP, None, [old])
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "available", "said"),
+    [
+        ([HOPPER, AMPERE], True, "triton 3.7.1"),
+        ([HOPPER, TURING], True, "triton 3.7.1, but not on 7.5 (cuda:1)"),
+        ([TURING, HOPPER], True, "triton 3.7.1, but not on 7.5 (cuda:0)"),
+        (
+            [TURING, (7, 0)],
+            False,
+            "needs compute capability 8.0, found 7.5 (cuda:0), 7.0 (cuda:1)",
+        ),
+    ],
+)
+def test_the_table_speaks_of_all_gpus(gpus, capabilities, available, said):
+    gpus(*capabilities)
+    rows = [row for row in kernel_status() if row.name.endswith("/triton")]
+    assert {(row.available, row.reason) for row in rows} == {(available, said)}
+
+
+def test_no_gpu_is_new_enough(gpus):
+    gpus(TURING)
+    with pytest.raises(InputError, match=r"found 7\.5"), kernel_backend("triton"):
         pass
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -311,6 +312,94 @@ def test_transposed_parameters_take_the_reference_unless_the_kernel_is_named():
     fused(ours).step()
     fused(theirs, "reference").step()
     torch.testing.assert_close(ours, theirs)
+
+
+def one_of_each_kind() -> list[nn.Parameter]:
+    """What the kernel takes, what it cannot take (transposed; fp64), and what it takes again."""
+    generator = torch.Generator().manual_seed(0)
+    transposed = torch.randn(6, 5, generator=generator).t()
+    return [
+        nn.Parameter(torch.randn(30, generator=generator).to(DEVICE)),
+        nn.Parameter(transposed.to(DEVICE)),
+        nn.Parameter(torch.randn(7, generator=generator, dtype=torch.float64).to(DEVICE)),
+        nn.Parameter(torch.randn(4, 3, generator=generator).to(DEVICE, torch.bfloat16)),
+    ]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its fake GPUs are two, and must not be here")
+def test_one_parameter_that_the_kernel_cannot_take_leaves_the_others_theirs(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # of a GPU that need not be here
+        params = [
+            nn.Parameter(torch.zeros(30, device="cuda:0")),
+            nn.Parameter(torch.zeros(6, 5, device="cuda:0").t()),
+            nn.Parameter(torch.zeros(7, device="cuda:0", dtype=torch.float64)),
+            nn.Parameter(torch.zeros(12, device="cuda:0", dtype=torch.bfloat16)),
+            nn.Parameter(torch.zeros(12, device="cuda:1")),
+            nn.Parameter(torch.zeros(12)),
+            nn.Parameter(torch.zeros(5, device="cuda:0")),
+        ]
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer = fused(params, None, ema=averages(params[:-1]), ema_decay=0.5)
+        parts = optimizer._parts(optimizer.param_groups[0])
+    numbers = {id(p): number for number, p in enumerate(params)}
+    found = {tuple(numbers[id(row.param)] for row in part.rows): part.backend for part in parts}
+    assert found == {
+        (0, 3): "triton",
+        (1,): "reference",  # not contiguous
+        (2,): "reference",  # fp64
+        (4,): "triton",  # another device: a launch of its own
+        (5,): "reference",  # the host's
+        (6,): "triton",  # no average
+    }
+
+
+@pytest.mark.parametrize("with_ema", [True, False])
+def test_a_mixed_group_steps_as_the_reference_does(monkeypatch, with_ema):
+    """Kernel and reference side by side, chosen as on a GPU but run where this test is."""
+    pytest.importorskip("triton")
+    chosen = []
+
+    def as_on_a_gpu(op, backend, tensors, limit):
+        name = "reference" if backend == "reference" or limit else "triton"
+        chosen.append(name)
+        return name
+
+    monkeypatch.setattr("apt.kernels.fused_rmsprop.resolve_backend", as_on_a_gpu)
+    results = []
+    for backend in (None, "reference"):
+        params = one_of_each_kind()
+        ema = averages(params) if with_ema else {}
+        optimizer = fused(params, backend, ema=ema, ema_decay=0.9)
+        for update in range(2):
+            give_gradients(params, update)
+            optimizer.step()
+        assert [int(optimizer.state[p]["step"]) for p in params] == [2] * 4
+        squares = [optimizer.state[p]["square_avg"] for p in params]
+        results.append((params, squares, list(ema.values())))
+    assert chosen == ["triton", "reference", "reference"] * 2 + ["reference"] * 6
+    for column in zip(*results, strict=True):
+        for p, ours, reference in zip(params, *column, strict=False):
+            # An average follows the parameter as it is rounded, by the interpreter to zero
+            tolerance = 3e-2 if p.dtype == torch.bfloat16 else 2e-5
+            torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
+
+
+def test_a_named_kernel_that_cannot_run_changes_nothing():
+    pytest.importorskip("triton")
+    params = one_of_each_kind()
+    before = [p.detach().clone() for p in params]
+    optimizer = fused([{"params": params[:1]}, {"params": params[1:]}])
+    give_gradients(params, 0)
+    with pytest.raises(InputError, match="takes contiguous parameters"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    for p in params:
+        assert not optimizer.state[p]["step"] and not optimizer.state[p]["square_avg"].any()
 
 
 def test_autograd_sees_that_parameters_changed():

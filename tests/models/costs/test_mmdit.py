@@ -6,14 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from apt.errors import InputError
-from apt.kernels import attention_backend
 from apt.kernels.roofline import GPUS, H100_ATTENTION_TFLOPS, Rates
 from apt.models.conditions import TextCondition
 from apt.models.costs import dit_cost
 from apt.models.mmdit import MMDiTConfig, apt_8b
+from tests.models.costs.flops import counted_by_torch, flops_of
 
 SMALL = MMDiTConfig(in_channels=4, hidden_size=48, depth=3, num_heads=4, text_dim=20)
 
@@ -34,28 +32,19 @@ def test_flops_are_those_that_torch_counts(config):
     x = torch.randn(batch, 4, 2, 4, 6)
     pooled = torch.randn(batch, config.pooled_dim) if config.pooled_dim else None
     condition = TextCondition(torch.randn(batch, text, 20), None, pooled)
-    model = config.build()
-    # torch counts no attention kernel of the CPU, but the products of the plain one
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), attention_backend("_native_math"), counter:
-        model(x, torch.rand(batch), condition)
-    counts = counter.get_flop_counts()["Global"]
-    attention = counts[torch.ops.aten.bmm]
+    counted = counted_by_torch(config.build(), x, torch.rand(batch), condition)
     cost = dit_cost(config, batch, (2, 4, 6), text_tokens=text, dtype=torch.float32)
-    assert cost.total.attention.flops == attention
-    assert cost.total.linear.flops == sum(counts.values()) - attention
-    assert cost.flops == counter.get_total_flops()
+    assert flops_of(cost) == counted
+    assert cost.flops == sum(counted)
 
 
 def test_shared_rows_are_computed_once():
     counts = [dit_cost(SMALL, 3, (2, 4, 6), num_rows=rows).ends.linear.flops for rows in (None, 1)]
     x, rows = torch.randn(3, 4, 2, 4, 6), torch.zeros(3, dtype=torch.int64)
     condition = TextCondition(torch.randn(1, 256, 20))
-    model, counter = SMALL.build(), FlopCounterMode(display=False)
-    with torch.no_grad(), attention_backend("_native_math"), counter:
-        model(x, torch.rand(1), condition, rows=rows)
+    counted = counted_by_torch(SMALL.build(), x, torch.rand(1), condition, rows=rows)
     assert counts[1] < counts[0]
-    assert counter.get_total_flops() == dit_cost(SMALL, 3, (2, 4, 6), num_rows=1).flops
+    assert flops_of(dit_cost(SMALL, 3, (2, 4, 6), num_rows=1)) == counted
 
 
 def test_apt_8b_at_49_frames_of_1280x720():
@@ -111,10 +100,3 @@ def test_a_floor_adds_up_its_parts():
     assert floor.attention == pytest.approx(cost.total.attention.flops / 2e9)
     assert floor.matmul == floor.linear + floor.attention
     assert floor.matmul < floor.total_fused < floor.total
-
-
-def test_wrong_sizes_raise():
-    with pytest.raises(InputError, match="patch"):
-        dit_cost(SMALL, 1, (2, 5, 6))
-    with pytest.raises(InputError, match="batch"):
-        dit_cost(SMALL, 0, (2, 4, 6))

@@ -1,0 +1,101 @@
+"""The cost of one forward pass: its blocks, what is around them, and the floor in time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from apt.kernels.costs import OpCost
+from apt.kernels.roofline import Rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """The three kinds of work in a block.
+
+    Attributes:
+        linear: matrix products, and the convolution that makes patches tokens.
+        attention: softmax attention.
+        elementwise: everything else as the models run it with `apt.kernels`, one pass for an op.
+        elementwise_fused: what is left to move if all that can be fused is: GELU, gated adds,
+            copies and the layout of q, k and v cost no pass of their own.
+    """
+
+    linear: OpCost = field(default_factory=OpCost)
+    attention: OpCost = field(default_factory=OpCost)
+    elementwise: OpCost = field(default_factory=OpCost)
+    elementwise_fused: OpCost = field(default_factory=OpCost)
+
+    def __add__(self, other: LayerCost) -> LayerCost:
+        return LayerCost(
+            linear=self.linear + other.linear,
+            attention=self.attention + other.attention,
+            elementwise=self.elementwise + other.elementwise,
+            elementwise_fused=self.elementwise_fused + other.elementwise_fused,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """Seconds of one forward pass at given rates, one kind of work after the other.
+
+    Attributes:
+        linear, attention: rooflines of matrix products and attention.
+        elementwise, elementwise_fused: traffic, as in `LayerCost`.
+    """
+
+    linear: float
+    attention: float
+    elementwise: float
+    elementwise_fused: float
+
+    @property
+    def matmul(self) -> float:
+        """Matrix products and attention alone: the floor of any implementation in this type."""
+        return self.linear + self.attention
+
+    @property
+    def total(self) -> float:
+        """With every op of `apt.kernels` at full bandwidth, nothing overlapped."""
+        return self.matmul + self.elementwise
+
+    @property
+    def total_fused(self) -> float:
+        """With all that can be fused."""
+        return self.matmul + self.elementwise_fused
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTCost:
+    """One forward pass.
+
+    Attributes:
+        batch, visual_tokens, text_tokens: B, L and S.
+        layers: one cost for each block.
+        ends: embeddings, modulation that all blocks share, and the output layer.
+    """
+
+    batch: int
+    visual_tokens: int
+    text_tokens: int
+    layers: tuple[LayerCost, ...]
+    ends: LayerCost
+
+    @property
+    def total(self) -> LayerCost:
+        return sum(self.layers, self.ends)
+
+    @property
+    def flops(self) -> int:
+        """Of matrix products and attention: what a "TFLOP" of a model means."""
+        return self.total.linear.flops + self.total.attention.flops
+
+    def floor(self, rates: Rates) -> Floor:
+        """How fast a machine of these rates could be."""
+        total = self.total
+        parts = [*self.layers, self.ends]
+        return Floor(
+            linear=sum(rates.seconds(part.linear) for part in parts),
+            attention=sum(rates.attention_seconds(part.attention) for part in parts),
+            elementwise=rates.seconds(total.elementwise),
+            elementwise_fused=rates.seconds(total.elementwise_fused),
+        )

@@ -1,0 +1,88 @@
+"""The cost of `MMDiT.forward`."""
+
+from __future__ import annotations
+
+import math
+
+from apt.kernels.costs import OpCost
+from apt.models.costs.counting import Counter, Sizes
+from apt.models.costs.forward import DiTCost, LayerCost
+from apt.models.mmdit import MMDiTConfig
+
+
+def mmdit_cost(config: MMDiTConfig, sizes: Sizes) -> DiTCost:
+    """Raises InputError for latents that the patch size does not divide."""
+    length = math.prod(config.token_grid(sizes.latent_shape))
+    counter = Counter(sizes=sizes, width=config.hidden_size, heads=config.num_heads, norm="rms")
+    return DiTCost(
+        batch=sizes.batch,
+        visual_tokens=length,
+        text_tokens=sizes.text_tokens,
+        layers=tuple(_layer(counter, config, length, number) for number in range(config.depth)),
+        ends=_ends(counter, config, length),
+    )
+
+
+def _layer(counter: Counter, config: MMDiTConfig, length: int, number: int) -> LayerCost:
+    sizes, d = counter.sizes, config.hidden_size
+    text, last = sizes.text_tokens, number == config.depth - 1
+    dual = config.num_dual_blocks is None or number < config.num_dual_blocks
+    queries = length + (0 if last else text)
+    cost = LayerCost(attention=counter.attention(queries, length + text))
+    mlp = int(d * config.mlp_ratio)
+    cost += _stream(counter, length, mlp=mlp, projected=3, normed=2, rope=True)
+    if text:
+        # Behind the last block nothing reads text: weights that it shares make its q all the same,
+        # but only k is normalised
+        cost += _stream(
+            counter, text, mlp=None if last else mlp, projected=2 if last and dual else 3,
+            normed=1 if last else 2, rope=False,
+        )  # fmt: skip
+    if config.modulation == "block":
+        streams = 2 if dual else 1
+        cost += LayerCost(linear=streams * counter.linear(sizes.rows, d, 6 * d))
+    return cost
+
+
+def _stream(
+    counter: Counter, length: int, *, mlp: int | None, projected: int, normed: int, rope: bool
+) -> LayerCost:
+    """One modality in a block: q, k and v, as far as `projected` and `normed` say.
+
+    Without an MLP nothing comes after attention.
+    """
+    batch, d = counter.sizes.batch, counter.width
+    tokens = batch * length
+    norm = counter.modulated_norm(length)
+    qk = {
+        copied: counter.head_norms(batch, length, tensors=normed, rope=rope, copied=copied)
+        for copied in (0, 1)
+    }
+    linear = counter.linear(tokens, d, projected * d)
+    if mlp is None:
+        return LayerCost(linear=linear, elementwise=norm + qk[1], elementwise_fused=norm + qk[0])
+    boundary = counter.boundary(length)
+    return counter.mlp(length, mlp) + LayerCost(
+        linear=linear + counter.linear(tokens, d, d),
+        elementwise=norm + qk[1] + boundary + counter.gated_add(length),
+        # The gated add and the next norm are one boundary
+        elementwise_fused=2 * boundary + qk[0],
+    )
+
+
+def _ends(counter: Counter, config: MMDiTConfig, length: int) -> LayerCost:
+    sizes, d = counter.sizes, config.hidden_size
+    patch = config.in_channels * math.prod(config.patch_size)
+    tokens, rows, linear = sizes.batch * length, sizes.rows, counter.linear
+    products = linear(tokens, patch, d) + linear(tokens, d, patch)
+    products += linear(rows * sizes.text_tokens, config.text_dim, d)
+    products += linear(rows, 256, d) + linear(rows, d, d)
+    if config.pooled_dim:
+        products += linear(rows, config.pooled_dim, d) + linear(rows, d, d)
+    if config.modulation == "shared":
+        products += linear(rows, d, 6 * d)
+    products += linear(rows, d, 2 * d)
+    # The boundary before the last norm belongs to the last block once all is fused
+    return LayerCost(
+        linear=products, elementwise=counter.modulated_norm(length), elementwise_fused=OpCost()
+    )

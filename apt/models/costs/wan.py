@@ -1,0 +1,94 @@
+"""The cost of `Wan.forward`, with one timestep for each row."""
+
+from __future__ import annotations
+
+import math
+
+from apt.errors import InputError
+from apt.kernels.costs import OpCost
+from apt.models.costs.counting import Counter, Sizes
+from apt.models.costs.forward import DiTCost, LayerCost
+from apt.models.wan import WanConfig
+
+_FP32 = 4
+
+
+def wan_cost(config: WanConfig, sizes: Sizes) -> DiTCost:
+    """S is the length that every prompt is padded to, whatever the text encoder gives.
+
+    Raises InputError for latents that the patch size does not divide or that are too large, or text
+    that is too long.
+    """
+    if sizes.text_tokens > config.text_length:
+        raise InputError(
+            f"this model takes up to {config.text_length} text tokens, got {sizes.text_tokens}; "
+            f"it pads shorter prompts to that, so {config.text_length} is what any prompt costs"
+        )
+    length = math.prod(config.token_grid(sizes.latent_shape))
+    counter = Counter(sizes=sizes, width=config.hidden_size, heads=config.num_heads, norm="layer")
+    layer = _attention_to_itself(counter, length)
+    layer += _attention_to_text(counter, length, config.text_length)
+    layer += _mlp(counter, length, config.mlp_size)
+    return DiTCost(
+        batch=sizes.batch,
+        visual_tokens=length,
+        text_tokens=config.text_length,
+        layers=(layer,) * config.depth,
+        ends=_ends(counter, config, length),
+    )
+
+
+def _attention_to_itself(counter: Counter, length: int) -> LayerCost:
+    """The norm before it to the norm behind it."""
+    batch, d = counter.sizes.batch, counter.width
+    qk = counter.head_norms(batch, length, tensors=2, rope=True, across_heads=True)
+    boundary = counter.boundary(length, affine=True)
+    return LayerCost(
+        linear=4 * counter.linear(batch * length, d, d),
+        attention=counter.attention(length, length),
+        elementwise=counter.modulated_norm(length) + qk + boundary,
+        # The first norm is a boundary with the MLP of the block before
+        elementwise_fused=qk + boundary,
+    )
+
+
+def _attention_to_text(counter: Counter, length: int, text: int) -> LayerCost:
+    """Keys and values are projected once for each row; then the norm behind."""
+    sizes, d = counter.sizes, counter.width
+    norms = counter.head_norms(sizes.batch, length, tensors=1, rope=False, across_heads=True)
+    norms += counter.head_norms(sizes.rows, text, tensors=1, rope=False, across_heads=True)
+    boundary = counter.boundary(length)
+    shared = sizes.rows < sizes.batch  # samples get copies of their row's keys and values
+    copies = counter.copies(2 * sizes.batch * text) if shared else OpCost()
+    return LayerCost(
+        linear=2 * counter.linear(sizes.batch * length, d, d)
+        + 2 * counter.linear(sizes.rows * text, d, d),
+        attention=counter.attention(length, text),
+        elementwise=norms + copies + boundary,
+        elementwise_fused=norms + boundary,
+    )
+
+
+def _mlp(counter: Counter, length: int, hidden: int) -> LayerCost:
+    """With its gated add: the gate is fp32, so a sum in fp32 is written and read on the way."""
+    sums = _FP32 * counter.sizes.batch * length * counter.width
+    added = counter.gated_add(length)
+    if counter.sizes.dtype.itemsize < _FP32:
+        added += OpCost(sums, sums, 0)
+    return counter.mlp(length, hidden) + LayerCost(
+        elementwise=added, elementwise_fused=counter.boundary(length)
+    )
+
+
+def _ends(counter: Counter, config: WanConfig, length: int) -> LayerCost:
+    sizes, d = counter.sizes, config.hidden_size
+    patch = config.in_channels * math.prod(config.patch_size)
+    tokens, text, linear = sizes.batch * length, sizes.rows * config.text_length, counter.linear
+    products = linear(tokens, patch, d) + linear(tokens, d, patch)
+    products += linear(text, config.text_dim, d) + linear(text, d, d)
+    products += linear(sizes.rows, config.time_dim, d) + linear(sizes.rows, d, d)
+    products += linear(sizes.rows, d, 6 * d)
+    # The boundary before the last norm belongs to the last block once all is fused
+    return LayerCost(
+        linear=products, elementwise=counter.modulated_norm(length), elementwise_fused=OpCost()
+    )
