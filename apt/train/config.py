@@ -175,6 +175,9 @@ class AdversarialConfig:
     Attributes:
         generator: the distilled model that G starts from: built-in name, folder or Hub id.
         discriminator: the diffusion model that D's backbone starts from.
+        generator_trains: "all" of G's weights, as in the paper, or its transformer "blocks" only. A
+            small D sees little of the finest detail, and what it does not see, the gradients of the
+            output layers are noise for.
         head: registered discriminator head.
         layers: blocks that heads read, counted from 1; empty scales the paper's to the depth.
         discriminator_learning_rate: of D; 0 takes the optimizer's, as the paper does. A small batch
@@ -192,6 +195,7 @@ class AdversarialConfig:
 
     generator: str = ""
     discriminator: str = ""
+    generator_trains: Literal["all", "blocks"] = "all"
     head: str = "attention"
     layers: tuple[int, ...] = ()
     discriminator_learning_rate: float = 0.0

@@ -103,7 +103,7 @@ def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_report_shows_what_was_run_and_what_was_not(report: Path) -> None:
     text = report.read_text()
     assert "APT, 1 step | 200 | 1 |" in text
-    assert "no approximated R1 | 100 | 1 |" in text
+    assert "no regulariser | 100 | 1 |" in text
     row = next(line for line in text.splitlines() if line.startswith("| small batch"))
     assert "not run" in row
     assert "27.9 / 119.6 = 0.23 and 27.9 / 26.9 = 1.04" in text
