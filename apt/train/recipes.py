@@ -121,14 +121,15 @@ def digits_apt() -> TrainConfig:
             learning_rate=1e-4,
             betas=(0.5, 0.95),
             warmup_updates=30,
-            decay_updates=120,
+            decay_updates=80,
         ),
-        num_updates=450,
+        # Detail gains for longer, but digits are then read less often.
+        num_updates=200,
         batch_size=32,
         ema_decay=0.99,
         precision="bf16",
         checkpoint_every=50,
-        snapshot_at=(50, 100, 150, 200, 300, 400),
+        snapshot_at=(50, 100, 150, 200),
         sample_every=50,
         sample_prompts=_DIGITS_PROMPTS,
     )

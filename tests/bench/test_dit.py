@@ -34,7 +34,7 @@ DIGITS = Workload(
     height=32,
     width=32,
     text_tokens=8,
-    compression=(4, 4, 4),
+    compression=(4, 8, 8),
     dtype="float32",
 )
 EAGER = Variant(kernels="reference")
