@@ -284,5 +284,14 @@ class TrainConfig:
                 "lora.rank is for later stages: pre-training starts from random weights, which "
                 "adapters would leave as they are"
             )
+        if (
+            self.lora.rank
+            and isinstance(self.stage, AdversarialConfig)
+            and self.stage.generator_trains != "all"
+        ):
+            raise ConfigError(
+                "with lora.rank only adapters train; lora.targets says where they go, so set "
+                "stage.generator_trains to all"
+            )
         if self.optimizer.learning_rate <= 0:
             raise ConfigError(f"learning_rate must be positive, got {self.optimizer.learning_rate}")
