@@ -26,7 +26,7 @@ def test_digits_video(benchmark: BenchmarkFixture, num_steps: int, cfg_scale: fl
     with torch.device(DEVICE):
         backbone = create_model("mmdit_digits")
         encoder = create_text_encoder("bytes")
-    codec = create_codec("patchify")
+    codec = create_codec("patchify", lapped=True)
     shape = (codec.channels, *codec.latent_shape(9, 32, 32))
     condition, negative = encoder(["a red seven moving left"]), encoder([""])
     grid = sampling_timesteps(num_steps)

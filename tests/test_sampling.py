@@ -166,7 +166,7 @@ def test_guidance_by_hand(negatives: tuple[str, ...]) -> None:
     """v_neg + s (v_cond - v_neg), from two separate calls of a real backbone."""
     backbone = tiny_bundle().backbone
     condition, negative = conditions("a red seven", "a blue one moving up"), conditions(*negatives)
-    x, t = torch.randn(2, 192, 3, 8, 8), torch.tensor([0.9, 0.4])
+    x, t = torch.randn(2, 768, 3, 4, 4), torch.tensor([0.9, 0.4])
     both = negative if len(negative) == 2 else conditions(*negatives, *negatives)
     v_cond, v_negative = backbone(x, t, condition), backbone(x, t, both)
     guided = bind_guided(backbone, condition, negative, 2.5)(x, t)
@@ -181,7 +181,7 @@ def test_guidance_at_scale_1_is_the_model_itself_at_half_the_cost() -> None:
     sizes: list[int] = []
     backbone.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     condition, negative = conditions("a red seven"), conditions("blurred")
-    x, t = torch.randn(1, 192, 3, 8, 8), torch.ones(1)
+    x, t = torch.randn(1, 768, 3, 4, 4), torch.ones(1)
     unguided = bind(backbone, condition)(x, t)
     assert torch.equal(bind_guided(backbone, condition, negative, 1.0)(x, t), unguided)
     bind_guided(backbone, condition, negative, 2.0)(x, t)
@@ -198,7 +198,7 @@ def test_the_backbone_runs_in_the_conditions_dtype_and_latents_stay_fp32() -> No
     backbone = tiny_bundle().backbone
     assert isinstance(backbone, torch.nn.Module)
     condition = conditions("a red seven")
-    x, t = torch.randn(1, 192, 3, 8, 8), torch.full((1,), 0.7)
+    x, t = torch.randn(1, 768, 3, 4, 4), torch.full((1,), 0.7)
     exact = bind(backbone, condition)(x, t)
     rounded = bind(backbone.to(torch.bfloat16), condition.to(dtype=torch.bfloat16))(x, t)
     assert rounded.dtype == torch.float32

@@ -110,7 +110,7 @@ DIGITS = Workload(
     height=32,
     width=32,
     text_tokens=32,
-    compression=(4, 4, 4),
+    compression=(4, 8, 8),
     dtype="float32",
 )
 

@@ -42,7 +42,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape(name="digits", batch=16, tokens=48, heads=6, head_dim=32, dtype=torch.float32),
+        Shape(name="digits", batch=16, tokens=48, heads=4, head_dim=64, dtype=torch.float32),
         Shape(name="1024px", batch=1, tokens=64 * 64, heads=24, head_dim=128),
         Shape(name="480p", batch=1, tokens=13 * 30 * 52, heads=24, head_dim=128),
         Shape(name="720p", batch=1, tokens=13 * 45 * 80, heads=24, head_dim=128),

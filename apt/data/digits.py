@@ -36,8 +36,9 @@ Split = Literal["train", "test", "heldout"]
 
 _DIGIT_SIZE = 20
 _JITTER = 1
-_PHOTO_SCALE = 6
-_BACKGROUND_GAIN = 0.4
+_PHOTO_SCALE = 10  # 64x42 pixels: a clip shows a good part of the scene
+_BACKGROUND_GAIN = 0.45
+_CROP_STEP = 8  # pixels between places of crops: 20 backgrounds in all
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,11 @@ def _compose(random: np.random.Generator, label: Label, scans: np.ndarray) -> np
 def _background(random: np.random.Generator) -> np.ndarray:
     photos = _photos()
     photo = photos[int(random.integers(len(photos)))]
-    y = int(random.integers(photo.shape[0] - SIZE + 1))
-    x = int(random.integers(photo.shape[1] - SIZE + 1))
-    crop = photo[y : y + SIZE, x : x + SIZE]
-    return crop[:, ::-1] if random.integers(2) else crop
+    y, x = (
+        _CROP_STEP * int(random.integers((side - SIZE) // _CROP_STEP + 1))
+        for side in photo.shape[:2]
+    )
+    return photo[y : y + SIZE, x : x + SIZE]
 
 
 @lru_cache

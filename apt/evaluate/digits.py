@@ -41,6 +41,7 @@ from apt.evaluate.results import Progress as ProgressPoint
 from apt.evaluate.runs import read_loss_curve, snapshot_folders
 from apt.evaluate.samples import (
     CaptionSet,
+    Precision,
     caption_set,
     generate,
     real_for_captions,
@@ -71,6 +72,7 @@ class EvaluateConfig:
         snapshot_samples: samples of each snapshot and seed in the quality-against-updates plot.
         methods: names of the methods to measure; empty is all.
         batch_size: samples per network call.
+        precision: that networks compute in. They are trained in bf16 autocast, and are saved in it.
         cache: folder of the classifier and of slow samples; None is ``<runs>/evaluation``.
         classifier: the judge.
     """
@@ -83,7 +85,8 @@ class EvaluateConfig:
     num_reference: int = 2048
     snapshot_samples: int = 216
     methods: tuple[str, ...] = ()
-    batch_size: int = 64
+    batch_size: int = 32
+    precision: Precision = "bf16"
     cache: Path | None = None
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
@@ -166,6 +169,7 @@ def evaluate_digits(config: EvaluateConfig) -> Path:
                     method.folder(config.runs),
                     captions,
                     batch_size=config.batch_size,
+                    precision=config.precision,
                     cache=cache,
                     advance=advance,
                 )
@@ -184,6 +188,7 @@ def evaluate_digits(config: EvaluateConfig) -> Path:
         num_reference=config.num_reference,
         snapshot_samples=config.snapshot_samples,
         machine=_machine(),
+        precision=config.precision,
         classifier=accuracies,
         real=real,
         methods=results,
@@ -257,7 +262,13 @@ def _measure_snapshots(
         measurements = []
         for captions, diversity in zip(sets, diversities, strict=True):
             clips = generate(
-                APT, folder, captions, batch_size=config.batch_size, cache=cache, advance=advance
+                APT,
+                folder,
+                captions,
+                batch_size=config.batch_size,
+                precision=config.precision,
+                cache=cache,
+                advance=advance,
             )
             measurements.append(judge.measure(clips, captions, diversity))
         points.append(ProgressPoint(weights=weights, update=update, measurements=measurements))

@@ -74,7 +74,9 @@ MAIN_METHODS = (
 NO_REGULARISER = "no_r1"
 # The ablations of the recipe, by the name of their folder.
 ABLATION_LABELS = {
-    NO_REGULARISER: "no approximated R1",
+    NO_REGULARISER: "no regulariser",
+    "no_r2": "approximated R1 alone",
+    "all_layers": "all of the generator trains",
     "shallow": "shallower discriminator",
     "one_head": "one discriminator head",
     "frozen": "frozen discriminator backbone",

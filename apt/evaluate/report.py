@@ -74,7 +74,8 @@ def _how_measured(r: Results) -> str:
             f"- **Samples**: {r.num_samples} per seed for every method ({captions} training "
             f"captions, {r.samples_per_caption} of each), {len(r.seeds)} seeds "
             f"({', '.join(map(str, r.seeds))}); captions, noise and real clips change with the "
-            "seed. Figures are mean ± standard deviation over seeds, of one training run.",
+            f"seed. Networks compute in {r.precision}. Figures are mean ± standard deviation over "
+            "seeds, of one training run.",
             f"- **Reference**: {r.num_reference} real clips of handwriting that no model has "
             "seen. The rows of real clips are other clips, as many as of each method: what a "
             "perfect generator would get.",

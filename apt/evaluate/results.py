@@ -89,6 +89,7 @@ class Results:
     num_reference: int
     snapshot_samples: int
     machine: str
+    precision: str
     classifier: dict[str, Accuracy]
     real: list[MethodResult]
     methods: list[MethodResult]

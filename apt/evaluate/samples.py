@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from apt.evaluate.digits_classifier import real_clips
 from apt.evaluate.methods import Method
 from apt.pipeline import OneStepPipeline
 from apt.rng import generator_for
+
+Precision = Literal["bf16", "fp32"]
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Samplers with fewer network evaluations run again faster than their samples are worth keeping.
 _WORTH_KEEPING = 8
@@ -91,6 +95,7 @@ def generate(
     captions: CaptionSet,
     *,
     batch_size: int,
+    precision: Precision,
     cache: Path,
     advance: Callable[[int], None],
 ) -> Tensor:
@@ -100,12 +105,12 @@ def generate(
     and the captions. ``advance`` is told the number of network evaluations that are done.
     """
     labels = captions.labels
-    key = _key(method, folder, captions)
+    key = _key(method, folder, captions, precision)
     kept = cache / f"{method.name}-{captions.seed}-{key}.npy"
     if kept.is_file():
         advance(len(labels) * method.evaluations)
         return _to_float(torch.from_numpy(np.load(kept, allow_pickle=False)))
-    pipeline = OneStepPipeline.from_pretrained(folder)
+    pipeline = OneStepPipeline.from_pretrained(folder, dtype=DTYPES[precision])
     videos = []
     for start in range(0, len(labels), batch_size):
         chunk = labels[start : start + batch_size]
@@ -143,7 +148,7 @@ def _to_float(frames: Tensor) -> Tensor:
     return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def _key(method: Method, folder: Path, captions: CaptionSet) -> str:
+def _key(method: Method, folder: Path, captions: CaptionSet, precision: Precision) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
@@ -151,6 +156,7 @@ def _key(method: Method, folder: Path, captions: CaptionSet) -> str:
         method.num_steps,
         method.guided,
         captions.seed,
+        precision,
         [label.caption for label in captions.labels],
     ]
     digest.update(json.dumps(settings).encode())

@@ -65,6 +65,8 @@ _PACKAGES = {
 }
 BACKENDS = ("native", *_SDPA_KERNELS, *_PACKAGES)
 
+_PLAIN_SCORES = 256 * 256  # of one head, where the plain products are ahead
+
 # One stack for the process and not a context variable: checkpointing recomputes blocks on
 # autograd's own threads, which must see the same backend as the forward pass.
 _chosen: list[str] = []
@@ -99,6 +101,8 @@ def attention(
         return _package_attention(name, q, k, v, mask)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     attn_mask = None if mask is None else mask[:, None, None, :]
+    if name == "native" and _plain_is_faster(q, k, v):
+        return _plain_attention(q, k, v, attn_mask).transpose(1, 2)
     if name == "native":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2)
     if not torch.compiler.is_compiling():
@@ -107,6 +111,26 @@ def attention(
             raise InputError(_cannot_run(name, reason))
     with sdpa_kernel(_SDPA_KERNELS[name]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2)
+
+
+def _plain_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Short 16-bit sequences on the CPU, with gradients: torch's kernel there takes twice the time
+    of two products and a softmax, whose scores stay in cache."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[2] * k.shape[2] <= _PLAIN_SCORES
+        and torch.is_grad_enabled()
+        and (q.requires_grad or k.requires_grad or v.requires_grad)
+    )
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """The definition, on (B, H, L, Dh); scores are rounded to the inputs' dtype."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 @contextmanager

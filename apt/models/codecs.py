@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from apt.errors import InputError
+from apt.errors import ConfigError, InputError
 from apt.models.registry import CODECS
 
 
@@ -19,13 +21,23 @@ class PatchifyConfig:
     Attributes:
         temporal: frames per latent frame.
         spatial: pixels per latent along height and width.
+        lapped: blocks overlap their neighbours in height and width, by an orthogonal transform, so
+            that a block's error fades out instead of ending in a seam.
         mean, std: latent statistics of the data set; latents are (pixels - mean) / std.
     """
 
     temporal: int = 4
-    spatial: int = 4
+    spatial: int = 8
+    lapped: bool = False
     mean: float = 0.0
     std: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.lapped and self.spatial % 2:
+            raise ConfigError(
+                f"lapped blocks reach half a block into their neighbours: spatial {self.spatial} "
+                "must be even, or lapped off"
+            )
 
     def build(self) -> PatchifyCodec:
         return PatchifyCodec(self)
@@ -52,10 +64,12 @@ class PatchifyCodec(nn.Module):
             raise InputError(f"pixels must be (B, 3, T, H, W), got {tuple(pixels.shape)}")
         self.latent_shape(*pixels.shape[2:])
         r, p = self.temporal_compression, self.spatial_compression
-        first = pixels[:, :, :1].expand(-1, -1, r - 1, -1, -1)
-        blocks = torch.cat([first, pixels], dim=2)
-        latents = rearrange(blocks, "b c (t r) (h p) (w q) -> b (c r p q) t h w", r=r, p=p, q=p)
-        return (latents - self.config.mean) / self.config.std
+        values = (pixels - self.config.mean) / self.config.std
+        if self.config.lapped:
+            values = self._rows(values) @ values @ self._rows(values.mT).mT
+        first = values[:, :, :1].expand(-1, -1, r - 1, -1, -1)
+        blocks = torch.cat([first, values], dim=2)
+        return rearrange(blocks, "b c (t r) (h p) (w q) -> b (c r p q) t h w", r=r, p=p, q=p)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, T', H', W') to pixels (B, 3, T, H, W), not clipped."""
@@ -64,10 +78,12 @@ class PatchifyCodec(nn.Module):
                 f"latents must be (B, {self.channels}, T, H, W), got {tuple(latents.shape)}"
             )
         r, p = self.temporal_compression, self.spatial_compression
-        values = latents * self.config.std + self.config.mean
-        blocks = rearrange(values, "b (c r p q) t h w -> b c (t r) (h p) (w q)", r=r, p=p, q=p)
+        blocks = rearrange(latents, "b (c r p q) t h w -> b c (t r) (h p) (w q)", r=r, p=p, q=p)
         first = blocks[:, :, :r].mean(dim=2, keepdim=True)
-        return torch.cat([first, blocks[:, :, r:]], dim=2)
+        values = torch.cat([first, blocks[:, :, r:]], dim=2)
+        if self.config.lapped:
+            values = self._rows(values).mT @ values @ self._rows(values.mT)
+        return values * self.config.std + self.config.mean
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(T', H', W') for a clip; raises InputError with the nearest sizes that fit."""
@@ -82,6 +98,37 @@ class PatchifyCodec(nn.Module):
                     f"{max(size // p, 1) * p}"
                 )
         return (frames - 1) // r + 1, height // p, width // p
+
+    def _rows(self, values: Tensor) -> Tensor:
+        """The lapped basis of the last dimension but one."""
+        basis = lapped_basis(values.shape[-2], self.spatial_compression)
+        return basis.to(device=values.device, dtype=values.dtype)
+
+
+@lru_cache(maxsize=64)
+def lapped_basis(size: int, block: int) -> Tensor:
+    """Orthogonal (size, size) fp64: row b * block + k is frequency k of block b.
+
+    The modified discrete cosine transform with a sine window (Malvar 1992): each block of `block`
+    rows covers half of both neighbours too. The first and last block end at the border.
+
+    Args:
+        size: samples along the dimension, a multiple of `block`.
+        block: samples per block, even.
+    """
+    half = block // 2
+    fold = torch.eye(size, dtype=torch.float64)
+    for border in range(block, size, block):
+        for i in range(half):
+            before, after = border - 1 - i, border + i
+            angle = torch.tensor(math.pi / 4 * (1 - (2 * i + 1) / block), dtype=torch.float64)
+            fold[before, before] = fold[after, after] = angle.cos()
+            # Cosines of type IV go on evenly over the first border and oddly over the last.
+            fold[before, after] = -angle.sin()
+            fold[after, before] = angle.sin()
+    k = torch.arange(block, dtype=torch.float64) + 0.5
+    cosines = (k[:, None] * k * (math.pi / block)).cos() * math.sqrt(2 / block)
+    return torch.block_diag(*[cosines] * (size // block)) @ fold
 
 
 @CODECS.register("patchify")

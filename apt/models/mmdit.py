@@ -398,14 +398,17 @@ def position_table(grid: tuple[int, int, int], size: int, device: torch.device) 
 
 @MODELS.register("mmdit_digits")
 def mmdit_digits() -> MMDiTConfig:
-    """4 M parameters for the built-in moving digits (pixel patches)."""
+    """6 M parameters for the built-in moving digits (pixel patches)."""
     return MMDiTConfig(
-        in_channels=192,
-        hidden_size=192,
+        in_channels=768,
+        hidden_size=256,
         depth=6,
-        num_heads=6,
+        num_heads=4,
+        # The codec's blocks of pixels are the tokens.
+        patch_size=(1, 1, 1),
         text_dim=128,
         pooled_dim=128,
+        mlp_ratio=3.0,
         num_dual_blocks=1,
         prediction="sample",
         # The grid is 3x4x4: with the usual base nearly all pairs would turn by less than a degree.

@@ -55,6 +55,10 @@ class Adversarial(Stage):
             for parameter in discriminator.head_parameters():
                 parameter.requires_grad_(True)
         network = denoiser(start, config, with_text=False)
+        if stage.generator_trains == "blocks":
+            network.requires_grad_(False)
+            for block in start.backbone.block_list():
+                block.requires_grad_(True)
         rate = stage.discriminator_learning_rate or config.optimizer.learning_rate
         faster = dataclasses.replace(config.optimizer, learning_rate=rate)
         self.trained = {

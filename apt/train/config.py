@@ -175,6 +175,9 @@ class AdversarialConfig:
     Attributes:
         generator: the distilled model that G starts from: built-in name, folder or Hub id.
         discriminator: the diffusion model that D's backbone starts from.
+        generator_trains: "all" of G's weights, as in the paper, or its transformer "blocks" only. A
+            small D sees little of the finest detail, and what it does not see, the gradients of the
+            output layers are noise for.
         head: registered discriminator head.
         layers: blocks that heads read, counted from 1; empty scales the paper's to the depth.
         discriminator_learning_rate: of D; 0 takes the optimizer's, as the paper does. A small batch
@@ -192,6 +195,7 @@ class AdversarialConfig:
 
     generator: str = ""
     discriminator: str = ""
+    generator_trains: Literal["all", "blocks"] = "all"
     head: str = "attention"
     layers: tuple[int, ...] = ()
     discriminator_learning_rate: float = 0.0
@@ -279,6 +283,15 @@ class TrainConfig:
             raise ConfigError(
                 "lora.rank is for later stages: pre-training starts from random weights, which "
                 "adapters would leave as they are"
+            )
+        if (
+            self.lora.rank
+            and isinstance(self.stage, AdversarialConfig)
+            and self.stage.generator_trains != "all"
+        ):
+            raise ConfigError(
+                "with lora.rank only adapters train; lora.targets says where they go, so set "
+                "stage.generator_trains to all"
             )
         if self.optimizer.learning_rate <= 0:
             raise ConfigError(f"learning_rate must be positive, got {self.optimizer.learning_rate}")

@@ -207,7 +207,7 @@ def test_sizes_are_those_of_the_models():
     assert str(SHAPES["720p"]) == "1x46800x3072"
     assert str(SHAPES["480p"]) == "1x20280x3072"
     assert str(SHAPES["1024px"]) == "1x4096x3072"
-    assert str(SHAPES["digits"]) == "16x48x192"
+    assert str(SHAPES["digits"]) == "16x48x256"
     assert SHAPES["720p"].latent_values == 16 * 13 * 90 * 160
     assert [shape.name for shape in default_shapes(CPU)] == ["digits", "cpu"]
 

@@ -41,7 +41,7 @@ def test_the_floor_of_a_public_model_is_at_its_own_sizes():
 
 DIGITS = (
     "bench", "dit", "--model", "mmdit_digits", "--frames", "9", "--height", "32", "--width", "32",
-    "--compression", "4", "4", "4", "--dtype", "float32", "--device", "cpu", "--rounds", "3",
+    "--compression", "4", "8", "8", "--dtype", "float32", "--device", "cpu", "--rounds", "3",
 )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def test_models_tell_size_formats_licence_and_source() -> None:
         assert text in large
     for text in ("14.29 B", "Apache-2.0", "(tags high_noise, low_noise)", "arXiv 2503.20314"):
         assert text in wan
-    assert own.split()[1:4] == ["3.9", "M", "apt"]
+    assert own.split()[1:4] == ["5.8", "M", "apt"]
     assert "no published weights" in own
 
 

@@ -70,7 +70,7 @@ def test_a_saved_model_comes_back_exactly(saved: Path) -> None:
     assert loaded.info.training == {"recipe": "none"}
     assert loaded.info.model.weights == TRANSFORMER_FILE
     with torch.no_grad():
-        x, t = torch.randn(1, 192, 3, 8, 8), torch.ones(1)
+        x, t = torch.randn(1, 768, 3, 4, 4), torch.ones(1)
         outputs = [b.backbone(x, t, b.text_encoder(["a red seven"])) for b in (original, loaded)]
     assert torch.equal(*outputs)
 
@@ -283,7 +283,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path: Path) -> None:
         (lambda d: d["model"].update(architecture="mmdit_digit"), "did you mean 'mmdit_digits'"),
         (lambda d: d["model"]["config"].update(widht=2), "takes no option 'widht'"),
         (lambda d: d["model"]["config"].update(depth="2"), "'depth' must be int"),
-        (lambda d: d["codec"]["config"].update(spatial=8), "192 latent channels, the codec makes"),
+        (lambda d: d["codec"]["config"].update(spatial=4), "768 latent channels, the codec makes"),
         (lambda d: d["model"]["config"].update(num_heads=5), "cannot be built: hidden_size"),
     ],
 )

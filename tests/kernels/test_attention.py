@@ -101,6 +101,28 @@ def test_half_precision_keeps_its_type():
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-2)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.tuples(*[st.integers(1, top) for top in (3, 9, 9, 3, 8)]), st.booleans())
+def test_training_in_half_precision_has_the_gradients_of_the_explicit_softmax(size, masked):
+    # On the CPU these take another path than inference does
+    q, k, v, mask = make(*size, masked=masked, dtype=torch.bfloat16)
+    with torch.no_grad():
+        inferred = attention(q, k, v, mask=mask)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    out = attention(q, k, v, mask=mask)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, inferred, rtol=2e-2, atol=2e-2)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    expected = oracle(*wide, mask)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    torch.testing.assert_close(
+        [g.double() for g in torch.autograd.grad((out * weights).sum(), inputs)],
+        list(torch.autograd.grad((expected * weights.double()).sum(), wide)),
+        rtol=0,
+        atol=5e-2,
+    )
+
+
 def test_the_table_has_every_backend_and_says_why_not():
     rows = attention_status()
     assert [row.name for row in rows] == NAMES

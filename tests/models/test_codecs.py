@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from apt.errors import ConfigError, InputError
 from apt.models import create_codec
-from apt.models.codecs import PatchifyCodec, PatchifyConfig
+from apt.models.codecs import PatchifyCodec, PatchifyConfig, lapped_basis
 from apt.models.protocols import LatentCodec
 
 
@@ -40,13 +40,13 @@ def test_nothing_is_lost(
 def test_digits_have_the_shapes_of_a_video_vae() -> None:
     codec = create_codec("patchify")
     assert isinstance(codec, LatentCodec)
-    assert (codec.channels, codec.temporal_compression, codec.spatial_compression) == (192, 4, 4)
-    assert codec.latent_shape(9, 32, 32) == (3, 8, 8)
-    assert codec.encode(pixels(1, 3, 9, 32, 32)).shape == (1, 192, 3, 8, 8)
+    assert (codec.channels, codec.temporal_compression, codec.spatial_compression) == (768, 4, 8)
+    assert codec.latent_shape(9, 32, 32) == (3, 4, 4)
+    assert codec.encode(pixels(1, 3, 9, 32, 32)).shape == (1, 768, 3, 4, 4)
 
 
 def test_time_is_causal_and_space_is_local() -> None:
-    codec = create_codec("patchify")
+    codec = create_codec("patchify", spatial=4)
     clip = pixels(1, 3, 9, 8, 8)
     base = codec.encode(clip)
     for frame, latent in ((0, 0), (1, 1), (4, 1), (5, 2), (8, 2)):
@@ -57,7 +57,7 @@ def test_time_is_causal_and_space_is_local() -> None:
 
 
 def test_an_image_is_a_video_of_one_frame() -> None:
-    codec = create_codec("patchify")
+    codec = create_codec("patchify", spatial=4)
     clip = pixels(1, 3, 9, 8, 8)
     assert torch.equal(codec.encode(clip)[:, :, :1], codec.encode(clip[:, :, :1]))
     # What a network makes of the first frame's repeats is averaged.
@@ -65,6 +65,62 @@ def test_an_image_is_a_video_of_one_frame() -> None:
     parts = (latents * 0.5).reshape(1, 3, 4, 4, 4, 1, 2, 2).mean(dim=2)
     expected = parts.permute(0, 1, 4, 5, 2, 6, 3).reshape(1, 3, 1, 8, 8)
     torch.testing.assert_close(codec.decode(latents), expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(blocks=st.integers(1, 5), half=st.integers(1, 8))
+def test_the_lapped_basis_is_orthogonal(blocks: int, half: int) -> None:
+    size = 2 * half * blocks
+    basis = lapped_basis(size, 2 * half)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(size).double())
+
+
+def test_the_lapped_basis_is_the_mdct() -> None:
+    """The definition's windowed cosines, read backwards in time, in a block with two neighbours."""
+    m = 8
+    n, k = torch.arange(2 * m).double(), torch.arange(m).double()[:, None]
+    window = (torch.pi / (2 * m) * (n + 0.5)).sin()
+    cosine = (torch.pi / m * (n + 0.5 - m / 2) * (k + 0.5)).cos()
+    expected = torch.zeros(m, 4 * m).double()
+    expected[:, m // 2 : m // 2 + 2 * m] = (2 / m) ** 0.5 * window * cosine
+    torch.testing.assert_close(lapped_basis(4 * m, m)[m : 2 * m], expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(height=st.integers(1, 4), width=st.integers(1, 4), half=st.integers(1, 3))
+def test_lapped_latents_lose_nothing(height: int, width: int, half: int) -> None:
+    p = 2 * half
+    codec = PatchifyConfig(spatial=p, lapped=True, mean=-0.3, std=0.7).build()
+    clip = pixels(2, 3, 5, height * p, width * p)
+    latents = codec.encode(clip)
+    torch.testing.assert_close(codec.decode(latents), clip, rtol=1e-4, atol=1e-5)
+    # Orthogonal: white noise in latents is white noise in pixels, and errors keep their size.
+    repeats = torch.tensor([4.0, 1.0]).view(1, 1, 2, 1, 1)
+    energy = (latents**2 / repeats).sum()
+    torch.testing.assert_close(energy, ((clip + 0.3) / 0.7).square().sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_error_of_a_lapped_block_fades_out() -> None:
+    """One block's error crosses its border without a jump; folded blocks end in one."""
+
+    def jump(*, lapped: bool) -> float:
+        codec = create_codec("patchify", lapped=lapped)
+        clip = pixels(1, 3, 9, 32, 32)
+        latents = codec.encode(clip)
+        # The lowest frequencies are wrong, as if the network had missed the block's colour.
+        wrong = codec.encode(clip * 0 + 0.2)
+        latents[:, :, :, 1, 1] += wrong[:, :, :, 1, 1]
+        error = (codec.decode(latents) - clip).abs()
+        across = (error[..., 8:16, 16] - error[..., 8:16, 15]).abs().mean()
+        return (across / error.amax()).item()
+
+    assert jump(lapped=False) == pytest.approx(1, abs=1e-3)
+    assert jump(lapped=True) < 0.25
+
+
+def test_lapped_blocks_need_an_even_size() -> None:
+    with pytest.raises(ConfigError, match="spatial 3 must be even"):
+        create_codec("patchify", spatial=3, lapped=True)
 
 
 def test_statistics_give_unit_variance() -> None:
@@ -75,8 +131,8 @@ def test_statistics_give_unit_variance() -> None:
 
 
 def test_gradients_pass_through() -> None:
-    codec = create_codec("patchify")
-    clip = pixels(1, 3, 5, 4, 4).requires_grad_()
+    codec = create_codec("patchify", lapped=True)
+    clip = pixels(1, 3, 5, 8, 16).requires_grad_()
     codec.decode(codec.encode(clip)).sum().backward()
     assert clip.grad is not None
     torch.testing.assert_close(clip.grad, torch.ones_like(clip))
@@ -87,8 +143,8 @@ def test_gradients_pass_through() -> None:
     [
         ((8, 32, 32), "use 5 or 9"),
         ((0, 32, 32), "use 1 or 5"),
-        ((9, 30, 32), "height 30 does not fit; use a multiple of 4, such as 28"),
-        ((9, 32, 2), "width 2 does not fit; use a multiple of 4, such as 4"),
+        ((9, 30, 32), "height 30 does not fit; use a multiple of 8, such as 24"),
+        ((9, 32, 2), "width 2 does not fit; use a multiple of 8, such as 8"),
     ],
 )
 def test_sizes_that_do_not_fit(size: tuple[int, int, int], message: str) -> None:
@@ -105,7 +161,7 @@ def test_other_tensors_are_refused() -> None:
         codec.encode(torch.zeros(1, 4, 9, 32, 32))
     with pytest.raises(InputError, match=r"\(B, 3, T, H, W\)"):
         codec.encode(torch.zeros(3, 9, 32, 32))
-    with pytest.raises(InputError, match=r"\(B, 192, T, H, W\)"):
+    with pytest.raises(InputError, match=r"\(B, 768, T, H, W\)"):
         codec.decode(torch.zeros(1, 16, 3, 8, 8))
 
 

@@ -48,6 +48,7 @@ def config(root: Path, stage: str, name: str, **changes: Any) -> TrainConfig:
             "generator": str(root / "whole" / "distill" / "export"),
             "discriminator": str(root / "whole" / "pretrain" / "export"),
             "layers": (1, 3),
+            "generator_trains": "all",
         },
     }
     model = ModelConfig(
@@ -56,6 +57,7 @@ def config(root: Path, stage: str, name: str, **changes: Any) -> TrainConfig:
     )
     optimizer = dataclasses.replace(
         recipe.optimizer,
+        name="rmsprop" if stage == "apt" else "adamw",
         learning_rate=1e-2,
         warmup_updates=3,
         decay_updates=2 if stage == "pretrain" else 0,
@@ -74,6 +76,7 @@ def config(root: Path, stage: str, name: str, **changes: Any) -> TrainConfig:
         "snapshot_at": (),
         "sample_every": 3,
         "sample_prompts": ("a red seven moving left", "a blue one moving up"),
+        "precision": "fp32",
         "device": "cpu",
     }
     return dataclasses.replace(recipe, **{**base, **changes})

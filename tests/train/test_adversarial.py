@@ -315,6 +315,18 @@ def test_frozen_backbone_stays_and_still_teaches(tmp_path: Path) -> None:
     assert {id(p) for p in optimised} == {id(p) for p in judge.head_parameters()}
 
 
+def test_blocks_alone_move_where_the_generator_trains_its_blocks(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, generator_trains="blocks")
+    generator, judge = networks(stage)
+    before = weights(generator), weights(judge)
+    stage.update(micro_batches(), 0)
+    kept = unchanged(before[0], weights(generator))
+    assert kept == {name for name in before[0] if ".blocks." not in name}
+    assert {"backbone.patch_out.weight", "backbone.patch_in.weight"} <= kept
+    # D is another network, whose every weight trains still.
+    assert unchanged(before[1], weights(judge)) == set()
+
+
 def test_every_weight_of_both_networks_trains(tmp_path: Path) -> None:
     stage = adversarial(tmp_path)
     before = [weights(module) for module in networks(stage)]

@@ -11,6 +11,7 @@ from apt.train.config import (
     AdversarialConfig,
     DataConfig,
     DistillConfig,
+    LoRAConfig,
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -98,3 +99,9 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
 def test_pretraining_values_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PretrainConfig(**changes)
+
+
+def test_blocks_or_adapters() -> None:
+    stage = AdversarialConfig(generator_trains="blocks")
+    with pytest.raises(ConfigError, match="set stage.generator_trains to all"):
+        TrainConfig(name="x", run_dir="x", stage=stage, lora=LoRAConfig(rank=4))

@@ -33,6 +33,7 @@ TINY_MODEL = ModelConfig(
         "hidden_size": 24,
         "depth": 3,
         "num_heads": 2,
+        "patch_size": (1, 2, 2),
         "text_dim": 16,
         "pooled_dim": 16,
     },
