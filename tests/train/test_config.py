@@ -103,5 +103,5 @@ def test_pretraining_values_out_of_range(changes: dict[str, Any], message: str) 
 
 def test_blocks_or_adapters() -> None:
     stage = AdversarialConfig(generator_trains="blocks")
-    with pytest.raises(ConfigError, match="set stage.generator_trains to all"):
+    with pytest.raises(ConfigError, match=r"set stage\.generator_trains to all"):
         TrainConfig(name="x", run_dir="x", stage=stage, lora=LoRAConfig(rank=4))
