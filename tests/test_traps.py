@@ -107,7 +107,7 @@ def discriminator(stage: Adversarial):  # type: ignore[no-untyped-def]
 
 
 def real_batch(num: int = NUM) -> MicroBatch:
-    x = torch.randn(num, 192, 1, 2, 2, generator=torch.Generator().manual_seed(7))
+    x = torch.randn(num, 768, 1, 2, 2, generator=torch.Generator().manual_seed(7))
     return MicroBatch(x=x, captions=(CAPTIONS * num)[:num], offset=0)
 
 

@@ -111,6 +111,7 @@ DIGITS = Workload(
     width=32,
     text_tokens=32,
     compression=(4, 8, 8),
+    fps=8,
     dtype="float32",
 )
 

@@ -277,7 +277,7 @@ def _measure_snapshots(
 
 def _curves(runs: Path) -> dict[str, LossCurve]:
     wanted = {
-        "apt": (runs / APT.run, "with approximated R1"),
+        "apt": (runs / APT.run, "with regulariser"),
         NO_REGULARISER: (runs / "ablations" / NO_REGULARISER, "without regulariser"),
     }
     found = {key: read_loss_curve(folder, label) for key, (folder, label) in wanted.items()}

@@ -42,7 +42,8 @@ def report_text(results: Results, pictures: Pictures, *, command: str, data_file
         _words_table([*results.real, *_of_group(results, "main")]),
         "## Ablations",
         "One step of the final EMA weights of each run, as for APT itself. Shorter runs are to be "
-        "compared with APT after as many updates, where that row is shown.",
+        "compared with APT after as many updates, where that row is shown; the run without a "
+        "regulariser is longer, to show where it leads.",
         _methods_table([m for m in results.methods if m.name == APT.name or m.group == "ablation"]),
         _words_table([m for m in results.methods if m.group == "ablation" and m.was_run]),
         "## Discriminator loss with and without the regulariser (APT Figure 5)",

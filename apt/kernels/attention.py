@@ -3,8 +3,9 @@
     softmax(q k^T / sqrt(Dh) + mask) v
 
 Who chooses, first to last: the `backend` argument, the innermost `attention_backend(...)`, the
-environment variable APT_ATTENTION_BACKEND, and "native", which lets torch pick per call. A backend
-that was asked for by name runs or raises with the reason; nothing else is tried in its place.
+environment variable APT_ATTENTION_BACKEND, and "native", which lets torch pick per call, but for
+short bf16 sequences that train on the CPU: these take plain products. A backend that was asked for
+by name runs or raises with the reason; nothing else is tried in its place.
 
 Shapes: B samples, Lq and Lk tokens, H heads, Dh channels per head.
 """
@@ -114,11 +115,11 @@ def attention(
 
 
 def _plain_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Short 16-bit sequences on the CPU, with gradients: torch's kernel there takes twice the time
+    """Short bf16 sequences on the CPU, with gradients: torch's kernel there takes twice the time
     of two products and a softmax, whose scores stay in cache."""
     return (
         q.device.type == "cpu"
-        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.dtype == torch.bfloat16
         and q.shape[2] * k.shape[2] <= _PLAIN_SCORES
         and torch.is_grad_enabled()
         and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -171,7 +172,9 @@ def attention_status() -> list[BackendStatus]:
     Available means that the package imports and the device is of the right kind; some inputs
     (a mask, fp32, a large Dh) may still be refused by a backend, with the reason.
     """
-    rows = [BackendStatus("native", True, "torch picks a kernel per call")]
+    rows = [
+        BackendStatus("native", True, "torch picks a kernel per call; on CPUs also plain products")
+    ]
     for name in BACKENDS[1:]:
         reason = _why_unavailable(name)
         rows.append(BackendStatus(name, reason is None, reason or _describe(name)))

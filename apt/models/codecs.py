@@ -66,7 +66,7 @@ class PatchifyCodec(nn.Module):
         r, p = self.temporal_compression, self.spatial_compression
         values = (pixels - self.config.mean) / self.config.std
         if self.config.lapped:
-            values = self._rows(values) @ values @ self._rows(values.mT).mT
+            values = _transform(values, self._basis(values, -2), self._basis(values, -1))
         first = values[:, :, :1].expand(-1, -1, r - 1, -1, -1)
         blocks = torch.cat([first, values], dim=2)
         return rearrange(blocks, "b c (t r) (h p) (w q) -> b (c r p q) t h w", r=r, p=p, q=p)
@@ -82,7 +82,7 @@ class PatchifyCodec(nn.Module):
         first = blocks[:, :, :r].mean(dim=2, keepdim=True)
         values = torch.cat([first, blocks[:, :, r:]], dim=2)
         if self.config.lapped:
-            values = self._rows(values).mT @ values @ self._rows(values.mT)
+            values = _transform(values, self._basis(values, -2).mT, self._basis(values, -1).mT)
         return values * self.config.std + self.config.mean
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -99,10 +99,15 @@ class PatchifyCodec(nn.Module):
                 )
         return (frames - 1) // r + 1, height // p, width // p
 
-    def _rows(self, values: Tensor) -> Tensor:
-        """The lapped basis of the last dimension but one."""
-        basis = lapped_basis(values.shape[-2], self.spatial_compression)
+    def _basis(self, values: Tensor, dim: int) -> Tensor:
+        basis = lapped_basis(values.shape[dim], self.spatial_compression)
         return basis.to(device=values.device, dtype=values.dtype)
+
+
+def _transform(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """rows @ values @ columns^T in the dtype of `values`, also inside autocast: nothing is lost."""
+    with torch.autocast(values.device.type, enabled=False):
+        return rows @ values @ columns.mT
 
 
 @lru_cache(maxsize=64)
@@ -117,18 +122,20 @@ def lapped_basis(size: int, block: int) -> Tensor:
         block: samples per block, even.
     """
     half = block // 2
-    fold = torch.eye(size, dtype=torch.float64)
-    for border in range(block, size, block):
-        for i in range(half):
-            before, after = border - 1 - i, border + i
-            angle = torch.tensor(math.pi / 4 * (1 - (2 * i + 1) / block), dtype=torch.float64)
-            fold[before, before] = fold[after, after] = angle.cos()
-            # Cosines of type IV go on evenly over the first border and oddly over the last.
-            fold[before, after] = -angle.sin()
-            fold[after, before] = angle.sin()
-    k = torch.arange(block, dtype=torch.float64) + 0.5
-    cosines = (k[:, None] * k * (math.pi / block)).cos() * math.sqrt(2 / block)
-    return torch.block_diag(*[cosines] * (size // block)) @ fold
+    # Kept for later callers, whichever device or mode the first one is in.
+    with torch.inference_mode(False), torch.device("cpu"):
+        fold = torch.eye(size, dtype=torch.float64)
+        for border in range(block, size, block):
+            for i in range(half):
+                before, after = border - 1 - i, border + i
+                angle = math.pi / 4 * (1 - (2 * i + 1) / block)
+                fold[before, before] = fold[after, after] = math.cos(angle)
+                # Cosines of type IV go on evenly over the first border and oddly over the last.
+                fold[before, after] = -math.sin(angle)
+                fold[after, before] = math.sin(angle)
+        k = torch.arange(block, dtype=torch.float64) + 0.5
+        cosines = (k[:, None] * k * (math.pi / block)).cos() * math.sqrt(2 / block)
+        return torch.block_diag(*[cosines] * (size // block)) @ fold
 
 
 @CODECS.register("patchify")

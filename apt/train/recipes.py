@@ -107,8 +107,8 @@ def digits_apt() -> TrainConfig:
             # To G's output layers D's gradients are mostly noise, which an optimiser that divides
             # by their size turns into grain (docs/results/digits_search.md).
             generator_trains="blocks",
-            # With 100 and 0.05, D's gradients grew tenfold in 200 updates and led G to grain; half
-            # of the pair's penalties is on samples, where G asks.
+            # With 100 and 0.05, D's gradients grew fiftyfold in 300 updates and led G to grain. G
+            # asks D about samples, so these are penalised too.
             r1_weight=1000.0,
             r2_weight=1000.0,
             r1_sigma=0.1,
@@ -145,7 +145,7 @@ def _ablation(name: str, *, num_updates: int = 100, **changes: Any) -> TrainConf
     """The first updates of `digits_apt` with some fields changed, in a folder of its own.
 
     `changes` are fields of the stage, but for `batch_size`. Rates stay: they have not yet begun to
-    fall in `digits_apt` after as many updates.
+    fall in `digits_apt` after as many updates. Longer ones go on at constant rates.
     """
     base = digits_apt()
     batch_size = changes.pop("batch_size", base.batch_size)

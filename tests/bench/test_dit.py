@@ -96,7 +96,7 @@ def test_what_a_public_model_cannot_take(change, message):
         ("wan2.2_ti2v_5b", "121x704x1280", (31, 44, 80), 512, 24),  # a VAE of 16x16 pixels
         ("sd3.5_medium", "1x1024x1024", (1, 128, 128), 333, 1),
         ("apt_8b", "49x720x1280", (13, 90, 160), 256, 24),
-        ("mmdit_digits", "9x32x32", (3, 4, 4), 32, 24),
+        ("mmdit_digits", "9x32x32", (3, 4, 4), 32, 8),
     ],
 )
 def test_what_a_model_is_usually_given(model, size, latents, text, fps):

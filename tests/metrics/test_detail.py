@@ -113,8 +113,9 @@ def test_temporal_spectrum_sees_smearing(
 def test_rounding_to_8_bits_is_no_flaw(
     patches: PatchFrechet, patch_floor: float, fresh: Tensor
 ) -> None:
+    """Half a level shows in patches of clear sky, but far less than any flaw (2.5 floors)."""
     rounded = ((fresh + 1) * 127.5).round() / 127.5 - 1
-    assert patches(rounded) == pytest.approx(patch_floor, rel=0.05)
+    assert patch_floor < patches(rounded) < 1.2 * patch_floor
 
 
 def test_equal_clips_have_no_distance(fresh: Tensor) -> None:

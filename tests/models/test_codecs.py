@@ -100,6 +100,24 @@ def test_lapped_latents_lose_nothing(height: int, width: int, half: int) -> None
     torch.testing.assert_close(energy, ((clip + 0.3) / 0.7).square().sum(), rtol=1e-4, atol=1e-4)
 
 
+def test_lapped_latents_lose_nothing_in_autocast() -> None:
+    codec = create_codec("patchify", lapped=True)
+    clip = pixels(1, 3, 9, 16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = codec.decode(codec.encode(clip))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, clip, rtol=1e-4, atol=1e-5)
+
+
+def test_whoever_needs_a_lapped_basis_first_does_not_decide_what_it_is() -> None:
+    lapped_basis.cache_clear()
+    with torch.device("meta"), torch.inference_mode():
+        lapped_basis(16, 8)
+    basis = lapped_basis(16, 8)
+    assert basis.device.type == "cpu"
+    assert not basis.is_inference()
+
+
 def test_the_error_of_a_lapped_block_fades_out() -> None:
     """One block's error crosses its border without a jump; folded blocks end in one."""
 
