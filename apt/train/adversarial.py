@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt.errors import ConfigError
 from apt.hub import ModelInfo
@@ -51,14 +51,11 @@ class Adversarial(Stage):
         if config.lora.discriminator:
             add_adapters(backbone, config.lora, seed=config.seed)
         if stage.freeze_discriminator_backbone:
-            discriminator.requires_grad_(False)
-            for parameter in discriminator.head_parameters():
-                parameter.requires_grad_(True)
+            _train_only(discriminator, discriminator.head_parameters())
         network = denoiser(start, config, with_text=False)
         if stage.generator_trains == "blocks":
-            network.requires_grad_(False)
-            for block in start.backbone.block_list():
-                block.requires_grad_(True)
+            blocks = start.backbone.block_list()
+            _train_only(network, [p for block in blocks for p in block.parameters()])
         rate = stage.discriminator_learning_rate or config.optimizer.learning_rate
         faster = dataclasses.replace(config.optimizer, learning_rate=rate)
         self.trained = {
@@ -229,6 +226,12 @@ class Adversarial(Stage):
             return
         with attention_backend("_native_math"), kernel_backend("reference"):
             yield
+
+
+def _train_only(network: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    network.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
 
 
 def _penalties(stage: AdversarialConfig) -> dict[str, Any]:
