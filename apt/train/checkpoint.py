@@ -364,17 +364,26 @@ def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _publish(content: dict[str, Any], temporary: Path, target: Path) -> None:
     write_manifest(temporary, content)
-    old = target.with_name(target.name + ".old")
     if target.exists():
         # A folder cannot be replaced in one step. `latest` also knows the name of the old one,
         # so a kill between the two renames loses nothing.
+        old = target.with_name(target.name + ".old")
         if old.exists():
             _delete(old)
         target.rename(old)
     temporary.rename(target)
     sync_folder(target.parent)
-    if old.exists():
-        _delete(old)
+    _settle_replaced(target.parent)
+
+
+def _settle_replaced(root: Path) -> None:
+    """Finish the replacements under `root`, those that a kill cut short too."""
+    for old in list(root.glob("step_*.old")):
+        replacement = old.with_suffix("")
+        if replacement.exists():
+            _delete(old)
+        else:
+            old.rename(replacement)
 
 
 def _delete(folder: Path) -> None:

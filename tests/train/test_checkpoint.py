@@ -147,6 +147,19 @@ def test_a_kill_while_replacing_leaves_the_old_one_in_use(root: Path):
     assert os.listdir(root) == ["step_00000003"]
 
 
+@pytest.mark.parametrize("before", ["the second rename", "the deletion"])
+def test_the_next_save_finishes_a_replacement_that_a_kill_cut_short(root: Path, before: str):
+    path = checkpoint.save(root, 3, {"value": 1}, {})
+    path.rename(path.with_name("step_00000003.old"))
+    if before == "the deletion":
+        shutil.copytree(path.with_name("step_00000003.old"), path)
+    checkpoint.save(root, 4, {"value": 2}, {})
+    assert sorted(os.listdir(root)) == ["step_00000003", "step_00000004"]
+    state = {"value": 0}
+    checkpoint.load(path, state)
+    assert state == {"value": 1}
+
+
 def only_tensor_file(path: Path) -> Path:
     (file,) = path.glob("*.safetensors")
     return file
