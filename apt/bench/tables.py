@@ -130,8 +130,8 @@ def _kernel_table(measurements: Sequence[Measurement]) -> str:
 def _dit_table(measurements: Sequence[Measurement]) -> str:
     header = (
         "model", "frames x height x width", "kernels", "attention", "mode", "tokens", "TFLOP",
-        "median ms", "10-90 % ms", "TFLOP/s", "of floor", "attention", "linear", "elementwise",
-        "real time",
+        "median ms", "10-90 % ms", "TFLOP/s", "of floor", "in attention", "in linear",
+        "elementwise", "real time",
     )  # fmt: skip
     rows = []
     for m in measurements:
@@ -149,7 +149,12 @@ def _dit_table(measurements: Sequence[Measurement]) -> str:
                 real_time(m),
             )
         )
-    lines = [format_table(header, rows, left=5)]
+    lines = [
+        format_table(header, rows, left=5),
+        "Of floor: the time of products and attention at the measured matmul rate, over this time. "
+        "In attention, in linear, elementwise: shares of a profile op by op. Real time: this time "
+        "over the clip's own length.",
+    ]
     if any(is_papers_case(m) for m in measurements):
         others = ", ".join(f"{s:.2f} s on {n}" for n, s in PAPER_SECONDS.items())
         lines.append(f"The paper's DiT at this size (APT Table 8), H100s: {others}.")

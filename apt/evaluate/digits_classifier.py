@@ -32,6 +32,7 @@ from apt.data.digits import (
 )
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.hub import load_weights, save_weights
+from apt.pipeline import to_uint8
 from apt.rng import generator_for
 
 _WORDS = (tuple(DIGITS), tuple(COLOURS), tuple(DIRECTIONS))
@@ -169,8 +170,7 @@ def real_clips(dataset: MovingDigits, indices: Iterable[int]) -> tuple[Tensor, l
     """Clips of the moving digits, rounded to 8 bits as generated videos are, and their labels."""
     numbers = list(indices)
     pixels = torch.stack([dataset[i].pixels for i in numbers])
-    rounded = ((pixels + 1) * 127.5).round() / 127.5 - 1
-    return rounded, [dataset.labels(i) for i in numbers]
+    return to_uint8(pixels).float() / 127.5 - 1, [dataset.labels(i) for i in numbers]
 
 
 def train_classifier(config: ClassifierConfig) -> DigitsClassifier:

@@ -16,7 +16,7 @@ from torch import Tensor
 from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, Label, MovingDigits, Split
 from apt.evaluate.digits_classifier import real_clips
 from apt.evaluate.methods import Method
-from apt.pipeline import OneStepPipeline
+from apt.pipeline import OneStepPipeline, to_uint8
 from apt.rng import generator_for
 
 Precision = Literal["bf16", "fp32"]
@@ -139,8 +139,7 @@ def generate(
 
 def to_frames(clip: Tensor) -> np.ndarray:
     """A clip (3, T, H, W) in [-1, 1] as uint8 frames (T, H, W, 3)."""
-    frames = ((clip.permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8)
-    array: np.ndarray = frames.numpy()
+    array: np.ndarray = to_uint8(clip.permute(1, 2, 3, 0)).numpy()
     return array
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apt.errors import InputError
-from apt.kernels.backends import BackendStatus
+from apt.kernels.backends import BackendStatus, capabilities
 
 ENVIRONMENT_VARIABLE = "APT_ATTENTION_BACKEND"
 
@@ -138,7 +138,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) 
 def attention_backend(name: str) -> Iterator[None]:
     """Make every `attention` call inside, on any thread, use one backend.
 
-    Raises InputError for a name that does not exist, or a backend that is unavailable here.
+    Raises InputError for a name that does not exist, or a backend that no device here can run.
     """
     status = {row.name: row for row in attention_status()}[_known(name)]
     if not status.available:
@@ -169,8 +169,9 @@ def current_attention_backend() -> str:
 def attention_status() -> list[BackendStatus]:
     """A row for each backend: whether this machine can run it, and why not or what it is.
 
-    Available means that the package imports and the device is of the right kind; some inputs
-    (a mask, fp32, a large Dh) may still be refused by a backend, with the reason.
+    Available means that the package imports and that one GPU at least is of the right kind; some
+    inputs (those on another GPU, a mask, fp32, a large Dh) may still be refused by a backend, with
+    the reason.
     """
     rows = [
         BackendStatus("native", True, "torch picks a kernel per call; on CPUs also plain products")
@@ -183,11 +184,14 @@ def attention_status() -> list[BackendStatus]:
 
 def _describe(name: str) -> str:
     if name in _PACKAGES:
-        return f"module {_PACKAGES[name].module}"
+        unfit = _without_kernels(name, capabilities())
+        exceptions = f", but not on {', '.join(unfit)}" if unfit else ""
+        return f"module {_PACKAGES[name].module}{exceptions}"
     return "torch's plain softmax" if name == "_native_math" else "a kernel of torch"
 
 
-def _why_unavailable(name: str) -> str | None:
+def _why_unavailable(name: str, device: torch.device | None = None) -> str | None:
+    """Why a backend cannot run on a GPU; None if it can. Without one: on any device here."""
     if name in _PACKAGES:
         package = _PACKAGES[name]
         try:
@@ -197,15 +201,26 @@ def _why_unavailable(name: str) -> str | None:
             return f"needs {package.install} ({type(error).__name__}: {error})"
         if not torch.cuda.is_available():
             return "needs a CUDA GPU"
-        capability = torch.cuda.get_device_capability()
-        if capability < package.lowest or capability > (package.highest or capability):
-            return f"has no kernels for compute capability {capability[0]}.{capability[1]}"
-        return None
+        asked = capabilities(device)
+        unfit = _without_kernels(name, asked)
+        if len(unfit) < len(asked):
+            return None
+        return f"has no kernels for compute capability {', '.join(unfit)}"
     if name in ("_native_cudnn", "_native_efficient") and not torch.cuda.is_available():
         return "needs a CUDA GPU"
     if name == "_native_cudnn" and not torch.backends.cudnn.is_available():
         return "this torch was built without cuDNN"
     return None
+
+
+def _without_kernels(name: str, asked: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The GPUs, each with its compute capability, that a package has no kernels for."""
+    lowest, highest = _PACKAGES[name].lowest, _PACKAGES[name].highest
+    return [
+        f"{capability[0]}.{capability[1]} ({gpu})"
+        for gpu, capability in asked.items()
+        if capability < lowest or capability > (highest or capability)
+    ]
 
 
 def _why_not_native(
@@ -222,12 +237,14 @@ def _why_not_native(
         return None
     usable = _CUDA_KERNELS[name]
     params = torch.backends.cuda.SDPAParams(q, k, v, attn_mask, 0.0, False, False)
-    if usable(params):
-        return None
-    # torch gives its reasons as warnings only
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        usable(params, debug=True)
+    # torch judges the current GPU, and runs on that of the tensors
+    with torch.cuda.device_of(q):
+        if usable(params):
+            return None
+        # It gives its reasons as warnings only
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            usable(params, debug=True)
     reasons = [str(warning.message).partition(" (Triggered")[0] for warning in caught]
     return "; ".join(reasons) or "torch refuses these inputs"
 
@@ -238,7 +255,7 @@ def _package_function(name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
 
 
 def _package_attention(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    reason = _why_unavailable(name)
+    reason = _why_unavailable(name, q.device if q.is_cuda else None)
     if reason is None and not q.is_cuda:
         reason = f"needs CUDA tensors, got {q.device.type}"
     if reason is None and mask is not None and name != "xformers":

@@ -157,26 +157,27 @@ def _why_no_triton(device: torch.device | None = None) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "needs a CUDA GPU, or TRITON_INTERPRET=1 from the start to run it on the CPU, slowly"
-    capabilities = _capabilities(device)
-    too_old = those_too_old(capabilities)
-    if len(too_old) < len(capabilities):
+    asked = capabilities(device)
+    too_old = those_too_old(asked)
+    if len(too_old) < len(asked):
         return None
     major, minor = LOWEST_CAPABILITY
     return f"needs compute capability {major}.{minor}, found {', '.join(too_old)}"
 
 
-def _capabilities(device: torch.device | None) -> dict[str, tuple[int, int]]:
+def capabilities(device: torch.device | None = None) -> dict[str, tuple[int, int]]:
+    """Compute capability of a GPU, or of every one here, by its name in torch."""
     if device is not None:
         return {str(device): torch.cuda.get_device_capability(device.index)}
     every = range(torch.cuda.device_count())
     return {f"cuda:{index}": torch.cuda.get_device_capability(index) for index in every}
 
 
-def those_too_old(capabilities: Mapping[str, tuple[int, int]]) -> list[str]:
+def those_too_old(asked: Mapping[str, tuple[int, int]]) -> list[str]:
     """The GPUs whose compute capability is too low, each with it."""
     return [
         f"{major}.{minor} ({name})"
-        for name, (major, minor) in capabilities.items()
+        for name, (major, minor) in asked.items()
         if (major, minor) < LOWEST_CAPABILITY
     ]
 
@@ -209,7 +210,7 @@ def _describe_triton() -> str:
 
     if interpreted():
         return f"triton {triton.__version__}, interpreted"
-    too_old = those_too_old(_capabilities(None))
+    too_old = those_too_old(capabilities())
     exceptions = f", but not on {', '.join(too_old)}" if too_old else ""
     return f"triton {triton.__version__}{exceptions}"
 

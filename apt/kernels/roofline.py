@@ -92,8 +92,13 @@ GPUS: dict[str, Gpu] = {
     ),
 }
 
-# TFLOP/s that attention kernels reach on an H100, head size 128, 16k tokens (published figures)
-H100_ATTENTION_TFLOPS = {"flash-attn 2": 370.0, "cuDNN": 595.0, "flash-attn 3": 648.0}
+# TFLOP/s that attention kernels reach on an H100 SXM, forward, 16k tokens, without a mask, by
+# channels of a head: "FlashAttention-3" (Shah et al. 2024), Fig. 5. Narrow heads are slower: there
+# is as much softmax for fewer products.
+H100_ATTENTION_TFLOPS = {
+    64: {"flash-attn 2": 324.0, "cuDNN": 413.0, "flash-attn 3": 497.0},
+    128: {"flash-attn 2": 370.0, "cuDNN": 595.0, "flash-attn 3": 648.0},
+}
 
 
 def find_gpu(name: str) -> Gpu:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from apt.errors import ConfigError, InputError
 from apt.models.registry import CODECS
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PatchifyConfig:
@@ -100,8 +102,8 @@ class PatchifyCodec(nn.Module):
         return (frames - 1) // r + 1, height // p, width // p
 
     def _basis(self, values: Tensor, dim: int) -> Tensor:
-        basis = lapped_basis(values.shape[dim], self.spatial_compression)
-        return basis.to(device=values.device, dtype=values.dtype)
+        size = values.shape[dim]
+        return lapped_basis(size, self.spatial_compression, values.dtype, values.device)
 
 
 def _transform(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -111,8 +113,13 @@ def _transform(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def lapped_basis(size: int, block: int) -> Tensor:
-    """Orthogonal (size, size) fp64: row b * block + k is frequency k of block b.
+def lapped_basis(
+    size: int,
+    block: int,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device = _CPU,
+) -> Tensor:
+    """Orthogonal (size, size): row b * block + k is frequency k of block b.
 
     The modified discrete cosine transform with a sine window (Malvar 1992): each block of `block`
     rows covers half of both neighbours too. The first and last block end at the border.
@@ -120,10 +127,12 @@ def lapped_basis(size: int, block: int) -> Tensor:
     Args:
         size: samples along the dimension, a multiple of `block`.
         block: samples per block, even.
+        dtype, device: of the result, which is computed in fp64 on the CPU. It is kept, so that
+            nothing is copied to a GPU with every clip; do not write to it.
     """
     half = block // 2
     # Kept for later callers, whichever device or mode the first one is in.
-    with torch.inference_mode(False), torch.device("cpu"):
+    with torch.inference_mode(False), _CPU:
         fold = torch.eye(size, dtype=torch.float64)
         for border in range(block, size, block):
             for i in range(half):
@@ -135,7 +144,8 @@ def lapped_basis(size: int, block: int) -> Tensor:
                 fold[after, before] = math.sin(angle)
         k = torch.arange(block, dtype=torch.float64) + 0.5
         cosines = (k[:, None] * k * (math.pi / block)).cos() * math.sqrt(2 / block)
-        return torch.block_diag(*[cosines] * (size // block)) @ fold
+        basis = torch.block_diag(*[cosines] * (size // block)) @ fold
+        return basis.to(device=device, dtype=dtype)
 
 
 @CODECS.register("patchify")

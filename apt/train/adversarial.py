@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -113,21 +114,24 @@ class Adversarial(Stage):
         x_real = batch.x.detach().requires_grad_(exact is not None)
         num = x_real.shape[0]
         num_real = r1.num_perturbed(num) if r1 else 0
-        x = perturbed_batch(
-            x_real,
-            x_fake,
-            self.stage.r1_sigma,
+        num_fake = r2.num_perturbed(num) if r2 else 0
+        perturb = partial(
+            perturbed_batch,
+            sigma=self.stage.r1_sigma,
             seed=self.config.seed,
             step=update,
             offset=batch.offset,
-            num_perturbed=num_real,
         )
+        if r2:  # generated samples, then their perturbed copies, which have noise of their own
+            x_fake = perturb(x_fake, x_fake[:0], num_perturbed=num_fake, stream="perturbation/fake")
+        x = perturb(x_real, x_fake, num_perturbed=num_real)
         rows = torch.arange(num, device=x.device)
-        groups = {"real": rows, "perturbed": rows[:num_real], "fake": rows}
-        if r2:
-            groups["fake_perturbed"] = rows[: r2.num_perturbed(num)]
-            noise = self.noise(batch, update, "perturbation/fake")[: r2.num_perturbed(num)]
-            x = torch.cat([x, r2.perturb(x_fake[: len(noise)], noise)])
+        groups = {
+            "real": rows,
+            "perturbed": rows[:num_real],
+            "fake": rows,
+            "fake_perturbed": rows[:num_fake],
+        }
         mismatched = self.penalties.get("mismatched_condition")
         if mismatched:
             # A neighbour's caption, where it differs from the sample's own.

@@ -9,14 +9,21 @@ import pytest
 import torch
 from PIL import Image
 
-from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS
+from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, MovingDigits
 from apt.errors import CheckpointError, ConfigError
 from apt.evaluate import ClassifierConfig, EvaluateConfig, evaluate_digits
+from apt.evaluate.digits_classifier import real_clips
 from apt.evaluate.methods import APT, MAIN_METHODS, ablation_methods
-from apt.evaluate.samples import caption_set, generate, real_for_captions
+from apt.evaluate.samples import (
+    caption_set,
+    generate,
+    real_for_captions,
+    real_reference,
+)
 from apt.hub import ModelInfo, SampleInfo, SamplingInfo, Stage
 from apt.models.bundle import ModelBundle, component_info, save_pretrained
 from apt.models.registry import create_codec, create_model, create_text_encoder
+from apt.pipeline import to_uint8
 
 TINY_CLASSIFIER = ClassifierConfig(width=4, features=8, steps=1, batch_size=4, test_clips=8)
 
@@ -224,6 +231,25 @@ def test_real_clips_of_a_caption_differ() -> None:
     assert len(clips) == len(captions.labels)
     assert len({clip.numpy().tobytes() for clip in clips}) == len(clips)
     assert not torch.equal(clips, real_for_captions(captions, "train"))
+
+
+def test_real_clips_are_what_their_videos_in_8_bits_would_be() -> None:
+    """As generated ones: or sharp details below a rounding would count as a difference."""
+    captions = caption_set(0, 4, 2)
+    for clips in (
+        real_reference(3),
+        real_for_captions(captions, "test"),
+        real_for_captions(captions, "train"),
+    ):
+        frames = to_uint8(clips)  # the pipeline's own rounding
+        assert frames.unique().numel() > 50
+        assert torch.equal(frames.float() / 127.5 - 1, clips)
+    dataset = MovingDigits(5, "test")
+    rounded = real_clips(dataset, range(3))[0]  # the classifier is trained on these too
+    exact = torch.stack([dataset[i].pixels for i in range(3)])
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.5001 / 127.5)
+    assert torch.equal(rounded, to_uint8(exact).float() / 127.5 - 1)
 
 
 def test_a_missing_main_run_is_an_error_that_says_which(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +156,78 @@ def test_a_package_that_fails_to_load_is_reported(tmp_path, monkeypatch):
     row = next(row for row in attention_status() if row.name == "_flash_3")
     assert not row.available
     assert "libcudart.so.99" in row.reason
+
+
+TURING, AMPERE, HOPPER = (7, 5), (8, 0), (9, 0)
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    """A machine with these GPUs, one of them current, and flash-attn: nothing runs on them."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("flash_attn", "flash_attn_interface"):
+        (tmp_path / f"{module}.py").write_text("def flash_attn_func(q, k, v): return q")
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    def install(*capabilities: tuple[int, int], current: int = 0) -> None:
+        def capability(index: int | None = None) -> tuple[int, int]:
+            return capabilities[current if index is None else index]
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+
+    return install
+
+
+def on_gpu(index: int) -> Any:
+    """What is read of a tensor before anything runs."""
+    return SimpleNamespace(
+        device=torch.device("cuda", index), is_cuda=True, dtype=torch.bfloat16, ndim=4,
+        shape=(1, 2, 1, 8),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_gpu_of_the_tensors_is_asked_whichever_is_current(gpus, current):
+    gpus(AMPERE, HOPPER, current=current)
+    old, new = on_gpu(0), on_gpu(1)
+    with attention_backend("_flash_3"):  # one of the two can run it
+        with pytest.raises(InputError, match=r"compute capability 8\.0 \(cuda:0\)"):
+            attention(old, old, old)
+        assert attention(new, new, new) is new
+    assert attention(old, old, old, backend="flash") is old
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "available", "said"),
+    [
+        ([HOPPER, HOPPER], True, "module flash_attn_interface"),
+        ([HOPPER, TURING], True, "module flash_attn_interface, but not on 7.5 (cuda:1)"),
+        ([AMPERE, HOPPER], True, "module flash_attn_interface, but not on 8.0 (cuda:0)"),
+        (
+            [TURING, (10, 0)],
+            False,
+            "has no kernels for compute capability 7.5 (cuda:0), 10.0 (cuda:1)",
+        ),
+    ],
+)
+def test_the_table_speaks_of_all_gpus(gpus, capabilities, available, said):
+    gpus(*capabilities)
+    row = next(row for row in attention_status() if row.name == "_flash_3")
+    assert (row.available, row.reason) == (available, said)
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", [name for name in AVAILABLE if name.startswith("_native")])
+def test_tensors_on_a_gpu_that_is_not_current(backend):
+    q, k, v, _ = make(1, 3, 5, 2, 64, masked=False, dtype=torch.bfloat16)
+    with torch.cuda.device(0):
+        out = attention(*(t.to("cuda:1") for t in (q, k, v)), backend=backend)
+    assert out.device == torch.device("cuda", 1)
+    exact = oracle(q.double(), k.double(), v.double(), None)
+    torch.testing.assert_close(out.double().cpu(), exact, rtol=0, atol=2e-2)
 
 
 def test_who_chooses(monkeypatch):

@@ -118,6 +118,26 @@ def test_whoever_needs_a_lapped_basis_first_does_not_decide_what_it_is() -> None
     assert not basis.is_inference()
 
 
+def test_a_lapped_basis_is_made_once_for_each_dtype_and_device() -> None:
+    lapped_basis.cache_clear()
+    codec = create_codec("patchify", lapped=True)
+    clip = pixels(1, 3, 5, 16, 24)
+    with torch.inference_mode():
+        latents = codec.encode(clip)
+    for _ in range(2):
+        codec.decode(codec.encode(clip.requires_grad_())).sum().backward()
+    assert lapped_basis.cache_info().misses == 2  # 16 and 24
+    for size in (16, 24):
+        elsewhere = lapped_basis(size, 8, torch.float32, torch.device("meta"))
+        assert elsewhere.device.type == "meta"
+    double = codec.encode(clip.double())
+    assert double.dtype == torch.float64
+    assert lapped_basis.cache_info().misses == 6
+    torch.testing.assert_close(latents, double.float())
+    assert torch.equal(codec.encode(clip), latents)
+    assert lapped_basis.cache_info().misses == 6
+
+
 def test_the_error_of_a_lapped_block_fades_out() -> None:
     """One block's error crosses its border without a jump; folded blocks end in one."""
 

@@ -50,9 +50,9 @@ def noise(stream: str) -> Tensor:
     return sample_noise(len(CAPTIONS), LATENT_SHAPE, **key(stream))
 
 
-def perturbation() -> Tensor:
+def perturbation(stream: str = "perturbation") -> Tensor:
     zeros = torch.zeros(len(CAPTIONS), *LATENT_SHAPE)
-    return perturbed_batch(zeros, zeros[:0], 1.0, **key("perturbation"))[len(CAPTIONS) :]
+    return perturbed_batch(zeros, zeros[:0], 1.0, **key(stream))[len(CAPTIONS) :]
 
 
 class Oracle:
@@ -155,7 +155,7 @@ def test_discriminator_terms_one_by_one(term: str, tmp_path: Path) -> None:
             other = oracle.logits(oracle.x + 0.3 * perturbation())
             value = 7 * (real - other).square().mean()
         elif term == "approximate_r2":
-            other = oracle.logits(oracle.fake + 0.3 * noise("perturbation/fake"))
+            other = oracle.logits(oracle.fake + 0.3 * perturbation("perturbation/fake"))
             value = 7 * (fake - other).square().mean()
         elif term == "r1":
             (slope,) = torch.autograd.grad(real.sum(), x, create_graph=True)
@@ -289,7 +289,7 @@ def test_accumulation_equals_the_whole_batch(size: int, tmp_path: Path) -> None:
 
 def test_two_ranks_draw_as_one(tmp_path: Path) -> None:
     """The mean of two halves' gradients is the whole's, when each knows its global offset."""
-    stage = adversarial(tmp_path, train={"optimizer": FROZEN})
+    stage = adversarial(tmp_path, train={"optimizer": FROZEN}, r2_weight=5.0)
     judge = networks(stage)[1]
     halves = micro_batches(2)
     sums: dict[str, Tensor | None] = {}

@@ -70,6 +70,7 @@ class DiTCost:
 
     Attributes:
         batch, visual_tokens, text_tokens: B, L and S.
+        head_dim: channels of an attention head, on which the rate of attention depends.
         layers: one cost for each block.
         ends: embeddings, modulation that all blocks share, and the output layer.
     """
@@ -77,6 +78,7 @@ class DiTCost:
     batch: int
     visual_tokens: int
     text_tokens: int
+    head_dim: int
     layers: tuple[LayerCost, ...]
     ends: LayerCost
 

@@ -18,6 +18,7 @@ def sd3_cost(config: SD3Config, sizes: Sizes) -> DiTCost:
         batch=sizes.batch,
         visual_tokens=length,
         text_tokens=sizes.text_tokens,
+        head_dim=counter.width // counter.heads,
         layers=tuple(_layer(counter, config, length, number) for number in range(config.depth)),
         ends=_ends(counter, config, length),
     )

@@ -33,6 +33,7 @@ def wan_cost(config: WanConfig, sizes: Sizes) -> DiTCost:
         batch=sizes.batch,
         visual_tokens=length,
         text_tokens=config.text_length,
+        head_dim=counter.width // counter.heads,
         layers=(layer,) * config.depth,
         ends=_ends(counter, config, length),
     )

@@ -61,6 +61,7 @@ def test_a_network_of_ones_own_brings_its_counter(monkeypatch):
             batch=sizes.batch,
             visual_tokens=4,
             text_tokens=sizes.text_tokens,
+            head_dim=64,
             layers=(LayerCost(),) * config.depth,
             ends=LayerCost(),
         )
