@@ -93,13 +93,8 @@ def save_pretrained(
             `dtype`), or the folder cannot be written.
     """
     root = Path(folder)
-    described: list[tuple[str, Backbone | TextEncoder | LatentCodec, ComponentInfo]] = [
-        ("model", bundle.backbone, bundle.info.model),
-        ("text_encoder", bundle.text_encoder, bundle.info.text_encoder),
-        ("codec", bundle.codec, bundle.info.codec),
-    ]
-    for name, part, component in described:
-        if component_info(component.architecture, part).config != component.config:
+    for name, component in _described(bundle).items():
+        if component != getattr(bundle.info, name):
             raise CheckpointError(
                 f"cannot save to {str(folder)!r}: info.{name}.config differs from the config of "
                 "the part itself; describe it with apt.models.bundle.component_info"
@@ -156,6 +151,8 @@ def load_pretrained(
         backbone = checkpoint.load(dtype=dtype, device=device)
         text_encoder = _load_text_encoder(source, info, dtype, device)
         bundle = ModelBundle(backbone, text_encoder, codec, info)
+    # A folder may be older than an option of one of its parts, which then has its default.
+    bundle.info = dataclasses.replace(info, **_described(bundle))
     for module in bundle.modules():
         module.to(device).eval()
     return bundle
@@ -226,6 +223,21 @@ def _building_from(source: Source) -> Iterator[None]:
         raise
     except InputError as error:
         raise unbuildable(source.folder / INFO_FILE, error) from error
+
+
+def _described(bundle: ModelBundle) -> dict[str, ComponentInfo]:
+    """What `info` says of each part, with the config that the part itself has."""
+    parts: dict[str, Backbone | TextEncoder | LatentCodec] = {
+        "model": bundle.backbone,
+        "text_encoder": bundle.text_encoder,
+        "codec": bundle.codec,
+    }
+    described = {}
+    for name, part in parts.items():
+        said: ComponentInfo = getattr(bundle.info, name)
+        found = component_info(said.architecture, part)
+        described[name] = dataclasses.replace(found, weights=said.weights)
+    return described
 
 
 def _module(part: Backbone | TextEncoder) -> nn.Module:

@@ -355,3 +355,16 @@ def test_a_description_of_other_parts_is_not_saved(tmp_path: Path) -> None:
     bundle.info = dataclasses.replace(bundle.info, model=component_info("mmdit_digits", other))
     with pytest.raises(CheckpointError, match=r"info\.model\.config differs"):
         save_pretrained(tmp_path, bundle)
+
+
+def test_a_folder_older_than_an_option_is_saved_anew_with_its_default(
+    folder: Path, tmp_path: Path
+) -> None:
+    def forget(document: dict[str, Any]) -> None:
+        del document["codec"]["config"]["lapped"]
+        del document["model"]["config"]["absolute_positions"]
+
+    full = read_info(folder)
+    edit(folder, forget)
+    loaded = load_pretrained(folder)
+    assert read_info(save_pretrained(tmp_path / "again", loaded)) == full
