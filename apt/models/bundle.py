@@ -93,8 +93,9 @@ def save_pretrained(
             `dtype`), or the folder cannot be written.
     """
     root = Path(folder)
-    for name, component in _described(bundle).items():
-        if component != getattr(bundle.info, name):
+    described = _described(bundle)
+    for name in ("model", "text_encoder", "codec"):
+        if getattr(described, name) != getattr(bundle.info, name):
             raise CheckpointError(
                 f"cannot save to {str(folder)!r}: info.{name}.config differs from the config of "
                 "the part itself; describe it with apt.models.bundle.component_info"
@@ -152,7 +153,7 @@ def load_pretrained(
         text_encoder = _load_text_encoder(source, info, dtype, device)
         bundle = ModelBundle(backbone, text_encoder, codec, info)
     # A folder may be older than an option of one of its parts, which then has its default.
-    bundle.info = dataclasses.replace(info, **_described(bundle))
+    bundle.info = _described(bundle)
     for module in bundle.modules():
         module.to(device).eval()
     return bundle
@@ -225,19 +226,20 @@ def _building_from(source: Source) -> Iterator[None]:
         raise unbuildable(source.folder / INFO_FILE, error) from error
 
 
-def _described(bundle: ModelBundle) -> dict[str, ComponentInfo]:
-    """What `info` says of each part, with the config that the part itself has."""
-    parts: dict[str, Backbone | TextEncoder | LatentCodec] = {
-        "model": bundle.backbone,
-        "text_encoder": bundle.text_encoder,
-        "codec": bundle.codec,
-    }
-    described = {}
-    for name, part in parts.items():
-        said: ComponentInfo = getattr(bundle.info, name)
+def _described(bundle: ModelBundle) -> ModelInfo:
+    """`info` with the config that each part has."""
+    info = bundle.info
+
+    def in_full(said: ComponentInfo, part: Backbone | TextEncoder | LatentCodec) -> ComponentInfo:
         found = component_info(said.architecture, part)
-        described[name] = dataclasses.replace(found, weights=said.weights)
-    return described
+        return dataclasses.replace(found, weights=said.weights)
+
+    return dataclasses.replace(
+        info,
+        model=in_full(info.model, bundle.backbone),
+        text_encoder=in_full(info.text_encoder, bundle.text_encoder),
+        codec=in_full(info.codec, bundle.codec),
+    )
 
 
 def _module(part: Backbone | TextEncoder) -> nn.Module:
