@@ -283,13 +283,15 @@ def tokens_backward_kernel(
 class Tiling(NamedTuple):
     """How a kernel cuts its work: tokens and channels of a step or a program, warps, loop stages.
 
-    `rows` divides PAD.
+    `rows` divides PAD. `registers` per thread, where ptxas would otherwise choose fewer, for an
+    occupancy that does not pay, and spill a few values to keep to it.
     """
 
     rows: int
     block: int
     num_warps: int
     stages: int
+    registers: int | None = None
 
 
 # `heads` are padded, `itemsize` is that of operands: 2 for bf16, else 4, with three products for
@@ -298,7 +300,8 @@ class Tiling(NamedTuple):
 
 def scores_tiling(heads: int, itemsize: int) -> Tiling:
     """A step reads 128 bytes of each row."""
-    return Tiling(PAD, 128 // itemsize, _warps(heads), stages=3)
+    registers = 128 if heads <= 32 else None
+    return Tiling(PAD, 128 // itemsize, _warps(heads), stages=3, registers=registers)
 
 
 def sum_tiling(heads: int, itemsize: int) -> Tiling:
@@ -342,6 +345,7 @@ def _constants(x: Tensor, heads: int, tile: Callable[[int, int], Tiling]) -> dic
         "WIDEN": not narrow or interpreted(),
         "STAGES": tiling.stages,
         "num_warps": tiling.num_warps,
+        "maxnreg": tiling.registers,
         "enable_fp_fusion": True,
     }
 
