@@ -29,6 +29,7 @@ from apt.kernels import (
     modulated_norm,
     norm_rope,
     qk_norm_rope,
+    query_pooling,
     residual_modulated_norm,
     sample_shifted_timesteps,
 )
@@ -440,7 +441,11 @@ FUSED = {
     "joint_qk_norm_rope": lambda x, *_, backend: joint_qk_norm_rope(
         [StreamQKV(x[:, :, None, None].expand(-1, -1, 3, -1, -1))], backend=backend
     )[0],
-}
+    "query_pooling": lambda x, *_, backend: query_pooling(
+        x, x[0, 0].detach(), *torch.eye(8, device=x.device).expand(2, 8, 8), num_heads=2,
+        backend=backend,
+    ),
+}  # fmt: skip
 
 # Ops whose second derivative is right with any backend (tests/kernels/test_triton_sampling.py): one
 # is linear in its inputs, one has none.

@@ -29,7 +29,7 @@ OPS = {
     "joint_qk_norm_rope": ("reference", "triton"),
     "sample_shifted_timesteps": ("reference", "triton"),
     "perturbed_batch": ("reference", "triton"),
-    "query_pooling": ("reference",),
+    "query_pooling": ("reference", "triton"),
     "fused_rmsprop": ("reference", "triton"),
 }
 BACKENDS = ("reference", "triton")

@@ -224,8 +224,9 @@ def query_pooling_cost(
     """`apt.kernels.query_pooling`: one query, keys and values folded to its side.
 
     The query meets W_k (2 D²), each head scores and pools L tokens of D channels (4 B L H D), and
-    W_v comes after pooling (2 B D²). Tokens (B, L, D) are read once, and never projected. Products
-    alone are counted, without the norm.
+    W_v comes after pooling (2 B D²). Tokens (B, L, D) are read once, and never projected: the
+    kernel, which reads them twice forward and three times backward, can so reach half of the copy
+    rate either way. Products alone are counted, without the norm.
     """
     tokens, matrices = batch * length * width, 2 * width * width
     scores = 2 * batch * length * num_heads * width
@@ -236,11 +237,12 @@ def query_pooling_cost(
             batch * width * size,
             2 * scores + (1 + batch) * matrices,
         )
-    # Scores again, and four products of their size: two towards tokens, two towards the query
+    # Four products of the size of the scores, which are kept: two towards tokens, one towards their
+    # weights, one towards the query
     return OpCost(
         (tokens + matrices + width + batch * width) * size,
         (tokens + matrices + width) * size,
-        5 * scores + 2 * (1 + batch) * matrices,
+        4 * scores + 2 * (1 + batch) * matrices,
     )
 
 

@@ -38,7 +38,8 @@ class Discriminator(nn.Module):
 
     Head features are concatenated, normalised and projected. Heads, norm and projection run in
     fp32 whatever autocast says: at |logit| = 2 one bf16 ulp is 0.016, as large as the difference
-    that the approximated R1 squares.
+    that the approximated R1 squares. Tokens reach a head in the backbone's type, autocast off, and
+    the head widens them: the attention head on the way, without a copy of all tokens in fp32.
 
     Args:
         backbone: any backbone, usually with the weights of the diffusion model. It becomes the
@@ -85,7 +86,7 @@ class Discriminator(nn.Module):
         grid = self.backbone.token_grid((x.shape[2], x.shape[3], x.shape[4]))
         with torch.autocast(x.device.type, enabled=False):
             pairs = zip(self.heads, hidden, strict=True)
-            features = [head(tokens.float(), grid) for head, tokens in pairs]
+            features = [head(tokens, grid) for head, tokens in pairs]
             logits = self.project(self.norm(torch.cat(features, dim=-1)))[:, 0]
         return DiscriminatorOutput(logits, features)
 

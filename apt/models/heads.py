@@ -1,4 +1,7 @@
-"""Discriminator heads: visual tokens of one block to one feature vector."""
+"""Discriminator heads: visual tokens of one block to one feature vector.
+
+Tokens come in the backbone's type; a head computes, and answers, in that of its own weights.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,7 @@ class AttentionHead(nn.Module):
             num_heads=self.num_heads,
             norm_weight=self.norm.weight,
             eps=_NORM_EPS,
+            out_dtype=self.query.dtype,
         )
         return self.query + self.out(attended)
 
@@ -70,8 +74,7 @@ class Conv3DHead(nn.Module):
     def forward(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Features (B, D) of tokens (B, L, D) with L = T H W."""
         t, h, w = grid
-        volume = rearrange(
-            self.reduce(self.norm(tokens)), "b (t h w) d -> b d t h w", t=t, h=h, w=w
-        )
+        tokens = self.norm(tokens.to(self.norm.weight.dtype))
+        volume = rearrange(self.reduce(tokens), "b (t h w) d -> b d t h w", t=t, h=h, w=w)
         hidden = F.silu(volume + self.conv(F.silu(volume)))
         return self.out(hidden.mean(dim=(2, 3, 4)))

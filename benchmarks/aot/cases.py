@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt.kernels._triton import norms, qk_norm_rope, sampling
+from apt.kernels._triton import norms, qk_norm_rope, query_pooling, sampling
 from apt.kernels._triton.rmsprop import rmsprop_op
 from apt.kernels._triton.segment_sum import segment_sum
 
@@ -187,6 +187,14 @@ def _queries(
     output.backward(torch.empty_like(output))
 
 
+def _pooling(point: Point) -> None:
+    """Tokens of a discriminator's head; the folded queries are fp32 whatever the tokens are."""
+    x = point.empty(_BATCH, _LENGTH, point.width)
+    folded = torch.empty(point.width // 64, point.width).requires_grad_()
+    pooled = query_pooling.pool(x, folded, 1e-6)
+    pooled.backward(torch.empty_like(pooled))
+
+
 def _rmsprop(point: Point, *, ema: bool) -> None:
     param, grad = (torch.empty(point.width, dtype=point.dtype) for _ in range(2))
     square_avg, average = torch.empty(2, point.width)
@@ -310,6 +318,13 @@ CASES = (
         name="norm_rope across heads, not rotated",
         call=lambda p: _queries(p, across_heads=True, rope=False),
         points=points(ACROSS_HEADS, BF16),
+    ),
+    # The digits, DiT-XL, apt_8b and Wan 14B: 4, 18, 48 and 80 heads, each another tiling
+    Case(
+        name="query_pooling",
+        call=_pooling,
+        points=points((256, 1152, 3072, 5120), BF16) + points((256, 3072), FP32),
+        quick=Point(3072, BF16),
     ),
     # The width is that of one parameter: its size does not reach the code
     Case(

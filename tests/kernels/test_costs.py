@@ -189,8 +189,10 @@ def test_query_pooling_against_the_counter_of_torch():
     assert cost.bytes_read == 4 * (batch * length * width + 2 * width**2 + width)
     assert cost.bytes_written == 4 * batch * width
     backward = query_pooling_cost(batch, length, width, heads, dtype=FP32, backward=True)
-    # torch keeps the scores, which a fused backward would compute again
-    assert backward.flops == both - forward + 2 * batch * length * heads * width
+    assert backward.flops == both - forward
+    # Tokens, both matrices, the query and the gradient in; gradients of the first three out
+    assert backward.bytes_read == cost.bytes_read + 4 * batch * width
+    assert backward.bytes_written == cost.bytes_read
 
 
 def test_a_roofline_is_the_slower_of_work_and_traffic():

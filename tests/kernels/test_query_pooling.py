@@ -138,6 +138,16 @@ def test_first_and_second_derivatives():
     assert torch.autograd.gradgradcheck(run, list(inputs.values()))
 
 
+def test_the_result_may_be_wider_than_the_tokens():
+    case = Case(dtype=torch.bfloat16)
+    inputs = case.draw()
+    wide = {name: value.detach().float() for name, value in inputs.items()}
+    found = case.run(wide | {"x": inputs["x"]}, out_dtype=torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, case.run(wide))
+    assert torch.equal(case.run(inputs), found.bfloat16())
+
+
 def test_autocast_does_not_reach_inside():
     case = Case(dtype=torch.float32)
     inputs = case.draw()
@@ -190,7 +200,7 @@ def test_memory():
         ({"norm_weight": torch.zeros(8)}, r"norm_weight must be \(12,\)"),
         ({"num_heads": 4}, "6 rows of value_weight must split into 4"),
         ({"num_heads": 0}, "must split into 0"),
-        ({"backend": "triton"}, "no backend 'triton'"),
+        ({"backend": "flash"}, "no backend 'flash'"),
     ],
 )
 def test_bad_input_is_refused(change, message):

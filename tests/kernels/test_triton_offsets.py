@@ -18,6 +18,7 @@ from apt.kernels.backends import interpreted
 
 pytest.importorskip("triton")
 from apt.kernels._triton import norms
+from apt.kernels._triton import query_pooling as pooling
 from apt.kernels._triton.segment_sum import segment_sum_kernel
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="the interpreter's programs are shifted")
@@ -136,6 +137,74 @@ def test_segment_sum(start_at):
         partials, None, sums, programs, programs, 1, D=width, COLUMNS=64, PARTIALS_PER_STEP=32
     )
     assert torch.equal(sums[1, -1], values)
+
+
+# One head over one sample of FAR + 1 tokens, of which a program has the last block
+BLOCKS = FAR // pooling.PAD + 1
+FIRST = (BLOCKS - 1) * pooling.PAD
+
+
+def pooling_constants(tiling) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    found = pooling._constants(torch.empty(1, 1, WIDTH, dtype=torch.float16), 1, tiling)
+    return found | {"BLOCK": 2048, "ROWS": pooling.PAD}  # fewer and larger steps
+
+
+def per_token() -> Tensor:
+    return torch.full((BLOCKS * pooling.PAD,), torch.nan)
+
+
+def test_scores(start_at):
+    x, scores, rstd = tokens(), per_token(), per_token()
+    x[FAR] = torch.randn(WIDTH).half()
+    folded = torch.randn(WIDTH) * WIDTH**-0.5
+    start_at(BLOCKS - 1)
+    pooling.scores_kernel[(1,)](
+        x, folded, scores, rstd, FAR + 1, BLOCKS, EPS, **pooling_constants(pooling.scores_tiling)
+    )
+    row = x[FAR].float()
+    torch.testing.assert_close(rstd[FAR], row.square().mean().add(EPS).rsqrt())
+    torch.testing.assert_close(scores[FAR], rstd[FAR] * (row @ folded), rtol=1e-4, atol=1e-5)
+    assert (scores[FAR + 1 :] == -torch.inf).all()
+    assert (rstd[FAR + 1 :] == 0).all()
+    assert scores[:FIRST].isnan().all()
+
+
+def test_weighted_sum(start_at):
+    x, weights, sums = tokens(), per_token(), torch.full((BLOCKS, WIDTH), torch.nan)
+    x[FAR] = torch.randn(WIDTH).half()
+    weights[FIRST:] = 0
+    weights[FAR] = 0.5
+    start_at(BLOCKS - 1)
+    pooling.weighted_sum_kernel[(1, WIDTH // 2048)](
+        x, weights, None, None, sums, FAR + 1, BLOCKS, BLOCKS, 1,
+        **pooling_constants(pooling.sum_tiling),
+    )  # fmt: skip
+    torch.testing.assert_close(sums[-1], 0.5 * x[FAR].float())
+    assert sums[:-1].isnan().all()
+
+
+def test_tokens_backward(start_at):
+    x, grad_x, scores, rstd, slopes = tokens(), tokens(), per_token(), per_token(), per_token()
+    x[FAR] = torch.randn(WIDTH).half()
+    grad, folded = torch.randn(2, WIDTH) * WIDTH**-0.5
+    row = x[FAR].float()
+    rstd[FIRST:], scores[FIRST:] = 0, 0
+    r = rstd[FAR] = row.square().mean().add(EPS).rsqrt()
+    score = scores[FAR] = r * (row @ folded)
+    lse, delta = score + 0.5, torch.tensor(0.3)
+    start_at(BLOCKS - 1)
+    pooling.tokens_backward_kernel[(1,)](
+        grad, x, folded, scores, lse, delta, rstd, grad_x, slopes, FAR + 1, BLOCKS, 1,
+        **pooling_constants(pooling.backward_tiling),
+    )  # fmt: skip
+    p, grad_p = (score - lse).exp(), r * (row @ grad)
+    grad_score = p * (grad_p - delta)
+    through_norm = r**2 / WIDTH * (p * grad_p + grad_score * score)
+    expected = p * r * grad + grad_score * r * folded - through_norm * row
+    torch.testing.assert_close(grad_x[FAR].float(), expected, rtol=2e-3, atol=2e-5)
+    torch.testing.assert_close(slopes[FAR], grad_score * r, rtol=1e-4, atol=1e-6)
+    assert (slopes[FAR + 1 :] == 0).all()
+    assert slopes[:FIRST].isnan().all()
 
 
 def modulations(per_token: bool) -> tuple[int, list[Tensor]]:

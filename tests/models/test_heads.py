@@ -41,6 +41,14 @@ def test_one_feature_vector_per_sample(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["attention", "conv3d"])
+def test_narrow_tokens_are_widened_and_features_are_not_rounded(name: str) -> None:
+    head, x = make(name), tokens().bfloat16()
+    features = head(x, GRID)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, head(x.float(), GRID), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["attention", "conv3d"])
 def test_every_weight_trains(name: str) -> None:
     head = make(name)
     head(tokens(), GRID).square().sum().backward()

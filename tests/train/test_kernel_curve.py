@@ -22,7 +22,8 @@ TINY = (
 KERNELS = (
     "norms.forward_kernel", "norms.backward_kernel", "rope_kernels.forward_kernel",
     "rope_kernels.backward_kernel", "rmsprop.rmsprop_kernel", "sampling.perturb_kernel",
-    "sampling.timesteps_kernel",
+    "sampling.timesteps_kernel", "query_pooling.scores_kernel",
+    "query_pooling.weighted_sum_kernel", "query_pooling.tokens_backward_kernel",
 )  # fmt: skip
 # Reports what ran, at the end: the interpreter would also pass if nothing used it.
 COMMAND = """

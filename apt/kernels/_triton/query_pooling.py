@@ -1,0 +1,523 @@
+"""The core of `query_pooling` in Triton: tokens pooled by softmax weights of H folded queries.
+
+    u_hl = x_l . a_h;   rstd_l = (mean(x_l^2) + eps)^-1/2;   s = rstd u;   p = softmax of s over l
+    w_hl = p_hl rstd_l;                                      pooled_h = sum over l of w_hl x_l
+
+and backward, from g_h = dL/dpooled_h, with delta_h = g_h . pooled_h = sum over l of p_hl dp_hl:
+
+    dp = rstd g_h . x_l;   ds = p (dp - delta);   du = ds rstd
+    dx_l = sum over h of (w_hl g_h + du_hl a_h) - x_l rstd_l^2 / D sum over h of (p dp + ds s)_hl
+    da_h = sum over samples and l of du_hl x_l
+
+Every product over tokens or channels is one of matrices, H being one side: `scores_kernel` gives s
+and rstd, `weighted_sum_kernel` the sums over tokens, `tokens_backward_kernel` dx and du. x is read
+twice forward and three times backward, in its own type; what else is as long as the tokens is s, du
+and rstd, 4 (2 H + 1) bytes a token. Sums of programs are added by `segment_sum`: no atomics, so
+results repeat bit for bit.
+
+Precision, on a GPU: products of bf16 tokens are those of bf16 tensor cores, where a factor in fp32
+(a, g, w, du) is given as the sum of two bf16 parts, 16 bits of it; a product of two such factors
+leaves out that of the low parts. fp16 and fp32 tokens take three products of TF32 (`tf32x3`), which
+keep about 21 bits. Sums are fp32. The interpreter multiplies the same parts in fp32.
+
+Shapes: B samples, L tokens, N when padded to blocks of PAD, D channels, H heads, P splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from apt.errors import InputError
+from apt.kernels._triton.segment_sum import segment_sum
+from apt.kernels.backends import interpreted
+
+# What tokens are padded to where their scores are stored: so their rows begin at whole vectors,
+# and no kernel asks whether a token's score is there.
+PAD = 64
+
+# Numbers that change from batch to batch: no new compilation for those that 16 divides.
+COUNTS = ("length", "blocks", "splits", "blocks_per_split", "samples")
+
+
+@triton.jit
+def _inside(valid, columns, D: tl.constexpr, BLOCK: tl.constexpr):
+    if D % BLOCK == 0:
+        return valid
+    else:
+        return valid & (columns < D)
+
+
+@triton.jit
+def _split(values, PARTS: tl.constexpr, WIDEN: tl.constexpr):
+    """fp32 as operands of products: itself, or a high and a low part in bf16."""
+    if PARTS == 1:
+        return (values,)
+    else:
+        high = values.to(tl.bfloat16)
+        low = (values - high.to(tl.float32)).to(tl.bfloat16)
+        if WIDEN:
+            return (high.to(tl.float32), low.to(tl.float32))
+        else:
+            return (high, low)
+
+
+@triton.jit
+def _load_operand(ptr, offsets, mask, WIDEN: tl.constexpr):
+    values = tl.load(ptr + offsets, mask=mask, other=0.0)
+    if WIDEN:
+        return values.to(tl.float32)
+    else:
+        return values
+
+
+@triton.jit
+def _products(
+    x_ptr,
+    first,
+    valid,
+    parts_ptr,
+    part_stride,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    SQUARES: tl.constexpr,
+):
+    """Products of rows of x with H vectors (PARTS, H, D), (ROWS, HEADS), and sums of x^2 (ROWS,).
+
+    `first` (ROWS, 1): where each row begins.
+    """
+    heads = tl.arange(0, HEADS)[:, None]
+    products = tl.zeros([ROWS, HEADS], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
+    for start in tl.range(0, D, BLOCK, num_stages=STAGES):
+        columns = start + tl.arange(0, BLOCK)[None, :]
+        x = _load_operand(x_ptr, first + columns, _inside(valid, columns, D, BLOCK), WIDEN)
+        if SQUARES:
+            wide = x.to(tl.float32)
+            squares += tl.sum(wide * wide, axis=1)
+        mask = _inside(heads < H, columns, D, BLOCK)
+        for i in tl.static_range(PARTS):
+            vectors = _load_operand(parts_ptr + i * part_stride, heads * D + columns, mask, WIDEN)
+            products = tl.dot(x, tl.trans(vectors), products, input_precision="tf32x3")
+    return products, squares
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def scores_kernel(
+    x_ptr,
+    folded_ptr,
+    scores_ptr,
+    rstd_ptr,
+    length,
+    blocks,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A program for ROWS tokens of a sample. folded: (PARTS, H, D).
+
+    scores (B, H, N) are -inf and rstd (B, N) is 0 beyond the last token.
+    """
+    programs = blocks * (PAD // ROWS)
+    sample = (tl.program_id(0) // programs).to(tl.int64)
+    row = tl.program_id(0) % programs * ROWS + tl.arange(0, ROWS)
+    valid = row < length
+    first = (sample * length + row)[:, None] * D
+    products, squares = _products(
+        x_ptr, first, valid[:, None], folded_ptr, H * D,
+        H, D, HEADS, ROWS, BLOCK, PARTS, WIDEN, STAGES, True,
+    )  # fmt: skip
+    rstd = tl.where(valid, 1.0 / tl.sqrt_rn(squares / D + eps), 0.0)
+    scores = tl.where(valid[:, None], products * rstd[:, None], -float("inf"))
+    heads = tl.arange(0, HEADS)[None, :]
+    padded = blocks.to(tl.int64) * PAD
+    tl.store(rstd_ptr + (sample * padded + row), rstd)
+    at = (sample * H + heads) * padded + row[:, None]
+    tl.store(scores_ptr + at, scores, mask=heads < H)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def weighted_sum_kernel(
+    x_ptr,
+    weights_ptr,
+    lse_ptr,
+    rstd_ptr,
+    sums_ptr,
+    length,
+    blocks,
+    splits,
+    blocks_per_split,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A grid of (B P, blocks of channels). sums: (B P, H, D), tokens of each split by weights.
+
+    weights (B, H, N), 0 beyond the last token; scores, -inf there, with lse (B, H) and rstd (B, N).
+    """
+    sample = (tl.program_id(0) // splits).to(tl.int64)
+    begin = tl.program_id(0) % splits * blocks_per_split * PAD
+    end = tl.minimum(begin + blocks_per_split * PAD, length)
+    padded = blocks.to(tl.int64) * PAD
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    heads = tl.arange(0, HEADS)
+    real = (heads < H)[None, :]
+    if lse_ptr is not None:
+        lse = tl.load(lse_ptr + (sample * H + heads), mask=heads < H, other=0.0)[None, :]
+    sums = tl.zeros([BLOCK, HEADS], tl.float32)
+    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
+        row = start + tl.arange(0, ROWS)
+        first = (sample * length + row)[None, :] * D
+        mask = _inside((row < length)[None, :], columns[:, None], D, BLOCK)
+        x = _load_operand(x_ptr, first + columns[:, None], mask, WIDEN)
+        at = (sample * H + heads)[None, :] * padded + row[:, None]
+        weights = tl.load(weights_ptr + at, mask=real, other=0.0)
+        if lse_ptr is not None:
+            rstd = tl.load(rstd_ptr + (sample * padded + row))
+            weights = tl.exp(weights - lse) * rstd[:, None]
+        operands = _split(weights, PARTS, WIDEN)
+        for i in tl.static_range(PARTS):
+            sums = tl.dot(x, operands[i], sums, input_precision="tf32x3")
+    at = (tl.program_id(0).to(tl.int64) * H + heads)[None, :] * D + columns[:, None]
+    tl.store(sums_ptr + at, sums, mask=_inside(real, columns[:, None], D, BLOCK))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def tokens_backward_kernel(
+    grad_ptr,
+    x_ptr,
+    folded_ptr,
+    scores_ptr,
+    lse_ptr,
+    delta_ptr,
+    rstd_ptr,
+    grad_x_ptr,
+    grad_products_ptr,
+    length,
+    blocks,
+    samples,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A program for ROWS tokens of a sample. grad: (PARTS, B, H, D); folded: (PARTS, H, D).
+
+    grad_products is du (B, H, N), 0 beyond the last token.
+    """
+    programs = blocks * (PAD // ROWS)
+    sample = (tl.program_id(0) // programs).to(tl.int64)
+    row = tl.program_id(0) % programs * ROWS + tl.arange(0, ROWS)
+    valid = (row < length)[:, None]
+    first = (sample * length + row)[:, None] * D
+    grad_ptr += sample * H * D
+    grad_stride = samples.to(tl.int64) * H * D
+    grad_weights, _ = _products(
+        x_ptr, first, valid, grad_ptr, grad_stride,
+        H, D, HEADS, ROWS, BLOCK, PARTS, WIDEN, STAGES, False,
+    )  # fmt: skip
+
+    heads = tl.arange(0, HEADS)[None, :]
+    real = heads < H
+    padded = blocks.to(tl.int64) * PAD
+    at = (sample * H + heads) * padded + row[:, None]
+    lse = tl.load(lse_ptr + (sample * H + heads), mask=real, other=0.0)
+    delta = tl.load(delta_ptr + (sample * H + heads), mask=real, other=0.0)
+    rstd = tl.load(rstd_ptr + (sample * padded + row))[:, None]
+    scores = tl.load(scores_ptr + at, mask=valid & real, other=0.0)
+    p = tl.where(valid & real, tl.exp(scores - lse), 0.0)
+    grad_p = grad_weights * rstd
+    grad_scores = p * (grad_p - delta)
+    through_norm = tl.sum(p * grad_p + grad_scores * scores, axis=1)[:, None] * rstd * rstd / D
+    grad_products = grad_scores * rstd
+    tl.store(grad_products_ptr + at, grad_products, mask=real)
+    weights = _split(p * rstd, PARTS, WIDEN)
+    slopes = _split(grad_products, PARTS, WIDEN)
+
+    rows_of_heads = tl.arange(0, HEADS)[:, None]
+    for start in tl.range(0, D, BLOCK, num_stages=STAGES):
+        columns = start + tl.arange(0, BLOCK)[None, :]
+        mask = _inside(valid, columns, D, BLOCK)
+        x = tl.load(x_ptr + (first + columns), mask=mask, other=0.0).to(tl.float32)
+        grad_x = -through_norm * x
+        of_head = _inside(rows_of_heads < H, columns, D, BLOCK)
+        offsets = rows_of_heads * D + columns
+        for i in tl.static_range(PARTS):
+            grad = _load_operand(grad_ptr + i * grad_stride, offsets, of_head, WIDEN)
+            folded = _load_operand(folded_ptr + i * H * D, offsets, of_head, WIDEN)
+            for j in tl.static_range(PARTS - i):
+                grad_x = tl.dot(weights[j], grad, grad_x, input_precision="tf32x3")
+                grad_x = tl.dot(slopes[j], folded, grad_x, input_precision="tf32x3")
+        tl.store(grad_x_ptr + (first + columns), grad_x, mask=mask)
+
+
+class Tiling(NamedTuple):
+    """How a kernel cuts its work: tokens and channels of a step or a program, warps, loop stages.
+
+    `rows` divides PAD. `registers` per thread, where ptxas would otherwise choose fewer, for an
+    occupancy that does not pay, and spill a few values to keep to it.
+    """
+
+    rows: int
+    block: int
+    num_warps: int
+    stages: int
+    registers: int | None = None
+
+
+# `heads` are padded, `itemsize` is that of operands: 2 for bf16, else 4, with three products for
+# one. What spills nothing on any chip (benchmarks/aot), and then the fewest warps.
+
+
+def scores_tiling(heads: int, itemsize: int) -> Tiling:
+    """A step reads 128 bytes of each row."""
+    registers = 128 if heads <= 32 else None
+    return Tiling(PAD, 128 // itemsize, _warps(heads), stages=3, registers=registers)
+
+
+def sum_tiling(heads: int, itemsize: int) -> Tiling:
+    """32 sums a thread at most."""
+    narrow = itemsize == 2
+    return Tiling(
+        PAD if narrow else PAD // 2,
+        128 if narrow and heads < 128 else 64,
+        _warps(heads),
+        stages=2,
+    )
+
+
+def backward_tiling(heads: int, itemsize: int) -> Tiling:
+    """The weights of all heads, and their gradients, are operands that stay in registers."""
+    wide = itemsize == 4
+    rows = PAD // 2 if wide and heads == 128 else PAD
+    bytes_of_row = 128 if heads < (64 if wide else 128) else 64
+    stages = 2 if rows == PAD else 1  # to load ahead takes registers
+    return Tiling(rows, bytes_of_row // itemsize, _warps(heads), stages)
+
+
+def _warps(heads: int) -> int:
+    return 4 if heads <= 32 else 8
+
+
+def _constants(x: Tensor, heads: int, tile: Callable[[int, int], Tiling]) -> dict[str, Any]:
+    """Compile-time arguments and options of a launch."""
+    narrow = x.dtype == torch.bfloat16
+    padded = max(16, triton.next_power_of_2(heads))
+    tiling = tile(padded, 2 if narrow else 4)
+    return {
+        "H": heads,
+        "D": x.shape[2],
+        "HEADS": padded,
+        "PAD": PAD,
+        "ROWS": tiling.rows,
+        "BLOCK": tiling.block,
+        "PARTS": _num_parts(x),
+        # The interpreter has no product of bf16
+        "WIDEN": not narrow or interpreted(),
+        "STAGES": tiling.stages,
+        "num_warps": tiling.num_warps,
+        "maxnreg": tiling.registers,
+        "enable_fp_fusion": True,
+    }
+
+
+def _num_parts(x: Tensor) -> int:
+    return 2 if x.dtype == torch.bfloat16 else 1
+
+
+def _parts(values: Tensor, number: int) -> Tensor:
+    """fp32 values (...) as operands (1, ...), or as bf16 parts (2, ...) that add up to them."""
+    if number == 1:
+        return values.unsqueeze(0).contiguous()
+    high = values.to(torch.bfloat16)
+    return torch.stack((high, (values - high).to(torch.bfloat16)))
+
+
+def _blocks(length: int) -> int:
+    return (length + PAD - 1) // PAD
+
+
+def _forward(x: Tensor, folded: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """pooled (B, H, D), scores (B, H, N), lse (B, H), rstd (B, N), all fp32."""
+    batch, length, _ = x.shape
+    num_heads = folded.shape[0]
+    blocks = _blocks(length)
+    scores = folded.new_empty(batch, num_heads, blocks * PAD)
+    rstd = folded.new_empty(batch, blocks * PAD)
+    constants = _constants(x, num_heads, scores_tiling)
+    if batch:
+        with torch.cuda.device_of(x):
+            scores_kernel[(batch * blocks * (PAD // constants["ROWS"]),)](
+                x, _parts(folded, _num_parts(x)), scores, rstd, length, blocks, eps, **constants
+            )
+    lse = scores.logsumexp(-1)
+    return _weighted_sum(x, scores, lse, rstd, over_samples=False), scores, lse, rstd
+
+
+def _weighted_sum(
+    x: Tensor, weights: Tensor, lse: Tensor | None, rstd: Tensor | None, *, over_samples: bool
+) -> Tensor:
+    """Tokens by weights (B, H, N), or by scores with lse and rstd: (B, H, D), or (H, D)."""
+    batch, length, width = x.shape
+    num_heads = weights.shape[1]
+    shape = (num_heads, width) if over_samples else (batch, num_heads, width)
+    if batch == 0:
+        return weights.new_zeros(shape)
+    constants = _constants(x, num_heads, sum_tiling)
+    columns = triton.cdiv(width, constants["BLOCK"])
+    blocks = _blocks(length)
+    per_split, splits = _share_out(x.device, batch * columns, blocks)
+    partials = weights.new_empty(1, batch * splits, num_heads * width)
+    with torch.cuda.device_of(x):
+        weighted_sum_kernel[(batch * splits, columns)](
+            x, weights, lse, rstd, partials, length, blocks, splits, per_split, **constants
+        )
+        return segment_sum(partials, None, 1 if over_samples else batch).view(shape)
+
+
+def _share_out(device: torch.device, others: int, blocks: int) -> tuple[int, int]:
+    """Blocks of tokens per program, and programs that share those of a sample."""
+    processors = 4
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = max(1, 2 * processors // others)
+    # Each program writes H D sums in fp32: few tokens would not be worth that.
+    per_program = max(triton.cdiv(blocks, wanted), 4)
+    return per_program, triton.cdiv(blocks, per_program)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    folded: Tensor,
+    pooled: Tensor,
+    scores: Tensor,
+    lse: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of its products with the folded queries, du (B, H, N)."""
+    batch, length, _ = x.shape
+    grad_x, grad_products = torch.empty_like(x), torch.empty_like(scores)
+    if batch == 0:
+        return grad_x, grad_products
+    constants = _constants(x, folded.shape[0], backward_tiling)
+    blocks, number = _blocks(length), _num_parts(x)
+    delta = torch.linalg.vecdot(grad, pooled)
+    with torch.cuda.device_of(x):
+        tokens_backward_kernel[(batch * blocks * (PAD // constants["ROWS"]),)](
+            _parts(grad, number),
+            x,
+            _parts(folded, number),
+            scores,
+            lse,
+            delta,
+            rstd,
+            grad_x,
+            grad_products,
+            length,
+            blocks,
+            batch,
+            **constants,
+        )
+    return grad_x, grad_products
+
+
+@torch.library.custom_op("apt::query_pooling", mutates_args=())
+def query_pooling_op(
+    x: Tensor, folded: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(x.contiguous(), folded, eps)
+
+
+@query_pooling_op.register_fake
+def _(x, folded, eps):
+    batch, heads = x.shape[0], folded.shape[0]
+    padded = _blocks(x.shape[1]) * PAD
+    return (
+        folded.new_empty(batch, heads, x.shape[2]),
+        folded.new_empty(batch, heads, padded),
+        folded.new_empty(batch, heads),
+        folded.new_empty(batch, padded),
+    )
+
+
+@torch.library.custom_op("apt::query_pooling_backward", mutates_args=())
+def query_pooling_backward_op(
+    grad: Tensor,
+    x: Tensor,
+    folded: Tensor,
+    pooled: Tensor,
+    scores: Tensor,
+    lse: Tensor,
+    rstd: Tensor,
+    folded_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the folded queries; (0,) for the latter if nobody wants it."""
+    x = x.contiguous()
+    grad_x, grad_products = _backward(grad.contiguous(), x, folded, pooled, scores, lse, rstd)
+    if not folded_grad:
+        return grad_x, folded.new_empty(0)
+    return grad_x, _weighted_sum(x, grad_products, None, None, over_samples=True)
+
+
+@query_pooling_backward_op.register_fake
+def _(grad, x, folded, pooled, scores, lse, rstd, folded_grad):
+    return x.new_empty(x.shape), folded.new_empty(folded.shape if folded_grad else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, folded, _ = inputs
+    ctx.save_for_backward(x, folded, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor | None, None]:
+    wanted = ctx.needs_input_grad[1]
+    of_x, of_folded = query_pooling_backward_op(grad, *ctx.saved_tensors, wanted)
+    return of_x, of_folded if wanted else None, None
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise InputError(
+        "query_pooling in Triton cannot be differentiated twice; "
+        "pass backend='reference', or compute inside apt.kernels.kernel_backend('reference')"
+    )
+
+
+query_pooling_op.register_autograd(_gradients, setup_context=_save)
+query_pooling_backward_op.register_autograd(_no_double_backward)
+
+
+def pool(x: Tensor, folded: Tensor, eps: float) -> Tensor:
+    """The op, without checks: x (B, L, D), folded (H, D) fp32; pooled (B, H, D) fp32."""
+    return query_pooling_op(x, folded, eps)[0]
