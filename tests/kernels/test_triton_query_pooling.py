@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -92,12 +92,14 @@ def check(case: Case, *, floor: float = 0.05) -> None:
     for name, want in expected.items():
         assert ours[name].shape == reference[name].shape
         assert ours[name].dtype == reference[name].dtype == case.dtype
-        norm = want.norm().clamp(min=1e-6)
-        error, allowed = (
-            ((found[name].double() - want).norm() / norm).item() for found in (ours, reference)
-        )
+        error, allowed = (off(values[name], want) for values in (ours, reference))
         # `not <=` also when the error is NaN
         assert error <= times * allowed + floor * torch.finfo(case.dtype).eps, name
+
+
+def off(found: Tensor, exact: Tensor) -> float:
+    """Relative error in the 2-norm."""
+    return ((found.double() - exact).norm() / exact.norm().clamp(min=1e-6)).item()
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -125,23 +127,53 @@ def test_accuracy_of_many_heads(dtype):
     check(Case(1, 40, 65, 1, 96, 1, dtype=dtype), floor=0.5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
-    st.builds(
-        Case,
-        batch=st.integers(1, 3),
-        length=st.integers(2, 140),
-        heads=st.integers(1, 40),
-        head_dim=st.integers(1, 4),
-        width=st.integers(2, 200),
-        value_dim=st.integers(1, 3),
-        affine=st.booleans(),
-        dtype=st.sampled_from(DTYPES),
-        seed=st.integers(0, 9),
-    )
+    batch=st.integers(1, 3),
+    length=st.integers(2, 140),
+    heads=st.integers(1, 40),
+    width=st.integers(2, 200),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 9),
 )
-def test_accuracy_at_ragged_shapes(case):
-    check(case, floor=2)
+def test_accuracy_at_ragged_shapes(batch, length, heads, width, dtype, seed):
+    """Of the core alone: folding may cancel, which would magnify any rounding of its gradient.
+
+    Errors are root mean squares of some draws: of a few numbers, the reference's may be small by
+    luck.
+    """
+    # What a factor in fp32 keeps beside bf16 tokens
+    core = 2.0**-15 if dtype == torch.bfloat16 else torch.finfo(torch.float32).eps
+    limits = {"y": core, "d x": core + torch.finfo(dtype).eps, "d folded": core}
+    found = [core_errors(batch, length, heads, width, dtype, 100 * seed + i) for i in range(4)]
+    for name, limit in limits.items():
+        ours, reference = (
+            torch.tensor([draw[name][i] for draw in found]).square().mean().sqrt() for i in (0, 1)
+        )
+        assert ours <= 2 * reference + limit, name
+
+
+def core_errors(
+    batch: int, length: int, heads: int, width: int, dtype: torch.dtype, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Of the kernel and of the reference, against fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, length, width, generator=generator).to(DEVICE, dtype)
+    folded = (torch.randn(heads, width, generator=generator) * width**-0.5).to(DEVICE)
+    direction = torch.randn(batch, heads, width, generator=generator).to(DEVICE)
+
+    def run(pool: Callable[..., Tensor], *values: Tensor) -> tuple[Tensor, ...]:
+        inputs = [value.detach().requires_grad_() for value in values]
+        y = pool(*inputs, 1e-6)
+        return y, *torch.autograd.grad(y, inputs, direction.to(y.dtype))
+
+    exact_ones = run(pool_reference, x.double(), folded.double())
+    both = run(fused.pool, x, folded), run(pool_reference, x, folded)
+    names = ("y", "d x", "d folded")
+    return {
+        name: (off(ours, want), off(reference, want))
+        for name, want, ours, reference in zip(names, exact_ones, *both, strict=True)
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -486,7 +486,12 @@ def query_pooling_backward_op(
     grad_x, grad_products = _backward(grad.contiguous(), x, folded, pooled, scores, lse, rstd)
     if not folded_grad:
         return grad_x, folded.new_empty(0)
-    return grad_x, _weighted_sum(x, grad_products, None, None, over_samples=True)
+    of_folded = _weighted_sum(x, grad_products, None, None, over_samples=True)
+    # Gradients of scores add up to 0, but for the rounding of delta and dp. What is left would
+    # enter with the weights of the whole sum, and the true gradient may be far smaller.
+    per_token = rstd.reciprocal().masked_fill(rstd == 0, 0.0)  # padding
+    rest = torch.einsum("bhn,bn->bh", grad_products, per_token)
+    return grad_x, of_folded - torch.einsum("bh,bhd->hd", rest, pooled)
 
 
 @query_pooling_backward_op.register_fake
