@@ -20,6 +20,7 @@ from apt.models.conditions import TextCondition
 from apt.models.lora import find_lora, merge_lora, read_lora
 from apt.models.protocols import Backbone, LatentCodec, TextEncoder
 from apt.models.registry import untrained_timesteps
+from apt.pixels import to_uint8
 from apt.rng import sample_noise
 from apt.sampling import (
     SAMPLERS,
@@ -392,11 +393,6 @@ class OneStepPipeline:
     def _parameter(self) -> Tensor:
         (backbone, *_) = self.bundle.modules()
         return next(backbone.parameters())
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] to 0..255, rounded to the nearest."""
-    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def _pair(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import cast
 
 import av
-import torch
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace
@@ -23,6 +22,7 @@ from apt.data.folder import exact_rate
 from apt.data.sample import VideoDataset
 from apt.data.scan import METADATA_NAMES
 from apt.errors import ConfigError, DataError
+from apt.pixels import to_uint8
 
 _SAME_PICTURE = 8 / 255
 """Mean absolute difference, in [-1, 1], above which a file does not hold the wanted clip."""
@@ -93,7 +93,7 @@ def write_video_folder(
 
 def encode_video(pixels: Tensor, fps: Fraction) -> bytes:
     """A clip (3, T, H, W) in [-1, 1] as the bytes of an `.mp4`; see `write_video_folder`."""
-    frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
+    frames = to_uint8(pixels).permute(1, 2, 3, 0)
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         options = {"crf": "0", "preset": "medium"}

@@ -32,7 +32,7 @@ from apt.data.digits import (
 )
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.hub import load_weights, save_weights
-from apt.pipeline import to_uint8
+from apt.pixels import to_uint8
 from apt.rng import generator_for
 
 _WORDS = (tuple(DIGITS), tuple(COLOURS), tuple(DIRECTIONS))

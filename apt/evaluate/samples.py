@@ -16,7 +16,8 @@ from torch import Tensor
 from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, Label, MovingDigits, Split
 from apt.evaluate.digits_classifier import real_clips
 from apt.evaluate.methods import Method
-from apt.pipeline import OneStepPipeline, to_uint8
+from apt.pipeline import OneStepPipeline
+from apt.pixels import to_uint8
 from apt.rng import generator_for
 
 Precision = Literal["bf16", "fp32"]

@@ -11,6 +11,7 @@ from apt.flow import sampling_timesteps
 from apt.media import write_contact_sheet
 from apt.models.cached import CachedCodec
 from apt.models.generator import generate
+from apt.pixels import to_uint8
 from apt.rng import sample_noise
 from apt.sampling import bind_guided, sample
 from apt.train.config import PretrainConfig
@@ -54,6 +55,6 @@ def decode_samples(stage: Stage, latents: Tensor) -> Tensor | None:
 
 def write_sheet(path: Path, pixels: Tensor, prompts: tuple[str, ...], title: str) -> None:
     """A PNG with one row of frames per prompt."""
-    frames = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+    frames = to_uint8(pixels).permute(0, 2, 3, 4, 1).cpu()
     cells = [[video.numpy()] for video in frames]
     write_contact_sheet(path, cells, rows=list(prompts), columns=["frames"], title=title)

@@ -23,7 +23,7 @@ from apt.evaluate.samples import (
 from apt.hub import ModelInfo, SampleInfo, SamplingInfo, Stage
 from apt.models.bundle import ModelBundle, component_info, save_pretrained
 from apt.models.registry import create_codec, create_model, create_text_encoder
-from apt.pipeline import to_uint8
+from apt.pixels import to_uint8
 
 TINY_CLASSIFIER = ClassifierConfig(width=4, features=8, steps=1, batch_size=4, test_clips=8)
 
