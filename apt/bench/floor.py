@@ -44,7 +44,7 @@ def floor_report(workload: Workload, gpu: str) -> str:
         f"{workload.width}x{workload.height}, batch "
         f"{workload.batch}, {workload.dtype}: {cost.visual_tokens:,} tokens and "
         f"{cost.text_tokens} of text, {cost.flops / 1e12:.4g} TFLOP",
-        f"An estimate for {found.name}; nothing was measured. Launches are not counted.\n"
+        f"An estimate for {found.name}; the model was not run. Launches are not counted.\n"
         f"{_rates(found)}",
         format_table(("part", "TFLOP", "GB", "ms"), rows, left=1),
     ]
@@ -86,9 +86,10 @@ def _reached() -> str:
     assert h200.measured is not None
     products = h200.measured.matmul_tflops / h200.peak.matmul_tflops
     copies = h200.measured.memory_gb_s / h200.peak.memory_gb_s
+    known = ", ".join(name for name, gpu in GPUS.items() if gpu.measured)
     return (
         f"No kernel reaches a peak: on an H200 large products reach {products:.0%} and copies "
-        f"{copies:.0%} of it. Estimates with measured rates, as for the h200, are so much longer."
+        f"{copies:.0%} of it. Estimates with measured rates ({known}) are so much longer."
     )
 
 
