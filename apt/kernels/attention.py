@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apt.errors import InputError
-from apt.kernels.backends import BackendStatus, capabilities
+from apt.kernels.backends import BackendStatus, but_not_on, capabilities, those_outside
 
 ENVIRONMENT_VARIABLE = "APT_ATTENTION_BACKEND"
 
@@ -184,9 +184,9 @@ def attention_status() -> list[BackendStatus]:
 
 def _describe(name: str) -> str:
     if name in _PACKAGES:
-        unfit = _without_kernels(name, capabilities())
-        exceptions = f", but not on {', '.join(unfit)}" if unfit else ""
-        return f"module {_PACKAGES[name].module}{exceptions}"
+        package = _PACKAGES[name]
+        unfit = those_outside(capabilities(), package.lowest, package.highest)
+        return f"module {package.module}{but_not_on(unfit)}"
     return "torch's plain softmax" if name == "_native_math" else "a kernel of torch"
 
 
@@ -202,7 +202,7 @@ def _why_unavailable(name: str, device: torch.device | None = None) -> str | Non
         if not torch.cuda.is_available():
             return "needs a CUDA GPU"
         asked = capabilities(device)
-        unfit = _without_kernels(name, asked)
+        unfit = those_outside(asked, package.lowest, package.highest)
         if len(unfit) < len(asked):
             return None
         return f"has no kernels for compute capability {', '.join(unfit)}"
@@ -211,16 +211,6 @@ def _why_unavailable(name: str, device: torch.device | None = None) -> str | Non
     if name == "_native_cudnn" and not torch.backends.cudnn.is_available():
         return "this torch was built without cuDNN"
     return None
-
-
-def _without_kernels(name: str, asked: Mapping[str, tuple[int, int]]) -> list[str]:
-    """The GPUs, each with its compute capability, that a package has no kernels for."""
-    lowest, highest = _PACKAGES[name].lowest, _PACKAGES[name].highest
-    return [
-        f"{capability[0]}.{capability[1]} ({gpu})"
-        for gpu, capability in asked.items()
-        if capability < lowest or capability > (highest or capability)
-    ]
 
 
 def _why_not_native(

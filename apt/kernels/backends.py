@@ -158,7 +158,7 @@ def _why_no_triton(device: torch.device | None = None) -> str | None:
     if not torch.cuda.is_available():
         return "needs a CUDA GPU, or TRITON_INTERPRET=1 from the start to run it on the CPU, slowly"
     asked = capabilities(device)
-    too_old = those_too_old(asked)
+    too_old = those_outside(asked, LOWEST_CAPABILITY)
     if len(too_old) < len(asked):
         return None
     major, minor = LOWEST_CAPABILITY
@@ -173,13 +173,22 @@ def capabilities(device: torch.device | None = None) -> dict[str, tuple[int, int
     return {f"cuda:{index}": torch.cuda.get_device_capability(index) for index in every}
 
 
-def those_too_old(asked: Mapping[str, tuple[int, int]]) -> list[str]:
-    """The GPUs whose compute capability is too low, each with it."""
+def those_outside(
+    asked: Mapping[str, tuple[int, int]],
+    lowest: tuple[int, int],
+    highest: tuple[int, int] | None = None,
+) -> list[str]:
+    """The GPUs whose compute capability is too low or too high, each with it."""
     return [
-        f"{major}.{minor} ({name})"
-        for name, (major, minor) in asked.items()
-        if (major, minor) < LOWEST_CAPABILITY
+        f"{found[0]}.{found[1]} ({gpu})"
+        for gpu, found in asked.items()
+        if found < lowest or found > (highest or found)
     ]
+
+
+def but_not_on(gpus: Sequence[str]) -> str:
+    """What a description ends with if a backend runs on other GPUs only."""
+    return f", but not on {', '.join(gpus)}" if gpus else ""
 
 
 def why_not_tensors(tensors: Sequence[Tensor]) -> str | None:
@@ -210,9 +219,8 @@ def _describe_triton() -> str:
 
     if interpreted():
         return f"triton {triton.__version__}, interpreted"
-    too_old = those_too_old(capabilities())
-    exceptions = f", but not on {', '.join(too_old)}" if too_old else ""
-    return f"triton {triton.__version__}{exceptions}"
+    too_old = those_outside(capabilities(), LOWEST_CAPABILITY)
+    return f"triton {triton.__version__}{but_not_on(too_old)}"
 
 
 def _cannot_run(op: str, name: str, reason: str) -> str:

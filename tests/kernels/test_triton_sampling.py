@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -38,13 +37,7 @@ KEY: dict[str, Any] = {"seed": 3, "step": 5, "offset": 0}
 OFFSETS = st.sampled_from([0, 1, 77, 2**31 - 1, 2**32 - 1, 2**45])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch fills new memory with NaN, so that an element which no kernel writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apt.errors import InputError
+from apt.kernels._triton.common import no_double_backward, num_processors
 from apt.kernels._triton.segment_sum import segment_sum
 
 # Numbers that change from batch to batch: no new compilation for those that 16 divides.
@@ -555,10 +555,7 @@ def _number_of_sums(
 
 def _share_out(device: torch.device, samples: int, length: int, tiling: Tiling) -> tuple[int, int]:
     """Tokens per program, and programs per sample: each program stays within one sample."""
-    processors = 4
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = triton.cdiv(processors * max(1, 32 // tiling.num_warps), max(samples, 1))
+    wanted = triton.cdiv(num_processors(device) * max(1, 32 // tiling.num_warps), max(samples, 1))
     # Each program writes a row of sums in fp32: few tokens would not be worth that.
     tokens = max(triton.cdiv(length, wanted), 16, tiling.tokens)
     tokens = triton.cdiv(tokens, tiling.tokens) * tiling.tokens
@@ -743,16 +740,9 @@ def _residual_modulated_norm_backward(
     return (*_gradients(ctx, grad_y, grad_x_new, wanted), None, None, None)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise InputError(
-        "modulated_norm and residual_modulated_norm in Triton cannot be differentiated twice; "
-        "pass backend='reference', or compute inside apt.kernels.kernel_backend('reference')"
-    )
-
-
 modulated_norm_op.register_autograd(_modulated_norm_backward, setup_context=_save)
 residual_modulated_norm_op.register_autograd(_residual_modulated_norm_backward, setup_context=_save)
-backward_op.register_autograd(_no_double_backward)
+backward_op.register_autograd(no_double_backward("modulated_norm and residual_modulated_norm"))
 
 
 def modulated_norm(

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from apt.errors import InputError
+from apt.kernels._triton.common import no_double_backward, num_processors
 from apt.kernels._triton.rope_kernels import (
     Tiling,
     backward_kernel,
@@ -144,10 +144,7 @@ def _backward(
 
 def _share_out(device: torch.device, rows: int, parts: int, tiling: Tiling) -> tuple[int, int]:
     """Rows per program, and programs."""
-    processors = 4
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = triton.cdiv(processors * max(1, 32 // tiling.num_warps), parts)
+    wanted = triton.cdiv(num_processors(device) * max(1, 32 // tiling.num_warps), parts)
     # Each program writes a row of sums in fp32: few rows would not be worth that.
     per_program = max(triton.cdiv(rows, wanted), 16)
     per_program = triton.cdiv(per_program, tiling.rows) * tiling.rows
@@ -387,17 +384,11 @@ def _joint_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) ->
     return (found[:n], of_q, of_k, [None] * n, [None] * n, *[None] * 3)
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise InputError(
-        "norm_rope, qk_norm_rope and joint_qk_norm_rope in Triton cannot be differentiated twice; "
-        "pass backend='reference', or compute inside apt.kernels.kernel_backend('reference')"
-    )
-
-
 norm_rope_op.register_autograd(_norm_rope_backward, setup_context=_save)
-norm_rope_backward_op.register_autograd(_no_double_backward)
+_raises = no_double_backward("norm_rope, qk_norm_rope and joint_qk_norm_rope")
+norm_rope_backward_op.register_autograd(_raises)
 joint_op.register_autograd(_joint_backward, setup_context=_save)
-joint_backward_op.register_autograd(_no_double_backward)
+joint_backward_op.register_autograd(_raises)
 
 
 def norm_rope(

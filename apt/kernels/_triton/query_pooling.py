@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apt.errors import InputError
+from apt.kernels._triton.common import no_double_backward, num_processors
 from apt.kernels._triton.segment_sum import segment_sum
 from apt.kernels.backends import interpreted
 
@@ -406,10 +406,7 @@ def _weighted_sum(
 
 def _share_out(device: torch.device, others: int, blocks: int) -> tuple[int, int]:
     """Blocks of tokens per program, and programs that share those of a sample."""
-    processors = 4
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = max(1, 2 * processors // others)
+    wanted = max(1, 2 * num_processors(device) // others)
     # Each program writes H D sums in fp32: few tokens would not be worth that.
     per_program = max(triton.cdiv(blocks, wanted), 4)
     return per_program, triton.cdiv(blocks, per_program)
@@ -512,15 +509,8 @@ def _gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor | None,
     return of_x, of_folded if wanted else None, None
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise InputError(
-        "query_pooling in Triton cannot be differentiated twice; "
-        "pass backend='reference', or compute inside apt.kernels.kernel_backend('reference')"
-    )
-
-
 query_pooling_op.register_autograd(_gradients, setup_context=_save)
-query_pooling_backward_op.register_autograd(_no_double_backward)
+query_pooling_backward_op.register_autograd(no_double_backward("query_pooling"))
 
 
 def pool(x: Tensor, folded: Tensor, eps: float) -> Tensor:
