@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.hub.folders import PIPELINE_FILE, split_hub_id
-from apt.hub.info import ModelInfo
+from apt.hub.info import CodecInfo, ModelInfo
 
 CARD_FILE = "README.md"
 LIBRARY = "diffusion-apt"
@@ -15,14 +15,10 @@ LIBRARY = "diffusion-apt"
 # Licences that the Hub knows by these names; others are "other" with a name and a link.
 _KNOWN_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "openrail++")
 
-_STAGES = {
-    "apt": "a one-step generator made by Adversarial Post-Training (arXiv 2501.08316)",
-    "consistency": "a consistency-distilled model, the start of Adversarial Post-Training",
-    "diffusion": "a flow-matching diffusion model, sampled in many steps",
-}
 
-
-def make_card(info: ModelInfo, repo_id: str, folder: Path, *, license: str | None = None) -> str:
+def make_card(
+    info: ModelInfo | CodecInfo, repo_id: str, folder: Path, *, license: str | None = None
+) -> str:
     """The text of a model card, with metadata that the Hub understands.
 
     The base model and its licence come from the record of training, which each stage carries over
@@ -47,7 +43,9 @@ def make_card(info: ModelInfo, repo_id: str, folder: Path, *, license: str | Non
         base_model=base_id,
         base_model_relation="finetune" if base_id else None,
         library_name="diffusers" if in_diffusers else LIBRARY,
-        pipeline_tag="text-to-image" if image else "text-to-video",
+        pipeline_tag=(
+            None if isinstance(info, CodecInfo) else "text-to-image" if image else "text-to-video"
+        ),
         tags=tags,
         **_licence(license, base_id),
     )
@@ -87,13 +85,18 @@ def _licence(license: str | None, base_id: str | None) -> dict[str, Any]:
     return {"license": "other", "license_name": license, **link}
 
 
-def _summary(info: ModelInfo, base_id: str | None, commit: str | None) -> str:
+def _summary(info: ModelInfo | CodecInfo, base_id: str | None, commit: str | None) -> str:
     size = info.sample
     what = "Images" if size.frames == 1 else f"Videos of {size.frames} frames at {size.fps:g} fps"
+    summary = info.summary or f"a model of the stage {info.stage!r}"
     start = f", made from [{base_id}]({_link(base_id)})" if base_id else ""
     at = f" at commit `{commit}`" if base_id and commit else ""
+    summary = f"{summary[:1].upper()}{summary[1:]}"
+    what = f"{what}, {size.width}x{size.height}"
+    if isinstance(info, CodecInfo):
+        return f"{summary}; architecture `{info.codec.architecture}`. {what}."
     return (
-        f"{_STAGES[info.stage].capitalize()}{start}{at}. {what}, {size.width}x{size.height}; "
+        f"{summary}{start}{at}. {what}; "
         f"architecture `{info.model.architecture}`. Steps: {info.sampling.num_steps}; "
         f"guidance: {info.sampling.cfg_scale:g}."
     )
@@ -105,7 +108,13 @@ def _link(repo_id: str) -> str:
     return f"{constants.ENDPOINT}/{repo_id}"
 
 
-def _snippets(info: ModelInfo, repo_id: str, in_diffusers: bool) -> str:
+def _snippets(info: ModelInfo | CodecInfo, repo_id: str, in_diffusers: bool) -> str:
+    if isinstance(info, CodecInfo):
+        return (
+            "```python\nfrom apt.models.bundle import load_codec  # pip install diffusion-apt\n\n"
+            f'codec = load_codec("{repo_id}")\n'
+            "latents = codec.encode(pixels)  # (B, 3, T, H, W) in [-1, 1]\n```"
+        )
     ours = (
         "```python\nimport apt  # pip install diffusion-apt[hub]\n\n"
         f'pipeline = apt.OneStepPipeline.from_pretrained("{repo_id}")\n'
@@ -142,7 +151,7 @@ def _recipe(history: Sequence[Mapping[str, Any]]) -> str:
     return f"{title}\n\n{table}"
 
 
-def _data_note(info: ModelInfo, history: Sequence[Mapping[str, Any]]) -> str:
+def _data_note(info: ModelInfo | CodecInfo, history: Sequence[Mapping[str, Any]]) -> str:
     sources = [
         stage["config"]["data"].get("source")
         for stage in history
@@ -153,6 +162,8 @@ def _data_note(info: ModelInfo, history: Sequence[Mapping[str, Any]]) -> str:
     shape = f"{size.frames} frames of {size.width}x{size.height}"
     if "digits" in sources:
         return f"Built-in moving digits, made by `diffusion-apt data digits`: {shape}."
+    if isinstance(info, CodecInfo):
+        return f"Trained on samples of {shape}, which are not published with it."
     return (
         f"Post-trained on captioned samples of {shape}, which are not published with the model. "
         "What the base model was trained on is said on its own page."

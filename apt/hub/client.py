@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import json
 import logging
 import sys
 import time
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from apt.errors import CheckpointError
+from apt.errors import CheckpointError, InputError
 
 T = TypeVar("T")
 
@@ -20,6 +22,7 @@ FIRST_WAIT = 1.0
 """Seconds before the second attempt; each further wait is twice as long."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _log = logging.getLogger(__name__)
 
 
@@ -45,8 +48,17 @@ def with_retries(action: Callable[[], T]) -> T:
 
 @contextmanager
 def quiet_client() -> Iterator[None]:
-    """Keep huggingface_hub's warnings to itself: what matters of them is in our own errors."""
-    from huggingface_hub.utils import logging as hub_logging
+    """Keep huggingface_hub's warnings to itself: what matters of them is in our own errors.
+
+    Raises InputError if it does not even start, for settings that it cannot read.
+    """
+    try:
+        from huggingface_hub.utils import logging as hub_logging
+    except ValueError as error:
+        raise InputError(
+            f"huggingface_hub does not start ({error}); check HF_ENDPOINT and the other variables "
+            "whose names begin with HF_"
+        ) from error
 
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
@@ -78,6 +90,7 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
         action: "download" or "push to".
         repo_id, revision: of the model on the Hub.
     """
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -88,6 +101,7 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
         RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
+        XetDownloadError,
     )
 
     name = repr(repo_id if revision is None else f"{repo_id}@{revision}")
@@ -135,12 +149,37 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
             f"{cannot}: the connection failed {ATTEMPTS} times ({_first_line(error)}); try again"
         ) from error
     except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise CheckpointError(
-                f"{cannot}: the disk is full ({error.strerror}); free some space, or set HF_HOME "
-                "or --local-dir to a larger disk"
-            ) from error
-        raise CheckpointError(f"{cannot}: {_first_line(error)}; try again") from error
+        raise CheckpointError(f"{cannot}: {_disk_trouble(error)}") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{cannot}: what answers at {constants.ENDPOINT} is not the Hub, perhaps a proxy or "
+            "the login page of a network; check HF_ENDPOINT and the settings of the proxy"
+        ) from error
+    except InputError:
+        raise
+    # Names of files that lead out of the repository's folder; what Xet raises, and httpx for an
+    # address that is none.
+    except (ValueError, RuntimeError, XetDownloadError, _invalid_url(HTTPError)) as error:
+        raise CheckpointError(f"{cannot}: {_first_line(error)}") from error
+
+
+def _invalid_url(http_error: type[Exception]) -> type[Exception]:
+    """An error of httpx, or of the copy of it that huggingface_hub has, which is no HTTPError."""
+    return importlib.import_module(http_error.__module__.partition(".")[0]).InvalidURL
+
+
+def _disk_trouble(error: OSError) -> str:
+    if error.errno in _NO_ROOM:
+        return (
+            f"the disk is full ({error.strerror}); free some space, or set HF_HOME or --local-dir "
+            "to a larger disk"
+        )
+    if error.errno in _NO_WRITING and error.filename:
+        return (
+            f"cannot write {str(error.filename)!r} ({error.strerror}); set HF_HOME or --local-dir "
+            "to a folder that you may write to"
+        )
+    return f"{_first_line(error)}; try again"
 
 
 def require_token() -> None:
@@ -160,6 +199,7 @@ def _may_pass(error: BaseException) -> bool:
         HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
+        XetDownloadError,
     )
 
     if isinstance(error, OfflineModeIsEnabled):
@@ -169,7 +209,7 @@ def _may_pass(error: BaseException) -> bool:
         return error.__cause__ is not None and _may_pass(error.__cause__)
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    if isinstance(error, HTTPError):
+    if isinstance(error, (HTTPError, XetDownloadError)):
         return True
     # A file that came shorter than announced.
     return isinstance(error, OSError) and "Consistency check failed" in str(error)

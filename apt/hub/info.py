@@ -10,15 +10,17 @@ from typing import Any, Literal, get_type_hints
 
 from apt.errors import CheckpointError, InputError
 from apt.files import write_text
+from apt.hub.inert import inert, read_document
 from apt.hub.mismatch import listed
 from apt.registry import check_options
+from apt.untrusted import check_name
 
 FORMAT = 1
 INFO_FILE = "apt.json"
 TRANSFORMER_FILE = "transformer.safetensors"
 TEXT_ENCODER_FILE = "text_encoder.safetensors"
-
-Stage = Literal["diffusion", "consistency", "apt"]
+CODEC_FILE = "codec.safetensors"
+CODEC_STAGE = "codec"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +53,21 @@ class SampleInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingInfo:
-    """How the model is best sampled. `cfg_scale` 1 means no guidance."""
+    """How the model is best sampled.
+
+    Attributes:
+        num_steps: evaluations of the network.
+        cfg_scale: of guidance; 1 means none.
+        negative_prompt: what guidance leads away from.
+        timestep_shift: s of Eq. 7 on the grid of timesteps.
+        sampler: "euler" or "consistency"; empty, in files of earlier versions, is the stage's.
+    """
 
     num_steps: int = 1
     cfg_scale: float = 1.0
     negative_prompt: str = ""
     timestep_shift: float = 1.0
+    sampler: Literal["", "euler", "consistency"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,40 +75,67 @@ class ModelInfo:
     """The contents of `apt.json`.
 
     Attributes:
-        stage: "diffusion" (many steps), "consistency" or "apt" (one step).
+        stage: "diffusion" (many steps), "consistency" or "apt" (one step), or what a method of
+            another package calls what it makes.
+        summary: what the model is, in a line; empty in files of earlier versions.
         model, text_encoder, codec: the parts.
         sample: the size of what it makes.
         sampling: how it is sampled unless told otherwise.
         training: where it comes from: recipe, seed, updates, figures. Free in form.
     """
 
-    stage: Stage
+    stage: str
     model: ComponentInfo
     text_encoder: ComponentInfo
     codec: ComponentInfo
     sample: SampleInfo
     sampling: SamplingInfo = SamplingInfo()
     training: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecInfo:
+    """The contents of `apt.json` in the folder of a latent codec alone.
+
+    Attributes:
+        stage: "codec".
+        codec: the codec, with its weights.
+        sample: the size of what it was trained on.
+        training, summary: as of a `ModelInfo`.
+    """
+
+    stage: Literal["codec"] = "codec"
+    codec: ComponentInfo
+    sample: SampleInfo
+    training: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
 
 
 def read_info(folder: str | Path) -> ModelInfo:
-    """Read and check `apt.json`.
+    """Read and check `apt.json` of a model.
 
     Raises:
-        CheckpointError: if it is missing, damaged, of a newer format, or has other fields.
+        CheckpointError: if it is missing, damaged, of a newer format, has other fields, or
+            describes a codec alone.
     """
-    path = Path(folder) / INFO_FILE
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(_describe_foreign_folder(Path(folder))) from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    except ValueError as error:
+    info = read_description(folder)
+    if isinstance(info, CodecInfo):
         raise CheckpointError(
-            f"{str(path)!r} is not valid JSON ({error}); the file is damaged, copy it again"
-        ) from error
-    if not isinstance(document, dict) or not isinstance(document.get("format"), int):
+            f"{str(folder)!r} is a latent codec, not a whole model; it is what pre-training starts "
+            "from (--stage.codec), and the model that comes of it has the codec with it"
+        )
+    return info
+
+
+def read_description(folder: str | Path) -> ModelInfo | CodecInfo:
+    """Read and check `apt.json`, of a model or of a codec alone; raises as `read_info`."""
+    path = Path(folder) / INFO_FILE
+    if not path.exists():
+        raise CheckpointError(_describe_foreign_folder(Path(folder)))
+    document = read_document(path)
+    inert(document, str(path))
+    if not isinstance(document.get("format"), int):
         raise CheckpointError(f"{str(path)!r} has no format number; it is not of this package")
     number = document.pop("format")
     if number != FORMAT:
@@ -105,10 +143,27 @@ def read_info(folder: str | Path) -> ModelInfo:
         raise CheckpointError(
             f"{str(path)!r} has format {number}, this version reads format {FORMAT}; {advice}"
         )
-    return _parse(ModelInfo, document, str(path))
+    if document.get("stage") == CODEC_STAGE:
+        codec: CodecInfo = _parse(CodecInfo, document, str(path))
+        _check_weights(path, codec.codec)
+        return codec
+    info: ModelInfo = _parse(ModelInfo, document, str(path))
+    _check_weights(path, info.model, info.text_encoder, info.codec)
+    return info
 
 
-def write_info(folder: str | Path, info: ModelInfo) -> None:
+def _check_weights(path: Path, *parts: ComponentInfo) -> None:
+    for part in parts:
+        try:
+            if part.weights is not None:
+                check_name(part.weights)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{str(path)!r} names weights that are not in its folder: {error}"
+            ) from error
+
+
+def write_info(folder: str | Path, info: ModelInfo | CodecInfo) -> None:
     """Write `apt.json`; one that was there is replaced at once, never left half written.
 
     Raises:
@@ -117,7 +172,7 @@ def write_info(folder: str | Path, info: ModelInfo) -> None:
     write_text(Path(folder) / INFO_FILE, info_text(info))
 
 
-def info_text(info: ModelInfo) -> str:
+def info_text(info: ModelInfo | CodecInfo) -> str:
     """The text of `apt.json`."""
     document = {"format": FORMAT, **dataclasses.asdict(info)}
     return json.dumps(document, indent=2) + "\n"

@@ -7,11 +7,13 @@ from pathlib import Path
 from apt.errors import CheckpointError
 from apt.hub.download import download
 from apt.hub.folders import DESCRIPTIONS, PIPELINE_FILE
+from apt.hub.inert import read_json, read_pipeline
 from apt.hub.info import INFO_FILE
-from apt.hub.stored import read_json
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 _EXTRAS = ["*.md", "LICENSE*"]
+_CONFIGURATIONS = ("*config.json", PIPELINE_FILE, INFO_FILE)
+"""What others may load the folder by: refused at once if it names code."""
 
 
 def pull(
@@ -27,22 +29,22 @@ def pull(
     `everything`. Pickles never are.
 
     Raises:
-        CheckpointError: as `download`; or a repository without a model in it.
+        CheckpointError: as `download`; a repository without a model in it, or with one whose
+            configuration names code.
     """
     folder = download(repo_id, revision, DESCRIPTIONS, local_dir=local_dir)
     # One commit from here on, even if the branch moves.
     commit = folder.name if local_dir is None else revision
     patterns = [*_FILES, *_EXTRAS]
     if (folder / PIPELINE_FILE).is_file() and not everything:
-        index = read_json(folder / PIPELINE_FILE)
-        parts = [
-            name
-            for name, value in index.items()
-            if isinstance(value, list) and value[:1] != [None] and name != "transformer_2"
-        ]
-        inside = [f"{part}/{pattern}" for part in parts for pattern in _FILES]
+        _, parts = read_pipeline(folder / PIPELINE_FILE)
+        wanted = [part for part in parts if part != "transformer_2"]
+        inside = [f"{part}/{pattern}" for part in wanted for pattern in _FILES]
         patterns = [*DESCRIPTIONS, *_EXTRAS, *inside]
     folder = download(repo_id, commit, patterns, local_dir=local_dir)
+    for pattern in _CONFIGURATIONS:
+        for file in sorted(folder.rglob(pattern)):
+            read_json(file)
     if not any(folder.rglob("*.safetensors")):
         raise CheckpointError(
             f"the Hub model {repo_id!r} has no safetensors, {INFO_FILE} or {PIPELINE_FILE} that "

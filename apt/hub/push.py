@@ -9,7 +9,16 @@ from apt.errors import CheckpointError
 from apt.hub.card import CARD_FILE, make_card
 from apt.hub.client import explained, quiet_client, require_token, with_retries
 from apt.hub.folders import PIPELINE_FILE
-from apt.hub.info import INFO_FILE, ModelInfo, info_text, read_info
+from apt.hub.info import (
+    INFO_FILE,
+    CodecInfo,
+    ComponentInfo,
+    ModelInfo,
+    info_text,
+    read_description,
+)
+from apt.hub.links import check_links
+from apt.hub.reach import PUSH_PATIENCE, bounded_waits
 from apt.hub.shared import without_folders
 from apt.hub.stored import read_header
 
@@ -59,6 +68,7 @@ def push_to_hub(
         and any(fnmatch.fnmatch(path.name, pattern) for pattern in _PATTERNS)
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
     )
+    check_links(root, [root / name for name in names])
     for name in names:
         if name.endswith(".safetensors"):
             read_header(root / name)
@@ -70,7 +80,11 @@ def push_to_hub(
     # Slow to import, and not needed for anything local.
     from huggingface_hub import HfApi
 
-    with quiet_client(), explained("push to", repo_id, revision):
+    with (
+        quiet_client(),
+        explained("push to", repo_id, revision),
+        bounded_waits(PUSH_PATIENCE),
+    ):
         require_token()
         api = HfApi()
         with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
@@ -110,9 +124,13 @@ def _commit(
     return str(commit.commit_url)
 
 
-def _check(root: Path) -> ModelInfo:
+def _check(root: Path) -> ModelInfo | CodecInfo:
     """What the folder says of itself, if others could load it."""
-    info = read_info(root)
+    info = read_description(root)
+    if isinstance(info, CodecInfo):
+        _check_weights(root, info.codec)
+        return info
+    _check_weights(root, info.model, info.text_encoder, info.codec)
     if (root / PIPELINE_FILE).is_file():
         return info
     for name, part in (("text encoder", info.text_encoder), ("codec", info.codec)):
@@ -124,3 +142,10 @@ def _check(root: Path) -> ModelInfo:
                 f"it along, or name a Hub id as its repo in {INFO_FILE}"
             )
     return info
+
+
+def _check_weights(root: Path, *parts: ComponentInfo) -> None:
+    """Raise CheckpointError if a file of weights is missing or damaged."""
+    for part in parts:
+        if part.weights is not None:
+            read_header(root / part.weights)

@@ -3,43 +3,63 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from apt.hub.info import ModelInfo
+from apt.hub.info import CodecInfo, ModelInfo
 
-_FOLDERS = ("run_dir", "path")
-"""Fields of a training configuration that are always folders."""
-_MODELS = ("source", "teacher", "generator", "discriminator")
-"""Fields that name a model: built-in or registered, of the Hub, or a folder."""
+Info = TypeVar("Info", bound=ModelInfo | CodecInfo)
+
+# Of records that do not say which of their fields are what, from before they did.
+_FOLDERS = ("run_dir", "data.path")
+_MODELS = ("stage.teacher", "stage.generator", "stage.discriminator")
+
+_PLACE = re.compile(r"[~./\\]|[A-Za-z]:[\\/]|file:")
+"""How a place on a machine begins."""
 
 
-def without_folders(info: ModelInfo) -> ModelInfo:
+def without_folders(info: Info) -> Info:
     """The same with an empty text where the record of training names a folder of this machine.
 
-    A name of one slash that is no folder here is taken for a Hub id, and stays.
+    A record says which fields of its configuration hold folders, and which hold models, as the
+    method declares them. Whatever the field, a text that looks like a path is taken for one. A name
+    of one slash that is no folder here is taken for a Hub id, and stays.
     """
-    return dataclasses.replace(info, training=_cleared(info.training))
+    return dataclasses.replace(info, training=_stage(info.training))
 
 
-def _cleared(value: Any) -> Any:
+def _stage(record: Mapping[str, Any]) -> dict[str, Any]:
+    """One stage of training, and those before it."""
+    folders, models = record.get("folders", _FOLDERS), record.get("models", _MODELS)
+    cleared = {
+        key: _cleared(value, (), ("source",), key)
+        for key, value in record.items()
+        if key not in ("config", "started_from")
+    }
+    if "config" in record:
+        cleared["config"] = _cleared(record["config"], folders, models, "")
+    before = record.get("started_from")
+    return cleared if before is None else {**cleared, "started_from": _stage(before)}
+
+
+def _cleared(value: Any, folders: Collection[str], models: Collection[str], name: str) -> Any:
+    """`value` of the option `name`, such as "stage.teacher"."""
     if isinstance(value, Mapping):
-        return {
-            key: "" if _names_folder(key, entry) else _cleared(entry)
-            for key, entry in value.items()
-        }
+        inside = f"{name}." if name else ""
+        return {k: _cleared(v, folders, models, f"{inside}{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_cleared(entry, folders, models, name) for entry in value]
+    if isinstance(value, str) and (name in folders or _is_place(value, is_model=name in models)):
+        return ""
     return value
 
 
-def _names_folder(key: str, value: Any) -> bool:
-    if not isinstance(value, str):
+def _is_place(value: str, *, is_model: bool) -> bool:
+    """Whether a text names a place on this machine."""
+    if value.startswith(("https://", "http://")):
         return False
-    if key in _FOLDERS:
-        return True
-    return key in _MODELS and (
-        value.startswith(("~", "."))
-        or value.count("/") > 1
-        or Path(value).is_absolute()
-        or ("/" in value and Path(value).is_dir())
-    )
+    slashes = value.count("/") + value.count("\\")
+    path_like = bool(_PLACE.match(value)) and slashes > 0
+    return path_like or slashes > 1 or (is_model and slashes > 0 and Path(value).is_dir())

@@ -6,20 +6,19 @@ and transformers write them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apt.errors import CheckpointError
-
-_MAX_HEADER = 100_000_000
-"""What the safetensors library takes at most."""
+from apt.hub.foreign import check_file_kind
+from apt.hub.header import read_entries
+from apt.hub.inert import read_document
+from apt.untrusted import check_name
 
 INDEX_SUFFIX = ".index.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -27,28 +26,62 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, not read yet. `key` is its name there."""
+    """A tensor in a file, not read yet.
+
+    Attributes:
+        file, key: where it lies, and its name there.
+        shape: of the tensor.
+        dtype: as safetensors spells it: F32, BF16, F8_E4M3, I8, ...
+        scale: what the stored numbers are to be multiplied with; None if they are the values.
+    """
 
     file: Path
     key: str
     shape: tuple[int, ...]
+    dtype: str
+    scale: StoredTensor | None = None
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether its values are real numbers: stored so, or with a scale beside them."""
+        return self.scale is not None or self.dtype.startswith(("F", "BF"))
 
     @contextmanager
     def mapped(self) -> Iterator[Tensor]:
-        """The tensor as a view of the mapped file, valid inside the block alone.
+        """The tensor as a view of the mapped file, valid inside the block alone; in fp32, and not a
+        view, if it has a scale.
 
         The file is mapped anew each time: pages that were read would otherwise stay in the memory
         of this process until the last tensor is done, and loading would need twice the model.
 
-        Raises CheckpointError if the file is damaged.
+        Raises CheckpointError if the file is damaged, or the scale does not fit.
         """
         try:
             with safe_open(self.file, framework="pt") as stored:
-                yield stored.get_tensor(self.key)
+                value = stored.get_tensor(self.key)
+                if self.scale is None:
+                    yield value
+                    return
+                with self.scale.mapped() as scale:
+                    yield self._scaled(value, scale)
         except SafetensorError as error:
             raise CheckpointError(
                 f"{str(self.file)!r} is damaged ({error}); copy or download it again"
             ) from error
+
+    def _scaled(self, value: Tensor, scale: Tensor) -> Tensor:
+        """The values: a scale is for the whole tensor, for each row, or for equal parts of rows."""
+        value, scale = value.float(), scale.float()
+        if scale.numel() == 1:
+            return value * scale.reshape(())
+        rows, parts = scale.shape[0], scale[0].numel()
+        if value.ndim < 2 or rows != value.shape[0] or value[0].numel() % parts:
+            raise CheckpointError(
+                f"{str(self.file)!r}: {self.key!r} is {tuple(value.shape)} and its scale "
+                f"{tuple(scale.shape)}, expected one number, one for each row, or one for each of "
+                "some equal parts of a row; use the bf16 or fp16 file of the same model"
+            )
+        return (value.reshape(rows, parts, -1) * scale.reshape(rows, parts, 1)).reshape(value.shape)
 
 
 def read_stored(path: str | Path) -> dict[str, StoredTensor]:
@@ -59,57 +92,18 @@ def read_stored(path: str | Path) -> dict[str, StoredTensor]:
             not agree with its shards.
     """
     path = Path(path)
+    check_file_kind(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _read_shards(path)
     return read_header(path)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file.
-
-    Raises CheckpointError unless it is safetensors, and as long as its header says.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            header = stream.read(length) if length < min(size, _MAX_HEADER) else b""
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{str(path)!r} is missing, though its model names it; copy the folder again"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    if start == b"version ":
-        raise CheckpointError(f"{str(path)!r} is a Git LFS pointer; run `git lfs pull` to fetch it")
-    pickled = f"{str(path)!r} is a pickle; only safetensors is read, as pickles can run code"
-    if start[:4] == b"PK\x03\x04":
-        raise CheckpointError(pickled)
-    if size < 8 or (0 < length < _MAX_HEADER and len(header) < length):
-        raise CheckpointError(
-            f"{str(path)!r} is truncated: {size} bytes are not even its header; copy or download "
-            "it again"
-        )
-    try:
-        entries = {key: e for key, e in json.loads(header).items() if key != "__metadata__"}
-        ends = [entry["data_offsets"][1] for entry in entries.values()]
-        stored = {key: StoredTensor(path, key, tuple(e["shape"])) for key, e in entries.items()}
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        # Only now: 0x80 is also a possible first byte of a good file, whose header length it is.
-        if start[:1] == b"\x80":
-            raise CheckpointError(pickled) from error
-        raise CheckpointError(
-            f"{str(path)!r} is not a safetensors file, or its header is damaged"
-        ) from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        what = "truncated" if size < expected else "damaged"
-        raise CheckpointError(
-            f"{str(path)!r} is {what}: it has {size} bytes, its header promises {expected}; copy "
-            "or download it again"
-        )
-    return stored
+    """The tensors of one safetensors file. Raises CheckpointError; see `read_entries`."""
+    entries = read_entries(path)
+    return {
+        key: StoredTensor(path, key, tuple(e["shape"]), e["dtype"]) for key, e in entries.items()
+    }
 
 
 def find_weights(folder: Path, stem: str) -> Path:
@@ -135,29 +129,28 @@ def find_weights(folder: Path, stem: str) -> Path:
     raise CheckpointError(f"{str(folder)!r} holds no .safetensors file; copy or download it again")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError for a file that is missing, unreadable or none."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{str(path)!r} is missing; copy or download the folder") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{str(path)!r} is not valid JSON ({error}); the file is damaged, copy it again"
-        ) from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{str(path)!r} must hold a JSON object, got {document!r:.80}")
-    return document
+def shard_names(index: Path) -> dict[str, str]:
+    """The `weight_map` of an index: the file beside it that each key is in.
+
+    Raises CheckpointError if there is none, or it names another place.
+    """
+    weight_map = read_document(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise CheckpointError(f"{str(index)!r} has no weight_map of keys to files beside it")
+    for name in weight_map.values():
+        try:
+            if "/" in check_name(name):
+                raise ValueError(f"{name!r} is in another folder")
+        except ValueError as error:
+            raise CheckpointError(
+                f"the weight_map of {str(index)!r} names a file that is not beside it: {error}; "
+                "take the checkpoint from its author again"
+            ) from error
+    return dict(weight_map)
 
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, Mapping) or not all(
-        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-    ):
-        raise CheckpointError(f"{str(index)!r} has no weight_map of keys to files beside it")
+    weight_map = shard_names(index)
     stored: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         shard = read_header(index.parent / name)

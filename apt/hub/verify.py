@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 METADATA = Path(".cache/huggingface")
@@ -74,4 +75,5 @@ def _remember(note: Path, stamp: str) -> None:
         note.write_text(stamp)
     except OSError:
         # A cache that others own may be read-only, and a full disk must not undo a good download.
-        note.unlink(missing_ok=True)
+        with suppress(OSError):
+            note.unlink(missing_ok=True)

@@ -90,12 +90,21 @@ def fill(
     with torch.no_grad():
         for key, target in targets.items():
             piece = pieces[key]
+            if target.is_floating_point() and not piece.stored.is_floating_point:
+                raise CheckpointError(
+                    f"{str(piece.stored.file)!r}: {piece.stored.key!r} is {piece.stored.dtype} "
+                    "and no scale lies beside it: it is quantised in a way that is not known here; "
+                    "use the bf16 or fp16 file of the same model"
+                )
             with piece.stored.mapped() as whole:
                 value = piece.take(whole)
                 check_finite(str(piece.stored.file), piece.stored.key, value)
                 if target.is_meta:
                     target = _materialise(module, key, device)
                 target.copy_(value)
+                if target.dtype == torch.float16 and value.dtype != torch.float16:
+                    # The only type here whose range is narrower than that of files.
+                    check_finite(str(piece.stored.file), piece.stored.key, target)
 
 
 def _materialise(module: nn.Module, key: str, device: torch.device | str) -> Tensor:

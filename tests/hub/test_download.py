@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -19,7 +24,7 @@ DOWNLOAD = (
     + """
 import sys
 from pathlib import Path
-from apt.errors import CheckpointError
+from apt.errors import InputError
 from apt.hub import download
 for name in sys.argv[1:]:
     repo, _, rest = name.partition("@")
@@ -30,7 +35,7 @@ for name in sys.argv[1:]:
         )
         files = [p for p in folder.rglob("*") if p.is_file() and ".cache" not in p.parts]
         print("OK", folder.name, *sorted(f"{p.name}:{p.stat().st_size}" for p in files))
-    except CheckpointError as error:
+    except InputError as error:
         print(error)
 """
 )
@@ -131,20 +136,132 @@ def test_without_a_connection_the_cache_serves(hub: HubServer, tmp_path: Path) -
     download(hub, tmp_path, "owner/model")
     with HubServer() as closed:
         endpoint = closed.endpoint
-    lines = download(hub, tmp_path, "owner/model", "owner/other", HF_ENDPOINT=endpoint)
-    assert lines[0] == f"OK {sha} {WHOLE}"
-    assert f"the Hub cannot be reached at {endpoint}" in lines[1]
+    names = ("owner/model", f"owner/model@{sha}", "owner/other", "owner/model")
+    result = run_python(hub, tmp_path, DOWNLOAD, *names, HF_ENDPOINT=endpoint)
+    lines = result.stdout.splitlines()
+    assert lines[:2] == [f"OK {sha} {WHOLE}"] * 2 and lines[3] == lines[0]
+    assert f"the Hub cannot be reached at {endpoint}" in lines[2]
+    (told,) = result.stderr.splitlines()
+    assert endpoint in told and "'owner/model' is taken as it is on this disk" in told
 
 
-def test_a_local_folder_instead_of_the_cache(hub: HubServer, tmp_path: Path) -> None:
+def test_a_hub_that_is_silent_is_not_waited_for(hub: HubServer, tmp_path: Path) -> None:
+    """A proxy that takes the connection and never answers; the test ends, or hangs."""
+    sha = hub.repos["owner/model"].sha(0)
+    download(hub, tmp_path, "owner/model")
+    impatient = 'import apt.hub, sys; sys.modules["apt.hub.download"].PATIENCE = 0.1\n'
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        result = run_python(
+            hub,
+            tmp_path,
+            impatient + DOWNLOAD,
+            "owner/model",
+            f"owner/model@{sha}",
+            "owner/other",
+            HF_ENDPOINT=endpoint,
+            HF_HUB_ETAG_TIMEOUT="1",
+        )
+    lines = result.stdout.splitlines()
+    assert lines[:2] == [f"OK {sha} {WHOLE}"] * 2
+    assert f"the Hub cannot be reached at {endpoint}" in lines[2]
+    (told,) = result.stderr.splitlines()
+    assert "timed out" in told and "'owner/model' is taken as it is on this disk" in told
+
+
+def test_a_broken_hub_is_not_waited_for_either(hub: HubServer, tmp_path: Path) -> None:
+    sha = hub.repos["owner/model"].sha(0)
+    download(hub, tmp_path, "owner/model")
+    hub.faults.failures = 10**6
+    result = run_python(hub, tmp_path, DOWNLOAD, "owner/model")
+    assert result.stdout == f"OK {sha} {WHOLE}\n"
+    assert "the Hub answers 503" in result.stderr
+
+
+def test_names_that_lead_out_of_the_folder_write_nothing(hub: HubServer, tmp_path: Path) -> None:
+    names = (
+        "../evil.json",
+        "sub/../../../../evil.json",
+        f"{tmp_path}/evil.json",
+        "a\\..\\evil.json",
+    )
+    for number, name in enumerate(names):
+        hub.add(f"owner/evil{number}", {"config.json": b"{}", name: b"{}"})
     target = tmp_path / "here"
-    (line,) = download(hub, tmp_path / "home", f"owner/model@>{target}")
-    assert line == f"OK here {WHOLE}"
-    assert (target / "sub" / "model.safetensors").read_bytes() == LARGE
-    assert not cached(tmp_path / "home")
-    asked = len(hub.requests("GET /storage"))
-    assert download(hub, tmp_path / "home", f"owner/model@>{target}") == [line]
-    assert len(hub.requests("GET /storage")) == asked
+    lines = download(
+        hub,
+        tmp_path / "home",
+        *(f"owner/evil{number}{place}" for number in range(4) for place in ("", f"@>{target}")),
+    )
+    assert len(lines) == 8
+    for line in lines:
+        assert "cannot download 'owner/evil" in line and "evil.json" in line
+    assert not list(tmp_path.rglob("*evil.json"))
+
+
+def test_a_link_in_the_cache_that_leads_out_of_it(hub: HubServer, tmp_path: Path) -> None:
+    download(hub, tmp_path, "owner/model")
+    (secret := tmp_path / "secret.json").write_text('{"password": 1}')
+    (file,) = tmp_path.rglob("snapshots/*/config.json")
+    file.unlink()
+    file.symlink_to(secret)
+    (line,) = download(hub, tmp_path, "owner/model", HF_HUB_OFFLINE="1")
+    assert f"is a link to '{secret}', out of its folder" in line
+
+
+class LoginPage(BaseHTTPRequestHandler):
+    """What a hotel's network answers."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<html>Welcome</html>")
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep the test's output clean."""
+
+
+def test_what_is_no_hub_says_so(hub: HubServer, tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), LoginPage) as page:
+        Thread(target=page.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{page.server_port}"
+        (line,) = download(hub, tmp_path, "owner/model", HF_ENDPOINT=endpoint)
+        page.shutdown()
+    assert f"what answers at {endpoint} is not the Hub" in line
+    (line,) = download(hub, tmp_path, "owner/model", HF_ENDPOINT="nowhere")
+    assert "cannot download 'owner/model'" in line
+    (line,) = download(hub, tmp_path, "owner/model", HF_ENDPOINT="http://[oops")
+    assert "check HF_ENDPOINT" in line
+
+
+def test_a_cache_that_cannot_be_written(hub: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    home = str(tmp_path / "file" / "home")
+    for line in download(
+        hub, tmp_path, "owner/model", f"owner/model@>{tmp_path}/file/here", HF_HOME=home
+    ):
+        assert f"cannot write '{tmp_path}/file" in line and "set HF_HOME or --local-dir" in line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a disk needs root")
+@pytest.mark.slow
+def test_a_cache_on_a_read_only_disk_serves(hub: HubServer, tmp_path: Path) -> None:
+    (disk := tmp_path / "disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", disk], check=False).returncode:
+        pytest.skip("this machine mounts nothing")
+    try:
+        (whole,) = download(hub, tmp_path, "owner/model", HF_HOME=str(disk))
+        hub.add("owner/another", dict(FILES))
+        shutil.rmtree(next(disk.rglob("apt-verified")))
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        there, refused = download(hub, tmp_path, "owner/model", "owner/another", HF_HOME=str(disk))
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+    assert there == whole
+    assert "cannot write" in refused and "Read-only file system" in refused
 
 
 @pytest.mark.parametrize("at_start", [False, True])

@@ -9,15 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("huggingface_hub")
+
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import apt
-from apt.hub import SamplingInfo, read_info, write_info
+from apt.hub import CodecInfo, SampleInfo, SamplingInfo, read_info, write_info
 from apt.hub.card import make_card
 from apt.hub.info import ModelInfo
-from apt.models.bundle import load_pretrained, save_pretrained
+from apt.models import create_codec
+from apt.models.bundle import component_info, load_pretrained, save_codec, save_pretrained
 from apt.models.exporting import export_model
 from tests.cli.shell import error_line, invoke
 from tests.hub.processes import QUICK, run_cli, run_python
@@ -81,6 +85,38 @@ def test_push_and_generate_elsewhere(hub: HubServer, own: Path, tmp_path: Path) 
     assert out.is_file() and not hub.leaks
 
 
+def test_a_codec_alone_goes_the_same_way(hub: HubServer, tmp_path: Path) -> None:
+    codec = create_codec("digits_ae", channels=2, widths=(4,), latents_mean=(0.5, -1.0),
+                         latents_std=(2.0, 3.0))  # fmt: skip
+    record = {
+        "recipe": "digits_codec",
+        "updates": 5,
+        "config": {"run_dir": "/home/somebody/secret", "data": {"source": "digits"}},
+    }
+    info = CodecInfo(
+        codec=component_info("digits_ae", codec),
+        sample=SampleInfo(frames=9, height=32, width=32, fps=8.0),
+        training=record,
+        summary="a video autoencoder, whose latents a diffusion model works in",
+    )
+    folder = save_codec(tmp_path / "codec", codec, info)
+    result = run_cli(hub, tmp_path / "a", "push", folder, "me/codec", token=TOKEN)
+    assert result.returncode == 0, result.stderr
+    files = hub.repos["me/codec"].files
+    assert files["codec.safetensors"] == (folder / "codec.safetensors").read_bytes()
+    assert b"secret" not in files["apt.json"]
+    card = files["README.md"].decode()
+    assert "A video autoencoder" in card and "one-step" not in card
+    assert 'load_codec("me/codec")' in card and "Built-in moving digits" in card
+    code = (
+        "from apt.models.bundle import load_codec; c = load_codec('me/codec'); "
+        "print(c.config.latents_std, sum(p.sum().item() for p in c.parameters()))"
+    )
+    result = run_python(hub, tmp_path / "b", code)
+    total = sum(parameter.sum().item() for parameter in codec.parameters())
+    assert result.stdout.strip() == f"(2.0, 3.0) {total}", result.stderr
+
+
 def test_pushing_again_sends_only_what_changed(hub: HubServer, own: Path, tmp_path: Path) -> None:
     def push() -> int:
         before = len(hub.requests("PUT /storage"))
@@ -130,7 +166,7 @@ def test_who_may_not_push_is_told(hub: HubServer, own: Path, tmp_path: Path) -> 
     line = error_line(run_cli(hub, tmp_path, "push", own, "me/digits", token=STRANGER))
     assert "the Hub refuses (403)" in line
     line = error_line(run_cli(hub, tmp_path, "push", own, "not an id", token=TOKEN))
-    assert "nor a Hub id" in line
+    assert "is no name on the Hub" in line
     line = error_line(
         run_cli(hub, tmp_path, "push", own, "me/digits", token=TOKEN, HF_HUB_OFFLINE="1")
     )

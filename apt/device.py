@@ -1,0 +1,26 @@
+"""Devices by name, if this machine has them."""
+
+from __future__ import annotations
+
+import torch
+
+from apt.errors import InputError
+
+
+def find_device(name: torch.device | str) -> torch.device:
+    """The device of that name. Raises InputError if this machine has none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}; choose cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"there is no device {str(name)!r}: PyTorch sees {torch.cuda.device_count()} GPUs "
+            "here; choose cpu, or install a build of PyTorch for this GPU"
+        )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"the device {str(name)!r} cannot be used here: {reason}") from error
+    return device
