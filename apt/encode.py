@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from apt.data.buckets import Bucket
 from apt.data.folder import VideoFolder
@@ -52,7 +51,7 @@ def plan_cache(
     """What a cache of these videos will be, and the prompts that it needs embeddings of.
 
     Args:
-        videos: the clips, in buckets.
+        videos: the clips, in buckets, with captions that the text encoder takes.
         codec, built: description of the codec, and the codec.
         text_encoder: description; None if the model's own encoder runs while it trains.
         size: frames, height, width that the buckets were made for.
@@ -214,7 +213,7 @@ def _describe(part: ComponentInfo) -> dict[str, object]:
 
 
 def _device(codec: LatentCodec) -> torch.device:
-    first = next(codec.parameters(), None) if isinstance(codec, nn.Module) else None
+    first = next(codec.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
 

@@ -1,7 +1,9 @@
-"""Files that appear whole or not at all: written beside their place, then moved into it."""
+"""Files that appear whole or not at all, written beside their place and then moved into it; and
+text as editors of every system save it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,30 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text. Raises OSError; see `replacing`."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text, or UTF-16 that begins with its mark, with line ends of any system as "\\n".
+
+    Byte order marks are no part of the text, wherever files were joined.
+
+    Raises:
+        OSError: if the disk refuses.
+        UnicodeDecodeError: if it is neither.
+    """
+    content = path.read_bytes()
+    text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
+    return re.sub("\r\n?", "\n", text.replace("\ufeff", ""))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of `read_text`, without their ends.
+
+    Only line ends of files end a line: U+2028 and its like, which web pages leave inside a
+    sentence and `str.splitlines` obeys, do not.
+    """
+    lines = read_text(path).split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def write_safetensors(

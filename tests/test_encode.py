@@ -15,11 +15,13 @@ import torch
 from apt.data.latents import CLIPS_PER_SHARD, LatentFolder, read_cache_info
 from apt.errors import ConfigError, InputError
 from apt.hub import ModelInfo, SampleInfo, read_info
+from apt.losses import Consistency
+from apt.methods.consistency import DistillConfig
 from apt.models import create_codec, create_model, create_text_encoder
 from apt.models.bundle import ModelBundle, component_info, load_pretrained, save_pretrained
 from apt.models.cached import CachedCodec, CachedTextEncoder
 from apt.train.cached import cached_codec, cached_text_encoder
-from apt.train.config import DataConfig, DistillConfig, OptimizerConfig, TrainConfig
+from apt.train.config import DataConfig, OptimizerConfig, TrainConfig
 from apt.train.logs import read_log
 from apt.train.trainer import run
 from tests.cli.shell import error_line, invoke
@@ -120,7 +122,7 @@ def distill(root: Path, name: str, data: DataConfig, **changes: Any) -> TrainCon
     config = TrainConfig(
         name="distill",
         run_dir=str(root / name),
-        stage=DistillConfig(teacher=str(root / "model"), num_timesteps=4),
+        stage=DistillConfig(teacher=str(root / "model"), loss=Consistency(num_timesteps=4)),
         data=data,
         optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3),
         num_updates=3,
@@ -243,6 +245,30 @@ def test_broken_files_are_reported_and_left_out(root: Path, tmp_path: Path) -> N
     strict = invoke("data", "encode", tmp_path / "videos", tmp_path / "strict", "--model",
                     root / "model", "--strict")  # fmt: skip
     assert strict.returncode == 2 and "bad.mp4" in strict.stderr.splitlines()[-1]
+
+
+def test_captions_that_are_too_long_are_left_out_or_cut(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "videos", tmp_path / "videos")
+    long = f"{CAPTIONS[0]} {'and a blue four ' * 30}"
+    (tmp_path / "videos" / "v0.txt").write_text(long)
+    arguments = ("data", "encode", tmp_path / "videos")
+    options = ("--model", root / "model", "--no-native-ratio")
+    result = invoke(*arguments, tmp_path / "skipped", *options)
+    assert result.returncode == 0, result.stderr
+    assert "long caption: 1" in result.stdout and "v0.mp4" in result.stdout
+    skipped = LatentFolder(tmp_path / "skipped")
+    assert sorted(skipped[i].caption for i in range(len(skipped))) == sorted(
+        [*CAPTIONS[1:], "a still"]
+    )
+    result = invoke(*arguments, tmp_path / "cut", *options, "--long-captions", "cut")
+    assert result.returncode == 0 and "1 captions cut" in result.stdout
+    cut = LatentFolder(tmp_path / "cut")
+    (caption,) = {cut[i].caption for i in range(len(cut))} - {*CAPTIONS, "a still"}
+    assert long.startswith(caption) and caption.startswith(CAPTIONS[0]) and caption in cut.texts
+    line = error_line(invoke(*arguments, tmp_path / "no", *options, "--long-captions", "error"))
+    assert line.startswith("v0.mp4: long caption") and not (tmp_path / "no").exists()
+    line = error_line(invoke(*arguments, tmp_path / "no", *options, "--prompts", long))
+    assert "the longest allowed is 40" in line and not (tmp_path / "no").exists()
 
 
 def test_a_cache_that_does_not_fit_the_model_is_refused(root: Path, cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and text as every system saves it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from apt.data.buckets import Bucket
 from apt.data.latents import Clip, write_clips
 from apt.errors import CheckpointError, DataError
-from apt.files import replacing, write_safetensors, write_text
+from apt.files import read_lines, read_text, replacing, write_safetensors, write_text
 from apt.models.lora import LoRALayer, save_lora
 
 
@@ -61,3 +61,32 @@ def test_full_disks_are_errors_of_the_part_that_writes(tmp_path: Path) -> None:
         clip = Clip(torch.ones(16, 1, 32, 32), "a", Bucket(1, 256, 256))
         write_clips(tmp_path / "latents-00000.safetensors", [clip])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "one\ntwo é\n".encode(),
+        b"\xef\xbb\xbfone\r\ntwo \xc3\xa9\r\n",
+        b"one\rtwo \xc3\xa9",
+        b"one\n\xef\xbb\xbftwo \xc3\xa9\n",
+        "one\r\ntwo é".encode("utf-16"),
+        b"\xfe\xff" + "one\ntwo é\n".encode("utf-16-be"),
+    ],
+)
+def test_text_as_every_system_saves_it(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    assert read_lines(path) == ["one", "two é"]
+    assert read_text(path).rstrip("\n") == "one\ntwo é"
+
+
+def test_only_line_ends_of_files_end_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a\u2028b\x0bc\x85d\u2029e\n\n\nlast", encoding="utf-8")
+    assert read_lines(path) == ["a\u2028b\x0bc\x85d\u2029e", "", "", "last"]
+    path.write_bytes(b"")
+    assert read_lines(path) == [] and read_text(path) == ""
+    path.write_bytes(b"gr\xfcn")
+    with pytest.raises(UnicodeDecodeError):
+        read_lines(path)

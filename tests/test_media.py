@@ -3,10 +3,14 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("av")
 
 import av
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +21,7 @@ from apt.media import (
     SUFFIXES,
     SamplerColumn,
     auto_scale,
+    check_settings,
     contact_sheet,
     enlarge,
     write_contact_sheet,
@@ -298,3 +303,34 @@ def test_seconds_are_readable(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("ratio", "text"), [(1, "1.0×"), (9.94, "9.9×"), (9.96, "10×")])
 def test_ratios_are_readable(ratio: float, text: str) -> None:
     assert format_ratio(ratio) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options", "message"),
+    [
+        ("x.avi", (2, 8, 8), {}, "the suffix '.avi' is not one of"),
+        ("x", (2, 8, 8), {}, "the suffix '' is not one of"),
+        ("x.mp4", (2, 8, 8), {"fps": float("nan")}, "fps must be above 0"),
+        ("x.mp4", (2, 8, 8), {"fps": 0}, "fps must be above 0"),
+        ("x.gif", (2, 8, 8), {"scale": 0}, "scale must be a whole number of at least 1"),
+        ("x.mp4", (2, 8, 16386), {}, "at most 16384 pixels a side"),
+        ("x.webp", (2, 16384, 8), {}, "at most 16383 pixels a side"),
+        ("x.gif", (2, 8, 65536), {}, "at most 65535 pixels a side"),
+        ("x.png", (2**20, 1024, 2048), {}, "at most 2147483647 pixels a side"),
+        ("x.gif", (10**6, 60000, 60000), {}, "needs more than"),
+    ],
+)
+def test_settings_that_cannot_be_written(
+    name: str, size: tuple[int, int, int], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        check_settings(name, size, **{"fps": 8, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("x.mp4", 16384), ("x.webp", 16383), ("x.gif", 65535), ("x.PNG", 70000)]
+)
+def test_the_largest_that_can_be_written(name: str, side: int, tmp_path: Path) -> None:
+    check_settings(name, (1, 2, side), fps=8, scale=1)
+    video = np.zeros((1, 2, side, 3), np.uint8)
+    assert write_media(tmp_path / name, video, fps=8, scale=1).stat().st_size

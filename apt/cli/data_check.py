@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 from apt.errors import DataError
 
@@ -25,6 +26,9 @@ class DataCheck:
     """It has metadata.csv or metadata.jsonl (file_name, caption), or a .txt beside each file."""
     headers_only: bool = False
     """Do not decode every frame: fast, but overlooks damage further in."""
+    model: str | None = None
+    """Look for captions that this model's text encoder refuses, too: a built-in or registered name,
+    a folder, or a Hub id. Only its tokenizer is loaded."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
@@ -35,9 +39,21 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
     from apt.data.check import check_folder
 
+    captions = None
+    if options.model is not None:
+        from apt.data.captions import CaptionRule
+        from apt.models.bundle import load_prompt_check
+
+        captions = CaptionRule(load_prompt_check(options.model))
     with progress_bar("checking") as update:
-        found = check_folder(options.directory, decode=not options.headers_only, progress=update)
-    Console(soft_wrap=True).print(found.render())
+        found = check_folder(
+            options.directory,
+            decode=not options.headers_only,
+            captions=captions,
+            progress=update,
+        )
+    with printing():
+        Console(soft_wrap=True).print(found.render())
     if not found.num_videos + found.num_images:
         raise DataError(f"{options.directory} has nothing to train on; see the report above")
     if found.problems:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 
 
@@ -28,6 +29,8 @@ class DataDigits:
     """Another seed gives other clips."""
     split: Literal["train", "test", "heldout"] = "train"
     """train; test: handwriting held out; heldout: captions held out as well."""
+    setting: Literal["centred", "free"] = "centred"
+    """centred: a caption tells where the digit is; free: places and backgrounds vary."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
@@ -37,7 +40,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
     from apt.data.digits import FPS, MovingDigits
     from apt.data.write import write_video_folder
 
-    dataset = MovingDigits(options.seed, options.split)
+    dataset = MovingDigits(options.seed, options.split, setting=options.setting)
     with progress_bar("writing", options.num) as update:
         folder = write_video_folder(dataset, options.directory, options.num, FPS, progress=update)
-    print(f"{options.num} videos and metadata.csv in {folder}")
+    with printing():
+        print(f"{options.num} videos and metadata.csv in {folder}")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 from apt.errors import InputError
 
@@ -27,7 +28,8 @@ class DataEncode:
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Where to write; made if need be."""
     model: str
-    """Whose codec and text encoder: a built-in or registered name, a folder, or a Hub id."""
+    """Whose codec and text encoder: a built-in or registered name, a folder, or a Hub id. A codec
+    alone will do for pre-training."""
     frames: int | None = None
     """Frames of a clip, 4k + 1. None, also below, is what the model was trained on."""
     height: int | None = None
@@ -46,6 +48,9 @@ class DataEncode:
     """Clips of each video, from different starts."""
     prompts: tuple[str, ...] = ()
     """Prompts to embed beside the captions and the model's own negative prompt."""
+    long_captions: Literal["skip", "cut", "error"] = "skip"
+    """Files whose caption has more tokens than the text encoder takes: leave them out and report
+    them, cut the caption to what fits, or stop."""
     strict: bool = False
     """Stop at the first file that cannot be used, instead of skipping and reporting it."""
     seed: int = 0
@@ -67,21 +72,29 @@ def main(args: Sequence[str], *, prog: str) -> None:
             raise InputError(f"--{flag} must be at least 1, got {getattr(options, name)}")
 
     import torch
-    from torch import nn
 
+    from apt.data.captions import CaptionRule
     from apt.data.folder import VideoFolder
     from apt.encode import encode_clips, encode_texts, open_cache, plan_cache, ranks
-    from apt.models.bundle import describe, load_codec, load_text_encoder
+    from apt.hub import ModelInfo
+    from apt.models.bundle import describe, load_codec, load_prompt_check, load_text_encoder
     from apt.train.config import DataConfig
     from apt.train.datasets import clip_buckets
     from apt.train.parallel import pick_device
 
     info = describe(options.model)
+    rule = None
+    prompts = list(options.prompts)
+    model = info if isinstance(info, ModelInfo) else None  # or a codec alone, which has no text
+    if model is not None:
+        # Before anything takes time; every rank leaves out the same captions.
+        check = load_prompt_check(options.model)
+        prompts = [model.sampling.negative_prompt, *prompts]
+        check(prompts)
+        rule = CaptionRule(check, options.long_captions)
     rank, world_size = ranks()
     device = pick_device(options.device)
-    codec = load_codec(options.model)
-    if isinstance(codec, nn.Module):
-        codec.to(device)
+    codec = load_codec(options.model).to(device)
     sample = info.sample
     data = DataConfig(
         source="folder",
@@ -95,30 +108,30 @@ def main(args: Sequence[str], *, prog: str) -> None:
         images=options.images,
         strict=options.strict,
     )
+    clip = data.clip
     videos = VideoFolder(
         data.path,
         buckets=clip_buckets(data),
-        fps=data.fps or None,
+        fps=clip.fps or None,
         seed=options.seed,
         strict=data.strict,
+        captions=rule,
     )
-    text = info.text_encoder if info.text_encoder.weights is None else None
+    text = model.text_encoder if model and model.text_encoder.weights is None else None
     plan, prompts = plan_cache(
         videos,
         info.codec,
         codec,
         text,
-        size=(data.frames, data.height, data.width),
-        fps=data.fps,
+        size=(clip.frames, clip.height, clip.width),
+        fps=clip.fps,
         clips_per_item=options.clips_per_item,
-        prompts=[info.sampling.negative_prompt, *options.prompts],
+        prompts=prompts,
         dtype=getattr(torch, options.dtype),
     )
     open_cache(options.out, plan, rank=rank)
     if text is not None and rank == 0:
-        encoder = load_text_encoder(options.model)
-        assert isinstance(encoder, nn.Module)
-        encoder.to(device)
+        encoder = load_text_encoder(options.model).to(device)
         with progress_bar("embedding prompts") as update:
             encode_texts(
                 options.out, prompts, encoder, batch_size=options.batch_size, progress=update
@@ -135,5 +148,6 @@ def main(args: Sequence[str], *, prog: str) -> None:
             rank=rank,
             world_size=world_size,
         )
-    print(videos.report.text())
-    print(f"{plan.num_clips} clips and {plan.num_prompts} prompts: {options.out}")
+    with printing():
+        print(videos.report.text())
+        print(f"{plan.num_clips} clips and {plan.num_prompts} prompts: {options.out}")

@@ -10,15 +10,18 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from apt.data.decode import MediaInfo, probe, reason, verify
+from apt.data.captions import CaptionRule, Refused
+from apt.data.decode import probe, verify
+from apt.data.info import MediaInfo
+from apt.data.reading import reason
 from apt.data.report import Problem, problem_lines
 from apt.data.scan import looked_for, scan_folder
 from apt.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _ROWS = 12
 
@@ -38,6 +41,7 @@ class FolderCheck:
         codecs: number of files per codec or image format.
         captions: one per file and caption.
         problems: broken files, missing captions and files.
+        left_aside: number of other files by suffix.
         decoded: whether every frame was decoded, or only the headers were read.
     """
 
@@ -52,6 +56,7 @@ class FolderCheck:
     codecs: Counter[str] = field(default_factory=Counter)
     captions: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    left_aside: Counter[str] = field(default_factory=Counter)
     decoded: bool = True
 
     @property
@@ -61,6 +66,10 @@ class FolderCheck:
 
     def render(self) -> RenderableType:
         """Tables for a rich console."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
         facts = Table(show_header=False, box=None, pad_edge=False)
         facts.add_column(style="bold")
         facts.add_column()
@@ -80,6 +89,8 @@ class FolderCheck:
             ("files", f"{self.num_files} found"),
             ("usable", f"{self.num_videos} videos, {self.num_images} images"),
         ]
+        if self.left_aside:
+            facts.append(("left aside", _most_common(self.left_aside)))
         if self.num_videos + self.num_images == 0:
             return [*facts, ("looked for", looked_for())]
         sizes = {f"{width}x{height}": n for (width, height), n in self.resolutions.items()}
@@ -110,6 +121,7 @@ def check_folder(
     path: str | Path,
     *,
     decode: bool = True,
+    captions: CaptionRule | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FolderCheck:
     """Read a folder as `VideoFolder` would, and test every file.
@@ -118,6 +130,7 @@ def check_folder(
         path: the folder.
         decode: decode every frame of every file; False only reads headers, which is fast and
             overlooks damage further in.
+        captions: of the text encoder that is to read them; None asks no encoder.
         progress: called with (files done, files to do) after each file.
 
     Returns:
@@ -128,18 +141,26 @@ def check_folder(
     """
     scan = scan_folder(path)
     problems = list(scan.problems)
+    if captions:
+        names = [entry.name for entry in scan.entries]
+        found = captions.apply([entry.caption for entry in scan.entries], names)
+        problems += (
+            Problem(caption.kind, name, caption.reason)
+            for name, caption in zip(names, found, strict=True)
+            if isinstance(caption, Refused)
+        )
     captioned = {entry.path: entry.name for entry in scan.entries}
-    names = {path: name for name, path in scan.files.items()} | captioned
+    files = {path: name for name, path in scan.files.items()} | captioned
     infos: dict[Path, MediaInfo] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda file: _test(file, decode), names)
-        for done, (file, result) in enumerate(zip(names, results, strict=True), 1):
+        results = pool.map(lambda file: _test(file, decode), files)
+        for done, (file, result) in enumerate(zip(files, results, strict=True), 1):
             if isinstance(result, DataError):
-                problems.append(Problem("unreadable", names[file], reason(result, file)))
+                problems.append(Problem("unreadable", files[file], reason(result, file)))
             elif file in captioned:
                 infos[file] = result
             if progress:
-                progress(done, len(names))
+                progress(done, len(files))
     videos = [info for info in infos.values() if not info.is_image]
     return FolderCheck(
         directory=scan.directory,
@@ -153,16 +174,14 @@ def check_folder(
         codecs=Counter(info.codec for info in infos.values()),
         captions=[entry.caption for entry in scan.entries if entry.path in infos],
         problems=problems,
+        left_aside=scan.left_aside,
         decoded=decode,
     )
 
 
 def _test(path: Path, decode: bool) -> MediaInfo | DataError:
     try:
-        info = probe(path)
-        if decode:
-            verify(path)
-        return info
+        return verify(path) if decode else probe(path)
     except DataError as error:
         return error
 

@@ -2,7 +2,11 @@
 
 The digits are scikit-learn's 8x8 scans (UCI Optical Recognition of Handwritten Digits) and the
 backgrounds are crops of the two photographs that scikit-learn ships. Both come with the package,
-so nothing is downloaded. A clip is a pure function of (seed, split, index).
+so nothing is downloaded. A clip is a pure function of (setting, seed, split, index).
+
+Two settings: in "centred" clips a caption tells where the digit is, give or take a pixel, before
+one of 20 backgrounds, so that the mean of all clips of a caption can be read. In "free" ones places
+and backgrounds vary so much that a mean is a smear.
 """
 
 from __future__ import annotations
@@ -33,12 +37,35 @@ COLOURS = {
 }
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 Split = Literal["train", "test", "heldout"]
+Setting = Literal["centred", "free"]
 
 _DIGIT_SIZE = 20
-_JITTER = 1
 _PHOTO_SCALE = 10  # 64x42 pixels: a clip shows a good part of the scene
-_BACKGROUND_GAIN = 0.45
-_CROP_STEP = 8  # pixels between places of crops: 20 backgrounds in all
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Freedom:
+    """How much clips of one caption differ.
+
+    Attributes:
+        along, across: pixels by which the digit's way may be off the picture's centre.
+        crop_step: pixels between places of crops.
+        gain: lowest and highest brightness of the background, which a bright digit stands out of;
+            if they differ, each colour has its own.
+        mirrored: half of the backgrounds are.
+    """
+
+    along: int = 1
+    across: int = 1
+    crop_step: int = 8
+    gain: tuple[float, float] = (0.45, 0.45)
+    mirrored: bool = False
+
+
+_FREEDOM: dict[Setting, _Freedom] = {
+    "centred": _Freedom(),  # 20 backgrounds in all
+    "free": _Freedom(along=2, across=3, crop_step=1, gain=(0.3, 0.5), mirrored=True),
+}
 
 
 @dataclass(frozen=True)
@@ -72,18 +99,29 @@ class MovingDigits:
             handwriting (one scan in five) and the training captions; "heldout" has held-out
             handwriting and the captions that are never trained on.
         labels: draw from these labels instead of the split's, with the split's handwriting.
+        setting: "centred" or "free".
 
     Raises:
-        InputError: for an unknown split.
+        InputError: for an unknown split or setting.
     """
 
     def __init__(
-        self, seed: int = 0, split: Split = "train", *, labels: Sequence[Label] | None = None
+        self,
+        seed: int = 0,
+        split: Split = "train",
+        *,
+        labels: Sequence[Label] | None = None,
+        setting: Setting = "centred",
     ) -> None:
-        if split not in get_args(Split):
-            raise InputError(f"unknown split {split!r}; choose from {', '.join(get_args(Split))}")
+        for name, value, known in (
+            ("split", split, get_args(Split)),
+            ("setting", setting, get_args(Setting)),
+        ):
+            if value not in known:
+                raise InputError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
         self.seed = seed
         self.split = split
+        self.setting = setting
         of_split = HELDOUT_LABELS if split == "heldout" else TRAIN_LABELS
         self._labels = of_split if labels is None else tuple(labels)
         self._scans = _scans(heldout=split != "train")
@@ -108,7 +146,8 @@ class MovingDigits:
         """Clip `index`: pixels (3, 9, 32, 32) fp32 in [-1, 1] and its caption."""
         random = self._random(index)
         label = self._labels[int(random.integers(len(self._labels)))]
-        frames = _compose(random, label, self._scans[DIGITS.index(label.digit)])
+        scans = self._scans[DIGITS.index(label.digit)]
+        frames = _compose(random, label, scans, _FREEDOM[self.setting])
         pixels = torch.from_numpy(frames).permute(3, 0, 1, 2).contiguous()
         return Sample(pixels=pixels * 2 - 1, caption=label.caption)
 
@@ -121,13 +160,16 @@ class MovingDigits:
         return np.random.default_rng([self.seed, get_args(Split).index(self.split), index])
 
 
-def _compose(random: np.random.Generator, label: Label, scans: np.ndarray) -> np.ndarray:
+def _compose(
+    random: np.random.Generator, label: Label, scans: np.ndarray, freedom: _Freedom
+) -> np.ndarray:
     """Frames (9, 32, 32, 3) in [0, 1]."""
     alpha = scans[int(random.integers(len(scans)))][..., None]
-    frames = np.repeat(_background(random)[None], FRAMES, axis=0)
-    # One pixel a frame, through the centre at half time, give or take the jitter.
+    frames = np.repeat(_background(random, freedom)[None], FRAMES, axis=0)
+    # One pixel a frame, through the centre at half time, give or take the freedom.
     step = np.array(DIRECTIONS[label.direction])
-    centre = (SIZE - _DIGIT_SIZE) // 2 + random.integers(-_JITTER, _JITTER + 1, size=2)
+    reach = np.where(step, freedom.along, freedom.across)
+    centre = (SIZE - _DIGIT_SIZE) // 2 + random.integers(-reach, reach + 1)
     start = centre - step * (FRAMES // 2)
     colour = np.array(COLOURS[label.colour], np.float32) / 255
     for i in range(FRAMES):
@@ -138,26 +180,29 @@ def _compose(random: np.random.Generator, label: Label, scans: np.ndarray) -> np
     return frames
 
 
-def _background(random: np.random.Generator) -> np.ndarray:
+def _background(random: np.random.Generator, freedom: _Freedom) -> np.ndarray:
+    """A crop (32, 32, 3) of a photograph, darkened."""
     photos = _photos()
     photo = photos[int(random.integers(len(photos)))]
     y, x = (
-        _CROP_STEP * int(random.integers((side - SIZE) // _CROP_STEP + 1))
+        freedom.crop_step * int(random.integers((side - SIZE) // freedom.crop_step + 1))
         for side in photo.shape[:2]
     )
-    return photo[y : y + SIZE, x : x + SIZE]
+    crop = photo[y : y + SIZE, x : x + SIZE]
+    if freedom.mirrored and random.integers(2):
+        crop = crop[:, ::-1]
+    low, high = freedom.gain
+    gain = low if low == high else random.uniform(low, high, size=3)
+    return crop * np.asarray(gain, np.float32)
 
 
 @lru_cache
 def _photos() -> tuple[np.ndarray, ...]:
-    """The two photographs, reduced and darkened so that a bright digit stands out."""
+    """The two photographs in [0, 1], reduced."""
     from sklearn.datasets import load_sample_images
 
-    photos = []
-    for photo in load_sample_images().images:
-        reduced = Image.fromarray(photo).reduce(_PHOTO_SCALE)
-        photos.append(np.asarray(reduced, np.float32) / 255 * _BACKGROUND_GAIN)
-    return tuple(photos)
+    reduced = (Image.fromarray(photo).reduce(_PHOTO_SCALE) for photo in load_sample_images().images)
+    return tuple(np.asarray(photo, np.float32) / 255 for photo in reduced)
 
 
 @lru_cache

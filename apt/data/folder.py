@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from apt.data.buckets import MAX_UPSCALE, Bucket, best_bucket, check_buckets
-from apt.data.decode import MediaInfo, probe, read_clip, read_image, reason
+from apt.data.captions import CaptionRule, Refused
+from apt.data.decode import probe, read_clip, read_image
+from apt.data.info import MediaInfo
 from apt.data.order import BucketOrder
+from apt.data.reading import reason
 from apt.data.report import DataReport, Problem, problem_lines
 from apt.data.sample import Sample
 from apt.data.scan import Entry, looked_for, scan_folder
@@ -59,6 +62,7 @@ class VideoFolder:
         seed: of the clips' starts.
         max_upscale: sources that would have to be enlarged by more than this are skipped.
         strict: raise at the first file that cannot be used.
+        captions: what becomes of captions that the text encoder refuses; None asks no encoder.
 
     Attributes:
         items: usable files, sorted by name.
@@ -78,6 +82,7 @@ class VideoFolder:
         seed: int = 0,
         max_upscale: float = MAX_UPSCALE,
         strict: bool = False,
+        captions: CaptionRule | None = None,
     ) -> None:
         if fps is not None and not fps > 0:
             raise ConfigError(f"fps must be positive, or None for each video's own, got {fps}")
@@ -90,7 +95,8 @@ class VideoFolder:
         scan = scan_folder(directory)
         for problem in scan.problems:
             self._skip(problem)
-        self.items = self._usable(scan.entries, max_upscale)
+        entries = self._with_captions(scan.entries, captions) if captions else scan.entries
+        self.items = self._usable(entries, max_upscale)
         if not self.items:
             found = problem_lines(self.report.problems) or ["  no such files"]
             raise DataError(
@@ -126,6 +132,10 @@ class VideoFolder:
     def caption(self, index: int) -> str:
         """The caption of sample `index`, without decoding it."""
         return self.items[self._split(index)[1]].entry.caption
+
+    def file_name(self, index: int) -> str:
+        """The name of the file of sample `index`, relative to the folder."""
+        return self.items[self._split(index)[1]].entry.name
 
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`: a clip of item `index % len(self)` in pass `index // len(self)`.
@@ -185,12 +195,26 @@ class VideoFolder:
             num_frames=bucket.frames,
             fps=fps,
             size=(bucket.height, bucket.width),
+            info=info,
         )
 
     def _skip(self, problem: Problem) -> None:
         if self.strict:
             raise DataError(f"{self.directory}: {problem}")
         self.report.add(problem)
+
+    def _with_captions(self, entries: list[Entry], rule: CaptionRule) -> list[Entry]:
+        """The entries whose captions can be used, some of them cut."""
+        found = rule.apply([entry.caption for entry in entries], [entry.name for entry in entries])
+        kept = []
+        for entry, caption in zip(entries, found, strict=True):
+            if isinstance(caption, Refused):
+                self._skip(Problem(caption.kind, entry.name, caption.reason))
+                continue
+            if caption != entry.caption:
+                self.report.add_cut(entry.name)
+            kept.append(replace(entry, caption=caption))
+        return kept
 
     def _usable(self, entries: list[Entry], max_upscale: float) -> list[Item]:
         """Probe the files, several at a time, and assign buckets."""

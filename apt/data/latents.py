@@ -12,20 +12,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apt.data.buckets import Bucket
+from apt.data.captions import CaptionRule, Refused
 from apt.data.order import BucketOrder
 from apt.data.sample import EncodedSample
 from apt.errors import DataError
 from apt.files import write_safetensors, write_text
+from apt.untrusted import parse_json, read_json_file
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
 
 INFO_FILE = "latents.json"
 FORMAT = 1
@@ -83,6 +90,8 @@ class LatentFolder:
     Args:
         directory: written by `diffusion-apt data encode`.
         images: "mix" has all clips, "only" those of one frame, "none" the longer ones.
+        captions: what becomes of captions that the text encoder refuses, if it encodes while the
+            model trains; None asks no encoder.
 
     Attributes:
         info: what the cache says of itself.
@@ -93,7 +102,11 @@ class LatentFolder:
     """
 
     def __init__(
-        self, directory: str | Path, *, images: Literal["mix", "only", "none"] = "mix"
+        self,
+        directory: str | Path,
+        *,
+        images: Literal["mix", "only", "none"] = "mix",
+        captions: CaptionRule | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.info = read_cache_info(self.directory)
@@ -109,11 +122,10 @@ class LatentFolder:
         self._clips: list[tuple[str, str, str]] = []
         members: dict[Bucket, list[int]] = {}
         for name in self.info.clip_shards():
-            for key, entry in _entries(self.directory / name):
-                bucket = Bucket(*entry["bucket"])
+            for key, caption, bucket in _usable(name, _entries(self.directory / name), captions):
                 if images == "mix" or (images == "only") == (bucket.frames == 1):
                     members.setdefault(bucket, []).append(len(self._clips))
-                    self._clips.append((name, key, entry["caption"]))
+                    self._clips.append((name, key, caption))
         if not self._clips:
             kind = {"mix": "clip", "only": "image", "none": "video"}[images]
             raise DataError(
@@ -185,7 +197,7 @@ def read_cache_info(directory: Path) -> CacheInfo:
     """Read `latents.json`. Raises DataError if it is missing or not one of this format."""
     path = directory / INFO_FILE
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json_file(path)
         if document.pop("format") == FORMAT:
             return CacheInfo(**document)
     except FileNotFoundError as error:
@@ -269,17 +281,45 @@ def _opened(path: Path) -> Any:
         ) from error
 
 
-def _metadata(path: Path, name: str) -> Any:
+def _metadata(path: Path, name: str, parse: Callable[[Any], T]) -> T:
+    """What a shard's metadata says under a name, in the form that `parse` gives it."""
     with _opened(path) as shard:
         try:
-            return json.loads(shard.metadata()[name])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is not a file of a latent cache; delete it") from error
+            return parse(parse_json(shard.metadata()[name]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path} is not a file of a latent cache ({error}); delete it"
+            ) from error
 
 
-def _entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    return list(_metadata(path, "clips").items())
+def _entries(path: Path) -> list[tuple[str, str, Bucket]]:
+    """Key, caption and bucket of each clip."""
+
+    def parse(clips: dict[str, Any]) -> list[tuple[str, str, Bucket]]:
+        return [
+            (key, str(entry["caption"]), Bucket(*map(int, entry["bucket"])))
+            for key, entry in clips.items()
+        ]
+
+    return _metadata(path, "clips", parse)
+
+
+def _usable(
+    shard: str, entries: list[tuple[str, str, Bucket]], rule: CaptionRule | None
+) -> list[tuple[str, str, Bucket]]:
+    """The clips of a shard whose captions can be used, some of them cut."""
+    if rule is None:
+        return entries
+    names = [f"{shard}, clip {key}" for key, _, _ in entries]
+    captions = rule.apply([caption for _, caption, _ in entries], names)
+    kept = []
+    for name, (key, _, bucket), caption in zip(names, entries, captions, strict=True):
+        if isinstance(caption, Refused):
+            _LOG.warning("skipped %s: %s (%s)", name, caption.kind, caption.reason)
+        else:
+            kept.append((key, caption, bucket))
+    return kept
 
 
 def _prompts(path: Path) -> list[str]:
-    return list(_metadata(path, "prompts"))
+    return _metadata(path, "prompts", lambda prompts: [str(prompt) for prompt in prompts])

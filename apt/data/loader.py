@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from apt.data.report import DataReport, Problem
-from apt.data.sample import Batch, TrainingData
+from apt.data.sample import Batch, EncodedSample, Sample, TrainingData
 from apt.errors import ConfigError, DataError
 
 
@@ -20,6 +22,15 @@ class Reporting(Protocol):
     """A data set that keeps a report of files that failed."""
 
     report: DataReport
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A data set that can tell which file a sample comes from."""
+
+    def file_name(self, index: int) -> str:
+        """The file of sample `index`, without opening it."""
+        ...
 
 
 def make_loader(
@@ -48,7 +59,8 @@ def make_loader(
 
     Raises:
         ConfigError: if the batch cannot be split evenly, or a number is out of range.
-        DataError: while iterating, from the data set, also when it arose in a worker.
+        DataError: while iterating, from the data set, also when it arose in a worker, or a worker
+            that died; says which file it was decoding.
     """
     if not 0 <= rank < world_size or num_workers < 0 or start_batch < 0:
         raise ConfigError(
@@ -63,14 +75,15 @@ def make_loader(
     share = batch_size // world_size
     offset = rank * share
     plan = _Plan(dataset, batch_size, seed, start_batch, offset, share)
+    slices = _Slices(dataset, offset, num_workers)
     loader = DataLoader(
-        _Slices(dataset, offset),
+        slices,
         sampler=plan,
         batch_size=None,
         num_workers=num_workers,
         worker_init_fn=_start_worker if num_workers else None,
     )
-    return _batches(loader, dataset)
+    return _batches(loader, slices)
 
 
 @dataclass(frozen=True)
@@ -93,26 +106,80 @@ class _Plan(Iterable[tuple[int, list[int]]]):
 class _Slices(Dataset[Batch | DataError]):
     """Makes a whole slice at once: the unit of work of a worker."""
 
-    def __init__(self, dataset: TrainingData, offset: int) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: TrainingData, offset: int, num_workers: int) -> None:
+        self.dataset = dataset
         self._offset = offset
+        # Process and sample of each worker, for the one that dies over a file.
+        self._at_work = multiprocessing.Array("q", 2 * num_workers)
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch | DataError:
         number, indices = key
         try:
-            samples = [self._dataset[index] for index in indices]
+            samples = [self._sample(index) for index in indices]
         except DataError as error:
             # torch would rebuild it around a worker's traceback; users are owed the one line.
             return DataError(str(error))
         return Batch.collate(samples, offset=self._offset, batch_index=number)
 
+    def _sample(self, index: int) -> Sample | EncodedSample:
+        worker = get_worker_info()
+        if worker is not None:
+            self._at_work[2 * worker.id : 2 * worker.id + 2] = [os.getpid(), index]
+        return self.dataset[index]
 
-def _batches(loader: Iterable[Batch | DataError], dataset: TrainingData) -> Iterator[Batch]:
-    for batch in loader:
+    def of_the_dead(self) -> list[str]:
+        """The files that workers which are no longer there were decoding."""
+        if not isinstance(self.dataset, Named):
+            return []
+        pairs = self._at_work[:]
+        return sorted(
+            self.dataset.file_name(index)
+            for pid, index in zip(pairs[::2], pairs[1::2], strict=True)
+            if pid and not _alive(pid)
+        )
+
+
+def _batches(loader: Iterable[Batch | DataError], slices: _Slices) -> Iterator[Batch]:
+    batches = _start(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            files = ", ".join(slices.of_the_dead())
+            raise DataError(
+                "a process that decodes ahead died"
+                + (f" at {files}" if files else "")
+                + f" ({str(error).splitlines()[0].rstrip('. ')}). A broken file can do that "
+                "(`diffusion-apt data check` tests all), and so can a lack of memory (fewer "
+                "--data.num-workers)"
+            ) from error
         if isinstance(batch, DataError):
             raise batch
-        _record(dataset, batch.problems)
+        _record(slices.dataset, batch.problems)
         yield batch
+
+
+def _start(loader: Iterable[Batch | DataError]) -> Iterator[Batch | DataError]:
+    """Start the workers, and let their deaths be seen where a batch is asked for, only."""
+    before = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
+    batches = iter(loader)
+    if before is not None and signal.getsignal(signal.SIGCHLD) != before:
+        # torch's handler raises wherever the main process is: in the middle of an optimiser's step,
+        # for one, whose weights could then not be saved.
+        signal.signal(signal.SIGCHLD, before)
+    return batches
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _record(dataset: TrainingData, problems: Iterable[Problem]) -> None:

@@ -13,10 +13,13 @@ ProblemKind = Literal[
     "unreadable",
     "missing caption",
     "missing file",
+    "unknown suffix",
     "bad metadata",
     "too short",
     "too small",
     "no bucket",
+    "long caption",
+    "bad caption",
 ]
 
 _NAMED_PER_KIND = 20
@@ -48,11 +51,13 @@ class DataReport:
         num_videos: usable videos (one per file and caption).
         num_images: usable images.
         problems: one entry per file and kind, in the order found.
+        cut: names of files whose caption was cut to what the text encoder takes.
     """
 
     num_videos: int = 0
     num_images: int = 0
     problems: list[Problem] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
     _seen: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
     def add(self, problem: Problem) -> bool:
@@ -65,6 +70,11 @@ class DataReport:
         _LOG.warning("skipped %s", problem)
         return True
 
+    def add_cut(self, file: str) -> None:
+        """Record and log that a file's caption was cut."""
+        self.cut.append(file)
+        _LOG.warning("cut the caption of %s to what the text encoder takes", file)
+
     def counts(self) -> dict[str, int]:
         """Number of files per kind of problem, the most frequent first."""
         return dict(Counter(problem.kind for problem in self.problems).most_common())
@@ -72,6 +82,8 @@ class DataReport:
     def text(self) -> str:
         """The report as plain text: one line of counts, then the files by kind of problem."""
         used = f"{self.num_videos} videos and {self.num_images} images in use"
+        if self.cut:
+            used += f"; {len(self.cut)} captions cut"
         if not self.problems:
             return f"{used}; no problems"
         return "\n".join([f"{used}; {len(self.problems)} skipped", *problem_lines(self.problems)])

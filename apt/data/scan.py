@@ -3,25 +3,26 @@
 Three layouts, also in sub-folders: `metadata.csv` or `metadata.jsonl` in the folder itself, with
 the columns `file_name` (relative to the folder) and `caption` (or `text`, as in Hugging Face's
 folders); or a `.txt` beside each file. Metadata wins over a `.txt`. A file that is named twice is
-two samples, one per caption.
+two samples, one per caption. Links are followed, and nothing is passed over without a word: what
+is neither media nor a caption is counted, and what looks like media under a name that is not known
+is a problem.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from apt.data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from apt.data.report import Problem
+from apt.data.metadata import METADATA_NAMES, read_metadata
+from apt.data.report import Problem, ProblemKind
+from apt.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_media, may_be_media
 from apt.errors import DataError
-
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
-_CAPTION_COLUMNS = ("caption", "text")
+from apt.files import read_text
+from apt.untrusted import is_inside
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Scan:
         metadata: name of the metadata file, or None.
         files: media files by name, captioned or not.
         entries: files with a caption.
-        problems: files without, and metadata that leads nowhere.
+        problems: files without, metadata that leads nowhere, and media that cannot be looked for.
+        left_aside: number of other files by suffix.
     """
 
     directory: Path
@@ -50,10 +52,11 @@ class Scan:
     files: dict[str, Path]
     entries: list[Entry]
     problems: list[Problem]
+    left_aside: Counter[str] = field(default_factory=Counter)
 
 
 def scan_folder(directory: str | Path) -> Scan:
-    """List a folder's media files and captions, without opening any media file.
+    """List a folder's media files and captions, without opening any of the former.
 
     Raises:
         DataError: if it is no folder, or its metadata cannot be read at all.
@@ -61,40 +64,43 @@ def scan_folder(directory: str | Path) -> Scan:
     root = Path(directory)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give a folder of videos and images")
-    files = _media_files(root)
-    metadata = _metadata_file(root)
     problems: list[Problem] = []
+    files, others = _files(root, problems)
+    metadata = _metadata_file(root)
     entries: list[Entry] = []
     named: set[str] = set()
-    if metadata:
-        for where, row in _rows(metadata):
-            if isinstance(row, str):
-                problems.append(Problem("bad metadata", where, row))
-                continue
-            name = _same_form(row["file_name"])
-            path = files.get(name) or root / row["file_name"]
-            named.add(name)
-            if not path.is_file():
-                detail = f"named in {where}, but not there"
-                problems.append(Problem("missing file", row["file_name"], detail))
-            elif row["caption"]:
-                entries.append(Entry(path, name, row["caption"]))
-            else:
-                problems.append(Problem("missing caption", name, f"empty in {where}"))
+    for row in read_metadata(metadata) if metadata else ():
+        name = _same_form(row.file_name or "")
+        named.add(name)
+        if row.problem:
+            problems.append(Problem("bad metadata", row.where, row.problem))
+            continue
+        path = files.get(name) or root / (row.file_name or "")
+        if name not in files and not is_inside(path, root):
+            detail = f"named in {row.where}, but outside the folder; put it, or a link, into it"
+            problems.append(Problem("missing file", name, detail))
+        elif not path.is_file():
+            state = "a folder" if path.is_dir() else "not there"
+            detail = f"named in {row.where}, but {state}"
+            problems.append(Problem("missing file", name, detail))
+        elif row.caption:
+            entries.append(Entry(path, name, row.caption))
+        else:
+            problems.append(Problem("missing caption", name, f"empty in {row.where}"))
     for name, path in files.items():
         if name in named:
             continue
         caption = _sidecar_caption(path)
-        if caption:
+        if isinstance(caption, str):
             entries.append(Entry(path, name, caption))
         else:
-            beside = path.with_suffix(".txt").name
             where = f"no row in {metadata.name}, and " if metadata else ""
-            state = "empty or not UTF-8" if path.with_suffix(".txt").is_file() else "not there"
-            problems.append(Problem("missing caption", name, f"{where}{beside} is {state}"))
+            problems.append(Problem("missing caption", name, f"{where}{caption.state}"))
     # A stable sort: a file's several captions keep the order of the metadata.
     entries.sort(key=lambda entry: entry.name)
-    return Scan(root, metadata.name if metadata else None, files, entries, problems)
+    captions = {path.with_suffix(".txt") for path in files.values()} | {metadata}
+    left_aside = Counter(_suffix(path) for path in others if path not in captions)
+    return Scan(root, metadata.name if metadata else None, files, entries, problems, left_aside)
 
 
 def looked_for() -> str:
@@ -106,82 +112,98 @@ def looked_for() -> str:
     )
 
 
-def _media_files(root: Path) -> dict[str, Path]:
-    """Media files by relative name in one Unicode form, sorted; hidden ones are left out."""
-    found = {}
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            path = Path(folder, name)
-            if not name.startswith(".") and path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-                found[_same_form(path.relative_to(root).as_posix())] = path
-    return dict(sorted(found.items()))
+def _files(root: Path, problems: list[Problem]) -> tuple[dict[str, Path], list[Path]]:
+    """Media files by relative name in one Unicode form, sorted, and other files.
+
+    Hidden ones are left out.
+    """
+    media, others = {}, []
+    for path in _walk(root, problems):
+        name = _same_form(path.relative_to(root).as_posix())
+        try:
+            if path.is_symlink() and not path.exists():
+                target = os.readlink(path)
+                problems.append(Problem("missing file", name, f"a link to {target}, not there"))
+            elif not path.is_file():
+                problems.append(Problem("unreadable", name, "is no regular file"))
+            elif is_media(path):
+                media[name] = path
+            elif may_be_media(path):
+                detail = f"{_suffix(path)} is not looked for; convert or rename it, or move it away"
+                problems.append(Problem("unknown suffix", name, detail))
+            else:
+                others.append(path)
+        except OSError as error:
+            problems.append(Problem("unreadable", name, str(error.strerror or error)))
+    return dict(sorted(media.items())), others
+
+
+def _walk(root: Path, problems: list[Problem]) -> Iterator[Path]:
+    """Every file that is not hidden, in folders and in those that links lead to, each once."""
+
+    def add(kind: ProblemKind, folder: str | Path, detail: str) -> None:
+        name = _same_form(Path(folder).relative_to(root).as_posix())
+        problems.append(Problem(kind, name, detail))
+
+    def unreadable(error: OSError) -> None:
+        add("unreadable", error.filename, str(error.strerror or error))
+
+    above = Path(os.path.realpath(root)).parents
+    # What is there under its own name is not taken by a link's, whatever comes first.
+    links: list[Path] = [root]
+    seen: set[str] = set()
+    while links:
+        pending, links = links, []
+        for start in pending:
+            if start != root and Path(os.path.realpath(start)) in above:
+                add("unreadable", start, "a link to a folder that holds this one: not followed")
+                continue
+            for folder, subfolders, names in os.walk(start, onerror=unreadable):
+                real = os.path.realpath(folder)
+                if real in seen:
+                    subfolders.clear()
+                    continue
+                seen.add(real)
+                shown = sorted(name for name in subfolders if not name.startswith("."))
+                links += [Path(folder, name) for name in shown if Path(folder, name).is_symlink()]
+                subfolders[:] = shown
+                yield from (Path(folder, name) for name in sorted(names) if name[0] != ".")
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower() or "without a suffix"
 
 
 def _same_form(name: str) -> str:
-    # macOS stores accents decomposed, most editors write them composed.
-    return unicodedata.normalize("NFC", PurePath(name).as_posix())
+    # macOS stores accents decomposed, most editors write them composed; and of names that are not
+    # UTF-8, the bytes that are not are spelled out, so that they can be printed.
+    printable = name.encode("utf-8", "backslashreplace").decode()
+    return unicodedata.normalize("NFC", PurePath(printable).as_posix())
 
 
 def _metadata_file(root: Path) -> Path | None:
-    present = [root / name for name in METADATA_NAMES if (root / name).is_file()]
+    present = [root / name for name in METADATA_NAMES if (root / name).exists()]
     if len(present) > 1:
         raise DataError(f"{root}: has both {' and '.join(METADATA_NAMES)}; keep one of them")
     return present[0] if present else None
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, str] | str]]:
-    """(where, row with `file_name` and `caption`, or what is wrong with the row)."""
-    reader = _csv_rows if path.suffix == ".csv" else _jsonl_rows
+@dataclass(frozen=True)
+class _NoCaption:
+    state: str
+
+
+def _sidecar_caption(path: Path) -> str | _NoCaption:
+    beside = path.with_suffix(".txt")
+    name = _same_form(beside.name)
+    if not beside.exists():
+        return _NoCaption(f"{name} is not there")
+    if not beside.is_file():
+        return _NoCaption(f"{name} is {'a folder' if beside.is_dir() else 'no regular file'}")
     try:
-        yield from reader(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
-    except (OSError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str] | str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        columns = reader.fieldnames
-        if "file_name" not in columns or not set(_CAPTION_COLUMNS) & set(columns):
-            raise DataError(
-                f"{path}: the first line must name the columns file_name and caption, separated "
-                f"by commas; it has {', '.join(map(repr, columns)) or 'none'}"
-            )
-        for row in reader:
-            yield f"{path.name}:{reader.line_num}", _checked_row(row)
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, str] | str]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                yield f"{path.name}:{number}", f"is not JSON: {error}"
-                continue
-            yield f"{path.name}:{number}", _checked_row(row)
-
-
-def _checked_row(row: object) -> dict[str, str] | str:
-    if not isinstance(row, dict):
-        return f"expected an object with file_name and caption, got {type(row).__name__}"
-    name = row.get("file_name")
-    if not isinstance(name, str) or not name.strip():
-        return "file_name is missing"
-    captions = [row[column] for column in _CAPTION_COLUMNS if row.get(column)]
-    if captions and not isinstance(captions[0], str):
-        return f"caption must be text, got {type(captions[0]).__name__}"
-    return {"file_name": name.strip(), "caption": captions[0].strip() if captions else ""}
-
-
-def _sidecar_caption(path: Path) -> str | None:
-    try:
-        return path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() or None
-    except (FileNotFoundError, UnicodeDecodeError):
-        return None
+        caption = read_text(beside).strip()
+    except UnicodeDecodeError:
+        return _NoCaption(f"{name} is not UTF-8")
+    except OSError as error:
+        return _NoCaption(f"{name} cannot be read: {error.strerror or error}")
+    return caption or _NoCaption(f"{name} is empty")

@@ -8,28 +8,32 @@ import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-import av
-from av.error import FFmpegError
-from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace
-from av.video.stream import VideoStream
 from torch import Tensor
 
 from apt.data.decode import read_clip
 from apt.data.folder import exact_rate
-from apt.data.sample import VideoDataset
-from apt.data.scan import METADATA_NAMES
+from apt.data.metadata import METADATA_NAMES, read_metadata
+from apt.data.sample import Sample
 from apt.errors import ConfigError, DataError
 from apt.pixels import to_uint8
+
+if TYPE_CHECKING:
+    from av.video.stream import VideoStream
 
 _SAME_PICTURE = 8 / 255
 """Mean absolute difference, in [-1, 1], above which a file does not hold the wanted clip."""
 
 
+class Clips(Protocol):
+    """What can be written: clips by number."""
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
 def write_video_folder(
-    dataset: VideoDataset,
+    dataset: Clips,
     directory: str | Path,
     num: int,
     fps: float | Fraction,
@@ -61,6 +65,8 @@ def write_video_folder(
         ConfigError: if `num` or `fps` is not positive.
         DataError: if the directory holds other videos under these names or cannot be written.
     """
+    from av.error import FFmpegError
+
     if num < 1 or not fps > 0:
         raise ConfigError(f"num and fps must be positive, got {num} and {fps}")
     root, rate = Path(directory), exact_rate(fps)
@@ -75,7 +81,7 @@ def write_video_folder(
         for index in range(num):
             name = f"{index:06d}.mp4"
             sample = dataset[index]
-            if written.get(name, sample.caption) != sample.caption:
+            if written.get(name, sample.caption.strip()) != sample.caption.strip():
                 raise DataError(_foreign(root, f"{name} has the caption {written[name]!r}"))
             if not _holds(root / name, sample.pixels, rate):
                 _replace(root / name, encode_video(sample.pixels, rate))
@@ -93,11 +99,15 @@ def write_video_folder(
 
 def encode_video(pixels: Tensor, fps: Fraction) -> bytes:
     """A clip (3, T, H, W) in [-1, 1] as the bytes of an `.mp4`; see `write_video_folder`."""
+    import av
+    from av.video.frame import VideoFrame
+    from av.video.reformatter import ColorRange, Colorspace
+
     frames = to_uint8(pixels).permute(1, 2, 3, 0)
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         options = {"crf": "0", "preset": "medium"}
-        stream = cast(VideoStream, container.add_stream("libx264", rate=fps, options=options))
+        stream = cast("VideoStream", container.add_stream("libx264", rate=fps, options=options))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv444p"
         # What readers assume of untagged files of this size, so that nobody has to guess.
@@ -119,10 +129,11 @@ def _captions(metadata: Path) -> dict[str, str]:
     """Captions that an earlier, complete call wrote; none if there was none."""
     if not metadata.is_file():
         return {}
-    with metadata.open(encoding="utf-8-sig", newline="") as file:
-        return {
-            row.get("file_name") or "": row.get("caption") or "" for row in csv.DictReader(file)
-        }
+    rows = read_metadata(metadata)
+    bad = next((row for row in rows if row.problem), None)
+    if bad:
+        raise DataError(_foreign(metadata.parent, f"{bad.where}: {bad.problem}"))
+    return {row.file_name or "": row.caption for row in rows}
 
 
 def _holds(path: Path, pixels: Tensor, fps: Fraction) -> bool:

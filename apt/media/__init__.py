@@ -5,6 +5,7 @@ from __future__ import annotations
 from apt.media.files import (
     SUFFIXES,
     auto_scale,
+    check_settings,
     enlarge,
     write_gif,
     write_media,
@@ -19,6 +20,7 @@ __all__ = [
     "SUFFIXES",
     "SamplerColumn",
     "auto_scale",
+    "check_settings",
     "contact_sheet",
     "enlarge",
     "write_contact_sheet",

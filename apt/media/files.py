@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from PIL import Image
 
 from apt.errors import InputError
+from apt.memory import require_memory
 
 Frames = torch.Tensor | NDArray[np.uint8]
 
@@ -53,9 +52,7 @@ def as_frames(frames: Frames) -> NDArray[np.uint8]:
 def enlarge(frames: NDArray[np.uint8], scale: int | None) -> NDArray[np.uint8]:
     """Repeat each pixel of (..., H, W, 3) `scale` times both ways; None chooses `auto_scale`."""
     height, width = frames.shape[-3:-1]
-    factor = auto_scale(height, width) if scale is None else scale
-    if factor < 1:
-        raise InputError(f"scale must be a whole number of at least 1, got {scale}")
+    factor = _factor(height, width, scale)
     return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
@@ -74,6 +71,9 @@ def write_mp4(path: str | Path, frames: Frames, *, fps: float, scale: int | None
     Raises:
         InputError: for other frames, a rate that is not positive, or a path that cannot be written.
     """
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
     pixels = enlarge(as_frames(frames), scale)
     height, width = pixels.shape[1:3]
     pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -147,9 +147,59 @@ def write_media(path: str | Path, frames: Frames, *, fps: float, scale: int | No
     return _ANIMATED[suffix](path, frames, fps=fps, scale=scale)
 
 
+def check_settings(
+    path: str | Path,
+    size: tuple[int, int, int],
+    *,
+    fps: float,
+    scale: int | None = None,
+) -> None:
+    """Raise InputError for what `write_media` could not write, before there is anything to write.
+
+    Args:
+        path: whose suffix names the format.
+        size: frames, height and width of the video.
+        fps, scale: as for `write_media`.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"cannot write {str(path)!r}: the suffix {suffix!r} is not one of {', '.join(SUFFIXES)}"
+        )
+    _frame_rate(fps)
+    frames, height, width = size
+    factor = _factor(height, width, scale)
+    # A picture has its frames side by side.
+    sides = (height * factor, width * factor * (frames if suffix == ".png" else 1))
+    if max(sides) > _LARGEST[suffix]:
+        raise InputError(
+            f"{suffix} holds at most {_LARGEST[suffix]} pixels a side, and this would be "
+            f"{sides[0]}x{sides[1]} (height x width) at scale {factor}; choose a smaller scale, or "
+            "another format"
+        )
+    require_memory(
+        3 * frames * height * width * factor**2,
+        torch.device("cpu"),
+        f"a video of {frames} frames of {height * factor}x{width * factor} (height x width)",
+        "choose a smaller scale or size",
+    )
+
+
 _ANIMATED = {".mp4": write_mp4, ".gif": write_gif, ".webp": write_webp}
 SUFFIXES = (*_ANIMATED, ".png")
 """The file name endings that `write_media` understands."""
+
+
+_LARGEST = {".mp4": 16384, ".gif": 65535, ".webp": 16383, ".png": 2**31 - 1}
+"""Pixels along a side that the formats, and the encoders here, hold."""
+
+
+def _factor(height: int, width: int, scale: int | None) -> int:
+    """The factor of enlargement. Raises InputError for one below 1."""
+    factor = auto_scale(height, width) if scale is None else scale
+    if factor < 1:
+        raise InputError(f"scale must be a whole number of at least 1, got {scale}")
+    return factor
 
 
 def _frame_rate(fps: float) -> Fraction:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
+from apt.data.decode import read_clip
 from apt.data.digits import MovingDigits
 from tests.cli.shell import error_line, invoke, run_cli
 
@@ -28,6 +30,13 @@ def test_writes_videos_and_captions(digits: Path) -> None:
     assert {path.name for path in digits.iterdir()} == {*captions, "metadata.csv"}
 
 
+def test_writes_free_digits(tmp_path: Path) -> None:
+    result = invoke("data", "digits", tmp_path, "--num", "1", "--setting", "free")
+    assert result.returncode == 0, result.stderr
+    clip = read_clip(tmp_path / "000000.mp4", start=Fraction(0), num_frames=9, fps=Fraction(8))
+    assert (clip - MovingDigits(setting="free")[0].pixels).abs().mean() < 0.01
+
+
 def test_check_of_a_good_folder(digits: Path) -> None:
     result = invoke("data", "check", digits)
     assert result.returncode == 0, result.stderr
@@ -46,6 +55,20 @@ def test_check_reports_broken_files_and_fails(digits: Path, tmp_path: Path) -> N
     assert "2 videos, 0 images" in result.stdout
     assert "000001.mp4" in result.stdout
     assert "1 problems in" in result.stderr
+
+
+def test_check_names_captions_that_a_model_cannot_read(digits: Path, tmp_path: Path) -> None:
+    for file in digits.glob("*.mp4"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+        (tmp_path / file.name).with_suffix(".txt").write_text("a red seven")
+    (tmp_path / "000001.txt").write_text("word " * 65)
+    (tmp_path / "000002.txt").write_text("Größe")
+    assert invoke("data", "check", tmp_path, "--headers-only").returncode == 0
+    result = invoke("data", "check", tmp_path, "--headers-only", "--model", "digits")
+    assert result.returncode == 2
+    assert "000001.mp4: the prompt has 65 words, at most 64 fit" in result.stdout
+    assert "000002.mp4: the prompt 'Größe' has characters" in result.stdout
+    assert "2 problems in" in result.stderr
 
 
 def test_check_of_an_empty_folder(tmp_path: Path) -> None:

@@ -6,6 +6,10 @@ import struct
 from fractions import Fraction
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("av")
+
 import av
 import numpy as np
 from av.video.frame import VideoFrame
@@ -82,13 +86,70 @@ def write_video(
 
 def rotate(path: Path, clockwise: int) -> Path:
     """Set the display rotation in an .mp4's track header, as a phone does."""
-    content = bytearray(path.read_bytes())
     cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[clockwise]
-    matrix = [cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30]
+    return lay(path, (cos, sin, -sin, cos))
+
+
+def lay(path: Path, matrix: tuple[float, float, float, float]) -> Path:
+    """Set the display matrix (a, b, c, d) in an .mp4's track header: x' = ax + cy, y' = bx + dy."""
+    content = bytearray(path.read_bytes())
+    a, b, c, d = (round(value * 65536) for value in matrix)
+    row = [a, b, 0, c, d, 0, 0, 0, 1 << 30]
     # Version 0 of the box: 4 bytes of name, 4 of flags, 36 of times, ids and layers.
     at = content.index(b"tkhd") + 4 + 4 + 36
-    content[at : at + 36] = struct.pack(">9i", *matrix)
+    content[at : at + 36] = struct.pack(">9i", *row)
     path.write_bytes(content)
+    return path
+
+
+def write_yuv(
+    path: Path,
+    planes: list[np.ndarray],
+    *,
+    pix_fmt: str,
+    num: int = 3,
+    codec: str = "ffv1",
+    options: dict[str, str] | None = None,
+    colorspace: int = 2,
+    color_range: int = 0,
+    trc: int = 2,
+    primaries: int = 2,
+) -> Path:
+    """Write stored numbers as they are: the same frame `num` times, with tags of ITU-T H.273."""
+    height, width = planes[0].shape
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = height, width, pix_fmt
+        context = stream.codec_context
+        context.colorspace, context.color_range = colorspace, color_range
+        context.color_trc, context.color_primaries = trc, primaries
+        for number in range(num):
+            frame = VideoFrame(width, height, pix_fmt)
+            for plane, content in zip(frame.planes, planes, strict=True):
+                row = content.tobytes()
+                size = len(row) // content.shape[0]
+                padding = bytes(plane.line_size - size)
+                lines = (row[at : at + size] + padding for at in range(0, len(row), size))
+                plane.update(b"".join(lines))
+            frame.pts, frame.time_base = number, Fraction(1, 8)
+            frame.colorspace, frame.color_range = colorspace, color_range
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def hold(source: Path, path: Path, *, last: int) -> Path:
+    """Copy a video's packets; the last in time lasts as long as `last` of its kind."""
+    with av.open(str(source)) as read, av.open(str(path), "w") as write:
+        stream = read.streams.video[0]
+        copy = write.add_stream_from_template(stream)
+        packets = [packet for packet in read.demux(stream) if packet.dts is not None]
+        end = max(packet.pts for packet in packets)
+        for packet in packets:
+            if packet.pts == end:
+                packet.duration *= last
+            packet.stream = copy
+            write.mux(packet)
     return path
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from apt.data import buckets
 from apt.data.buckets import (
     ASPECT_RATIOS,
     Bucket,
@@ -161,3 +162,13 @@ def test_oblong_pixels_are_stretched() -> None:
     pixels = resize_and_crop(frame, (20, 40), display_size=(20, 40))
     assert (pixels[:, :, :17] < -0.9).all()
     assert (pixels[:, :, 23:] > 0.9).all()
+
+
+def test_bands_of_a_large_picture_are_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = torch.randint(0, 256, (3, 97, 131), dtype=torch.uint8)
+    for size in ((30, 41), (97, 60), (120, 131), (97, 131)):
+        whole = resize_and_crop(frame, size)
+        with monkeypatch.context() as patch:
+            patch.setattr(buckets, "_BAND", 131 * 10)
+            assert torch.equal(resize_and_crop(frame, size), whole)
+    assert torch.equal(resize_and_crop(frame.float(), (30, 41)), resize_and_crop(frame, (30, 41)))

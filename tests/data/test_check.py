@@ -5,6 +5,10 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("av")
+pytest.importorskip("rich")
+
 from rich.console import Console
 
 from apt.data.check import FolderCheck, check_folder
@@ -88,3 +92,15 @@ def test_an_empty_folder_says_what_it_looked_for(tmp_path: Path) -> None:
     assert "metadata.csv" in text(check)
     with pytest.raises(DataError, match="no such folder"):
         check_folder(tmp_path / "nowhere")
+
+
+def test_files_that_are_passed_over_are_counted(folder: Path) -> None:
+    (folder / "notes.md").touch()
+    (folder / "clip.jxl").touch()
+    (folder / "a.txt").mkdir()
+    check = check_folder(folder)
+    assert check.left_aside == {".md": 1}
+    assert [(problem.file, problem.kind) for problem in check.problems] == [
+        ("clip.jxl", "unknown suffix")
+    ]
+    assert ".md (1)" in text(check)

@@ -23,22 +23,28 @@ from apt.data.loader import make_loader
 from apt.errors import InputError
 
 SPLITS = ("train", "test", "heldout")
+SETTINGS = ("centred", "free")
 SIDE = 20
 
 
-def test_a_clip_is_a_pure_function_of_seed_split_and_index() -> None:
-    a, b = MovingDigits(seed=4), MovingDigits(seed=4)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_clip_is_a_pure_function_of_setting_seed_split_and_index(setting: str) -> None:
+    a, b = MovingDigits(seed=4, setting=setting), MovingDigits(seed=4, setting=setting)
     b[7]  # what was asked before does not matter
     for index in (3, 0, 10**9):
         assert torch.equal(a[index].pixels, b[index].pixels)
         assert a[index].caption == a.caption(index) == a.labels(index).caption
     others = [MovingDigits(seed=5)[3], MovingDigits(seed=4, split="test")[3], a[4]]
+    others += [MovingDigits(seed=4, setting=other)[3] for other in SETTINGS if other != setting]
     assert all(not torch.equal(other.pixels, a[3].pixels) for other in others)
+    assert a.fingerprint == b.fingerprint
+    assert len({MovingDigits(setting=setting).fingerprint for setting in SETTINGS}) == 2
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_clips_have_the_shape_and_range_of_every_other_data_set(split: str) -> None:
-    sample = MovingDigits(split=split)[0]
+def test_clips_have_the_shape_and_range_of_every_other_data_set(split: str, setting: str) -> None:
+    sample = MovingDigits(split=split, setting=setting)[0]
     assert sample.pixels.shape == (3, FRAMES, SIZE, SIZE) == (3, 9, 32, 32)
     assert sample.pixels.dtype == torch.float32
     assert sample.pixels.is_contiguous()
@@ -49,6 +55,8 @@ def test_clips_have_the_shape_and_range_of_every_other_data_set(split: str) -> N
 def test_unknown_splits_are_refused() -> None:
     with pytest.raises(InputError, match="train, test, heldout"):
         MovingDigits(split="validation")
+    with pytest.raises(InputError, match="unknown setting 'wild'; choose from centred, free"):
+        MovingDigits(setting="wild")
 
 
 def test_held_out_captions_are_disjoint_and_leave_every_word_to_train_on() -> None:
@@ -106,10 +114,11 @@ def seen(pixels: np.ndarray) -> tuple[Label, int]:
     return Label(DIGITS[load_digits().target[scan]], colour, direction), scan
 
 
-def test_captions_say_what_is_seen_and_handwriting_is_held_out() -> None:
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_captions_say_what_is_seen_and_handwriting_is_held_out(setting: str) -> None:
     scans: dict[str, set[int]] = {}
     for split in SPLITS:
-        dataset = MovingDigits(seed=1, split=split)
+        dataset = MovingDigits(seed=1, split=split, setting=setting)
         right = 0
         for index in range(12):
             label, scan = seen(dataset[index].pixels.numpy())
@@ -120,8 +129,9 @@ def test_captions_say_what_is_seen_and_handwriting_is_held_out() -> None:
     assert not scans["train"] & scans["held out"]
 
 
-def test_the_digit_moves_evenly_and_stays_in_the_picture() -> None:
-    dataset = MovingDigits(seed=2)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_digit_moves_evenly_and_stays_in_the_picture(setting: str) -> None:
+    dataset = MovingDigits(seed=2, setting=setting)
     for index in range(4):
         pixels = dataset[index].pixels.numpy()
         places = [located(pixels[:, frame])[1:] for frame in (0, 4, 8)]
@@ -130,6 +140,32 @@ def test_the_digit_moves_evenly_and_stays_in_the_picture() -> None:
         assert (first == second).all()
         assert (np.sign(first) == step).all()
         assert np.abs(first).sum() == 4
+
+
+def test_a_blend_of_free_clips_is_a_smear() -> None:
+    """How much of the edges of clips is left in the mean of all clips of a caption."""
+
+    def edges(clips: np.ndarray) -> float:
+        return sum(float(np.square(np.diff(clips, axis=axis)).mean()) for axis in (-2, -1))
+
+    left = {}
+    for setting in SETTINGS:
+        dataset = MovingDigits(setting=setting, labels=[Label("seven", "white", "left")])
+        clips = np.stack([dataset[index].pixels.numpy() for index in range(200)])
+        left[setting] = edges(clips.mean(axis=0)) / edges(clips)
+    assert left["free"] < 0.6 * left["centred"]
+
+
+def test_free_backgrounds_hardly_repeat() -> None:
+    def backgrounds(setting: str) -> int:
+        """Different left edges of still pictures, where no digit moving up or down comes."""
+        label = Label("one", "blue", "up")
+        dataset = MovingDigits(setting=setting, labels=[label])
+        edges = {dataset[i].pixels[:, 0, :, 0].numpy().tobytes() for i in range(300)}
+        return len(edges)
+
+    assert backgrounds("centred") <= 20
+    assert backgrounds("free") > 250
 
 
 def test_batches_are_consecutive_and_resume() -> None:

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("av")
+
 import av
 import numpy as np
-import pytest
 import torch
 
 from apt.data.digits import FPS, MovingDigits
@@ -17,6 +20,7 @@ from apt.data.folder import VideoFolder
 from apt.data.sample import Sample
 from apt.data.write import encode_video, write_video_folder
 from apt.errors import ConfigError, DataError
+from tests.test_files import full_disk
 
 
 class Noise:
@@ -134,6 +138,22 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):
         write_video_folder(Noise(), tmp_path / "file" / "sub", 1, 8)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    write_video_folder(Noise(), tmp_path / "out", 1, 8)
+    before = files(tmp_path / "out")
+    with pytest.raises(DataError, match=r"out: cannot be written: .*File too large"), full_disk():
+        write_video_folder(Noise(), tmp_path / "out", 3, 8)
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("table", ["file_name,caption\n000000.mp4,a, b\n", "name\n", "\xff"])
+def test_another_table_in_the_place_is_not_overwritten(tmp_path: Path, table: str) -> None:
+    (tmp_path / "metadata.csv").write_bytes(table.encode("latin-1"))
+    with pytest.raises(DataError, match=r"metadata\.csv"):
+        write_video_folder(Noise(), tmp_path, 1, 8)
+    assert (tmp_path / "metadata.csv").read_bytes() == table.encode("latin-1")
 
 
 @pytest.mark.parametrize(("num", "fps"), [(0, 8), (1, 0), (1, -8)])

@@ -1,0 +1,24 @@
+"""What a command prints on standard output, which may be a file on a full disk."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from apt.errors import InputError
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Raises InputError if what the block prints cannot be written; a reader that left passes."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Python flushes standard output once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise InputError(f"standard output cannot be written: {error.strerror}") from error

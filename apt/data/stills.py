@@ -1,0 +1,198 @@
+"""Pictures through Pillow: upright, in sRGB, over white, in bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, UnidentifiedImageError
+from torch import Tensor
+
+from apt.data.buckets import resize_and_crop
+from apt.data.color import to_sdr
+from apt.data.info import MediaInfo
+from apt.data.tags import color_tags, orientation
+from apt.errors import DataError
+
+MAX_PIXELS = 2**28
+"""The largest picture, 268 megapixels. Pillow's own limit would refuse what phones take."""
+
+_LARGE = 2**25
+_ONE_AT_A_TIME = threading.Lock()
+"""Held while a picture of more than 32 megapixels is decoded: threads must not add them up."""
+
+_PILLOW_LIMIT = threading.Lock()
+
+_MOVING = ("GIF", "PNG", "WEBP", "AVIF")
+
+
+def look_still(path: Path) -> MediaInfo | None:
+    """A picture's size by its header; None if it is a moving one.
+
+    Raises:
+        DataError: if it is too large, or one of several that the file holds.
+    """
+    with _opened(path) as image:
+        if image.format in _MOVING and getattr(image, "n_frames", 1) > 1:
+            return None
+        _refuse_pages(path, image)
+        width, height = image.size if orientation(path, image) < 5 else image.size[::-1]
+        return MediaInfo(True, width, height, 1, Fraction(0), (image.format or "").lower())
+
+
+def read_still(path: Path, size: tuple[int, int] | None) -> Tensor:
+    """A picture as (3, H, W) float32 in [-1, 1], scaled and cropped to `size` (height, width)."""
+    with _opened(path) as image:
+        turn = orientation(path, image)
+        shown = image.size[::-1] if turn < 5 else image.size
+        if size:
+            _reduce(image, size if turn < 5 else size[::-1])
+        with _turn_to_decode(image):
+            tags = color_tags(path, image)
+            stored = np.array(_rgb(path, image, convert_profile=tags.sdr))
+    pixels = _UPRIGHT[turn](stored)
+    frame = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    return to_sdr(resize_and_crop(frame, size or shown, display_size=shown), tags)
+
+
+def verify_still(path: Path) -> None:
+    """Decode all of a picture, at a reduced size where its format has that."""
+    with _opened(path) as image:
+        _refuse_pages(path, image)
+        _reduce(image, (1, 1))
+        with _turn_to_decode(image):
+            _rgb(path, image, convert_profile=False)
+
+
+# What turns the stored picture (h, w, 3) upright, for each EXIF orientation.
+_UPRIGHT = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: x.transpose(1, 0, 2)[:, ::-1],
+    7: lambda x: x.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda x: x.transpose(1, 0, 2)[::-1],
+}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        image = _open(path)
+    except UnidentifiedImageError:
+        if not _is_heic(path):
+            raise
+        _let_pillow_read_heic(path)
+        image = _open(path)
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(
+                f"{path}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}; "
+                "make it smaller"
+            )
+        yield image
+
+
+def _open(path: Path) -> Image.Image:
+    with _PILLOW_LIMIT:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _is_heic(path: Path) -> bool:
+    """By its first bytes: phones and their apps also call such files .jpg."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+    return head[4:8] == b"ftyp" and any(brand in head[8:] for brand in brands)
+
+
+def _let_pillow_read_heic(path: Path) -> None:
+    try:
+        import pi_heif
+    except ImportError:
+        raise DataError(
+            f"{path}: is HEIC, which takes pi-heif: pip install 'diffusion-apt[heic]'"
+        ) from None
+    pi_heif.register_heif_opener()
+
+
+def _refuse_pages(path: Path, image: Image.Image) -> None:
+    """A TIFF of several pages shows the first alone; smaller copies of it are no pages."""
+    if image.format != "TIFF" or getattr(image, "n_frames", 1) == 1:
+        return
+    size, pages = image.size, 1
+    for number in range(1, getattr(image, "n_frames", 1)):
+        image.seek(number)
+        pages += image.size == size
+    image.seek(0)
+    if pages > 1:
+        raise DataError(
+            f"{path}: holds {pages} pages, and only the first would be used; save each as a file"
+        )
+
+
+def _reduce(image: Image.Image, size: tuple[int, int]) -> None:
+    """Let a JPEG decode at a half, a quarter or an eighth, if twice `size` (h, w) still fits."""
+    scale = max(size[0] / image.height, size[1] / image.width)
+    image.draft(None, (round(2 * scale * image.width), round(2 * scale * image.height)))
+
+
+@contextmanager
+def _turn_to_decode(image: Image.Image) -> Iterator[None]:
+    with _ONE_AT_A_TIME if image.width * image.height > _LARGE else nullcontext():
+        yield
+
+
+def _rgb(path: Path, image: Image.Image, *, convert_profile: bool) -> Image.Image:
+    """The whole picture as stored, in 8 bits, over white."""
+    image.load()
+    if image.mode == "F" or (image.mode == "I" and cast(int, image.getextrema()[1]) > 65535):
+        raise DataError(
+            f"{path}: holds numbers of 32 bits, whose white nobody knows; save it with 8 or 16"
+        )
+    if image.mode.startswith("I"):
+        # Pillow clips 16-bit greys instead of scaling them.
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    transparent = image.has_transparency_data
+    if transparent:
+        image = image.convert("RGBA")
+    if convert_profile and "icc_profile" in image.info:
+        image = _in_srgb(image)
+    if transparent:
+        paper = Image.new("RGB", image.size, "white")
+        paper.paste(image, mask=image.getchannel("A"))
+        image = paper
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return image
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Out of the picture's own colour profile; one that cannot be read counts as sRGB, as in
+    browsers."""
+    try:
+        profile = ImageCms.ImageCmsProfile(BytesIO(image.info["icc_profile"]))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image
+        spaces = {"L": "GRAY", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
+        if profile.profile.xcolor_space.strip() != spaces.get(image.mode):
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        srgb = ImageCms.createProfile("sRGB")
+        turned = ImageCms.profileToProfile(image, profile, srgb, outputMode=mode)
+        return cast(Image.Image, turned)
+    except (ImageCms.PyCMSError, OSError):
+        return image
