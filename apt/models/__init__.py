@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from apt.models import (
+    codec_causal,
     codec_diffusers,
     codecs,
-    conversions,
     heads,
     mmdit,
     sd3,
@@ -15,19 +15,10 @@ from apt.models import (
     wan,
 )
 from apt.models.conditions import TextCondition
+from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.models.discriminator import Discriminator, create_discriminator
 from apt.models.families import FAMILIES
-from apt.models.generator import generate
-from apt.models.registry import (
-    CODECS,
-    HEADS,
-    MODELS,
-    TEXT_ENCODERS,
-    create_codec,
-    create_model,
-    create_text_encoder,
-    list_models,
-)
+from apt.models.registry import CODECS, HEADS, MODELS, TEXT_ENCODERS, list_models
 
 __all__ = [
     "CODECS",
@@ -37,14 +28,13 @@ __all__ = [
     "TEXT_ENCODERS",
     "Discriminator",
     "TextCondition",
+    "codec_causal",
     "codec_diffusers",
     "codecs",
-    "conversions",
     "create_codec",
     "create_discriminator",
     "create_model",
     "create_text_encoder",
-    "generate",
     "heads",
     "list_models",
     "mmdit",

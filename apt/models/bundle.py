@@ -7,20 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 
+from apt.device import find_device
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.hub import (
+    CODEC_FILE,
     INFO_FILE,
     TEXT_ENCODER_FILE,
     TRANSFORMER_FILE,
+    CodecInfo,
     ComponentInfo,
     ModelInfo,
     Source,
+    list_pretrained,
     load_weights,
+    read_description,
     read_info,
     save_weights,
     write_info,
@@ -33,16 +37,17 @@ from apt.models.loading import (
     locate_model,
     unbuildable,
 )
-from apt.models.pipelines import describe_pipeline, is_pipeline
-from apt.models.protocols import Backbone, LatentCodec, TextEncoder
+from apt.models.pipelines import describe_file, describe_pipeline, is_pipeline
+from apt.models.protocols import LatentCodec, PromptCheck, TextEncoder
 from apt.models.registry import CODECS, TEXT_ENCODERS
+from apt.models.transformer import DiffusionTransformer
 
 
 @dataclass
 class ModelBundle:
     """A model with all that it takes to generate."""
 
-    backbone: Backbone
+    backbone: DiffusionTransformer
     text_encoder: TextEncoder
     codec: LatentCodec
     info: ModelInfo
@@ -55,19 +60,21 @@ class ModelBundle:
             )
 
     def modules(self) -> list[nn.Module]:
-        """The parts that are networks; a codec without weights may be none."""
-        parts = (self.backbone, self.text_encoder, self.codec)
-        return [part for part in parts if isinstance(part, nn.Module)]
+        """All parts."""
+        return [self.backbone, self.text_encoder, self.codec]
 
     def own_modules(self) -> list[nn.Module]:
-        """The networks whose weights belong to this model, not to a public checkpoint."""
-        parts: list[Backbone | TextEncoder] = [self.backbone]
-        if self.info.text_encoder.weights is not None:
-            parts.append(self.text_encoder)
-        return [part for part in parts if isinstance(part, nn.Module)]
+        """The networks whose weights belong to this model, not to a public checkpoint.
+
+        A codec is never among them: it computes in fp32, or as its config says.
+        """
+        own_text = self.info.text_encoder.weights is not None
+        return [self.backbone, self.text_encoder] if own_text else [self.backbone]
 
 
-def component_info(architecture: str, part: Backbone | TextEncoder | LatentCodec) -> ComponentInfo:
+def component_info(
+    architecture: str, part: DiffusionTransformer | TextEncoder | LatentCodec
+) -> ComponentInfo:
     """Describe a part for `apt.json`: the name it is registered under, and its config."""
     return ComponentInfo(architecture=architecture, config=dataclasses.asdict(part.config))
 
@@ -101,18 +108,24 @@ def save_pretrained(
                 "the part itself; describe it with apt.models.bundle.component_info"
             )
     text_weights = None if external_text_encoder else TEXT_ENCODER_FILE
+    codec_weights = None if bundle.info.codec.weights is None else CODEC_FILE
     info = dataclasses.replace(
         bundle.info,
         model=dataclasses.replace(bundle.info.model, weights=TRANSFORMER_FILE),
         text_encoder=dataclasses.replace(bundle.info.text_encoder, weights=text_weights),
+        codec=dataclasses.replace(bundle.info.codec, weights=codec_weights),
     )
     try:
         root.mkdir(parents=True, exist_ok=True)
-        save_weights(root / TRANSFORMER_FILE, _module(bundle.backbone), dtype)
-        if text_weights is not None:
-            save_weights(root / text_weights, _module(bundle.text_encoder), dtype)
-        else:
-            (root / TEXT_ENCODER_FILE).unlink(missing_ok=True)
+        save_weights(root / TRANSFORMER_FILE, bundle.backbone, dtype)
+        for weights, file, part in (
+            (text_weights, TEXT_ENCODER_FILE, bundle.text_encoder),
+            (codec_weights, CODEC_FILE, bundle.codec),
+        ):
+            if weights is not None:
+                save_weights(root / weights, part, dtype)
+            else:
+                (root / file).unlink(missing_ok=True)
         write_info(root, info)
     except OSError as error:
         reason = error.strerror or error
@@ -129,11 +142,13 @@ def load_pretrained(
 ) -> ModelBundle:
     """Load a whole model: built-in, from a folder, or from the Hub.
 
-    A folder is one that `save_pretrained` wrote, or a pipeline of diffusers of a known family.
+    A folder is one that `save_pretrained` wrote, or a pipeline of diffusers of a known family. A
+    safetensors file is a transformer of a registered size, in any layout that `from_pretrained`
+    reads; its text encoder and VAE are those of the model's published weights.
 
     Args:
         name_or_folder: a built-in name (`list_pretrained`), a registered model with published
-            weights ("wan2.1_t2v_1.3b", "arch.tag"), a folder, or "owner/name[@revision]".
+            weights ("wan2.1_t2v_1.3b", "arch.tag"), a folder, a file, or "owner/name[@revision]".
         revision: of a Hub repository, if it is not behind "@".
         device: where the weights go.
         dtype: floating-point type of this model's own weights, whatever the file has. A text
@@ -145,9 +160,11 @@ def load_pretrained(
     Raises:
         CheckpointError: for a name that is nowhere, a file that is missing, damaged or of a newer
             format, weights that are not finite, or weights of another model.
+        InputError: for a device that this machine does not have.
     """
+    device = find_device(device)
     source, info, checkpoint = _find(name_or_folder, revision)
-    codec = _build_codec(source, info)
+    codec = _build_codec(source, info.codec)
     with _building_from(source):
         backbone = checkpoint.load(dtype=dtype, device=device)
         text_encoder = _load_text_encoder(source, info, dtype, device)
@@ -159,7 +176,7 @@ def load_pretrained(
     return bundle
 
 
-def load_backbone(name_or_folder: str | Path) -> tuple[Backbone, ModelInfo]:
+def load_backbone(name_or_folder: str | Path) -> tuple[DiffusionTransformer, ModelInfo]:
     """As `load_pretrained`, but only the backbone, in fp32 on the CPU, and what its folder says.
 
     A discriminator needs no text encoder or VAE of its own, and those can be larger than it is.
@@ -175,20 +192,91 @@ def load_text_encoder(name_or_folder: str | Path) -> TextEncoder:
     return _load_text_encoder(source, info, torch.float32, "cpu")
 
 
-def load_codec(name_or_folder: str | Path) -> LatentCodec:
-    """As `load_pretrained`, but only the codec, on the CPU."""
+def load_prompt_check(name_or_folder: str | Path) -> PromptCheck:
+    """What the model's text encoder checks prompts with, without its weights."""
     source, info, _ = _find(name_or_folder)
-    return _build_codec(source, info)
+    config = configured(TEXT_ENCODERS, info.text_encoder, source.folder / INFO_FILE)
+    with _building_from(source):
+        return config.prompt_check()
 
 
-def describe(name_or_folder: str | Path) -> ModelInfo:
-    """What `load_pretrained` would load. Weights of a Hub repository are fetched, but not read."""
-    return _find(name_or_folder)[1]
+def load_codec(name_or_folder: str | Path) -> LatentCodec:
+    """As `load_pretrained`, but only the codec, on the CPU; of a codec's own folder too."""
+    return find_codec(name_or_folder)[0]
+
+
+def find_codec(name_or_folder: str | Path) -> tuple[LatentCodec, ComponentInfo]:
+    """As `load_codec`, and how the codec is described, with its whole config."""
+    alone = _find_codec_alone(name_or_folder)
+    if alone is not None:
+        source, part = alone[0], alone[1].codec
+    else:
+        source, info, _ = _find(name_or_folder)
+        part = info.codec
+    codec = _build_codec(source, part)
+    described = component_info(part.architecture, codec)
+    return codec, dataclasses.replace(described, weights=part.weights)
+
+
+def save_codec(
+    folder: str | Path, codec: LatentCodec, info: CodecInfo, *, dtype: torch.dtype | None = None
+) -> Path:
+    """Write a codec that has weights of its own to a folder, which is made.
+
+    Args:
+        folder: where to.
+        codec: to save.
+        info: must describe it.
+        dtype: of the weights in the file; None keeps what they have.
+
+    Raises:
+        CheckpointError: `info` describes another codec, weights that are not finite, or a disk
+            that refuses.
+    """
+    root = Path(folder)
+    if component_info(info.codec.architecture, codec).config != info.codec.config:
+        raise CheckpointError(
+            f"cannot save to {str(folder)!r}: info.codec.config differs from the codec's config; "
+            "describe it with apt.models.bundle.component_info"
+        )
+    info = dataclasses.replace(info, codec=dataclasses.replace(info.codec, weights=CODEC_FILE))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        save_weights(root / CODEC_FILE, codec, dtype)
+        write_info(root, info)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot save to {str(folder)!r}: {error.strerror or error}"
+        ) from error
+    return root
+
+
+def describe(name_or_folder: str | Path) -> ModelInfo | CodecInfo:
+    """What a model or a codec alone is. Weights of a Hub repository are fetched, but not read."""
+    alone = _find_codec_alone(name_or_folder)
+    return _find(name_or_folder)[1] if alone is None else alone[1]
+
+
+def _find_codec_alone(name_or_folder: str | Path) -> tuple[Source, CodecInfo] | None:
+    """A folder that holds a codec and no model; None for anything else."""
+    path = Path(name_or_folder).expanduser()
+    if path.is_file() and str(name_or_folder) not in list_pretrained():
+        return None
+    source, _ = locate_model(name_or_folder)
+    if is_pipeline(source):
+        return None
+    info = read_description(source.folder)
+    return (source, info) if isinstance(info, CodecInfo) else None
 
 
 def _find(
     name_or_folder: str | Path, revision: str | None = None
 ) -> tuple[Source, ModelInfo, Checkpoint]:
+    path = Path(name_or_folder).expanduser()
+    if path.is_file() and str(name_or_folder) not in list_pretrained():
+        if revision is not None:
+            raise InputError(f"{str(path)!r} is a file, so it has no revision {revision!r}")
+        return Source(path.parent), *describe_file(path)
     source, subfolder = locate_model(name_or_folder, revision)
     if is_pipeline(source):
         return source, *describe_pipeline(source, subfolder)
@@ -206,13 +294,19 @@ def _load_text_encoder(
     if part.weights is not None:
         source.fetch([part.weights])
         load_weights(source.folder / part.weights, built, device=device)
-    return cast(TextEncoder, built.to(device).eval())
+    return built.to(device).eval()
 
 
-def _build_codec(source: Source, info: ModelInfo) -> LatentCodec:
-    config = configured(CODECS, info.codec, source.folder / INFO_FILE)
+def _build_codec(source: Source, part: ComponentInfo) -> LatentCodec:
+    """A codec, in fp32 and frozen if its weights are the folder's."""
+    config = configured(CODECS, part, source.folder / INFO_FILE)
     with _building_from(source):
-        return cast(LatentCodec, config.build())
+        if part.weights is None:
+            return config.build()
+        module: LatentCodec = empty_module(config)
+    source.fetch([part.weights])
+    load_weights(source.folder / part.weights, module)
+    return module.requires_grad_(False).eval()
 
 
 @contextmanager
@@ -230,7 +324,9 @@ def _described(bundle: ModelBundle) -> ModelInfo:
     """`info` with the config that each part has."""
     info = bundle.info
 
-    def in_full(said: ComponentInfo, part: Backbone | TextEncoder | LatentCodec) -> ComponentInfo:
+    def in_full(
+        said: ComponentInfo, part: DiffusionTransformer | TextEncoder | LatentCodec
+    ) -> ComponentInfo:
         found = component_info(said.architecture, part)
         return dataclasses.replace(found, weights=said.weights)
 
@@ -240,9 +336,3 @@ def _described(bundle: ModelBundle) -> ModelInfo:
         text_encoder=in_full(info.text_encoder, bundle.text_encoder),
         codec=in_full(info.codec, bundle.codec),
     )
-
-
-def _module(part: Backbone | TextEncoder) -> nn.Module:
-    if not isinstance(part, nn.Module):
-        raise TypeError(f"{type(part).__name__} must be an nn.Module to have weights")
-    return part

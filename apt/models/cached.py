@@ -6,21 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apt.errors import InputError
 from apt.models.conditions import TextCondition
+from apt.models.protocols import LatentCodec, TextEncoder
 
 _LISTED = 3
 
 
-class CachedTextEncoder(nn.Module):
+class CachedTextEncoder(TextEncoder):
     """Looks prompts up instead of encoding them.
 
     Args:
         config: that of the encoder which made the embeddings.
         texts: conditions of one row, by prompt.
     """
+
+    _here: Tensor
 
     def __init__(self, config: Any, texts: Mapping[str, TextCondition]) -> None:
         super().__init__()
@@ -34,6 +37,12 @@ class CachedTextEncoder(nn.Module):
 
     def forward(self, prompts: Sequence[str]) -> TextCondition:
         """Conditions of prompts; raises InputError for those that were not stored."""
+        self.check(prompts)
+        rows = TextCondition.concatenate([self._texts[prompt] for prompt in prompts])
+        return rows.to(self._here.device)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise InputError for prompts that were not stored."""
         missing = sorted({prompt for prompt in prompts if prompt not in self._texts})
         if missing:
             shown = ", ".join(map(repr, missing[:_LISTED]))
@@ -42,12 +51,9 @@ class CachedTextEncoder(nn.Module):
                 f"the latent cache has no embedding of {shown}{more}; name it with `data encode "
                 "--prompts` (a cache that is there gets what is missing)"
             )
-        rows = TextCondition.concatenate([self._texts[prompt] for prompt in prompts])
-        assert isinstance(self._here, Tensor)
-        return rows.to(self._here.device)
 
 
-class CachedCodec:
+class CachedCodec(LatentCodec):
     """Knows the shapes of latents, and neither encodes nor decodes.
 
     Args:
@@ -58,6 +64,7 @@ class CachedCodec:
     def __init__(
         self, config: Any, *, channels: int, temporal_compression: int, spatial_compression: int
     ) -> None:
+        super().__init__()
         self.config = config
         self.channels = channels
         self.temporal_compression = temporal_compression

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from torch import nn
 
 from apt.hub.pretrained import PretrainedEntry
 from apt.models.layouts import family_of
@@ -40,7 +38,7 @@ def catalogue(pattern: str = "*") -> list[CatalogueEntry]:
     for name in MODELS.names(pattern):
         config = MODELS.get(name)()
         with torch.device("meta"):
-            module = cast(nn.Module, config.build())
+            module = config.build()
         family = family_of(config)
         entries.append(
             CatalogueEntry(

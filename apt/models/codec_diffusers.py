@@ -20,7 +20,9 @@ from apt.models.external import (
     read_config,
     torch_dtype,
 )
+from apt.models.protocols import LatentCodec
 from apt.models.registry import CODECS
+from apt.models.sizes import causal_latent_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class DiffusersCodecConfig:
         return DiffusersCodec(self)
 
 
-class DiffusersCodec(nn.Module):
+class DiffusersCodec(LatentCodec):
     """Pixels to normalised latents, `(mode of the posterior - mean) / std`, and back.
 
     Gradients do not pass. Always in evaluation mode.
@@ -76,6 +78,10 @@ class DiffusersCodec(nn.Module):
         vae_class = getattr(diffusers, config.class_name, None)
         if vae_class is None:
             raise InputError(f"diffusers {diffusers.__version__} has no class {config.class_name}")
+        # A pipeline, for one, would load other parts too.
+        is_model = isinstance(vae_class, type) and issubclass(vae_class, diffusers.ModelMixin)
+        if not is_model or not hasattr(vae_class, "encode") or not hasattr(vae_class, "decode"):
+            raise InputError(f"{config.class_name!r} of diffusers is no autoencoder")
         folder = local_folder(config.repo, config.revision, [config.subfolder]) / config.subfolder
         found = read_config(folder).get("_class_name")
         if found != config.class_name:
@@ -143,17 +149,9 @@ class DiffusersCodec(nn.Module):
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(T', H', W') for a clip; raises InputError with the nearest sizes that fit."""
-        r, p = self.temporal_compression, self.spatial_compression
-        if frames < 1 or (frames - 1) % r:
-            low = max(frames - 1, 0) // r * r + 1
-            raise InputError(f"{frames} frames do not fit; use {low} or {low + r} ({r}k + 1)")
-        for name, size in (("height", height), ("width", width)):
-            if size < p or size % p:
-                low = max(size // p, 1) * p
-                raise InputError(
-                    f"{name} {size} does not fit; use a multiple of {p}, such as {low} or {low + p}"
-                )
-        return (frames - 1) // r + 1, height // p, width // p
+        return causal_latent_shape(
+            frames, height, width, self.temporal_compression, self.spatial_compression
+        )
 
     def _posterior_mode(self, x: Tensor) -> Tensor:
         return self.vae.encode(x).latent_dist.mode()

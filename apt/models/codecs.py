@@ -8,10 +8,12 @@ from functools import lru_cache
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from apt.errors import ConfigError, InputError
+from apt.models.protocols import LatentCodec
 from apt.models.registry import CODECS
+from apt.models.sizes import causal_latent_shape
 
 _CPU = torch.device("cpu")
 
@@ -35,6 +37,11 @@ class PatchifyConfig:
     std: float = 0.5
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise ConfigError(
+                f"latents are (pixels - mean) / std: mean {self.mean} must be finite, and std "
+                f"{self.std} above 0"
+            )
         if self.lapped and self.spatial % 2:
             raise ConfigError(
                 f"lapped blocks reach half a block into their neighbours: spatial {self.spatial} "
@@ -45,7 +52,7 @@ class PatchifyConfig:
         return PatchifyCodec(self)
 
 
-class PatchifyCodec(nn.Module):
+class PatchifyCodec(LatentCodec):
     """Fold blocks of pixels into channels; nothing is lost and nothing is learned.
 
     Like a causal video VAE it takes k * temporal + 1 frames: the first frame is one latent frame of
@@ -89,17 +96,9 @@ class PatchifyCodec(nn.Module):
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(T', H', W') for a clip; raises InputError with the nearest sizes that fit."""
-        r, p = self.temporal_compression, self.spatial_compression
-        if frames < 1 or (frames - 1) % r:
-            low = max(frames - 1, 0) // r * r + 1
-            raise InputError(f"{frames} frames do not fit; use {low} or {low + r} ({r}k + 1)")
-        for name, size in (("height", height), ("width", width)):
-            if size < p or size % p:
-                raise InputError(
-                    f"{name} {size} does not fit; use a multiple of {p}, such as "
-                    f"{max(size // p, 1) * p}"
-                )
-        return (frames - 1) // r + 1, height // p, width // p
+        return causal_latent_shape(
+            frames, height, width, self.temporal_compression, self.spatial_compression
+        )
 
     def _basis(self, values: Tensor, dim: int) -> Tensor:
         size = values.shape[dim]

@@ -4,26 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from apt.errors import CheckpointError, InputError
 from apt.files import write_text
-from apt.hub import PIPELINE_FILE, ComponentInfo, ModelInfo, Source, locate, write_info
+from apt.hub import (
+    PIPELINE_FILE,
+    CodecInfo,
+    ComponentInfo,
+    ModelInfo,
+    Source,
+    locate,
+    write_info,
+)
+from apt.hub.inert import read_json, read_pipeline
+from apt.hub.links import check_links
 from apt.hub.shared import without_folders
-from apt.hub.stored import INDEX_SUFFIX, read_json
+from apt.hub.stored import INDEX_SUFFIX
 from apt.hub.weights import cast_type, save_tensors
-from apt.models.bundle import load_backbone, load_pretrained, save_pretrained
+from apt.models.bundle import (
+    describe,
+    load_backbone,
+    load_codec,
+    load_pretrained,
+    save_codec,
+    save_pretrained,
+)
 from apt.models.external import COMPONENT_FILES, is_component_file
 from apt.models.families import Family
 from apt.models.layouts import COMFYUI_PREFIX, all_families, family_of, original_layout
 from apt.models.loading import WEIGHTS_STEM
-from apt.models.protocols import Backbone
+from apt.models.transformer import DiffusionTransformer
+from apt.outputs import check_folder, check_place
 
 Format = Literal["apt", "diffusers", "comfyui"]
 
@@ -52,7 +70,8 @@ def export_model(
     Its apt.json names no folder of this machine in the record of training.
 
     Args:
-        model: its folder, built-in name or Hub id, as `load_pretrained` takes it.
+        model: its folder, built-in name or Hub id, as `load_pretrained` takes it; for "apt" also
+            the folder of a codec alone.
         out: a folder, which is made; for "comfyui" a file that ends in .safetensors.
         format: "apt": as `save_pretrained`. "diffusers": a whole pipeline, whose text encoders and
             VAE are copies of those in `base`; with num_inference_steps=1 and guidance_scale=1 the
@@ -69,9 +88,14 @@ def export_model(
     Raises:
         CheckpointError: a model of no public family, no base with those parts, weights that are
             not finite, or a disk that refuses.
+        InputError: a place that cannot be written to, or options that do not go together.
     """
     path = Path(out)
+    _check_arguments(model, path, format, base, max_shard_size)
     if format == "apt":
+        alone = describe(model)
+        if isinstance(alone, CodecInfo):
+            return save_codec(path, load_codec(model), without_folders(alone), dtype=dtype)
         bundle = load_pretrained(model)
         bundle.info = without_folders(bundle.info)
         external = bundle.info.text_encoder.weights is None
@@ -96,10 +120,35 @@ def export_model(
         ) from error
 
 
-def _export_file(backbone: Backbone, family: Family, path: Path, dtype: torch.dtype | None) -> Path:
-    if path.suffix != ".safetensors":
-        raise InputError(f"comfyui is one file: {str(path)!r} must end in .safetensors")
-    state = _state(backbone)
+def _check_arguments(
+    model: str | Path, out: Path, format: Format, base: str | None, max_shard_size: str
+) -> None:
+    """Raise InputError for what would go wrong only after the model is loaded."""
+    if format == "comfyui":
+        if out.suffix != ".safetensors":
+            raise InputError(f"comfyui is one file: {str(out)!r} must end in .safetensors")
+        check_place(out)
+    else:
+        check_folder(out)
+        if out.resolve() == Path(model).expanduser().resolve():
+            raise InputError(f"{str(out)!r} is the model itself; choose another folder")
+    if format == "apt" and (out / PIPELINE_FILE).is_file():
+        raise InputError(
+            f"{str(out)!r} is a pipeline of diffusers, in which our files would be of no use; "
+            "choose another folder"
+        )
+    if base is not None and format != "diffusers":
+        raise InputError(f"base is for the format diffusers, and this is {format}; leave it out")
+    if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B", max_shard_size.upper()):
+        raise InputError(
+            f'max_shard_size must be a size such as "5GB" or "500MB", got {max_shard_size!r}'
+        )
+
+
+def _export_file(
+    backbone: DiffusionTransformer, family: Family, path: Path, dtype: torch.dtype | None
+) -> Path:
+    state = backbone.state_dict()
     tensors = {}
     for theirs, made_of in original_layout(state, family.rules_for(backbone.config)).items():
         parts = [state[name] for name in made_of.ours]
@@ -112,7 +161,7 @@ def _export_file(backbone: Backbone, family: Family, path: Path, dtype: torch.dt
 
 
 def _export_pipeline(
-    backbone: Backbone,
+    backbone: DiffusionTransformer,
     info: ModelInfo,
     family: Family,
     folder: Path,
@@ -121,7 +170,7 @@ def _export_pipeline(
     max_shard_size: str,
 ) -> Path:
     source = _base_pipeline(info, base)
-    index = read_json(source.folder / PIPELINE_FILE)
+    index, parts = read_pipeline(source.folder / PIPELINE_FILE)
     if index.get("_class_name") != family.pipeline_class:
         raise CheckpointError(
             f"{source.name!r} is a {index.get('_class_name')}, expected a {family.pipeline_class}; "
@@ -132,7 +181,7 @@ def _export_pipeline(
     folder.mkdir(parents=True, exist_ok=True)
     # What is written last makes the folder a pipeline: half an export is none.
     (folder / PIPELINE_FILE).unlink(missing_ok=True)
-    _copy_components(source, index, folder)
+    _copy_components(source, parts, folder)
     _save_transformer(backbone, family, folder / "transformer", dtype, max_shard_size)
     scheduler = folder / "scheduler"
     scheduler.mkdir(exist_ok=True)
@@ -165,16 +214,9 @@ def _base_pipeline(info: ModelInfo, base: str | None) -> Source:
     return source
 
 
-def _copy_components(source: Source, index: Mapping[str, Any], folder: Path) -> None:
+def _copy_components(source: Source, parts: Sequence[str], folder: Path) -> None:
     """Copy what the pipeline has beside transformers and scheduler, as it is."""
-    names = [
-        name
-        for name, value in index.items()
-        if isinstance(value, list)
-        and value[:1] != [None]
-        and not name.startswith("transformer")
-        and name != "scheduler"
-    ]
+    names = [name for name in parts if not name.startswith("transformer") and name != "scheduler"]
     source.fetch([f"{name}/{pattern}" for name in names for pattern in COMPONENT_FILES])
     for name in names:
         part = source.folder / name
@@ -183,16 +225,22 @@ def _copy_components(source: Source, index: Mapping[str, Any], folder: Path) -> 
                 f"{str(source.folder)!r} lacks the folder {name!r} that its {PIPELINE_FILE} names; "
                 "copy or download it again"
             )
+        files = [file for file in sorted(part.iterdir()) if is_component_file(file)]
+        check_links(source.folder, files)
+        for file in files:
+            if not file.is_file():
+                raise CheckpointError(f"{str(file)!r} is a folder, expected a file of that name")
+            if file.name.endswith("config.json"):
+                read_json(file)
         target = folder / name
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
-        for file in sorted(part.iterdir()):
-            if is_component_file(file):
-                shutil.copyfile(file, target / file.name)
+        for file in files:
+            shutil.copyfile(file, target / file.name)
 
 
 def _save_transformer(
-    backbone: Backbone,
+    backbone: DiffusionTransformer,
     family: Family,
     folder: Path,
     dtype: torch.dtype | None,
@@ -200,7 +248,7 @@ def _save_transformer(
 ) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    state = _state(backbone)
+    state = backbone.state_dict()
     folder.mkdir(exist_ok=True)
     for old in (*folder.glob("*.safetensors"), *folder.glob(f"*{INDEX_SUFFIX}")):
         old.unlink()
@@ -234,10 +282,6 @@ def _portable(info: ModelInfo) -> ModelInfo:
         text_encoder=here(info.text_encoder),
         codec=here(info.codec),
     )
-
-
-def _state(backbone: Backbone) -> dict[str, Tensor]:
-    return cast(nn.Module, backbone).state_dict()
 
 
 def _write_json(path: Path, document: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,10 @@ import torch
 from apt.errors import CheckpointError, InputError
 from apt.hub import download
 from apt.hub.download import VARIANTS
+from apt.hub.inert import read_json
 from apt.hub.mismatch import listed
+from apt.hub.weights import check_finite
+from apt.models.staging import staged_component
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -76,20 +78,17 @@ def is_component_file(file: Path) -> bool:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of one component; its weights must be there as safetensors too.
 
-    Raises CheckpointError for a missing or unreadable file.
+    Raises CheckpointError for a missing or unreadable file, or one that names code.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path} is missing; expected a component in {folder.parent}")
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{folder} holds no .safetensors file; weights in other formats are not loaded, "
             "convert them with save_pretrained"
         )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
+    return read_json(path)
 
 
 def load_complete(
@@ -97,31 +96,39 @@ def load_complete(
 ) -> Any:
     """`model_class.from_pretrained(folder)`, or CheckpointError unless every tensor fits.
 
+    The library sees only what `staged_component` lets through, and attends by torch's own kernels.
+
     Args:
         model_class: of transformers or diffusers.
         folder: of one component, with config.json and safetensors.
         dtype: to load in.
         foreign: prefixes of weights that may lie in the same file and are not ours.
     """
-    from safetensors import SafetensorError
-
     options: dict[str, Any] = {"torch_dtype": dtype}
     if model_class.__module__.startswith("transformers."):
         # Reported below by name; transformers' own error does not say which tensors they are
-        options = {"dtype": dtype, "ignore_mismatched_sizes": True}
-    try:
-        with _bars_in_terminals_alone(model_class.__module__.partition(".")[0]):
-            model, info = model_class.from_pretrained(
-                folder,
-                **options,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"cannot load {model_class.__name__} from {folder}: {_first_line(error)}"
-        ) from error
+        options = {
+            "dtype": dtype,
+            "ignore_mismatched_sizes": True,
+            "trust_remote_code": False,
+            "attn_implementation": "sdpa" if model_class._supports_sdpa else "eager",
+        }
+    with staged_component(folder) as stage:
+        try:
+            with _quiet(model_class.__module__.partition(".")[0]):
+                model, info = model_class.from_pretrained(
+                    stage,
+                    **options,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+        # Whatever a configuration of others makes the library raise.
+        except Exception as error:
+            reason = first_line(error).replace(str(stage), str(folder))
+            raise CheckpointError(
+                f"cannot load {model_class.__name__} from {folder}: {reason}"
+            ) from error
     wrong = {
         "missing": sorted(info["missing_keys"]),
         "of another shape": sorted(key for key, *_ in info["mismatched_keys"]),
@@ -137,13 +144,27 @@ def load_complete(
             f"the weights in {folder} do not fit {model_class.__name__}: {problems}; "
             "download them again, or choose the architecture that they belong to"
         )
+    for key, value in model.state_dict().items():
+        check_finite(str(folder), key, value)
     return model
 
 
 @contextmanager
-def _bars_in_terminals_alone(library: str) -> Iterator[None]:
-    """Keep the progress bars of transformers or diffusers out of logs; settings are as before."""
+def _quiet(library: str) -> Iterator[None]:
+    """Keep the warnings of transformers or diffusers, and outside terminals their progress bars,
+    to themselves: what matters is in our own errors. Settings are as before afterwards."""
     settings = importlib.import_module(f"{library}.utils.logging")
+    verbosity = settings.get_verbosity()
+    settings.set_verbosity_error()
+    try:
+        with _bars_in_terminals_alone(settings):
+            yield
+    finally:
+        settings.set_verbosity(verbosity)
+
+
+@contextmanager
+def _bars_in_terminals_alone(settings: ModuleType) -> Iterator[None]:
     if sys.stderr.isatty() or not settings.is_progress_bar_enabled():
         yield
         return
@@ -160,5 +181,6 @@ def _bars_in_terminals_alone(library: str) -> Iterator[None]:
             disable_progress_bars()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another library says, shortly."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,14 +1,14 @@
 """Families of public checkpoints: what a model of another project needs beyond its module.
 
-A family is one model file, which registers its sizes; one adapter, which says how its time and
-velocity differ from ours; and one table of key rules, which turns the layout that its authors
+A family is a folder beside this file: a model with its sizes; one adapter, which says how its time
+and velocity differ from ours; and one table of key rules, which turns the layout that its authors
 published into ours. Parameters of our modules are named as in diffusers, so that layout needs none.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ class Family:
 
     Attributes:
         name: in messages and on the command line.
+        makes: what our module of it does, such as "text-to-video".
         adapter: time and velocity.
         config_class: the dataclass that its registered sizes are made of.
         diffusers_class: the transformer's class name there; its configs and keys are understood.
@@ -78,10 +79,15 @@ class Family:
             the config where they depend on it, as when only the last block differs; `rules_for`
             gives them either way.
         marks: fragments of original or diffusers keys that together occur in no other family.
+        anchors: keys that each layout has one of: what stands before one in a file is a prefix.
+        relative: what a checkpoint or LoRA of the family is if it is none that our module can take,
+            such as image-to-video; None if it can. Called with shapes by key, without prefix, in
+            any layout, also with underscores for dots.
         pipeline_class: diffusers' pipeline that runs an export in one step.
     """
 
     name: str
+    makes: str
     adapter: FlowAdapter
     config_class: type
     diffusers_class: str
@@ -89,11 +95,23 @@ class Family:
     to_diffusers: Callable[[Any], dict[str, Any]]
     rules: Sequence[KeyRule] | Callable[[Any], Sequence[KeyRule]]
     marks: Sequence[str]
+    anchors: Sequence[str]
+    relative: Callable[[Mapping[str, tuple[int, ...]]], str | None]
     pipeline_class: str
 
     def rules_for(self, config: Any) -> Sequence[KeyRule]:
         """The key rules of a model of this config, an instance of `config_class`."""
         return self.rules(config) if callable(self.rules) else self.rules
+
+
+def first_kind(keys: Iterable[str], kinds: Iterable[tuple[str, Sequence[str]]]) -> str | None:
+    """The first of `kinds` with a fragment that occurs in a key, whether dots or underscores part
+    the names."""
+    text = "\n".join(key.replace(".", "_") for key in keys)
+    return next(
+        (name for name, marks in kinds if any(mark.replace(".", "_") in text for mark in marks)),
+        None,
+    )
 
 
 FAMILIES: Registry[Family] = Registry("family")

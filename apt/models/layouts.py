@@ -8,17 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from apt.errors import CheckpointError
+from apt.hub.quantized import with_scales
 from apt.hub.stored import StoredTensor
 from apt.hub.weights import Piece
 from apt.models.families import FAMILIES, Family, KeyRule
 
 COMFYUI_PREFIX = "model.diffusion_model."
 
-_PREFIXES = (COMFYUI_PREFIX, "diffusion_model.")
-"""What ComfyUI puts before the keys of a diffusion model."""
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch's wrappers put into keys, at any place."""
 
-_COMPANIONS = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.")
-"""Beside a prefix of `_PREFIXES`: other models in an all-in-one file, which are not read."""
+_COMPANIONS = (
+    "first_stage_model.",
+    "vae.",
+    "text_encoders.",
+    "text_encoder.",
+    "cond_stage_model.",
+    "conditioner.",
+)
+"""Beside a prefixed diffusion model: other models in an all-in-one file, which are not read."""
 
 
 def all_families() -> list[Family]:
@@ -36,16 +44,52 @@ def family_of(config: Any) -> Family | None:
     return next((f for f in all_families() if type(config) is f.config_class), None)
 
 
-def without_prefix(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors of the diffusion model in a file, without ComfyUI's prefix if there is one."""
-    for prefix in _PREFIXES:
-        if any(key.startswith(prefix) for key in stored):
-            return {
-                key.removeprefix(prefix): tensor
-                for key, tensor in stored.items()
-                if not key.startswith(_COMPANIONS)
-            }
-    return dict(stored)
+def diffusion_model(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of the diffusion model in a file: without what wraps its keys, each of 8 bits
+    with its scale.
+
+    Raises:
+        CheckpointError: several diffusion models in the file; a quantisation that cannot be read.
+    """
+    keys = {key: _unwrapped(key) for key in stored}
+    prefix = _prefix(keys.values(), source=str(next(iter(stored.values())).file) if stored else "")
+    if not prefix:
+        return with_scales({keys[key]: tensor for key, tensor in stored.items()})
+    return with_scales(
+        {
+            name.removeprefix(prefix): stored[key]
+            for key, name in keys.items()
+            if not name.startswith(_COMPANIONS)
+        }
+    )
+
+
+def _unwrapped(key: str) -> str:
+    for wrapper in _WRAPPERS:
+        key = key.replace(wrapper, "")
+    return key
+
+
+_BLOCKS = re.compile(r"((?:.*\.)?)(?:joint_|transformer_)?blocks\.\d+\..*")
+
+
+def _prefix(keys: Collection[str], source: str) -> str:
+    """What stands before the keys of a diffusion model: `model.diffusion_model.`, `module.`, ..."""
+    anchors = [anchor for family in all_families() for anchor in family.anchors]
+    # Other models have a patch embedding too, but no blocks beside it.
+    before_blocks = {match[1] for key in keys if (match := _BLOCKS.fullmatch(key))}
+    found = {
+        prefix
+        for key in keys
+        for anchor in anchors
+        if key.endswith(anchor) and (prefix := key.removesuffix(anchor)) in before_blocks
+    }
+    if len(found) > 1 and "" not in found:
+        raise CheckpointError(
+            f"{source!r} holds several diffusion models, behind {' and '.join(sorted(found))}; "
+            "save the one that you want in a file of its own"
+        )
+    return found.pop() if len(found) == 1 else ""
 
 
 def map_keys(
@@ -56,14 +100,13 @@ def map_keys(
     A key that no rule meets keeps its name, and is then found to be unexpected.
 
     Args:
-        stored: the checkpoint.
+        stored: as `diffusion_model` gives them.
         expected: our keys, which decide between the layouts.
         rules: from the original layout to ours.
 
     Raises:
         CheckpointError: if two tensors of the checkpoint are the same one of ours.
     """
-    stored = without_prefix(stored)
     pieces: dict[str, Piece] = {}
     for key, tensor in stored.items():
         for ours, piece in _converted(key, tensor, rules):

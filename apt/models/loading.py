@@ -6,32 +6,37 @@ or one safetensors file in the layout of its authors or of ComfyUI.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import functools
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 
+from apt.device import find_device
 from apt.errors import CheckpointError, InputError
 from apt.hub import INFO_FILE, PIPELINE_FILE, ComponentInfo, Source, locate, read_info
-from apt.hub.mismatch import looks_like
-from apt.hub.stored import StoredTensor, find_weights, read_json, read_stored
+from apt.hub.inert import read_json
+from apt.hub.mismatch import listed, looks_like
+from apt.hub.stored import StoredTensor, find_weights, read_stored
 from apt.hub.weights import fill
 from apt.models.families import Family
 from apt.models.layouts import (
     all_families,
+    diffusion_model,
     family_marks,
     family_of,
     map_keys,
-    without_prefix,
 )
-from apt.models.protocols import Backbone
 from apt.models.registry import MODELS, Buildable, find_tag, split_tag
+from apt.models.transformer import DiffusionTransformer
 from apt.registry import Registry, replace_typed
+
+C = TypeVar("C", bound=Buildable)
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 """How diffusers names the weights of a transformer."""
@@ -53,19 +58,21 @@ class Checkpoint:
 
     def load(
         self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Backbone:
+    ) -> DiffusionTransformer:
         """Build and load, strictly; the backbone is in evaluation mode.
 
         Peak memory is that of the loaded model and one tensor: it is built without memory, and
         each tensor is cast on its way from the mapped file.
         """
-        module = empty_module(self.config, dtype)
-        stored = read_stored(self.weights)
+        module: DiffusionTransformer = empty_module(self.config, dtype)
+        stored = diffusion_model(read_stored(self.weights))
         family = family_of(self.config)
+        if family is not None:
+            check_kind(self.weights, family, stored)
         rules = () if family is None else family.rules_for(self.config)
         pieces = map_keys(stored, module.state_dict().keys(), rules)
         fill(module, pieces, source=str(self.weights), device=device, marks=family_marks())
-        return cast(Backbone, module.to(device).eval())
+        return module.to(device).eval()
 
 
 def from_pretrained(
@@ -78,7 +85,7 @@ def from_pretrained(
     options: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> Backbone:
+) -> DiffusionTransformer:
     """Load a backbone alone; `apt.load_pretrained` loads it with text encoder and codec.
 
     Args:
@@ -97,6 +104,7 @@ def from_pretrained(
         CheckpointError: nothing there, damaged or foreign weights, or ones that do not fit, naming
             what is missing, unexpected and wrongly shaped.
     """
+    device = find_device(device)
     path = Path(name_or_path).expanduser()
     if path.is_file():
         checkpoint = single_file(path, architecture, options)
@@ -139,7 +147,7 @@ def load_registered(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> Backbone:
+) -> DiffusionTransformer:
     """Load the published weights of a registered model; see `apt.create_model`."""
     entry = MODELS.pretrained(name)[tag]
     source = locate(entry.repo, entry.revision)
@@ -168,7 +176,7 @@ def find_checkpoint(source: Source, subfolder: str | None = None) -> Checkpoint:
     part = folder / (subfolder or "")
     if not part.is_dir():
         raise CheckpointError(f"{str(folder)!r} has no folder {subfolder!r}")
-    if not (part / "config.json").is_file():
+    if not (part / "config.json").exists():
         if any(part.glob("*.safetensors")):
             return single_file(find_weights(part, WEIGHTS_STEM), None, None)
         read_info(part)  # raises, and says what the folder is
@@ -197,34 +205,59 @@ def single_file(
 
     Raises CheckpointError if no registered model has just these tensors.
     """
-    stored = read_stored(path)
     if architecture is not None:
         config = replace_typed(MODELS.get(architecture)(), options or {})
         return Checkpoint(path, architecture, config)
     if options:
         raise InputError("options need an architecture to be options of")
+    stored = diffusion_model(read_stored(path))
     kind = looks_like(stored.keys(), {f.name: f.marks for f in all_families()})
     for family in all_families():
         if family.name == kind:
+            check_kind(path, family, stored)
             for name in MODELS.names():
                 config = MODELS.get(name)()
                 if type(config) is family.config_class and _fits(stored, config, family):
                     return Checkpoint(path, name, config)
             raise CheckpointError(
                 f"{str(path)!r} looks like the {family.name} family, but no registered size of it "
-                "has just these tensors; pass architecture and options, such as the depth"
+                f"has just these tensors: {_shape_of_blocks(stored)}; pass architecture and "
+                "options, such as the depth"
             )
-    guess = f"it looks like {kind}" if kind else "its keys belong to no family known here"
+    if kind is not None:
+        raise CheckpointError(
+            f"{str(path)!r} is {kind}; expected a diffusion transformer of the families "
+            f"{', '.join(family.name for family in all_families())}"
+        )
     raise CheckpointError(
-        f"cannot tell what {str(path)!r} holds: {guess}; pass architecture, one of "
-        f"{', '.join(MODELS.names())}"
+        f"cannot tell what {str(path)!r} holds: its keys ({listed(sorted(stored))}) belong to no "
+        f"family known here; pass architecture, one of {', '.join(MODELS.names())}"
     )
+
+
+def check_kind(path: Path, family: Family, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise CheckpointError that says what a checkpoint of the family is, if it is none of those
+    that our module takes."""
+    relative = family.relative({key: tensor.shape for key, tensor in stored.items()})
+    if relative is not None:
+        raise CheckpointError(
+            f"{str(path)!r} is {relative}; of the family {family.name!r} only the plain "
+            f"{family.makes} models are here: use the checkpoint of one"
+        )
+
+
+def _shape_of_blocks(stored: Mapping[str, StoredTensor]) -> str:
+    """How many blocks there are and how wide, as far as the keys tell."""
+    numbers = {int(found[1]) for key in stored if (found := re.search(r"blocks\.(\d+)\.", key))}
+    widths = collections.Counter(t.shape[-1] for t in stored.values() if len(t.shape) == 2)
+    width = widths.most_common(1)[0][0] if widths else 0
+    return f"it has {len(numbers)} blocks and is {width} wide"
 
 
 def looks_like_original(path: Path) -> bool:
     """Whether the keys of a checkpoint are those of a family, in one layout or the other."""
     marks = {family.name: family.marks for family in all_families()}
-    return looks_like(read_stored(path).keys(), marks) in marks
+    return looks_like(diffusion_model(read_stored(path)).keys(), marks) in marks
 
 
 def nearest_architecture(config: Buildable, experts: int = 1) -> str:
@@ -244,7 +277,7 @@ def nearest_architecture(config: Buildable, experts: int = 1) -> str:
     return min(same_class, key=distance)
 
 
-def configured(registry: Registry[Buildable], part: ComponentInfo, origin: Path) -> Buildable:
+def configured(registry: Registry[C], part: ComponentInfo, origin: Path) -> C:
     """The config of a part as a folder describes it; what it refuses is the folder's fault."""
     try:
         return replace_typed(registry.get(part.architecture)(), part.config)
@@ -260,45 +293,38 @@ def unbuildable(origin: Path, error: InputError) -> CheckpointError:
     )
 
 
-def empty_module(config: Buildable, dtype: torch.dtype | None = None) -> nn.Module:
-    """A module whose parameters are on the meta device, and whose buffers are real.
+def empty_module(config: Buildable, dtype: torch.dtype | None = None) -> Any:
+    """The module of a config on the meta device, for `apt.hub.weights.fill`.
 
     `dtype` casts it as `module.to` does, so layers that keep fp32 keep it.
+
+    Raises InputError for a module with buffers that no checkpoint would hold.
     """
-    with _parameters_on_meta():
+    with torch.device("meta"):
         module = config.build()
-    return cast(nn.Module, module if dtype is None else module.to(dtype))
+    lost = [name for name, _ in module.named_buffers() if name not in module.state_dict()]
+    if lost:
+        raise InputError(
+            f"{type(module).__name__} has buffers that no checkpoint holds ({', '.join(lost)}); "
+            "register them with persistent=True, or compute them where they are used"
+        )
+    return module if dtype is None else module.to(dtype)
 
 
 def shapes_of(config: Buildable) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's state, without building it in memory."""
-    with torch.device("meta"):
-        module = cast(nn.Module, config.build())
-    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    return {key: tuple(value.shape) for key, value in empty_module(config).state_dict().items()}
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their memory when a module takes them; buffers, which may hold tables that
-    no file has, keep theirs. Not for several threads at once."""
-    register = nn.Module.register_parameter
-
-    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            empty = torch.empty_like(parameter, device="meta")
-            parameter = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_empty  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+@functools.lru_cache
+def _kept_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """As `shapes_of`: every size of a family is built for each file that may be of it."""
+    return shapes_of(config)
 
 
 def _fits(stored: Mapping[str, StoredTensor], config: Buildable, family: Family) -> bool:
-    expected = shapes_of(config)
-    if len(without_prefix(stored)) > len(expected):
+    expected = _kept_shapes(cast(Any, config))
+    if len(stored) > len(expected):
         return False
     pieces = map_keys(stored, expected.keys(), family.rules_for(config))
     return {key: piece.shape for key, piece in pieces.items()} == expected

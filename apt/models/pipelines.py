@@ -7,14 +7,23 @@ whose configs name the folder, or the repository and its commit.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, cast
 
 from apt.errors import CheckpointError, InputError
-from apt.hub import INFO_FILE, PIPELINE_FILE, ComponentInfo, ModelInfo, Source, read_info
+from apt.hub import (
+    INFO_FILE,
+    PIPELINE_FILE,
+    ComponentInfo,
+    ModelInfo,
+    Source,
+    locate,
+    read_info,
+)
+from apt.hub.inert import read_json, read_pipeline
 from apt.hub.pretrained import PretrainedEntry
-from apt.hub.stored import read_json
-from apt.models.loading import Checkpoint, find_checkpoint
-from apt.models.registry import CODECS, MODELS, TEXT_ENCODERS, Buildable
+from apt.models.loading import Checkpoint, find_checkpoint, single_file
+from apt.models.registry import CODECS, MODELS, TEXT_ENCODERS, Buildable, BuildableText
 from apt.registry import Registry, replace_typed
 
 
@@ -29,9 +38,30 @@ def describe_pipeline(source: Source, subfolder: str | None = None) -> tuple[Mod
     An export of ours has an apt.json beside, which adds how it was trained and is sampled; a
     pipeline without one is a diffusion model.
 
-    Raises CheckpointError for a transformer of no family, or parts that are not there.
+    Raises CheckpointError for a transformer of no family, parts that are not there, or code.
     """
+    read_pipeline(source.folder / PIPELINE_FILE)
     checkpoint = find_checkpoint(source, subfolder)
+    return _describe(source, checkpoint), checkpoint
+
+
+def describe_file(path: Path) -> tuple[ModelInfo, Checkpoint]:
+    """What one file of a public transformer is, with the other parts of the model it belongs to.
+
+    The file has the transformer alone; text encoder and VAE are those of the first published
+    weights of its size, in the Hub's cache or fetched. It counts as a diffusion model.
+
+    Raises CheckpointError for a file that no registered model fits, saying what it is.
+    """
+    checkpoint = single_file(path, None, None)
+    entry = pretrained_entry(checkpoint.architecture)
+    info = _describe(locate(entry.repo, entry.revision), checkpoint)
+    training = {**info.training, "source": path.name, "revision": None}
+    return dataclasses.replace(info, stage="diffusion", training=training), checkpoint
+
+
+def _describe(source: Source, checkpoint: Checkpoint) -> ModelInfo:
+    """A model with this transformer, and the other parts of a pipeline."""
     entry = pretrained_entry(checkpoint.architecture)
     source.fetch(["scheduler/*.json"])
     model = ComponentInfo(
@@ -42,13 +72,12 @@ def describe_pipeline(source: Source, subfolder: str | None = None) -> tuple[Mod
     codec = external_part(CODECS, entry.codec, source)
     if (source.folder / INFO_FILE).is_file():
         info = read_info(source.folder)
-        info = dataclasses.replace(info, model=model, text_encoder=text_encoder, codec=codec)
-        return info, checkpoint
+        return dataclasses.replace(info, model=model, text_encoder=text_encoder, codec=codec)
     shift = _scheduler_shift(source)
     sampling = entry.sampling
     if shift is not None:
         sampling = dataclasses.replace(sampling, timestep_shift=shift)
-    info = ModelInfo(
+    return ModelInfo(
         stage="diffusion",
         model=model,
         text_encoder=text_encoder,
@@ -57,7 +86,6 @@ def describe_pipeline(source: Source, subfolder: str | None = None) -> tuple[Mod
         sampling=sampling,
         training={"source": source.name, "revision": source.revision, "license": entry.license},
     )
-    return info, checkpoint
 
 
 def pretrained_entry(architecture: str) -> PretrainedEntry:
@@ -74,7 +102,9 @@ def pretrained_entry(architecture: str) -> PretrainedEntry:
     return next(iter(entries.values()))
 
 
-def external_part(registry: Registry[Buildable], name: str, source: Source) -> ComponentInfo:
+def external_part(
+    registry: Registry[Buildable] | Registry[BuildableText], name: str, source: Source
+) -> ComponentInfo:
     """A registered text encoder or codec, taken from this source."""
     registered = registry.get(name)()
     try:
@@ -86,7 +116,7 @@ def external_part(registry: Registry[Buildable], name: str, source: Source) -> C
 
 def _scheduler_shift(source: Source) -> float | None:
     path = source.folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     config = read_json(path)
     # UniPC and FlowMatchEuler spell it differently.

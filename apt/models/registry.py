@@ -1,4 +1,4 @@
-"""Registries of model configurations, and the functions that build from them.
+"""Registries of model configurations; `apt.models.create` builds from them.
 
 A builder takes no argument and returns a frozen config dataclass with a `build()` method; overrides
 replace its fields. A model's identity in a file is its registered name and its config.
@@ -9,19 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from apt.errors import InputError
 from apt.hub.pretrained import PretrainedEntry
-from apt.models.protocols import Backbone, LatentCodec, TextEncoder
-from apt.registry import B, Registry, replace_typed
+from apt.models.protocols import PromptCheck
+from apt.registry import B, Registry
 
 
 class Buildable(Protocol):
     """A frozen config dataclass."""
 
     def build(self) -> Any: ...
+
+
+class BuildableText(Buildable, Protocol):
+    """The config of a text encoder."""
+
+    def prompt_check(self) -> PromptCheck:
+        """What `build()` would check prompts with, without its weights."""
+        ...
 
 
 class ModelRegistry(Registry[Buildable]):
@@ -51,53 +58,9 @@ class ModelRegistry(Registry[Buildable]):
 
 
 MODELS = ModelRegistry()
-TEXT_ENCODERS: Registry[Buildable] = Registry("text encoder")
+TEXT_ENCODERS: Registry[BuildableText] = Registry("text encoder")
 CODECS: Registry[Buildable] = Registry("latent codec")
 HEADS: Registry[nn.Module] = Registry("discriminator head")
-
-
-def create_model(
-    name: str,
-    /,
-    *,
-    pretrained: bool | str = False,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    **overrides: Any,
-) -> Backbone:
-    """Build a registered backbone, with random or with published weights.
-
-    Args:
-        name: a registered name, or "name.tag", which means `pretrained="tag"`.
-        pretrained: False: random weights. True: the published ones, of the first tag if there are
-            several. A tag: those.
-        dtype: of the weights, whatever a checkpoint has; None is torch's default.
-        device: where they go; None is torch's default. Published weights are loaded with hardly
-            more memory than they take there.
-        overrides: fields of the config.
-
-    Raises:
-        InputError: an unknown name, tag or field, with close matches, or no published weights.
-        CheckpointError: weights that cannot be fetched or do not fit; see `from_pretrained`.
-    """
-    name, tag = split_tag(name)
-    if tag is not None:
-        if pretrained not in (False, True, tag):
-            raise InputError(f"{name}.{tag} and pretrained={pretrained!r} name two tags; name one")
-        pretrained = tag
-    if pretrained is not False:
-        # It builds on this module.
-        from apt.models.loading import load_registered
-
-        return load_registered(
-            name,
-            find_tag(name, pretrained),
-            overrides,
-            dtype=dtype or torch.get_default_dtype(),
-            device=device or torch.get_default_device(),
-        )
-    module = replace_typed(MODELS.get(name)(), overrides).build()
-    return module.to(device=device, dtype=dtype)
 
 
 def split_tag(name: str) -> tuple[str, str | None]:
@@ -140,16 +103,6 @@ def untrained_timesteps(name: str, timesteps: Iterable[float]) -> str | None:
         f"{name!r} is an expert for t >= {entry.lowest_t:g}, and was not trained at "
         f"{len(below)} of these timesteps, down to {min(below):.3g}: expect poor results there"
     )
-
-
-def create_text_encoder(name: str, /, **overrides: Any) -> TextEncoder:
-    """Build a registered text encoder; overrides are fields of its config."""
-    return replace_typed(TEXT_ENCODERS.get(name)(), overrides).build()
-
-
-def create_codec(name: str, /, **overrides: Any) -> LatentCodec:
-    """Build a registered latent codec; overrides are fields of its config."""
-    return replace_typed(CODECS.get(name)(), overrides).build()
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from apt.errors import InputError
+from apt.errors import InputError, PromptLengthError
 from apt.kernels import attention
 from apt.models.conditions import TextCondition
+from apt.models.protocols import PromptCheck, TextEncoder
 from apt.models.registry import TEXT_ENCODERS
 
 _NGRAM = 3
@@ -44,8 +46,12 @@ class ByteEncoderConfig:
     def build(self) -> ByteTextEncoder:
         return ByteTextEncoder(self)
 
+    def prompt_check(self) -> PromptCheck:
+        """The encoder's own check."""
+        return partial(_check, config=self)
 
-class ByteTextEncoder(nn.Module):
+
+class ByteTextEncoder(TextEncoder):
     """Bytes to one token per word, then a transformer over the words.
 
     A word's token is the embedding of the whole word plus the mean of its byte trigrams', all
@@ -75,20 +81,23 @@ class ByteTextEncoder(nn.Module):
             InputError: for a prompt with control characters, characters outside the alphabet, too
                 many words or too long a word.
         """
-        words = [self._split(prompt) for prompt in prompts]
+        words = [_split(prompt, self.config) for prompt in prompts]
         longest = max((len(row) for row in words), default=0)
         device = self.lead_token.device
-        mask = torch.zeros(len(words), longest + 1, dtype=torch.bool, device=device)
-        mask[:, 0] = True
+        lengths = torch.tensor([len(row) for row in words])
+        mask = (torch.arange(longest + 1) <= lengths[:, None]).to(device)
         tokens = self.lead_token.expand(len(words), 1, -1)
         flat = [word for row in words for word in row]
         # Ranks must agree on which weights have gradients, also one whose prompts are all empty.
         vectors = self._encode_words(flat or [b" "])
         if flat:
-            for i, row in enumerate(words):
-                mask[i, 1 : len(row) + 1] = True
-            table = vectors.new_zeros(len(words), longest, vectors.shape[-1])
-            tokens = torch.cat([tokens, table.masked_scatter(mask[:, 1:, None], vectors)], dim=1)
+            # Where each word goes is known on the host: a mask on a GPU would have to be waited for
+            firsts = lengths.cumsum(0) - lengths
+            places = firsts[:, None] + torch.arange(longest)
+            places = places.where(torch.arange(longest) < lengths[:, None], len(flat)).to(device)
+            padded = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[-1])])
+            table = padded.index_select(0, places.flatten()).unflatten(0, places.shape)
+            tokens = torch.cat([tokens, table], dim=1)
         else:
             tokens = tokens + 0 * vectors.sum()
         tokens = tokens + self.position_embedding[: longest + 1]
@@ -99,6 +108,10 @@ class ByteTextEncoder(nn.Module):
         weight = mask[..., None].to(tokens.dtype)
         pooled = (tokens * weight).sum(dim=1) / weight.sum(dim=1).sqrt()
         return TextCondition(tokens, padding, pooled)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise InputError as `forward` would."""
+        _check(prompts, config=self.config)
 
     def _encode_words(self, words: list[bytes]) -> Tensor:
         """(N, E) for N words."""
@@ -113,28 +126,34 @@ class ByteTextEncoder(nn.Module):
         weight = (valid / (lengths[:, None] - 1)).to(vectors.dtype)
         return vectors[:, 0] + torch.einsum("nk,nke->ne", weight, vectors[:, 1:])
 
-    def _split(self, prompt: str) -> list[bytes]:
-        bad = [ch for ch in prompt if not (ch.isprintable() or ch.isspace())]
-        if self.config.alphabet == "ascii":
-            bad += [ch for ch in prompt if not ch.isascii()]
-        if bad:
-            names = ", ".join(sorted({f"{ch!r} (U+{ord(ch):04X})" for ch in bad}))
+
+def _check(prompts: Sequence[str], *, config: ByteEncoderConfig) -> None:
+    for prompt in prompts:
+        _split(prompt, config)
+
+
+def _split(prompt: str, config: ByteEncoderConfig) -> list[bytes]:
+    bad = [ch for ch in prompt if not (ch.isprintable() or ch.isspace())]
+    if config.alphabet == "ascii":
+        bad += [ch for ch in prompt if not ch.isascii()]
+    if bad:
+        names = ", ".join(sorted({f"{ch!r} (U+{ord(ch):04X})" for ch in bad}))
+        raise InputError(
+            f"the prompt {prompt!r} has characters that this encoder does not know: {names}; "
+            f"use printable {config.alphabet.upper()} text"
+        )
+    words = [word.encode() for word in prompt.split()]
+    if len(words) > config.max_length:
+        raise PromptLengthError(
+            f"the prompt has {len(words)} words, at most {config.max_length} fit; shorten it"
+        )
+    for word in words:
+        if len(word) > config.max_word_bytes:
             raise InputError(
-                f"the prompt {prompt!r} has characters that this encoder does not know: {names}; "
-                f"use printable {self.config.alphabet.upper()} text"
+                f"the word {word.decode()!r} has {len(word)} bytes, at most "
+                f"{config.max_word_bytes} fit; shorten it"
             )
-        words = [word.encode() for word in prompt.split()]
-        if len(words) > self.max_length:
-            raise InputError(
-                f"the prompt has {len(words)} words, at most {self.max_length} fit; shorten it"
-            )
-        for word in words:
-            if len(word) > self.config.max_word_bytes:
-                raise InputError(
-                    f"the word {word.decode()!r} has {len(word)} bytes, at most "
-                    f"{self.config.max_word_bytes} fit; shorten it"
-                )
-        return words
+    return words
 
 
 def _parts(word: bytes) -> list[bytes]:

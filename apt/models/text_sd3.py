@@ -11,13 +11,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from apt.errors import CheckpointError
 from apt.models.conditions import TextCondition
 from apt.models.external import DType
+from apt.models.protocols import PromptCheck, TextEncoder
 from apt.models.registry import TEXT_ENCODERS
-from apt.models.text_transformers import TransformersTextConfig, TransformersTextEncoder
+from apt.models.text_transformers import TransformersTextConfig
 
 _CLIP_LENGTH = 77
 
@@ -46,8 +46,30 @@ class SD3TextConfig:
         """Load tokenizers and weights, downloading what is not in the Hub's cache."""
         return SD3TextEncoder(self)
 
+    def prompt_check(self) -> PromptCheck:
+        """T5's; the CLIPs cut."""
+        return self.part("t5").prompt_check()
 
-class SD3TextEncoder(nn.Module):
+    def part(self, name: Literal["clip_l", "clip_g", "t5"]) -> TransformersTextConfig:
+        """One of the three encoders."""
+        suffix = {"clip_l": "", "clip_g": "_2", "t5": "_3"}[name]
+        is_clip = name != "t5"
+        return TransformersTextConfig(
+            architecture="clip" if is_clip else "t5",
+            repo=self.repo,
+            revision=self.revision,
+            subfolder=f"text_encoder{suffix}",
+            tokenizer_subfolder=f"tokenizer{suffix}",
+            dtype=self.dtype,
+            max_length=_CLIP_LENGTH if is_clip else self.max_length,
+            truncate=is_clip or self.truncate,
+            projection=is_clip,
+            skip_layers=1 if is_clip else 0,
+            unmasked=True,
+        )
+
+
+class SD3TextEncoder(TextEncoder):
     """Prompts to what SD3 reads: CLIP's tokens, both encoders' side by side, before T5's.
 
     Padding counts as text and there is no mask, as in diffusers' `StableDiffusion3Pipeline`. Always
@@ -62,9 +84,9 @@ class SD3TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         # T5 first: its length is the one that a user chooses, and may have wrong
-        self.t5 = self._encoder("t5", "3", config.max_length)
-        self.clip_l = self._encoder("clip", "", _CLIP_LENGTH)
-        self.clip_g = self._encoder("clip", "2", _CLIP_LENGTH)
+        self.t5 = config.part("t5").build()
+        self.clip_l = config.part("clip_l").build()
+        self.clip_g = config.part("clip_g").build()
         self.embedding_dim = self.t5.embedding_dim
         self.max_length = config.max_length
         clips = self.clip_l.embedding_dim + self.clip_g.embedding_dim
@@ -95,23 +117,9 @@ class SD3TextEncoder(nn.Module):
             pooled=torch.cat([clip_l.pooled, clip_g.pooled], dim=1),
         )
 
-    def _encoder(
-        self, architecture: Literal["clip", "t5"], number: str, max_length: int
-    ) -> TransformersTextEncoder:
-        suffix, is_clip = f"_{number}" if number else "", architecture == "clip"
-        return TransformersTextConfig(
-            architecture=architecture,
-            repo=self.config.repo,
-            revision=self.config.revision,
-            subfolder=f"text_encoder{suffix}",
-            tokenizer_subfolder=f"tokenizer{suffix}",
-            dtype=self.config.dtype,
-            max_length=max_length,
-            truncate=is_clip or self.config.truncate,
-            projection=is_clip,
-            skip_layers=1 if is_clip else 0,
-            unmasked=True,
-        ).build()
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise InputError as `forward` would."""
+        self.t5.check(prompts)
 
 
 @TEXT_ENCODERS.register("sd3")

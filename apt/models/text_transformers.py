@@ -8,23 +8,28 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from apt.errors import CheckpointError, InputError
+from apt.errors import CheckpointError, InputError, PromptLengthError
 from apt.models.conditions import TextCondition
 from apt.models.external import (
     DType,
+    first_line,
     import_hub_extra,
     load_complete,
     local_folder,
     read_config,
     torch_dtype,
 )
+from apt.models.protocols import PromptCheck, TextEncoder
 from apt.models.registry import TEXT_ENCODERS
+from apt.models.staging import staged_tokenizer
 
 # model_type values in config.json that each architecture loads; a whole CLIP holds a text part
 _MODEL_TYPES = {"t5": ("t5",), "umt5": ("umt5",), "clip": ("clip_text_model", "clip")}
@@ -67,8 +72,15 @@ class TransformersTextConfig:
         """Load the tokenizer and the weights, downloading what is not in the Hub's cache."""
         return TransformersTextEncoder(self)
 
+    def prompt_check(self) -> PromptCheck:
+        """The encoder's own check, of the tokenizer alone: weights are neither read nor fetched."""
+        transformers = import_hub_extra("transformers")
+        folder = local_folder(self.repo, self.revision, (self.tokenizer_subfolder,))
+        tokenizer = _load_tokenizer(transformers, folder / self.tokenizer_subfolder)
+        return partial(_check, tokenizer, self)
 
-class TransformersTextEncoder(nn.Module):
+
+class TransformersTextEncoder(TextEncoder):
     """Prompts to the embeddings of a frozen T5, UMT5 or CLIP. Always in evaluation mode.
 
     Embeddings at padding are zero and masked, unless the config says `unmasked`. CLIP also gives a
@@ -123,7 +135,7 @@ class TransformersTextEncoder(nn.Module):
         Raises InputError for no prompt, a prompt that is no string, or one of more than
         `max_length` tokens unless the config says `truncate`.
         """
-        ids, mask = self._tokenize(prompts)
+        ids, mask = _tokenize(self.tokenizer, self.config, prompts)
         if self.config.unmasked:
             ids = F.pad(ids, (0, self.max_length - ids.shape[1]), value=self.tokenizer.pad_token_id)
         # Asked while it is on the CPU: no synchronisation
@@ -145,26 +157,9 @@ class TransformersTextEncoder(nn.Module):
             pooled = output.text_embeds if self.config.projection else output.pooler_output
         return TextCondition(tokens, None if full else mask, pooled)
 
-    def _tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise InputError(f"prompts must be a sequence of at least one string, got {prompts!r}")
-        encoded = self.tokenizer(
-            [clean_prompt(p) for p in prompts] if self.config.clean else list(prompts),
-            padding="longest",
-            truncation=self.config.truncate,
-            max_length=self.max_length if self.config.truncate else None,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
-        lengths = mask.sum(1)
-        if int(lengths.max()) > self.max_length:
-            worst = int(lengths.argmax())
-            raise InputError(
-                f"prompt {worst} has {int(lengths[worst])} tokens, the longest allowed is "
-                f"{self.max_length}: {prompts[worst][:60]!r}...; shorten it, or set truncate=True"
-            )
-        return ids, mask
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise InputError as `forward` would."""
+        _check(self.tokenizer, self.config, prompts)
 
     def _check_lengths(self) -> None:
         config = self.model.config
@@ -190,18 +185,51 @@ def clean_prompt(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(prompt)).split())
 
 
+def _tokenize(
+    tokenizer: Any, config: TransformersTextConfig, prompts: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask (R, S), padded to the longest."""
+    if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise InputError(f"prompts must be a sequence of at least one string, got {prompts!r}")
+    encoded = tokenizer(
+        [clean_prompt(p) for p in prompts] if config.clean else list(prompts),
+        padding="longest",
+        truncation=config.truncate,
+        max_length=config.max_length if config.truncate else None,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
+    lengths = mask.sum(1)
+    if int(lengths.max()) > config.max_length:
+        worst = int(lengths.argmax())
+        raise PromptLengthError(
+            f"prompt {worst} has {int(lengths[worst])} tokens, the longest allowed is "
+            f"{config.max_length}: {prompts[worst][:60]!r}...; shorten it, or set truncate=True"
+        )
+    return ids, mask
+
+
+def _check(tokenizer: Any, config: TransformersTextConfig, prompts: Sequence[str]) -> None:
+    _tokenize(tokenizer, config, prompts)
+
+
 def _class_name(config: TransformersTextConfig) -> str:
     if config.architecture == "clip":
         return "CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"
     return {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}[config.architecture]
 
 
-def _load_tokenizer(transformers: Any, folder: Any) -> Any:
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"no usable tokenizer in {folder}: {reason}") from error
+def _load_tokenizer(transformers: Any, folder: Path) -> Any:
+    with staged_tokenizer(folder) as stage:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                stage, local_files_only=True, trust_remote_code=False
+            )
+        # The parser of tokenizer.json, in Rust, raises no other kind.
+        except Exception as error:
+            reason = first_line(error).replace(str(stage), str(folder))
+            raise CheckpointError(f"no usable tokenizer in {folder}: {reason}") from error
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -1,7 +1,8 @@
-"""What transformers over latents share: token grids, rotary positions, rows of conditions, MLPs."""
+"""What families share: token grids, positions, timesteps, rows of conditions, MLPs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt.errors import InputError
+from apt.errors import ConfigError, InputError
 from apt.models.conditions import TextCondition
 
 
@@ -22,6 +23,17 @@ def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[
             raise InputError(f"latent {name} {size} is not a multiple of the patch, {patch}")
     t, h, w = (size // patch for size, patch in zip(latent_shape, patch_size, strict=True))
     return t, h, w
+
+
+def check_rotary_heads(hidden_size: int, num_heads: int) -> None:
+    """Raise ConfigError unless D splits into heads that rotary positions in 3D fit."""
+    if hidden_size % num_heads or (hidden_size // num_heads) % 2:
+        raise ConfigError(
+            f"hidden_size {hidden_size} must split into {num_heads} heads of an even size; change "
+            "one of them"
+        )
+    if hidden_size // num_heads < 6:
+        raise ConfigError("a head needs at least 6 dimensions for rotary positions in 3D")
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:
@@ -37,6 +49,11 @@ def check_rows(
 
     `num_tokens` L also allows a timestep per token, (R, L).
     """
+    if rows is not None and (rows.shape != x.shape[:1] or rows.dtype != torch.int64):
+        raise InputError(
+            f"rows must be ({x.shape[0]},) int64, the row of each sample, got "
+            f"{tuple(rows.shape)} {rows.dtype}"
+        )
     num_rows = x.shape[0] if rows is None else t.shape[0]
     per_token = num_tokens is not None and t.shape == (num_rows, num_tokens)
     if (t.shape != (num_rows,) and not per_token) or len(c) != num_rows:
@@ -45,6 +62,37 @@ def check_rows(
             f"{x.shape[0]} samples need {num_rows} timesteps and conditions, timesteps of shape "
             f"{shape}; got {tuple(t.shape)} and {len(c)} conditions; pass `rows` to share them"
         )
+
+
+def pooled_text(c: TextCondition, size: int) -> Tensor:
+    """The pooled vectors (R, P) of text; raises InputError unless it has them and P is `size`."""
+    if c.pooled is None or c.pooled.shape[1] != size:
+        given = "none" if c.pooled is None else tuple(c.pooled.shape)
+        raise InputError(
+            f"this model needs text with a pooled vector of {size} dimensions, got {given}; use "
+            "the text encoder that it was trained with"
+        )
+    return c.pooled
+
+
+def joint_mask(c: TextCondition, rows: Tensor | None, num_visual: int) -> Tensor | None:
+    """Keys (B, L + S) that count when visual and text tokens attend jointly; None if all do."""
+    if c.mask is None:
+        return None
+    mask = c.mask if rows is None else c.mask[rows]
+    return torch.cat([mask.new_ones(len(mask), num_visual), mask], dim=1)
+
+
+def timestep_sinusoids(time: Tensor, size: int) -> Tensor:
+    """Cosines, then sines (..., size) fp32 of times (...) in diffusers' scale, 1000 t.
+
+    In fp32 and in diffusers' order of operations: the angles reach 1000, where one ulp is visible.
+    """
+    half = size // 2
+    index = torch.arange(half, dtype=torch.float32, device=time.device)
+    frequencies = torch.exp(-math.log(10_000) * index / half)
+    angles = time.float()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apt.methods.apt import discriminator_loss
 from apt.models import create_discriminator
+from apt.rng import Draw
 from apt.train.parallel import Parallel
 from tests.models.nets import inputs, tiny_mmdit
 
@@ -44,10 +46,10 @@ def main(rank: int, folder: Path) -> None:
     judge = create_discriminator(tiny_mmdit())
     Parallel(rank, 2, torch.device("cpu"), mesh).shard(judge, judge.backbone.block_list())
     x, t, c = inputs(2)
-    key = {"seed": 0, "step": 0, "offset": 2 * rank}
+    draw = Draw(0, offset=2 * rank, stream="perturbation")
 
     def pair() -> Tensor:
-        return torch.cat([one.logits for one in judge.forward_pair(x, x, t, c, sigma=0.1, **key)])
+        return discriminator_loss(judge, x, x, t, c, draw)[0]
 
     def apart() -> Tensor:
         return torch.cat([judge(x, t, c).logits for _ in range(3)])

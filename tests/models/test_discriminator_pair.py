@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from apt.errors import InputError
 from apt.kernels import perturbed_batch
+from apt.losses import ApproximateR1
+from apt.methods.apt import discriminator_loss
 from apt.models import Discriminator, TextCondition, create_discriminator
-from apt.models.discriminator import PairOutput
+from apt.models.discriminator import judge_groups
+from apt.rng import Draw
 from tests.memory import peak_bytes, saved_bytes
 from tests.models.nets import POOLED_DIM, inputs, tiny_mmdit
 
-KEY: dict[str, Any] = {"seed": 3, "step": 5, "offset": 7}
+KEY = Draw(3, 5, 7, "perturbation")
 ROWS = 3  # real samples, and rows of conditions
 
 
@@ -38,32 +41,35 @@ def penalised(logits: list[Tensor]) -> Tensor:
     return adversarial + 100 * penalty
 
 
+def pair(judge: Discriminator, real: Tensor, fake: Tensor, t: Tensor, c: Any, **r1: Any) -> Tensor:
+    """Eq. 10 in one pass."""
+    return discriminator_loss(judge, real, fake, t, c, KEY, r1=ApproximateR1(**r1))[0]
+
+
 def gradients(judge: Discriminator, loss: Tensor, *others: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [*judge.parameters(), *others]))
 
 
 @pytest.mark.parametrize("head", ["attention", "conv3d"])
 @pytest.mark.parametrize("modulation", ["shared", "block"])
-@pytest.mark.parametrize("num_perturbed", [None, 1])
+@pytest.mark.parametrize("num_perturbed", [ROWS, 1])
 def test_it_equals_three_calls(head, modulation, num_perturbed):
     judge = tiny(head, modulation=modulation)
     real, t, c = inputs(ROWS, lengths=[5, 2, 3])
     fake = inputs(ROWS, seed=9)[0]
     real.requires_grad_()
     fake.requires_grad_()
-    options = KEY | {"num_perturbed": num_perturbed}
-    pair = judge.forward_pair(real, fake, t, c, sigma=0.3, **options)
-    assert isinstance(pair, PairOutput)
+    ours = pair(judge, real, fake, t, c, sigma=0.3, fraction=num_perturbed / ROWS)
 
-    batch = perturbed_batch(real, fake, 0.3, **options)
-    parts = batch.split([ROWS, len(batch) - 2 * ROWS, ROWS])
-    apart = [judge(x, t[: len(x)], c.select(slice(0, len(x)))) for x in parts]
-    for ours, alone in zip(pair, apart, strict=True):
-        torch.testing.assert_close(ours.logits, alone.logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(ours.features, alone.features, rtol=1e-4, atol=1e-5)
-    found = gradients(judge, penalised([one.logits for one in pair]), real, fake)
-    expected = gradients(judge, penalised([one.logits for one in apart]), real, fake)
-    for got, want in zip(found, expected, strict=True):
+    batch = perturbed_batch(real, fake, 0.3, KEY, num_perturbed=num_perturbed)
+    parts = batch.split([ROWS, num_perturbed, ROWS])
+    apart = [judge(x, t[: len(x)], c.select(slice(0, len(x)))).logits for x in parts]
+    expected = penalised(apart)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    pairs = zip(
+        gradients(judge, ours, real, fake), gradients(judge, expected, real, fake), strict=True
+    )
+    for got, want in pairs:
         assert ((got - want).norm() / want.norm()).item() < 1e-4
 
 
@@ -72,23 +78,14 @@ def test_groups_by_name():
     x, t, c = inputs(ROWS)
     none = torch.zeros(0, dtype=torch.int64)
     groups = {"b": torch.tensor([2, 0]), "none": none, "a": torch.tensor([1])}
-    found = judge.forward_groups(x, t, c, groups)
+    found = judge_groups(judge, x, t, c, groups)
     assert list(found) == ["b", "none", "a"] and found["none"].logits.shape == (0,)
     expected = judge(x, t, c, rows=torch.tensor([2, 0, 1]))
     assert torch.equal(torch.cat([one.logits for one in found.values()]), expected.logits)
     for layer, features in enumerate(expected.features):
         assert torch.equal(torch.cat([one.features[layer] for one in found.values()]), features)
     with pytest.raises(InputError, match=r"'a': 1.* must add up to the 3 samples"):
-        judge.forward_groups(x, t, c, {"a": groups["a"]})
-
-
-def test_fewer_generated_samples_but_not_more():
-    judge = tiny()
-    x, t, c = inputs(ROWS)
-    pair = judge.forward_pair(x, x[:1], t, c, sigma=0.1, **KEY)
-    assert [len(one.logits) for one in pair] == [ROWS, ROWS, 1]
-    with pytest.raises(InputError, match="3 generated samples for the rows of 1"):
-        judge.forward_pair(x[:1], x, t[:1], c.select(slice(0, 1)), sigma=0.1, **KEY)
+        judge_groups(judge, x, t, c, {"a": groups["a"]})
 
 
 def rows_computed(judge: Discriminator, names: list[str]) -> dict[str, int]:
@@ -118,7 +115,7 @@ def test_conditions_are_computed_once_for_all_groups(modulation):
     counts = rows_computed(judge, names)
     tokens = rows_computed(judge, ["patch_in"])
     x, t, c = inputs(ROWS)
-    judge.forward_pair(x, x, t, c, sigma=0.1, **KEY)
+    pair(judge, x, x, t, c)
     assert counts == dict.fromkeys(names, ROWS)
     assert tokens == {"patch_in": 3 * ROWS}
 
@@ -134,11 +131,10 @@ def test_memory_against_three_copies_of_the_conditions():
     copies = repeated(c)
 
     def shared() -> Tensor:
-        pair = judge.forward_pair(x, x, t, c, sigma=0.1, **KEY)
-        return penalised([one.logits for one in pair])
+        return pair(judge, x, x, t, c)
 
     def copied() -> Tensor:
-        batch = perturbed_batch(x, x, 0.1, **KEY)
+        batch = perturbed_batch(x, x, 0.1, KEY)
         return penalised(list(judge(batch, t.repeat(3), copies).logits.chunk(3)))
 
     torch.testing.assert_close(shared(), copied())

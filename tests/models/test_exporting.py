@@ -8,6 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("diffusers")
+
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file
@@ -15,9 +18,9 @@ from safetensors.torch import load_file
 import apt
 from apt.errors import CheckpointError, InputError
 from apt.hub import SamplingInfo, read_info, write_info
+from apt.methods.apt import generate
 from apt.models.bundle import load_pretrained, save_pretrained
 from apt.models.exporting import Format, export_model
-from apt.models.generator import generate
 from apt.pipeline import OneStepPipeline
 from tests.cli.shell import error_line, invoke
 from tests.hub.tiny_pipelines import PROMPT, sd3_folder, wan_folder
@@ -81,17 +84,32 @@ def test_it_remembers_how_it_was_trained_and_is_sampled(exported: Path) -> None:
 
 @pytest.mark.parametrize("format", ["apt", "diffusers"])
 def test_no_folder_of_this_machine_leaves_it(
-    trained: Path, wan: Path, tmp_path: Path, format: Format
+    trained: Path, wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Format
 ) -> None:
     info = read_info(trained)
     start = {"source": str(wan), "license": "Apache-2.0"}
     config = {
         "run_dir": "runs/mine",
-        "negative_prompt": "/not/a/folder",
-        "data": {"source": "latents", "path": str(tmp_path)},
-        "stage": {"generator": "runs/wan/distill/export", "discriminator": "owner/name"},
+        "negative_prompt": "fade in/out",
+        "sample_prompts": ["/home/me/prompt", "a cat"],
+        "data": {"source": "latents", "path": "videos"},
+        "stage": {
+            "generator": "runs/wan/distill/export",
+            "discriminator": "owner/name",
+            # Of a method that this package does not know.
+            "masks": "C:\\me\\masks",
+            "cache": "cache",
+            "guide": "runs/guide",
+        },
     }
-    record = {"config": config, "started_from": start}
+    record = {
+        "config": config,
+        "folders": ["run_dir", "data.path", "stage.cache"],
+        "models": ["stage.generator", "stage.discriminator", "stage.guide"],
+        "started_from": start,
+    }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "guide").mkdir(parents=True)
     source = tmp_path / "source"
     shutil.copytree(trained, source)
     write_info(source, dataclasses.replace(info, training=record))
@@ -99,9 +117,16 @@ def test_no_folder_of_this_machine_leaves_it(
     assert kept["started_from"] == {"source": "", "license": "Apache-2.0"}
     assert kept["config"] == {
         "run_dir": "",
-        "negative_prompt": "/not/a/folder",
+        "negative_prompt": "fade in/out",
+        "sample_prompts": ["", "a cat"],
         "data": {"source": "latents", "path": ""},
-        "stage": {"generator": "", "discriminator": "owner/name"},
+        "stage": {
+            "generator": "",
+            "discriminator": "owner/name",
+            "masks": "",
+            "cache": "",
+            "guide": "",
+        },
     }
 
 
@@ -207,7 +232,7 @@ def test_what_cannot_be_exported_says_why(trained: Path, wan: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match="expected a WanPipeline"):
         base = str(sd3_folder(tmp_path / "sd3"))
         export_model(trained, tmp_path / "out", format="diffusers", base=base)
-    with pytest.raises(InputError, match="is the base itself"):
+    with pytest.raises(InputError, match="itself"):
         export_model(wan, wan, format="diffusers")
     line = error_line(invoke("export", tmp_path / "none", tmp_path / "out"))
     assert "there is no folder" in line
@@ -215,4 +240,51 @@ def test_what_cannot_be_exported_says_why(trained: Path, wan: Path, tmp_path: Pa
     line = error_line(
         invoke("export", trained, tmp_path / "in the way" / "out", "--format", "diffusers")
     )
-    assert "cannot export" in line
+    assert "is a file; name a folder" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-shard-size", "abc"], "max_shard_size must be a size"),
+        (["--max-shard-size", "0GB"], "max_shard_size must be a size"),
+        (["--max-shard-size=-5GB"], "max_shard_size must be a size"),
+        (["--update", "3"], "choose among the snapshots of a run"),
+        (["--weights", "raw"], "choose among the snapshots of a run"),
+        (["--base", "digits"], "base is for the format diffusers"),
+    ],
+)
+def test_options_that_would_be_ignored_or_fail_late(
+    arguments: list[str], message: str, trained: Path, tmp_path: Path
+) -> None:
+    assert message in error_line(invoke("export", trained, tmp_path / "out", *arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_no_export_fits_into(trained: Path, wan: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    for arguments, message in (
+        ([tmp_path / "file"], "is a file; name a folder"),
+        ([tmp_path / "file", "--format", "diffusers"], "is a file; name a folder"),
+        ([tmp_path / "folder.safetensors", "--format", "comfyui"], "it is a folder"),
+        ([tmp_path / "file" / "x.safetensors", "--format", "comfyui"], "is a file; name a folder"),
+        ([wan], "is a pipeline of diffusers, in which our files would be of no use"),
+        ([trained], "is the model itself"),
+    ):
+        assert message in error_line(invoke("export", trained, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["push", "no-such-folder", "me/x"], "there is no folder 'no-such-folder'"),
+        (["push", "README.md", "me/x"], "there is no folder 'README.md'"),
+        (["push", "docs", "bad name"], "'bad name' is no name on the Hub"),
+        (["push", "docs", "me/x@main"], "a branch as --revision"),
+        (["pull", "me/x", "--local-dir", "README.md"], "'README.md' is a file; name a folder"),
+        (["pull", "me/x", "--local-dir", "README.md/x"], "is a file; name a folder"),
+    ],
+)
+def test_places_for_the_hub(arguments: list[str], message: str) -> None:
+    assert message in error_line(invoke(*arguments))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -94,3 +96,26 @@ def test_bars_are_shown_in_terminals_alone_and_settings_stay(tmp_path, capfd):
         finally:
             settings.enable_progress_bar()
     assert "Loading weights" not in capfd.readouterr().err
+
+
+def test_shards_and_a_config_that_the_library_cannot_build(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=800, d_model=32, d_kv=4, d_ff=8, num_layers=1, num_heads=2
+    )
+    saved = transformers.T5EncoderModel(config)
+    saved.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    loaded = load_complete(transformers.T5EncoderModel, tmp_path, dtype=torch.float32)
+    for key, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    document = json.loads((tmp_path / "config.json").read_text())
+    for wrong in ({"num_heads": []}, {"num_layers": "two"}, {"vocab_size": 2**62}):
+        (tmp_path / "config.json").write_text(json.dumps(document | wrong))
+        with pytest.raises(CheckpointError, match="T5EncoderModel") as caught:
+            load_complete(transformers.T5EncoderModel, tmp_path, dtype=torch.float32)
+        assert "\n" not in str(caught.value) and "/apt-" not in str(caught.value)
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(CheckpointError, match="cannot write a temporary folder"):
+        load_complete(transformers.T5EncoderModel, tmp_path, dtype=torch.float32)

@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from torch import Tensor, nn
 import apt
 from apt.errors import CheckpointError, InputError
 from apt.models.bundle import load_pretrained
+from apt.models.create import create_model
 from apt.models.exporting import export_model
 from apt.models.families import FAMILIES, KeyRule
 from apt.models.layouts import map_keys, original_layout
-from apt.models.loading import from_pretrained, shapes_of
-from apt.models.registry import MODELS, create_model
+from apt.models.loading import empty_module, from_pretrained, shapes_of
+from apt.models.registry import MODELS
 from tests.hub.tiny_pipelines import sd3_folder, wan_folder
 from tests.tiny import tiny_bundle
 
@@ -146,6 +149,37 @@ def test_full_sizes_go_to_the_original_layout_and_back(name: str) -> None:
     original = original_layout(shapes, rules)
     back = [ours for key in original for rule in rules for ours in rule.match(key) or ()]
     assert sorted(back) == sorted(shapes), "each key once"
+
+
+def test_building_without_memory_is_nothing_to_other_threads() -> None:
+    elsewhere: list[nn.Module] = []
+
+    @dataclass(frozen=True)
+    class Config:
+        def build(self) -> nn.Module:
+            thread = threading.Thread(target=lambda: elsewhere.append(nn.Linear(2, 2)))
+            thread.start()
+            thread.join()
+            return nn.Linear(2, 2)
+
+    assert all(p.is_meta for p in empty_module(Config()).parameters())
+    assert not any(p.is_meta for p in elsewhere[0].parameters())
+
+
+def test_tables_that_no_checkpoint_holds_are_refused() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("held", torch.ones(2))
+            self.register_buffer("computed", torch.ones(2), persistent=False)
+
+    @dataclass(frozen=True)
+    class Config:
+        def build(self) -> nn.Module:
+            return Table()
+
+    with pytest.raises(InputError, match=r"Table has buffers .* \(computed\); register them"):
+        empty_module(Config())
 
 
 def test_rules_that_cannot_be_turned_round() -> None:

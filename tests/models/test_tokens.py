@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import pytest
+
+pytest.importorskip("diffusers")
+
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from hypothesis import given, settings

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from apt.models import create_codec, create_text_encoder, generate
+from apt.methods.apt import generate
+from apt.models import create_codec, create_text_encoder
 from apt.models.wan import Wan
 from tests.models.tiny_tokenizers import unigram_tokenizer
 from tests.models.wan_nets import ours_of, relative_error, tiny_peer

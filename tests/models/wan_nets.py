@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+pytest.importorskip("diffusers")
+
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor

@@ -1,6 +1,6 @@
 """What one forward pass of a network moves and computes, layer by layer, and its floor in time.
 
-A counter for each class of configs: to have a new one benchmarked, add it to `COUNTERS`.
+Each family has a counter for its class of configs, `cost.py` in its folder, under `@counts`.
 Elementwise work on the rows of conditions alone (activations of embeddings, modulation tables) is
 left out: it is a few vectors. All tensors count in one dtype; those that a model keeps in fp32 are
 vectors too, but where a counter says so.
@@ -11,29 +11,31 @@ Shapes: B samples, L visual tokens, S text tokens, D hidden size, R rows of cond
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from apt.errors import InputError
 from apt.models.costs.counting import Sizes
 from apt.models.costs.forward import DiTCost, Floor, LayerCost
-from apt.models.costs.mmdit import mmdit_cost
-from apt.models.costs.sd3 import sd3_cost
-from apt.models.costs.wan import wan_cost
-from apt.models.mmdit import MMDiTConfig
-from apt.models.sd3 import SD3Config
-from apt.models.wan import WanConfig
 
-__all__ = ["COUNTERS", "DiTCost", "Floor", "LayerCost", "Sizes", "dit_cost"]
+__all__ = ["COUNTERS", "DiTCost", "Floor", "LayerCost", "Sizes", "counts", "dit_cost"]
 
-COUNTERS: dict[type, Callable[[Any, Sizes], DiTCost]] = {
-    MMDiTConfig: mmdit_cost,
-    SD3Config: sd3_cost,
-    WanConfig: wan_cost,
-}
+C = TypeVar("C", bound=Callable[[Any, Sizes], DiTCost])
+
+COUNTERS: dict[type, Callable[[Any, Sizes], DiTCost]] = {}
 """From a class of configs to the function that counts: config and sizes to the cost. It raises
 InputError for sizes that the model cannot take."""
+
+
+def counts(config_class: type) -> Callable[[C], C]:
+    """Decorator: put a counter into `COUNTERS`."""
+
+    def add(counter: C) -> C:
+        COUNTERS[config_class] = counter
+        return counter
+
+    return add
 
 
 def dit_cost(
@@ -70,7 +72,7 @@ def dit_cost(
         known = ", ".join(sorted(kind.__name__ for kind in COUNTERS))
         raise InputError(
             f"nobody has counted the FLOPs and bytes of a {type(config).__name__}, only of: "
-            f"{known}; add its counter to apt.models.costs.COUNTERS"
+            f"{known}; register its counter with @apt.models.costs.counts"
         )
     sizes = Sizes(
         batch=batch,

@@ -42,7 +42,7 @@ def test_every_registered_model_is_counted(name):
         (WAN, (2, 4, 6), {"text_tokens": 10}, "up to 9 text tokens, got 10; .* 9 is what any"),
         (SD3, (2, 4, 6), {}, "makes images: .*got 2 frames; choose a video model"),
         (SD3, (1, 4, 14), {}, "takes up to 6 along each, 12 latents"),
-        (object(), (1, 4, 4), {}, "of a object, only of: MMDiTConfig, SD3Config, WanConfig; add"),
+        (object(), (1, 4, 4), {}, "of a object, only of: MMDiTConfig, SD3Config, WanConfig; reg"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(config, latents, options, message):

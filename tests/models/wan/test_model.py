@@ -13,11 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apt.errors import ConfigError, InputError
-from apt.kernels import kernel_backend
-from apt.models import TextCondition, create_discriminator, create_model
-from apt.models.discriminator import paper_layers
-from apt.models.protocols import Backbone
-from apt.models.wan import Wan, WanConfig
+from apt.models import TextCondition, create_model
+from apt.models.wan import Wan
 from tests.models.wan_nets import (
     CHANNELS,
     TEXT_DIM,
@@ -201,7 +198,6 @@ def test_full_sizes_have_diffusers_names_and_shapes(name: str) -> None:
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     count = sum(p.numel() for p in model.parameters())
     assert count == {12: 1_418_996_800, 40: 14_288_491_584, 24: 4_999_787_712}[heads]
-    assert isinstance(model, Backbone)
     assert (model.depth, model.hidden_size, model.in_channels) == (depth, heads * 128, channels)
 
 
@@ -216,84 +212,15 @@ def test_a_new_model_predicts_zero_and_still_learns() -> None:
     assert model.proj_out.weight.grad is not None and model.proj_out.weight.grad.any()
 
 
-def test_hidden_states_are_those_of_the_forward_pass_and_of_the_peer() -> None:
+def test_hidden_states_are_diffusers() -> None:
     peer = tiny_peer(num_layers=3)
-    model = ours_of(peer)
     x, t, c = wan_inputs(2)
-    seen: list[Tensor] = []
     theirs: list[Tensor] = []
-    for block in model.block_list():
-        block.register_forward_hook(lambda module, args, out: seen.append(out))
     for block in peer.blocks:
         block.register_forward_hook(lambda module, args, out: theirs.append(out))
-    model(x, t, c)
     run_peer(peer, x, t, c)
-    assert len(seen) == 3
-    states = model.hidden_states(x, t, c, layers=[1, 3])
-    assert torch.equal(states[0], seen[0]) and torch.equal(states[1], seen[2])
-    assert max(map(relative_error, seen, theirs)) < 1e-5
-    # Blocks after the last one asked for are not run.
-    seen.clear()
-    model.hidden_states(x, t, c, layers=[2])
-    assert len(seen) == 2
-
-
-@pytest.mark.parametrize("last", [1, 2, 3])
-def test_keep_hidden_states_deletes_only_what_is_not_run(last: int) -> None:
-    whole, kept = tiny_wan(num_layers=3), tiny_wan(num_layers=3)
-    kept.keep_hidden_states(last)
-    x, t, c = wan_inputs(2)
-    assert kept.depth == len(kept.block_list()) == last
-    (expected,) = whole.hidden_states(x, t, c, layers=[last])
-    (hidden,) = kept.hidden_states(x, t, c, layers=[last])
-    assert torch.equal(hidden, expected)
-    hidden.square().sum().backward()
-    assert dead_weights(kept) == set()
-
-
-def test_every_weight_trains_as_generator_and_as_discriminator() -> None:
-    model = tiny_wan(num_layers=3)
-    x, t, c = wan_inputs(3, lengths=[5, 2, 3])
-    judge = create_discriminator(copy.deepcopy(model))
-    assert judge.layers == paper_layers(3)
-    velocity = model(x, t, c)
-    judge(x - velocity, t, c).logits.sum().backward()
-    assert dead_weights(model) == set()
-    assert dead_weights(judge) == set()
-
-
-def dead_weights(model: torch.nn.Module) -> set[str]:
-    """Parameters without a gradient."""
-    return {
-        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
-    }
-
-
-@pytest.mark.parametrize("per_token", [False, True])
-def test_shared_rows_equal_repeated_rows(per_token: bool) -> None:
-    """Values and all gradients, with rows that are shared, out of order, and left out."""
-    rows = torch.tensor([2, 0, 2, 2, 0])
-    x, t, c = wan_inputs(3, lengths=[5, 1, 4])
-    x = torch.cat([x, x.flip(0)])[:5] + torch.arange(5.0).view(-1, 1, 1, 1, 1) / 10
-    if per_token:
-        t = t[:, None] * torch.linspace(0, 1, 12)
-    results = []
-    for shared in (True, False):
-        model = tiny_wan()
-        latents, tokens = x.clone().requires_grad_(), c.tokens.clone().requires_grad_()
-        text = dataclasses.replace(c, tokens=tokens)
-        if shared:
-            velocity = model(latents, t, text, rows=rows)
-        else:
-            velocity = model(latents, t[rows], text.select(rows))
-        velocity.square().sum().backward()
-        grads = {name: p.grad for name, p in model.named_parameters()}
-        results.append((velocity, latents.grad, tokens.grad, grads))
-    ours, theirs = results
-    for a, b in zip(ours[:3], theirs[:3], strict=True):
-        assert relative_error(a, b) < 1e-5
-    assert not ours[2][1].any(), "a row that no sample uses"
-    assert_same_gradients(ours[3], theirs[3])
+    ours = ours_of(peer).hidden_states(x, t, c, layers=[1, 2, 3])
+    assert max(map(relative_error, ours, theirs)) < 1e-5
 
 
 def test_text_is_projected_once_for_each_row() -> None:
@@ -321,91 +248,6 @@ def test_padding_is_zeros_and_is_attended_to() -> None:
     assert not torch.allclose(short, velocity[1:], atol=1e-3)
 
 
-def test_samples_do_not_see_each_other() -> None:
-    model = tiny_wan()
-    x, t, c = wan_inputs(3, lengths=[5, 2, 3])
-    together = model(x, t, c)
-    for i in range(3):
-        alone = model(x[i : i + 1], t[i : i + 1], c.select(slice(i, i + 1)))
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("per_token", [False, True])
-def test_checkpointing_gives_the_same_gradients_and_keeps_less(per_token: bool) -> None:
-    rows = torch.tensor([1, 1, 0])
-    x, t, c = wan_inputs(3, lengths=[5, 3, 2])
-    t, c = t[:2], c.select(slice(0, 2))
-    if per_token:
-        t = t[:, None] * torch.linspace(0, 1, 12)
-    results, stored = [], []
-    for enabled in (False, True):
-        model = tiny_wan()
-        model.set_checkpointing(enabled)
-        latents = x.clone().requires_grad_()
-        kept: list[int] = []
-
-        def pack(tensor: Tensor, kept: list[int] = kept) -> Tensor:
-            kept.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            velocity = model(latents, t, c, rows=rows)
-        stored.append(sum(kept))
-        velocity.square().sum().backward()
-        results.append([velocity, latents.grad, *(p.grad for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert stored[1] < stored[0] / 2
-
-
-@pytest.mark.parametrize("per_token", [False, True])
-def test_compiles_without_graph_breaks(per_token: bool) -> None:
-    model = tiny_wan(num_layers=1)
-    x, t, c = wan_inputs(3, lengths=[5, 2, 3])
-    if per_token:
-        t = t[:, None] * torch.linspace(0, 1, 12)
-    rows = torch.tensor([2, 0, 1])
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(
-        compiled(x, t, c, rows=rows), model(x, t, c, rows=rows), rtol=1e-4, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("per_token", [False, True])
-def test_on_the_fused_kernels(per_token: bool) -> None:
-    """Their interpreter where there is no GPU."""
-    pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, t, c = wan_inputs(3, (1, 4, 6), lengths=[5, 2, 3])
-    if per_token:
-        t = t[:, None] * torch.linspace(0, 1, 6)
-    rows = torch.tensor([2, 0, 2], device=device)
-    results = []
-    for backend in ("triton", "reference"):
-        model = tiny_wan(num_layers=1).to(device)
-        latents = x.to(device, copy=True).requires_grad_()
-        with kernel_backend(backend):
-            velocity = model(latents, t.to(device), c.to(device), rows=rows)
-            velocity.square().sum().backward()
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        results.append((velocity, latents.grad, grads))
-    ours, expected = results
-    for a, b in zip(ours[:2], expected[:2], strict=True):
-        assert relative_error(a, b) < 1e-5
-    assert_same_gradients(ours[2], expected[2])
-
-
-def test_gradients_are_those_of_finite_differences() -> None:
-    model = tiny_wan(num_layers=1).double()
-    x, t, c = wan_inputs(1, (1, 2, 2), lengths=[2])
-
-    def velocity(latents: Tensor, tokens: Tensor) -> Tensor:
-        return model(latents, t, TextCondition(tokens))
-
-    arguments = (x.double().requires_grad_(), c.tokens.double().requires_grad_())
-    assert torch.autograd.gradcheck(velocity, arguments)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -428,25 +270,9 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_bad_inputs() -> None:
     model = tiny_wan()
     x, t, c = wan_inputs(2)
-    with pytest.raises(InputError, match="height 3 is not a multiple"):
-        model(x[:, :, :, :3], t, c)
     with pytest.raises(InputError, match="takes up to 32"):
         model(torch.zeros(2, CHANNELS, 33, 2, 2), t, c)
     with pytest.raises(InputError, match=r"shape \(2,\) or \(2, 12\); got \(1,\)"):
         model(x, t[:1], c)
-    with pytest.raises(InputError, match=r"got \(2, 5\)"):
-        model(x, t[:, None].expand(2, 5), c)
-    with pytest.raises(InputError, match="pass `rows`"):
-        model(x, t, c.select(slice(0, 1)))
     with pytest.raises(InputError, match="up to 9 text tokens, got 10"):
         model(x, t, TextCondition(torch.zeros(2, 10, TEXT_DIM)))
-    with pytest.raises(InputError, match=r"1\.\.2"):
-        model.hidden_states(x, t, c, layers=[3])
-
-
-def test_the_config_rebuilds_the_model() -> None:
-    with torch.device("meta"):
-        model = create_model("wan2.2_ti2v_5b", depth=1, patch_size=[1, 2, 2])
-    assert model.config == WanConfig(**dataclasses.asdict(model.config))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        model.config.depth = 2

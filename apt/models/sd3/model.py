@@ -11,32 +11,27 @@ H heads.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from apt.errors import ConfigError, InputError
-from apt.hub.info import SampleInfo, SamplingInfo
-from apt.hub.pretrained import PretrainedEntry
 from apt.kernels import attention, modulated_norm, qk_norm_rope, residual_modulated_norm
 from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
 from apt.models.families import FlowAdapter
-from apt.models.registry import MODELS
-from apt.models.tokens import FeedForward, check_layers, check_rows, token_grid
+from apt.models.tokens import FeedForward, joint_mask, pooled_text, timestep_sinusoids, token_grid
+from apt.models.transformer import Context, DiffusionTransformer, Tokens, TransformerBlock
 
 FLOW = FlowAdapter(time_scale=1000.0)
 """SD3's time is 1000 t, its velocity is ours."""
 
 _EPS = 1e-6  # of every norm
-_TIME_FREQUENCIES = 128
+_TIME_DIM = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +89,7 @@ class SD3Config:
         """D."""
         return self.num_heads * self.head_dim
 
-    def token_grid(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """Tokens along (T, H, W); raises InputError for latents that do not fit."""
         frames, *sides = latent_shape
         if frames != 1:
@@ -115,20 +110,20 @@ class SD3Config:
         return SD3(self)
 
 
-class SD3(nn.Module):
-    """A velocity network over image latents (B, C, 1, H, W); see `apt.models.protocols.Backbone`.
+class SD3(DiffusionTransformer):
+    """Stable Diffusion's transformer, called as every `DiffusionTransformer`.
 
-    Takes our t and gives our velocity; `FLOW` says what differs inside.
+    Latents are those of images, (B, C, 1, H, W), and text needs pooled vectors. Stable Diffusion
+    attends to padding too, so its own text encoder gives no mask; a mask that is given is kept.
     """
 
-    def __init__(self, config: SD3Config) -> None:
-        super().__init__()
-        self.config = config
-        self.hidden_size = d = config.hidden_size
-        self.depth = config.depth
-        self.in_channels = config.in_channels
-        self.checkpointing = False
+    blocks_name = "transformer_blocks"
+    output_names = ("norm_out", "proj_out")
+    config: SD3Config
 
+    def __init__(self, config: SD3Config) -> None:
+        super().__init__(config)
+        d = config.hidden_size
         self.pos_embed = PatchEmbed(config)
         self.time_text_embed = TimeTextEmbedding(config)
         self.context_embedder = nn.Linear(config.text_dim, d)
@@ -140,26 +135,22 @@ class SD3(nn.Module):
         self.proj_out = nn.Linear(d, config.patch_size**2 * config.in_channels)
         self._init_weights()
 
-    def forward(
-        self, x: Tensor, t: Tensor, c: TextCondition, *, rows: Tensor | None = None
-    ) -> Tensor:
-        """Velocity (B, C, 1, H, W).
+    def embed(
+        self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None
+    ) -> tuple[Tokens, Context]:
+        pooled = pooled_text(c, self.config.pooled_dim)
+        x_BLD = self.pos_embed(x[:, :, 0])
+        y_RSD = self.context_embedder(c.tokens.to(x_BLD.dtype))
+        # Every block activates the same embedding first: once is enough.
+        embedding = F.silu(self.time_text_embed(t, pooled.to(y_RSD.dtype)))
+        mask = joint_mask(c, rows, x_BLD.shape[1])
+        context = Context(embedding=embedding, modulation=embedding, rows=rows, mask=mask)
+        return Tokens(x_BLD, take_rows(y_RSD, rows)), context
 
-        Args:
-            x: latents (B, C, 1, H, W).
-            t: timesteps (R,) in [0, 1].
-            c: R rows of text with pooled vectors. Stable Diffusion attends to padding too, so its
-                own text encoder gives no mask; a mask that is given is kept.
-            rows: (B,) int64, the row of `t` and `c` for each sample; None if R = B.
-
-        Raises:
-            InputError: for more than one frame, latents that the patch size does not divide or that
-                exceed the table of positions, conditions or rows that do not match.
-        """
-        h_BLD, embedding = self._run(x, t, c, rows, layers=(self.depth,))
-        _, height, width = self.token_grid((x.shape[2], x.shape[3], x.shape[4]))
-        scale, shift = self.norm_out(embedding)
-        y = modulated_norm(h_BLD[0], scale, shift, norm="layer", eps=_EPS, rows=rows)
+    def unembed(self, h_BLD: Tensor, context: Context, x: Tensor, t: Tensor) -> Tensor:
+        _, height, width = self.token_grid(x.shape[2:])
+        scale, shift = self.norm_out(context.embedding)
+        y = modulated_norm(h_BLD, scale, shift, norm="layer", eps=_EPS, rows=context.rows)
         p = self.config.patch_size
         out = rearrange(
             self.proj_out(y),
@@ -167,89 +158,6 @@ class SD3(nn.Module):
             h=height, w=width, p=p, q=p,
         )  # fmt: skip
         return FLOW.velocity(out)
-
-    def hidden_states(
-        self,
-        x: Tensor,
-        t: Tensor,
-        c: TextCondition,
-        *,
-        layers: Sequence[int],
-        rows: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Image tokens (B, L, D) after each block of `layers`, counted from 1."""
-        return self._run(x, t, c, rows, layers)[0]
-
-    def token_grid(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """As of its config."""
-        return self.config.token_grid(latent_shape)
-
-    def block_list(self) -> list[JointBlock]:
-        """The transformer blocks in order."""
-        return cast("list[JointBlock]", list(self.transformer_blocks))
-
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute blocks in the backward pass."""
-        self.checkpointing = enabled
-
-    def keep_hidden_states(self, last_layer: int) -> None:
-        """Delete the blocks after `last_layer`, its unused text output, and the output layers."""
-        del self.transformer_blocks[last_layer:]
-        self.depth = last_layer
-        self.block_list()[-1].drop_text_output()
-        del self.norm_out, self.proj_out
-
-    def _run(
-        self,
-        x: Tensor,
-        t: Tensor,
-        c: TextCondition,
-        rows: Tensor | None,
-        layers: Sequence[int],
-    ) -> tuple[list[Tensor], Tensor]:
-        """Image tokens after `layers`, and the activated embedding (R, D) of time and text."""
-        self._check(x, t, c, rows, layers)
-        x_BLD = self.pos_embed(x[:, :, 0])
-        y_RSD = self.context_embedder(c.tokens.to(x_BLD.dtype))
-        y_BSD = take_rows(y_RSD, rows)
-        mask = c.mask if c.mask is None or rows is None else c.mask[rows]
-        if mask is not None:
-            mask = torch.cat([mask.new_ones(x_BLD.shape[:2]), mask], dim=1)
-        assert c.pooled is not None
-        # Every block activates the same embedding first: once is enough.
-        embedding = F.silu(self.time_text_embed(t, c.pooled.to(y_RSD.dtype)))
-
-        collected: dict[int, Tensor] = {}
-        for number, block in enumerate(self.block_list()[: max(layers)], start=1):
-            inputs = (x_BLD, y_BSD, embedding, mask, rows)
-            if self.checkpointing and torch.is_grad_enabled():
-                x_BLD, y_BSD = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                x_BLD, y_BSD = block(*inputs)
-            collected[number] = x_BLD
-        return [collected[layer] for layer in layers], embedding
-
-    def _check(
-        self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None, layers: Sequence[int]
-    ) -> None:
-        check_layers(layers, self.depth)
-        if x.ndim != 5 or x.shape[1] != self.in_channels:
-            raise InputError(
-                f"latents must be (B, {self.in_channels}, 1, H, W), got {tuple(x.shape)}"
-            )
-        self.token_grid((x.shape[2], x.shape[3], x.shape[4]))
-        check_rows(x, t, c, rows)
-        if c.tokens.shape[2] != self.config.text_dim:
-            raise InputError(
-                f"this model needs text tokens of {self.config.text_dim} dimensions, got "
-                f"{c.tokens.shape[2]}; use the text encoder 'sd3'"
-            )
-        if c.pooled is None or c.pooled.shape[1:] != (self.config.pooled_dim,):
-            given = "none" if c.pooled is None else tuple(c.pooled.shape)
-            raise InputError(
-                f"this model needs a pooled text vector of {self.config.pooled_dim} dimensions, "
-                f"got {given}; use the text encoder 'sd3'"
-            )
 
     def _init_weights(self) -> None:
         """Xavier for linear layers; modulation and output start at zero, so blocks start as
@@ -305,15 +213,11 @@ class TimeTextEmbedding(nn.Module):
 
     def __init__(self, config: SD3Config) -> None:
         super().__init__()
-        self.timestep_embedder = Perceptron(2 * _TIME_FREQUENCIES, config.hidden_size)
+        self.timestep_embedder = Perceptron(_TIME_DIM, config.hidden_size)
         self.text_embedder = Perceptron(config.pooled_dim, config.hidden_size)
 
     def forward(self, t: Tensor, pooled: Tensor) -> Tensor:
-        # fp32, and this order of operations: the angles reach 1000, where one ulp is visible
-        index = torch.arange(_TIME_FREQUENCIES, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(10_000) * index / _TIME_FREQUENCIES)
-        angles = FLOW.time(t)[:, None] * frequencies
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1).to(pooled.dtype)
+        sinusoids = timestep_sinusoids(FLOW.time(t), _TIME_DIM).to(pooled.dtype)
         return self.timestep_embedder(sinusoids) + self.text_embedder(pooled)
 
 
@@ -422,7 +326,7 @@ def normalize(
     return qk_norm_rope(q, k, norm_q.weight, norm_k.weight, eps=_EPS)
 
 
-class JointBlock(nn.Module):
+class JointBlock(TransformerBlock):
     """Joint attention, attention among image tokens if `dual`, then an MLP for each stream.
 
     In the `last` block text is only looked at.
@@ -438,25 +342,16 @@ class JointBlock(nn.Module):
         self.ff = FeedForward(d, 4 * d)
         self.ff_context = None if last else FeedForward(d, 4 * d)
 
-    def forward(
-        self,
-        x_BLD: Tensor,
-        y_BSD: Tensor,
-        embedding: Tensor,
-        mask: Tensor | None,
-        rows: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Image tokens (B, L, D) and text tokens (B, S, D) after the block.
-
-        `embedding` (R, D) is activated; `mask` (B, L + S) is True for keys that count.
-        """
-        shift1, scale1, gate1, shift2, scale2, gate2, *dual = self.norm1(embedding)
-        text = self.norm1_context(embedding)
+    def forward(self, tokens: Tokens, context: Context) -> Tokens:
+        x_BLD, y_BSD = tokens
+        rows = context.rows
+        shift1, scale1, gate1, shift2, scale2, gate2, *dual = self.norm1(context.modulation)
+        text = self.norm1_context(context.modulation)
         # A text stream without output has the published order of the final norm: scale first.
         shift_y, scale_y = (text[1], text[0]) if self.ff_context is None else text[:2]
         h = modulated_norm(x_BLD, scale1, shift1, norm="layer", eps=_EPS, rows=rows)
         h_y = modulated_norm(y_BSD, scale_y, shift_y, norm="layer", eps=_EPS, rows=rows)
-        update, update_y = self.attn(h, h_y, mask)
+        update, update_y = self.attn(h, h_y, context.mask)
         if self.attn2 is not None:
             shift, scale, gate = dual
             h = modulated_norm(x_BLD, scale, shift, norm="layer", eps=_EPS, rows=rows)
@@ -465,11 +360,11 @@ class JointBlock(nn.Module):
         x_BLD = finish(x_BLD, update, (gate1, shift2, scale2, gate2), self.ff, rows)
         if self.ff_context is not None and update_y is not None:
             y_BSD = finish(y_BSD, update_y, text[2:], self.ff_context, rows)
-        return x_BLD, y_BSD
+        return Tokens(x_BLD, y_BSD)
 
     @torch.no_grad()
     def drop_text_output(self) -> None:
-        """Delete what only text behind this block needs: it becomes like the last one."""
+        """As in the frame: the block becomes like the last one."""
         self.attn.drop_text_output()
         if self.ff_context is None:
             return
@@ -497,39 +392,3 @@ def finish(
         x, update, gate1, scale, shift, norm="layer", eps=_EPS, rows=rows
     )
     return torch.addcmul(x, take_rows(gate2, rows)[:, None], ff(h))
-
-
-def _stability(repo: str, num_steps: int, cfg_scale: float) -> PretrainedEntry:
-    """Steps and guidance are those of the repository's page."""
-    return PretrainedEntry(
-        repo=repo,
-        license="stabilityai-ai-community",
-        source="Stability AI; arXiv 2403.03206",
-        codec="sd3_vae",
-        compression=(1, 8, 8),
-        text_encoder="sd3",
-        text_tokens=77 + 256,  # CLIP's and T5's
-        gated=True,
-        sample=SampleInfo(frames=1, height=1024, width=1024, fps=1),
-        sampling=SamplingInfo(num_steps=num_steps, cfg_scale=cfg_scale, timestep_shift=3.0),
-    )
-
-
-@MODELS.register(
-    "sd3.5_medium",
-    pretrained={"stabilityai": _stability("stabilityai/stable-diffusion-3.5-medium", 40, 4.5)},
-)
-def sd3_5_medium() -> SD3Config:
-    """Stable Diffusion 3.5 medium: 2.2 B parameters, images of up to 2 megapixels."""
-    return SD3Config(
-        depth=24, num_heads=24, dual_attention_layers=tuple(range(13)), max_positions=384
-    )
-
-
-@MODELS.register(
-    "sd3.5_large",
-    pretrained={"stabilityai": _stability("stabilityai/stable-diffusion-3.5-large", 28, 3.5)},
-)
-def sd3_5_large() -> SD3Config:
-    """Stable Diffusion 3.5 large: 8.1 B parameters, images of 1 megapixel (APT Table 3)."""
-    return SD3Config(depth=38, num_heads=38)

@@ -9,6 +9,7 @@ H heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from apt.errors import ConfigError, InputError
+from apt.errors import ConfigError
 from apt.flow import expand_timesteps
 from apt.kernels import (
     StreamQKV,
@@ -31,8 +31,8 @@ from apt.kernels import (
 )
 from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
-from apt.models.registry import MODELS
-from apt.models.tokens import check_layers, check_rows, rope_table, token_grid
+from apt.models.tokens import check_rotary_heads, joint_mask, pooled_text, rope_table, token_grid
+from apt.models.transformer import Context, DiffusionTransformer, Tokens, TransformerBlock
 
 # Below this noise level a predicted sample is not divided further: 1 / t would only amplify errors.
 _MIN_TIMESTEP = 0.05
@@ -79,17 +79,11 @@ class MMDiTConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
-            raise ConfigError(
-                f"hidden_size {self.hidden_size} must split into {self.num_heads} heads of an even "
-                "size; change one of them"
-            )
-        if self.hidden_size // self.num_heads < 6:
-            raise ConfigError("a head needs at least 6 dimensions for rotary positions in 3D")
+        check_rotary_heads(self.hidden_size, self.num_heads)
         if self.depth < 1:
             raise ConfigError(f"depth must be at least 1, got {self.depth}")
 
-    def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """Tokens along (T, H, W); raises InputError if the patch size does not divide."""
         return token_grid(latent_shape, self.patch_size)
 
@@ -97,20 +91,22 @@ class MMDiTConfig:
         return MMDiT(self)
 
 
-class MMDiT(nn.Module):
-    """A velocity network over latents (B, C, T, H, W); see `apt.models.protocols.Backbone`."""
+class MMDiT(DiffusionTransformer):
+    """The two-stream transformer, called as every `DiffusionTransformer`.
+
+    Velocities of "sample" prediction are fp32.
+    """
+
+    output_names = ("final_modulation", "patch_out")
+    config: MMDiTConfig
 
     def __init__(self, config: MMDiTConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.hidden_size = d = config.hidden_size
-        self.depth = config.depth
-        self.in_channels = config.in_channels
-        self.checkpointing = False
-        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        super().__init__(config)
+        d = config.hidden_size
+        patch = config.in_channels * math.prod(config.patch_size)
         dual = config.depth if config.num_dual_blocks is None else config.num_dual_blocks
 
-        self.patch_in = nn.Linear(config.in_channels * patch, d)
+        self.patch_in = nn.Linear(patch, d)
         self.text_in = nn.Linear(config.text_dim, d)
         self.time_in = TimestepEmbedding(d)
         if config.pooled_dim:
@@ -122,116 +118,51 @@ class MMDiT(nn.Module):
         self.blocks = nn.ModuleList(MMDiTBlock(config, dual=i < dual) for i in range(config.depth))
         self.block_list()[-1].drop_text_output()
         self.final_modulation = nn.Linear(d, 2 * d)
-        self.patch_out = nn.Linear(d, config.in_channels * patch)
+        self.patch_out = nn.Linear(d, patch)
         self._init_weights()
 
-    def forward(
-        self, x: Tensor, t: Tensor, c: TextCondition, *, rows: Tensor | None = None
-    ) -> Tensor:
-        """Velocity (B, C, T, H, W).
+    def embed(
+        self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None
+    ) -> tuple[Tokens, Context]:
+        config, grid = self.config, self.token_grid(x.shape[2:])
+        pt, ph, pw = config.patch_size
+        patches = rearrange(x, "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", p=pt, q=ph, r=pw)
+        x_BLD = self.patch_in(patches)
+        if config.absolute_positions:
+            x_BLD = x_BLD + position_table(grid, config.hidden_size, x.device).to(x_BLD.dtype)
+        y_RSD = self.text_in(c.tokens.to(x_BLD.dtype))
+        embedding = self.time_in(t, dtype=y_RSD.dtype)
+        if config.pooled_dim:
+            pooled = pooled_text(c, config.pooled_dim)
+            embedding = embedding + self.pooled_in(pooled.to(embedding.dtype))
+        modulation = F.silu(embedding)
+        if config.modulation == "shared":
+            modulation = self.time_modulation(modulation)
+        head_dim = config.hidden_size // config.num_heads
+        context = Context(
+            embedding=embedding,
+            modulation=modulation,
+            rows=rows,
+            rope=rope_table(grid, head_dim, config.rope_theta, x.device),
+            mask=joint_mask(c, rows, x_BLD.shape[1]),
+        )
+        return Tokens(x_BLD, take_rows(y_RSD, rows)), context
 
-        Args:
-            x: latents (B, C, T, H, W).
-            t: timesteps (R,) in [0, 1].
-            c: R rows of text.
-            rows: (B,) int64, the row of `t` and `c` for each sample; None if R = B.
-
-        Raises:
-            InputError: for latents that the patch size does not divide, or rows that do not match.
-        """
-        grid = self.token_grid(tuple(x.shape[2:]))
-        h_BLD, embedding = self._run(x, t, c, rows, layers=(self.depth,))
-        shift, scale = self.final_modulation(F.silu(embedding)).chunk(2, dim=-1)
-        y = modulated_norm(h_BLD[0], scale, shift, rows=rows, eps=self.config.norm_eps)
+    def unembed(self, h_BLD: Tensor, context: Context, x: Tensor, t: Tensor) -> Tensor:
+        rows, (frames, height, width) = context.rows, self.token_grid(x.shape[2:])
+        shift, scale = self.final_modulation(F.silu(context.embedding)).chunk(2, dim=-1)
+        y = modulated_norm(h_BLD, scale, shift, rows=rows, eps=self.config.norm_eps)
         pt, ph, pw = self.config.patch_size
         out = rearrange(
             self.patch_out(y),
             "b (t h w) (c p q r) -> b c (t p) (h q) (w r)",
-            t=grid[0], h=grid[1], w=grid[2], p=pt, q=ph, r=pw,
+            t=frames, h=height, w=width, p=pt, q=ph, r=pw,
         )  # fmt: skip
         if self.config.prediction == "velocity":
             return out
         t_B = t if rows is None else t[rows]
         # fp32: the quotient is large for small t.
         return (x.float() - out.float()) / expand_timesteps(t_B.clamp_min(_MIN_TIMESTEP), x.float())
-
-    def hidden_states(
-        self,
-        x: Tensor,
-        t: Tensor,
-        c: TextCondition,
-        *,
-        layers: Sequence[int],
-        rows: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Visual tokens (B, L, D) after each block of `layers`, counted from 1."""
-        return self._run(x, t, c, rows, layers)[0]
-
-    def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """As of its config."""
-        return self.config.token_grid(latent_shape)
-
-    def block_list(self) -> list[MMDiTBlock]:
-        """The transformer blocks in order."""
-        return cast("list[MMDiTBlock]", list(self.blocks))
-
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute blocks in the backward pass."""
-        self.checkpointing = enabled
-
-    def keep_hidden_states(self, last_layer: int) -> None:
-        """Delete the blocks after `last_layer`, its unused text output, and the output layers."""
-        del self.blocks[last_layer:]
-        self.depth = last_layer
-        self.block_list()[-1].drop_text_output()
-        del self.final_modulation, self.patch_out
-
-    def _run(
-        self,
-        x: Tensor,
-        t: Tensor,
-        c: TextCondition,
-        rows: Tensor | None,
-        layers: Sequence[int],
-    ) -> tuple[list[Tensor], Tensor]:
-        """Hidden tokens after `layers` and the timestep embedding (R, D)."""
-        check_layers(layers, self.depth)
-        check_rows(x, t, c, rows)
-        grid = self.token_grid(tuple(x.shape[2:]))
-        pt, ph, pw = self.config.patch_size
-        patches = rearrange(x, "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", p=pt, q=ph, r=pw)
-        x_BLD = self.patch_in(patches)
-        if self.config.absolute_positions:
-            x_BLD = x_BLD + position_table(grid, self.hidden_size, x.device).to(x_BLD.dtype)
-        y_RSD = self.text_in(c.tokens.to(x_BLD.dtype))
-        y_BSD = take_rows(y_RSD, rows)
-        mask = c.mask if c.mask is None or rows is None else c.mask[rows]
-        if mask is not None:
-            mask = torch.cat([mask.new_ones(x_BLD.shape[:2]), mask], dim=1)
-        embedding = self.time_in(t, dtype=y_RSD.dtype)
-        if self.config.pooled_dim:
-            if c.pooled is None or c.pooled.shape[1:] != (self.config.pooled_dim,):
-                given = "none" if c.pooled is None else tuple(c.pooled.shape)
-                raise InputError(
-                    "this model needs a text encoder that gives a pooled vector of "
-                    f"{self.config.pooled_dim} dimensions, got {given}; change one of them, or set "
-                    "pooled_dim=0"
-                )
-            embedding = embedding + self.pooled_in(c.pooled.to(embedding.dtype))
-        shared = self.config.modulation == "shared"
-        modulation = self.time_modulation(F.silu(embedding)) if shared else F.silu(embedding)
-        head_dim = self.hidden_size // self.config.num_heads
-        rope = rope_table(grid, head_dim, self.config.rope_theta, x.device)
-
-        collected: dict[int, Tensor] = {}
-        for number, block in enumerate(self.block_list()[: max(layers)], start=1):
-            inputs = (x_BLD, y_BSD, modulation, rope, mask, rows)
-            if self.checkpointing and torch.is_grad_enabled():
-                x_BLD, y_BSD = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                x_BLD, y_BSD = block(*inputs)
-            collected[number] = x_BLD
-        return [collected[layer] for layer in layers], embedding
 
     def _init_weights(self) -> None:
         """Xavier for linear layers; modulation and output start at zero, so blocks start as
@@ -244,7 +175,7 @@ class MMDiT(nn.Module):
         if self.config.modulation == "shared":
             zeros.append(self.time_modulation)
         else:
-            zeros += [s.modulation for block in self.block_list() for s in block.stream_list()]
+            zeros += [s.modulation for s in self.modules() if isinstance(s, Stream)]
         for layer in zeros:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -293,7 +224,7 @@ class Stream(nn.Module):
         self,
         x: Tensor,
         m: Modulation,
-        rope: tuple[Tensor, Tensor] | None,
+        rope: tuple[Tensor, Tensor] | tuple[None, None],
         rows: Tensor | None,
         *,
         queries: bool = True,
@@ -302,10 +233,9 @@ class Stream(nn.Module):
         h = modulated_norm(x, m.scale1, m.shift1, rows=rows, eps=self.eps)
         parts = 3 if self.q_norm is not None else 2
         qkv = self.qkv(h).unflatten(-1, (parts, self.num_heads, -1))
-        cos, sin = rope if rope is not None else (None, None)
         if queries:
-            return StreamQKV(qkv, self.q_norm, self.k_norm, cos, sin)
-        return StreamQKV(qkv[:, :, -2:], None, self.k_norm, cos, sin)
+            return StreamQKV(qkv, self.q_norm, self.k_norm, *rope)
+        return StreamQKV(qkv[:, :, -2:], None, self.k_norm, *rope)
 
     @torch.no_grad()
     def keep_keys_and_values(self) -> None:
@@ -327,7 +257,7 @@ class Stream(nn.Module):
         return torch.addcmul(x, take_rows(m.gate2, rows)[:, None], h)
 
 
-class MMDiTBlock(nn.Module):
+class MMDiTBlock(TransformerBlock):
     """Joint attention over both streams, then an MLP for each."""
 
     def __init__(self, config: MMDiTConfig, *, dual: bool) -> None:
@@ -336,30 +266,23 @@ class MMDiTBlock(nn.Module):
         self.streams = nn.ModuleList(Stream(config) for _ in range(2 if dual else 1))
         self.text_output = True
 
-    def forward(
-        self,
-        x_BLD: Tensor,
-        y_BSD: Tensor,
-        embedding: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        rows: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Visual tokens (B, L, D) and text tokens (B, S, D) after the block."""
+    def forward(self, tokens: Tokens, context: Context) -> Tokens:
+        x_BLD, y_BSD = tokens
+        rows = context.rows
         visual, text = self.stream_list()[0], self.stream_list()[-1]
-        m_x = visual.modulate(embedding)
-        m_y = m_x if text is visual else text.modulate(embedding)
+        m_x = visual.modulate(context.modulation)
+        m_y = m_x if text is visual else text.modulate(context.modulation)
         streams = [
-            visual.project(x_BLD, m_x, rope, rows),
-            text.project(y_BSD, m_y, None, rows, queries=self.text_output),
+            visual.project(x_BLD, m_x, context.rope, rows),
+            text.project(y_BSD, m_y, (None, None), rows, queries=self.text_output),
         ]
         q, k, v = joint_qk_norm_rope(streams, eps=visual.eps)
-        attended = attention(q, k, v, mask=mask).flatten(2)
+        attended = attention(q, k, v, mask=context.mask).flatten(2)
         split = x_BLD.shape[1]
         x_BLD = visual.finish(x_BLD, attended[:, :split], m_x, rows)
         if self.text_output:
             y_BSD = text.finish(y_BSD, attended[:, split:], m_y, rows)
-        return x_BLD, y_BSD
+        return Tokens(x_BLD, y_BSD)
 
     def stream_list(self) -> list[Stream]:
         """Visual weights, and those of text if it has its own."""
@@ -394,36 +317,3 @@ def position_table(grid: tuple[int, int, int], size: int, device: torch.device) 
     """Sinusoids (L, D) fp32 of absolute positions: the angles of `rope_table` with base 100."""
     cos, sin = rope_table(grid, size, 100.0, device)
     return torch.cat([cos, sin], dim=-1)
-
-
-@MODELS.register("mmdit_digits")
-def mmdit_digits() -> MMDiTConfig:
-    """6 M parameters for the built-in moving digits (pixel patches)."""
-    return MMDiTConfig(
-        in_channels=768,
-        hidden_size=256,
-        depth=6,
-        num_heads=4,
-        # The codec's blocks of pixels are the tokens.
-        patch_size=(1, 1, 1),
-        text_dim=128,
-        pooled_dim=128,
-        mlp_ratio=3.0,
-        num_dual_blocks=1,
-        prediction="sample",
-        # The grid is 3x4x4: with the usual base nearly all pairs would turn by less than a degree.
-        rope_theta=10.0,
-        absolute_positions=True,
-    )
-
-
-@MODELS.register("mmdit_small")
-def mmdit_small() -> MMDiTConfig:
-    """0.3 B parameters for VAE latents: experiments on one GPU."""
-    return MMDiTConfig(hidden_size=1024, depth=12, num_heads=16, text_dim=4096)
-
-
-@MODELS.register("apt_8b")
-def apt_8b() -> MMDiTConfig:
-    """8 B parameters: the shape of the paper's model (APT Sec. 3.1)."""
-    return MMDiTConfig(hidden_size=3072, depth=36, num_heads=24, text_dim=4096)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from apt.errors import CheckpointError
 from apt.models import FAMILIES, MODELS, TextCondition
-from apt.models.conversions.sd3 import config_from_diffusers, config_to_diffusers
 from apt.models.sd3 import SD3Config
+from apt.models.sd3.checkpoint import config_from_diffusers, config_to_diffusers
 
 diffusers = pytest.importorskip("diffusers")
 

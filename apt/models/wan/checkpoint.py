@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from apt.errors import CheckpointError, ConfigError
-from apt.models.families import FAMILIES, Family, KeyRule
-from apt.models.wan import FLOW, WanConfig
+from apt.models.families import FAMILIES, Family, KeyRule, first_kind
+from apt.models.wan.model import FLOW, WanConfig
 from apt.registry import replace_typed
 
 CLASS_NAME = "WanTransformer3DModel"
@@ -145,11 +146,72 @@ RULES: tuple[KeyRule, ...] = (
 """From the layout of Wan's own repositories, which ComfyUI's files share behind a prefix."""
 
 
+_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("a VACE (control and editing by videos)", ("vace_blocks.", "vace_patch_embedding")),
+    ("an Animate (a character moved by a video)", ("face_adapter.", "pose_patch_embedding")),
+    ("a speech-to-video model (S2V)", ("casual_audio_encoder.", "audio_injector.")),
+    ("a HuMo (video from text, image and sound)", ("audio_cross_attn_wrapper", "audio_proj_glob")),
+    ("a MultiTalk or InfiniteTalk (video from sound)", ("audio_cross_attn", "audio_proj.")),
+    ("a SCAIL (a character moved by poses)", ("patch_embedding_pose", "patch_embedding_mask")),
+    ("a WanDancer (dance from music)", ("patch_embedding_global", "music_projection")),
+    ("a Fun model with camera control", ("control_adapter.",)),
+    ("a ReCamMaster (a video seen by another camera)", (".cam_encoder.",)),
+    ("a Fun Control model (video by control videos)", ("ref_conv.",)),
+    ("a SkyReels with a noise level for each frame", ("fps_embedding.", "fps_projection.")),
+    ("a Wan with trained sparse attention (VSA)", ("to_gate_compress",)),
+    (
+        "video between a first and a last frame (FLF2V), with an image encoder",
+        ("img_emb.emb_pos", "image_embedder.pos_embed"),
+    ),
+    (
+        "image-to-video (I2V), with an image encoder",
+        (
+            "img_emb.",
+            ".k_img",
+            ".v_img",
+            ".norm_k_img",
+            "image_embedder.",
+            ".add_k_proj",
+            ".add_v_proj",
+            ".norm_added_k",
+        ),
+    ),
+    ("for the second, low-noise transformer", ("transformer_2.",)),
+)
+"""Wans that are no plain text-to-video, with parts that only they have; the first match counts."""
+
+_CHANNELS = {
+    20: "SCAIL",
+    32: "image-to-video or Fun with camera control",
+    33: "image-to-video",
+    36: "image-to-video (I2V) or inpainting, such as Wan 2.2 I2V A14B and Fun-InP",
+    48: "Fun Control",
+    52: "Fun Control with a reference image, such as Wan 2.2",
+    100: "Fun Control with a camera",
+}
+"""What reads latents beside the noisy ones, by the channels of all, where noise has 16."""
+
+
+def relative(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What a Wan is that is no plain text-to-video; None if it is one. See `Family.relative`."""
+    kind = first_kind(shapes, _KINDS)
+    entry = shapes.get("patch_embedding.weight", ())
+    end = shapes.get("head.head.weight", shapes.get("proj_out.weight", ()))
+    if kind is not None or len(entry) != 5 or not end:
+        return kind
+    read, written = entry[1], end[0] // math.prod(entry[2:])
+    if read == written:
+        return None
+    known = _CHANNELS.get(read, "an unknown condition") if written == 16 else "an unknown condition"
+    return f"{known}: it reads {read} channels and writes {written}"
+
+
 @FAMILIES.register("wan")
 def wan() -> Family:
     """Wan 2.1 and 2.2, text to video."""
     return Family(
         name="wan",
+        makes="text-to-video",
         adapter=FLOW,
         config_class=WanConfig,
         diffusers_class=CLASS_NAME,
@@ -157,5 +219,7 @@ def wan() -> Family:
         to_diffusers=config_to_diffusers,
         rules=RULES,
         marks=("patch_embedding.", ".norm_k.", ".ffn."),
+        anchors=("patch_embedding.weight",),
+        relative=relative,
         pipeline_class="WanPipeline",
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 from apt.kernels.costs import OpCost, elementwise_cost
+from apt.models.costs import counts
 from apt.models.costs.counting import Counter, Sizes
 from apt.models.costs.forward import DiTCost, LayerCost
-from apt.models.sd3 import SD3Config
+from apt.models.sd3.model import SD3Config
 
 
+@counts(SD3Config)
 def sd3_cost(config: SD3Config, sizes: Sizes) -> DiTCost:
     """Raises InputError for more than one frame, or latents that do not fit."""
     length = math.prod(config.token_grid(sizes.latent_shape))

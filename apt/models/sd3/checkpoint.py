@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apt.errors import CheckpointError, ConfigError
-from apt.models.families import FAMILIES, Family, KeyRule
-from apt.models.sd3 import FLOW, SD3Config
+from apt.models.families import FAMILIES, Family, KeyRule, first_kind
+from apt.models.sd3.model import FLOW, SD3Config
 from apt.registry import replace_typed
 
 CLASS_NAME = "SD3Transformer2DModel"
@@ -172,11 +172,31 @@ def _rule(theirs: str, *ours: str, swap_halves: bool = False) -> KeyRule:
     return KeyRule(theirs=theirs, ours=ours, swap_halves=swap_halves)
 
 
+_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "a ControlNet, which guides a model and is none itself",
+        ("controlnet_blocks.", "pos_embed_input."),
+    ),
+    (
+        "an IP-Adapter, which adds to a model and is none itself",
+        ("to_k_ip", "ip_adapter.", "image_proj."),
+    ),
+    ("an SD3 with a context processor", ("context_processor.",)),
+)
+"""What is made for SD3 and is no plain text-to-image, with parts that only it has."""
+
+
+def relative(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What an SD3 is that is no plain text-to-image; None if it is one. See `Family.relative`."""
+    return first_kind(shapes, _KINDS)
+
+
 @FAMILIES.register("sd3")
 def sd3() -> Family:
     """Stable Diffusion 3 and 3.5, text to image."""
     return Family(
         name="sd3",
+        makes="text-to-image",
         adapter=FLOW,
         config_class=SD3Config,
         diffusers_class=CLASS_NAME,
@@ -185,5 +205,7 @@ def sd3() -> Family:
         rules=key_rules,
         # In both layouts. FLUX has the second alone, AuraFlow the first and no such bias.
         marks=("pos_embed", "context_embedder.bias"),
+        anchors=("x_embedder.proj.weight", "pos_embed.proj.weight"),
+        relative=relative,
         pipeline_class="StableDiffusion3Pipeline",
     )

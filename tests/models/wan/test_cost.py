@@ -9,7 +9,8 @@ import torch
 
 from apt.models import TextCondition
 from apt.models.costs import dit_cost
-from apt.models.wan import WanConfig, wan21_t2v_1_3b
+from apt.models.wan import WanConfig
+from apt.models.wan.sizes import wan21_t2v_1_3b
 from tests.models.costs.flops import counted_by_torch, flops_of
 
 SMALL = WanConfig(

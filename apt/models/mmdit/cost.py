@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 from apt.kernels.costs import OpCost
+from apt.models.costs import counts
 from apt.models.costs.counting import Counter, Sizes
 from apt.models.costs.forward import DiTCost, LayerCost
-from apt.models.mmdit import MMDiTConfig
+from apt.models.mmdit.model import MMDiTConfig
 
 
+@counts(MMDiTConfig)
 def mmdit_cost(config: MMDiTConfig, sizes: Sizes) -> DiTCost:
     """Raises InputError for latents that the patch size does not divide."""
     length = math.prod(config.token_grid(sizes.latent_shape))

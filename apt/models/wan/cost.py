@@ -6,13 +6,15 @@ import math
 
 from apt.errors import InputError
 from apt.kernels.costs import OpCost
+from apt.models.costs import counts
 from apt.models.costs.counting import Counter, Sizes
 from apt.models.costs.forward import DiTCost, LayerCost
-from apt.models.wan import WanConfig
+from apt.models.wan.model import WanConfig
 
 _FP32 = 4
 
 
+@counts(WanConfig)
 def wan_cost(config: WanConfig, sizes: Sizes) -> DiTCost:
     """S is the length that every prompt is padded to, whatever the text encoder gives.
 

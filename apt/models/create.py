@@ -1,0 +1,69 @@
+"""Parts by their registered names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from apt.device import find_device
+from apt.errors import InputError
+from apt.models.loading import load_registered
+from apt.models.protocols import LatentCodec, TextEncoder
+from apt.models.registry import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
+from apt.models.transformer import DiffusionTransformer
+from apt.registry import replace_typed
+
+
+def create_model(
+    name: str,
+    /,
+    *,
+    pretrained: bool | str = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **overrides: Any,
+) -> DiffusionTransformer:
+    """Build a registered backbone, with random or with published weights.
+
+    Args:
+        name: a registered name, or "name.tag", which means `pretrained="tag"`.
+        pretrained: False: random weights. True: the published ones, of the first tag if there are
+            several. A tag: those.
+        dtype: of the weights, whatever a checkpoint has; None is torch's default.
+        device: where they go; None is torch's default. Published weights are loaded with hardly
+            more memory than they take there.
+        overrides: fields of the config.
+
+    Raises:
+        InputError: an unknown name, tag or field, with close matches, no published weights, or no
+            such device.
+        CheckpointError: weights that cannot be fetched or do not fit; see `from_pretrained`.
+    """
+    if device is not None:
+        device = find_device(device)
+    name, tag = split_tag(name)
+    if tag is not None:
+        if pretrained not in (False, True, tag):
+            raise InputError(f"{name}.{tag} and pretrained={pretrained!r} name two tags; name one")
+        pretrained = tag
+    if pretrained is not False:
+        return load_registered(
+            name,
+            find_tag(name, pretrained),
+            overrides,
+            dtype=dtype or torch.get_default_dtype(),
+            device=device or torch.get_default_device(),
+        )
+    module = replace_typed(MODELS.get(name)(), overrides).build()
+    return module.to(device=device, dtype=dtype)
+
+
+def create_text_encoder(name: str, /, **overrides: Any) -> TextEncoder:
+    """Build a registered text encoder; overrides are fields of its config."""
+    return replace_typed(TEXT_ENCODERS.get(name)(), overrides).build()
+
+
+def create_codec(name: str, /, **overrides: Any) -> LatentCodec:
+    """Build a registered latent codec; overrides are fields of its config."""
+    return replace_typed(CODECS.get(name)(), overrides).build()

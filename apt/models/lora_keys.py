@@ -1,0 +1,132 @@
+"""How LoRA files spell their keys: which part of an adapter a key is, and of which of our weights.
+
+    PREFIX NAME PART      diffusion_model. blocks.0.self_attn.q .lora_down.weight
+
+NAME is in our layout (that of diffusers) or in that of the authors, with dots or, as kohya and
+OneTrainer write it, with underscores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from torch import nn
+
+from apt.models.families import KeyRule
+
+Kind = Literal["weight", "bias", "modulation"]
+
+_PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "unet.",
+    "dit.",
+    "pipe.",
+    "model.",
+    "module.",
+    "net.",
+    "generator.",
+    "lora_prior_unet_",
+    "lora_transformer_",
+    "lora_unet_",
+    "lora_dit_",
+    "lora_model_",
+    "lycoris_",
+    "lora_",
+    # VideoX-Fun writes two underscores.
+    "_",
+)
+_INFIXES = ("_orig_mod.", ".processor")
+"""What wrappers of torch and old attention processors of diffusers put into names."""
+
+# Behind each part peft may put the name of the adapter.
+_ADAPTER = r"(?:\.(?!weight$)[\w-]+)?"
+
+_PARTS: tuple[tuple[str, str], ...] = (
+    (rf"\.lora_(?:A|down){_ADAPTER}(?:\.weight)?", "down"),
+    (rf"\.lora_B{_ADAPTER}\.bias", "up_bias"),
+    (rf"\.lora_(?:B|up){_ADAPTER}(?:\.weight)?", "up"),
+    (r"\.lora_mid\.weight", "mid"),
+    (r"(?:\.lora|_lora|\.lora_linear_layer)\.down\.weight", "down"),
+    (r"(?:\.lora|_lora|\.lora_linear_layer)\.up\.weight", "up"),
+    (r"\.(?:lora_)?alpha", "alpha"),
+    (rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?", "magnitude"),
+    (r"\.dora_scale", "magnitude"),
+    (rf"\.(lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]|hada_t[12]){_ADAPTER}", r"\1"),
+    (r"\.(?:diff|w_norm)", "weight"),
+    (r"\.(?:diff_b|b_norm)", "bias"),
+    (r"\.diff_m", "modulation"),
+)
+
+KIND_OF_PART: dict[str, Kind] = {"bias": "bias", "up_bias": "bias", "modulation": "modulation"}
+"""Which parameter of a module a part changes; the others change its weight."""
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """The module's name in a key, with its prefix, and the part of an adapter; None for no part."""
+    for infix in _INFIXES:
+        key = key.replace(infix, "")
+    for pattern, part in _PARTS:
+        found = re.search(f"{pattern}$", key)
+        if found is not None:
+            return key[: found.start()], found.expand(part)
+    return key, None
+
+
+def bare_names(name: str) -> Iterator[str]:
+    """A name as it is, then without its first prefix, without its second, and so on."""
+    yield name
+    while (prefix := next((p for p in _PREFIXES if name.startswith(p)), None)) is not None:
+        name = name.removeprefix(prefix)
+        yield name
+
+
+class Names:
+    """Finds our parameters by the names that LoRA files use."""
+
+    def __init__(self, model: nn.Module, rules: Iterable[KeyRule]) -> None:
+        self._ours = {name for name, _ in model.named_parameters()}
+        self._flat = {_flat(name): name for name in self._ours}
+        self._rules = [(rule, re.compile(rule.theirs.replace(r"\.", "_"))) for rule in rules]
+        self._found: dict[tuple[str, Kind], tuple[list[str], KeyRule | None]] = {}
+
+    def find(self, name: str, kind: Kind) -> tuple[list[str], KeyRule | None]:
+        """Our parameters for a module's name in a file, and the rule that cuts them, if one does.
+
+        An empty list: it is nothing of this model.
+        """
+        if (name, kind) not in self._found:
+            keys = (key for bare in bare_names(name) for key in _keys(bare, kind))
+            found = (self._find_key(key) for key in keys)
+            self._found[name, kind] = next((hit for hit in found if hit[0]), ([], None))
+        return self._found[name, kind]
+
+    def _find_key(self, key: str) -> tuple[list[str], KeyRule | None]:
+        flat = _flat(key)
+        if flat in self._flat:
+            return [self._flat[flat]], None
+        for rule, pattern in self._rules:
+            found = pattern.fullmatch(flat)
+            if found is not None:
+                ours = [found.expand(part) for part in rule.ours]
+                if all(part in self._ours for part in ours):
+                    return ours, rule
+        return [], None
+
+
+def _keys(name: str, kind: Kind) -> tuple[str, ...]:
+    """The keys that a module's parameter of that kind may have."""
+    if kind == "bias":
+        return (f"{name}.bias",)
+    if kind == "modulation":
+        return f"{name}.modulation", f"{name}.scale_shift_table"
+    # A parameter that belongs to no layer has its own name; `to_out` was once a layer itself.
+    return f"{name}.weight", name, f"{name}.0.weight"
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")

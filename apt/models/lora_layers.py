@@ -1,0 +1,201 @@
+"""The arithmetic of adapters: the change of one weight from what a file keeps of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Layer(Protocol):
+    """A change of one weight.
+
+    Attributes:
+        scale: alpha over rank, or what the file says instead.
+    """
+
+    @property
+    def scale(self) -> float: ...
+
+    def delta(self) -> Tensor:
+        """The change in fp32 at strength 1: (out, ...), with as many values as the weight."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoRALayer:
+    """`scale * up @ down` (Hu et al. 2022).
+
+    Attributes:
+        down: (rank, in), or (rank, in, *kernel) of a convolution.
+        up: (out, rank), or (out, rank, 1, ...).
+        scale: alpha over rank.
+        mid: (rank, rank, *kernel) of a convolution whose `down` has no kernel; None otherwise.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+    mid: Tensor | None = None
+
+    def delta(self) -> Tensor:
+        """See `Layer`; in the shape of the weight."""
+        up, down = self.up.float().flatten(1), self.down.float().flatten(1)
+        if self.mid is not None:
+            return _tucker(self.mid.float(), up.T, down) * self.scale
+        change = (up @ down) * self.scale
+        return change.reshape(self.up.shape[0], *self.down.shape[1:])
+
+
+@dataclass(frozen=True)
+class LoHaLayer:
+    """`scale * (a1 @ b1) * (a2 @ b2)`, element by element (Hyeon-Woo et al. 2022).
+
+    Attributes:
+        a1, a2: (out, rank), or (rank, out) with cores.
+        b1, b2: (rank, in), with the kernel flat behind; (rank, in) with cores.
+        scale: alpha over rank.
+        cores: two of (rank, rank, *kernel) of a convolution; None otherwise.
+    """
+
+    a1: Tensor
+    b1: Tensor
+    a2: Tensor
+    b2: Tensor
+    scale: float = 1.0
+    cores: tuple[Tensor, Tensor] | None = None
+
+    def delta(self) -> Tensor:
+        """See `Layer`."""
+        a1, b1, a2, b2 = (part.float() for part in (self.a1, self.b1, self.a2, self.b2))
+        if self.cores is None:
+            return (a1 @ b1) * (a2 @ b2) * self.scale
+        first, second = (core.float() for core in self.cores)
+        return _tucker(first, a1, b1) * _tucker(second, a2, b2) * self.scale
+
+
+@dataclass(frozen=True)
+class LoKrLayer:
+    """`scale * kron(w1, w2)` (Edalati et al. 2022; LyCORIS).
+
+    Attributes:
+        w1: a matrix, or two whose product it is.
+        w2: a matrix or the weight of a convolution, or two matrices whose product it is.
+        scale: alpha over rank.
+        core: (rank, rank, *kernel) of a convolution, which makes a weight of w2's two matrices,
+            (rank, out) and (rank, in); None otherwise.
+    """
+
+    w1: tuple[Tensor, ...]
+    w2: tuple[Tensor, ...]
+    scale: float = 1.0
+    core: Tensor | None = None
+
+    def delta(self) -> Tensor:
+        """See `Layer`."""
+        w1 = _product(self.w1)
+        w2 = (
+            _product(self.w2)
+            if self.core is None
+            else _tucker(self.core.float(), self.w2[0].float(), self.w2[1].float())
+        )
+        w1 = w1.reshape(*w1.shape, *[1] * (w2.ndim - 2))
+        return torch.kron(w1, w2.contiguous()) * self.scale
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """One of several weights that a file has as one, along its outputs.
+
+    Attributes:
+        layer: of the whole.
+        part, parts: which, from 0, of how many equal ones.
+        swap_halves: the two halves of the whole trade places first.
+    """
+
+    layer: Layer
+    part: int
+    parts: int
+    swap_halves: bool
+
+    @property
+    def scale(self) -> float:
+        """Of the whole."""
+        return self.layer.scale
+
+    def delta(self) -> Tensor:
+        """See `Layer`."""
+        return cut_rows(self.layer.delta(), self.parts, self.swap_halves)[self.part]
+
+
+def cut_rows(value: Tensor, pieces: int, swap_halves: bool) -> tuple[Tensor, ...]:
+    """The parts of a fused projection along its outputs, in our order of halves."""
+    if pieces == 1 and not swap_halves:
+        return (value,)
+    if swap_halves:
+        value = torch.cat(value.chunk(2)[::-1])
+    return value.chunk(pieces)
+
+
+def delta_shape(layer: Layer) -> tuple[int, ...]:
+    """The shape of a layer's change, without computing it.
+
+    Raises RuntimeError if its factors do not fit each other.
+    """
+    bare: Layer = _on_meta(layer)
+    return tuple(bare.delta().shape)
+
+
+def decomposed(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
+    """The change of a weight in fp32 by DoRA (Liu et al. 2024): `m * V / |V| - W`, V = W + change.
+
+    Args:
+        weight: (out, ...), fp32.
+        change: in the same shape.
+        magnitude: (out, 1) for norms of rows, (1, in) for norms of columns.
+    """
+    moved = (weight + change).flatten(1)
+    if magnitude.shape[0] == 1 and moved.shape[0] != 1:
+        columns = (weight + change).transpose(0, 1).flatten(1)
+        moved_columns = columns * (magnitude.float().T / columns.norm(dim=1, keepdim=True))
+        out = moved_columns.reshape(weight.shape[1], weight.shape[0], *weight.shape[2:])
+        return out.transpose(0, 1) - weight
+    moved = moved * (magnitude.float() / moved.norm(dim=1, keepdim=True))
+    return moved.reshape(weight.shape) - weight
+
+
+def magnitude_of(value: Tensor, rows: int, columns: int) -> Tensor | None:
+    """A DoRA's norms as (out, 1) or (1, in); None if there are neither as many as rows nor as
+    columns."""
+    of_rows = value.ndim == 1 or value.shape[0] == rows
+    # PEFT's of a convolution lie along dimension 1.
+    if value.numel() == rows and (of_rows or (value.ndim > 2 and rows != columns)):
+        return value.reshape(rows, 1)
+    if value.numel() == columns and value.ndim > 1 and value.shape[:2] == (1, columns):
+        return value.reshape(1, columns)
+    return None
+
+
+def _product(factors: tuple[Tensor, ...]) -> Tensor:
+    whole = factors[0].float()
+    return whole if len(factors) == 1 else whole @ factors[1].float()
+
+
+def _tucker(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """(out, in, *kernel) from a core (rank, rank, *kernel), up (rank, out) and down (rank, in)."""
+    return torch.einsum("ab...,ao,bi->oi...", core, up, down)
+
+
+def _on_meta(value: Any) -> Any:
+    """The same without memory: of a tensor, a layer, or several."""
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="meta")
+    if isinstance(value, tuple):
+        return tuple(map(_on_meta, value))
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = {f.name: _on_meta(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return dataclasses.replace(value, **fields)

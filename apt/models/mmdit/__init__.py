@@ -1,0 +1,8 @@
+"""MMDiT: the paper's transformer, in sizes of our own."""
+
+from __future__ import annotations
+
+from apt.models.mmdit import cost, sizes
+from apt.models.mmdit.model import MMDiT, MMDiTConfig
+
+__all__ = ["MMDiT", "MMDiTConfig", "cost", "sizes"]

@@ -1,0 +1,219 @@
+"""The diffusion transformer, written once: embed, walk the blocks, un-embed.
+
+A family of models is a folder beside this file. It gives the parts: how latents, timesteps and text
+become tokens, one block, and how tokens become a velocity. What is the same for all is here: which
+layers are read and kept, recomputation of blocks, cutting behind the last layer that is read, and
+the checks of what comes in. Whatever is to act on every block belongs into `_walk`.
+
+Shape suffixes: B samples, R rows of conditions, L visual tokens, S text tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from apt.errors import InputError
+from apt.models.conditions import TextCondition
+from apt.models.tokens import check_layers, check_rows
+
+
+class TransformerConfig(Protocol):
+    """What the frame reads of a family's config, a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def text_dim(self) -> int: ...
+
+    def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Tokens along (T, H, W) for a latent (T, H, W); raises InputError if it does not fit."""
+        ...
+
+
+class Tokens(NamedTuple):
+    """What a block takes and gives.
+
+    Attributes:
+        visual: (B, L, D).
+        text: (B, S, D); or (R, S, D) in families whose blocks only look at it, and give it back.
+    """
+
+    visual: Tensor
+    text: Tensor
+
+
+class Context(NamedTuple):
+    """What all blocks read and none changes. A tuple, because FSDP looks for tensors in those.
+
+    Attributes:
+        embedding: of the timestep, and of pooled text where a family has it: (R, D), or (B, L, D)
+            for timesteps per token.
+        modulation: what blocks make shifts, scales and gates from: (R, ...), or (B, L, ...).
+        rows: (B,) int64, the row of each sample; None if R = B.
+        rope: cosines and sines (L, Dh / 2) of the visual tokens, if positions are rotary.
+        mask: (B, L + S) bool, True for keys that count in joint attention; None if all do.
+    """
+
+    embedding: Tensor
+    modulation: Tensor
+    rows: Tensor | None
+    rope: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    mask: Tensor | None = None
+
+    @property
+    def modulation_rows(self) -> Tensor | None:
+        """`rows` of `embedding` and `modulation`, which with timesteps per token have none."""
+        return self.rows if self.embedding.ndim == 2 else None
+
+
+class TransformerBlock(nn.Module):
+    """One block of a family: the unit of sharding, checkpointing and compilation."""
+
+    def forward(self, tokens: Tokens, context: Context) -> Tokens:
+        """The tokens after the block."""
+        raise NotImplementedError
+
+    def drop_text_output(self) -> None:
+        """Delete what only text behind this block needs. Nothing, if blocks do not change text."""
+
+
+class DiffusionTransformer(nn.Module):
+    """A velocity network over latents (B, C, T, H, W) that also shows its hidden tokens.
+
+    A family sets the class variables, makes its layers in `__init__`, and gives `embed` and
+    `unembed`.
+
+    Attributes:
+        config: the frozen dataclass it was built from.
+        hidden_size: D.
+        depth: number of blocks.
+        in_channels: latent channels C.
+        checkpointing: whether blocks are computed again in the backward pass.
+        blocks_name: of the `nn.ModuleList` of `TransformerBlock`s.
+        output_names: of the layers and parameters that only `unembed` uses.
+        token_timesteps: whether timesteps may be (R, L), one for each token.
+    """
+
+    blocks_name: ClassVar[str] = "blocks"
+    output_names: ClassVar[tuple[str, ...]]
+    token_timesteps: ClassVar[bool] = False
+
+    config: TransformerConfig
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.depth = config.depth
+        self.in_channels = config.in_channels
+        self.checkpointing = False
+
+    def embed(
+        self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None
+    ) -> tuple[Tokens, Context]:
+        """The tokens before the first block, and what all blocks read. Arguments as `forward`."""
+        raise NotImplementedError
+
+    def unembed(self, h_BLD: Tensor, context: Context, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity from the visual tokens after the last block; `x` and `t` as `forward`."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, t: Tensor, c: TextCondition, *, rows: Tensor | None = None
+    ) -> Tensor:
+        """Velocity (B, C, T, H, W).
+
+        Args:
+            x: latents (B, C, T, H, W).
+            t: timesteps (R,) in [0, 1]; with `token_timesteps` also (R, L).
+            c: R rows of text.
+            rows: (B,) int64, the row of `t` and `c` for each sample; None if R = B.
+
+        Raises:
+            InputError: for latents, timesteps, text or rows that do not fit the model or each
+                other.
+        """
+        (h_BLD,), context = self._walk(x, t, c, rows, (self.depth,))
+        return self.unembed(h_BLD, context, x, t)
+
+    def hidden_states(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c: TextCondition,
+        *,
+        layers: Sequence[int],
+        rows: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Visual tokens (B, L, D) after each block of `layers`, counted from 1.
+
+        Blocks after the last one asked for are not run.
+        """
+        return self._walk(x, t, c, rows, layers)[0]
+
+    def _walk(
+        self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None, layers: Sequence[int]
+    ) -> tuple[list[Tensor], Context]:
+        """Visual tokens after `layers`, and what all blocks read."""
+        check_layers(layers, self.depth)
+        self._check(x, t, c, rows)
+        tokens, context = self.embed(x, t, c, rows)
+        kept: dict[int, Tensor] = {}
+        for number, block in enumerate(self.block_list()[: max(layers)], start=1):
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, context, use_reentrant=False)
+            else:
+                tokens = block(tokens, context)
+            # Only these: all 40 layers of Wan 14B at 720p would be 31 GB.
+            if number in layers:
+                kept[number] = tokens.visual
+        return [kept[layer] for layer in layers], context
+
+    def _check(self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None) -> None:
+        if x.ndim != 5 or x.shape[1] != self.in_channels:
+            raise InputError(
+                f"latents must be (B, {self.in_channels}, T, H, W), got {tuple(x.shape)}"
+            )
+        length = math.prod(self.token_grid(x.shape[2:]))
+        check_rows(x, t, c, rows, num_tokens=length if self.token_timesteps else None)
+        if c.tokens.shape[2] != self.config.text_dim:
+            raise InputError(
+                f"this model needs text tokens of {self.config.text_dim} dimensions, got "
+                f"{c.tokens.shape[2]}; use the text encoder that it was trained with"
+            )
+
+    def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Tokens along (T, H, W) for a latent (T, H, W): L is their product.
+
+        Raises InputError for latents that do not fit.
+        """
+        return self.config.token_grid(latent_shape)
+
+    def block_list(self) -> list[TransformerBlock]:
+        """The blocks in order."""
+        blocks: Any = getattr(self, self.blocks_name)
+        return list(blocks)
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Compute blocks again in the backward pass instead of keeping their activations."""
+        self.checkpointing = enabled
+
+    def keep_hidden_states(self, last_layer: int) -> None:
+        """Delete what `hidden_states` up to `last_layer` never runs, so every parameter trains."""
+        del getattr(self, self.blocks_name)[last_layer:]
+        self.depth = last_layer
+        self.block_list()[-1].drop_text_output()
+        for name in self.output_names:
+            delattr(self, name)
