@@ -11,6 +11,14 @@ class InputError(ValueError):
     """An argument, a prompt, a size or a name that does not fit."""
 
 
+class PeerError(InputError):
+    """An error of another rank, which tells the user of it; this one has nothing to say."""
+
+
+class PromptLengthError(InputError):
+    """A prompt of more tokens than a text encoder takes."""
+
+
 class ConfigError(InputError):
     """A configuration that is wrong by itself, or does not fit the run it is used with."""
 

@@ -7,8 +7,10 @@ state has to be saved. Draws are made on the CPU, so that they do not depend on 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,37 +28,45 @@ def generator_for(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(hash_key(*key) >> 1)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """The key of a random draw for consecutive samples of a global batch.
+
+    Attributes:
+        seed: of the run.
+        step: update, or number of the step; never reused for other values of the same stream.
+        offset: global index of the first sample.
+        stream: what the values are for.
+        device: where they go; None is the CPU, or where the tensors are that they are added to.
+    """
+
+    seed: int
+    step: int = 0
+    offset: int = 0
+    stream: str = ""
+    device: torch.device | str | None = None
+
+    def named(self, stream: str) -> Draw:
+        """The same samples, for another purpose."""
+        return dataclasses.replace(self, stream=stream)
+
+
 def sample_noise(
-    num: int,
-    shape: Sequence[int],
-    *,
-    seed: int,
-    step: int,
-    offset: int,
-    stream: str,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    num: int, shape: Sequence[int], draw: Draw, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Standard normal noise (num, *shape); row i has the key (seed, stream, step, offset + i)."""
+    """Standard normal noise (num, *shape); row i has the key of sample offset + i."""
     noise = torch.empty(num, *shape)
-    for row in range(num):
-        generator = generator_for(seed, stream, step, offset + row)
+    for row, generator in enumerate(_generators(num, draw)):
         torch.randn(tuple(shape), generator=generator, out=noise[row])
-    return noise.to(device=device, dtype=dtype)
+    return noise.to(device=draw.device, dtype=dtype)
 
 
-def sample_uniform(
-    num: int,
-    *,
-    seed: int,
-    step: int,
-    offset: int,
-    stream: str,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Uniform fp32 values (num,) in [0, 1); entry i has the key (seed, stream, step, offset+i)."""
-    values = [
-        torch.rand((), generator=generator_for(seed, stream, step, offset + row)).item()
-        for row in range(num)
-    ]
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def sample_uniform(num: int, draw: Draw) -> Tensor:
+    """Uniform fp32 values (num,) in [0, 1); entry i has the key of sample offset + i."""
+    values = [torch.rand((), generator=generator).item() for generator in _generators(num, draw)]
+    return torch.tensor(values, dtype=torch.float32, device=draw.device)
+
+
+def _generators(num: int, draw: Draw) -> Iterator[torch.Generator]:
+    for row in range(num):
+        yield generator_for(draw.seed, draw.stream, draw.step, draw.offset + row)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt.rng import generator_for, sample_noise, sample_uniform
+from apt.rng import Draw, generator_for, sample_noise, sample_uniform
 
 
 def test_seeds_are_the_same_for_ever() -> None:
@@ -43,11 +45,11 @@ def test_splits_do_not_change_draws(
     cut = data.draw(st.integers(0, num))
     for whole, left, right in (
         [
-            sample_noise(n, shape, seed=3, step=2, offset=first + skip, stream="z")
+            sample_noise(n, shape, Draw(3, 2, first + skip, "z"))
             for n, skip in ((num, 0), (cut, 0), (num - cut, cut))
         ],
         [
-            sample_uniform(n, seed=3, step=2, offset=first + skip, stream="z")
+            sample_uniform(n, Draw(3, 2, first + skip, "z"))
             for n, skip in ((num, 0), (cut, 0), (num - cut, cut))
         ],
     ):
@@ -56,22 +58,23 @@ def test_splits_do_not_change_draws(
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"step": 1}, {"offset": 1}, {"stream": "b"}])
 def test_each_argument_is_part_of_the_key(change: dict[str, int | str]) -> None:
-    base: dict[str, int | str] = {"seed": 0, "step": 0, "offset": 0, "stream": "a"}
-    noise = [sample_noise(1, (4,), **key) for key in (base, {**base, **change})]  # type: ignore[arg-type]
+    base = Draw(0, stream="a")
+    draws = (base, dataclasses.replace(base, **change))  # type: ignore[arg-type]
+    noise = [sample_noise(1, (4,), draw) for draw in draws]
     assert not torch.equal(*noise)
-    uniform = [sample_uniform(1, **key) for key in (base, {**base, **change})]  # type: ignore[arg-type]
+    uniform = [sample_uniform(1, draw) for draw in draws]
     assert not torch.equal(*uniform)
 
 
 def test_draws_do_not_touch_torchs_own_state() -> None:
     state = torch.get_rng_state()
-    sample_noise(2, (3,), seed=0, step=0, offset=0, stream="a")
-    sample_uniform(2, seed=0, step=0, offset=0, stream="a")
+    sample_noise(2, (3,), Draw(0, stream="a"))
+    sample_uniform(2, Draw(0, stream="a"))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_noise_is_standard_normal() -> None:
-    noise = sample_noise(64, (8, 64), seed=0, step=0, offset=0, stream="a")
+    noise = sample_noise(64, (8, 64), Draw(0, stream="a"))
     assert noise.shape == (64, 8, 64) and noise.dtype == torch.float32
     assert noise.mean().abs() < 0.02
     assert noise.std() == pytest.approx(1, abs=0.02)
@@ -83,7 +86,7 @@ def test_noise_is_standard_normal() -> None:
 
 
 def test_uniform_fills_the_unit_interval() -> None:
-    u = sample_uniform(2000, seed=0, step=0, offset=0, stream="a")
+    u = sample_uniform(2000, Draw(0, stream="a"))
     assert u.shape == (2000,) and u.dtype == torch.float32
     assert u.min() >= 0 and u.max() < 1
     ordered = u.sort().values
@@ -91,8 +94,8 @@ def test_uniform_fills_the_unit_interval() -> None:
 
 
 def test_shape_dtype_and_nothing_at_all() -> None:
-    assert sample_noise(0, (3, 2), seed=0, step=0, offset=0, stream="a").shape == (0, 3, 2)
-    assert sample_uniform(0, seed=0, step=0, offset=0, stream="a").shape == (0,)
-    half = sample_noise(1, (3,), seed=0, step=0, offset=0, stream="a", dtype=torch.bfloat16)
-    whole = sample_noise(1, (3,), seed=0, step=0, offset=0, stream="a", device="cpu")
+    assert sample_noise(0, (3, 2), Draw(0, stream="a")).shape == (0, 3, 2)
+    assert sample_uniform(0, Draw(0, stream="a")).shape == (0,)
+    half = sample_noise(1, (3,), Draw(0, stream="a"), dtype=torch.bfloat16)
+    whole = sample_noise(1, (3,), Draw(0, stream="a", device="cpu"))
     assert torch.equal(half, whole.bfloat16())

@@ -33,15 +33,18 @@ from apt.kernels import (
     residual_modulated_norm,
     sample_shifted_timesteps,
 )
-from apt.losses import create_loss
+from apt.losses import R1, ApproximateR1, ApproximateR2, create_loss
+from apt.methods.apt import AdversarialConfig, AdversarialPostTraining
+from apt.methods.base import MicroBatch
+from apt.methods.terms import Terms
 from apt.models.bundle import save_pretrained
 from apt.models.conditions import TextCondition
 from apt.models.discriminator import paper_layers
-from apt.train.adversarial import Adversarial
-from apt.train.config import AdversarialConfig, OptimizerConfig, TrainConfig
+from apt.rng import Draw
+from apt.train.config import OptimizerConfig, TrainConfig
+from apt.train.host import RunHost
 from apt.train.networks import initial_bundle
 from apt.train.parallel import Parallel
-from apt.train.stage import MicroBatch
 from tests.tiny import tiny_bundle
 
 NUM = 6
@@ -77,25 +80,24 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_stage(model_folder: Path):  # type: ignore[no-untyped-def]
     def make(*, precision: str = "fp32", learning_rate: float = 1e-4, **options: object):  # type: ignore[no-untyped-def]
         folder = str(model_folder)
-        values = {"r1_sigma": SIGMA, **options}
         config = TrainConfig(
             name="traps",
             run_dir="unused",
-            stage=AdversarialConfig(generator=folder, discriminator=folder, **values),  # type: ignore[arg-type]
+            stage=AdversarialConfig(generator=folder, discriminator=folder, **options),  # type: ignore[arg-type]
             optimizer=OptimizerConfig(learning_rate=learning_rate),
             batch_size=NUM,
             precision=precision,  # type: ignore[arg-type]
             device="cpu",
         )
         parallel = Parallel(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
-        stage = Adversarial(config, initial_bundle(config), parallel)
+        stage = config.stage.build(initial_bundle(config), RunHost(config, parallel))
         randomize_heads(stage)
         return stage
 
     return make
 
 
-def randomize_heads(stage: Adversarial) -> None:
+def randomize_heads(stage: AdversarialPostTraining) -> None:
     """Logits of order 1 that differ between samples: fresh heads hardly do."""
     generator = torch.Generator().manual_seed(1)
     for parameter in discriminator(stage).project.parameters():
@@ -103,8 +105,19 @@ def randomize_heads(stage: Adversarial) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
-def discriminator(stage: Adversarial):  # type: ignore[no-untyped-def]
+def discriminator(stage: AdversarialPostTraining):  # type: ignore[no-untyped-def]
     return stage.trained["discriminator"].module
+
+
+EXACT = {"r1": ApproximateR1(weight=0.0), "terms": Terms(exact_r1=R1(weight=1.0))}
+
+
+def one_penalty(name: str, *, weight: float, sigma: float) -> dict[str, object]:
+    """Options with the approximated R1, or R2, alone."""
+    if name == "r1":
+        return {"r1": ApproximateR1(weight=weight, sigma=sigma)}
+    r2 = ApproximateR2(weight=weight, sigma=sigma)
+    return {"r1": ApproximateR1(weight=0.0), "terms": Terms(r2=r2)}
 
 
 def real_batch(num: int = NUM) -> MicroBatch:
@@ -113,7 +126,7 @@ def real_batch(num: int = NUM) -> MicroBatch:
 
 
 @contextmanager
-def recorded(stage: Adversarial) -> Iterator[tuple[list[Seen], list[Tensor]]]:
+def recorded(stage: AdversarialPostTraining) -> Iterator[tuple[list[Seen], list[Tensor]]]:
     """D's forwards, and G's samples z - v, while the block runs."""
     seen: list[Seen] = []
     samples: list[Tensor] = []
@@ -163,7 +176,7 @@ def test_trap_1_the_objective_is_minimised_and_its_signs_are_back(make_stage) ->
     batch = real_batch()
     c = stage.encode(batch.captions)
     with recorded(stage) as (seen, _):
-        x_fake = stage.fake(batch, c, 0, "test")
+        x_fake = stage.generate(batch, c, 0, "test")
         loss, _log = stage.discriminator_loss(batch, x_fake, torch.rand(NUM), c, 0)
     real, perturbed, fake = seen[0].logits.chunk(3)
     penalty = 100.0 * (real - perturbed).square().mean()
@@ -171,7 +184,7 @@ def test_trap_1_the_objective_is_minimised_and_its_signs_are_back(make_stage) ->
     torch.testing.assert_close(loss, F.softplus(-real).mean() + F.softplus(fake).mean() + penalty)
 
     # Descending: D comes to tell the two apart, then G comes to deceive a D that stands still.
-    stage = make_stage(learning_rate=1e-3, r1_weight=0.0)
+    stage = make_stage(learning_rate=1e-3, r1=ApproximateR1(weight=0.0))
     gaps = [stage.discriminator_step([batch], 0)["discriminator/logit_gap"] for _ in range(12)]
     assert gaps[-1] > gaps[0] + 0.5
     with recorded(stage) as (seen, _):
@@ -196,7 +209,7 @@ def test_trap_2_timesteps_are_shifted_once_and_in_the_unit_interval(make_stage) 
         assert (uniform - grid).abs().max() < 1.95 / n**0.5 + 1 / n  # p = 0.001, a fixed seed
 
     for shift in (1.0, 12.0):
-        draw = sample_shifted_timesteps(3000, shift=shift, seed=0, step=0, offset=0)
+        draw = sample_shifted_timesteps(3000, Draw(0), shift=shift)
         check(draw, shift)
     # What D is given, in both steps.
     stage = make_stage(timestep_shift=12.0)
@@ -214,8 +227,7 @@ def test_trap_2_timesteps_are_shifted_once_and_in_the_unit_interval(make_stage) 
 @pytest.mark.parametrize("penalty", ["r1", "r2"])
 def test_trap_3_the_perturbed_copy_shares_timestep_and_condition(make_stage, penalty: str) -> None:  # type: ignore[no-untyped-def]
     # With a vanishing sigma the penalty must vanish; what is left is the variance over t and c.
-    weights = {"r1_weight": 0.0, "r2_weight": 0.0, f"{penalty}_weight": 1.0}
-    stage = make_stage(r1_sigma=1e-6, **weights)
+    stage = make_stage(**one_penalty(penalty, weight=1.0, sigma=1e-6))
     with recorded(stage) as (seen, _):
         metrics = stage.discriminator_step([real_batch()], 0)
     x, t, tokens, logits = seen[0]
@@ -224,7 +236,7 @@ def test_trap_3_the_perturbed_copy_shares_timestep_and_condition(make_stage, pen
 
     # Power: D does depend on t and on c, and both differ between samples.
     assert t[:NUM].unique().numel() == NUM, "one timestep per sample"
-    stage = make_stage(r1_sigma=1e-6, **weights)
+    stage = make_stage(**one_penalty(penalty, weight=1.0, sigma=1e-6))
     condition = stage.encode(CAPTIONS)
     for other_t, other_c in (
         (t[:NUM].roll(1), condition),
@@ -243,7 +255,7 @@ def test_trap_3_the_perturbed_copy_shares_timestep_and_condition(make_stage, pen
         assert torch.equal(tokens[a], tokens[b])
 
 
-def by_hand(stage: Adversarial, seen: Seen, condition: TextCondition) -> Tensor:
+def by_hand(stage: AdversarialPostTraining, seen: Seen, condition: TextCondition) -> Tensor:
     """Eq. 10 with separate forwards of D, all with their graph."""
     real, perturbed, fake = (
         discriminator(stage)(x, seen.t[:NUM], condition).logits for x in seen.x.chunk(3)
@@ -279,7 +291,7 @@ def test_trap_4_gradient_flows_through_both_branches_and_through_d(make_stage) -
     after = discriminator(stage).state_dict()
     assert all(torch.equal(after[name], value) for name, value in weights.items())
     c = before.encode(batch.captions)
-    x_fake = before.fake(batch, c, 0, "generator/noise")
+    x_fake = before.generate(batch, c, 0, "generator/noise")
     torch.testing.assert_close(x_fake, seen[0].x)
     before.generator.zero_grad()
     F.softplus(-discriminator(before)(x_fake, seen[0].t, c).logits).mean().backward()
@@ -360,8 +372,7 @@ def test_trap_6_logits_heads_and_loss_are_fp32_under_bf16_autocast(make_stage) -
 def test_trap_7_sigma_is_a_standard_deviation(make_stage) -> None:  # type: ignore[no-untyped-def]
     # At 0.04 a variance would mean a deviation of 0.2.
     for penalty in ("r1", "r2"):
-        weights = {"r1_weight": 0.0, "r2_weight": 0.0, f"{penalty}_weight": 100.0}
-        stage = make_stage(r1_sigma=0.04, **weights)
+        stage = make_stage(**one_penalty(penalty, weight=100.0, sigma=0.04))
         with recorded(stage) as (seen, _):
             stage.discriminator_step([real_batch()], 0)
         groups = seen[0].x.split(NUM)
@@ -377,7 +388,7 @@ def test_trap_7_sigma_is_a_standard_deviation(make_stage) -> None:  # type: igno
     x, noise = torch.randn(n, 3, generator=generator), torch.randn(n, 3, generator=generator)
     for normalize, scale in ((None, 100.0 * 0.2**2), ("sigma2", 100.0)):
         r1 = create_loss("approximate_r1", weight=100.0, sigma=0.2, normalize=normalize)
-        value = r1(x @ w, r1.perturb(x, noise) @ w)
+        value = r1(x @ w, (x + r1.sigma * noise) @ w)
         assert abs(value / (scale * w.square().sum()) - 1) < 5 * (2 / n) ** 0.5
 
 
@@ -387,10 +398,10 @@ def test_trap_8_exact_r1_runs_on_reference_ops_only(make_stage, monkeypatch) -> 
     # No gradient passes through an optimiser's step
     assert fused == {f"{op}/triton" for op in (*FUSED, *LINEAR, "fused_rmsprop")}
 
-    stage, batch = make_stage(r1_weight=0.0, exact_r1_weight=1.0), real_batch(2)
+    stage, batch = make_stage(**EXACT), real_batch(2)
     c = stage.encode(batch.captions)
     t = torch.tensor([0.3, 0.8])
-    x_fake = stage.fake(batch, c, 0, "test").detach()
+    x_fake = stage.generate(batch, c, 0, "test").detach()
     # torch's fused attention has no double backward, and says so instead of dropping a term.
     with attention_backend("_native_flash"), pytest.raises(RuntimeError, match="derivative"):
         stage.discriminator_loss(batch, x_fake, t, c, 0)[0].backward()

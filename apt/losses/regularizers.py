@@ -56,20 +56,6 @@ class FiniteDifferencePenalty:
             raise InputError(f"the batch must hold at least 1 sample, got {batch}")
         return max(1, int(self.fraction * batch + 0.5))
 
-    def perturb(self, x: Tensor, noise: Tensor) -> Tensor:
-        """x + sigma * noise, summed in fp32, in the dtype of x.
-
-        Args:
-            x: the first `num_perturbed` samples (N, ...), clean latents.
-            noise: standard normal, of the same shape.
-
-        Raises:
-            InputError: for shapes that differ, or dtypes that are not floating point.
-        """
-        check_same_shape("x", x, "noise", noise)
-        perturbed = at_least_fp32("x", x) + self.sigma * at_least_fp32("noise", noise)
-        return perturbed.to(x.dtype)
-
     def _penalty(self, logits: Tensor, logits_perturbed: Tensor) -> Tensor:
         for name, given in ((self.point, logits), ("logits_perturbed", logits_perturbed)):
             # The difference of two rounded logits is the rounding: upcasting here is too late.

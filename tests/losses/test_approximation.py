@@ -53,7 +53,7 @@ def estimate(module: nn.Module, x: Tensor, perturb: ApproximateR1, penalty: Pena
     rows = []
     for chunk in range(CHUNKS):
         base = x.repeat_interleave(PER_CHUNK // len(x), 0)
-        value = penalty(module(base), module(perturb.perturb(base, draw(chunk, *base.shape))))
+        value = penalty(module(base), module(base + perturb.sigma * draw(chunk, *base.shape)))
         rows.append(torch.cat([value.detach()[None], flat_gradient(value, module)]))
     return torch.stack(rows)
 
@@ -90,7 +90,7 @@ def test_the_linear_discriminator_has_the_exact_chi_square_spread() -> None:
     module, n = Linear(), 40_000
     r1 = create_loss("approximate_r1", weight=7.0, sigma=0.3, normalize="sigma2")
     x = draw(0, 1, 4).expand(n, 4)
-    value = r1(module(x), module(r1.perturb(x, draw(1, n, 4)))).item() / 7.0
+    value = r1(module(x), module(x + r1.sigma * draw(1, n, 4))).item() / 7.0
     squared_norm = module.w.square().sum().item()
     assert abs(value - squared_norm) < NUM_ERRORS * squared_norm * math.sqrt(2 / n)
 
@@ -107,7 +107,7 @@ def test_a_quadratic_discriminator_shows_weight_sigma_and_the_bias(normalize: st
         return (points @ a * points).sum(1) / 2
 
     batch = x.expand(n, 4)
-    perturbed = logits(r1.perturb(batch, draw(2, n, 4)))
+    perturbed = logits(batch + r1.sigma * draw(2, n, 4))
     scale = weight if normalize == "sigma2" else weight * sigma**2
     slope = (a @ x).square().sum()
     bias = sigma**2 / 4 * (2 * (a @ a).trace() + a.trace() ** 2)
@@ -123,7 +123,7 @@ def test_r1_weight_is_weight_times_sigma_squared() -> None:
     r1 = create_loss("approximate_r1", weight=100.0, sigma=0.1)
     n = 20_000
     base = x.repeat_interleave(n // 8, 0)
-    approximate = r1(module(base), module(r1.perturb(base, draw(1, n, 4))))
+    approximate = r1(module(base), module(base + r1.sigma * draw(1, n, 4)))
     x.requires_grad_()
     value = create_loss("r1", weight=100.0 * 0.1**2)(module(x), x)
     assert abs(approximate / value - 1) < NUM_ERRORS * math.sqrt(2 / n)

@@ -47,19 +47,6 @@ def test_num_perturbed_is_the_rounded_fraction(batch: int, fraction: float) -> N
     penalty(torch.zeros(batch), torch.zeros(count))
 
 
-def test_perturb_adds_sigma_times_noise_and_keeps_the_dtype() -> None:
-    penalty = create_loss("approximate_r1", sigma=0.25)
-    x, noise = torch.tensor([[1.0, -2.0]]), torch.tensor([[2.0, 4.0]])
-    torch.testing.assert_close(penalty.perturb(x, noise), torch.tensor([[1.5, -1.0]]))
-    half = penalty.perturb(x.bfloat16(), noise)
-    assert half.dtype == torch.bfloat16
-    assert x.tolist() == [[1.0, -2.0]]  # not in place
-    with pytest.raises(InputError, match="same shape"):
-        penalty.perturb(x, noise[0])
-    with pytest.raises(InputError, match="floating"):
-        penalty.perturb(x.long(), noise)
-
-
 @pytest.mark.parametrize("name", FINITE_DIFFERENCES)
 def test_bad_logits_are_refused(name: str) -> None:
     penalty = create_loss(name)

@@ -1,0 +1,364 @@
+"""Adversarial post-training (APT Secs. 3.3-3.5): the objective, and below it the method.
+
+x are real latents (B, C, T, H, W), z is noise of their shape, c are B conditions, t (B,) is in
+[0, 1]. Networks are any callables, G(z, t, c) -> velocity and D(x, t, c, rows=) -> logits, and c is
+whatever they take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from apt.checks import check_positive
+from apt.errors import ConfigError
+from apt.flow import to_sample
+from apt.hub import ModelInfo, SamplingInfo
+from apt.kernels import (
+    attention_backend,
+    kernel_backend,
+    perturbed_batch,
+    sample_shifted_timesteps,
+)
+from apt.losses import (
+    LOSSES,
+    AdversarialObjective,
+    ApproximateR1,
+    NonSaturating,
+    create_loss,
+    list_losses,
+)
+from apt.methods.base import Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean_logs
+from apt.methods.terms import DiscriminatorTerm, FeatureMatching, Terms
+from apt.models.bundle import ModelBundle, load_backbone
+from apt.models.conditions import TextCondition
+from apt.models.discriminator import Discriminator, Judge, judge_groups
+from apt.rng import Draw, sample_noise
+
+Logs = dict[str, Tensor]
+
+
+def generate(network: Any, z: Tensor, c: Any) -> Tensor:
+    """G(z, c), one sample per noise (Eqs. 3-5), with gradients to the network and z."""
+    t = torch.ones(len(z), device=z.device)
+    v = network(z, t, c)  # Eq. 3: the velocity at pure noise
+    return to_sample(z, v, t)  # Eqs. 4-5: x = z - v
+
+
+def timestep_ensemble(num: int, shift: float, draw: Draw) -> Tensor:
+    """D's timestep inputs (Eq. 6): t ~ U[0, 1], shifted by s (Eq. 7). (num,)."""
+    return sample_shifted_timesteps(num, draw, shift=shift)
+
+
+def discriminator_loss(
+    discriminator: Judge,
+    x: Tensor,
+    x_fake: Tensor,
+    t: Tensor,
+    c: Any,
+    draw: Draw,
+    *,
+    objective: AdversarialObjective = NonSaturating(),
+    r1: ApproximateR1 = ApproximateR1(),
+    terms: Sequence[DiscriminatorTerm] = (),
+) -> tuple[Tensor, Logs]:
+    """What D minimises (Eq. 10), from one forward of D over all samples, and its parts.
+
+    Args:
+        discriminator: judges clean latents; sample i of every group has row i of t and c.
+        x_fake: G's samples for the same c, detached.
+        draw: the key of the perturbation.
+        terms: what the paper does not have.
+    """
+    rows = torch.arange(len(x), device=x.device)
+    moved = r1.num_perturbed(len(x)) if r1.weight else 0
+    # The moved copies share t and c with their samples, or Eq. 9 would measure those too.
+    samples = [perturbed_batch(x, x_fake, r1.sigma, draw, num_perturbed=moved)]
+    groups = {"real": rows, "perturbed": rows[:moved], "fake": rows}
+    for term in terms:
+        samples += term.samples
+        groups |= term.groups
+    output = judge_groups(discriminator, torch.cat(samples), t, c, groups)
+    logits = {name: judged.logits for name, judged in output.items()}
+
+    loss = objective.discriminator(logits["real"], logits["fake"])  # Eq. 1
+    penalties: Logs = {}
+    if moved:
+        penalties["approximate_r1"] = r1(logits["real"], logits["perturbed"])  # lambda x Eq. 9
+    penalties |= {term.name: term(logits) for term in terms}
+    total = loss + sum(penalties.values())  # Eq. 10
+    return total, {
+        "loss": loss,
+        "logit_gap": logits["real"].mean() - logits["fake"].mean(),
+        "logit_real": logits["real"].mean(),
+        "logit_fake": logits["fake"].mean(),
+        **penalties,
+    }
+
+
+def generator_loss(
+    discriminator: Judge,
+    x_fake: Tensor,
+    t: Tensor,
+    c: Any,
+    *,
+    x: Tensor | None = None,
+    objective: AdversarialObjective = NonSaturating(),
+    matching: FeatureMatching | None = None,
+) -> tuple[Tensor, Logs]:
+    """What G minimises (Eq. 2), and its parts; x is judged too where a term compares with it."""
+    rows = torch.arange(len(x_fake), device=x_fake.device)
+    groups = {"fake": rows}
+    samples = x_fake
+    if matching or objective.needs_real:
+        assert x is not None
+        groups["real"] = rows
+        samples = torch.cat([x_fake, x])
+    output = judge_groups(discriminator, samples, t, c, groups)
+    fake, real = output["fake"], output.get("real")
+
+    loss = objective.generator(fake.logits, real.logits if real else None)  # Eq. 2
+    if matching is None or real is None:
+        return loss, {"loss": loss}
+    distance = matching(fake.features, real.features)
+    return loss + distance, {"loss": loss, "feature_matching": distance}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialConfig(MethodConfig):
+    """Adversarial post-training (APT Secs. 3.3-3.5). A weight of 0 switches a term off.
+
+    Attributes:
+        generator: the distilled model that G starts from: built-in name, folder or Hub id.
+        discriminator: the diffusion model that D's backbone starts from.
+        generator_trains: "all" of G's weights, as in the paper, or its transformer "blocks" only. A
+            small D sees little of the finest detail, and what it does not see, the gradients of the
+            output layers are noise for.
+        head: registered discriminator head.
+        layers: blocks that heads read, counted from 1; empty scales the paper's to the depth.
+        discriminator_learning_rate: of D; 0 takes the optimizer's, as the paper does. A small batch
+            needs a D that is faster than G (Heusel et al. 2017).
+        freeze_discriminator_backbone: train D's heads only (APT App. F: worse).
+        timestep_shift: s of Eq. 7 for D's timestep input.
+        objective: registered adversarial objective.
+        r1: the approximated R1 (Eq. 9).
+        terms: what the paper does not have, each with weight 0 unless asked for.
+    """
+
+    exports_as: ClassVar[str] = "apt"
+    summary: ClassVar[str] = (
+        "a one-step generator made by Adversarial Post-Training (arXiv 2501.08316)"
+    )
+    starts_from: ClassVar[str | None] = "generator"
+    names_models: ClassVar[tuple[str, ...]] = ("generator", "discriminator")
+
+    generator: str = ""
+    discriminator: str = ""
+    generator_trains: Literal["all", "blocks"] = "all"
+    head: str = "attention"
+    layers: tuple[int, ...] = ()
+    discriminator_learning_rate: float = 0.0
+    freeze_discriminator_backbone: bool = False
+    timestep_shift: float = 1.0
+    objective: str = "non_saturating"
+    r1: ApproximateR1 = ApproximateR1()
+    terms: Terms = Terms()
+
+    def __post_init__(self) -> None:
+        if self.discriminator_learning_rate < 0:
+            raise ConfigError(
+                "discriminator_learning_rate must not be negative, got "
+                f"{self.discriminator_learning_rate}; 0 takes the optimizer's"
+            )
+
+    def build(self, start: ModelBundle, host: Host) -> AdversarialPostTraining:
+        return AdversarialPostTraining(self, start, host)
+
+    def sampling(self, before: SamplingInfo) -> SamplingInfo:
+        return one_step_sampling(before)
+
+    def check(self) -> None:
+        check_positive(self, "stage.", "timestep_shift")
+
+    def check_adapters(self) -> None:
+        if self.generator_trains != "all":
+            raise ConfigError(
+                "with lora.rank only adapters train; lora.targets says where they go, so set "
+                "stage.generator_trains to all"
+            )
+
+
+class AdversarialPostTraining(Method):
+    """Alternates one update of the discriminator and one of the generator."""
+
+    def __init__(self, config: AdversarialConfig, start: ModelBundle, host: Host) -> None:
+        super().__init__(start, host)
+        self.config = config
+        self.objective = _objective(config.objective)
+
+        backbone, info = load_backbone(config.source("discriminator"))
+        _check_same_latents(start.info, info)
+        torch.manual_seed(host.seed)
+        discriminator = Discriminator(backbone, head=config.head, layers=config.layers or None)
+        host.adapt(backbone, discriminator=True)
+        if config.freeze_discriminator_backbone:
+            _train_only(discriminator, discriminator.head_parameters())
+        if config.generator_trains == "blocks":
+            blocks = start.backbone.block_list()
+            _train_only(
+                start.backbone,
+                [p for block in blocks for p in block.parameters()],
+            )
+        host.adapt(start.backbone)
+        self.trained = {
+            "generator": self.train_generator(),
+            "discriminator": host.train(
+                discriminator,
+                backbone.block_list(),
+                averaged=False,
+                learning_rate=config.discriminator_learning_rate or None,
+            ),
+        }
+
+    @property
+    def discriminator(self) -> Discriminator:
+        """D itself."""
+        return cast("Discriminator", self.trained["discriminator"].module)
+
+    def parts(self) -> dict[str, Part]:
+        return {"discriminator": self.discriminator_step, "generator": self.generator_step}
+
+    def discriminator_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
+        """One update of D, with G's samples made now."""
+        trained = self.trained["discriminator"]
+        trained.zero_grad()
+        logs = []
+        for batch in batches:
+            c = self.encode(batch.captions)
+            with torch.no_grad():
+                x_fake = self.generate(batch, c, update, "discriminator/noise")
+            t = self.timesteps(batch, update, "discriminator/timestep")
+            # Checkpointed blocks are computed again in the backward pass, with the same attention.
+            with self.double_backward():
+                with self.host.autocast():
+                    loss, log = self.discriminator_loss(batch, x_fake, t, c, update)
+                (loss / len(batches)).backward()
+            logs.append({f"discriminator/{name}": value for name, value in log.items()})
+        norm = trained.step(update)
+        return {**mean_logs(logs), "discriminator/grad_norm": norm}
+
+    def discriminator_loss(
+        self, batch: MicroBatch, x_fake: Tensor, t: Tensor, c: TextCondition, update: int
+    ) -> tuple[Tensor, Logs]:
+        """Eq. 10 on one micro-batch, with the terms that have a weight."""
+        draw = self.draw(batch, update, "perturbation")
+        x = batch.x.detach().requires_grad_(self.config.terms.exact_r1.weight > 0)
+        return discriminator_loss(
+            self.discriminator,
+            x,
+            x_fake,
+            t,
+            c,
+            draw,
+            objective=self.objective,
+            r1=self.config.r1,
+            terms=self.config.terms.of(x, x_fake, batch.captions, draw),
+        )
+
+    def generator_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
+        """One update of G, with fresh noise and timesteps, through D as it is now."""
+        self.generator.zero_grad()
+        logs = []
+        for batch in batches:
+            c = self.encode(batch.captions)
+            x_fake = self.generate(batch, c, update, "generator/noise")
+            t = self.timesteps(batch, update, "generator/timestep")
+            with self.host.autocast():
+                loss, log = generator_loss(
+                    self.discriminator,
+                    x_fake,
+                    t,
+                    c,
+                    x=batch.x,
+                    objective=self.objective,
+                    matching=self.config.terms.matching,
+                )
+            # Through D to its input only: D's own gradients are neither computed nor kept.
+            (gradient,) = torch.autograd.grad(loss, x_fake)
+            x_fake.backward(gradient / len(batches))
+            norms = gradient.flatten(1).norm(dim=1) * len(batch.captions)
+            logs.append(
+                {
+                    **{f"generator/{name}": value for name, value in log.items()},
+                    "discriminator/input_gradient": norms.mean(),
+                }
+            )
+        norm = self.generator.step(update)
+        return {**mean_logs(logs), "generator/grad_norm": norm}
+
+    def preview(self, z: Tensor, prompts: Sequence[str]) -> Tensor:
+        return generate(self.generator.module, z, self.encode(prompts))
+
+    def generate(self, batch: MicroBatch, c: TextCondition, update: int, stream: str) -> Tensor:
+        """One-step samples in fp32, for the batch's captions."""
+        z = sample_noise(len(batch.captions), batch.x.shape[1:], self.draw(batch, update, stream))
+        with self.host.autocast():
+            return generate(self.generator.module, z, c).float()
+
+    def timesteps(self, batch: MicroBatch, update: int, stream: str) -> Tensor:
+        """(b,) of D's timestep ensemble."""
+        draw = self.draw(batch, update, stream)
+        return timestep_ensemble(len(batch.captions), self.config.timestep_shift, draw)
+
+    @contextmanager
+    def double_backward(self) -> Iterator[None]:
+        """Exact R1 needs attention and fused ops that can be differentiated twice."""
+        if not self.config.terms.exact_r1.weight:
+            yield
+            return
+        with attention_backend("_native_math"), kernel_backend("reference"):
+            yield
+
+
+def one_step_sampling(before: SamplingInfo) -> SamplingInfo:
+    """Guidance is built in, and a second step is best halfway (docs/results/digits_search.md)."""
+    return replace(before, num_steps=1, cfg_scale=1.0, timestep_shift=1.0, sampler="consistency")
+
+
+def _train_only(network: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    network.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
+def _objective(name: str) -> AdversarialObjective:
+    """A registered objective; ConfigError for a loss of another kind."""
+    loss = create_loss(name)
+    if isinstance(loss, AdversarialObjective):
+        return loss
+    builders = {other: LOSSES.get(other) for other in list_losses()}
+    kinds = [
+        other
+        for other, builder in builders.items()
+        if isinstance(builder, type) and issubclass(builder, AdversarialObjective)
+    ]
+    raise ConfigError(
+        f"stage.objective {name!r} is a loss, but not an adversarial objective; choose from: "
+        f"{', '.join(kinds)}"
+    )
+
+
+def _check_same_latents(generator: ModelInfo, discriminator: ModelInfo) -> None:
+    for part in ("codec", "text_encoder"):
+        ours, theirs = getattr(generator, part), getattr(discriminator, part)
+        if (ours.architecture, ours.config) != (theirs.architecture, theirs.config):
+            raise ConfigError(
+                f"generator and discriminator start from models with different {part}s "
+                f"({ours.architecture} and {theirs.architecture}); both must come from one "
+                "diffusion model"
+            )

@@ -1,0 +1,123 @@
+"""Consistency distillation with guidance, which G starts from (APT Sec. 3.2)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from apt.checks import check_range
+from apt.hub import SamplingInfo
+from apt.losses import Consistency
+from apt.methods.apt import generate, one_step_sampling
+from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
+from apt.models.bundle import ModelBundle
+from apt.models.conditions import TextCondition
+from apt.models.registry import untrained_timesteps
+from apt.models.transformer import DiffusionTransformer
+from apt.rng import sample_noise
+from apt.sampling import bind
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(MethodConfig):
+    """Consistency distillation (APT Sec. 3.2).
+
+    Attributes:
+        teacher: the diffusion model: built-in name, folder or Hub id.
+        loss: the discretised trajectory, and the teacher's constant guidance scale.
+        target_decay: EMA of the target network.
+    """
+
+    exports_as: ClassVar[str] = "consistency"
+    summary: ClassVar[str] = "a consistency-distilled model, the start of Adversarial Post-Training"
+    starts_from: ClassVar[str | None] = "teacher"
+    names_models: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    teacher: str = ""
+    loss: Consistency = Consistency()
+    target_decay: float = 0.95
+
+    def build(self, start: ModelBundle, host: Host) -> ConsistencyDistillation:
+        return ConsistencyDistillation(self, start, host)
+
+    def check(self) -> None:
+        check_range(self, "stage.", {"target_decay": (0, 1)})
+
+    def sampling(self, before: SamplingInfo) -> SamplingInfo:
+        return one_step_sampling(before)
+
+
+class ConsistencyDistillation(Method):
+    """Trains the generator to jump along the teacher's guided trajectory."""
+
+    def __init__(self, config: DistillConfig, start: ModelBundle, host: Host) -> None:
+        super().__init__(start, host)
+        self.loss = config.loss
+        self.teacher = _frozen(start.backbone)
+        host.adapt(start.backbone)
+        self.target = _frozen(start.backbone)  # with the adapters that its average has
+        self.target.backbone.set_checkpointing(False)
+        for network in (self.teacher, self.target):
+            host.place(network, network.backbone.block_list())
+        self.trained = {"generator": self.train_generator()}
+        self.target_ema = host.average(self.generator.module, config.target_decay)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"target": self.target_ema.state_dict()}
+
+    def warnings(self) -> list[str]:
+        grid, _ = self.loss.timesteps(torch.arange(self.loss.num_timesteps))
+        problem = untrained_timesteps(self.start.info.model.architecture, grid.tolist())
+        return [] if problem is None else [f"the teacher {problem}"]
+
+    def prompts(self) -> list[str]:
+        return [self.host.negative_prompt]
+
+    def parts(self) -> dict[str, Part]:
+        return {"generator": self.generator_step}
+
+    def generator_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
+        """Minimise the consistency loss."""
+        student = self.generator.module
+        self.generator.zero_grad()
+        self.target_ema.copy_to(self.target)
+        losses = []
+        for batch in batches:
+            num = len(batch.captions)
+            c = self.encode(batch.captions)
+            negative = self.encode([self.host.negative_prompt] * num)
+            u = self.uniform(batch, update, "timestep")
+            with self.host.autocast():
+                loss = self.loss(
+                    bind(student, c),
+                    partial(self.both_velocities, c=c, negative=negative),
+                    bind(self.target, c),
+                    batch.x,
+                    sample_noise(num, batch.x.shape[1:], self.draw(batch, update, "noise")),
+                    (u * self.loss.num_timesteps).long(),
+                )
+            (loss / len(batches)).backward()
+            losses.append(loss)
+        norm = self.generator.step(update)
+        self.target_ema.update(student)
+        return {"generator/loss": mean(losses), "generator/grad_norm": norm}
+
+    def both_velocities(
+        self, x_t: Tensor, t: Tensor, c: TextCondition, negative: TextCondition
+    ) -> tuple[Tensor, Tensor]:
+        """The teacher's, under the caption and under the negative prompt."""
+        return self.teacher(x_t, t, c), self.teacher(x_t, t, negative)
+
+    def preview(self, z: Tensor, prompts: Sequence[str]) -> Tensor:
+        return generate(self.generator.module, z, self.encode(prompts))
+
+
+def _frozen(backbone: DiffusionTransformer) -> Denoiser:
+    """An independent copy that no gradient reaches."""
+    return Denoiser(copy.deepcopy(backbone)).requires_grad_(False)

@@ -1,0 +1,144 @@
+"""Flow-matching pre-training, which makes the teacher and D's backbone (APT Sec. 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from apt.checks import check_positive
+from apt.errors import ConfigError
+from apt.flow import sampling_timesteps, shift_timesteps
+from apt.hub import SamplingInfo
+from apt.losses import FlowMatching
+from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
+from apt.models.bundle import ModelBundle
+from apt.models.conditions import TextCondition
+from apt.rng import sample_noise
+from apt.sampling import bind_guided, sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(MethodConfig):
+    """Flow-matching pre-training (APT Sec. 3.1).
+
+    Attributes:
+        codec: a trained codec to work in: a folder that a codec run exported, a model that has one,
+            or a Hub id; empty takes `model.codec`.
+        timestep_sampling: how t is drawn before the shift.
+        timestep_shift: s of Eq. 7, applied to the training timesteps.
+        caption_dropout: share of captions replaced by the negative prompt, for guidance.
+        cfg_scale, num_steps, sampling_shift: recorded as the model's sampling defaults;
+            sampling_shift is s of Eq. 7 on the grid of timesteps.
+    """
+
+    exports_as: ClassVar[str] = "diffusion"
+    summary: ClassVar[str] = "a flow-matching diffusion model, sampled in many steps"
+    names_models: ClassVar[tuple[str, ...]] = ("codec",)
+
+    codec: str = ""
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_shift: float = 1.0
+    caption_dropout: float = 0.1
+    cfg_scale: float = 7.5
+    num_steps: int = 25
+    sampling_shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ConfigError(f"num_steps must be at least 1, got {self.num_steps}")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ConfigError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
+
+    def check(self) -> None:
+        check_positive(self, "stage.", "timestep_shift", "sampling_shift")
+
+    def trained_codec(self) -> str:
+        return self.codec
+
+    def check_adapters(self) -> None:
+        raise ConfigError(
+            "lora.rank is for later stages: pre-training starts from random weights, which "
+            "adapters would leave as they are"
+        )
+
+    def build(self, start: ModelBundle, host: Host) -> FlowMatchingPretraining:
+        return FlowMatchingPretraining(self, start, host)
+
+    def sampling(self, before: SamplingInfo) -> SamplingInfo:
+        return replace(
+            before,
+            num_steps=self.num_steps,
+            cfg_scale=self.cfg_scale,
+            timestep_shift=self.sampling_shift,
+            sampler="euler",
+        )
+
+
+class FlowMatchingPretraining(Method):
+    """Trains the backbone, and the text encoder if it has weights that train."""
+
+    def __init__(self, config: PretrainConfig, start: ModelBundle, host: Host) -> None:
+        super().__init__(start, host)
+        self.config = config
+        self.loss = FlowMatching()
+        text = start.text_encoder
+        self.trains_text = any(p.requires_grad for p in text.parameters())
+        host.adapt(start.backbone)
+        self.trained = {"generator": self.train_generator(text if self.trains_text else None)}
+
+    def encode(self, prompts: Sequence[str]) -> TextCondition:
+        """Conditions, with gradients if the text encoder trains."""
+        if not self.trains_text:
+            return super().encode(prompts)
+        return cast("Denoiser", self.generator.module).encode(prompts)
+
+    def prompts(self) -> list[str]:
+        return [self.host.negative_prompt]
+
+    def parts(self) -> dict[str, Part]:
+        return {"generator": self.generator_step}
+
+    def generator_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
+        """Minimise the flow-matching loss."""
+        self.generator.zero_grad()
+        losses = []
+        for batch in batches:
+            t = self.timesteps(batch, update)
+            z = sample_noise(
+                len(batch.captions), batch.x.shape[1:], self.draw(batch, update, "noise")
+            )
+            with self.host.autocast():
+                c = self.encode(self.captions(batch, update))
+                loss = self.loss(partial(self.generator.module, c=c), batch.x, z, t)
+            (loss / len(batches)).backward()
+            losses.append(loss)
+        norm = self.generator.step(update)
+        return {"generator/loss": mean(losses), "generator/grad_norm": norm}
+
+    def preview(self, z: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Many steps with guidance, on the grid that the model's own shift gives."""
+        c, negative = self.encode(prompts), self.encode([self.host.negative_prompt])
+        predict = bind_guided(self.generator.module, c, negative, self.config.cfg_scale)
+        grid = sampling_timesteps(self.config.num_steps, self.config.sampling_shift)
+        return sample(predict, z, grid, sampler="euler", noise=lambda step: z)
+
+    def timesteps(self, batch: MicroBatch, update: int) -> Tensor:
+        """(b,) training timesteps: drawn, then shifted (Eq. 7)."""
+        u = self.uniform(batch, update, "timestep")
+        if self.config.timestep_sampling == "logit_normal":
+            # ndtri maps uniform to normal; fp64 keeps its tails finite.
+            u = torch.special.ndtri(u.double().clamp(1e-9, 1 - 1e-9)).sigmoid().float()
+        return shift_timesteps(u, self.config.timestep_shift).to(batch.x.device)
+
+    def captions(self, batch: MicroBatch, update: int) -> list[str]:
+        """Captions with some replaced by the negative prompt, for classifier-free guidance."""
+        draws = self.uniform(batch, update, "caption_dropout").tolist()
+        return [
+            self.host.negative_prompt if draw < self.config.caption_dropout else caption
+            for caption, draw in zip(batch.captions, draws, strict=True)
+        ]

@@ -1,0 +1,479 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apt.errors import ConfigError, InputError
+from apt.hub import TEXT_ENCODER_FILE
+from apt.kernels import perturbed_batch, sample_shifted_timesteps
+from apt.losses import (
+    R1,
+    ApproximateR1,
+    ApproximateR2,
+    FeatureMatching,
+    LogitCentring,
+    MismatchedCondition,
+)
+from apt.methods.apt import AdversarialConfig, AdversarialPostTraining
+from apt.methods.terms import Terms
+from apt.models import TextCondition
+from apt.models.bundle import load_pretrained, save_pretrained
+from apt.models.discriminator import Discriminator
+from apt.rng import Draw, sample_noise
+from tests.train.tiny_stages import (
+    CAPTIONS,
+    FROZEN,
+    LATENT_SHAPE,
+    adversarial,
+    assert_same_gradients,
+    build,
+    gradients,
+    micro_batches,
+    save_start,
+    train_config,
+    unchanged,
+    weights,
+)
+
+UPDATE, FIRST = 5, 8
+
+
+def networks(stage: AdversarialPostTraining) -> tuple[Any, Any]:
+    return stage.generator.module, stage.trained["discriminator"].module
+
+
+OFF = ApproximateR1(weight=0.0)
+
+
+def key(stream: str) -> Draw:
+    """The random draws of the samples FIRST, FIRST + 1, ... in update UPDATE."""
+    return Draw(0, UPDATE, FIRST, stream)
+
+
+def noise(stream: str) -> Tensor:
+    return sample_noise(len(CAPTIONS), LATENT_SHAPE, key(stream))
+
+
+def perturbation(stream: str = "perturbation") -> Tensor:
+    zeros = torch.zeros(len(CAPTIONS), *LATENT_SHAPE)
+    return perturbed_batch(zeros, zeros[:0], 1.0, key(stream))[len(CAPTIONS) :]
+
+
+class Oracle:
+    """The paper's equations from separate forwards of D, each with its own timesteps."""
+
+    def __init__(self, stage: AdversarialPostTraining, shift: float) -> None:
+        generator, self.judge = networks(stage)
+        self.c: TextCondition = stage.encode(CAPTIONS)
+        self.x = micro_batches(first=FIRST)[0].x
+        ones = torch.ones(len(CAPTIONS))
+        z = noise("discriminator/noise")
+        self.fake = (z - generator(z, ones, self.c)).detach()
+        self.t = self.timesteps("discriminator/timestep", shift)
+
+    @staticmethod
+    def timesteps(stream: str, shift: float) -> Tensor:
+        return sample_shifted_timesteps(len(CAPTIONS), key(stream), shift=shift)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.judge(x, self.t, self.c).logits
+
+
+def discriminator_gradients(
+    stage: AdversarialPostTraining, loss: Tensor
+) -> dict[str, Tensor | None]:
+    """What `loss` gives D, where D's own step left other gradients before."""
+    judge = networks(stage)[1]
+    judge.zero_grad()
+    loss.backward()
+    return gradients(judge)
+
+
+def test_discriminator_minimises_equation_10(tmp_path: Path) -> None:
+    stage = adversarial(
+        tmp_path,
+        train={"optimizer": FROZEN},
+        r1=ApproximateR1(weight=30.0, sigma=0.3),
+        timestep_shift=4.0,
+    )
+    metrics = stage.discriminator_step(micro_batches(first=FIRST), UPDATE)
+    ours = gradients(networks(stage)[1])
+
+    oracle = Oracle(stage, shift=4.0)
+    real, fake = oracle.logits(oracle.x), oracle.logits(oracle.fake)
+    perturbed = oracle.logits(oracle.x + 0.3 * perturbation())
+    gan = F.softplus(-real).mean() + F.softplus(fake).mean()
+    penalty = 30.0 * (real - perturbed).square().mean()
+    assert metrics["discriminator/loss"] == pytest.approx(gan.item(), rel=1e-4)
+    assert metrics["discriminator/approximate_r1"] == pytest.approx(penalty.item(), rel=1e-3)
+    gap = real.mean() - fake.mean()
+    assert metrics["discriminator/logit_gap"] == pytest.approx(gap.item(), rel=1e-3)
+    assert_same_gradients(ours, discriminator_gradients(stage, gan + penalty), missing=True)
+
+
+def test_generator_minimises_equation_2_through_the_discriminator(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, train={"optimizer": FROZEN}, timestep_shift=4.0)
+    generator, _ = networks(stage)
+    metrics = stage.generator_step(micro_batches(first=FIRST), UPDATE)
+    ours = gradients(generator)
+
+    oracle = Oracle(stage, shift=4.0)
+    oracle.t = oracle.timesteps("generator/timestep", 4.0)
+    z = noise("generator/noise")
+    fake = z - generator(z, torch.ones(len(CAPTIONS)), oracle.c)
+    fake.retain_grad()
+    loss = F.softplus(-oracle.logits(fake)).mean()
+    generator.zero_grad()
+    loss.backward()
+    assert metrics["generator/loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert_same_gradients(ours, gradients(generator), missing=True)
+    # Each sample's own loss has the gradient of the mean, times the batch.
+    assert fake.grad is not None
+    norm = fake.grad.flatten(1).norm(dim=1).mean() * len(CAPTIONS)
+    assert metrics["discriminator/input_gradient"] == pytest.approx(norm.item(), rel=1e-3)
+    total = torch.cat([g.flatten() for g in gradients(generator).values() if g is not None]).norm()
+    assert metrics["generator/grad_norm"] == pytest.approx(total.item(), rel=1e-3)
+
+
+OPTIONAL_TERMS: dict[str, dict[str, Any]] = {
+    "approximate_r1": {"r1": ApproximateR1(weight=7.0, sigma=0.3)},
+    "approximate_r2": {"terms": Terms(r2=ApproximateR2(weight=7.0, sigma=0.3))},
+    "r1": {"terms": Terms(exact_r1=R1(weight=7.0))},
+    "logit_centring": {"terms": Terms(logit_centring=LogitCentring(weight=7.0))},
+    "mismatched_condition": {"terms": Terms(mismatched=MismatchedCondition(weight=7.0))},
+}
+
+
+@pytest.mark.parametrize("term", OPTIONAL_TERMS)
+def test_discriminator_terms_one_by_one(term: str, tmp_path: Path) -> None:
+    stage = adversarial(
+        tmp_path, train={"optimizer": FROZEN}, **{"r1": OFF, **OPTIONAL_TERMS[term]}
+    )
+    metrics = stage.discriminator_step(micro_batches(first=FIRST), UPDATE)
+    ours = gradients(networks(stage)[1])
+    logged = {name.removeprefix("discriminator/") for name in metrics}
+    assert logged & OPTIONAL_TERMS.keys() == {term}
+
+    oracle = Oracle(stage, shift=1.0)
+    x = oracle.x.clone().requires_grad_()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        real, fake = oracle.logits(x), oracle.logits(oracle.fake)
+        if term == "approximate_r1":
+            other = oracle.logits(oracle.x + 0.3 * perturbation())
+            value = 7 * (real - other).square().mean()
+        elif term == "approximate_r2":
+            other = oracle.logits(oracle.fake + 0.3 * perturbation("perturbation/fake"))
+            value = 7 * (fake - other).square().mean()
+        elif term == "r1":
+            (slope,) = torch.autograd.grad(real.sum(), x, create_graph=True)
+            value = 7 * slope.square().flatten(1).sum(1).mean()
+        elif term == "logit_centring":
+            value = 7 * (real + fake).square().mean()
+        else:
+            # Sample i under the row (caption and timestep) of its right neighbour.
+            right = torch.tensor([1, 2, 3, 0])
+            wrong = oracle.judge(oracle.x, oracle.t[right], oracle.c.select(right)).logits
+            value = 7 * F.softplus(wrong).mean()
+        assert metrics[f"discriminator/{term}"] == pytest.approx(value.item(), rel=2e-3)
+        gan = F.softplus(-real).mean() + F.softplus(fake).mean()
+        assert_same_gradients(ours, discriminator_gradients(stage, gan + value), missing=True)
+
+
+def test_all_terms_together(tmp_path: Path) -> None:
+    terms = Terms(
+        r2=ApproximateR2(fraction=0.5),
+        exact_r1=R1(),
+        logit_centring=LogitCentring(),
+        feature_matching=FeatureMatching(),
+        mismatched=MismatchedCondition(),
+    )
+    stage = adversarial(tmp_path, r1=ApproximateR1(fraction=0.5), terms=terms)
+    metrics = stage.update(micro_batches(), 0)
+    assert {f"discriminator/{name}" for name in OPTIONAL_TERMS} <= metrics.keys()
+    assert "generator/feature_matching" in metrics
+    assert all(torch.isfinite(torch.as_tensor(value)) for value in metrics.values())
+
+
+def test_no_penalty_is_the_plain_gan_loss(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, train={"optimizer": FROZEN}, r1=OFF)
+    metrics = stage.discriminator_step(micro_batches(first=FIRST), UPDATE)
+    assert not {f"discriminator/{name}" for name in OPTIONAL_TERMS} & metrics.keys()
+    ours = gradients(networks(stage)[1])
+    oracle = Oracle(stage, shift=1.0)
+    real, fake = oracle.logits(oracle.x), oracle.logits(oracle.fake)
+    gan = F.softplus(-real).mean() + F.softplus(fake).mean()
+    assert_same_gradients(ours, discriminator_gradients(stage, gan), missing=True)
+
+
+def test_fraction_perturbs_the_first_samples(tmp_path: Path) -> None:
+    r1 = ApproximateR1(sigma=0.3, fraction=0.5)
+    stage = adversarial(tmp_path, train={"optimizer": FROZEN}, r1=r1)
+    metrics = stage.discriminator_step(micro_batches(first=FIRST), UPDATE)
+    oracle = Oracle(stage, shift=1.0)
+    real = oracle.logits(oracle.x)
+    perturbed = oracle.logits(oracle.x + 0.3 * perturbation())
+    penalty = 100 * (real - perturbed)[:2].square().mean()
+    assert metrics["discriminator/approximate_r1"] == pytest.approx(penalty.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["hinge", "least_squares", "relativistic"])
+def test_other_objectives(objective: str, tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, train={"optimizer": FROZEN}, objective=objective)
+    metrics = stage.generator_step(micro_batches(first=FIRST), UPDATE)
+    generator, _ = networks(stage)
+    oracle = Oracle(stage, shift=1.0)
+    oracle.t = oracle.timesteps("generator/timestep", 1.0)
+    z = noise("generator/noise")
+    fake = oracle.logits(z - generator(z, torch.ones(len(CAPTIONS)), oracle.c))
+    real = oracle.logits(oracle.x)
+    expected = {
+        "hinge": -fake.mean(),
+        "least_squares": (fake - 1).square().mean() / 2,
+        "relativistic": F.softplus(real - fake).mean(),
+    }[objective]
+    assert metrics["generator/loss"] == pytest.approx(expected.item(), rel=1e-3)
+    assert stage.discriminator_step(micro_batches(), 0)["discriminator/loss"] >= 0
+
+
+def test_feature_matching_compares_all_heads(tmp_path: Path) -> None:
+    terms = Terms(feature_matching=FeatureMatching(weight=3.0))
+    stage = adversarial(tmp_path, train={"optimizer": FROZEN}, terms=terms)
+    metrics = stage.generator_step(micro_batches(first=FIRST), UPDATE)
+    generator, judge = networks(stage)
+    oracle = Oracle(stage, shift=1.0)
+    t = oracle.timesteps("generator/timestep", 1.0)
+    z = noise("generator/noise")
+    fake = judge(z - generator(z, torch.ones(len(CAPTIONS)), oracle.c), t, oracle.c).features
+    real = judge(oracle.x, t, oracle.c).features
+    assert len(fake) == 3
+    distance = 3 * torch.stack([(a - b).abs().mean() for a, b in zip(fake, real, strict=True)])
+    value = metrics["generator/feature_matching"]
+    assert value == pytest.approx(distance.mean().item(), rel=1e-3)
+
+
+def test_each_step_leaves_the_other_network_alone(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, terms=Terms(feature_matching=FeatureMatching()))
+    generator, judge = networks(stage)
+    ema = stage.generator.ema
+    assert ema is not None
+
+    before = weights(generator), weights(judge), dict(weights_of(ema.state_dict()))
+    stage.discriminator_step(micro_batches(), 0)
+    assert unchanged(before[0], weights(generator)) == before[0].keys()
+    assert unchanged(before[2], ema.state_dict()) == before[2].keys()
+    assert all(value is None for value in gradients(generator).values())
+    assert unchanged(before[1], weights(judge)) == set()
+
+    judge.zero_grad()
+    before = weights(generator), weights(judge), dict(weights_of(ema.state_dict()))
+    stage.generator_step(micro_batches(), 0)
+    assert unchanged(before[1], weights(judge)) == before[1].keys()
+    assert all(value is None for value in gradients(judge).values())
+    assert unchanged(before[0], weights(generator)) == set()
+    assert unchanged(before[2], ema.state_dict()) == set()
+
+
+def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in state.items()}
+
+
+def test_stale_gradients_do_not_add_up(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, train={"optimizer": FROZEN})
+    stage.update(micro_batches(), 0)
+    once = [gradients(module) for module in networks(stage)]
+    stage.update(micro_batches(), 0)
+    for before, module in zip(once, networks(stage), strict=True):
+        assert_same_gradients(before, gradients(module), missing=True)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_accumulation_equals_the_whole_batch(size: int, tmp_path: Path) -> None:
+    terms = Terms(r2=ApproximateR2(weight=5.0), feature_matching=FeatureMatching())
+    results = []
+    for part in (len(CAPTIONS), size):
+        stage = adversarial(tmp_path, train={"optimizer": FROZEN}, terms=terms, timestep_shift=3.0)
+        metrics = stage.update(micro_batches(part), 0)
+        results.append((metrics, *map(gradients, networks(stage))))
+    whole, parts = results
+    assert whole[0].keys() == parts[0].keys()
+    for name, value in whole[0].items():
+        assert float(parts[0][name]) == pytest.approx(float(value), rel=1e-3, abs=1e-5), name
+    assert_same_gradients(whole[1], parts[1], missing=True)
+    assert_same_gradients(whole[2], parts[2], missing=True)
+
+
+def test_two_ranks_draw_as_one(tmp_path: Path) -> None:
+    """The mean of two halves' gradients is the whole's, when each knows its global offset."""
+    terms = Terms(r2=ApproximateR2(weight=5.0))
+    stage = adversarial(tmp_path, train={"optimizer": FROZEN}, terms=terms)
+    judge = networks(stage)[1]
+    halves = micro_batches(2)
+    sums: dict[str, Tensor | None] = {}
+    for half in halves:
+        stage.discriminator_step([half], 0)
+        for name, value in gradients(judge).items():
+            assert value is not None
+            known = sums.get(name)
+            sums[name] = value / 2 if known is None else known + value / 2
+    stage.discriminator_step(micro_batches(), 0)
+    assert_same_gradients(gradients(judge), sums, missing=True)
+
+
+def test_frozen_backbone_stays_and_still_teaches(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, freeze_discriminator_backbone=True)
+    generator, judge = networks(stage)
+    before = weights(judge), weights(generator)
+    stage.update(micro_batches(), 0)
+    kept = unchanged(before[0], weights(judge))
+    assert kept == {name for name in before[0] if name.startswith("backbone.")}
+    assert unchanged(before[1], weights(generator)) == set()
+    optimised = stage.trained["discriminator"].optimizer.param_groups[0]["params"]
+    assert {id(p) for p in optimised} == {id(p) for p in judge.head_parameters()}
+
+
+def test_blocks_alone_move_where_the_generator_trains_its_blocks(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, generator_trains="blocks")
+    generator, judge = networks(stage)
+    before = weights(generator), weights(judge)
+    stage.update(micro_batches(), 0)
+    kept = unchanged(before[0], weights(generator))
+    assert kept == {name for name in before[0] if ".blocks." not in name}
+    assert {"backbone.patch_out.weight", "backbone.patch_in.weight"} <= kept
+    # D is another network, whose every weight trains still.
+    assert unchanged(before[1], weights(judge)) == set()
+
+
+def test_every_weight_of_both_networks_trains(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path)
+    before = [weights(module) for module in networks(stage)]
+    stage.update(micro_batches(), 0)
+    for old, module in zip(before, networks(stage), strict=True):
+        assert unchanged(old, weights(module)) == set()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_activation_checkpointing_changes_nothing(exact: bool, tmp_path: Path) -> None:
+    results = []
+    for enabled in (False, True):
+        stage = adversarial(
+            tmp_path,
+            train={"optimizer": FROZEN, "activation_checkpointing": enabled},
+            terms=Terms(exact_r1=R1(weight=float(exact))),
+        )
+        generator, judge = networks(stage)
+        assert generator.backbone.checkpointing is judge.backbone.checkpointing is enabled
+        stage.update(micro_batches(), 0)
+        results.append([gradients(generator), gradients(judge)])
+    for without, with_ in zip(*results, strict=True):
+        assert_same_gradients(without, with_, missing=True)
+
+
+def test_bf16_autocast_keeps_logits_and_weights_in_fp32(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, train={"precision": "bf16"})
+    seen: list[torch.dtype] = []
+    _, judge = networks(stage)
+    judge.register_forward_hook(lambda module, args, out: seen.append(out.logits.dtype))
+    judge.backbone.patch_in.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    metrics = stage.update(micro_batches(), 0)
+    assert set(seen[0::2]) == {torch.bfloat16}
+    assert set(seen[1::2]) == {torch.float32}
+    assert {p.dtype for p in judge.parameters()} == {torch.float32}
+    assert all(torch.isfinite(torch.as_tensor(value)) for value in metrics.values())
+
+
+def test_mismatched_pairs_leave_out_equal_captions(tmp_path: Path) -> None:
+    terms = Terms(mismatched=MismatchedCondition(weight=2.0))
+    stage = adversarial(tmp_path, train={"optimizer": FROZEN}, terms=terms)
+    judge = networks(stage)[1]
+    sizes: list[int] = []
+    judge.register_forward_hook(lambda module, args, out: sizes.append(len(out.logits)))
+    captions = ("one", "one", "two", "two")
+    metrics = stage.discriminator_step(micro_batches(captions=captions), 0)
+    # Four real, perturbed and generated samples, and those whose neighbour differs: 1 and 3.
+    assert sizes == [3 * 4 + 2]
+    assert metrics["discriminator/mismatched_condition"] > 0
+
+    same = micro_batches(captions=("one",) * 4)
+    assert stage.discriminator_step(same, 0)["discriminator/mismatched_condition"] == 0
+    grads = gradients(judge)
+    assert all(value is not None and value.isfinite().all() for value in grads.values())
+
+
+def test_head_and_layers_are_configurable(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, head="conv3d", layers=(1, 2))
+    _, judge = networks(stage)
+    assert isinstance(judge, Discriminator)
+    assert judge.layers == (1, 2) and judge.backbone.depth == 2
+    assert stage.generator.module.backbone.depth == 3  # type: ignore[union-attr]
+    stage.update(micro_batches(), 0)
+
+
+def test_discriminator_starts_from_its_own_model(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path)
+    generator, judge = networks(stage)
+    for module, name in ((generator, "generator"), (judge, "discriminator")):
+        saved = weights(load_pretrained(tmp_path / name).backbone)  # type: ignore[arg-type]
+        ours = weights(module.backbone)
+        assert unchanged(ours, saved) == ours.keys()
+    ours = weights(judge.backbone)
+    theirs = weights(generator.backbone)
+    assert not unchanged(ours, theirs)
+
+
+def test_the_discriminators_own_text_encoder_is_not_loaded(tmp_path: Path) -> None:
+    """It would be a second T5-XXL in memory, only to be dropped."""
+    start = save_start(tmp_path)
+    (tmp_path / "discriminator" / TEXT_ENCODER_FILE).unlink()
+    config = train_config(AdversarialConfig(**start))
+    stage = build(config)
+    stage.update(micro_batches(), 0)
+
+
+def test_the_same_seed_gives_the_same_update(tmp_path: Path) -> None:
+    states = []
+    for _ in range(2):
+        stage = adversarial(tmp_path)
+        stage.update(micro_batches(), 0)
+        states.append({**weights(networks(stage)[0]), **weights(networks(stage)[1])})
+    assert unchanged(*states) == states[0].keys()
+
+
+def test_models_that_do_not_fit_each_other(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path)
+    start = stage.start
+    other = dataclasses.replace(
+        start.info,
+        codec=dataclasses.replace(start.info.codec, config={**start.info.codec.config, "std": 1.0}),
+    )
+    codec = type(start.codec)(dataclasses.replace(start.codec.config, std=1.0))
+    save_pretrained(tmp_path / "discriminator", dataclasses.replace(start, info=other, codec=codec))
+    config = train_config(
+        AdversarialConfig(
+            generator=str(tmp_path / "generator"), discriminator=str(tmp_path / "discriminator")
+        )
+    )
+    with pytest.raises(ConfigError, match="different codecs"):
+        build(config, start)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"discriminator": ""}, "stage.discriminator is empty"),
+        ({"generator": ""}, "stage.generator is empty"),
+        ({"objective": "hing"}, "did you mean 'hinge'"),
+        ({"objective": "approximate_r1"}, "not an adversarial objective; choose from: hinge, "),
+        ({"objective": "consistency"}, "not an adversarial objective"),
+        ({"head": "attenton"}, "did you mean 'attention'"),
+        ({"layers": (1, 9)}, "must lie in 1..3"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        adversarial(tmp_path, **options)

@@ -1,0 +1,63 @@
+"""A method from outside the package goes through the stock commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from apt.hub import read_info
+from tests.cli.shell import error_line, run_cli
+
+MODULE = Path(__file__).with_name("regression.py")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    shutil.copy(MODULE, folder / "my_method.py")
+    result = run_cli(
+        "--import", "my_method", "train", "digits_regression",
+        "--stage.steps", "3", "--run-dir", "run", cwd=folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def test_it_is_trained_and_exported(run_dir: Path) -> None:
+    updates = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in updates] == [1, 2]
+    info = read_info(run_dir / "export")
+    assert (info.stage, info.sampling.sampler) == ("regression", "consistency")
+    assert info.summary == "a one-step model regressed on its teacher"
+    assert info.training["config"]["stage"] == {"pupil": "digits-diffusion", "steps": 3}
+    assert info.training["models"] == ["stage.pupil"]
+
+
+def test_it_is_sampled_without_the_module(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    result = run_cli(
+        "generate", "--model", run_dir / "export", "--prompt", "a red seven moving left",
+        "--out", out,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert out.is_file()
+
+
+def test_it_is_listed(tmp_path: Path) -> None:
+    result = run_cli("list", "recipes", f"--import={MODULE}", cwd=tmp_path)
+    assert "digits_regression" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--import"], "needs a module"),
+        (["--import", "not_there"], "no such module"),
+        (["--import", "not_there.py"], "no such file"),
+    ],
+)
+def test_a_module_that_is_not_there(args: list[str], message: str, tmp_path: Path) -> None:
+    assert message in error_line(run_cli("list", *args, cwd=tmp_path))
