@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,15 +15,36 @@ import tyro
 
 from apt.errors import InputError
 from apt.train.config import TrainConfig
-from apt.train.monitor import TrainingStopped
 from apt.train.parallel import Parallel
 from apt.train.recipes import RECIPES
+from apt.train.resume import CONFIG_NAME, Resume, plain
+from apt.train.run_state import exit_status
 from apt.train.sequence import is_finished, move_runs
-from apt.train.trainer import plain, run
+from apt.train.signals import StopRequest
+from apt.train.spokesman import report
+from apt.train.trainer import run
 
 
-@dataclass(frozen=True)
-class Overview:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is no field of the configuration."""
+
+    resume: bool = False
+    """Continue from the newest checkpoint that verifies."""
+    continue_: Annotated[bool, tyro.conf.arg(name="continue")] = False
+    """Continue if there is something to continue, else start: one command for every attempt of a
+    job that a scheduler starts again."""
+    start_over: bool = False
+    """Begin again at update 0 where all checkpoints are damaged or gone; what is there is kept in a
+    folder beside."""
+    take_over: bool = False
+    """Take the run's folder from another process that still has it, and that then stops."""
+    print_config: bool = False
+    """Print the resolved configuration as JSON, and do not train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview(Options):
     """Train a recipe: diffusion-apt train RECIPE --any.field value.
 
     `diffusion-apt list recipes` shows the recipes, `diffusion-apt train RECIPE --help` the fields
@@ -29,63 +53,94 @@ class Overview:
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """Its name comes first."""
-    resume: bool = False
-    """Continue from the newest checkpoint that verifies."""
-    print_config: bool = False
-    """Print the resolved configuration as JSON, and do not train."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(Options):
     """Train this recipe. If it has several stages, every option applies to each of them, and
-    --run-dir is the folder that gets a folder for each."""
+    --run-dir is the folder that gets a folder for each.
+
+    The exit code is 0 for a finished run, 75 for one that SIGTERM or Ctrl-C stopped, which is saved
+    and can be continued (under torchrun 0; the run's state.json tells), 2 for an error."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    resume: bool = False
-    """Continue from the newest checkpoint that verifies."""
-    print_config: bool = False
-    """Print the resolved configuration as JSON, and do not train."""
 
 
-def main(args: Sequence[str], *, prog: str) -> None:
+def main(args: Sequence[str], *, prog: str) -> int:
     """Resolve the recipe, then print it or train its stages one after the other."""
     if not args or args[0].startswith("-"):
         tyro.cli(Overview, args=args, prog=prog)
         raise InputError(f"the recipe's name comes first: {prog} RECIPE [OPTIONS]")
     made = RECIPES.get(args[0])()
     stages = [made] if isinstance(made, TrainConfig) else list(made)
-    parsed = [
-        tyro.cli(
-            Train,
-            args=args[1:],
-            prog=f"{prog} {args[0]}",
-            default=Train(config=stage),
-            # A recipe's stage is of one kind; its fields are options, not a choice of kinds.
-            config=(tyro.conf.AvoidSubcommands,),
+    with _one_usage_message():
+        parsed = [
+            tyro.cli(
+                Train,
+                args=args[1:],
+                prog=f"{prog} {args[0]}",
+                default=Train(config=stage),
+                # A recipe's stage is of one kind; its fields are options, not a choice of kinds.
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+            for stage in stages
+        ]
+    configs, options = [one.config for one in parsed], parsed[0]
+    if options.resume and options.continue_:
+        raise InputError(
+            "--resume and --continue exclude each other: --resume needs a run to continue, "
+            "--continue starts one if there is none"
         )
-        for stage in stages
-    ]
-    configs = [one.config for one in parsed]
     if len(configs) > 1 and len({config.run_dir for config in configs}) == 1:
         configs = move_runs(configs, before=stages)
-    if parsed[0].print_config:
+    if options.print_config:
         resolved = [plain(config) for config in configs]
         print(json.dumps(resolved if len(resolved) > 1 else resolved[0], indent=2))
-        return
-    train_stages(configs, resume=parsed[0].resume)
+        return 0
+    resume: Resume = "auto" if options.continue_ else options.resume
+    finished = train_stages(
+        configs, resume=resume, start_over=options.start_over, take_over=options.take_over
+    )
+    return exit_status(finished)
 
 
-def train_stages(configs: Sequence[TrainConfig], *, resume: bool) -> None:
-    """Train stages in a row; a stop request ends the row. Raises InputError if training stops."""
-    with Parallel.from_environment(configs[0].device) as parallel:
+def train_stages(
+    configs: Sequence[TrainConfig],
+    *,
+    resume: Resume,
+    start_over: bool = False,
+    take_over: bool = False,
+) -> bool:
+    """Train stages in a row; a stop request ends the row. Whether all are finished."""
+    with Parallel.from_environment(configs[0].device) as parallel, StopRequest() as stop:
         for number, config in enumerate(configs):
-            begun = (Path(config.run_dir) / "config.json").is_file()
-            try:
-                run_dir = run(config, resume=resume and (begun or number == 0), parallel=parallel)
-            except TrainingStopped as error:
-                raise InputError(str(error)) from error
+            begun = (Path(config.run_dir) / CONFIG_NAME).is_file()
+            run_dir = run(
+                config,
+                resume=resume if begun or number == 0 else False,
+                start_over=start_over,
+                take_over=take_over,
+                parallel=parallel,
+                stop=stop,
+            )
             parallel.barrier()
             if not is_finished(config):
-                return
+                return False
             if parallel.is_main:
                 print(f"{config.name}: {run_dir / 'export'}")
+    return True
+
+
+@contextlib.contextmanager
+def _one_usage_message() -> Iterator[None]:
+    """All ranks get the same arguments; one says what is wrong with them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit:
+        report(said.getvalue().rstrip())
+        raise

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apt.errors import ConfigError, InputError
 from apt.models.lora import LoRALayer
-from apt.models.protocols import Backbone
+from apt.models.transformer import DiffusionTransformer
 from apt.train.config import LoRAConfig
 
 _BASE = ".base_layer."
 _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-def add_adapters(backbone: Backbone, config: LoRAConfig, *, seed: int) -> None:
+def add_adapters(backbone: DiffusionTransformer, config: LoRAConfig, *, seed: int) -> None:
     """Put adapters beside linear layers, in place; only they train from now on.
 
     They begin as no change. Does nothing if the rank is 0.
@@ -40,7 +39,6 @@ def add_adapters(backbone: Backbone, config: LoRAConfig, *, seed: int) -> None:
             f"training through LoRA needs peft, which does not import here ({error}); "
             "run `pip install 'diffusion-apt[lora]'`"
         ) from error
-    assert isinstance(backbone, nn.Module)
     chosen = _targets(backbone, config.targets)
     torch.manual_seed(seed)
     options = peft.LoraConfig(
@@ -67,10 +65,9 @@ def split_adapters(
     return base, layers
 
 
-def _targets(backbone: nn.Module, wanted: tuple[str, ...]) -> list[str]:
+def _targets(backbone: DiffusionTransformer, wanted: tuple[str, ...]) -> list[str]:
     """Full names of the linear layers inside blocks whose names end in one of `wanted`."""
-    blocks: Any = backbone
-    inside = {id(module) for block in blocks.block_list() for module in block.modules()}
+    inside = {id(module) for block in backbone.block_list() for module in block.modules()}
     linear = [
         name
         for name, module in backbone.named_modules()

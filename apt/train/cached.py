@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from apt.data.latents import LatentFolder, TextFolder
 from apt.errors import ConfigError
@@ -13,8 +13,11 @@ from apt.models.conditions import TextCondition
 from apt.models.registry import CODECS, TEXT_ENCODERS, Buildable
 from apt.registry import Registry, replace_typed
 
+C = TypeVar("C", bound=Buildable)
+
 # How a part computes, not what.
-_FREE_OPTIONS = ("dtype", "tiling", "slicing")
+_FREE_OPTIONS = ("dtype", "tiling", "slicing", "chunk")
+_LONGEST = 40
 
 
 def cached_codec(cache: LatentFolder, part: ComponentInfo) -> CachedCodec:
@@ -55,7 +58,7 @@ class _Conditions(Mapping[str, TextCondition]):
         return len(self._texts)
 
 
-def _config(registry: Registry[Buildable], part: ComponentInfo) -> Any:
+def _config(registry: Registry[C], part: ComponentInfo) -> Any:
     return replace_typed(registry.get(part.architecture)(), part.config)
 
 
@@ -77,7 +80,7 @@ def _check(
         )
     names = (theirs.config.keys() | part.config.keys()) - set(_FREE_OPTIONS)
     changed = [
-        f"{name} (cache: {theirs.config.get(name)!r}, model: {part.config.get(name)!r})"
+        f"{name} (cache: {_shown(theirs.config.get(name))}, model: {_shown(part.config.get(name))})"
         for name in sorted(names)
         if theirs.config.get(name) != part.config.get(name)
     ]
@@ -86,3 +89,9 @@ def _check(
             f"{cache.directory} was made by another {kind} than this model's: "
             f"{', '.join(changed)}; {again}"
         )
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: of a long one, such as statistics by channel, the beginning."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

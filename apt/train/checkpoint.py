@@ -5,7 +5,7 @@ distributed checkpoint, and `manifest.json` with everything that is not a tensor
 size and SHA-256 of every file. It is written under a temporary name, flushed to disk and then
 renamed, so it is there whole or not at all. Nothing in it is pickled, so nothing in it can run.
 
-`save`, `load`, `latest` and `verify` are collective: under a process group every rank
+`save`, `load`, `latest`, `verify` and `prune` are collective: under a process group every rank
 calls them, and the folder must lie on a file system that all ranks share. They raise on all ranks
 alike when one of them fails.
 """
@@ -15,17 +15,17 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from apt.errors import CheckpointError, InputError
+from apt.train.collective import everywhere, rank, reason, world
 from apt.train.manifest import (
     check_file,
     fingerprint,
@@ -34,13 +34,22 @@ from apt.train.manifest import (
     write_manifest,
 )
 
-__all__ = ["latest", "load", "prune", "read_meta", "save", "step_of", "verify"]
+__all__ = [
+    "all_names",
+    "is_intact",
+    "latest",
+    "load",
+    "prune",
+    "read_meta",
+    "save",
+    "step_of",
+    "verify",
+]
 
 # The writer serialises one file in memory at a time, so this bounds the extra memory of a save.
 FILE_BYTES = 2 * 2**30
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
 _SCALARS = (bool, int, float, str, type(None))
-T = TypeVar("T")
 
 
 def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
@@ -67,13 +76,13 @@ def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> 
     name = f"step_{step:08d}"
     temporary, target = root / f".tmp-{name}", root / name
     try:
-        _everywhere(lambda: _prepare(root, temporary) if _rank() == 0 else None)
+        everywhere(lambda: _prepare(root, temporary) if rank() == 0 else None)
         writer = dcp.HuggingFaceStorageWriter(
             str(temporary), fqn_to_index_mapping=_file_indices(tensors), save_distributed=True
         )
-        _run_dcp(lambda: dcp.save(tensors, storage_writer=writer, no_dist=_world() == 1))
+        _run_dcp(lambda: dcp.save(tensors, storage_writer=writer, no_dist=world() == 1))
         files: dict[str, dict[str, Any]] = {}
-        for part in _everywhere(lambda: _fingerprints(temporary)):
+        for part in everywhere(lambda: _fingerprints(temporary)):
             files.update(part)
         content = {
             "step": step,
@@ -82,9 +91,9 @@ def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> 
             "tensors": {k: _signature(v) for k, v in tensors.items()},
             "files": files,
         }
-        _everywhere(lambda: _publish(content, temporary, target) if _rank() == 0 else None)
+        everywhere(lambda: _publish(content, temporary, target) if rank() == 0 else None)
     except CheckpointError as error:
-        if _rank() == 0:
+        if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"could not write the checkpoint of step {step} under {root}: {error}. Earlier "
@@ -113,14 +122,14 @@ def load(path: Path, state: dict[str, Any], *, verified: bool = False) -> dict[s
     """
     if not verified:
         verify(path)
-    content = _everywhere(lambda: read_manifest(path))[0]
+    content = everywhere(lambda: read_manifest(path))[0]
     tensors, values = _flatten(state)
     expected = {k: _signature(v) for k, v in tensors.items()}
     _check_fit(path, expected, content["tensors"], values, content["values"])
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
         with torch.no_grad():
-            _run_dcp(lambda: dcp.load(tensors, storage_reader=reader, no_dist=_world() == 1))
+            _run_dcp(lambda: dcp.load(tensors, storage_reader=reader, no_dist=world() == 1))
     except CheckpointError as error:
         raise CheckpointError(f"could not read the checkpoint {path}: {error}.") from error
     for parent, key, name, leaf in _leaves(state, ""):
@@ -131,21 +140,34 @@ def load(path: Path, state: dict[str, Any], *, verified: bool = False) -> dict[s
     return dict(content["meta"])
 
 
+def all_names(root: Path) -> list[str]:
+    """Names of the checkpoints under `root`, damaged ones too, newest first; collective."""
+    return everywhere(lambda: _candidates(root))[0]
+
+
 def latest(root: Path) -> Path | None:
     """Return the newest checkpoint under `root` that verifies, `None` if there is none.
 
     A damaged or incomplete checkpoint is skipped with a warning that names it.
     """
-    names = _everywhere(lambda: _candidates(root))[0]
-    for name in names:
+    for name in all_names(root):
         try:
             verify(root / name)
         except CheckpointError as error:
-            if _rank() == 0:
+            if rank() == 0:
                 warnings.warn(f"skipped a damaged checkpoint: {error}", stacklevel=2)
         else:
             return root / name
     return None
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the checkpoint verifies."""
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def verify(path: Path) -> None:
@@ -159,10 +181,10 @@ def verify(path: Path) -> None:
 
     def check() -> None:
         files = read_manifest(path)["files"]
-        for name in sorted(files)[_rank() :: _world()]:
+        for name in sorted(files)[rank() :: world()]:
             check_file(path / name, files[name])
 
-    _everywhere(check)
+    everywhere(check)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -182,10 +204,23 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def prune(root: Path, keep: int, always: set[int]) -> None:
-    """Delete all but the `keep` newest checkpoints and those of the steps in `always`.
+def prune(
+    root: Path,
+    keep: int,
+    always: Collection[int] = (),
+    *,
+    intact: Callable[[Path], bool] = is_intact,
+) -> None:
+    """Delete all that is older than the `keep` newest checkpoints that verify.
 
-    Call it right after a successful `save`. Only rank 0 acts.
+    A damaged one never counts as kept; it stays until as many good ones are newer. Call it right
+    after a successful `save`.
+
+    Args:
+        root: folder of the run's checkpoints.
+        keep: how many.
+        always: steps that stay besides.
+        intact: collective; for a caller who knows more cheaply than by reading everything.
 
     Raises:
         InputError: `keep` is less than 1.
@@ -193,16 +228,22 @@ def prune(root: Path, keep: int, always: set[int]) -> None:
     """
     if keep < 1:
         raise InputError(f"cannot keep {keep} checkpoints; keep at least 1")
-    if _rank() != 0:
-        return
-    steps = sorted({step_of(root / name) for name in _candidates(root)}, reverse=True)
-    kept = set(steps[:keep]) | always
+    kept: set[int] = set()
+    doomed: list[Path] = []
+    for path in (root / name for name in all_names(root)):
+        if len(kept) < keep:
+            kept |= {step_of(path)} if intact(path) else set()
+        elif step_of(path) not in {*kept, *always}:
+            doomed.append(path)
+
+    def delete() -> None:
+        for path in doomed if rank() == 0 else ():
+            _delete(path)
+
     try:
-        for name in _candidates(root):
-            if step_of(root / name) not in kept:
-                _delete(root / name)
-    except OSError as error:
-        raise CheckpointError(f"could not delete an old checkpoint: {_reason(error)}") from error
+        everywhere(delete)
+    except CheckpointError as error:
+        raise CheckpointError(f"could not delete an old checkpoint: {error}") from error
 
 
 # --- state -----------------------------------------------------------------------------------
@@ -251,7 +292,7 @@ def _file_indices(tensors: dict[str, Tensor]) -> dict[str, int]:
     indices: dict[str, int] = {}
     index, used = 1, 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size() // _world()
+        size = tensor.numel() * tensor.element_size() // world()
         if used and used + size > FILE_BYTES:
             index, used = index + 1, 0
         indices[name] = index
@@ -285,37 +326,7 @@ def _check_fit(
         )
 
 
-# --- ranks -----------------------------------------------------------------------------------
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _rank() -> int:
-    return dist.get_rank() if _distributed() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if _distributed() else 1
-
-
-def _everywhere(action: Callable[[], T]) -> list[T]:
-    """Run `action` on every rank; return all results, or raise on all ranks if one failed."""
-    result: T | None = None
-    problem: str | None = None
-    try:
-        result = action()
-    except (OSError, CheckpointError) as error:
-        problem = _reason(error)
-    outcomes: list[Any] = [(result, problem)]
-    if _world() > 1:
-        outcomes = [None] * _world()
-        dist.all_gather_object(outcomes, (result, problem))
-    problems = list(dict.fromkeys(p for _, p in outcomes if p is not None))
-    if problems:
-        raise CheckpointError("; ".join(problems))
-    return [r for r, _ in outcomes]
+# --- torch's distributed checkpoint ----------------------------------------------------------
 
 
 def _run_dcp(action: Callable[[], object]) -> None:
@@ -327,14 +338,8 @@ def _run_dcp(action: Callable[[], object]) -> None:
             action()
         except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
-            reasons = dict.fromkeys(_reason(cause) for cause in causes)
+            reasons = dict.fromkeys(reason(cause) for cause in causes)
             raise CheckpointError("; ".join(reasons)) from error
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    return str(error) or type(error).__name__
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -358,7 +363,7 @@ def _prepare(root: Path, temporary: Path) -> None:
 def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of the files that this rank wrote."""
     return {
-        file.name: fingerprint(file) for file in sorted(folder.glob(f"shard-{_rank() + 1:05d}-*"))
+        file.name: fingerprint(file) for file in sorted(folder.glob(f"shard-{rank() + 1:05d}-*"))
     }
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from apt.checks import check_finite, check_positive, check_range
+from apt.data.captions import LongCaptions
 from apt.errors import ConfigError
+from apt.hub import SampleInfo
+from apt.methods.base import StageConfig
 from apt.train.monitor import MonitorConfig
+
+# The built-in digits'.
+_CLIP = SampleInfo(frames=9, height=32, width=32, fps=8.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +24,12 @@ class DataConfig:
     Attributes:
         source: "digits", the built-in stream; "folder", your own videos and images; or "latents",
             what `diffusion-apt data encode` made of such a folder, whose size and rate then hold.
+        setting: of the built-in digits: "centred", or "free" in place and background.
         path: the folder, for sources "folder" and "latents".
         frames, height, width: size of a clip; frames are 4k + 1. In a folder, height times width
-            is the pixel budget of the aspect-ratio buckets.
+            is the pixel budget of the aspect-ratio buckets. None, also of fps, takes that of the
+            model that the stage starts from; pre-training then takes the digits', 9 frames of 32x32
+            at 8 fps.
         fps: frame rate of the clips; 0 keeps each video's own.
         size_multiple: heights and widths of the buckets are multiples of this (codec x patch).
         native_ratio: aspect-ratio buckets near each file's own shape; False crops all to
@@ -26,19 +37,23 @@ class DataConfig:
         images: "mix" trains on images as one-frame videos beside the videos; "only" and "none".
             A latent cache with both can be used for any of these.
         num_workers: processes that decode ahead; 0 decodes in the trainer.
+        long_captions: what becomes of a sample whose caption has more tokens than the text encoder
+            takes: "skip" and report it, "cut" the caption to what fits, or stop with an "error".
         strict: stop at the first file that cannot be used, instead of skipping and reporting it.
     """
 
     source: Literal["digits", "folder", "latents"] = "digits"
+    setting: Literal["centred", "free"] = "centred"
     path: str = ""
-    frames: int = 9
-    height: int = 32
-    width: int = 32
-    fps: float = 8.0
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
     size_multiple: int = 8
     native_ratio: bool = True
     images: Literal["mix", "only", "none"] = "mix"
     num_workers: int = 0
+    long_captions: LongCaptions = "skip"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -47,6 +62,16 @@ class DataConfig:
                 f"--data.path {self.path} is a folder, but the data source is the built-in digits; "
                 "add --data.source folder (or latents)"
             )
+
+    @property
+    def clip(self) -> SampleInfo:
+        """Size and rate of a clip, with the digits' for what is None."""
+        return SampleInfo(
+            frames=_CLIP.frames if self.frames is None else self.frames,
+            height=_CLIP.height if self.height is None else self.height,
+            width=_CLIP.width if self.width is None else self.width,
+            fps=_CLIP.fps if self.fps is None else self.fps,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +82,7 @@ class ModelConfig:
         name: registered backbone.
         options: fields of its config to change, for example {"depth": 4}.
         text_encoder, text_encoder_options: likewise; it is trained if it has weights of its own.
-        codec, codec_options: likewise; never trained.
+        codec, codec_options: likewise; a codec run trains it, later runs never do.
     """
 
     name: str = "mmdit_digits"
@@ -124,113 +149,13 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Flow-matching pre-training (APT Sec. 3.1).
-
-    Attributes:
-        timestep_sampling: how t is drawn before the shift.
-        timestep_shift: s of Eq. 7, applied to the training timesteps.
-        caption_dropout: share of captions replaced by the negative prompt, for guidance.
-        cfg_scale, num_steps, sampling_shift: recorded as the model's sampling defaults;
-            sampling_shift is s of Eq. 7 on the grid of timesteps.
-    """
-
-    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
-    timestep_shift: float = 1.0
-    caption_dropout: float = 0.1
-    cfg_scale: float = 7.5
-    num_steps: int = 25
-    sampling_shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ConfigError(f"num_steps must be at least 1, got {self.num_steps}")
-        if not 0 <= self.caption_dropout <= 1:
-            raise ConfigError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Consistency distillation (APT Sec. 3.2).
-
-    Attributes:
-        teacher: the diffusion model: built-in name, folder or Hub id.
-        cfg_scale: constant guidance scale of the teacher.
-        num_timesteps: intervals of the discretised trajectory.
-        timestep_shift: s of Eq. 7, applied to the grid.
-        target_decay: EMA of the target network.
-    """
-
-    teacher: str = ""
-    cfg_scale: float = 7.5
-    num_timesteps: int = 50
-    timestep_shift: float = 1.0
-    target_decay: float = 0.95
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdversarialConfig:
-    """Adversarial post-training (APT Secs. 3.3-3.5). A weight of 0 switches a term off.
-
-    Attributes:
-        generator: the distilled model that G starts from: built-in name, folder or Hub id.
-        discriminator: the diffusion model that D's backbone starts from.
-        generator_trains: "all" of G's weights, as in the paper, or its transformer "blocks" only. A
-            small D sees little of the finest detail, and what it does not see, the gradients of the
-            output layers are noise for.
-        head: registered discriminator head.
-        layers: blocks that heads read, counted from 1; empty scales the paper's to the depth.
-        discriminator_learning_rate: of D; 0 takes the optimizer's, as the paper does. A small batch
-            needs a D that is faster than G (Heusel et al. 2017).
-        freeze_discriminator_backbone: train D's heads only (APT App. F: worse).
-        timestep_shift: s of Eq. 7 for D's timestep input.
-        objective: registered adversarial objective.
-        r1_weight, r1_sigma: approximated R1 (Eq. 9); sigma is a standard deviation.
-        r1_normalize: "sigma2" divides the penalty by sigma squared.
-        r1_fraction: share of the batch that it is computed on.
-        r2_weight: the same on generated samples, with r1_sigma.
-        exact_r1_weight: exact R1 (Eq. 8) by double backward; reference ops only.
-        logit_centring_weight, feature_matching_weight, mismatched_weight: see `apt.losses`.
-    """
-
-    generator: str = ""
-    discriminator: str = ""
-    generator_trains: Literal["all", "blocks"] = "all"
-    head: str = "attention"
-    layers: tuple[int, ...] = ()
-    discriminator_learning_rate: float = 0.0
-    freeze_discriminator_backbone: bool = False
-    timestep_shift: float = 1.0
-    objective: str = "non_saturating"
-    r1_weight: float = 100.0
-    r1_sigma: float = 0.1
-    r1_normalize: Literal["sigma2"] | None = None
-    r1_fraction: float = 1.0
-    r2_weight: float = 0.0
-    exact_r1_weight: float = 0.0
-    logit_centring_weight: float = 0.0
-    feature_matching_weight: float = 0.0
-    mismatched_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.discriminator_learning_rate < 0:
-            raise ConfigError(
-                "discriminator_learning_rate must not be negative, got "
-                f"{self.discriminator_learning_rate}; 0 takes the optimizer's"
-            )
-
-
-StageConfig = PretrainConfig | DistillConfig | AdversarialConfig
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run of one stage.
 
     Attributes:
         name: of the recipe; goes into logs and model folders.
         run_dir: where checkpoints, logs, samples and the finished model go.
-        stage: what is trained and how; its type is the stage.
+        stage: the options of the stage that it is (`apt.methods`).
         model, data, optimizer, lora, monitor: see there. Generator and discriminator have one
             optimizer config, as in the paper, but for D's own learning rate if the stage gives one.
         seed: of everything random.
@@ -239,6 +164,10 @@ class TrainConfig:
         micro_batch_size: samples per rank that go through the network at once; 0 is all of the
             rank's share. Gradients of micro-batches are accumulated.
         ema_decay: of the exported weights.
+        ema_warmup: the decay of update n, from 0, is at most (1 + n) / (10 + n), so that the
+            average soon forgets where it began. None does so where random weights would otherwise
+            keep more than 5 % of it at the end: in pre-training, if ema_decay ** num_updates is
+            above 0.05. A resumed run keeps what it began with.
         negative_prompt: fixed, for guidance and caption dropout.
         precision: "fp32", or "bf16" autocast with fp32 weights.
         activation_checkpointing: recompute blocks in the backward pass.
@@ -262,6 +191,7 @@ class TrainConfig:
     batch_size: int = 32
     micro_batch_size: int = 0
     ema_decay: float = 0.995
+    ema_warmup: bool | None = None
     negative_prompt: str = ""
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
@@ -273,25 +203,41 @@ class TrainConfig:
     sample_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         for name in ("num_updates", "batch_size", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("micro_batch_size", "sample_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.lora.rank and isinstance(self.stage, PretrainConfig):
+        if self.data.source == "latents" and not self.stage.takes_latents:
             raise ConfigError(
-                "lora.rank is for later stages: pre-training starts from random weights, which "
-                "adapters would leave as they are"
+                "this stage is trained on pixels, and --data.source is latents; set it to folder"
             )
-        if (
-            self.lora.rank
-            and isinstance(self.stage, AdversarialConfig)
-            and self.stage.generator_trains != "all"
-        ):
+        if self.lora.rank:
+            self.stage.check_adapters()
+        decay = self.optimizer.decay_updates
+        if decay > self.num_updates:
             raise ConfigError(
-                "with lora.rank only adapters train; lora.targets says where they go, so set "
-                "stage.generator_trains to all"
+                f"optimizer.decay_updates {decay} is longer than the run of {self.num_updates} "
+                "updates, whose learning rate would never reach its value; set "
+                f"--optimizer.decay-updates to at most {self.num_updates} (0 keeps the rate "
+                "constant)"
             )
-        if self.optimizer.learning_rate <= 0:
-            raise ConfigError(f"learning_rate must be positive, got {self.optimizer.learning_rate}")
+
+    def _check_numbers(self) -> None:
+        # Here and not in each part: the command line wraps what a part raises into a usage message.
+        parts = ("optimizer", "stage", "data", "monitor")
+        check_finite(self, "")
+        for name in parts:
+            check_finite(getattr(self, name), f"{name}.")
+        check_range(self, "", {"ema_decay": (0, 1), "seed": (0, 2**63 - 1)})
+        check_positive(self.optimizer, "optimizer.", "learning_rate")
+        counts = ("warmup_updates", "decay_updates", "eps", "weight_decay", "max_grad_norm")
+        check_range(self.optimizer, "optimizer.", dict.fromkeys(counts, (0, math.inf)))
+        smoothing: dict[str, tuple[float, float]] = {"alpha": (0, 1), "betas": (0, 1)}
+        check_range(self.optimizer, "optimizer.", smoothing, open_end=True)
+        self.stage.check()
+        at_least_one = dict.fromkeys(("frames", "height", "width", "size_multiple"), (1, math.inf))
+        check_range(self.data, "data.", at_least_one)
+        check_range(self.data, "data.", {"fps": (0, math.inf), "num_workers": (0, math.inf)})

@@ -1,4 +1,4 @@
-"""Exponential moving average of a module's weights (APT Sec. 4: decay 0.995)."""
+"""Exponential moving average of a module's weights (APT Sec. 3.5 and App. D: decay 0.995)."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ class EMA:
     Args:
         module: the module to follow; sharding, if any, must already be done.
         decay: in [0, 1]; the paper uses 0.995.
+        warmup: in update n, from 0, the decay is at most (1 + n) / (10 + n), so that an average of
+            few updates is not one of the weights that it began with.
 
     Raises:
         InputError: `decay` lies outside [0, 1].
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = False) -> None:
         if not 0.0 <= decay <= 1.0:
             raise InputError(f"EMA decay {decay} is not in [0, 1]; the paper uses 0.995.")
         self.decay = decay
-        self._average = get_ema_multi_avg_fn(decay)
+        self.warmup = warmup
         buffers = {name for name, _ in module.named_buffers()}
         state = model_state(module)
         frozen = {
@@ -60,7 +62,8 @@ class EMA:
     def lend(self, module: nn.Module) -> dict[Tensor, Tensor]:
         """Averages by trained parameter, for an optimiser that moves both in one pass.
 
-        From now on whoever has them keeps them up to date, and `update` leaves them out.
+        From now on whoever has them keeps them up to date, at the constant decay, and `update`
+        leaves them out.
         """
         lent: dict[Tensor, Tensor] = {}
         for name, value in module.state_dict(keep_vars=True).items():
@@ -70,13 +73,17 @@ class EMA:
         return lent
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move the average one step towards the module's present weights, but for what was lent."""
+    def update(self, module: nn.Module, update: int = 0) -> None:
+        """Move the average one step towards the module's present weights, but for what was lent.
+
+        `update` counts from 0; only the warm-up looks at it.
+        """
         state = model_state(module)
         shadows = [_local(self._shadow[k]) for k in self._averaged]
         weights = [_local(state[k]).to(torch.float32) for k in self._averaged]
         if shadows:
-            self._average(shadows, weights, None)
+            decay = min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
+            get_ema_multi_avg_fn(decay)(shadows, weights, None)
         for name in self._copied:
             self._shadow[name].copy_(state[name])
 

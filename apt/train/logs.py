@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
+import sys
+import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
 
 from apt.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["LOG_NAME", "RunLog", "read_log"]
 
@@ -53,7 +58,9 @@ class RunLog:
 
     `log.jsonl` holds nothing that depends on the clock or the machine's load, so that the file
     of a resumed run equals the one of an uninterrupted run byte for byte. On a terminal a progress
-    bar shows the time left; elsewhere a plain line is printed from time to time.
+    bar shows the time left; elsewhere a plain line is printed from time to time. Where tensorboard
+    is not installed there are no TensorBoard files, and without rich no bar: both are said at the
+    start.
 
     Args:
         run_dir: folder of the run; created if missing.
@@ -65,6 +72,7 @@ class RunLog:
 
     Raises:
         DataError: an existing log is not one of ours.
+        OSError: the folder cannot be written, also when a line is.
     """
 
     def __init__(
@@ -80,34 +88,22 @@ class RunLog:
         self.enabled = enabled
         if not enabled:
             return
-        # Imported here: it takes seconds, and the other ranks and commands never need it.
-        from torch.utils.tensorboard import SummaryWriter
-
         self._total = total_steps
         self._first = resume_step
         self._title = title
         self._interval = interval
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = _open_after(run_dir / LOG_NAME, resume_step)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
-        self._console = Console(stderr=True)
+        self._path = run_dir / LOG_NAME
+        self._file = _open_after(self._path, resume_step)
+        self._hook = threading.excepthook
+        threading.excepthook = self._thread_failed
+        self._progress: Progress | None = None
+        self._board = self._open_board(run_dir / "tensorboard", resume_step)
         self._start = time.monotonic()
         self._printed = -math.inf
         self._last_line = (-1, "")
-        self._progress: Progress | None = None
-        if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[metrics]}"),
-                console=self._console,
-            )
-            self._task = self._progress.add_task(
-                title, total=total_steps, completed=resume_step, metrics=""
-            )
-            self._progress.start()
+        if sys.stderr.isatty():
+            self._start_bar()
 
     def write(
         self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float] | None = None
@@ -122,24 +118,31 @@ class RunLog:
         if not self.enabled:
             return
         entry = {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, **entry}) + "\n")
-        # Flushed line by line, so that a killed process loses at most the line it was writing.
-        self._file.flush()
-        for key, value in {**metrics, **(timing or {})}.items():
-            self._board.add_scalar(key, float(value), step)
+        # Not buffered, so that a killed process loses at most the line it was writing, and a full
+        # disk is met here.
+        line = json.dumps({"step": step, **entry}) + "\n"
+        _write_all(self._file, line.encode(), self._path)
+        if self._board is not None:
+            for key, value in {**metrics, **(timing or {})}.items():
+                self._board.add_scalar(key, float(value), step)
         shown = "  ".join(f"{key} {float(value):.4g}" for key, value in metrics.items())
         self._show(step, shown)
 
     def message(self, text: str) -> None:
         """Print a line for the user above the progress bar."""
-        if self.enabled:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if not self.enabled:
+            return
+        if self._progress is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def sync(self) -> None:
+    def sync(self, *, tensorboard: bool = True) -> None:
         """Force the log onto the disk; called before a checkpoint, which must not outlive it."""
         if self.enabled:
             os.fsync(self._file.fileno())
-            self._board.flush()
+            if tensorboard and self._board is not None:
+                self._board.flush()
 
     def close(self) -> None:
         """Close the files and the progress bar; further calls do nothing."""
@@ -149,15 +152,62 @@ class RunLog:
             self._progress.stop()
         elif self._last_line[0] >= 0:
             self._print_line(*self._last_line)
-        self._file.close()
-        self._board.close()
         self.enabled = False
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        threading.excepthook = self._hook
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # A disk that is full fails again here; the first failure is the one to hear of.
+        with contextlib.suppress(*(() if kind is None else (OSError,))):
+            self.close()
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Keep silent of a disk that refuses TensorBoard's thread: the next call here raises it."""
+        if not issubclass(failure.exc_type, OSError):
+            self._hook(failure)
+
+    def _open_board(self, folder: Path, resume_step: int) -> SummaryWriter | None:
+        # Imported here: it takes seconds, and the other ranks and commands never need it.
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            self.message(
+                f"no TensorBoard files ({error}): {LOG_NAME} holds every metric, and `pip install "
+                "tensorboard` brings them"
+            )
+            return None
+        return SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+    def _start_bar(self) -> None:
+        try:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+        except ImportError as error:
+            self.message(f"no progress bar ({error}): `pip install rich` brings it")
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task(
+            self._title, total=self._total, completed=self._first, metrics=""
+        )
+        self._progress.start()
 
     def _show(self, step: int, shown: str) -> None:
         if self._progress is not None:
@@ -177,7 +227,15 @@ class RunLog:
         )
 
 
-def _open_after(file: Path, resume_step: int) -> IO[str]:
+def _write_all(file: io.RawIOBase, data: bytes, path: Path) -> None:
+    try:
+        while data:
+            data = data[file.write(data) or 0 :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _open_after(file: Path, resume_step: int) -> io.RawIOBase:
     """Open the log for appending behind the line of `resume_step`, dropping what is later."""
     if file.exists():
         lines = _whole_lines(file)
@@ -188,4 +246,4 @@ def _open_after(file: Path, resume_step: int) -> IO[str]:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
-    return file.open("a", encoding="utf-8")
+    return file.open("ab", buffering=0)

@@ -1,4 +1,4 @@
-"""Alarms for the ways in which adversarial training fails (APT Sec. 3.3 and 4, Fig. 5)."""
+"""Alarms for the ways in which adversarial training fails (APT Secs. 3.2-3.4 and 5.1, App. E)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,43 +12,24 @@ from torch.distributed.tensor import DTensor
 
 from apt.data.latents import LatentFolder
 from apt.errors import ConfigError
-from apt.hub import ModelInfo, SampleInfo, SamplingInfo
+from apt.hub import ComponentInfo, ModelInfo, SamplingInfo
 from apt.kernels import FusedRMSprop
+from apt.methods.base import MethodConfig
 from apt.models.bundle import (
     ModelBundle,
     component_info,
+    find_codec,
     load_backbone,
+    load_codec,
     load_pretrained,
     load_text_encoder,
 )
-from apt.models.conditions import TextCondition
-from apt.models.protocols import Backbone, LatentCodec
-from apt.models.registry import create_codec, create_model, create_text_encoder
+from apt.models.create import create_codec, create_model, create_text_encoder
+from apt.models.protocols import LatentCodec
 from apt.train.cached import cached_codec, cached_text_encoder
-from apt.train.config import DistillConfig, OptimizerConfig, PretrainConfig, TrainConfig
+from apt.train.config import OptimizerConfig, TrainConfig
 from apt.train.ema import EMA
-from apt.train.parallel import Parallel
 from apt.train.state import model_state, optimizer_state
-
-
-class Denoiser(nn.Module):
-    """A backbone, and the text encoder if that is trained with it: one unit for FSDP and EMA."""
-
-    def __init__(self, backbone: Backbone, text_encoder: nn.Module | None = None) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.text_encoder = text_encoder
-
-    def forward(
-        self, x: Tensor, t: Tensor, c: TextCondition, *, rows: Tensor | None = None
-    ) -> Tensor:
-        """The backbone's velocity."""
-        return self.backbone(x, t, c, rows=rows)
-
-    def encode(self, prompts: Sequence[str]) -> TextCondition:
-        """Conditions, with gradients to the trained text encoder."""
-        assert self.text_encoder is not None
-        return self.text_encoder(prompts)
 
 
 @dataclass
@@ -61,6 +41,8 @@ class Trained:
     config: OptimizerConfig
     num_updates: int
     ema: EMA | None = None
+    moves: int = 0
+    """How often its weights began to move, in this process."""
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -77,14 +59,15 @@ class Trained:
                     p.grad.mul_(scale)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, update, self.num_updates)
+        self.moves += 1
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.update(self.module)
+            self.ema.update(self.module, update)
         return norm
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """Everything that training changes, as live tensors by name."""
-        state: dict[str, object] = {
+        state: dict[str, Any] = {
             "weights": model_state(self.module),
             "optimizer": optimizer_state(self.module, self.optimizer),
         }
@@ -114,7 +97,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """RMSprop (APT Sec. 3.5) or AdamW over the parameters that train.
 
-    RMSprop also averages them, in the same pass over memory, if there is an EMA of the module.
+    RMSprop also averages them, in the same pass over memory, if there is an EMA of the module of
+    constant decay.
     """
     chosen = [p for p in module.parameters() if p.requires_grad]
     if config.name == "adamw":
@@ -125,13 +109,14 @@ def make_optimizer(
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
+    lent = None if ema is None or ema.warmup else ema
     return FusedRMSprop(
         chosen,
         lr=config.learning_rate,
         alpha=config.alpha,
         eps=config.eps,
-        ema=None if ema is None else ema.lend(module),
-        ema_decay=None if ema is None else ema.decay,
+        ema=None if lent is None else lent.lend(module),
+        ema_decay=None if lent is None else lent.decay,
     )
 
 
@@ -144,12 +129,9 @@ def initial_bundle(config: TrainConfig) -> ModelBundle:
     Raises:
         ConfigError: parts that do not fit each other, or no model to start from.
     """
-    stage = config.stage
-    if isinstance(stage, PretrainConfig):
+    source = starts_from(config)
+    if source is None:
         return _new_bundle(config)
-    source = stage.teacher if isinstance(stage, DistillConfig) else stage.generator
-    option = "stage.teacher" if isinstance(stage, DistillConfig) else "stage.generator"
-    source = require_source(source, option)
     if config.data.source == "latents":
         return _bundle_on_cache(source, LatentFolder(config.data.path))
     return load_pretrained(source)
@@ -158,36 +140,35 @@ def initial_bundle(config: TrainConfig) -> ModelBundle:
 def _bundle_on_cache(source: str, cache: LatentFolder) -> ModelBundle:
     """The model without what its latents and embeddings were made by."""
     backbone, info = load_backbone(source)
-    codec = cached_codec(cache, info.codec)
+    codec: LatentCodec = cached_codec(cache, info.codec)
+    if info.codec.weights is not None:
+        codec = load_codec(source)  # it is small, and goes into the model that comes out
     if info.text_encoder.weights is None:
         return ModelBundle(backbone, cached_text_encoder(cache, info.text_encoder), codec, info)
     return ModelBundle(backbone, load_text_encoder(source), codec, info)
 
 
-def require_source(source: str, option: str) -> str:
-    """The model that a run starts from; ConfigError names the option if it is empty."""
-    if not source:
-        raise ConfigError(
-            f"--{option} is empty: name the model to start from, a folder that a training run "
-            "exported, a built-in name, or a Hub id"
-        )
-    return source
+def starts_from(config: TrainConfig) -> str | None:
+    """The model whose weights the generator has at first; None for random ones.
+
+    Raises ConfigError if the stage needs one and names none.
+    """
+    field = config.stage.starts_from
+    return None if field is None else config.stage.source(field)
 
 
 def _new_bundle(config: TrainConfig) -> ModelBundle:
     model, stage = config.model, config.stage
-    assert isinstance(stage, PretrainConfig)
+    assert isinstance(stage, MethodConfig), "only a generator is built anew"
     torch.manual_seed(config.seed)
     text_encoder = create_text_encoder(model.text_encoder, **model.text_encoder_options)
-    codec: LatentCodec = create_codec(model.codec, **model.codec_options)
-    if config.data.source == "latents":
-        codec = cached_codec(LatentFolder(config.data.path), component_info(model.codec, codec))
+    codec, codec_info = _codec(config)
     options: dict[str, Any] = model.options
     backbone = create_model(model.name, **options)
     if backbone.in_channels != codec.channels:
         raise ConfigError(
             f"model {model.name!r} takes {backbone.in_channels} channels, but codec "
-            f"{model.codec!r} gives {codec.channels}; set --model.options in_channels "
+            f"{codec_info.architecture!r} gives {codec.channels}; set --model.options in_channels "
             f"{codec.channels}"
         )
     if backbone.config.text_dim != text_encoder.embedding_dim:
@@ -196,55 +177,41 @@ def _new_bundle(config: TrainConfig) -> ModelBundle:
             f"{model.text_encoder!r} gives {text_encoder.embedding_dim}; set --model.options "
             f"text_dim {text_encoder.embedding_dim}"
         )
-    data = config.data
     info = ModelInfo(
-        stage="diffusion",
+        stage=stage.exports_as,
         model=component_info(model.name, backbone),
         text_encoder=component_info(model.text_encoder, text_encoder),
-        codec=component_info(model.codec, codec),
-        sample=SampleInfo(frames=data.frames, height=data.height, width=data.width, fps=data.fps),
-        sampling=SamplingInfo(
-            num_steps=stage.num_steps,
-            cfg_scale=stage.cfg_scale,
-            negative_prompt=config.negative_prompt,
-            timestep_shift=stage.sampling_shift,
-        ),
+        codec=codec_info,
+        sample=config.data.clip,
+        sampling=stage.sampling(SamplingInfo(negative_prompt=config.negative_prompt)),
     )
     return ModelBundle(backbone, text_encoder, codec, info)
 
 
-def make_trained(
-    module: nn.Module,
-    blocks: Sequence[nn.Module],
-    config: TrainConfig,
-    parallel: Parallel,
-    *,
-    ema_decay: float | None,
-    forward_methods: Sequence[str] = (),
-) -> Trained:
-    """Move to the device, shard, and give an EMA and an optimiser: in this order."""
-    place(module, blocks, parallel, forward_methods=forward_methods)
-    ema = None if ema_decay is None else EMA(module, ema_decay)
-    optimizer = make_optimizer(module, config.optimizer, ema)
-    return Trained(module, optimizer, config.optimizer, config.num_updates, ema)
+def initial_codec(config: TrainConfig) -> tuple[str, LatentCodec]:
+    """A codec with random weights from `config.seed`, and its registered name."""
+    torch.manual_seed(config.seed)
+    model = config.model
+    return model.codec, create_codec(model.codec, **model.codec_options)
 
 
-def place(
-    module: nn.Module,
-    blocks: Sequence[nn.Module],
-    parallel: Parallel,
-    *,
-    forward_methods: Sequence[str] = (),
-) -> nn.Module:
-    """Move a network to the device and shard it."""
-    module.to(parallel.device)
-    parallel.shard(module, blocks, forward_methods=forward_methods)
-    return module
-
-
-def frozen_copy(backbone: Backbone) -> Denoiser:
-    """An independent copy that no gradient reaches."""
-    return Denoiser(copy.deepcopy(backbone)).requires_grad_(False)
+def _codec(config: TrainConfig) -> tuple[LatentCodec, ComponentInfo]:
+    """The codec of a new model: one that was trained, or one without weights of its own."""
+    model, source = config.model, config.stage.trained_codec()
+    if source:
+        codec, info = find_codec(source)
+    else:
+        codec = create_codec(model.codec, **model.codec_options)
+        info = component_info(model.codec, codec)
+        if any(parameter.requires_grad for parameter in codec.parameters()):
+            raise ConfigError(
+                f"codec {model.codec!r} is not trained yet: train it (`diffusion-apt train "
+                "digits_codec`), and name the folder that it exported with --stage.codec"
+            )
+    if config.data.source != "latents":
+        return codec, info
+    cached = cached_codec(LatentFolder(config.data.path), info)
+    return (cached if info.weights is None else codec), info
 
 
 def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

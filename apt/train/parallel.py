@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from apt.errors import ConfigError
+from apt.errors import ConfigError, PeerError
+from apt.train.spokesman import claim
 
 __all__ = ["Parallel", "pick_device"]
 
@@ -117,6 +118,33 @@ class Parallel:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen.item())
 
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank if one has an error: its own where it arose, PeerError elsewhere.
+
+        Every rank must call it, after work that it did by itself.
+
+        Raises:
+            PeerError: an error is another rank's; it has its words.
+        """
+        if not self.any(error is not None):
+            return
+        words: list[str | None] = [None] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(words, None if error is None else str(error))
+        if error is not None:
+            raise error
+        raise PeerError(next(said for said in words if said is not None))
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Run `action` on rank 0; if it fails there, all ranks raise."""
+        problem: Exception | None = None
+        if self.is_main:
+            try:
+                action()
+            except Exception as error:
+                problem = error
+        self.agree(problem)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
@@ -131,7 +159,9 @@ class Parallel:
     def __enter__(self) -> Parallel:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None and self.world_size > 1 and not issubclass(kind, PeerError):
+            claim()  # before the others hear of it by a closed connection
         self.close()
 
 

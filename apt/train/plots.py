@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from apt.errors import DataError
 from apt.train.logs import read_log
 
@@ -23,7 +21,10 @@ def plot_losses(run_dir: Path) -> Path:
 
     Raises:
         DataError: no log, or an empty one.
+        ImportError: matplotlib is missing.
     """
+    from matplotlib.figure import Figure
+
     entries = read_log(run_dir)
     panels: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for entry in entries for name in entry if name != "step"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from apt.train.config import AdversarialConfig, DataConfig, OptimizerConfig, TrainConfig
+from apt.losses import ApproximateR1
+from apt.methods.apt import AdversarialConfig
+from apt.train.config import DataConfig, OptimizerConfig, TrainConfig
 from apt.train.registry import RECIPES
 
 
@@ -15,8 +17,10 @@ def apt_image_1024() -> TrainConfig:
         name="apt_image_1024",
         run_dir="runs/apt_image_1024",
         stage=AdversarialConfig(
-            r1_weight=100.0,  # Sec. 3.4: lambda
-            r1_sigma=0.01,  # Sec. 3.4: sigma for images
+            r1=ApproximateR1(
+                weight=100.0,  # Sec. 3.4: lambda
+                sigma=0.01,  # Sec. 3.4: sigma for images
+            ),
             timestep_shift=1.0,  # Sec. 3.3: s for images
         ),
         data=DataConfig(
@@ -55,7 +59,7 @@ def apt_video_720p() -> TrainConfig:
         stage=dataclasses.replace(
             image.stage,
             generator="runs/apt_image_1024/export",  # Sec. 3.5: the image EMA checkpoint
-            r1_sigma=0.1,  # Sec. 3.4: sigma for videos
+            r1=dataclasses.replace(image.stage.r1, sigma=0.1),  # Sec. 3.4: sigma for videos
             timestep_shift=12.0,  # Sec. 3.3: s for videos
         ),
         # Sec. 3.5: "only 1280x720 24fps videos", clipped to 2 seconds.

@@ -10,14 +10,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from apt.losses import Consistency
+from apt.methods.apt import AdversarialConfig
+from apt.methods.consistency import DistillConfig
 from apt.models.wan import NEGATIVE_PROMPT
-from apt.train.config import (
-    AdversarialConfig,
-    DataConfig,
-    DistillConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from apt.train.config import DataConfig, OptimizerConfig, TrainConfig
 from apt.train.recipes_paper import apt_image_1024, apt_video_720p
 from apt.train.registry import RECIPES
 
@@ -33,11 +30,13 @@ def wan_distill() -> TrainConfig:
         run_dir="runs/wan/distill",
         stage=DistillConfig(
             teacher=_WAN,
-            # The paper's 7.5 is its own model's; Wan's authors sample theirs with 5.
-            cfg_scale=5.0,
-            num_timesteps=50,
-            # The shift of the scheduler in its repository; the paper does not tell its grid.
-            timestep_shift=3.0,
+            loss=Consistency(
+                # The paper's 7.5 is its own model's; Wan's authors sample theirs with 5.
+                cfg_scale=5.0,
+                num_timesteps=50,
+                # The shift of the scheduler in its repository; the paper does not tell its grid.
+                shift=3.0,
+            ),
         ),
         data=_cache("data/wan", "mix"),
         # The paper does not tell the rate of this stage; this one is that of its image stage.
@@ -108,7 +107,11 @@ def sd35_distill() -> TrainConfig:
         name="sd35_distill",
         run_dir="runs/sd35/distill",
         # 4.5 and 3 are what Stability AI samples with.
-        stage=dataclasses.replace(wan.stage, teacher=_SD35, cfg_scale=4.5, timestep_shift=3.0),
+        stage=dataclasses.replace(
+            wan.stage,
+            teacher=_SD35,
+            loss=dataclasses.replace(wan.stage.loss, cfg_scale=4.5, shift=3.0),
+        ),
         data=_cache("data/sd35", "only"),
         negative_prompt="",  # its pipeline's default
     )

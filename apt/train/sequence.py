@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from apt.hub import INFO_FILE, read_info
+from apt.hub import INFO_FILE, read_description
 from apt.train.config import TrainConfig
 
 
@@ -55,4 +55,4 @@ def is_finished(config: TrainConfig) -> bool:
     export = Path(config.run_dir) / "export"
     if not (export / INFO_FILE).is_file():
         return False
-    return bool(read_info(export).training.get("updates") == config.num_updates)
+    return bool(read_description(export).training.get("updates") == config.num_updates)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from apt.hub import read_info
+from apt.train.logs import read_log
 from apt.train.recipes import digits_apt, digits_pretrain
+from apt.train.run_state import exit_status
 from apt.train.trainer import plain
 from tests.cli.shell import error_line, invoke, run_cli
 
 TINY = (
     "--num-updates", "2", "--batch-size", "2", "--sample-every", "0", "--device", "cpu",
+    "--optimizer.decay-updates", "0",
     "--model.options", "hidden_size", "24", "depth", "2", "num_heads", "2",
 )  # fmt: skip
 
@@ -23,7 +30,7 @@ TINY = (
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three stages in a row."""
     root = tmp_path_factory.mktemp("runs") / "digits"
-    options = ["--stage.timestep-shift", "1.25", "--checkpoint-every", "1"]
+    options = ["--negative-prompt", "one", "--checkpoint-every", "1"]
     result = run_cli("train", "digits", "--run-dir", root, *TINY, *options)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
@@ -36,14 +43,14 @@ def test_stages_start_from_each_other_in_their_new_folder(trained: Path) -> None
     info = read_info(trained / "apt" / "export")
     assert info.stage == "apt"
     assert info.model.config["hidden_size"] == 24
-    assert info.training["config"]["stage"]["timestep_shift"] == 1.25
+    assert info.training["config"]["negative_prompt"] == "one"
     started = info.training["started_from"]
     assert started["recipe"] == "digits_distill"
     assert started["started_from"]["recipe"] == "digits_pretrain"
 
 
 def test_a_finished_row_is_not_trained_again(trained: Path) -> None:
-    options = ["--stage.timestep-shift", "1.25"]
+    options = ["--negative-prompt", "one"]
     assert "--resume" in error_line(
         invoke("train", "digits", "--run-dir", trained, *TINY, *options)
     )
@@ -110,6 +117,45 @@ def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path) -> None:
     assert "became NaN or infinite" in last
 
 
+def test_a_stop_has_a_status_of_its_own_and_one_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    command = ["train", "digits_pretrain", "--run-dir", run_dir, *TINY, "--continue"]
+
+    def stop_it() -> None:
+        log = run_dir / "log.jsonl"
+        while not (log.is_file() and log.read_bytes().count(b"\n")):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    killer = threading.Thread(target=stop_it)
+    killer.start()
+    stopped = invoke(*command, "--num-updates", "10000")
+    killer.join()
+    assert stopped.returncode == 75, stopped.stderr
+    state = json.loads((run_dir / "state.json").read_text())
+    assert state["state"] == "unfinished" and state["reason"] == "SIGTERM"
+    done = state["update"]
+    assert len(read_log(run_dir)) == done >= 1
+
+    line = error_line(invoke(*command, "--num-updates", str(done), "--start-over", "--resume"))
+    assert "exclude each other" in line
+    assert invoke(*command, "--num-updates", str(done)).returncode == 0
+    assert json.loads((run_dir / "state.json").read_text())["state"] == "finished"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert exit_status(False) == 0
+
+
+def test_a_shorter_run_than_was_done_changes_nothing(trained: Path) -> None:
+    run_dir = trained / "pretrain"
+    before = (run_dir / "config.json").read_bytes()
+    options = [*TINY, "--stage.timestep-shift", "1.25", "--num-updates", "1", "--resume"]
+    line = error_line(invoke("train", "digits_pretrain", "--run-dir", run_dir, *options))
+    assert "has 2 updates" in line and "--num-updates 2" in line
+    assert (run_dir / "config.json").read_bytes() == before
+
+
 def test_print_config_is_the_recipe() -> None:
     assert json.loads(invoke("train", "digits_apt", "--print-config").stdout) == plain(digits_apt())
 
@@ -125,12 +171,12 @@ def test_print_config_of_a_row_is_a_list() -> None:
 def test_any_field_can_be_changed() -> None:
     result = invoke(
         "train", "digits_apt", "--print-config",
-        "--stage.r1-weight", "7", "--stage.layers", "1", "2",
+        "--stage.r1.weight", "7", "--stage.layers", "1", "2",
         "--data.source", "folder", "--data.path", "d", "--data.strict",
         "--optimizer.betas", "0.5", "0.75", "--precision", "bf16", "--monitor.action", "stop",
     )  # fmt: skip
     config = json.loads(result.stdout)
-    assert config["stage"]["r1_weight"] == 7
+    assert config["stage"]["r1"]["weight"] == 7
     assert config["stage"]["layers"] == [1, 2]
     assert config["data"]["source"] == "folder"
     assert config["data"]["path"] == "d"
@@ -143,7 +189,7 @@ def test_any_field_can_be_changed() -> None:
 def test_help_of_a_recipe_shows_its_fields_and_values() -> None:
     result = invoke("train", "digits_apt", "--help")
     assert result.returncode == 0
-    assert "--stage.r1-weight FLOAT" in result.stdout
+    assert "--stage.r1.weight FLOAT" in result.stdout
     assert "--data.path STR" in result.stdout
     assert "--stage.teacher" not in result.stdout
 
@@ -155,6 +201,9 @@ def test_help_of_a_recipe_shows_its_fields_and_values() -> None:
         (["zzz"], "unknown recipe 'zzz'; choose from: "),
         (["--resume", "digits_apt"], "the recipe's name comes first"),
         (["digits_apt", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["digits_apt", "--num-updates", "70"], "--optimizer.decay-updates to at most 70"),
+        (["digits_apt", "--optimizer.betas", "0.5", "nan"], "optimizer.betas must be a finite"),
+        (["digits_apt", "--optimizer.eps", "-1"], "optimizer.eps must be at least 0"),
         (["digits_apt", "--run-dir", "no-run", "--resume"], "holds no run to resume"),
     ],
 )
@@ -169,7 +218,7 @@ def test_bad_input(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--stage.r1-weigth", "5"], "--stage.r1-weight"),
+        (["--stage.r1.weigth", "5"], "--stage.r1.weight"),
         (["--stage.teacher", "x"], "Unrecognized options"),
         (["--num-updates", "many"], "--num-updates"),
         (["--precision", "fp8"], "bf16"),

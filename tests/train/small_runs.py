@@ -20,9 +20,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
-import torch.utils.tensorboard  # noqa: F401  imported here, once, instead of in every run
-
 from apt.data.digits import MovingDigits
 from apt.errors import InputError
 from apt.train.config import ModelConfig, TrainConfig
@@ -72,6 +69,8 @@ def config(root: Path, stage: str, name: str, **changes: Any) -> TrainConfig:
         "num_updates": UPDATES,
         "batch_size": 4,
         "ema_decay": 0.9,
+        # Decided by the length of a run, which differs between those that are compared here.
+        "ema_warmup": False,
         "checkpoint_every": 2,
         "snapshot_at": (),
         "sample_every": 3,
@@ -205,6 +204,10 @@ def misfits(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def main(root: Path) -> None:
+    # Here, once, instead of in every run
+    import matplotlib.figure
+    import torch.utils.tensorboard  # noqa: F401
+
     MovingDigits(0)[0]  # reads scikit-learn's files, once
     matplotlib.figure.Figure().savefig(os.devnull, format="png")  # finds the fonts, once
     report: dict[str, Any] = {}

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 from apt.errors import ConfigError
+from apt.methods.base import Method
+from apt.methods.flow_matching import PretrainConfig
 from apt.models.bundle import load_backbone
 from apt.models.lora import LORA_FILE, merge_lora, read_lora
-from apt.train.config import LoRAConfig, OptimizerConfig, PretrainConfig
-from apt.train.export import export
-from apt.train.stage import Stage
-from tests.train.tiny_stages import adversarial, distill, micro_batches, single, train_config
+from apt.train.config import LoRAConfig, OptimizerConfig
+from tests.train.tiny_stages import (
+    adversarial,
+    distill,
+    export_method,
+    micro_batches,
+    train_config,
+)
 
 pytest.importorskip("peft")
 
@@ -26,11 +32,11 @@ def settings(**lora: Any) -> dict[str, Any]:
     return {"optimizer": FAST, "lora": LoRAConfig(**{"rank": 2, "alpha": 4, **lora})}
 
 
-def snapshot(stage: Stage, name: str) -> dict[str, Tensor]:
+def snapshot(stage: Method, name: str) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in stage.trained[name].module.state_dict().items()}
 
 
-def changed(before: dict[str, Tensor], stage: Stage, name: str) -> set[str]:
+def changed(before: dict[str, Tensor], stage: Method, name: str) -> set[str]:
     after = stage.trained[name].module.state_dict()
     return {key for key, value in before.items() if not torch.equal(value, after[key])}
 
@@ -98,7 +104,7 @@ def test_the_model_is_merged_and_the_adapters_alone_make_it_from_the_start(
     stage = distill(tmp_path, train=settings())
     for update in range(3):
         stage.update(micro_batches(), update)
-    export(stage, single(), tmp_path / "out", updates=3, weights=weights)
+    export_method(stage, tmp_path / "out", updates=3, weights=weights)
     result, info = load_backbone(tmp_path / "out")
     assert info.stage == "consistency"
     start, _ = load_backbone(tmp_path / "generator")

@@ -38,6 +38,30 @@ def test_equals_the_definition_in_fp64():
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_warm_up_forgets_where_it_began():
+    net = Net()
+    ema = EMA(net, 0.9, warmup=True)
+    expected, first = net.layer.weight.detach().double(), 1.0
+    for update in range(120):
+        disturb(net, update)
+        ema.update(net, update)
+        decay = min(0.9, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * net.layer.weight.detach().double()
+        first *= decay
+        if update == 9:
+            assert first < 1e-4 < 0.9**10
+    found = ema.state_dict()["layer.weight"].double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # Over its warm-up, it averages as without one.
+    plain = EMA(net, 0.9)
+    before = {name: value.clone() for name, value in ema.state_dict().items()}
+    plain.load_state_dict(before)
+    disturb(net, 200)
+    ema.update(net, 120)
+    plain.update(net, 120)
+    assert torch.equal(ema.state_dict()["layer.weight"], plain.state_dict()["layer.weight"])
+
+
 def test_equals_torch_averaged_model():
     net = Net()
     peer = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.995))

@@ -8,20 +8,19 @@ import pytest
 import torch
 
 from apt.hub import SamplingInfo
-from apt.models import generate
+from apt.methods.apt import generate
+from apt.methods.base import Method
+from apt.methods.consistency import DistillConfig
+from apt.methods.flow_matching import PretrainConfig
 from apt.models.bundle import load_pretrained
-from apt.train.config import DistillConfig, PretrainConfig
-from apt.train.distill import Distill
-from apt.train.export import export
-from apt.train.networks import initial_bundle
-from apt.train.stage import Stage
 from tests.train.tiny_stages import (
     CAPTIONS,
     adversarial,
+    build,
     distill,
+    export_method,
     micro_batches,
     pretrain,
-    single,
     train_config,
     unchanged,
     weights,
@@ -30,9 +29,9 @@ from tests.train.tiny_stages import (
 KINDS = ("diffusion", "consistency", "apt")
 
 
-def trained(kind: str, folder: Path) -> Stage:
+def trained(kind: str, folder: Path) -> Method:
     """A stage after one update, so that its weights and their average differ."""
-    stage: Stage
+    stage: Method
     if kind == "diffusion":
         options = PretrainConfig(cfg_scale=3.0, num_steps=7, sampling_shift=5.0)
         stage = pretrain(stage=options, negative_prompt="bad")
@@ -44,7 +43,7 @@ def trained(kind: str, folder: Path) -> Stage:
     return stage
 
 
-def expected_weights(stage: Stage, which: str) -> dict[str, torch.Tensor]:
+def expected_weights(stage: Method, which: str) -> dict[str, torch.Tensor]:
     ema = stage.generator.ema
     assert ema is not None
     state = ema.state_dict() if which == "ema" else stage.generator.module.state_dict()
@@ -56,7 +55,7 @@ def expected_weights(stage: Stage, which: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_loaded_is_what_was_trained(kind: str, which: str, tmp_path: Path) -> None:
     stage = trained(kind, tmp_path)
-    export(stage, stage.parallel, tmp_path / "out", updates=1, weights=which)
+    export_method(stage, tmp_path / "out", updates=1, weights=which)
     bundle: Any = load_pretrained(tmp_path / "out")
     expected = expected_weights(stage, which)
     assert unchanged(weights(bundle.backbone), expected) == expected.keys()
@@ -81,11 +80,15 @@ def test_what_is_loaded_is_what_was_trained(kind: str, which: str, tmp_path: Pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_says_how_to_sample(kind: str, tmp_path: Path) -> None:
     stage = trained(kind, tmp_path)
-    export(stage, stage.parallel, tmp_path / "out", updates=1)
+    export_method(stage, tmp_path / "out", updates=1)
     info = load_pretrained(tmp_path / "out").info
     if kind == "diffusion":
         assert info.sampling == SamplingInfo(
-            num_steps=7, cfg_scale=3.0, negative_prompt="bad", timestep_shift=5.0
+            num_steps=7,
+            cfg_scale=3.0,
+            negative_prompt="bad",
+            timestep_shift=5.0,
+            sampler="euler",
         )
     else:
         # Guidance is distilled: one step without it.
@@ -96,9 +99,9 @@ def test_it_says_how_to_sample(kind: str, tmp_path: Path) -> None:
 
 def test_provenance_tells_the_stages_before(tmp_path: Path) -> None:
     first = trained("diffusion", tmp_path)
-    export(first, first.parallel, tmp_path / "generator", updates=11)
+    export_method(first, tmp_path / "generator", updates=11)
     second = distill_from(tmp_path)
-    export(second, second.parallel, tmp_path / "out", updates=5)
+    export_method(second, tmp_path / "out", updates=5)
     training = load_pretrained(tmp_path / "out").info.training
     assert training["updates"] == 5
     assert training["config"]["stage"]["teacher"] == str(tmp_path / "generator")
@@ -108,16 +111,16 @@ def test_provenance_tells_the_stages_before(tmp_path: Path) -> None:
     json.dumps(training)
 
 
-def distill_from(folder: Path) -> Stage:
+def distill_from(folder: Path) -> Method:
     """A distillation whose teacher is the model in folder/generator, not a new one."""
     config = train_config(DistillConfig(teacher=str(folder / "generator")))
-    return Distill(config, initial_bundle(config), single())
+    return build(config)
 
 
 def test_half_precision_on_request(tmp_path: Path) -> None:
     stage = trained("apt", tmp_path)
-    export(stage, stage.parallel, tmp_path / "whole", updates=1)
-    export(stage, stage.parallel, tmp_path / "half", updates=1, dtype=torch.bfloat16)
+    export_method(stage, tmp_path / "whole", updates=1)
+    export_method(stage, tmp_path / "half", updates=1, dtype=torch.bfloat16)
     sizes = [(tmp_path / d / "transformer.safetensors").stat().st_size for d in ("whole", "half")]
     assert sizes[1] < 0.7 * sizes[0]
     half: Any = load_pretrained(tmp_path / "half").backbone
@@ -131,7 +134,7 @@ def test_exporting_changes_nothing(tmp_path: Path) -> None:
     assert ema is not None
     before = weights(stage.generator.module), {k: v.clone() for k, v in ema.state_dict().items()}
     text: Any = stage.start.text_encoder
-    export(stage, stage.parallel, tmp_path / "out", updates=1)
+    export_method(stage, tmp_path / "out", updates=1)
     assert unchanged(before[0], weights(stage.generator.module)) == before[0].keys()
     assert unchanged(before[1], ema.state_dict()) == before[1].keys()
     assert all(p.requires_grad for p in text.parameters())

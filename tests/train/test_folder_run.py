@@ -8,7 +8,8 @@ import pytest
 
 from apt.data.digits import FPS, MovingDigits
 from apt.data.write import write_video_folder
-from apt.train.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from apt.methods import PretrainConfig
+from apt.train.config import DataConfig, ModelConfig, TrainConfig
 from apt.train.trainer import run
 
 MODEL = ModelConfig(options={"hidden_size": 24, "depth": 1, "num_heads": 2})

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 TINY = (
     "--num-updates", "3", "--batch-size", "2", "--sample-every", "0", "--device", "cpu",
     "--precision", "fp32", "--model.options", "hidden_size", "24", "depth", "2", "num_heads", "2",
-    "--optimizer.name", "rmsprop", "--optimizer.eps", "1e-3", "--snapshot-at",
+    "--optimizer.name", "rmsprop", "--optimizer.eps", "1e-3", "--optimizer.decay-updates", "0",
+    "--snapshot-at",
 )  # fmt: skip
 KERNELS = (
     "norms.forward_kernel", "norms.backward_kernel", "rope_kernels.forward_kernel",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,15 +9,21 @@ import torch
 
 from apt.errors import InputError
 from apt.losses import create_loss
+from apt.methods import (
+    AdversarialConfig,
+    AutoencoderConfig,
+    DistillConfig,
+    PretrainConfig,
+)
 from apt.models import MODELS, create_codec, create_model, create_text_encoder
 from apt.models.discriminator import paper_layers
-from apt.train.config import AdversarialConfig, DistillConfig, PretrainConfig, TrainConfig
+from apt.train.config import TrainConfig
 from apt.train.networks import initial_bundle
 from apt.train.recipes import RECIPES, list_recipes
 
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "digits_apt_no_r1": {"stage.r1_weight": 0.0, "stage.r2_weight": 0.0},
-    "digits_apt_no_r2": {"stage.r2_weight": 0.0},
+    "digits_apt_no_r1": {"stage.r1.weight": 0.0, "stage.terms.r2.weight": 0.0},
+    "digits_apt_no_r2": {"stage.terms.r2.weight": 0.0},
     "digits_apt_all_layers": {"stage.generator_trains": "all"},
     "digits_apt_shallow": {"stage.layers": (1, 2, 3)},
     "digits_apt_one_head": {"stage.layers": (6,)},
@@ -24,6 +31,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "digits_apt_distilled_d": {"stage.discriminator": "runs/digits/distill/export"},
     "digits_apt_small_batch": {"batch_size": 8},
 }
+LATENT = (
+    "digits_codec",
+    "digits_latent_pretrain",
+    "digits_latent_distill",
+    "digits_latent_apt",
+)
 PUBLIC = ("wan_distill", "apt_image_wan", "apt_video_wan", "sd35_distill", "apt_image_sd35")
 # What an ablation may say of itself: its name, its place, how long it runs and what it keeps.
 OWN = {"name", "run_dir", "num_updates", "snapshot_at", "optimizer.decay_updates"}
@@ -61,6 +74,9 @@ def test_all_recipes() -> None:
         "digits_pretrain",
         "digits_distill",
         "digits_apt",
+        *LATENT,
+        "digits_latent",
+        "walks",
         "apt_image_1024",
         "apt_video_720p",
         *PUBLIC,
@@ -75,13 +91,13 @@ def test_all_recipes() -> None:
 def test_recipes_say_what_they_are_and_hang_together(name: str) -> None:
     assert RECIPES.summary(name).endswith(".")
     for config in stages(name):
-        assert name == "digits" or config.name == name
+        assert len(stages(name)) > 1 or config.name == name
         assert max(config.snapshot_at, default=0) <= config.num_updates
         if isinstance(config.stage, AdversarialConfig):
             create_loss(config.stage.objective)
-            if config.stage.r1_weight:
+            if config.stage.r1.weight:
                 create_loss(
-                    "approximate_r1", weight=config.stage.r1_weight, sigma=config.stage.r1_sigma
+                    "approximate_r1", weight=config.stage.r1.weight, sigma=config.stage.r1.sigma
                 )
 
 
@@ -93,8 +109,8 @@ PAPER: dict[str, dict[str, Any]] = {
         "data.width": 1024,
         "data.images": "only",
         "data.native_ratio": True,
-        "stage.r1_weight": 100.0,
-        "stage.r1_sigma": 0.01,
+        "stage.r1.weight": 100.0,
+        "stage.r1.sigma": 0.01,
         "stage.timestep_shift": 1.0,
         "batch_size": 9062,
         "optimizer.learning_rate": 5e-6,
@@ -107,8 +123,8 @@ PAPER: dict[str, dict[str, Any]] = {
         "data.fps": 24.0,
         "data.images": "none",
         "data.native_ratio": False,
-        "stage.r1_weight": 100.0,
-        "stage.r1_sigma": 0.1,
+        "stage.r1.weight": 100.0,
+        "stage.r1.sigma": 0.1,
         "stage.timestep_shift": 12.0,
         "stage.generator": "runs/apt_image_1024/export",
         "batch_size": 2048,
@@ -123,13 +139,13 @@ PAPER_BOTH: dict[str, Any] = {
     "stage.freeze_discriminator_backbone": False,
     "stage.discriminator": "",
     "stage.generator_trains": "all",
-    "stage.r1_normalize": None,
-    "stage.r1_fraction": 1.0,
-    "stage.r2_weight": 0.0,
-    "stage.exact_r1_weight": 0.0,
-    "stage.logit_centring_weight": 0.0,
-    "stage.feature_matching_weight": 0.0,
-    "stage.mismatched_weight": 0.0,
+    "stage.r1.normalize": None,
+    "stage.r1.fraction": 1.0,
+    "stage.terms.r2.weight": 0.0,
+    "stage.terms.exact_r1.weight": 0.0,
+    "stage.terms.logit_centring.weight": 0.0,
+    "stage.terms.feature_matching.weight": 0.0,
+    "stage.terms.mismatched.weight": 0.0,
     "optimizer.name": "rmsprop",
     "optimizer.alpha": 0.9,
     "optimizer.weight_decay": 0.0,
@@ -190,7 +206,48 @@ def test_digits_is_its_three_stages_in_a_row() -> None:
     assert distill.stage.teacher == f"{pretrain.run_dir}/export"
     assert apt.stage.generator == f"{distill.run_dir}/export"
     assert apt.stage.discriminator == f"{pretrain.run_dir}/export"
-    assert distill.stage.cfg_scale == pretrain.stage.cfg_scale
+    assert distill.stage.loss.cfg_scale == pretrain.stage.cfg_scale
+
+
+def test_digits_latent_is_a_codec_and_three_stages_in_its_latents() -> None:
+    made = stages("digits_latent")
+    assert made == [recipe(name) for name in LATENT]
+    codec, pretrain, distill, apt = made
+    assert isinstance(codec.stage, AutoencoderConfig)
+    assert isinstance(pretrain.stage, PretrainConfig)
+    assert isinstance(distill.stage, DistillConfig)
+    assert isinstance(apt.stage, AdversarialConfig)
+    assert pretrain.stage.codec == f"{codec.run_dir}/export"
+    assert distill.stage.teacher == f"{pretrain.run_dir}/export"
+    assert apt.stage.generator == f"{distill.run_dir}/export"
+    assert apt.stage.discriminator == f"{pretrain.run_dir}/export"
+    assert apt.stage.generator_trains == "all", "as in the paper"
+    assert distill.stage.loss.cfg_scale == pretrain.stage.cfg_scale
+    assert {config.data.setting for config in made} == {"free"}
+    latents = create_codec(codec.model.codec, **codec.model.codec_options)
+    backbone = create_model(pretrain.model.name, **pretrain.model.options)
+    assert backbone.in_channels == latents.channels
+    assert backbone.token_grid(latents.latent_shape(9, 32, 32)) == (3, 4, 4)
+
+
+def test_walks_are_the_latent_stages_on_a_folder() -> None:
+    codec, pretrain, distill, apt = stages("walks")
+    assert [Path(c.run_dir).parent for c in (codec, pretrain, distill, apt)] == [
+        Path("runs/walks")
+    ] * 4
+    assert isinstance(pretrain.stage, PretrainConfig)
+    assert pretrain.stage.codec == f"{codec.run_dir}/export"
+    assert isinstance(apt.stage, AdversarialConfig)
+    assert apt.stage.generator == f"{distill.run_dir}/export"
+    assert apt.stage.discriminator == f"{pretrain.run_dir}/export"
+    assert {c.data for c in (codec, pretrain, distill, apt)} == {codec.data}
+    latents, clip = create_codec(codec.model.codec), codec.data.clip
+    size = latents.latent_shape(clip.frames, clip.height, clip.width)
+    assert create_model(pretrain.model.name, **pretrain.model.options).token_grid(size)
+    encoder = create_text_encoder(
+        pretrain.model.text_encoder, **pretrain.model.text_encoder_options
+    )
+    assert len(encoder(pretrain.sample_prompts)) == len(pretrain.sample_prompts)
 
 
 def test_the_digits_models_fit_each_other() -> None:
@@ -233,7 +290,7 @@ def test_recipes_for_public_models_keep_the_papers_method(ours: str, paper: str)
 @pytest.mark.parametrize("name", PUBLIC)
 def test_recipes_for_public_models_start_from_weights_that_are_published(name: str) -> None:
     stage = recipe(name).stage
-    source = stage.teacher if isinstance(stage, DistillConfig) else stage.discriminator  # type: ignore[union-attr]
+    source = getattr(stage, stage.names_models[-1])
     assert MODELS.pretrained(source)
     assert recipe(name).data.source == "latents"
     assert not recipe(name).sample_every  # a run on a latent cache has no codec to show them

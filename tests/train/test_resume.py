@@ -199,7 +199,7 @@ def test_a_collapse_can_stop_the_run_with_its_state_saved(root: Path, report: di
     [
         ("batch size", ["ConfigError", "batch_size", "was 4", "is 8"]),
         ("model", ["ConfigError", "model.options.depth (was 3, is 2)"]),
-        ("stage", ["ConfigError", "stage.r1_weight (was None"]),
+        ("stage", ["ConfigError", "stage.r1.weight (was None"]),
         ("without resume", ["ConfigError", "already holds a run", "--resume"]),
         ("nothing there", ["CheckpointError", "no run to resume"]),
     ],

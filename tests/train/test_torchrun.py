@@ -7,22 +7,50 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from apt.hub import read_info
 from apt.train.logs import read_log
 
 ROOT = Path(__file__).parents[2]
 TINY = (
     "--num-updates", "2", "--batch-size", "2", "--sample-every", "2", "--device", "cpu",
+    "--optimizer.decay-updates", "0",
     "--model.options", "hidden_size", "24", "depth", "2", "num_heads", "2",
 )  # fmt: skip
 
 
-def test_three_stages_in_a_row_with_two_ranks(tmp_path: Path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = ["-m", "apt", "train", "digits", "--run-dir", str(tmp_path / "run"), *TINY]
-    done = subprocess.run(
-        [sys.executable, *launcher, *command],
-        cwd=tmp_path,
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+# A run in which one thing fails on rank 1.
+FAULTY = """
+import os, sys
+from apt.data.digits import MovingDigits
+from apt.errors import DataError
+from apt.train.pretrain import Pretrain
+
+def fail(owner, name, number, error):
+    original, calls = getattr(owner, name), []
+    def faulty(*arguments):
+        calls.append(None)
+        if os.environ["RANK"] == "1" and len(calls) == number:
+            raise error
+        return original(*arguments)
+    setattr(owner, name, faulty)
+
+if sys.argv[1] == "data":
+    fail(MovingDigits, "__getitem__", 2, DataError("some.mp4 is broken"))
+if sys.argv[1] == "compute":
+    fail(Pretrain, "generator_step", 2, MemoryError("no memory on rank 1"))
+from apt.__main__ import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def launch(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *LAUNCHER, *command],
+        cwd=folder,
         env=os.environ
         | {
             "OMP_NUM_THREADS": "1",
@@ -32,6 +60,40 @@ def test_three_stages_in_a_row_with_two_ranks(tmp_path: Path):
         text=True,
         timeout=3600,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "options", "message", "saved"),
+    [
+        ("", ["--device", "cuda"], "error: device 'cuda' was asked for", False),
+        ("", ["--run-dir", "script.py"], "error: script.py: File exists", False),
+        ("data", [], "error: some.mp4 is broken", True),
+        ("compute", [], "error: out of memory: no memory on rank 1", False),
+    ],
+)
+def test_an_error_is_told_once(
+    tmp_path: Path, fault: str, options: list[str], message: str, saved: bool
+) -> None:
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "script.py").write_text(FAULTY)
+    train = ["script.py", fault, "train", "digits_pretrain", "--run-dir", "run", *TINY, *options]
+    done = launch(tmp_path, *train)
+    assert done.returncode != 0
+    assert len([x for x in done.stderr.splitlines() if x.startswith(message)]) == 1, done.stderr
+    assert "ChildFailedError" in done.stderr
+    assert done.stderr.count("Traceback") == 1  # torchrun's own, of the launch that failed
+    assert (tmp_path / "run" / "checkpoints" / "step_00000001").is_dir() is saved
+    if saved:
+        again = launch(tmp_path, "-m", "apt", *train[2:], "--resume")
+        assert again.returncode == 0, again.stderr
+        assert [entry["step"] for entry in read_log(tmp_path / "run")] == [1, 2]
+
+
+def test_three_stages_in_a_row_with_two_ranks(tmp_path: Path):
+    command = ["-m", "apt", "train", "digits", "--run-dir", str(tmp_path / "run"), *TINY]
+    done = launch(tmp_path, *command)
     assert done.returncode == 0, done.stderr[-4000:]
     for stage in ("pretrain", "distill", "apt"):
         run_dir = tmp_path / "run" / stage

@@ -9,22 +9,16 @@ from typing import Any
 
 import torch
 
+from apt.methods.apt import AdversarialConfig, AdversarialPostTraining
+from apt.methods.base import MethodConfig, MicroBatch
+from apt.methods.consistency import ConsistencyDistillation, DistillConfig
+from apt.methods.flow_matching import FlowMatchingPretraining, PretrainConfig
 from apt.models.bundle import ModelBundle, save_pretrained
-from apt.train.adversarial import Adversarial
-from apt.train.config import (
-    AdversarialConfig,
-    DistillConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    StageConfig,
-    TrainConfig,
-)
-from apt.train.distill import Distill
+from apt.train.config import ModelConfig, OptimizerConfig, TrainConfig
+from apt.train.export import export
+from apt.train.host import RunHost
 from apt.train.networks import initial_bundle
 from apt.train.parallel import Parallel
-from apt.train.pretrain import Pretrain
-from apt.train.stage import MicroBatch
 
 # 12 channels: a frame's 2x2 pixels in colour.
 TINY_MODEL = ModelConfig(
@@ -51,7 +45,7 @@ CAPTIONS = (
 FROZEN = OptimizerConfig(learning_rate=1e-12)
 
 
-def train_config(stage: StageConfig, **changes: Any) -> TrainConfig:
+def train_config(stage: MethodConfig, **changes: Any) -> TrainConfig:
     """A run of `stage` on the tiny model."""
     defaults: dict[str, Any] = {
         "name": "tiny",
@@ -92,30 +86,42 @@ def single() -> Parallel:
     return Parallel(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
 
 
-def pretrain(*, stage: PretrainConfig | None = None, **changes: Any) -> Pretrain:
+def build(config: TrainConfig, start: ModelBundle | None = None) -> Any:
+    """The method of a run at work on one process."""
+    return config.stage.build(start or initial_bundle(config), RunHost(config, single()))
+
+
+def pretrain(*, stage: PretrainConfig | None = None, **changes: Any) -> FlowMatchingPretraining:
     """The first stage, from the tiny model's random weights."""
     config = train_config(stage or PretrainConfig(), **changes)
     bundle = initial_bundle(config)
     randomize(bundle.backbone, 0)  # type: ignore[arg-type]
-    return Pretrain(config, bundle, single())
+    return build(config, bundle)
 
 
-def distill(folder: Path, *, train: dict[str, Any] | None = None, **options: Any) -> Distill:
+def distill(
+    folder: Path, *, train: dict[str, Any] | None = None, **options: Any
+) -> ConsistencyDistillation:
     """The second stage; `options` are fields of its config, `train` those of the run's."""
     teacher = save_start(folder)["generator"]
     config = train_config(DistillConfig(**{"teacher": teacher, **options}), **(train or {}))
-    return Distill(config, initial_bundle(config), single())
+    return build(config)
 
 
 def adversarial(
     folder: Path, *, train: dict[str, Any] | None = None, **options: Any
-) -> Adversarial:
+) -> AdversarialPostTraining:
     """The third stage, with D's new layers random too; arguments as in `distill`."""
     config = train_config(AdversarialConfig(**{**save_start(folder), **options}), **(train or {}))
-    stage = Adversarial(config, initial_bundle(config), single())
+    stage = build(config)
     module: Any = stage.trained["discriminator"].module
     randomize(module.project, 2)
     return stage
+
+
+def export_method(method: Any, folder: Path, **options: Any) -> None:
+    """Export a method that `build` put to work."""
+    export(method, method.host.config, method.host.parallel, folder, **options)
 
 
 def micro_batches(

@@ -1,0 +1,145 @@
+"""Whether a run begins or goes on, and from which checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from apt.errors import CheckpointError, ConfigError
+from apt.train import checkpoint
+from apt.train.collective import everywhere, rank
+from apt.train.config import TrainConfig
+from apt.train.logs import LOG_NAME, read_log
+
+__all__ = ["CHECKPOINTS", "CONFIG_NAME", "Resume", "check_resumable", "find_start", "plain"]
+
+CHECKPOINTS = "checkpoints"
+CONFIG_NAME = "config.json"
+
+Resume = bool | Literal["auto"]
+"""Start a run; continue one; or continue if there is something to continue, and else start."""
+
+# What a resumed run may change: how long it goes on, what it writes, and how it goes about it, but
+# not what it computes.
+_FREE_FIELDS = (
+    "run_dir",
+    "num_updates",
+    "device",
+    "micro_batch_size",
+    "activation_checkpointing",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "snapshot_at",
+    "sample_every",
+    "sample_prompts",
+    "monitor",
+    "data.num_workers",
+    "data.long_captions",
+    "data.strict",
+)
+
+
+def find_start(run_dir: Path, resume: Resume, *, start_over: bool = False) -> Path | None:
+    """The checkpoint to continue, which verifies; None to begin at update 0. Collective.
+
+    With `start_over`, a run whose checkpoints are lost begins again, and what it left is moved to
+    a folder beside.
+
+    Raises:
+        ConfigError: the folder holds a run that can be resumed, and was not to be.
+        CheckpointError: nothing to resume, or nothing that verifies.
+    """
+    root = run_dir / CHECKPOINTS
+    names = checkpoint.all_names(root)
+    newest = checkpoint.latest(root) if names else None
+    if newest is not None:
+        if not resume:
+            raise ConfigError(
+                f"{run_dir} already holds a run ({newest.name}); continue it with --resume, or "
+                "choose another --run-dir"
+            )
+        return newest
+    lost = _what_is_lost(run_dir, names)
+    if lost and not start_over:
+        raise CheckpointError(
+            f"{lost}; nothing was changed. Put a good copy in its place and --resume, choose "
+            "another --run-dir, or begin again at update 0 with --start-over, which keeps what is "
+            "there in a folder beside"
+        )
+    if lost:
+        everywhere(lambda: _set_aside(run_dir) if rank() == 0 else None)
+    elif resume is True and not (run_dir / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{run_dir} holds no run to resume; start it without --resume, or with --continue, "
+            "which does either"
+        )
+    # Otherwise there is no run, or it was stopped before its first checkpoint and begins anew.
+    return None
+
+
+def check_resumable(config: TrainConfig, before: Mapping[str, Any], path: Path, done: int) -> None:
+    """Raise ConfigError unless the checkpoint `path` of `before` can go on as `config`."""
+    if done > config.num_updates:
+        raise ConfigError(
+            f"{path} has {done} updates, and the run is to have {config.num_updates}; ask for at "
+            f"least --num-updates {done} (nothing was changed)"
+        )
+    # Runs from before there was a warm-up have none.
+    now, then = _by_option(plain(config)), {"ema_warmup": False, **_by_option(before)}
+    changed = [
+        f"{key} (was {then.get(key)!r}, is {now.get(key)!r})"
+        for key in sorted(now.keys() | then.keys())
+        if not {key, key.split(".")[0]} & set(_FREE_FIELDS) and now.get(key) != then.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"the configuration does not fit the checkpoint {path}: {'; '.join(changed)}. Resume "
+            "with the same configuration, or start a new run in another --run-dir"
+        )
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _by_option(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as {"stage.r1_weight": value}: the names of the command's options."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _by_option(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _what_is_lost(run_dir: Path, damaged: list[str]) -> str:
+    """What a run has done that no checkpoint has; empty if nothing."""
+    if damaged:
+        return (
+            f"{run_dir} holds a run, and none of its {len(damaged)} checkpoints verifies (newest: "
+            f"{damaged[0]})"
+        )
+    if not (run_dir / LOG_NAME).is_file() or not (run_dir / CONFIG_NAME).is_file():
+        return ""
+    steps = len(read_log(run_dir))
+    every = json.loads((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))["checkpoint_every"]
+    if steps <= every:
+        return ""
+    return f"{run_dir} holds a run whose log tells of {steps} updates, but no checkpoint"
+
+
+def _set_aside(run_dir: Path) -> None:
+    """Move what an earlier attempt left to a folder of its own."""
+    number = 1
+    while (run_dir / f"before-{number}").exists():
+        number += 1
+    aside = run_dir / f"before-{number}"
+    aside.mkdir()
+    for name in (CHECKPOINTS, LOG_NAME):
+        if (run_dir / name).exists():
+            (run_dir / name).rename(aside / name)

@@ -1,0 +1,46 @@
+"""How a run stands, for schedulers and scripts: `state.json` in its folder, and exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from apt.files import write_text
+
+__all__ = ["EXIT_UNFINISHED", "STATE_NAME", "State", "exit_status", "write_state"]
+
+STATE_NAME = "state.json"
+EXIT_UNFINISHED = 75
+"""EX_TEMPFAIL of sysexits.h: try again later."""
+
+State = Literal["running", "unfinished", "finished", "failed"]
+
+
+def write_state(
+    run_dir: Path, state: State, *, update: int, num_updates: int, reason: str = ""
+) -> None:
+    """Write `state.json`, whole or not at all.
+
+    Args:
+        run_dir: folder of the run.
+        state: "running" (also after a kill), "unfinished" (stopped and saved: continue it),
+            "finished", or "failed".
+        update: updates done; num_updates: of the whole run.
+        reason: the signal or the error.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    content = {"state": state, "update": update, "num_updates": num_updates, "reason": reason}
+    write_text(run_dir / STATE_NAME, json.dumps(content) + "\n")
+
+
+def exit_status(finished: bool) -> int:
+    """0, or 75 for a run that was stopped, saved and is to be continued.
+
+    Under torchrun it is always 0, because torchrun takes any other for a crash and starts the
+    ranks again at once; there `state.json` tells.
+    """
+    return 0 if finished or "TORCHELASTIC_RUN_ID" in os.environ else EXIT_UNFINISHED

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from apt.errors import CheckpointError, ConfigError
+from apt.methods import PretrainConfig
+from apt.train import checkpoint
+from apt.train.config import DataConfig, TrainConfig
+from apt.train.logs import LOG_NAME
+from apt.train.resume import Resume, check_resumable, find_start, plain
+
+pytestmark = pytest.mark.filterwarnings("ignore:skipped a damaged checkpoint")
+CONFIG = TrainConfig(name="x", run_dir="x", stage=PretrainConfig(), checkpoint_every=2)
+
+
+def begin(run_dir: Path, *, steps: int, saved: tuple[int, ...]) -> None:
+    """What a run of `CONFIG` leaves after some updates."""
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(json.dumps(plain(CONFIG)))
+    lines = [json.dumps({"step": step}) + "\n" for step in range(1, steps + 1)]
+    (run_dir / LOG_NAME).write_text("".join(lines))
+    for step in saved:
+        checkpoint.save(run_dir / "checkpoints", step, {"step": step}, {})
+
+
+def damage(run_dir: Path, step: int) -> None:
+    manifest = run_dir / "checkpoints" / f"step_{step:08d}" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+
+
+@pytest.mark.parametrize("resume", [False, True, "auto"])
+def test_a_run_without_a_good_checkpoint_does_not_begin_again(tmp_path: Path, resume: Resume):
+    run_dir = tmp_path / "run"
+    begin(run_dir, steps=5, saved=(2, 4))
+    for step in (2, 4):
+        damage(run_dir, step)
+    log = (run_dir / LOG_NAME).read_text()
+    with pytest.raises(CheckpointError, match=r"none of its 2 checkpoints verifies.*--start-over"):
+        find_start(run_dir, resume)
+    assert (run_dir / LOG_NAME).read_text() == log
+
+    assert find_start(run_dir, resume, start_over=True) is None
+    assert not (run_dir / LOG_NAME).exists() and not (run_dir / "checkpoints").exists()
+    kept = run_dir / "before-1"
+    assert (kept / LOG_NAME).read_text() == log
+    assert len(list((kept / "checkpoints").iterdir())) == 2
+
+
+def test_a_good_checkpoint_is_continued_whatever_is_damaged_beside_it(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    begin(run_dir, steps=5, saved=(2, 4))
+    damage(run_dir, 4)
+    for resume in (True, "auto"):
+        found = find_start(run_dir, resume, start_over=True)
+        assert found is not None and checkpoint.step_of(found) == 2
+    with pytest.raises(ConfigError, match="already holds a run"):
+        find_start(run_dir, False, start_over=True)
+
+
+def test_checkpoints_that_somebody_deleted_are_lost_work_too(tmp_path: Path):
+    begin(tmp_path / "run", steps=3, saved=())
+    with pytest.raises(CheckpointError, match="tells of 3 updates, but no checkpoint"):
+        find_start(tmp_path / "run", True)
+
+
+@pytest.mark.parametrize("resume", [False, True, "auto"])
+def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path: Path, resume: Resume):
+    begin(tmp_path / "run", steps=2, saved=())
+    assert find_start(tmp_path / "run", resume) is None
+
+
+def test_one_command_for_the_first_attempt_and_all_later_ones(tmp_path: Path):
+    assert find_start(tmp_path / "run", "auto") is None
+    with pytest.raises(CheckpointError, match=r"no run to resume.*--continue"):
+        find_start(tmp_path / "run", True)
+    begin(tmp_path / "run", steps=2, saved=(2,))
+    found = find_start(tmp_path / "run", "auto")
+    assert found is not None and checkpoint.step_of(found) == 2
+
+
+def test_fewer_updates_than_are_done(tmp_path: Path):
+    before = plain(CONFIG)
+    shorter = dataclasses.replace(CONFIG, num_updates=8)
+    check_resumable(shorter, before, tmp_path, 8)
+    with pytest.raises(ConfigError, match="--num-updates 9"):
+        check_resumable(shorter, before, tmp_path, 9)
+
+
+def test_what_helps_after_an_error_may_change(tmp_path: Path):
+    data = DataConfig(long_captions="cut", num_workers=3, strict=True)
+    helped = dataclasses.replace(
+        CONFIG, data=data, micro_batch_size=1, activation_checkpointing=True
+    )
+    before = {**plain(CONFIG), "ema_warmup": False}
+    helped = dataclasses.replace(helped, ema_warmup=False)
+    check_resumable(helped, before, tmp_path, 1)
+    del before["ema_warmup"]  # a run of an earlier version
+    check_resumable(helped, before, tmp_path, 1)
+    other = dataclasses.replace(CONFIG, data=dataclasses.replace(data, size_multiple=16))
+    with pytest.raises(ConfigError, match=r"data\.size_multiple \(was 8, is 16\)"):
+        check_resumable(other, plain(CONFIG), tmp_path, 1)
