@@ -52,11 +52,14 @@ class Judged:
             [title, *note, record_table(record), "Gates:", verdict_table(self.verdicts)]
         )
 
+    def page(self) -> str:
+        """Of the record and its gates, in Markdown."""
+        return markdown(self.record, self.verdicts)
+
     def write(self, folder: Path = RESULTS) -> Path:
         """Raw samples and the page beside them; returns the page."""
-        path = write_record(self.record, folder)
-        page = path.with_suffix(".md")
-        page.write_text(markdown(self.record, self.verdicts), encoding="utf-8")
+        page = write_record(self.record, folder).with_suffix(".md")
+        page.write_text(self.page(), encoding="utf-8")
         return page
 
 
@@ -67,21 +70,16 @@ def judge(
     device: torch.device,
     *,
     provenance: Provenance | None = None,
-    commit: str | None = None,
 ) -> Judged:
     """Make a record of a run's measurements and hold it to targets and to older records.
 
     Args:
-        provenance: of a record that is written again, with more in it; None: this run, now.
-        commit: where the code is no git checkout.
+        provenance: of a run that writes several records, or one again; None: this run, now.
     """
-    provenance = provenance or describe_run()
-    if commit is not None:
-        provenance = replace(provenance, commit=commit)
     record = Record(
         topic=topic,
         note=CPU_NOTE if device.type == "cpu" else "",
-        provenance=provenance,
+        provenance=provenance or describe_run(),
         machine=describe_machine(device),
         ceilings=ceilings.as_dict(),
         measurements=tuple(measurements),

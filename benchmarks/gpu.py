@@ -1,289 +1,420 @@
-"""Everything that needs a GPU, in one command: `python -m benchmarks.gpu`.
+"""Everything that needs a GPU, in one command: `python -m benchmarks.gpu --out FOLDER`.
 
-Correctness of every op on this GPU, then times of the DiT and of every op, records, gates, and one
-short table for each. It fits into ten minutes. In this order, so that what is dropped when time is
-short is what matters least: tests, which must leave the next step its time; the DiTs of the paper
-and of Wan 2.1 at their full sizes; ops, largest shapes first; the other networks. What the time
-does not reach is listed, and each record is written as soon as it has something, so that an
-interrupted run loses little.
+Times of the DiTs of the paper and of Wan 2.1 at their full sizes, every op against fp64, a training
+check, times of every op, of the VAE and the text encoder, records, gates, and one short table at
+the end. `--call first` and `--call second` cut it in two for machines that are lent for minutes;
+NOTES.md says what to do with each outcome.
 
-Needs torch >= 2.11 with its triton, einops, numpy, safetensors and pytest; no network, and neither
-pytest-benchmark nor the command line's packages. liger-kernel is measured beside ours where it is
-installed.
+Every step runs in a process of its own, and every network: an illegal access ends only what made
+it, which is named, and measured again variant by variant at the end. What the time does not reach
+is listed, and each record is written as soon as it has something, so that an interrupted run loses
+little.
+
+Needs torch >= 2.11 with its triton, einops, numpy, pillow, safetensors and scikit-learn (whose
+digits are trained on) and pytest; no network, and neither pytest-benchmark nor the command line's
+packages. What diffusers, transformers or liger-kernel are needed for is skipped without them.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import subprocess
+import json
+import os
+import shutil
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from apt.bench.ceilings import Ceilings, measure_ceilings
-from apt.bench.dit import Workload, default_variants, measure_dit
-from apt.bench.kernels import COMPILE, OpCase, cases_of, measure_op, variant_names
-from apt.bench.machine import describe_machine, find_device
-from apt.bench.ops import OPS
-from apt.bench.records import Measurement, first_line
-from apt.bench.shapes import SHAPES, default_shapes
-from apt.bench.timing import Clock, clock_for
+from apt.bench.ceilings import Ceilings
+from apt.bench.machine import Provenance, describe_machine, describe_run, find_device
+from apt.bench.records import Measurement, write_record
+from apt.bench.shapes import SHAPES
 from apt.errors import InputError
-from apt.kernels.roofline import Rates
+from apt.files import write_text
+from benchmarks import plan
 from benchmarks.archive import RESULTS, Judged, judge
-from benchmarks.workloads import RESERVED, WORKLOADS
+from benchmarks.events import Event
+from benchmarks.plan import CALLS, STEPS, Choice, Job
+from benchmarks.pytest_events import VARIABLE
+from benchmarks.summary import TestCounts, summary_table
+from benchmarks.watch import Exit, watch
+from benchmarks.workloads import WORKLOADS
 
-ROOT = Path(__file__).resolve().parents[1]
-STEPS = ("tests", "dit", "kernels")
-TESTS = ("tests/kernels/test_gpu.py",)
+TESTS = ("tests/kernels/test_gpu.py", "tests/kernels")
+# Sizes that no tile divides, where a kernel that reads or writes too far would do so
+SANITIZED = ("tests/kernels/test_gpu.py", "-k", "test_accuracy and triton and (3x77x120 or 1x1x64)")
+SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
-CASE_SECONDS = 15  # of an op, with what it compiles
-# Of a network: two of six variants are compiled, and each runs ten times (three to prepare, one to
-# be checked, one to warm up, three to be timed, two for the profile), at 1.6 times the floor. This
-# is arithmetic; nobody has measured it yet.
-COMPILE_SECONDS = 60
-FLOORS = 6 * 10 * 1.6
+TEST_LIMIT = 120  # seconds of one test, with what it compiles
+START_LIMIT = 120  # of a process, before its first piece of work and between two
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A piece of work that is done whole or not at all.
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong, and all that is known about it."""
 
-    Attributes:
-        step: of `STEPS`.
-        name: for people.
-        seconds: that must be left when it begins.
-        run: does it.
-    """
-
-    step: str
     name: str
-    seconds: float
-    run: Callable[[], None]
+    text: str = ""
 
 
 class Session:
     """One run against the clock."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.deadline = time.monotonic() + 60 * options.minutes
+    def __init__(self, options: argparse.Namespace, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
         self.device: torch.device = find_device(options.device)
-        self.folder: Path = options.out
-        self.commit: str | None = options.commit
+        self.folder: Path = options.out or RESULTS
+        self.provenance: Provenance = describe_run()  # one for all records
+        if options.commit is not None:
+            self.provenance = replace(self.provenance, commit=options.commit)
         self.rehearsal = self.device.type == "cpu"
-        self.clock: Clock = clock_for(self.device)
-        self.ceilings: Ceilings = measure_ceilings(self.device, self.clock)
+        self.ceilings: Ceilings | None = None
         self.measurements: dict[str, list[Measurement]] = {}
         self.judged: dict[str, Judged] = {}
-        self.not_reached: list[str] = []
-        self.failures: list[str] = []
+        self.checks: dict[str, str] = {}
+        self.again: list[Job] = []
+        self.not_reached: dict[str, list[str]] = {}  # names by step
+        self.failures: list[Failure] = []
+        self.temporary = Path(tempfile.mkdtemp(prefix="apt-benchmarks-"))
 
     @property
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
 
+    def measure_ceilings(self) -> bool:
+        """Whether there is something to hold times to; without it nothing is measured."""
+        job = Job(step="ceilings", name="ceilings", seconds=1, call="benchmarks.steps:ceilings")
+        self.run_jobs([job])
+        return self.ceilings is not None
+
+    def run(self, choice: Choice) -> None:
+        """The steps of a call, in order."""
+        assert self.ceilings is not None
+        if self.rehearsal:  # one process: on a CPU nothing is lost but time
+            checks = [step for step in choice.steps if step in ("tests", "sanitizer")]
+            self.checks |= dict.fromkeys(checks, "not run: they need a GPU")
+            self.run_jobs([j for s in choice.steps for j in plan.jobs_of(s, choice, self.ceilings)])
+            return
+        for step in choice.steps:
+            if step == "tests":
+                self.run_tests("tests", [*TESTS], plan.TESTS_SECONDS)
+            elif step == "sanitizer":
+                self.run_sanitizer()
+            else:
+                self.run_step(plan.jobs_of(step, choice, self.ceilings))
+
+    def run_step(self, jobs: Sequence[Job]) -> None:
+        """Those that need a process for themselves one by one, the others together."""
+        alone = [job for job in jobs if job.alone]
+        for job in alone:
+            self.run_jobs([job])
+        together = [job for job in jobs if job not in alone]
+        if together:
+            self.run_jobs(together)
+
+    def run_again(self) -> None:
+        """Variant by variant, what ended its process: the others get their times."""
+        again, self.again = self.again, []
+        self.run_step(again)
+
+    def run_jobs(self, jobs: Sequence[Job]) -> None:
+        """In a worker, and in another one behind each job that ends it."""
+        by_name = {job.name: job for job in jobs}
+        folder = Path(tempfile.mkdtemp(dir=self.temporary))
+        context = {
+            "device": self.device.type,
+            "rehearsal": self.rehearsal,
+            "ceilings": None if self.ceilings is None else self.ceilings.as_dict(),
+        }
+        told = {"context": context, "deadline": self.deadline, "jobs": [asdict(j) for j in jobs]}
+        (folder / "plan.json").write_text(json.dumps(told), encoding="utf-8")
+        events, begun = folder / "events.jsonl", set[str]()
+
+        def on_event(event: Event) -> None:
+            name = event["name"]
+            if event["kind"] in ("begin", "skip"):
+                begun.add(name)
+            if event["kind"] == "begin":
+                left = f"{self.seconds_left:.0f} s left"
+                print(f"... {by_name[name].step}: {name}, {left}", flush=True)
+            elif event["kind"] == "skip":
+                self.miss(by_name[name])
+            elif event["kind"] == "end":
+                self.take(by_name[name], event)
+
+        def on_death(death: Exit) -> None:
+            if death.name:
+                self.lose(by_name[death.name], death.reason, death.output, time_up=death.time_up)
+            elif not begun and not death.time_up:
+                self.fail(f"{jobs[0].step}: the process {death.reason}", death.output)
+
+        watch(
+            [sys.executable, "-m", "benchmarks.worker", str(folder / "plan.json"), str(events)],
+            events,
+            limit=lambda name: by_name[name].limit,
+            start_limit=START_LIMIT,
+            deadline=self.deadline,
+            on_event=on_event,
+            on_death=on_death,
+        )
+        for name in by_name:
+            if name not in begun:
+                self.miss(by_name[name])
+
+    def take(self, job: Job, event: Event) -> None:
+        """What a job ended with: measurements, a traceback, or a GPU that is lost."""
+        if "lost" in event:
+            text = event.get("traceback") or reasons(event.get("measurements", ()))
+            self.lose(job, f"left the GPU of no use: {event['lost']}", text)
+        elif "traceback" in event:
+            self.fail(f"{job.step}: {job.name}", event["traceback"])
+        elif "ceilings" in event:
+            self.ceilings = Ceilings.from_dict(event["ceilings"])
+        else:
+            self.add(job.step, read_measurements(event["measurements"]))
+
+    def lose(self, job: Job, reason: str, text: str, *, time_up: bool = False) -> None:
+        """A job that ended its process."""
+        if time_up:
+            self.not_reached.setdefault(job.step, []).append(f"the rest of {job.name}")
+            return
+        self.fail(f"{job.step}: {job.name} {reason}", text)
+        self.again += job.split()
+
     def add(self, topic: str, found: Sequence[Measurement]) -> None:
         """Keep measurements, and write all of the topic so far."""
+        assert self.ceilings is not None
         self.measurements.setdefault(topic, []).extend(found)
-        before = self.judged.get(topic)
         judged = judge(
             topic,
             self.measurements[topic],
             self.ceilings,
             self.device,
-            # One record for the whole run, however often it is written
-            provenance=before.record.provenance if before else None,
-            commit=self.commit,
+            provenance=self.provenance,
         )
-        judged.write(self.folder)
+        write_record(judged.record, self.folder)
         self.judged[topic] = judged
 
-    def run_tests(self, reserve: float) -> None:
-        """Every op against fp64 on this device, in a process of its own.
+    def run_tests(
+        self,
+        name: str,
+        chosen: list[str],
+        seconds: float,
+        *,
+        under: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> Exit | None:
+        """GPU tests in a process of their own, and in another one behind each that ends it.
 
-        They stop at half of the time, and where `reserve` seconds are left.
+        Args:
+            name: of the check.
+            chosen: arguments of pytest.
+            seconds: at most.
+            under: a command that runs them.
+            env: added to this process's.
+
+        Returns:
+            How the last process ended; None where nothing is run.
         """
         if importlib.util.find_spec("pytest") is None:
-            self.failures.append("pytest is missing: ops were checked only as they were timed")
-            return
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *TESTS]
-        print("+", " ".join(["python", *command[1:]]), flush=True)
-        limit = max(min(self.seconds_left / 2, self.seconds_left - reserve), 1)
-        try:
-            done = subprocess.run(command, cwd=ROOT, timeout=limit)
-        except subprocess.TimeoutExpired:
-            self.not_reached.append(f"the rest of the tests (their {limit:.0f} s were up)")
-            return
-        if done.returncode:
-            self.failures.append(f"tests on the GPU failed (exit code {done.returncode})")
+            self.fail(f"{name}: pytest is missing, so that ops are checked only as they are timed")
+            return None
+        events = Path(tempfile.mkdtemp(dir=self.temporary)) / "events.jsonl"
+        command = [*under, sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short"]
+        command += ["-p", "no:cacheprovider", "-p", "benchmarks.pytest_events", *chosen]
+        print(f"... {name}: pytest {' '.join(chosen)}, {self.seconds_left:.0f} s left", flush=True)
+        counts = TestCounts()
 
-    def measure_network(self, workload: Workload) -> None:
-        variants = [
-            v for v in default_variants(self.device) if v.mode != "compile" or not self.rehearsal
-        ]
-        found = measure_dit(
-            workload,
-            variants,
-            device=self.device,
-            clock=self.clock,
-            ceilings=self.ceilings,
-            rounds=5,
-            max_seconds=40,
+        def on_event(event: Event) -> None:
+            if event["kind"] == "collected":
+                counts.collected = counts.collected or event["number"]
+            elif event["kind"] == "end":
+                counts.add(event["outcome"])
+                if event["outcome"] == "failed":
+                    lost = f" left the GPU of no use: {event['lost']}" if "lost" in event else ""
+                    self.fail(f"{name}: {event['name']}{lost}", event["traceback"])
+
+        def on_death(death: Exit) -> None:
+            if death.time_up:
+                self.not_reached.setdefault(name, []).append("the rest of them")
+            elif death.name:
+                counts.add("failed")
+                self.fail(f"{name}: {death.name} {death.reason}", death.output)
+            elif not counts.collected:
+                self.fail(f"{name}: pytest {death.reason}", death.output)
+
+        ended = watch(
+            command,
+            events,
+            limit=lambda test: TEST_LIMIT,
+            start_limit=START_LIMIT,
+            deadline=min(self.deadline, time.monotonic() + seconds),
+            on_event=on_event,
+            on_death=on_death,
+            # None of the plugins that are about is needed
+            env={VARIABLE: str(events), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **(env or {})},
         )
-        self.add("dit", found)
+        self.checks[name] = str(counts)
+        return ended
 
-    def measure_case(self, case: OpCase) -> None:
-        found = measure_op(
-            case,
-            device=self.device,
-            clock=self.clock,
-            ceilings=self.ceilings,
-            rounds=5 if self.rehearsal else 50,
-            only=[v for v in variant_names(case.op) if v != COMPILE or not self.rehearsal],
-            max_seconds=5,
-        )
-        self.add("kernels", found)
-
-    def jobs(self, workloads: Sequence[Workload], cases: Sequence[OpCase]) -> list[Job]:
-        """In the order of the module's docstring."""
-        networks = [
-            Job(
-                step="dit",
-                name=f"{w.model} {w.size}",
-                seconds=network_seconds(w, self.ceilings),
-                run=partial(self.measure_network, w),
-            )
-            for w in workloads
-        ]
-        ops = [
-            Job(
-                step="kernels",
-                name=f"{case.op.name} {case.shape.name} {case.direction}",
-                seconds=CASE_SECONDS,
-                run=partial(self.measure_case, case),
-            )
-            for case in cases
-        ]
-        return [*networks[:RESERVED], *ops, *networks[RESERVED:]]
-
-    def work(self, job: Job) -> None:
-        """Do it if there is time; what breaks is a failure of the run, and ends nothing else."""
-        if self.seconds_left < job.seconds and not self.rehearsal:
-            self.not_reached.append(f"{job.step} {job.name}, which may take {job.seconds:.0f} s")
+    def run_sanitizer(self) -> None:
+        """The ragged kernel tests under compute-sanitizer, where it is installed."""
+        tool = next(filter(None, map(shutil.which, SANITIZERS)), None)
+        if tool is None:
+            self.checks["sanitizer"] = "skipped: there is no compute-sanitizer"
             return
-        print(f"... {job.step}: {job.name}, {self.seconds_left:.0f} s left", flush=True)
-        try:
-            job.run()
-        # What one case breaks is reported, with its traceback; the others still get their times
-        except Exception as error:
-            traceback.print_exc()
-            self.failures.append(f"{job.step} {job.name} {first_line(error)}")
+        errors = 9  # exit code
+        under = [tool, "--tool", "memcheck", "--error-exitcode", str(errors)]
+        # Each tensor in memory of its own: past its end is past an allocation's
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        seconds = plan.SANITIZER_SECONDS
+        ended = self.run_tests("sanitizer", [*SANITIZED], seconds, under=under, env=alone)
+        if ended is not None and ended.code == errors:
+            self.fail("sanitizer: accesses out of bounds", ended.output)
+
+    def miss(self, job: Job) -> None:
+        self.not_reached.setdefault(job.step, []).append(f"{job.name} ({job.seconds:.0f} s)")
+
+    def fail(self, name: str, text: str = "") -> None:
+        self.failures.append(Failure(name, text))
 
     def finish(self) -> int:
-        """Print what was found; the exit code is 1 if something failed."""
+        """Write the page, print its short form; the exit code is 1 if something failed."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
         for topic, judged in self.judged.items():
-            print(f"\n{judged.report()}\n\nrecorded: {judged.record.stem}.json and .md")
             if judged.fails:
-                wrong = [m.label for m in judged.wrong]
-                self.failures.append(f"{topic}: {', '.join([*wrong, *judged.record.failed])}")
-        for name in self.not_reached:
-            print(f"not reached in time: {name}")
+                names = [*(m.label for m in judged.wrong), *judged.record.failed]
+                self.fail(f"{topic}: {len(names)} wrong or beyond a gate", "\n".join(names))
+        table = summary_table(self.checks, self.measurements)
+        missed = [
+            f"not reached in time: {step}: {', '.join(names)}"
+            for step, names in self.not_reached.items()
+        ]
+        failed = [f"FAILED: {failure.name}" for failure in self.failures]
+        texts = [
+            f"FAILED: {failure.name}\n\n```\n{failure.text.rstrip()}\n```"
+            for failure in self.failures
+            if failure.text
+        ]
+        if self.judged:
+            parts = ["\n".join([*missed, *failed]), table, *texts]
+            pages = [judged.page() for judged in self.judged.values()]
+            stem = next(iter(self.judged.values())).record.stem.rpartition("_")[0]
+            page = "# One run of `benchmarks.gpu`\n\n" + "\n\n".join(filter(None, parts))
+            write_text(self.folder / f"{stem}_gpu.md", "\n\n".join([page, *pages]))
         for failure in self.failures:
-            print(f"FAILED: {failure}")
+            if failure.text:
+                print(f"\nFAILED: {failure.name}\n{shortened(failure.text)}")
+        print("\n".join(["", *missed, *failed, "", table, "", where(self.folder)]), flush=True)
         return 1 if self.failures else 0
 
 
-def network_seconds(workload: Workload, ceilings: Ceilings) -> float:
-    """What `Session.measure_network` is given, from the floor of one pass on this device."""
-    rates = Rates(matmul_tflops=ceilings.matmul_tflops, memory_gb_s=ceilings.copy_gb_s)
-    return COMPILE_SECONDS + FLOORS * workload.cost().floor(rates).matmul
+def read_measurements(found: Sequence[dict[str, Any]]) -> list[Measurement]:
+    """What `benchmarks.steps.told` has written."""
+    return [Measurement(**m | {"samples_ms": tuple(m["samples_ms"])}) for m in found]
 
 
-def reserved_seconds(jobs: Sequence[Job]) -> float:
-    """What the tests must leave: the time of the networks before the first op."""
-    first_op = next((i for i, job in enumerate(jobs) if job.step == "kernels"), len(jobs))
-    return sum(job.seconds for job in jobs[: min(first_op, RESERVED)])
+def reasons(measurements: Sequence[dict[str, Any]]) -> str:
+    """Why those that are wrong are, in the order in which they were tried."""
+    return "\n".join(
+        f"{' '.join(map(str, m['case'].values()))}: {m['reason']}"
+        for m in measurements
+        if m["status"] == "wrong"
+    )
 
 
-def cases_in_order(device: torch.device) -> Iterator[OpCase]:
-    """The largest shape of every op first: it is what the targets are about."""
-    for shape in reversed(default_shapes(device)):
-        for op in OPS.values():
-            yield from cases_of(op, shape)
+def shortened(text: str, lines: int = 12) -> str:
+    """The end of a traceback; the page has all of it."""
+    kept = text.rstrip().splitlines()
+    return "\n".join([*(["..."] if len(kept) > lines else []), *kept[-lines:]])
 
 
-def chosen_workloads(device: str, models: Sequence[str] | None) -> list[Workload]:
-    """Those of the models; None: all. Raises InputError for a model that a device does not run."""
-    there = WORKLOADS[device]
-    names = {w.model: None for w in there}
-    for name in models or ():
-        if name not in names:
-            raise InputError(
-                f"on {device} there is no model {name!r}; there are: {', '.join(names)}"
-            )
-    return [w for w in there if w.model in (models or names)]
+def where(folder: Path) -> str:
+    """Where the records are: on a machine that is lent, they must be taken away."""
+    return f"RECORDS ARE IN {folder}" + (
+        "" if folder != RESULTS else "  (--out was not given: on a lent machine, copy them from it)"
+    )
+
+
+def kernels_in_cache() -> str:
+    """What Triton need not compile. A cache may travel; keys that do not match cost nothing."""
+    default = Path.home() / ".triton" / "cache"
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or default)
+    found = len(list(folder.glob("*/*.cubin")))
+    named = "" if "TRITON_CACHE_DIR" in os.environ else "; TRITON_CACHE_DIR takes one along"
+    return f"Triton's cache holds {found} kernels{named}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the steps that were asked for; returns the exit code."""
+    """Run what was asked for; returns the exit code."""
     options = parser().parse_args(argv)
+    calls = [options.call] if options.call else list(CALLS)
+    seconds = sum(plan.SECONDS[call] for call in calls)
+    if options.minutes is not None:
+        seconds = 60 * options.minutes
     try:
-        workloads = chosen_workloads(options.device, options.model)
-        session = Session(options)
+        choices = [
+            plan.choose(
+                options.device,
+                call,
+                steps=options.steps,
+                models=options.model,
+                shapes=options.shape,
+            )
+            for call in calls
+        ]
+        session = Session(options, seconds)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    machine = describe_machine(session.device)
-    print(f"{machine.device}, torch {machine.torch}, triton {machine.triton or 'absent'}")
-    print(
-        f"ceilings: copy {session.ceilings.copy_gb_s:.0f} GB/s, matmul "
-        f"{session.ceilings.matmul_tflops:.4g} TFLOP/s",
-        flush=True,
-    )
-    cases = list(cases_in_order(session.device))
-    if options.shape:
-        cases = [case for case in cases if case.shape.name in options.shape]
-    jobs = [job for job in session.jobs(workloads, cases) if job.step in options.steps]
-    if "tests" in options.steps and not session.rehearsal:
-        session.run_tests(reserve=reserved_seconds(jobs))
-    for job in jobs:
-        session.work(job)
+    print(describe_machine(session.device).describe())
+    print(f"{where(session.folder)}\n{kernels_in_cache()}\n{seconds:.0f} s", flush=True)
+    if session.measure_ceilings():
+        assert session.ceilings is not None
+        print(f"ceilings: {session.ceilings.describe()}", flush=True)
+        for choice in choices:
+            session.run(choice)
+        session.run_again()
+    print(kernels_in_cache())
     return session.finish()
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
-        description="Check every op on this GPU against fp64, time ops and networks, write records "
-        "and judge them. What --minutes does not reach is listed at the end: run it again with "
-        "--steps, --model or --shape.",
+        description="Check every op on this GPU against fp64, time networks, ops and training, "
+        "write records and judge them. What the time does not reach is listed at the end: run it "
+        "again with --steps, --model or --shape.",
+    )
+    budgets = ", ".join(f"{call} {seconds} s" for call, seconds in plan.SECONDS.items())
+    made.add_argument(
+        "--call",
+        choices=tuple(CALLS),
+        help="first: the networks of the paper and of Wan, tests, the training check, ops at 720p; "
+        "second: the sanitizer, VAE and text encoder, other networks, ops at other sizes "
+        "(default: both in a row)",
     )
     made.add_argument(
         "--minutes",
         type=float,
-        default=9.5,
-        help="begin nothing that may take longer than what is left of them (default: %(default)s)",
+        help=f"begin nothing that may take longer than what is left of them (default: {budgets})",
     )
     made.add_argument(
-        "--steps",
-        nargs="+",
-        choices=STEPS,
-        default=STEPS,
-        help="tests: ops against fp64; dit: forward passes; kernels: times of ops (default: all)",
+        "--steps", nargs="+", choices=STEPS, default=STEPS, help="of the call (default: all)"
     )
     made.add_argument(
         "--shape",
         nargs="+",
         choices=SHAPES,
         metavar="NAME",
-        help=f"shapes of ops, of {', '.join(SHAPES)} (default: all that the device is meant for)",
+        help=f"of ops, of {', '.join(SHAPES)} (default: all that the device is meant for)",
     )
     models = dict.fromkeys(w.model for w in WORKLOADS["cuda"])
     made.add_argument(
@@ -295,7 +426,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--out",
         type=Path,
-        default=RESULTS,
         metavar="FOLDER",
         help="where records are written (default: benchmarks/results)",
     )

@@ -12,7 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from apt.flow import sampling_timesteps
 from apt.models import create_codec, create_model, create_text_encoder
-from apt.rng import sample_noise
+from apt.rng import Draw, sample_noise
 from apt.sampling import SamplerName, bind, bind_guided, one_step_sample, sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +33,7 @@ def test_digits_video(benchmark: BenchmarkFixture, num_steps: int, cfg_scale: fl
     sampler: SamplerName = "consistency" if cfg_scale == 1 else "euler"
 
     def noise(step: int) -> torch.Tensor:
-        return sample_noise(1, shape, seed=0, step=step, offset=0, stream="bench", device=DEVICE)
+        return sample_noise(1, shape, Draw(0, step, stream="bench", device=DEVICE))
 
     def generate() -> torch.Tensor:
         predict = bind_guided(backbone, condition, negative, cfg_scale)

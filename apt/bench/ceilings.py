@@ -2,31 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from apt.bench.clocks import GpuState, GpuWatch
 from apt.bench.timing import Clock, Work, median, time_interleaved
+
+# Within a second of full load a GPU comes to its power limit, and its clocks sink
+SUSTAINED_SECONDS = {"cuda": 3.0, "cpu": 0.2}
+_AHEAD = 32  # products in the queue: enough that the device never waits for the host
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """Two rates that no kernel beats by much.
+    """Rates that no kernel beats by much.
 
     Attributes:
         copy_gb_s: device-to-device copy, bytes read plus bytes written, 10⁹ per second.
-        matmul_tflops: square bf16 product on a GPU, fp32 on a CPU, through torch's library.
+        matmul_tflops: square bf16 product on a GPU, fp32 on a CPU, through torch's library, one at
+            a time: the clocks of a GPU are high.
+        sustained_tflops: the same product again and again, in the second half of
+            `SUSTAINED_SECONDS`: what work of seconds can hope for. None: not measured.
+        under_load: the GPU's clocks and power meanwhile.
     """
 
     copy_gb_s: float
     matmul_tflops: float
+    sustained_tflops: float | None = None
+    under_load: GpuState | None = None
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+    def as_dict(self) -> dict[str, Any]:
+        """As records hold it."""
+        return {
+            "copy_gb_s": self.copy_gb_s,
+            "matmul_tflops": self.matmul_tflops,
+            "sustained_tflops": self.sustained_tflops,
+            "under_load": None if self.under_load is None else self.under_load.as_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Ceilings:
+        """What `as_dict` gave."""
+        state = found["under_load"]
+        return cls(**found | {"under_load": None if state is None else GpuState(**state)})
+
+    def describe(self) -> str:
+        """In one line."""
+        text = f"copy {self.copy_gb_s:.4g} GB/s, matmul {self.matmul_tflops:.4g} TFLOP/s"
+        if self.sustained_tflops is not None:
+            text += f", sustained {self.sustained_tflops:.4g} TFLOP/s"
+        return text + (f" ({self.under_load.describe()})" if self.under_load else "")
 
 
-def measure_ceilings(device: torch.device, clock: Clock, *, rounds: int = 20) -> Ceilings:
-    """Time a large copy and a large matrix product on random data, in turns."""
+def measure_ceilings(
+    device: torch.device, clock: Clock, *, rounds: int = 20, seconds: float | None = None
+) -> Ceilings:
+    """Time a large copy and a large matrix product on random data, in turns; then only products.
+
+    Args:
+        device, clock: where, and its clock.
+        rounds: samples of each.
+        seconds: of products without a pause; None: `SUSTAINED_SECONDS`.
+    """
     on_gpu = device.type == "cuda"
     size, values = (8192, 2**29) if on_gpu else (1024, 2**24)
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -37,9 +78,34 @@ def measure_ceilings(device: torch.device, clock: Clock, *, rounds: int = 20) ->
         "copy": Work(lambda _: target.copy_(source)),
         "matmul": Work(lambda _: a @ b),
     }
-    samples = time_interleaved(works, clock, rounds=rounds)
+    timings = time_interleaved(works, clock, rounds=rounds)
     moved = 2 * source.numel() * source.element_size()
+    operations = 2 * size**3
+    with GpuWatch(device) as watch:
+        per_second = _products_per_second(a, b, seconds or SUSTAINED_SECONDS[device.type])
     return Ceilings(
-        copy_gb_s=moved / median(samples["copy"]) / 1e6,
-        matmul_tflops=2 * size**3 / median(samples["matmul"]) / 1e9,
+        copy_gb_s=moved / median(timings["copy"].samples_ms) / 1e6,
+        matmul_tflops=operations / median(timings["matmul"].samples_ms) / 1e9,
+        sustained_tflops=operations * per_second / 1e12,
+        under_load=watch.state(),
     )
+
+
+def _products_per_second(a: Tensor, b: Tensor, seconds: float) -> float:
+    """In the second half of a time in which nothing else is done."""
+    out = torch.empty_like(a)
+    # Each event is waited for `_AHEAD` products later, so that the host keeps the device's time
+    events = [torch.cuda.Event() for _ in range(_AHEAD)] if a.is_cuda else []
+    begun = half = time.monotonic()
+    count = counted_from = 0
+    while (now := time.monotonic()) - begun < seconds:
+        if half == begun and now - begun >= seconds / 2:
+            half, counted_from = now, count
+        torch.mm(a, b, out=out)
+        if events:
+            event = events[count % _AHEAD]
+            if count >= _AHEAD:
+                event.synchronize()
+            event.record()
+        count += 1
+    return (count - counted_from) / (time.monotonic() - half)

@@ -55,6 +55,8 @@ class Budget:
         at_least, at_most: the bound; one of them.
         relative_to: what to change in the case to find the measurement whose metric the bound is a
             multiple of ({"variant": "compile"}), from the same run; None for an absolute bound.
+        launch_bound_ms: measurements whose roofline ("floor_ms") is shorter are not judged: so
+            little work is a matter of launches, not of kernels. None judges all.
         enforced: False is a goal: it is reported, and fails nothing.
     """
 
@@ -65,6 +67,7 @@ class Budget:
     at_least: float | None = None
     at_most: float | None = None
     relative_to: Mapping[str, str] | None = None
+    launch_bound_ms: float | None = None
     enforced: bool = True
 
     def __post_init__(self) -> None:
@@ -188,13 +191,18 @@ def check_budget(budget: Budget, run: Run, beside: Sequence[Run]) -> Verdict | N
         return verdict("not judged", f"for {', '.join(budget.devices)}; not {run.machine.device}")
     if run.measurement.status == "wrong":
         return verdict("failed", run.measurement.reason)
-    value, unit = _metric(budget, run), ""
+    if budget.launch_bound_ms is not None:
+        floor = _metric(budget, run, "floor_ms")
+        if floor < budget.launch_bound_ms:
+            short = f"launch-bound: a roofline below {budget.launch_bound_ms:g} ms"
+            return verdict("not judged", short)
+    value, unit = _metric(budget, run, budget.metric), ""
     if budget.relative_to is not None:
         wanted = {**run.measurement.case, **budget.relative_to}
         others = [o for o in beside if o.measurement.case == wanted]
         if not others or others[0].measurement.status != "measured":
             return verdict("not judged", f"{dict(budget.relative_to)} was not measured beside it")
-        value /= _metric(budget, others[0])
+        value /= _metric(budget, others[0], budget.metric)
         unit = f" times that of {', '.join(budget.relative_to.values())}"
     if budget.at_least is not None:
         kept, bound = value >= budget.at_least, f"at least {budget.at_least:g}"
@@ -234,12 +242,12 @@ def check_record(
     ]
 
 
-def _metric(budget: Budget, run: Run) -> float:
-    if budget.metric == "median_ms":
+def _metric(budget: Budget, run: Run, name: str) -> float:
+    if name == "median_ms":
         return run.measurement.median_ms
-    if budget.metric not in run.measurement.metrics:
+    if name not in run.measurement.metrics:
         raise ConfigError(
-            f"budget {budget.name!r}: no metric {budget.metric!r} in {run.measurement.label}; "
+            f"budget {budget.name!r}: no metric {name!r} in {run.measurement.label}; "
             f"there are: median_ms, {', '.join(run.measurement.metrics)}"
         )
-    return run.measurement.metrics[budget.metric]
+    return run.measurement.metrics[name]

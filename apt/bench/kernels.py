@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from apt.bench.accuracy import Deviation, deviation
 from apt.bench.ceilings import Ceilings
+from apt.bench.facts import attention_facts
 from apt.bench.inputs import Inputs, Random, copies, exact
 from apt.bench.ops import Function, Op, Outputs, variants_of
+from apt.bench.poison import poisoned_memory
 from apt.bench.records import Measurement, Status, first_line
 from apt.bench.shapes import Shape
-from apt.bench.timing import Clock, Work, median, time_interleaved
+from apt.bench.split import profile_split
+from apt.bench.timing import Clock, Timing, Work, median, time_interleaved
 from apt.errors import InputError
+from apt.kernels import watch_attention
+from apt.kernels.roofline import Rates
 
 Direction = Literal["forward", "backward"]
 
 COMPILE = "compile"
+NOT_COMPARED = Deviation(float("nan"), float("nan"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,23 +119,29 @@ def measure_op(
         for name, check in checks.items()
         if check.status == "measured"
     }
-    samples: dict[str, tuple[float, ...]] = {}
+    timings: dict[str, Timing] = {}
     if works:
-        samples = time_interleaved(works, clock, rounds=rounds, max_seconds=max_seconds)
+        timings = time_interleaved(works, clock, rounds=rounds, max_seconds=max_seconds)
     if case.op.compiled:
         torch.compiler.reset()  # or the next shapes count as recompilations of this one
-    return [
-        Measurement(
-            case=case.key(name),
-            status=check.status,
-            reason=check.reason,
-            samples_ms=samples.get(name, ()),
-            metrics={"error": check.error} | _rates(case, median(samples[name]), ceilings)
-            if name in samples
-            else {},
+    measurements = []
+    for name, check in checks.items():
+        key = case.key(name)
+        if name not in timings:
+            measurements.append(Measurement(case=key, status=check.status, reason=check.reason))
+            continue
+        timing = timings[name]
+        errors = {"error": check.error.whole, "row_error": check.error.row}
+        rates = _rates(case, median(timing.samples_ms), ceilings)
+        measurements.append(
+            Measurement(
+                case=key,
+                samples_ms=timing.samples_ms,
+                metrics=errors | rates | timing.metrics(device),
+                facts=_facts(case, name, works[name], device),
+            )
         )
-        for name, check in checks.items()
-    ]
+    return measurements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +151,12 @@ class Check:
     Attributes:
         status: "measured" if it may.
         reason: why not.
-        error: the largest relative error of its outputs or gradients.
+        error: the largest relative errors of its outputs or gradients.
     """
 
     status: Status
     reason: str = ""
-    error: float = float("nan")
+    error: Deviation = NOT_COMPARED
 
 
 def check_op(
@@ -151,7 +165,10 @@ def check_op(
     """Each variant against fp64, without timing it; on a CPU, Triton in its interpreter."""
     functions = _functions(case.op)
     chosen = {name: f for name, f in functions.items() if only is None or name in only}
-    return _check(case, chosen, torch.Generator(device).manual_seed(seed))
+    checks = _check(case, chosen, torch.Generator(device).manual_seed(seed))
+    if case.op.compiled:
+        torch.compiler.reset()  # as in measure_op
+    return checks
 
 
 def _functions(op: Op) -> dict[str, Function]:
@@ -186,12 +203,21 @@ def _check(
     op, limit = case.op, case.op.check_tokens or case.shape.tokens
     inputs = _draw(case, replace(case.shape, tokens=min(limit, case.shape.tokens)), generator)
     exact_results = _results(case, lambda i: op.call(i, op.exact), exact(inputs))
-    reference = _errors(_results(case, lambda i: op.call(i, op.exact), inputs), exact_results)
-    eps = torch.finfo(case.dtype).eps
+    reference = _deviations(_results(case, lambda i: op.call(i, op.exact), inputs), exact_results)
+    # Beyond twice the reference: two roundings, as a peer may round once more on its way, and what
+    # fp32 sums over thousands of rows differ by in another order
+    slack = 2 * torch.finfo(case.dtype).eps + 32 * torch.finfo(torch.float32).eps
+    allowed = {
+        part: Deviation(*(2 * error + slack for error in errors))
+        for part, errors in reference.items()
+    }
     checks = {}
     for name, function in functions.items():
+        # Dynamo would compile anew for another state of memory, and take its time twice
+        memory = nullcontext() if name == COMPILE else poisoned_memory()
         try:
-            errors = _errors(_results(case, function, inputs), exact_results)
+            with memory:
+                found = _deviations(_results(case, function, inputs), exact_results)
         except InputError as error:
             checks[name] = Check(status="skipped", reason=str(error))
             continue
@@ -200,18 +226,14 @@ def _check(
             status: Status = "wrong" if is_ours(op, name) else "skipped"
             checks[name] = Check(status=status, reason=first_line(error))
             continue
-        # Beyond twice the reference: two roundings, as a peer may round once more on its way, and
-        # what fp32 sums over thousands of rows differ by in another order
-        slack = 2 * eps + 32 * torch.finfo(torch.float32).eps
-        allowed = {part: 2 * value + slack for part, value in reference.items()}
-        # not >, which NaN would pass
-        wrong = [part for part in errors if not errors[part] <= allowed[part]]
+        wrong = {part: too for part in found if (too := found[part].exceeds(allowed[part]))}
+        largest = Deviation(*map(max, zip(*found.values(), strict=True)))
         if wrong:
-            part = wrong[0]
-            reason = f"error of {part} {errors[part]:.2g}, allowed {allowed[part]:.2g}"
-            checks[name] = Check(status="wrong", reason=reason, error=errors[part])
+            part, figures = next(iter(wrong.items()))
+            reason = f"error of {part} {figures}"
+            checks[name] = Check(status="wrong", reason=reason, error=largest)
         else:
-            checks[name] = Check(status="measured", error=max(errors.values()))
+            checks[name] = Check(status="measured", error=largest)
     return checks
 
 
@@ -246,6 +268,14 @@ def _work(case: OpCase, function: Function, inputs: Inputs) -> Work:
     )
 
 
+def _facts(case: OpCase, variant: str, work: Work, device: torch.device) -> dict[str, str]:
+    if case.op.name != "attention":
+        return {}
+    with watch_attention() as seen:
+        parts = profile_split(lambda: work.run(work.prepare()), device)
+    return attention_facts(device, variant, {use.kernel for use in seen}, parts)
+
+
 def _weights(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Gradients to start from: the same values for every variant and every dtype."""
     generator = torch.Generator(outputs[0].device).manual_seed(7)
@@ -259,22 +289,16 @@ def _tuple(outputs: Outputs) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """Relative error of each part in the Euclidean norm, in fp64; infinite for a wrong shape."""
-    errors = {}
-    for name, want in exact.items():
-        if found[name].shape != want.shape:
-            errors[name] = float("inf")
-            continue
-        norm = want.norm().clamp(min=torch.finfo(torch.float32).tiny)
-        errors[name] = float((found[name].double() - want).norm() / norm)
-    return errors
+def _deviations(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, Deviation]:
+    return {name: deviation(found[name], want) for name, want in exact.items()}
 
 
 def _rates(case: OpCase, milliseconds: float, ceilings: Ceilings) -> dict[str, float]:
     cost = case.op.cost(case.shape, case.dtype, case.direction == "backward")
     gb_s, tflops = cost.bytes / milliseconds / 1e6, cost.flops / milliseconds / 1e9
+    rates = Rates(matmul_tflops=ceilings.matmul_tflops, memory_gb_s=ceilings.copy_gb_s)
     return {
+        "floor_ms": rates.seconds(cost) * 1e3,
         "bytes": float(cost.bytes),
         "flops": float(cost.flops),
         "gb_s": gb_s,

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from apt.errors import InputError
+from apt.kernels.attention_choice import cudnn_version
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -29,7 +30,7 @@ class Machine:
         capability: "9.0"; empty on a CPU.
         threads: threads that torch computes with on a CPU; 0 on a GPU, where they do not matter.
         memory_gb: of the device, rounded.
-        python, torch, triton, cuda, liger: versions; empty where absent.
+        python, torch, triton, cuda, cudnn, liger: versions; empty where absent.
         system: operating system and architecture.
     """
 
@@ -44,6 +45,14 @@ class Machine:
     cuda: str
     liger: str
     system: str
+    cudnn: str = ""  # records of before have none
+
+    def describe(self) -> str:
+        """Device and what computes on it, in one line."""
+        versions = {
+            "torch": self.torch, "triton": self.triton, "CUDA": self.cuda, "cuDNN": self.cudnn,
+        }  # fmt: skip
+        return ", ".join([self.device, *(f"{k} {v}" for k, v in versions.items() if v)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +93,7 @@ def describe_machine(device: torch.device) -> Machine:
         cuda=(torch.version.cuda or "") if device.type == "cuda" else "",
         liger=_version("liger-kernel"),
         system=f"{platform.system()} {platform.machine()}",
+        cudnn=cudnn_version() if device.type == "cuda" else "",
     )
 
 

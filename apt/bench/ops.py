@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from apt.bench.shapes import Shape
 from apt.kernels import backends, costs
 from apt.kernels.attention import BACKENDS as ATTENTION_BACKENDS
 from apt.kernels.costs import OpCost
+from apt.rng import Draw
 
 Outputs = Tensor | tuple[Tensor, ...]
 Function = Callable[[Inputs], Outputs]
@@ -57,7 +58,7 @@ class Op:
     check_tokens: int | None = None
 
 
-_KEY: dict[str, Any] = {"seed": 1, "step": 2, "offset": 3}
+_DRAW = Draw(seed=1, step=2, offset=3)
 
 
 def _joint_cost(shape: Shape, dtype: torch.dtype, backward: bool) -> OpCost:
@@ -133,9 +134,12 @@ OPS: dict[str, Op] = {
         ),
         Op(
             name="sample_shifted_timesteps",
-            draw=lambda s, r: {"num": s.batch * s.tokens, "device": r.generator.device},
+            draw=lambda s, r: {
+                "num": s.batch * s.tokens,
+                "draw": dataclasses.replace(_DRAW, device=r.generator.device),
+            },
             call=lambda i, backend: kernels.sample_shifted_timesteps(
-                **i, shift=12.0, **_KEY, backend=backend
+                **i, shift=12.0, backend=backend
             ),
             gradients=(),
             cost=lambda s, _, __: costs.sample_shifted_timesteps_cost(s.batch * s.tokens),
@@ -146,7 +150,7 @@ OPS: dict[str, Op] = {
             name="perturbed_batch",
             draw=lambda s, r: inputs.latents(s, r, "x_real", "x_fake"),
             call=lambda i, backend: kernels.perturbed_batch(
-                **i, sigma=0.1, **_KEY, backend=backend
+                **i, sigma=0.1, draw=_DRAW, backend=backend
             ),
             gradients=("x_real", "x_fake"),
             cost=lambda s, dtype, backward: costs.perturbed_batch_cost(

@@ -28,6 +28,7 @@ class Measurement:
         reason: why there are none.
         samples_ms: milliseconds of each run.
         metrics: figures that follow: bytes, gb_s, share_of_copy, error and so on.
+        facts: what was found beside, in words: "attention_kernel". They make no two runs unlike.
     """
 
     case: Mapping[str, str | int]
@@ -35,6 +36,7 @@ class Measurement:
     reason: str = ""
     samples_ms: tuple[float, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.status == "measured") != bool(self.samples_ms):
@@ -58,7 +60,7 @@ class Record:
     Attributes:
         topic: "kernels", "dit".
         note: what a reader must know first ("the CPU form: a test of the harness").
-        ceilings: measured in the same run: "copy_gb_s", "matmul_tflops".
+        ceilings: measured in the same run, as `apt.bench.ceilings.Ceilings` has them.
         failed: labels of the measurements that failed a gate: they are kept, and are no baseline
             for later ones.
     """
@@ -67,7 +69,7 @@ class Record:
     note: str
     provenance: Provenance
     machine: Machine
-    ceilings: Mapping[str, float]
+    ceilings: Mapping[str, Any]
     measurements: tuple[Measurement, ...]
     failed: tuple[str, ...] = ()
     schema: int = SCHEMA

@@ -9,6 +9,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from apt.kernels.attention_choice import kernel_by_name
+
 ATTENTION = ("attention", "flash", "fmha", "sdpa")
 LINEAR = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "mkldnn")
 
@@ -22,15 +24,17 @@ class Split:
         linear: matrix products.
         elementwise: norms, modulation, rotation, activation, copies, sums.
         unattributed: device time of kernels that no op claims; 0 on the CPU.
+        attention_kernels: names of the device's attention kernels; empty on the CPU.
     """
 
     attention: float
     linear: float
     elementwise: float
     unattributed: float = 0.0
+    attention_kernels: tuple[str, ...] = ()
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+    def milliseconds(self) -> dict[str, float]:
+        return {name: value for name, value in asdict(self).items() if isinstance(value, float)}
 
 
 def profile_split(run: Callable[[], object], device: torch.device) -> Split:
@@ -48,14 +52,17 @@ def profile_split(run: Callable[[], object], device: torch.device) -> Split:
             torch.cuda.synchronize(device)
     totals = dict.fromkeys(("attention", "linear", "elementwise"), 0.0)
     kernels = 0.0
+    names = set()
     for event in profiler.key_averages():
         if event.device_type == DeviceType.CPU:
             own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             totals[kind_of(event.key)] += own / 1e3
         elif not event.is_user_annotation:
             kernels += event.self_device_time_total / 1e3
+            if kind_of(event.key) == "attention" or kernel_by_name(event.key):
+                names.add(event.key)
     missing = max(kernels - sum(totals.values()), 0.0) if on_gpu else 0.0
-    return Split(**totals, unattributed=missing)
+    return Split(**totals, unattributed=missing, attention_kernels=tuple(sorted(names)))
 
 
 def kind_of(op: str) -> str:

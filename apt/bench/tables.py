@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from apt.bench.clocks import GpuState
 from apt.bench.gate import Verdict
 from apt.bench.records import Measurement, Record
 from apt.bench.timing import quantile
@@ -33,7 +35,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
 def record_table(record: Record) -> str:
     """The measurements of a record; what was not measured comes below, with the reasons."""
     measured = [m for m in record.measurements if m.status == "measured"]
-    form = _dit_table if record.topic == "dit" else _kernel_table
+    form = {"dit": _dit_table, "kernels": _kernel_table}.get(record.topic, _plain_table)
     parts = [form(measured)] if measured else ["Nothing was measured."]
     for status in ("wrong", "skipped"):
         reasons: dict[str, list[str]] = {}
@@ -74,10 +76,11 @@ def markdown(record: Record, verdicts: Sequence[Verdict]) -> str:
     software = [f"Python {machine.python}", f"torch {machine.torch}"]
     software += [f"triton {machine.triton}"] if machine.triton else []
     software += [f"CUDA {machine.cuda}"] if machine.cuda else []
+    software += [f"cuDNN {machine.cudnn}"] if machine.cudnn else []
     software += [f"liger-kernel {machine.liger}"] if machine.liger else []
     where = f"{machine.device}, {machine.memory_gb} GB"
     where += f", {machine.threads} threads" if machine.threads else ""
-    ceilings = ", ".join(f"{name} {value:.4g}" for name, value in record.ceilings.items())
+    ceilings = ", ".join(map(ceiling, record.ceilings.items()))
     return "\n".join(
         [
             f"# Benchmark: {record.topic}",
@@ -100,6 +103,14 @@ def markdown(record: Record, verdicts: Sequence[Verdict]) -> str:
     )
 
 
+def ceiling(item: tuple[str, Any]) -> str:
+    """A rate, or the state of the GPU under load, as `Ceilings.as_dict` has them."""
+    name, value = item
+    if isinstance(value, Mapping):
+        return f"{name}: {GpuState(**value).describe()}"
+    return f"{name} not measured" if value is None else f"{name} {value:.4g}"
+
+
 def milliseconds(value: float) -> str:
     """Three digits or more."""
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value >= 0.01 else f"{value:.2g}"
@@ -108,7 +119,7 @@ def milliseconds(value: float) -> str:
 def _kernel_table(measurements: Sequence[Measurement]) -> str:
     header = (
         "op", "shape", "dtype", "direction", "variant",
-        "median ms", "10-90 % ms", "GB/s", "of copy", "TFLOP/s", "of matmul",
+        "median ms", "10-90 % ms", "host ms", "GB/s", "of copy", "TFLOP/s", "of matmul",
     )  # fmt: skip
     rows = []
     for m in measurements:
@@ -118,20 +129,37 @@ def _kernel_table(measurements: Sequence[Measurement]) -> str:
                 *(str(case[key]) for key in ("op", "shape", "dtype", "direction", "variant")),
                 milliseconds(m.median_ms),
                 spread(m),
+                host_time(m),
                 f"{figures['gb_s']:.1f}",
                 f"{figures['share_of_copy']:.0%}",
                 f"{figures['tflops']:.3g}",
                 f"{figures['share_of_matmul']:.0%}",
             )
         )
-    return format_table(header, rows, left=5)
+    return "\n\n".join([format_table(header, rows, left=5), *_remarks(measurements)])
+
+
+def _plain_table(measurements: Sequence[Measurement]) -> str:
+    """Every name of the cases and every figure, as they are."""
+    names = list(dict.fromkeys(name for m in measurements for name in m.case))
+    figures = list(dict.fromkeys(name for m in measurements for name in m.metrics))
+    rows = [
+        (
+            *(str(m.case.get(name, "")) for name in names),
+            milliseconds(m.median_ms),
+            spread(m),
+            *(f"{m.metrics[name]:.4g}" if name in m.metrics else "" for name in figures),
+        )
+        for m in measurements
+    ]
+    return format_table((*names, "median ms", "10-90 % ms", *figures), rows, left=len(names))
 
 
 def _dit_table(measurements: Sequence[Measurement]) -> str:
     header = (
         "model", "frames x height x width", "kernels", "attention", "mode", "tokens", "TFLOP",
-        "median ms", "10-90 % ms", "TFLOP/s", "of floor", "in attention", "in linear",
-        "elementwise", "real time",
+        "median ms", "10-90 % ms", "host ms", "TFLOP/s", "of floor", "of sustained",
+        "in attention", "in linear", "elementwise", "real time",
     )  # fmt: skip
     rows = []
     for m in measurements:
@@ -143,17 +171,21 @@ def _dit_table(measurements: Sequence[Measurement]) -> str:
                 f"{figures['tflop']:.4g}",
                 milliseconds(m.median_ms),
                 spread(m),
+                host_time(m),
                 f"{figures['tflops']:.3g}",
                 f"{figures['share_of_floor']:.0%}",
+                share(figures.get("share_of_sustained_floor")),
                 *split_shares(m),
                 real_time(m),
             )
         )
     lines = [
         format_table(header, rows, left=5),
-        "Of floor: the time of products and attention at the measured matmul rate, over this time. "
-        "In attention, in linear, elementwise: shares of a profile op by op. Real time: this time "
-        "over the clip's own length.",
+        "Of floor: the time of products and attention at the measured matmul rate, over this time; "
+        "of sustained: at the rate of products that go on for seconds. In attention, in linear, "
+        "elementwise: shares of a profile op by op. Real time: this time over the clip's own "
+        "length.",
+        *_remarks(measurements),
     ]
     if any(is_papers_case(m) for m in measurements):
         others = ", ".join(f"{s:.2f} s on {n}" for n, s in PAPER_SECONDS.items())
@@ -163,6 +195,37 @@ def _dit_table(measurements: Sequence[Measurement]) -> str:
                 ratio = m.median_ms / 1e3 / PAPER_SECONDS[1]
                 lines.append(f"{m.label}: {ratio:.2f} of the paper's time on one H100")
     return "\n\n".join(lines)
+
+
+def _remarks(measurements: Sequence[Measurement]) -> list[str]:
+    """What the figures need beside them: the host's time, which attention ran, and warnings."""
+    remarks = []
+    if any("host_ms" in m.metrics for m in measurements):
+        remarks.append(
+            "Host ms: of Python and the driver to launch it, which the median does not hold, but "
+            "for * where the device waited for them in some samples. Of the two, the longer one is "
+            "what a call takes in a row of calls."
+        )
+    by_kernel: dict[str, list[str]] = {}
+    for m in measurements:
+        if "attention_kernel" in m.facts:
+            by_kernel.setdefault(m.facts["attention_kernel"], []).append(m.label)
+    for kernel, labels in by_kernel.items():
+        remarks.append(f"Attention by {kernel}:\n" + "\n".join(f"  {label}" for label in labels))
+    warnings = dict.fromkeys(m.facts["warning"] for m in measurements if "warning" in m.facts)
+    return remarks + [f"WARNING: {warning}" for warning in warnings]
+
+
+def host_time(m: Measurement) -> str:
+    """Milliseconds of the host; empty for a CPU, and for records that have none."""
+    if "host_ms" not in m.metrics:
+        return ""
+    return milliseconds(m.metrics["host_ms"]) + ("*" if m.metrics["share_waited"] else "")
+
+
+def share(value: float | None) -> str:
+    """In percent; empty for none."""
+    return "" if value is None else f"{value:.0%}"
 
 
 def spread(m: Measurement) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ MINIMUM_ROUNDS = 3
 
 # More than any L2 cache: writing it leaves nothing of the inputs there.
 _FLUSH_BYTES = 256 * 2**20
+
+# Of the device before a sample. An op's launches take the host 0.01 to 1 ms, a network's 100.
+SHORTEST_SLEEP_MS = 0.1
+LONGEST_SLEEP_MS = 100.0
 
 
 @dataclass(frozen=True)
@@ -32,49 +37,168 @@ class Work:
     prepare: Callable[[], Any] = lambda: None
 
 
+class Sample(NamedTuple):
+    """One run.
+
+    Attributes:
+        ms: that the device worked.
+        host_ms: that the host took to launch it; on a CPU the same time.
+        waited: whether the device was done with what came before while the host still launched, so
+            that `ms` may hold time of the host.
+    """
+
+    ms: float
+    host_ms: float
+    waited: bool = False
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of one work.
+
+    Attributes:
+        samples_ms: milliseconds of the device.
+        host_ms: milliseconds of the host, beside each.
+        waited: how many samples may hold time of the host.
+    """
+
+    samples_ms: tuple[float, ...]
+    host_ms: tuple[float, ...]
+    waited: int
+
+    def metrics(self, device: torch.device) -> dict[str, float]:
+        """What records tell of the host: nothing on a CPU, whose time is the host's."""
+        if device.type == "cpu":
+            return {}
+        return {
+            "host_ms": median(self.host_ms),
+            "share_waited": self.waited / len(self.samples_ms),
+        }
+
+
 class Clock(Protocol):
     """Times one run."""
 
-    def sample(self, work: Work) -> float:
-        """Milliseconds that the device worked."""
-        ...
+    def sample(self, work: Work) -> Sample: ...
 
 
 class HostClock:
     """For work that is done when the call returns."""
 
-    def sample(self, work: Work) -> float:
+    def sample(self, work: Work) -> Sample:
         state = work.prepare()
         start = time.perf_counter()
         work.run(state)
-        return (time.perf_counter() - start) * 1e3
+        took = (time.perf_counter() - start) * 1e3
+        return Sample(took, took)
 
 
-class CudaClock:
-    """CUDA events around the work, with the L2 cache cleared before it.
+class Stream(Protocol):
+    """What a clock needs of a device that works through a queue."""
 
-    Clearing takes the device about 0.1 ms, in which the host runs ahead: launches that follow cost
-    the device nothing unless the host is slower than the kernels, which a user would wait for too.
-    """
+    def flush(self) -> None:
+        """Queue what leaves nothing of the inputs in a cache."""
+        ...
+
+    def sleep(self, milliseconds: float) -> None:
+        """Queue doing nothing for about so long."""
+        ...
+
+    def mark(self, name: str) -> None:
+        """Queue a mark."""
+        ...
+
+    def passed(self, name: str) -> bool:
+        """Whether the device is past a mark."""
+        ...
+
+    def between(self, start: str, end: str) -> float:
+        """Wait for `end`; milliseconds from one mark to the other."""
+        ...
+
+
+class CudaStream:
+    """The current stream of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
-        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._l2 = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+        self._marks: dict[str, torch.cuda.Event] = {}
+        self._cycles_per_ms = 1.0
+        cycles = 10_000_000
+        self._sleep_cycles(cycles)  # loads the kernel
+        self.mark("start")
+        self._sleep_cycles(cycles)
+        self.mark("end")
+        # Clocks are at least 0.2 GHz; nobody's reach 5
+        self._cycles_per_ms = min(max(cycles / self.between("start", "end"), 2e5), 5e6)
 
-    def sample(self, work: Work) -> float:
+    def flush(self) -> None:
+        self._l2.zero_()
+
+    def sleep(self, milliseconds: float) -> None:
+        self._sleep_cycles(round(milliseconds * self._cycles_per_ms))
+
+    def mark(self, name: str) -> None:
+        if name not in self._marks:
+            self._marks[name] = torch.cuda.Event(enable_timing=True)
+        self._marks[name].record()
+
+    def passed(self, name: str) -> bool:
+        return self._marks[name].query()
+
+    def between(self, start: str, end: str) -> float:
+        self._marks[end].synchronize()
+        return self._marks[start].elapsed_time(self._marks[end])
+
+    @staticmethod
+    def _sleep_cycles(cycles: int) -> None:
+        torch.cuda._sleep(cycles)
+
+
+class DeviceClock:
+    """Marks in the device's queue around the work, with its caches cleared before.
+
+    The device sleeps between the clearing and the first mark, for longer than the host took to
+    launch this work the last time. So the whole work is queued before it begins, and a sample holds
+    no Python, however small the kernels are; the host's time is reported beside it. A sample that
+    began before its launches were done is taken again with a longer sleep. Work that waits for the
+    device, or that takes longer to launch than `LONGEST_SLEEP_MS`, is reported as it is.
+    """
+
+    def __init__(self, stream: Stream, now: Callable[[], float] = time.perf_counter) -> None:
+        self._stream, self._now = stream, now
+        self._sleep_ms: weakref.WeakKeyDictionary[Work, float] = weakref.WeakKeyDictionary()
+        self._in_vain: weakref.WeakKeyDictionary[Work, int] = weakref.WeakKeyDictionary()
+
+    def sample(self, work: Work) -> Sample:
+        if self._in_vain.get(work, 0) == 2:  # once may be a compiler's or a neighbour's doing
+            return self._sample(work, 0.0)
+        sleep = self._sleep_ms.get(work, SHORTEST_SLEEP_MS)
+        sample = self._sample(work, sleep)
+        while sample.waited and sleep < LONGEST_SLEEP_MS:
+            sleep = min(10 * sleep, LONGEST_SLEEP_MS)
+            sample = self._sample(work, sleep)
+        self._in_vain[work] = self._in_vain.get(work, 0) + 1 if sample.waited else 0
+        self._sleep_ms[work] = min(2 * sample.host_ms + SHORTEST_SLEEP_MS, LONGEST_SLEEP_MS)
+        return sample
+
+    def _sample(self, work: Work, sleep: float) -> Sample:
         state = work.prepare()
-        self.flush.zero_()
-        self.start.record()
+        self._stream.flush()
+        self._stream.sleep(sleep)
+        self._stream.mark("start")
+        begun = self._now()
         work.run(state)
-        self.end.record()
-        self.end.synchronize()
-        return self.start.elapsed_time(self.end)
+        host_ms = (self._now() - begun) * 1e3
+        self._stream.mark("end")
+        waited = self._stream.passed("start")
+        return Sample(self._stream.between("start", "end"), host_ms, waited)
 
 
 def clock_for(device: torch.device) -> Clock:
     """CUDA events on a GPU, the host's clock on the CPU. Raises InputError for other devices."""
     if device.type == "cuda":
-        return CudaClock(device)
+        return DeviceClock(CudaStream(device))
     if device.type == "cpu":
         return HostClock()
     raise InputError(f"times are taken on cuda and cpu, not on {device.type}")
@@ -93,8 +217,8 @@ def time_interleaved(
     rounds: int,
     warmup: int = 3,
     max_seconds: float | None = None,
-) -> dict[str, tuple[float, ...]]:
-    """Samples of each work in milliseconds, taken in turns.
+) -> dict[str, Timing]:
+    """Samples of each work, taken in turns.
 
     Every round takes one sample of each, beginning one further than the last round did: neither
     clocks that sink nor a neighbour's leftovers favour any of them.
@@ -113,7 +237,7 @@ def time_interleaved(
         raise InputError("there is nothing to time")
     check_rounds(rounds)
     names = list(works)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
     for name in names:
         for _ in range(warmup):
             clock.sample(works[name])
@@ -131,7 +255,14 @@ def time_interleaved(
     finally:
         if collecting:
             gc.enable()
-    return {name: tuple(values) for name, values in samples.items()}
+    return {
+        name: Timing(
+            samples_ms=tuple(sample.ms for sample in taken),
+            host_ms=tuple(sample.host_ms for sample in taken),
+            waited=sum(sample.waited for sample in taken),
+        )
+        for name, taken in samples.items()
+    }
 
 
 def median(samples: Sequence[float]) -> float:

@@ -9,14 +9,17 @@ from __future__ import annotations
 from apt.kernels.attention import (
     attention,
     attention_backend,
+    attention_kernel,
     attention_status,
     current_attention_backend,
 )
+from apt.kernels.attention_choice import watch_attention
 from apt.kernels.backends import (
     BackendStatus,
     current_kernel_backend,
     kernel_backend,
     kernel_status,
+    watch_kernels,
 )
 from apt.kernels.fused_rmsprop import FusedRMSprop
 from apt.kernels.joint_qk_norm_rope import StreamQKV, joint_qk_norm_rope
@@ -33,6 +36,7 @@ __all__ = [
     "StreamQKV",
     "attention",
     "attention_backend",
+    "attention_kernel",
     "attention_status",
     "current_attention_backend",
     "current_kernel_backend",
@@ -46,4 +50,6 @@ __all__ = [
     "query_pooling",
     "residual_modulated_norm",
     "sample_shifted_timesteps",
+    "watch_attention",
+    "watch_kernels",
 ]

@@ -25,6 +25,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apt.errors import InputError
+from apt.kernels.attention_choice import (
+    KERNELS,
+    PLAIN,
+    AttentionUse,
+    native_kernel,
+    watchers,
+    why_not_cudnn,
+)
 from apt.kernels.backends import BackendStatus, but_not_on, capabilities, those_outside
 
 ENVIRONMENT_VARIABLE = "APT_ATTENTION_BACKEND"
@@ -68,6 +76,10 @@ BACKENDS = ("native", *_SDPA_KERNELS, *_PACKAGES)
 
 _PLAIN_SCORES = 256 * 256  # of one head, where the plain products are ahead
 
+# What was loaded and could be called, and where: looked up by graphs, in which nothing is imported.
+_functions: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {}
+_probed: set[tuple[Callable[..., object], str]] = set()
+
 # One stack for the process and not a context variable: checkpointing recomputes blocks on
 # autograd's own threads, which must see the same backend as the forward pass.
 _chosen: list[str] = []
@@ -98,6 +110,8 @@ def attention(
     """
     name = current_attention_backend() if backend is None else _known(backend)
     _check(q, k, v, mask)
+    if not torch.compiler.is_compiling() and watchers:
+        _tell_watchers(name, q, k, v, mask)
     if name in _PACKAGES:
         return _package_attention(name, q, k, v, mask)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -112,6 +126,35 @@ def attention(
             raise InputError(_cannot_run(name, reason))
     with sdpa_kernel(_SDPA_KERNELS[name]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2)
+
+
+def attention_kernel(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, backend: str | None = None
+) -> str:
+    """What `attention` would run on these inputs, in words; arguments as there.
+
+    For "native" it is torch's own selection that answers, for these tensors and on their device.
+    """
+    name = current_attention_backend() if backend is None else _known(backend)
+    if name in _PACKAGES:
+        return f"module {_PACKAGES[name].module}"
+    if name in _SDPA_KERNELS:
+        return KERNELS[_SDPA_KERNELS[name]]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if _plain_is_faster(q, k, v):
+        return PLAIN
+    return native_kernel(q, k, v, None if mask is None else mask[:, None, None, :])
+
+
+def _tell_watchers(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    use = AttentionUse(
+        backend=name,
+        kernel=attention_kernel(q, k, v, mask=mask, backend=name),
+        shape=(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3]),
+        dtype=str(q.dtype).removeprefix("torch."),
+    )
+    for seen in watchers:
+        seen[use] += 1
 
 
 def _plain_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -169,17 +212,21 @@ def current_attention_backend() -> str:
 def attention_status() -> list[BackendStatus]:
     """A row for each backend: whether this machine can run it, and why not or what it is.
 
-    Available means that the package imports and that one GPU at least is of the right kind; some
-    inputs (those on another GPU, a mask, fp32, a large Dh) may still be refused by a backend, with
-    the reason.
+    Available means that one GPU at least is of the right kind, and that a package imports and a
+    small call of it works there; some inputs (those on another GPU, a mask, fp32, a large Dh) may
+    still be refused by a backend, with the reason.
     """
-    rows = [
-        BackendStatus("native", True, "torch picks a kernel per call; on CPUs also plain products")
-    ]
+    rows = [BackendStatus("native", True, _describe_native())]
     for name in BACKENDS[1:]:
         reason = _why_unavailable(name)
         rows.append(BackendStatus(name, reason is None, reason or _describe(name)))
     return rows
+
+
+def _describe_native() -> str:
+    text = "torch picks a kernel per call; on CPUs also plain products"
+    reason = why_not_cudnn()
+    return f"{text}; not cuDNN, which is the fastest here: {reason}" if reason else text
 
 
 def _describe(name: str) -> str:
@@ -193,24 +240,59 @@ def _describe(name: str) -> str:
 def _why_unavailable(name: str, device: torch.device | None = None) -> str | None:
     """Why a backend cannot run on a GPU; None if it can. Without one: on any device here."""
     if name in _PACKAGES:
-        package = _PACKAGES[name]
-        try:
-            _package_function(name)
-        # A package built for another torch or CUDA fails while its libraries load
-        except (ImportError, OSError, AttributeError) as error:
-            return f"needs {package.install} ({type(error).__name__}: {error})"
-        if not torch.cuda.is_available():
-            return "needs a CUDA GPU"
-        asked = capabilities(device)
-        unfit = those_outside(asked, package.lowest, package.highest)
-        if len(unfit) < len(asked):
-            return None
-        return f"has no kernels for compute capability {', '.join(unfit)}"
+        return _why_no_package(name, device)
     if name in ("_native_cudnn", "_native_efficient") and not torch.cuda.is_available():
         return "needs a CUDA GPU"
     if name == "_native_cudnn" and not torch.backends.cudnn.is_available():
         return "this torch was built without cuDNN"
     return None
+
+
+@torch.compiler.assume_constant_result  # imports and calls: nothing for a graph
+def _why_no_package(name: str, device: torch.device | None) -> str | None:
+    """`_why_unavailable` of a package, whose function is in `_functions` if there is no reason."""
+    package = _PACKAGES[name]
+    try:
+        function = getattr(importlib.import_module(package.module), package.function)
+    # A package built for another torch or CUDA fails while its libraries load
+    except (ImportError, OSError, AttributeError) as error:
+        return f"needs {package.install} ({type(error).__name__}: {error})"
+    asked = capabilities(device)
+    if not asked:
+        return "needs a CUDA GPU"
+    unfit = those_outside(asked, package.lowest, package.highest)
+    if len(unfit) == len(asked):
+        return f"has no kernels for compute capability {', '.join(unfit)}"
+    failures = []
+    for gpu, found in asked.items():
+        if those_outside({gpu: found}, package.lowest, package.highest):
+            continue
+        failure = _why_not_called(function, gpu)
+        if failure is None:
+            _functions[name] = function
+            return None
+        failures.append(f"{gpu}: {failure}")
+    return f"is installed, but a small call of it fails ({'; '.join(failures)})"
+
+
+def _why_not_called(function: Callable[..., object], gpu: str) -> str | None:
+    """What a call raises; None if it works. A package without its CUDA part also imports."""
+    if (function, gpu) in _probed:
+        return None
+    try:
+        probe = _probe_input(gpu)
+        with torch.no_grad():
+            function(probe, probe, probe)
+    # Any error of a foreign package is the reason that the user is told
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    _probed.add((function, gpu))
+    return None
+
+
+def _probe_input(gpu: str) -> Tensor:
+    """Small, and of a type and a width that every package takes."""
+    return torch.zeros(1, 16, 1, 64, dtype=torch.bfloat16, device=gpu)
 
 
 def _why_not_native(
@@ -239,11 +321,6 @@ def _why_not_native(
     return "; ".join(reasons) or "torch refuses these inputs"
 
 
-def _package_function(name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    package = _PACKAGES[name]
-    return getattr(importlib.import_module(package.module), package.function)
-
-
 def _package_attention(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     reason = _why_unavailable(name, q.device if q.is_cuda else None)
     if reason is None and not q.is_cuda:
@@ -254,9 +331,8 @@ def _package_attention(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
         reason = f"takes fp16 or bf16, not {q.dtype}"
     if reason is not None:
         raise InputError(_cannot_run(name, reason))
-    run = _package_function(name)
     options = {} if mask is None else {"attn_bias": _additive_bias(q, mask)}
-    out = run(q, k, v, **options)
+    out = _functions[name](q, k, v, **options)
     return out[0] if isinstance(out, tuple) else out
 
 

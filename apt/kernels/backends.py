@@ -1,15 +1,16 @@
 """Which implementation of a fused op runs, and what each one needs.
 
 Who chooses, first to last: the `backend` argument, the innermost `kernel_backend(...)`, the
-environment variable APT_KERNEL_BACKEND, and the op itself: Triton on CUDA tensors where it can run,
-else the torch reference. A backend that was asked for by name runs or raises with the reason. The
-two choices from outside are for all ops at once: those without that backend have only the
-reference, and use it.
+environment variable APT_KERNEL_BACKEND, and the op itself: Triton on CUDA tensors where it can run
+and is worth its launch, else the torch reference. A backend that was asked for by name runs or
+raises with the reason. The two choices from outside are for all ops at once: those without that
+backend have only the reference, and use it.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -38,8 +39,37 @@ TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest that the kernels are com
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOWEST_CAPABILITY = (8, 0)
 
+# On inputs with fewer values than this both backends only keep the host busy, and the reference
+# does so for half as long (`python -m benchmarks.host_time`): of 2^20 values in bf16 it moves 24 MB
+# in 8 microseconds on an H100, and a call of the kernel takes the host 50. In a CUDA graph the host
+# does not count, and kernels win at any size: choose them by name there.
+SMALL = 2**20
+SMALL_VARIABLE = "APT_KERNEL_SMALL"
+HOST_BOUND = frozenset(
+    {
+        "modulated_norm",
+        "residual_modulated_norm",
+        "norm_rope",
+        "qk_norm_rope",
+        "joint_qk_norm_rope",
+        "query_pooling",
+    }
+)
+
 # One stack for the process, as for attention: checkpointing recomputes on autograd's own threads.
 _chosen: list[str] = []
+
+
+class KernelUse(NamedTuple):
+    """A kind of call: the op, the backend that was taken, and why."""
+
+    op: str
+    backend: str
+    reason: str
+
+
+# Watchers that are in force
+_watchers: list[Counter[KernelUse]] = []
 
 
 class BackendStatus(NamedTuple):
@@ -58,8 +88,43 @@ def kernel_status() -> list[BackendStatus]:
     """
     reason = _why_no_triton()
     triton = BackendStatus("triton", reason is None, reason or _describe_triton())
-    rows = {"reference": BackendStatus("reference", True, "torch ops"), "triton": triton}
-    return [rows[name]._replace(name=f"{op}/{name}") for op, names in OPS.items() for name in names]
+    plain = BackendStatus("reference", True, "torch ops")
+    small = plain._replace(reason=f"torch ops; also for GPU inputs below {small_below():,} values")
+    return [
+        (triton if name == "triton" else small if op in HOST_BOUND else plain)._replace(
+            name=f"{op}/{name}"
+        )
+        for op, names in OPS.items()
+        for name in names
+    ]
+
+
+def small_below() -> int:
+    """Values of an op's first input below which the ops in `HOST_BOUND` choose the reference.
+
+    APT_KERNEL_SMALL changes it; 0 leaves the kernel the choice at any size. Raises InputError for a
+    value that is no number of values.
+    """
+    text = os.environ.get(SMALL_VARIABLE)
+    if text is None:
+        return SMALL
+    if not text.isdecimal():
+        raise InputError(f"{SMALL_VARIABLE} must be a number of values, 0 for none; got {text!r}")
+    return int(text)
+
+
+@contextmanager
+def watch_kernels() -> Iterator[Counter[KernelUse]]:
+    """Count the calls of fused ops made inside, on any thread, by backend and reason.
+
+    Calls in compiled code and replays of CUDA graphs are not seen.
+    """
+    seen: Counter[KernelUse] = Counter()
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers.pop()
 
 
 @contextmanager
@@ -115,26 +180,41 @@ def resolve_backend(
     Args:
         op: a key of OPS.
         backend: the caller's choice; None lets it be made outside, or by the op.
-        tensors: the inputs; the first one says where the op runs.
+        tensors: the inputs; the first one says where the op runs, and how much there is to do.
         limit: why the op's kernel cannot take them, beyond device and dtype; None if it can.
 
     Raises:
         InputError: a backend that the op does not have, or that was named and cannot run.
     """
+    chosen = _choose(op, backend, tensors, limit)
+    if not torch.compiler.is_compiling() and _watchers:
+        for seen in _watchers:
+            seen[chosen] += 1
+    return chosen.backend
+
+
+def _choose(
+    op: str, backend: str | None, tensors: Sequence[Tensor | None], limit: str | None
+) -> KernelUse:
     check_backend(op, backend)
     name = backend or current_kernel_backend()
-    if "triton" not in OPS[op] or name == "reference":
-        return "reference"
+    if "triton" not in OPS[op]:
+        return KernelUse(op, "reference", "it has no other")
+    if name == "reference":
+        return KernelUse(op, "reference", "asked for")
     given = [tensor for tensor in tensors if tensor is not None]
     if name is None and not given[0].is_cuda:
-        return "reference"  # the interpreter is for tests: it is slow
+        # The interpreter is for tests: it is slow
+        return KernelUse(op, "reference", f"inputs on {given[0].device.type}")
+    if name is None and op in HOST_BOUND and given[0].numel() < (below := small_below()):
+        return KernelUse(op, "reference", f"inputs below {below:,} values")
     device = given[0].device if given[0].is_cuda else None
     reason = _why_no_triton(device) or why_not_tensors(given) or limit
-    if reason is None:
-        return "triton"
     if name is None:
-        return "reference"
-    raise InputError(_cannot_run(op, name, reason))
+        return KernelUse(op, "reference" if reason else "triton", reason or "it can take them")
+    if reason:
+        raise InputError(_cannot_run(op, name, reason))
+    return KernelUse(op, "triton", "asked for")
 
 
 def _why_no_triton(device: torch.device | None = None) -> str | None:
@@ -155,7 +235,7 @@ def _why_no_triton(device: torch.device | None = None) -> str | None:
         )
     if interpreted():
         return None
-    if not torch.cuda.is_available():
+    if device is None and not torch.cuda.is_available():
         return "needs a CUDA GPU, or TRITON_INTERPRET=1 from the start to run it on the CPU, slowly"
     asked = capabilities(device)
     too_old = those_outside(asked, LOWEST_CAPABILITY)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from apt.errors import InputError
-from apt.rng import hash_key
+from apt.rng import Draw, hash_key
 
 
-def check_draw(op: str, seed: int, step: int, first: int, num: int) -> None:
+def check_draw(op: str, draw: Draw, num: int) -> None:
     """Raise InputError unless seed, step and the samples' global indices are 64-bit integers."""
-    for name, value in (("seed", seed), ("step", step)):
+    for name, value in (("seed", draw.seed), ("step", draw.step)):
         if not -(2**63) <= value < 2**63:
             raise InputError(f"{op}: {name} must fit into 64 bits with its sign, got {value}")
-    if not 0 <= first <= 2**63 - 1 - num:
+    if not 0 <= draw.offset <= 2**63 - 1 - num:
         raise InputError(
-            f"{op}: offset must be the global index of a sample, in [0, 2^63), got {first}"
+            f"{op}: offset must be the global index of a sample, in [0, 2^63), got {draw.offset}"
         )
 
 

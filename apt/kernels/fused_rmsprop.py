@@ -1,4 +1,4 @@
-"""RMSProp (APT Sec. 3.5) and the moving average of the weights (Sec. 4) in one pass.
+"""RMSProp (APT Sec. 3.5) and the moving average of the weights (Sec. 3.5, App. D) in one pass.
 
     v   = alpha v + (1 - alpha) g^2            g = dL/dp + weight_decay p
     p   = p - lr g / (sqrt(v) + eps)

@@ -44,8 +44,9 @@ def modulated_norm(
             copy. None: R = B. Its values are not checked beyond what indexing does.
         backend: "triton", the fused kernel: fp16, bf16 and fp32, D up to 8192, once differentiable;
             "reference", plain torch: any D, fp64 too, twice differentiable. None chooses: the
-            kernel on CUDA tensors that it can take, else the reference. The kernel copies x if it
-            is not contiguous, and modulation whose channels are not.
+            kernel on CUDA tensors that it can take and that are not small
+            (`apt.kernels.backends.small_below`), else the reference. The kernel copies x if it is
+            not contiguous, and modulation whose channels are not.
 
     Returns:
         (B, L, D) in x.dtype; everything before the last rounding is computed in at least fp32.

@@ -21,18 +21,16 @@ from apt import philox
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
 from apt.kernels.draws import check_draw, philox_key
+from apt.rng import Draw
 
 
 def perturbed_batch(
     x_real: Tensor,
     x_fake: Tensor,
     sigma: float,
+    draw: Draw,
     *,
-    seed: int,
-    step: int,
-    offset: int,
     num_perturbed: int | None = None,
-    stream: str = "perturbation",
     backend: str | None = None,
 ) -> Tensor:
     """Lay out real, perturbed and generated samples in one buffer.
@@ -44,9 +42,7 @@ def perturbed_batch(
         x_real: (B, ...) real latents.
         x_fake: (F, ...) generated latents of the same sample shape, dtype and device.
         sigma: standard deviation of the perturbation, at least 0.
-        seed, step, stream: the key of the noise.
-        offset: global index of the first real sample, so that the noise of a sample does not
-            depend on ranks or splits.
+        draw: the key of the noise, which is made where the tensors are.
         num_perturbed: P, how many of the first real samples get a perturbed copy; None for all B.
         backend: "triton", the kernel: fp16, bf16 and fp32; "reference", plain torch, which holds
             the noise: fp64 too. The same values bit for bit. None chooses: the kernel on CUDA
@@ -78,9 +74,11 @@ def perturbed_batch(
     count = num_real if num_perturbed is None else num_perturbed
     if not 0 <= count <= num_real:
         raise InputError(f"{op}: num_perturbed must be in [0, {num_real}], got {count}")
-    check_draw(op, seed, step, offset, num_real)
+    check_draw(op, draw, num_real)
     chosen = resolve_backend(op, backend, (x_real, x_fake))
-    return perturbed_batch_op(x_real, x_fake, sigma, count, seed, step, offset, stream, chosen)
+    return perturbed_batch_op(
+        x_real, x_fake, sigma, count, draw.seed, draw.step, draw.offset, draw.stream, chosen
+    )
 
 
 # The reference is in an op as well: a compiler that saw into it would fuse its roundings.

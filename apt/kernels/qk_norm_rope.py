@@ -49,8 +49,9 @@ def norm_rope(
         layout: which channels turn together: "interleaved" or "half".
         backend: "triton", the fused kernel: fp16, bf16 and fp32, Dh (across heads: H Dh) up to
             8192, once differentiable; "reference", plain torch: fp64 too, twice differentiable.
-            None chooses: the kernel on CUDA tensors that it can take, else the reference. The
-            kernel takes any strides but of channels, which it copies if they are not adjacent.
+            None chooses: the kernel on CUDA tensors that it can take and that are not small
+            (`apt.kernels.backends.small_below`), else the reference. The kernel takes any strides
+            but of channels, which it copies if they are not adjacent.
 
     Returns:
         A new contiguous tensor in the shape and dtype of x.

@@ -58,8 +58,9 @@ def query_pooling(
         out_dtype: of the result; None: that of x.
         backend: "triton", the fused kernel: fp16, bf16 and fp32, D up to 8192, H up to 128, once
             differentiable; "reference", plain torch: any D and H, fp64 too, twice differentiable.
-            None chooses: the kernel on CUDA tensors that it can take, else the reference. The
-            kernel copies x if it is not contiguous.
+            None chooses: the kernel on CUDA tensors that it can take and that are not small
+            (`apt.kernels.backends.small_below`), else the reference. The kernel copies x if it is
+            not contiguous.
 
     Returns:
         (B, E) in `out_dtype`; everything before the last rounding is computed in at least fp32,

@@ -16,27 +16,18 @@ from apt import philox
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
 from apt.kernels.draws import check_draw, philox_key
+from apt.rng import Draw
 
 
 def sample_shifted_timesteps(
-    num: int,
-    *,
-    shift: float,
-    seed: int,
-    step: int,
-    offset: int,
-    stream: str = "timesteps",
-    device: torch.device | str | None = None,
-    backend: str | None = None,
+    num: int, draw: Draw, *, shift: float, backend: str | None = None
 ) -> Tensor:
     """Draw one timestep per sample, shifted towards noise by Eq. 7.
 
     Args:
         num: samples to draw for.
+        draw: the key; without a device the result is on torch's default one.
         shift: s > 0; 1 is uniform, the paper takes 12 for videos.
-        seed, step, stream: the key of the draw.
-        offset: global index of the first sample, so that values do not depend on ranks or splits.
-        device: of the result; None: torch's default device.
         backend: "triton", the kernel, or "reference", plain torch: bit for bit the same values.
             None chooses: the kernel for CUDA devices where it can run, else the reference.
 
@@ -52,10 +43,10 @@ def sample_shifted_timesteps(
         raise InputError(f"{op}: num must be at least 0, got {num}")
     if not 0 < shift < math.inf:
         raise InputError(f"{op}: shift must be above 0 and finite, got {shift}")
-    check_draw(op, seed, step, offset, num)
-    where = torch.get_default_device() if device is None else torch.device(device)
+    check_draw(op, draw, num)
+    where = torch.get_default_device() if draw.device is None else torch.device(draw.device)
     chosen = resolve_backend(op, backend, [torch.empty(0, device=where)])
-    return timesteps_op(num, shift, seed, step, offset, stream, chosen, where)
+    return timesteps_op(num, shift, draw.seed, draw.step, draw.offset, draw.stream, chosen, where)
 
 
 # The reference is in an op as well: a compiler that saw into it would fuse its roundings.

@@ -15,6 +15,7 @@ from apt.bench.dit import (
     Variant,
     Workload,
     default_variants,
+    figures,
     fill_zeros,
     measure_dit,
     usual_workload,
@@ -217,6 +218,8 @@ def test_a_measurement():
     assert figures["tokens"] == 48
     assert figures["tflop"] > 0
     assert figures["share_of_floor"] > 0
+    assert "share_of_sustained_floor" not in figures  # these ceilings have none
+    assert found.facts == {"attention_kernel": "torch's flash (by selection)"}
     assert figures["tflops"] == pytest.approx(figures["tflop"] / found.median_ms * 1e3)
     for name in ("attention_ms", "linear_ms", "elementwise_ms"):
         assert figures[name] > 0
@@ -242,6 +245,35 @@ def test_a_variant_that_computes_something_else_has_no_time(monkeypatch):
     assert right.status == "measured"
     assert (wrong.status, wrong.samples_ms) == ("wrong", ())
     assert wrong.reason == "differs by 0.1, allowed 0.001"
+
+
+def test_one_place_of_a_frame_that_is_wrong_has_no_time(monkeypatch):
+    honest = PreparedVariant.output
+
+    def planted(self: PreparedVariant) -> Tensor:
+        output = honest(self)
+        if self.variant.attention == "_native_math":
+            output = output.clone()
+            output[:, :, 0, -1, -1] *= 1.0055
+        return output
+
+    monkeypatch.setattr(PreparedVariant, "output", planted)
+    _, wrong = measure(EAGER, Variant(kernels="reference", attention="_native_math"))
+    assert wrong.reason == "differs by 0.0055 in a row, allowed 0.004"
+
+
+def test_an_output_that_nobody_writes_has_no_time(monkeypatch):
+    honest = RandomNetwork.__call__
+
+    def planted(self: RandomNetwork) -> Tensor:
+        velocity = honest(self)
+        out = torch.empty_like(velocity)
+        out[:, :, 1:] = velocity[:, :, 1:]
+        return out
+
+    monkeypatch.setattr(RandomNetwork, "__call__", planted)
+    (found,) = measure(EAGER)
+    assert (found.status, found.reason) == ("wrong", "the output is not finite")
 
 
 def test_an_output_that_is_not_finite_has_no_time(monkeypatch):
@@ -270,7 +302,8 @@ def test_attention_backends_agree():
     right, other = measure(EAGER, Variant(kernels="reference", attention="_native_math"))
     assert right.metrics["difference"] == 0
     assert other.status == "measured"
-    assert 0 < other.metrics["difference"] < 1e-5
+    assert 0 < other.metrics["difference"] <= other.metrics["row_difference"] < 1e-5
+    assert other.facts == {"attention_kernel": "torch's plain softmax (by selection)"}
 
 
 @pytest.mark.slow
@@ -278,3 +311,15 @@ def test_compiled_blocks_agree_and_leave_the_other_variants_eager():
     eager, compiled = measure(*default_variants(CPU))
     assert eager.status == compiled.status == "measured"
     assert compiled.metrics["difference"] < 1e-5
+
+
+def test_what_a_user_gets_is_measured_on_a_gpu_with_the_kernel_by_name():
+    assert Variant(kernels="auto", attention="native", mode="graph") in default_variants(
+        torch.device("cuda")
+    )
+
+
+def test_work_that_lasts_has_a_floor_of_its_own():
+    cost = DIGITS.cost()
+    found = figures(cost, 2.0, replace(CEILINGS, sustained_tflops=0.05))
+    assert found["share_of_sustained_floor"] == pytest.approx(2 * found["share_of_floor"], rel=0.2)

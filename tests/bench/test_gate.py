@@ -111,6 +111,7 @@ class TestRegression:
             ("torch", "2.13.0"),
             ("triton", "3.7.1"),
             ("cuda", "12.9"),
+            ("cudnn", "9.19.0"),
             ("threads", 4),
         ],
     )
@@ -214,6 +215,19 @@ class TestBudget:
         elsewhere = measured(1.0, case=CASE | {"variant": "compile", "shape": "480p"})
         unlike = replace(run_of(1.0), measurement=elsewhere)
         assert self.outcome(budget, run_of(1.1), unlike) == "not judged"
+
+    def test_what_is_launch_bound_is_not_judged(self):
+        budget = replace(SPEED, launch_bound_ms=0.05)
+        slow = run_of(0.02, gb_s=1.0, floor_ms=0.049)
+        verdict = check_budget(budget, slow, [slow])
+        assert verdict is not None
+        assert (verdict.outcome, verdict.text) == (
+            "not judged", "launch-bound: a roofline below 0.05 ms",
+        )  # fmt: skip
+        assert self.outcome(budget, run_of(0.02, gb_s=1.0, floor_ms=0.05)) == "failed"
+        assert self.outcome(budget, run_of(0.02, gb_s=95.0, floor_ms=0.05)) == "passed"
+        with pytest.raises(ConfigError, match="no metric 'floor_ms'"):
+            check_budget(budget, run_of(0.02, gb_s=1.0), [])
 
     def test_a_goal_is_reported_and_fails_nothing(self):
         verdict = check_budget(replace(SPEED, enforced=False), run_of(1.0, gb_s=1.0), [])

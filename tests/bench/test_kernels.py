@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from apt.bench.ceilings import Ceilings, measure_ceilings
 from apt.bench.inputs import Inputs, Random, exact
@@ -29,6 +32,18 @@ def measure(case: OpCase, *only: str) -> dict[str, Measurement]:
         case, device=CPU, clock=HostClock(), ceilings=CEILINGS, rounds=3, only=only or None
     )
     return {str(m.case["variant"]): m for m in found}
+
+
+def test_compiled_variants_of_all_ops_in_one_process(monkeypatch):
+    """They share a function's code: each would count as a recompilation of those before."""
+    # What Dynamo counts does not depend on what compiles its graphs
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    limit = 2  # of more than eight, to be quick
+    # `monkeypatch` would take the option away when it puts it back.
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        for case in [case for case in ALL_CASES if case.op.compiled][: limit + 2]:
+            check = check_op(case, device=CPU, only=["compile"])["compile"]
+            assert check.status == "measured", f"{label(case)}: {check.reason}"
 
 
 def with_peer(function: Function) -> Op:
@@ -62,7 +77,8 @@ def test_every_op_on_the_cpu(case):
     for variant, found in measure(case, *variants_of(case.op)).items():
         if variant == ours:
             assert found.status == "measured"
-            assert found.metrics["error"] < 1e-5
+            assert found.metrics["error"] <= found.metrics["row_error"] < 1e-5
+            assert ("attention_kernel" in found.facts) == (case.op.name == "attention")
             assert found.metrics["bytes"] > 0
         else:
             assert found.status in ("measured", "skipped"), found.reason
@@ -75,6 +91,8 @@ def test_figures():
     assert found.metrics["gb_s"] == pytest.approx(moved / found.median_ms / 1e6)
     assert found.metrics["share_of_copy"] == pytest.approx(found.metrics["gb_s"] / 10)
     assert found.metrics["share_of_matmul"] == pytest.approx(found.metrics["tflops"] / 0.1)
+    floor = max(moved / 10e9, found.metrics["flops"] / 0.1e12)
+    assert found.metrics["floor_ms"] == pytest.approx(floor * 1e3)
     assert found.case == {
         "op": "modulated_norm",
         "shape": "small",
@@ -114,6 +132,51 @@ def test_one_nan_or_a_missing_row_is_wrong(function: Callable[[Inputs], Outputs]
     assert check_op(one(with_peer(function)), device=CPU)["peer"].status == "wrong"
 
 
+def one_row_wrong(inputs: Inputs) -> Outputs:
+    """The op, but for its last row."""
+    out = modulated_norm(**inputs, backend="reference").clone()
+    out[-1, -1] = 0
+    return out
+
+
+def test_one_wrong_row_of_4096_is_wrong_in_bf16():
+    many = Shape(name="many", batch=2, tokens=2048, heads=1, head_dim=64)
+    (case, _) = cases_of(with_peer(one_row_wrong), many)
+    checks = check_op(case, device=CPU, only=["eager", "peer"])
+    assert checks["eager"].status == "measured"
+    assert checks["peer"].status == "wrong"
+    assert "in a row, allowed" in checks["peer"].reason  # and not as a whole
+
+
+@triton.jit
+def copy_but_the_last_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """Forgets the last value of each block."""
+    lane = tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + lane
+    tl.store(
+        out_ptr + at, tl.load(x_ptr + at, mask=at < size), mask=(at < size) & (lane < BLOCK - 1)
+    )
+
+
+def unwritten(inputs: Inputs) -> Outputs:
+    """The op, copied by a kernel that leaves some of its output unwritten."""
+    values = modulated_norm(**inputs, backend="reference")
+    out = torch.empty_like(values)
+    if not out.isnan().all():
+        out.copy_(values)  # as a GPU's allocator does, whose freed memory is the next tensor's
+    copy_but_the_last_kernel[(values.numel() // 64,)](values, out, values.numel(), BLOCK=64)
+    return out
+
+
+def test_a_kernel_that_leaves_an_output_unwritten_is_wrong():
+    case = one(with_peer(unwritten))
+    inputs = OPS["modulated_norm"].draw(SMALL, Random(torch.Generator(), torch.float32))
+    assert torch.equal(unwritten(inputs), modulated_norm(**inputs)), "the fault must be hidden"
+    check = check_op(case, device=CPU)["peer"]
+    assert check.status == "wrong"
+    assert "nan" in check.reason
+
+
 def crash(inputs: Inputs) -> Outputs:
     raise RuntimeError("out of memory\nand a long story")
 
@@ -127,6 +190,13 @@ def test_a_crash_is_reported_and_leaves_the_others_their_times():
     ours = replace(with_peer(crash), call=lambda inputs, _: crash(inputs))
     with pytest.raises(RuntimeError, match="out of memory"):  # there is nothing to check against
         measure(one(ours), "eager")
+
+
+def test_which_attention_ran_is_told():
+    found = measure(one(OPS["attention"]), "native", "_native_flash")
+    assert found["_native_flash"].facts == {"attention_kernel": "torch's flash (by selection)"}
+    assert found["native"].facts == {"attention_kernel": "torch's flash (by selection)"}
+    assert "warning" not in found["native"].facts
 
 
 def test_the_interpreter_is_not_timed():
@@ -213,9 +283,12 @@ def test_sizes_are_those_of_the_models():
 
 
 def test_ceilings_are_rates():
-    ceilings = measure_ceilings(CPU, HostClock(), rounds=3)
+    ceilings = measure_ceilings(CPU, HostClock(), rounds=3, seconds=0.3)
     assert 0.01 < ceilings.copy_gb_s < 10_000
     assert 1e-4 < ceilings.matmul_tflops < 1000
+    assert 1e-4 < ceilings.sustained_tflops < 1000
+    assert ceilings.under_load.reason == "clocks are read of GPUs only"
+    assert "sustained" in ceilings.describe()
 
 
 @pytest.mark.parametrize("peer", [liger_modulated_norm, liger_residual_modulated_norm])

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from apt.bench.ceilings import Ceilings
+from apt.bench.clocks import GpuState
 from apt.bench.gate import Verdict
 from apt.bench.machine import Machine, Provenance, command_line, describe_machine, find_commit
 from apt.bench.records import Measurement, Record, read_record, read_records, write_record
@@ -110,11 +112,41 @@ def test_only_what_is_right_has_a_time(status, samples):
 def test_no_speed_is_printed_of_a_wrong_result():
     table = record_table(RECORD)
     (measured,) = [line for line in table.splitlines() if line.startswith("| modulated_norm")]
-    assert [cell.strip() for cell in measured.split("|")[5:9]] == [
-        "eager", "0.625", "0.525-0.725", "1000.0",
+    assert [cell.strip() for cell in measured.split("|")[5:10]] == [
+        "eager", "0.625", "0.525-0.725", "", "1000.0",
     ]  # fmt: skip
     assert "wrong (1): error of output 0 0.3\n  modulated_norm 720p" in table
     assert "skipped (1): needs liger-kernel; modulated_norm 720p" in table
+
+
+def test_the_host_and_the_attention_stand_beside_the_times():
+    attention = op("native") | {"op": "attention"}
+    times = {"host_ms": 0.087, "share_waited": 0.0}
+    facts = {"attention_kernel": "torch's flash (by profile)", "warning": "not cuDNN: too old"}
+    measured = Measurement(
+        case=attention, samples_ms=(0.5,) * 3, metrics=FIGURES | times, facts=facts
+    )
+    late = replace(RECORD.measurements[0], metrics=FIGURES | times | {"share_waited": 0.3})
+    table = record_table(replace(RECORD, measurements=(measured, measured, late)))
+    hosts = [line.split("|")[8].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert hosts[2:] == ["0.087", "0.087", "0.087*"]
+    assert "Attention by torch's flash (by profile):\n  attention 720p" in table
+    assert table.count("WARNING: not cuDNN: too old") == 1
+
+
+def test_ceilings_are_told_with_the_clocks_that_they_had(tmp_path):
+    state = GpuState(sm_clock_mhz=1600.0, power_w=699.0, power_limit_w=700.0, readings=5)
+    ceilings = Ceilings(
+        copy_gb_s=2000.0, matmul_tflops=790.0, sustained_tflops=700.0, under_load=state
+    )
+    record = replace(RECORD, ceilings=ceilings.as_dict(), machine=replace(MACHINE, cudnn="9.19.0"))
+    assert read_record(write_record(record, tmp_path)) == record
+    page = markdown(record, [])
+    assert "sustained_tflops 700, under_load: 1600 MHz, 699 W, 700 W at most" in page
+    assert "cuDNN 9.19.0" in page
+    unread = replace(ceilings, sustained_tflops=None, under_load=GpuState(reason="no nvidia-smi"))
+    page = markdown(replace(record, ceilings=unread.as_dict()), [])
+    assert "sustained_tflops not measured, under_load: no nvidia-smi" in page
 
 
 def test_a_record_without_a_time_has_a_table_too():

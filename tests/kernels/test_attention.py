@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apt.errors import InputError
 from apt.kernels import (
@@ -29,6 +31,8 @@ NAMES = [
     "flash_4",
     "xformers",
 ]
+# The package exports the function under the module's name
+MODULE = sys.modules["apt.kernels.attention"]
 AVAILABLE = [row.name for row in attention_status() if row.available]
 UNAVAILABLE = [row.name for row in attention_status() if not row.available]
 
@@ -158,6 +162,52 @@ def test_a_package_that_fails_to_load_is_reported(tmp_path, monkeypatch):
     assert "libcudart.so.99" in row.reason
 
 
+def one_hopper(device: torch.device | None = None) -> dict[str, tuple[int, int]]:
+    return {"cuda:0": (9, 0)}
+
+
+def test_a_package_that_imports_and_cannot_be_called_is_unavailable(tmp_path, monkeypatch):
+    # As xformers does without its CUDA part
+    (tmp_path / "flash_attn_interface.py").write_text(
+        "def flash_attn_func(q, k, v): raise NotImplementedError('No operator found\\n  q: ...')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
+    monkeypatch.setattr(MODULE, "capabilities", one_hopper)
+    monkeypatch.setattr(MODULE, "_probe_input", lambda gpu: torch.zeros(1, 2, 1, 8))
+    row = next(row for row in attention_status() if row.name == "_flash_3")
+    assert not row.available
+    assert row.reason == (
+        "is installed, but a small call of it fails (cuda:0: NotImplementedError: No operator "
+        "found)"
+    )
+    with pytest.raises(InputError, match="No operator found"), attention_backend("_flash_3"):
+        pass
+
+
+@pytest.mark.parametrize("chosen", ["by argument", "outside"])
+def test_a_package_is_one_graph_with_what_is_around_it(tmp_path, monkeypatch, chosen):
+    """Imports and probes stay out of the graph, also where it is the first that needs them."""
+    (tmp_path / "flash_attn_interface.py").write_text(
+        "def flash_attn_func(q, k, v): return (q * k).softmax(-1) * v, None"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
+    monkeypatch.setattr(MODULE, "capabilities", one_hopper)
+    monkeypatch.setattr(MODULE, "_probe_input", lambda gpu: torch.zeros(1, 2, 1, 8))
+    monkeypatch.setattr(MODULE, "_functions", {})
+    torch._dynamo.reset()
+    name = "_flash_3" if chosen == "by argument" else None
+    compiled = torch.compile(
+        lambda q, k, v: 2 * attention(q, k, v, backend=name), fullgraph=True, backend="eager"
+    )
+    with FakeTensorMode():  # tensors that say they are on a GPU
+        q = torch.empty(1, 4, 2, 8, device="cuda", dtype=torch.bfloat16)
+        with contextlib.nullcontext() if name else attention_backend("_flash_3"):
+            out = compiled(q, q, q)
+    assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
+
+
 TURING, AMPERE, HOPPER = (7, 5), (8, 0), (9, 0)
 
 
@@ -176,6 +226,7 @@ def gpus(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+        monkeypatch.setattr(MODULE, "_probe_input", lambda gpu: torch.zeros(1, 2, 1, 8))
 
     return install
 

@@ -16,8 +16,17 @@ from apt.kernels import (
     kernel_backend,
     kernel_status,
     modulated_norm,
+    watch_kernels,
 )
-from apt.kernels.backends import BACKENDS, OPS, resolve_backend
+from apt.kernels.backends import (
+    BACKENDS,
+    HOST_BOUND,
+    OPS,
+    SMALL,
+    KernelUse,
+    resolve_backend,
+    small_below,
+)
 
 OP = "modulated_norm"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -86,9 +95,10 @@ def gpus(triton):
     return install
 
 
-def on_gpu(index: int) -> Any:
+def on_gpu(index: int, values: int = SMALL) -> Any:
     """What the choice reads of a tensor."""
     return SimpleNamespace(
+        numel=lambda: values,
         device=torch.device("cuda", index),
         is_cuda=True,
         dtype=torch.float32,
@@ -114,6 +124,55 @@ def test_the_gpu_of_the_tensors_is_asked_whichever_is_current(gpus, current):
         assert resolve_backend(OP, None, [new]) == "triton"
         with pytest.raises(InputError, match=message):
             resolve_backend(OP, None, [old])
+
+
+def test_small_inputs_take_the_reference_unless_the_kernel_is_named(gpus, monkeypatch):
+    gpus(HOPPER)
+    large, small = on_gpu(0), on_gpu(0, SMALL - 1)
+    for op in OPS:
+        assert resolve_backend(op, None, [large]) == "triton"
+        assert (resolve_backend(op, None, [small]) == "reference") == (op in HOST_BOUND)
+        assert resolve_backend(op, "triton", [small]) == "triton"
+        with kernel_backend("triton"):
+            assert resolve_backend(op, None, [small]) == "triton"
+    monkeypatch.setenv("APT_KERNEL_SMALL", "0")
+    assert resolve_backend(OP, None, [on_gpu(0, 1)]) == "triton"
+    monkeypatch.setenv("APT_KERNEL_SMALL", str(SMALL + 1))
+    assert resolve_backend(OP, None, [large]) == "reference"
+    for text in ("-1", "1e6", ""):
+        monkeypatch.setenv("APT_KERNEL_SMALL", text)
+        with pytest.raises(InputError, match="APT_KERNEL_SMALL must be a number of values"):
+            resolve_backend(OP, None, [large])
+
+
+def test_what_was_chosen_and_why_is_told(gpus):
+    gpus(HOPPER)
+    with watch_kernels() as outer, watch_kernels() as seen:
+        for values in (SMALL, SMALL, 3):
+            resolve_backend(OP, None, [on_gpu(0, values)])
+        resolve_backend(OP, None, [on_gpu(0)], "takes 1 to 8192 channels, got 9000")
+        resolve_backend(OP, None, [torch.zeros(1)])
+        resolve_backend(OP, "reference", [on_gpu(0)])
+        resolve_backend(OP, "triton", [on_gpu(0)])
+    resolve_backend(OP, None, [on_gpu(0)])
+    reasons = {(use.backend, use.reason): number for use, number in seen.items()}
+    assert reasons == {
+        ("triton", "it can take them"): 2,
+        ("reference", f"inputs below {SMALL:,} values"): 1,
+        ("reference", "takes 1 to 8192 channels, got 9000"): 1,
+        ("reference", "inputs on cpu"): 1,
+        ("reference", "asked for"): 1,
+        ("triton", "asked for"): 1,
+    }
+    assert outer == seen
+    assert seen[KernelUse(OP, "triton", "asked for")] == 1
+
+
+def test_the_table_tells_the_size(triton):
+    rows = {row.name: row.reason for row in kernel_status()}
+    assert small_below() == SMALL
+    assert f"below {SMALL:,} values" in rows["modulated_norm/reference"]
+    assert rows["perturbed_batch/reference"] == "torch ops"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +260,7 @@ def test_the_installed_triton_is_one_of_those_supported():
 
 @pytest.mark.gpu
 def test_left_to_the_op_cuda_tensors_take_the_kernel():
-    x = torch.zeros(1, 2, 8, device="cuda")
+    x = torch.zeros(1, SMALL // 8, 8, device="cuda")
     assert resolve_backend(OP, None, [x]) == "triton"
+    assert resolve_backend(OP, None, [x[:, 1:]]) == "reference"
     assert resolve_backend(OP, None, [x.double()]) == "reference"

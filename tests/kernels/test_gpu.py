@@ -1,7 +1,7 @@
 """Every op on a GPU: against fp64 at ragged and at real sizes, repeatable, and in CUDA graphs.
 
-`python -m benchmarks.gpu` runs these before it times anything. The interpreter's tests beside this
-file run on a GPU too, and go deeper into shapes and options.
+`python -m benchmarks.gpu` runs these. The interpreter's tests beside this file run on a GPU too,
+and go deeper into shapes and options.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from apt.bench.shapes import SHAPES, Shape
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    # A GPU's freed memory is the next tensor's: without this an unwritten output holds the result
+    pytest.mark.usefixtures("poisoned_memory"),
 ]
 
 # Row counts and widths that no tile divides, in every dtype; the models' own in bf16

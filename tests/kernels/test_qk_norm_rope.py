@@ -3,6 +3,9 @@ from __future__ import annotations
 import math
 
 import pytest
+
+pytest.importorskip("diffusers")
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb

@@ -125,7 +125,7 @@ def test_accuracy_at_the_widths_of_models(width):
         Case,
         batch=st.integers(1, 3),
         length=st.integers(0, 35),
-        width=st.integers(1, 150),
+        width=st.integers(2, 150),  # of one value an RMS norm leaves the sign: dx is what cancels
         residual=st.booleans(),
         norm=st.sampled_from(["rms", "layer"]),
         modulation=st.sampled_from(["per_sample", "shared", "per_token"]),
@@ -295,14 +295,14 @@ def test_the_ops_keep_the_rules_of_torch_library(modulation):
         inputs[n] for n in ("x", "update", "gate", "scale", "shift", "weight", "bias")
     )
     common = (weight, bias, rows, 1e-6, True)
-    torch.library.opcheck(norms.modulated_norm_op, (x, scale, shift, *common))
+    torch.library.opcheck(norms.modulated_norm_op.overload, (x, scale, shift, *common))
     torch.library.opcheck(
-        norms.residual_modulated_norm_op, (x, update, gate, scale, shift, *common)
+        norms.residual_modulated_norm_op.overload, (x, update, gate, scale, shift, *common)
     )
     stats = torch.ones(2, 6, device=DEVICE)
-    values = (x, x, x, update, gate, scale, weight, bias, rows, stats, True, torch.float32)
+    values = (x, x, x, update, gate, scale, weight, bias, rows, stats, True)
     torch.library.opcheck(
-        norms.backward_op,
+        norms.backward_op.overload,
         (*(v.detach() if isinstance(v, Tensor) else v for v in values), True),
     )
 

@@ -342,18 +342,18 @@ def test_the_ops_keep_the_rules_of_torch_library():
     tables = [[inputs["cos"], absent], [inputs["sin"], absent]]
     options = (1e-6, False, False)
     given_ = (qkvs, q_weights, k_weights, *tables)
-    torch.library.opcheck(fused.joint_op, (*given_, *options))
+    torch.library.opcheck(fused.joint_op.overload, (*given_, *options))
     detached = [[value.detach() for value in values] for values in given_]
     grads = [torch.randn(2, n, 3, 8, device=DEVICE) for n in (4, 7, 7)]
-    torch.library.opcheck(fused.joint_backward_op, (*grads, *detached, *options, True))
+    torch.library.opcheck(fused.joint_backward_op.overload, (*grads, *detached, *options, True))
     pair = [qkvs[0][:, :, 0], qkvs[0][:, :, 1]]
     weights = [q_weights[0], k_weights[0]]
     table = (inputs["cos"], inputs["sin"])
-    torch.library.opcheck(fused.norm_rope_op, (pair, weights, *table, *options))
+    torch.library.opcheck(fused.norm_rope_op.overload, (pair, weights, *table, *options))
     grads = [torch.randn(2, 4, 3, 8, device=DEVICE) for _ in range(2)]
     pair, weights = ([value.detach() for value in values] for values in (pair, weights))
     torch.library.opcheck(
-        fused.norm_rope_backward_op, (grads, pair, weights, *table, *options, True)
+        fused.norm_rope_backward_op.overload, (grads, pair, weights, *table, *options, True)
     )
 
 

@@ -282,11 +282,11 @@ def test_double_backward_raises_and_names_the_reference():
 def test_the_ops_keep_the_rules_of_torch_library():
     x = torch.randn(2, 70, 24, device=DEVICE, requires_grad=True)
     folded = torch.randn(3, 24, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(fused.query_pooling_op, (x, folded, 1e-6))
+    torch.library.opcheck(fused.query_pooling_op.overload, (x, folded, 1e-6))
     values = [v.detach() for v in (x, folded, *fused.query_pooling_op(x, folded, 1e-6))]
     grad = torch.randn(2, 3, 24, device=DEVICE)
     for wanted in (True, False):
-        torch.library.opcheck(fused.query_pooling_backward_op, (grad, *values, wanted))
+        torch.library.opcheck(fused.query_pooling_backward_op.overload, (grad, *values, wanted))
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

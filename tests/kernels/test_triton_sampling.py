@@ -5,10 +5,11 @@ They must equal the torch reference bit for bit, not only nearly.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from apt.kernels.backends import interpreted
 from apt.kernels.draws import philox_key
 from apt.kernels.perturbed_batch import perturbed_batch_op
 from apt.kernels.timesteps import timesteps_op
+from apt.rng import Draw
 
 pytest.importorskip("triton")
 import triton
@@ -33,7 +35,8 @@ from apt.kernels._triton.philox import to_normal, to_uniform, words4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-KEY: dict[str, Any] = {"seed": 3, "step": 5, "offset": 0}
+KEY = Draw(seed=3, step=5, stream="noise")
+HERE = dataclasses.replace(KEY, device=DEVICE)
 OFFSETS = st.sampled_from([0, 1, 77, 2**31 - 1, 2**32 - 1, 2**45])
 
 
@@ -82,10 +85,10 @@ def test_words_and_what_is_made_of_them(key, sample, group):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 300), st.floats(1e-3, 1e3), OFFSETS, st.integers(0, 2**40))
 def test_timesteps_are_bit_equal(num, shift, offset, step):
-    options = {"shift": shift, "seed": 3, "step": step, "offset": offset, "device": DEVICE}
-    ours = sample_shifted_timesteps(num, **options, backend="triton")
+    draw = Draw(3, step, offset, "timesteps", DEVICE)
+    ours = sample_shifted_timesteps(num, draw, shift=shift, backend="triton")
     assert ours.device.type == DEVICE and ours.dtype == torch.float32
-    assert torch.equal(ours, sample_shifted_timesteps(num, **options, backend="reference"))
+    assert torch.equal(ours, sample_shifted_timesteps(num, draw, shift=shift, backend="reference"))
     assert ((ours >= 0) & (ours <= 1)).all()
 
 
@@ -103,45 +106,46 @@ def test_batches_are_bit_equal(nums, num_perturbed, shape, dtype, sigma, offset)
     num_perturbed = min(num_perturbed, num_real)
     real = torch.randn(num_real, *shape).to(DEVICE, dtype)
     fake = torch.randn(num_fake, *shape).to(DEVICE, dtype)
-    key = KEY | {"offset": offset, "num_perturbed": num_perturbed}
-    ours = perturbed_batch(real, fake, sigma, **key, backend="triton")
-    exact = perturbed_batch(real.float(), fake.float(), sigma, **key, backend="reference")
+    draw = dataclasses.replace(KEY, offset=offset)
+    moved = partial(perturbed_batch, sigma=sigma, draw=draw, num_perturbed=num_perturbed)
+    ours = moved(real, fake, backend="triton")
+    exact = moved(real.float(), fake.float(), backend="reference")
     assert ours.dtype == dtype
     assert torch.equal(ours, rounded(exact, dtype))
-    reference = perturbed_batch(real, fake, sigma, **key, backend="reference")
+    reference = moved(real, fake, backend="reference")
     assert torch.equal(reference, exact.to(dtype))
 
 
 @pytest.mark.parametrize("size", [1023, 1024, 1025, 5000])
 def test_samples_of_several_programs(size):
     real, fake = torch.randn(2, 2, size, device=DEVICE).unbind()
-    ours = perturbed_batch(real, fake, 0.1, **KEY, backend="triton")
-    assert torch.equal(ours, perturbed_batch(real, fake, 0.1, **KEY, backend="reference"))
+    ours = perturbed_batch(real, fake, 0.1, KEY, backend="triton")
+    assert torch.equal(ours, perturbed_batch(real, fake, 0.1, KEY, backend="reference"))
 
 
 def test_a_reference_on_another_device_makes_the_same():
     real, fake = torch.randn(2, 3, 500).unbind()
-    ours = perturbed_batch(real.to(DEVICE), fake.to(DEVICE), 0.1, **KEY, backend="triton")
-    assert torch.equal(ours.cpu(), perturbed_batch(real, fake, 0.1, **KEY, backend="reference"))
-    t = sample_shifted_timesteps(9, shift=12, **KEY, device=DEVICE, backend="triton")
-    assert torch.equal(t.cpu(), sample_shifted_timesteps(9, shift=12, **KEY))
+    ours = perturbed_batch(real.to(DEVICE), fake.to(DEVICE), 0.1, KEY, backend="triton")
+    assert torch.equal(ours.cpu(), perturbed_batch(real, fake, 0.1, KEY, backend="reference"))
+    t = sample_shifted_timesteps(9, HERE, shift=12, backend="triton")
+    assert torch.equal(t.cpu(), sample_shifted_timesteps(9, KEY, shift=12))
 
 
 def test_non_contiguous_inputs():
     real = torch.randn(5, 4, 3, device=DEVICE).transpose(0, 2)
     fake = torch.randn(3, 4, 10, device=DEVICE)[..., ::2]
     for backend in ("triton", "reference"):
-        ours = perturbed_batch(real, fake, 0.1, **KEY, backend=backend)
-        same = perturbed_batch(real.contiguous(), fake.contiguous(), 0.1, **KEY, backend=backend)
+        ours = perturbed_batch(real, fake, 0.1, KEY, backend=backend)
+        same = perturbed_batch(real.contiguous(), fake.contiguous(), 0.1, KEY, backend=backend)
         assert torch.equal(ours, same) and ours.is_contiguous()
 
 
 def test_the_reference_takes_what_the_kernel_does_not():
     x = torch.zeros(1, 4, dtype=torch.float64, device=DEVICE)
     with pytest.raises(InputError, match="perturbed_batch backend 'triton' cannot run: takes fp32"):
-        perturbed_batch(x, x, 0.1, **KEY, backend="triton")
-    wide = perturbed_batch(x, x, 0.1, **KEY, backend="reference")
-    noise = perturbed_batch(x.float(), x.float(), 1.0, **KEY)[1].double()
+        perturbed_batch(x, x, 0.1, KEY, backend="triton")
+    wide = perturbed_batch(x, x, 0.1, KEY, backend="reference")
+    noise = perturbed_batch(x.float(), x.float(), 1.0, KEY)[1].double()
     assert torch.equal(wide[1], 0.1 * noise)
 
 
@@ -152,8 +156,7 @@ def test_gradients(backend, num_perturbed, wanted):
     real, fake = torch.randn(2, 3, 40, device=DEVICE).unbind()
     real.requires_grad_(wanted != "fake")
     fake.requires_grad_(wanted != "real")
-    options = KEY | {"num_perturbed": num_perturbed, "backend": backend}
-    batch = perturbed_batch(real, fake, 0.1, **options)
+    batch = perturbed_batch(real, fake, 0.1, KEY, num_perturbed=num_perturbed, backend=backend)
     weights = torch.randn_like(batch)
     (batch * weights).sum().backward()
     if wanted != "fake":
@@ -169,7 +172,7 @@ def test_it_is_linear_and_may_be_differentiated_twice(backend):
     """As exact R1 does, with the gradient of logits in x_real."""
     real = torch.randn(2, 6, device=DEVICE, requires_grad=True)
     fake = torch.randn(1, 6, device=DEVICE)
-    batch = perturbed_batch(real, fake, 0.1, **KEY, backend=backend)
+    batch = perturbed_batch(real, fake, 0.1, KEY, backend=backend)
     (gradient,) = torch.autograd.grad(batch.pow(3).sum(), real, create_graph=True)
     (second,) = torch.autograd.grad(gradient.sum(), real)
     torch.testing.assert_close(second, 6 * (batch[:2] + batch[2:4]))
@@ -182,8 +185,8 @@ def test_checkpointing_makes_the_same_noise_again(backend):
     seen = []
 
     def run(x):
-        t = sample_shifted_timesteps(2, shift=3, **KEY, device=DEVICE, backend=backend)
-        batch = perturbed_batch(x, fake, 0.1, **KEY, backend=backend)
+        t = sample_shifted_timesteps(2, HERE, shift=3, backend=backend)
+        batch = perturbed_batch(x, fake, 0.1, KEY, backend=backend)
         seen.append((t, batch.detach()))
         return (t.repeat(3)[:, None] * batch.pow(3)).sum()
 
@@ -214,9 +217,9 @@ def test_compiles_to_one_graph_for_all_steps(backend):
         return graph.forward
 
     def run(x, step, offset):
-        key = {"seed": 3, "step": step, "offset": offset, "backend": backend}
-        t = sample_shifted_timesteps(6, shift=12, **key, device=DEVICE)
-        return t[:, None] * perturbed_batch(x, fake, 0.1, **key)
+        draw = Draw(3, step, offset, "noise", DEVICE)
+        t = sample_shifted_timesteps(6, draw, shift=12, backend=backend)
+        return t[:, None] * perturbed_batch(x, fake, 0.1, draw, backend=backend)
 
     compiled = torch.compile(run, fullgraph=True, backend=count)
     for step in range(10, 20):
@@ -231,11 +234,10 @@ def test_compiles_to_one_graph_for_all_steps(backend):
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_the_default_dtype_has_no_influence(backend):
     real = torch.randn(2, 5, device=DEVICE)
-    options = KEY | {"backend": backend}
 
     def draw():
-        t = sample_shifted_timesteps(4, shift=12, **options, device=DEVICE)
-        return t, perturbed_batch(real, real, 0.1, **options)
+        t = sample_shifted_timesteps(4, HERE, shift=12, backend=backend)
+        return t, perturbed_batch(real, real, 0.1, KEY, backend=backend)
 
     expected = draw()
     torch.set_default_dtype(torch.bfloat16)
@@ -249,8 +251,8 @@ def test_the_default_dtype_has_no_influence(backend):
 
 def test_one_choice_for_all_ops_reaches_them():
     with kernel_backend("triton"):
-        t = sample_shifted_timesteps(4, shift=12, **KEY, device=DEVICE)
-    assert torch.equal(t, sample_shifted_timesteps(4, shift=12, **KEY, device=DEVICE))
+        t = sample_shifted_timesteps(4, HERE, shift=12)
+    assert torch.equal(t, sample_shifted_timesteps(4, HERE, shift=12))
 
 
 COMPILE = """
@@ -291,11 +293,11 @@ def test_every_rounding_is_in_the_compiled_code():
 def test_more_than_2_to_the_31_elements():
     size = 2**31 + 1030
     real = torch.zeros(1, size, device="cuda", dtype=torch.float16)
-    batch = perturbed_batch(real, real[:0], 1.0, **KEY, backend="triton")
+    batch = perturbed_batch(real, real[:0], 1.0, KEY, backend="triton")
     assert batch[0].count_nonzero() == 0
     groups = torch.arange(size // 4 - 256, size // 4)
     zero = torch.zeros((), dtype=torch.int64)
-    words = philox.philox((groups, zero, zero, zero), philox_key(3, 5, "perturbation"))
+    words = philox.philox((groups, zero, zero, zero), philox_key(3, 5, "noise"))
     expected = philox.to_normal(torch.stack(words, dim=1).flatten()).half()
     last = batch[1, 4 * (size // 4 - 256) : 4 * (size // 4)].cpu()
     assert torch.equal(last, expected)

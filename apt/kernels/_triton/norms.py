@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apt.kernels._triton.common import no_double_backward, num_processors
+from apt.kernels._triton.common import no_double_backward, num_processors, save_nothing
+from apt.kernels._triton.fused_op import fused_op
 from apt.kernels._triton.segment_sum import segment_sum
 
 # Numbers that change from batch to batch: no new compilation for those that 16 divides.
@@ -502,7 +503,7 @@ def _backward(
     if num_sums:
         partials = x.new_empty(num_sums, batch * programs, width, dtype=torch.float32)
     if x.numel() == 0:
-        sums = x.new_zeros(num_sums, num_rows, width, dtype=torch.float32)
+        sums = x.new_zeros(num_sums, num_rows, width, dtype=torch.float32) if num_sums else None
         return grad_x, grad_update, grad_gate, grad_scale, sums
     gate, scale = _matrix(gate), _matrix(scale)
     with torch.cuda.device_of(x):
@@ -566,7 +567,7 @@ def _share_out(device: torch.device, samples: int, length: int, tiling: Tiling) 
 # kernels, and these have nothing left to fuse.
 
 
-@torch.library.custom_op("apt::modulated_norm", mutates_args=())
+@fused_op("apt::modulated_norm")
 def modulated_norm_op(
     x: Tensor,
     scale: Tensor,
@@ -586,7 +587,7 @@ def _(x, scale, shift, weight, bias, rows, eps, layer):
     return x.new_empty(x.shape), _fake_stats(x, layer)
 
 
-@torch.library.custom_op("apt::residual_modulated_norm", mutates_args=())
+@fused_op("apt::residual_modulated_norm")
 def residual_modulated_norm_op(
     x: Tensor,
     update: Tensor,
@@ -613,7 +614,7 @@ def _fake_stats(x: Tensor, layer: bool) -> Tensor:
     return x.new_empty(2 if layer else 1, x.shape[0] * x.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("apt::modulated_norm_backward", mutates_args=())
+@fused_op("apt::modulated_norm_backward")
 def backward_op(
     grad_y: Tensor,
     grad_x_new: Tensor | None,
@@ -626,41 +627,15 @@ def backward_op(
     rows: Tensor | None,
     stats: Tensor,
     layer: bool,
-    shift_dtype: torch.dtype,
     modulation_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, update, gate, scale, shift, weight, bias; (0,) for what nobody wants.
-
-    That of a shift per token is grad_y, which the caller has.
-    """
-    grad_x, grad_update, grad_gate, grad_scale, sums = _backward(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `_backward` returns; (0,) for what is None."""
+    grad_x, *others = _backward(
         grad_y, grad_x_new, x, update, gate, scale, weight, bias, rows, stats, layer,
         modulation_grad,
     )  # fmt: skip
-    grad_shift = grad_weight = grad_bias = None
-    if sums is not None and modulation_grad:
-        x_hat_times, ones_times = sums[0], sums[1]
-        factor = None
-        if scale.ndim == 2:
-            factor = 1 + scale.float()
-            grad_scale = x_hat_times if weight is None else x_hat_times * weight
-            grad_scale = grad_scale if bias is None else grad_scale + ones_times * bias
-            grad_scale = grad_scale.to(scale.dtype, copy=True)
-            grad_shift = ones_times.to(shift_dtype, copy=True)
-            grad_gate = None if gate is None else sums[2].to(gate.dtype, copy=True)
-        if weight is not None:
-            grad_weight = _weighted_sum(x_hat_times, factor).to(weight.dtype)
-        if bias is not None:
-            grad_bias = _weighted_sum(ones_times, factor).to(bias.dtype)
-    return (
-        grad_x,
-        _or_empty(grad_update, x),
-        _or_empty(grad_gate, x),
-        _or_empty(grad_scale, x),
-        _or_empty(grad_shift, x),
-        _or_empty(grad_weight, x),
-        _or_empty(grad_bias, x),
-    )
+    grad_update, grad_gate, grad_scale, sums = (_or_empty(other, x) for other in others)
+    return grad_x, grad_update, grad_gate, grad_scale, sums
 
 
 def _or_empty(gradient: Tensor | None, x: Tensor) -> Tensor:
@@ -668,29 +643,22 @@ def _or_empty(gradient: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if gradient is None else gradient
 
 
-def _weighted_sum(sums: Tensor, factor: Tensor | None) -> Tensor:
-    return (sums if factor is None else factor * sums).sum(0)
-
-
 @backward_op.register_fake
 def _(
-    grad_y, grad_x_new, x, update, gate, scale, weight, bias, rows, stats, layer, shift_dtype,
-    modulation_grad,
-):  # fmt: skip
-    def like(values, wanted, dtype=None):
-        if values is None or not wanted:
-            return x.new_empty(0)
-        return values.new_empty(values.shape, dtype=dtype or values.dtype)
+    grad_y, grad_x_new, x, update, gate, scale, weight, bias, rows, stats, layer, modulation_grad
+):
+    def like(values):
+        return x.new_empty(0) if values is None else values.new_empty(values.shape)
 
-    shared = modulation_grad and scale.ndim == 2
+    per_token = scale.ndim == 3
+    num_sums = _number_of_sums(update, weight, bias, per_token) if modulation_grad else 0
+    num_rows = 1 if per_token else scale.shape[0]
     return (
-        like(x, True),
-        like(update, True),
-        like(gate, modulation_grad),
-        like(scale, modulation_grad),
-        like(scale, shared, shift_dtype),
-        like(weight, modulation_grad),
-        like(bias, modulation_grad),
+        like(x),
+        like(update),
+        like(gate if per_token and modulation_grad else None),
+        like(scale if per_token and modulation_grad else None),
+        x.new_empty((num_sums, num_rows, x.shape[2]) if num_sums else 0, dtype=torch.float32),
     )
 
 
@@ -713,18 +681,32 @@ def _gradients(
     """Of x, update, gate, scale, shift, weight, bias."""
     x, update, gate, scale, weight, bias, rows, stats = ctx.saved_tensors
     grad_y = torch.zeros_like(x) if grad_y is None else grad_y
-    found = backward_op(
+    grad_x, grad_update, grad_gate, grad_scale, sums = backward_op(
         grad_y, grad_x_new, x, update, gate, scale, weight, bias, rows, stats, ctx.layer,
-        ctx.shift_dtype, modulation_grad,
+        modulation_grad,
     )  # fmt: skip
-    grad_x, grad_update, *of_modulation = found
+    grad_shift = grad_weight = grad_bias = factor = None
     if not modulation_grad:
         return (grad_x, grad_update, *[None] * 5)
+    by_quantity: Any = sums.unbind() if sums.ndim == 3 else (None, None)
+    x_hat_times, ones_times, *of_gate = by_quantity
     if scale.ndim == 3:
-        of_modulation[2] = grad_y.to(ctx.shift_dtype)
-    inputs = (gate, scale, scale, weight, bias)
-    shared = (g if i is not None else None for g, i in zip(of_modulation, inputs, strict=True))
-    return (grad_x, grad_update, *shared)
+        grad_shift = grad_y.to(ctx.shift_dtype)
+    else:
+        grad_scale = x_hat_times if weight is None else x_hat_times * weight
+        grad_scale = grad_scale if bias is None else grad_scale + ones_times * bias
+        grad_scale, grad_shift = grad_scale.to(scale.dtype), ones_times.to(ctx.shift_dtype)
+        grad_gate = of_gate[0].to(gate.dtype) if of_gate else None
+        factor = None if weight is None and bias is None else 1 + scale.float()
+    if weight is not None:
+        grad_weight = _weighted_sum(x_hat_times, factor).to(weight.dtype)
+    if bias is not None:
+        grad_bias = _weighted_sum(ones_times, factor).to(bias.dtype)
+    return grad_x, grad_update, grad_gate, grad_scale, grad_shift, grad_weight, grad_bias
+
+
+def _weighted_sum(sums: Tensor, factor: Tensor | None) -> Tensor:
+    return (sums if factor is None else factor * sums).sum(0)
 
 
 def _modulated_norm_backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Any, ...]:
@@ -742,7 +724,9 @@ def _residual_modulated_norm_backward(
 
 modulated_norm_op.register_autograd(_modulated_norm_backward, setup_context=_save)
 residual_modulated_norm_op.register_autograd(_residual_modulated_norm_backward, setup_context=_save)
-backward_op.register_autograd(no_double_backward("modulated_norm and residual_modulated_norm"))
+backward_op.register_autograd(
+    no_double_backward("modulated_norm and residual_modulated_norm"), setup_context=save_nothing
+)
 
 
 def modulated_norm(

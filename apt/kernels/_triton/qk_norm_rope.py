@@ -14,7 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from apt.kernels._triton.common import no_double_backward, num_processors
+from apt.kernels._triton.common import no_double_backward, num_processors, save_nothing
+from apt.kernels._triton.fused_op import fused_op
 from apt.kernels._triton.rope_kernels import (
     Tiling,
     backward_kernel,
@@ -170,7 +171,7 @@ def _none_if_empty(x: Tensor) -> Tensor | None:
 # Ops of torch.library take no lists with gaps: an absent weight or table is an empty tensor.
 
 
-@torch.library.custom_op("apt::norm_rope", mutates_args=())
+@fused_op("apt::norm_rope")
 def norm_rope_op(
     xs: list[Tensor],
     weights: list[Tensor],
@@ -207,7 +208,7 @@ def _(xs, weights, cos, sin, eps, across_heads, half):
     return [x.new_empty(x.shape) for x in xs]
 
 
-@torch.library.custom_op("apt::norm_rope_backward", mutates_args=())
+@fused_op("apt::norm_rope_backward")
 def norm_rope_backward_op(
     grads: list[Tensor],
     xs: list[Tensor],
@@ -243,7 +244,7 @@ def _(grads, xs, weights, cos, sin, eps, across_heads, half, weight_grad):
     return [x.new_empty(x.shape) for x in xs] + (of_weights if weight_grad else [])
 
 
-@torch.library.custom_op("apt::joint_qk_norm_rope", mutates_args=())
+@fused_op("apt::joint_qk_norm_rope")
 def joint_op(
     qkvs: list[Tensor],
     q_weights: list[Tensor],
@@ -305,7 +306,7 @@ def _(qkvs, q_weights, k_weights, coss, sins, eps, across_heads, half):
     return _joint_buffers(qkvs)
 
 
-@torch.library.custom_op("apt::joint_qk_norm_rope_backward", mutates_args=())
+@fused_op("apt::joint_qk_norm_rope_backward")
 def joint_backward_op(
     grad_q: Tensor,
     grad_k: Tensor,
@@ -386,9 +387,9 @@ def _joint_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) ->
 
 norm_rope_op.register_autograd(_norm_rope_backward, setup_context=_save)
 _raises = no_double_backward("norm_rope, qk_norm_rope and joint_qk_norm_rope")
-norm_rope_backward_op.register_autograd(_raises)
+norm_rope_backward_op.register_autograd(_raises, setup_context=save_nothing)
 joint_op.register_autograd(_joint_backward, setup_context=_save)
-joint_backward_op.register_autograd(_raises)
+joint_backward_op.register_autograd(_raises, setup_context=save_nothing)
 
 
 def norm_rope(

@@ -33,7 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apt.kernels._triton.common import no_double_backward, num_processors
+from apt.kernels._triton.common import no_double_backward, num_processors, save_nothing
+from apt.kernels._triton.fused_op import fused_op
 from apt.kernels._triton.segment_sum import segment_sum
 from apt.kernels.backends import interpreted
 
@@ -448,7 +449,7 @@ def _backward(
     return grad_x, grad_products
 
 
-@torch.library.custom_op("apt::query_pooling", mutates_args=())
+@fused_op("apt::query_pooling")
 def query_pooling_op(
     x: Tensor, folded: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -467,7 +468,7 @@ def _(x, folded, eps):
     )
 
 
-@torch.library.custom_op("apt::query_pooling_backward", mutates_args=())
+@fused_op("apt::query_pooling_backward")
 def query_pooling_backward_op(
     grad: Tensor,
     x: Tensor,
@@ -510,7 +511,9 @@ def _gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor | None,
 
 
 query_pooling_op.register_autograd(_gradients, setup_context=_save)
-query_pooling_backward_op.register_autograd(no_double_backward("query_pooling"))
+query_pooling_backward_op.register_autograd(
+    no_double_backward("query_pooling"), setup_context=save_nothing
+)
 
 
 def pool(x: Tensor, folded: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,129 @@
+"""Times of what stands around Wan's transformer: the VAE's decoder and the text encoder.
+
+Built at full size from their configurations, with random weights: nothing is downloaded. Where
+diffusers or transformers is missing they are skipped, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.bench.records import Measurement
+from apt.bench.timing import Clock, Work, median, time_interleaved
+from apt.errors import InputError
+from apt.models.external import import_hub_extra
+from benchmarks.training import peak_gb, reset_peak
+
+PROMPT_TOKENS = 512
+
+# Of google/umt5-xxl, which Wan uses; what is not here is the class's default
+UMT5_XXL = {
+    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24,
+    "num_heads": 64, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+}  # fmt: skip
+TINY_UMT5 = UMT5_XXL | {
+    "vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
+}  # fmt: skip
+WAN_VAE: Mapping[str, Any] = {}  # Wan 2.1's is the default of AutoencoderKLWan
+TINY_VAE = {
+    "base_dim": 3, "dim_mult": [1] * 4, "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+}  # fmt: skip
+
+
+def measure_vae(
+    frames: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device,
+    clock: Clock,
+    config: Mapping[str, Any] = WAN_VAE,
+) -> Measurement:
+    """Decoding one clip's latents, as the pipeline does after its one step."""
+    size = f"{frames}x{height}x{width}"
+    case = case_of("Wan 2.1 VAE decode", size, dtype)
+
+    def build() -> tuple[nn.Module, Callable[[], Tensor]]:
+        diffusers = import_hub_extra("diffusers")
+        vae = on(device, dtype, lambda: diffusers.AutoencoderKLWan(**config))
+        grid = ((frames - 1) // 4 + 1, height // 8, width // 8)
+        latents = torch.randn(1, vae.config.z_dim, *grid, device=device).to(dtype)
+        return vae, lambda: vae.decode(latents, return_dict=False)[0]
+
+    return measure(case, build, (1, 3, frames, height, width), device, clock)
+
+
+def measure_text(
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device,
+    clock: Clock,
+    config: Mapping[str, Any] = UMT5_XXL,
+) -> Measurement:
+    """Encoding one prompt of `tokens` tokens."""
+    case = case_of("UMT5-XXL", f"{tokens} tokens", dtype)
+
+    def build() -> tuple[nn.Module, Callable[[], Tensor]]:
+        transformers = import_hub_extra("transformers")
+        encoder = on(
+            device,
+            dtype,
+            lambda: transformers.UMT5EncoderModel(transformers.UMT5Config(**config)),
+        )
+        ids = torch.randint(2, config["vocab_size"], (1, tokens), device=device)
+        return encoder, lambda: encoder(input_ids=ids).last_hidden_state
+
+    return measure(case, build, (1, tokens, config["d_model"]), device, clock)
+
+
+def measure(
+    case: Mapping[str, str | int],
+    build: Callable[[], tuple[nn.Module, Callable[[], Tensor]]],
+    shape: tuple[int, ...],
+    device: torch.device,
+    clock: Clock,
+) -> Measurement:
+    """Time a network that `build` makes; "skipped" if its package is missing."""
+    try:
+        network, run = build()
+    except InputError as error:
+        return Measurement(case=case, status="skipped", reason=str(error))
+    reset_peak(device)
+    with torch.no_grad():
+        output = run()
+        if tuple(output.shape) != shape:
+            reason = f"the output is {tuple(output.shape)}, expected {shape}"
+            return Measurement(case=case, status="wrong", reason=reason)
+        samples = time_interleaved(
+            {"run": Work(lambda _: run())}, clock, rounds=5, warmup=1, max_seconds=10
+        )["run"].samples_ms
+    metrics = {
+        "parameters": float(sum(p.numel() for p in network.parameters())),
+        "peak_gb": peak_gb(device),
+    }
+    if len(shape) == 5:
+        metrics["frames_per_s"] = shape[2] / median(samples) * 1e3
+    return Measurement(case=case, samples_ms=samples, metrics=metrics)
+
+
+def on(device: torch.device, dtype: torch.dtype, make: Callable[[], nn.Module]) -> Any:
+    """A network made on a device and in a type: its weights never are in fp32 on the host."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return make().eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def case_of(part: str, size: str, dtype: torch.dtype) -> dict[str, str | int]:
+    """As records hold it."""
+    return {"part": part, "size": size, "dtype": str(dtype).removeprefix("torch.")}

@@ -1,0 +1,146 @@
+"""The short way of eager calls computes what the library's op computes, and gives way to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from apt.bench.inputs import Inputs, Random
+from apt.bench.ops import OPS, variants_of
+from apt.bench.shapes import Shape
+from apt.kernels.backends import HOST_BOUND
+
+pytest.importorskip("triton")
+from apt.kernels._triton import fused_op as module
+from apt.kernels._triton import norms
+from apt.kernels._triton.fused_op import FusedOp, fused_op
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = Shape(name="small", batch=2, tokens=6, heads=2, head_dim=16, dtype=torch.float32)
+NAMES = [
+    "modulated_norm", "residual_modulated_norm", "norm_rope", "qk_norm_rope", "joint_qk_norm_rope",
+    "query_pooling",
+]  # fmt: skip
+
+
+def draw(name: str) -> Inputs:
+    inputs = OPS[name].draw(SMALL, Random(torch.Generator(DEVICE).manual_seed(0), torch.float32))
+    for wanted in OPS[name].gradients:
+        inputs[wanted].requires_grad_()
+    return inputs
+
+
+def outputs_and_gradients(name: str, inputs: Inputs) -> list[Tensor]:
+    found = variants_of(OPS[name])["triton"](inputs)
+    outputs = found if isinstance(found, tuple) else (found,)
+    wanted = [inputs[n] for n in OPS[name].gradients]
+    weights = [torch.linspace(-1, 1, o.numel()).view(o.shape).to(o) for o in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, weights)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ways_are_the_same_function(name, monkeypatch):
+    inputs = draw(name)
+    short = outputs_and_gradients(name, inputs)
+    with torch.no_grad():
+        alone = variants_of(OPS[name])["triton"](inputs)
+    monkeypatch.setattr(module, "_somebody_looks", lambda: True)
+    long = outputs_and_gradients(name, inputs)
+    for a, b in zip(short, long, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(alone if isinstance(alone, tuple) else (alone,), long, strict=False):
+        assert torch.equal(a, b)
+        assert a.grad_fn is None
+
+
+class Seen(TorchDispatchMode):
+    """The ops of ours that come by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "apt":
+            self.ops.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["modulated_norm", "joint_qk_norm_rope"])
+def test_whoever_looks_sees_the_ops(name):
+    inputs = draw(name)
+    with Seen() as seen:
+        outputs_and_gradients(name, inputs)
+    assert seen.ops == [f"{name}.default", f"{name}_backward.default"]
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        outputs_and_gradients(name, inputs)
+    assert {f"apt::{name}", f"apt::{name}_backward"} <= {e.key for e in profiler.key_averages()}
+
+
+def modulated(x: Tensor, scale: Tensor) -> Tensor:
+    return norms.modulated_norm_op(x, scale, scale, None, None, None, 1e-6, False)[0]
+
+
+def test_tensors_without_data_take_the_op():
+    for where in (FakeTensorMode(), torch.device("meta")):
+        with where:
+            x, scale = torch.empty(2, 3, 16), torch.empty(2, 16)
+        y = modulated(x, scale)
+        assert type(y) is type(x)
+        assert (y.shape, y.device) == (x.shape, x.device)
+
+
+def test_a_transform_takes_the_op():
+    x, scale = torch.randn(2, 2, 3, 16, device=DEVICE), torch.randn(2, 2, 16, device=DEVICE)
+    found = torch.func.vmap(modulated)(x, scale)
+    assert torch.equal(
+        found, torch.stack([modulated(*pair) for pair in zip(x, scale, strict=True)])
+    )
+
+
+@pytest.fixture(scope="module")
+def op() -> FusedOp:
+    """Lists in and out, an absent tensor, and a gradient that tells what it was asked for."""
+    asked: list[Any] = []
+
+    def function(xs: list[Tensor], y: Tensor, z: Tensor | None, factor: float) -> list[Tensor]:
+        return [x * y * factor for x in xs]
+
+    def save(ctx: Any, inputs: Any, output: Any) -> None:
+        xs, y, _, ctx.factor = inputs
+        ctx.save_for_backward(y, *xs)
+
+    def backward(ctx: Any, grads: list[Tensor]) -> Any:
+        y, *xs = ctx.saved_tensors
+        asked.append(list(ctx.needs_input_grad[0]))
+        of_y = sum(g * x * ctx.factor for g, x in zip(grads, xs, strict=True))
+        return [g * y * ctx.factor for g in grads], of_y, None, None
+
+    made = fused_op("apt_test::lists")(function)
+    made.register_fake(lambda xs, y, z, factor: [torch.empty_like(x) for x in xs])
+    made.register_autograd(backward, setup_context=save)
+    made.asked = asked  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.parametrize("way", [lambda op: op, lambda op: op.overload], ids=["short", "long"])
+def test_lists_and_what_is_absent(op: FusedOp, way: Callable[[FusedOp], Any]):
+    xs = [torch.tensor(2.0, requires_grad=True), torch.tensor(3.0)]
+    y = torch.tensor(5.0, requires_grad=True)
+    found = way(op)(xs, y, None, 10.0)
+    assert isinstance(found, list)
+    assert [v.item() for v in found] == [100.0, 150.0]
+    gradients = torch.autograd.grad(found, [xs[0], y], [torch.tensor(1.0), torch.tensor(2.0)])
+    assert [float(g) for g in gradients] == [50.0, 10 * (2 + 2 * 3)]
+    assert op.asked[-1] == [True, False]  # type: ignore[attr-defined]
+
+
+def test_the_ops_under_test_are_those_that_are_host_bound():
+    assert set(NAMES) == HOST_BOUND
