@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,16 +13,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from apt.device import find_device
 from apt.errors import InputError
 from apt.flow import sampling_timesteps
-from apt.hub import ModelInfo, Stage
+from apt.hub import ModelInfo
+from apt.memory import explained_memory, require_memory
 from apt.models.bundle import ModelBundle, load_pretrained
 from apt.models.conditions import TextCondition
 from apt.models.lora import find_lora, merge_lora, read_lora
-from apt.models.protocols import Backbone, LatentCodec, TextEncoder
 from apt.models.registry import untrained_timesteps
 from apt.pixels import to_uint8
-from apt.rng import sample_noise
+from apt.rng import Draw, sample_noise
 from apt.sampling import (
     SAMPLERS,
     SamplerName,
@@ -32,12 +34,12 @@ from apt.sampling import (
     sample,
 )
 
-DEFAULT_SAMPLERS: dict[Stage, SamplerName] = {
+_SAMPLERS_BY_STAGE: dict[str, SamplerName] = {
     "diffusion": "euler",
     "consistency": "consistency",
     "apt": "consistency",
 }
-"""What "auto" means for a model of each stage. In one step they are the same."""
+"""What "auto" means for a model that does not say. In one step they are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class SamplingPlan:
         negative_prompt: what guidance leads away from.
     """
 
-    stage: Stage
+    stage: str
     sampler: SamplerName
     timesteps: tuple[float, ...]
     cfg_scale: float
@@ -92,28 +94,35 @@ class OneStepPipeline:
             offload: keep the parts in main memory, and each on the device only while it works:
                 text encoder, then transformer, then codec. The device then needs room for the
                 largest of them, and every call waits for the copies.
+
+        Raises InputError for a device that this machine does not have.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = find_device(device)
         kept = "cpu" if offload else device
-        bundle = load_pretrained(name_or_folder, device=kept, dtype=dtype)
-        return cls(bundle, offload_to=torch.device(device) if offload else None)
+        with explained_memory(
+            f"loading {str(name_or_folder)!r}", "try bfloat16, or offload on a GPU"
+        ):
+            bundle = load_pretrained(name_or_folder, device=kept, dtype=dtype)
+        return cls(bundle, offload_to=device if offload else None)
 
     def load_lora(self, name_or_file: str | Path, *, scale: float = 1.0) -> OneStepPipeline:
         """Merge a LoRA into the transformer, in place; returns itself.
 
         Args:
             name_or_file: a .safetensors file, or a folder or Hub id ("owner/name[@revision]") with
-                `pytorch_lora_weights.safetensors`, in the spelling of diffusers, ComfyUI or kohya.
+                one, in any of the spellings that `apt.models.lora` reads.
             scale: of the change; merging again with the negative takes it off, to rounding.
 
         Raises:
-            CheckpointError: no such file, or one that does not fit the model.
-            InputError: a scale that is not finite.
+            CheckpointError: no such file, one that does not fit the model, or one that makes
+                weights that are not finite. The model is then as it was.
+            InputError: a scale that is not finite, or a negative one of a DoRA.
         """
         backbone = self.bundle.backbone
-        assert isinstance(backbone, nn.Module)
-        merge_lora(backbone, read_lora(find_lora(name_or_file), backbone), scale=scale)
+        with explained_memory(f"merging {str(name_or_file)!r}", "load the model in bfloat16"):
+            merge_lora(backbone, read_lora(find_lora(name_or_file), backbone), scale=scale)
         return self
 
     def to(
@@ -122,12 +131,16 @@ class OneStepPipeline:
         """Move the networks, in place; returns itself. `dtype` is for the model's own weights.
 
         With `offload` they stay, and `device` is where they will work.
+
+        Raises InputError for a device that this machine does not have; nothing has moved then.
         """
+        if device is not None:
+            device = find_device(device)
         if self._offload_to is None:
             for module in self.bundle.modules():
                 module.to(device=device)
         elif device is not None:
-            self._offload_to = torch.device(device)
+            self._offload_to = device
         for module in self.bundle.own_modules():
             module.to(dtype=dtype)
         return self
@@ -138,7 +151,7 @@ class OneStepPipeline:
         return self.bundle.info
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> str:
         """ "diffusion", "consistency" or "apt"."""
         return self.bundle.info.stage
 
@@ -164,7 +177,7 @@ class OneStepPipeline:
         """Resolve sampling options without generating; arguments as for calling the pipeline."""
         defaults = self.info.sampling
         if sampler == "auto":
-            sampler = DEFAULT_SAMPLERS[self.stage]
+            sampler = defaults.sampler or _SAMPLERS_BY_STAGE[self.stage]
         if sampler not in SAMPLERS:
             raise InputError(
                 f"unknown sampler {sampler!r}; choose from auto, {', '.join(SAMPLERS)}"
@@ -173,6 +186,8 @@ class OneStepPipeline:
             steps = defaults.num_steps if num_steps is None else num_steps
             if not isinstance(steps, int) or steps < 1:
                 raise InputError(f"num_steps must be a whole number of at least 1, got {steps!r}")
+            if steps > _MOST_STEPS:
+                raise InputError(f"num_steps must be at most {_MOST_STEPS}, got {steps}")
             grid = check_timesteps(sampling_timesteps(steps, defaults.timestep_shift))
         else:
             grid = check_timesteps(timesteps)
@@ -182,8 +197,8 @@ class OneStepPipeline:
                     f"{num_steps}; leave one of them out"
                 )
         # Distilled models have their guidance built in.
-        guided = self.stage == "diffusion"
-        scale = (defaults.cfg_scale if guided else 1.0) if cfg_scale is None else float(cfg_scale)
+        own_scale = 1.0 if self.stage in ("consistency", "apt") else defaults.cfg_scale
+        scale = own_scale if cfg_scale is None else float(cfg_scale)
         if not 0 <= scale < float("inf"):
             raise InputError(f"cfg_scale must be finite and at least 0, got {cfg_scale}")
         return SamplingPlan(
@@ -211,7 +226,7 @@ class OneStepPipeline:
         width: int | None = None,
         batch_size: int = 1,
     ) -> Tensor:
-        """Generate videos.
+        """Generate videos, all at once; `stream` gives one after the other.
 
         Args:
             prompt: one or several; none of them empty.
@@ -219,7 +234,7 @@ class OneStepPipeline:
                 videos of it.
             num_steps: network evaluations; None is the model's own number (1 after APT).
             sampler: "consistency" (back to t with fresh noise), "euler", or "auto", which follows
-                from the model's stage (`DEFAULT_SAMPLERS`). In one step they are the same.
+                from the model. In one step they are the same.
             timesteps: the grid itself, from 1 to 0, such as (1, 0.6, 0), in place of `num_steps`.
             cfg_scale: classifier-free guidance; 1 is off. None is the model's own for diffusion,
                 and off for distilled models, which have it built in.
@@ -231,24 +246,61 @@ class OneStepPipeline:
             uint8 (B, T, H, W, 3) on the CPU, B being the number of prompts or of seeds.
 
         Raises:
-            InputError: for a prompt, seed, size or option that does not fit, saying what does.
+            InputError: for a prompt, seed, size or option that does not fit, saying what does; for
+                values that are not finite, and for too little memory.
         """
-        pixels = self.sample_pixels(
+        request = self._request(
             prompt,
-            seed=seed,
-            num_steps=num_steps,
-            sampler=sampler,
-            timesteps=timesteps,
-            cfg_scale=cfg_scale,
-            negative_prompt=negative_prompt,
-            frames=frames,
-            height=height,
-            width=width,
-            batch_size=batch_size,
+            seed,
+            self.plan(
+                num_steps=num_steps,
+                sampler=sampler,
+                timesteps=timesteps,
+                cfg_scale=cfg_scale,
+                negative_prompt=negative_prompt,
+            ),
+            (frames, height, width),
+            batch_size,
         )
-        return to_uint8(pixels).permute(0, 2, 3, 4, 1).contiguous().cpu()
+        size = math.prod(request.pixels) * len(request.prompts)
+        require_memory(size, torch.device("cpu"), "all the videos together", "use stream()")
+        return torch.cat([_frames(batch) for batch in self._batches(request)])
 
-    @torch.inference_mode()
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        num_steps: int | None = None,
+        sampler: SamplerName | Literal["auto"] = "auto",
+        timesteps: Sequence[float] | None = None,
+        cfg_scale: float | None = None,
+        negative_prompt: str | None = None,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 1,
+    ) -> Iterator[Tensor]:
+        """As calling the pipeline, but each video, uint8 (T, H, W, 3), as soon as it is made.
+
+        Arguments are checked, and prompts read, at once; memory and the wait for the first video
+        do not grow with their number.
+        """
+        request = self._request(
+            prompt,
+            seed,
+            self.plan(
+                num_steps=num_steps,
+                sampler=sampler,
+                timesteps=timesteps,
+                cfg_scale=cfg_scale,
+                negative_prompt=negative_prompt,
+            ),
+            (frames, height, width),
+            batch_size,
+        )
+        return (video for batch in self._batches(request) for video in _frames(batch))
+
     def sample_pixels(
         self,
         prompt: str | Sequence[str],
@@ -265,44 +317,111 @@ class OneStepPipeline:
         batch_size: int = 1,
     ) -> Tensor:
         """As calling the pipeline, but fp32 pixels (B, 3, T, H, W) in [-1, 1] on the device."""
-        prompts, seeds = _pair(prompt, seed)
-        plan = self.plan(
-            num_steps=num_steps,
-            sampler=sampler,
-            timesteps=timesteps,
-            cfg_scale=cfg_scale,
-            negative_prompt=negative_prompt,
+        request = self._request(
+            prompt,
+            seed,
+            self.plan(
+                num_steps=num_steps,
+                sampler=sampler,
+                timesteps=timesteps,
+                cfg_scale=cfg_scale,
+                negative_prompt=negative_prompt,
+            ),
+            (frames, height, width),
+            batch_size,
         )
-        shape = self.latent_shape(frames, height, width)
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        return torch.cat(list(self._batches(request)))
+
+    def _request(
+        self,
+        prompt: str | Sequence[str],
+        seed: int | Sequence[int],
+        plan: SamplingPlan,
+        size: tuple[int | None, int | None, int | None],
+        batch_size: int,
+    ) -> _Request:
+        """Everything that can be wrong, looked at before anything is computed."""
+        prompts, seeds = _pair(prompt, seed)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        latent = self.latent_shape(*size)
+        trained = self.info.sample
+        own = (trained.frames, trained.height, trained.width)
+        frames, height, width = (
+            mine if asked is None else asked for mine, asked in zip(own, size, strict=True)
+        )
         if self.stage == "diffusion" and (
             problem := untrained_timesteps(self.info.model.architecture, plan.timesteps)
         ):
-            warnings.warn(problem, stacklevel=4)
-        # All prompts are read before the first video is made, so that a bad one costs no time.
+            warnings.warn(problem, stacklevel=3)
+        # One video in fp32 before it is 8 bits: there will be more, but never less.
+        require_memory(
+            4 * 3 * frames * height * width,
+            self.device,
+            f"a video of {frames} frames of {height}x{width}",
+            _SMALLER,
+        )
+        self.bundle.text_encoder.check(prompts)
+        if plan.cfg_scale != 1:
+            self.bundle.text_encoder.check([plan.negative_prompt])
+        return _Request(prompts, seeds, plan, latent, (frames, height, width, 3), batch_size)
+
+    @torch.inference_mode()
+    def _batches(self, request: _Request) -> Iterator[Tensor]:
+        """Pixels (b, 3, T, H, W) of one network call after the other.
+
+        With `offload` each part works for several calls, as moving it takes longer than they do.
+        """
+        calls = _CALLS_PER_MOVE if self._offload_to is not None else 1
+        step = request.batch_size * calls
+        frames, height, width, _ = request.pixels
+        doing = f"generating {frames} frames of {height}x{width} on {self.device}"
+        for start in range(0, len(request.prompts), step):
+            with explained_memory(doing, _SMALLER):
+                end = min(start + step, len(request.prompts))
+                latents = self._latents(request, range(start, end))
+            with self._at_work(self.bundle.codec):
+                for x in latents:
+                    with explained_memory(doing, _SMALLER):
+                        pixels = self.bundle.codec.decode(x).float().clamp(-1, 1)
+                    self._check_finite(pixels, "pixels")
+                    yield pixels
+
+    def _latents(self, request: _Request, places: Sequence[int]) -> list[Tensor]:
+        """Latents of some of the videos, one tensor for each network call."""
+        texts = [request.prompts[place] for place in places]
+        plan, size = request.plan, request.batch_size
         with self._at_work(self.bundle.text_encoder):
-            conditions = [self._encode(text) for text in prompts]
+            encoded = {text: self._encode(text) for text in dict.fromkeys(texts)}
             negative = self._encode(plan.negative_prompt) if plan.cfg_scale != 1 else None
+        made = []
         with self._at_work(self.bundle.backbone):
-            latents = [
-                self._sample_latents(
-                    TextCondition.concatenate(conditions[start : start + batch_size]),
+            for start in range(0, len(places), size):
+                x = self._sample_latents(
+                    TextCondition.concatenate([encoded[t] for t in texts[start : start + size]]),
                     negative,
-                    seeds[start : start + batch_size],
-                    shape,
+                    [request.seeds[place] for place in places[start : start + size]],
+                    request.latent,
                     plan,
                 )
-                for start in range(0, len(prompts), batch_size)
-            ]
-        with self._at_work(self.bundle.codec):
-            videos = [self.bundle.codec.decode(x).float().clamp(-1, 1) for x in latents]
-        return torch.cat(videos)
+                self._check_finite(x, "latents")
+                made.append(x)
+        return made
+
+    def _check_finite(self, values: Tensor, kind: str) -> None:
+        """Raise InputError for values that would be written as black."""
+        bad = int((~torch.isfinite(values)).sum())
+        if bad:
+            raise InputError(
+                f"{bad} of {values.numel()} values of the {kind} are NaN or infinite in "
+                f"{str(self.dtype).removeprefix('torch.')}, so there is nothing to show: load the "
+                "model in bfloat16 or float32, lower the scale of a LoRA, or use other weights"
+            )
 
     @contextmanager
-    def _at_work(self, part: Backbone | TextEncoder | LatentCodec) -> Iterator[None]:
+    def _at_work(self, part: nn.Module) -> Iterator[None]:
         """Have a part on the device, and with `offload` back in main memory afterwards."""
-        if self._offload_to is None or not isinstance(part, nn.Module):
+        if self._offload_to is None:
             yield
             return
         part.to(self._offload_to)
@@ -372,10 +491,7 @@ class OneStepPipeline:
 
         def noise(step: int) -> Tensor:
             # The key holds the seed alone: a video does not depend on its place in the batch.
-            draws = [
-                sample_noise(1, shape, seed=seed, step=step, offset=0, stream="generate")
-                for seed in seeds
-            ]
+            draws = [sample_noise(1, shape, Draw(seed, step, stream="generate")) for seed in seeds]
             return torch.cat(draws).to(self.device)
 
         if negative is None:
@@ -393,6 +509,41 @@ class OneStepPipeline:
     def _parameter(self) -> Tensor:
         (backbone, *_) = self.bundle.modules()
         return next(backbone.parameters())
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What to generate, checked.
+
+    Attributes:
+        prompts, seeds: one each for every video.
+        plan: how.
+        latent: (C, T', H', W').
+        pixels: (T, H, W, 3).
+        batch_size: videos per network call.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    plan: SamplingPlan
+    latent: tuple[int, int, int, int]
+    pixels: tuple[int, int, int, int]
+    batch_size: int
+
+
+_CALLS_PER_MOVE = 8
+"""Network calls for which a part stays on the device with `offload`: their latents are small."""
+
+_MOST_STEPS = 1000
+
+_SMALLER = (
+    "ask for fewer frames or a smaller size, or try batch_size 1, bfloat16, or offload on a GPU"
+)
+
+
+def _frames(pixels: Tensor) -> Tensor:
+    """uint8 (B, T, H, W, 3) on the CPU from pixels (B, 3, T, H, W)."""
+    return to_uint8(pixels).permute(0, 2, 3, 4, 1).contiguous().cpu()
 
 
 def _pair(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:

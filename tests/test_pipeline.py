@@ -16,7 +16,7 @@ from apt.hub import SamplingInfo
 from apt.models.bundle import save_pretrained
 from apt.models.lora import LORA_FILE, LoRALayer, save_lora
 from apt.pipeline import OneStepPipeline
-from apt.rng import sample_noise
+from apt.rng import Draw, sample_noise
 from tests.tiny import tiny_bundle
 
 PROMPT = "a red seven moving left"
@@ -47,7 +47,7 @@ def test_a_prompt_becomes_a_video(pipeline: OneStepPipeline) -> None:
 def test_one_step_is_eq_5_in_pixels(pipeline: OneStepPipeline) -> None:
     """G(z, c) = z - v(z, c, 1), decoded, with the noise that the seed names."""
     bundle = pipeline.bundle
-    z = sample_noise(1, (768, 3, 4, 4), seed=7, step=0, offset=0, stream="generate")
+    z = sample_noise(1, (768, 3, 4, 4), Draw(7, stream="generate"))
     with torch.no_grad():
         velocity = bundle.backbone(z, torch.ones(1), bundle.text_encoder([PROMPT]))
         pixels = bundle.codec.decode(z - velocity).clamp(-1, 1)
@@ -181,20 +181,24 @@ def test_sizes_fit_or_name_sizes_that_do(pipeline: OneStepPipeline, value: int, 
         ({"prompt": PROMPT, "seed": [0.5]}, "whole number"),
         ({"prompt": PROMPT, "seed": [True]}, "whole number"),
         ({"prompt": PROMPT, "num_steps": 0}, "num_steps"),
+        ({"prompt": PROMPT, "num_steps": 10**9}, "num_steps must be at most 1000"),
         ({"prompt": PROMPT, "num_steps": 3, "timesteps": (1, 0)}, "make 1 steps"),
         ({"prompt": PROMPT, "timesteps": (0, 1)}, "timesteps must fall"),
         ({"prompt": PROMPT, "sampler": "ddim"}, "choose from auto, consistency, euler"),
         ({"prompt": PROMPT, "cfg_scale": float("nan")}, "cfg_scale"),
         ({"prompt": PROMPT, "cfg_scale": -1}, "cfg_scale"),
         ({"prompt": PROMPT, "batch_size": 0}, "batch_size"),
+        ({"prompt": PROMPT, "batch_size": 0.5}, "batch_size"),
+        ({"prompt": PROMPT, "frames": 10**12 + 1}, "needs more than .* GiB, and cpu has"),
         ({"prompt": PROMPT, "cfg_scale": 2.0, "negative_prompt": "\0"}, "U\\+0000"),
     ],
 )
 def test_wrong_input_is_explained(
     pipeline: OneStepPipeline, arguments: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InputError, match=message):
-        pipeline(**arguments)
+    for call in (pipeline, pipeline.stream, pipeline.sample_pixels):
+        with pytest.raises(InputError, match=message):
+            call(**arguments)
 
 
 def test_from_pretrained_and_to(tmp_path: Any, pipeline: OneStepPipeline) -> None:
@@ -284,3 +288,78 @@ def test_a_lora_is_merged_and_taken_off(tmp_path: Path) -> None:
     assert (pipe(PROMPT).int() - before.int()).abs().max() <= 1
     with pytest.raises(CheckpointError, match="there is no LoRA"):
         pipe.load_lora(tmp_path / "nowhere")
+
+
+def test_a_stream_gives_what_a_call_does_one_after_the_other(pipeline: OneStepPipeline) -> None:
+    prompts = [PROMPT, *OTHERS, PROMPT]
+    for batch_size in (1, 3):
+        together = pipeline(prompts, seed=[5, 6, 7, 8], batch_size=batch_size)
+        stream = pipeline.stream(prompts, seed=[5, 6, 7, 8], batch_size=batch_size)
+        assert torch.equal(torch.stack(list(stream)), together)
+
+
+def test_a_stream_makes_a_video_when_it_is_asked_for(
+    pipeline: OneStepPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    sample = pipeline._sample_latents
+
+    def count(*arguments: Any) -> torch.Tensor:
+        made.append(1)
+        return sample(*arguments)
+
+    monkeypatch.setattr(pipeline, "_sample_latents", count)
+    stream = pipeline.stream([PROMPT] * 1000, seed=list(range(1000)))
+    assert not made
+    next(stream)
+    next(stream)
+    assert len(made) == 2
+    # The last of many prompts is read before the first video is made.
+    with pytest.raises(InputError, match="U\\+0007"):
+        pipeline.stream([PROMPT] * 1000 + ["a \x07"])
+    with pytest.raises(InputError, match="U\\+0000"):
+        pipeline.stream(PROMPT, cfg_scale=2.0, negative_prompt="\0")
+    assert len(made) == 2
+
+
+def test_more_videos_than_parts_stay_for_with_offload() -> None:
+    bundle = tiny_bundle()
+    offloaded = OneStepPipeline(bundle, offload_to=torch.device("cpu", 0))
+    prompts = [PROMPT] * 11
+    videos = list(offloaded.stream(prompts, seed=list(range(11))))
+    assert torch.equal(torch.stack(videos), OneStepPipeline(bundle)(prompts, seed=list(range(11))))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_an_error_and_no_black_video(value: float) -> None:
+    bundle = tiny_bundle()
+    pipe = OneStepPipeline(bundle)
+    weight = cast(nn.Module, bundle.backbone).get_parameter("blocks.0.streams.0.qkv.weight")
+    with torch.no_grad():
+        weight[0, 0] = value
+    for call in (pipe, pipe.sample_pixels, lambda prompt: list(pipe.stream(prompt))):
+        with pytest.raises(
+            InputError, match="values of the latents are NaN or infinite in float32"
+        ):
+            call(PROMPT)  # type: ignore[operator]
+
+
+def test_pixels_that_are_not_finite(
+    pipeline: OneStepPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VAE may overflow where the transformer does not."""
+    decode = pipeline.bundle.codec.decode
+    monkeypatch.setattr(pipeline.bundle.codec, "decode", lambda x: decode(x) * float("nan"))
+    with pytest.raises(InputError, match="values of the pixels are NaN"):
+        pipeline(PROMPT)
+
+
+def test_too_little_memory_is_one_line(
+    pipeline: OneStepPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*arguments: Any) -> torch.Tensor:
+        return torch.empty(2**60)
+
+    monkeypatch.setattr(pipeline, "_sample_latents", greedy)
+    with pytest.raises(InputError, match="out of memory while generating 9 frames of 32x32 on cpu"):
+        pipeline(PROMPT)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from apt.errors import InputError
+from apt.cli.imports import import_modules, take_imports
+from apt.errors import InputError, PeerError
 from apt.version import __version__
 
 PROG = "diffusion-apt"
 
+EXIT_FAILURE = 1
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -26,22 +28,23 @@ class Command:
     """A command's module, and its line in the overview.
 
     The module has `main(args, *, prog)`, and is imported only when its command is chosen: help and
-    errors must not wait for torch.
+    errors must not wait for torch. What it returns is the exit code, None is 0.
     """
 
     module: str
     summary: str
 
-    def run(self, args: Sequence[str], *, prog: str) -> None:
-        """Parse `args` and do what they say."""
+    def run(self, args: Sequence[str], *, prog: str) -> int:
+        """Parse `args` and do what they say; returns the exit code."""
         main = importlib.import_module(self.module).main
-        cast(Callable[..., None], main)(args, prog=prog)
+        return cast(Callable[..., int | None], main)(args, prog=prog) or 0
 
 
 COMMANDS = {
     "generate": Command("apt.cli.generate", "videos or images from prompts"),
     "train": Command("apt.cli.train", "run a training recipe"),
     "data digits": Command("apt.cli.data_digits", "write the built-in data set as video files"),
+    "data vizdoom": Command("apt.cli.data_vizdoom", "render first-person clips as video files"),
     "data encode": Command("apt.cli.data_encode", "videos as latents, encoded once for all runs"),
     "data check": Command("apt.cli.data_check", "report what is in a folder of captioned videos"),
     "evaluate digits": Command("apt.cli.evaluate_digits", "measure the digits models"),
@@ -57,48 +60,74 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0 is success, 2 an error that the user can mend (one line on stderr), 130 an interrupt.
-    `--debug`, anywhere, shows the traceback of such an error. Other exceptions are not caught.
+    0 is success, 2 an error that the user can mend (one line on stderr), 130 an interrupt; a
+    command may have others. `--debug`, anywhere, shows the traceback of such an error. Other
+    exceptions are not caught. Of several ranks one tells of an error.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:
-        dispatch([arg for arg in args if arg != "--debug"])
+        rest, modules = take_imports([arg for arg in args if arg != "--debug"])
+        import_modules(modules)
+        code = dispatch(rest)
         sys.stdout.flush()
+    except PeerError:
+        _report(None, debug)
+        return EXIT_INPUT_ERROR
     except InputError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _report(f"error: {' '.join(str(error).split())}", debug)
         return EXIT_INPUT_ERROR
     except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
-        print("interrupted", file=sys.stderr)
+        _report("interrupted", debug)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader, `head` for instance, has left. Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    return 0
+    except Exception:
+        if not _is_rank():
+            raise
+        _report(traceback.format_exc(), False)
+        return EXIT_FAILURE
+    return code
 
 
-def dispatch(args: Sequence[str]) -> None:
-    """Run the command that the leading words name. Raises InputError if they name none."""
+def _is_rank() -> bool:
+    """Whether this is one of several processes of a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _report(text: str | None, debug: bool) -> None:
+    """Tell the user of an error, once for all ranks; None if another rank does."""
+    if text is not None and debug:
+        text = traceback.format_exc() + text
+    if _is_rank():
+        from apt.train.spokesman import report
+
+        report(text)
+    else:
+        print(text, file=sys.stderr)
+
+
+def dispatch(args: Sequence[str]) -> int:
+    """Run the command that the leading words name; returns its exit code.
+
+    Raises InputError if they name none.
+    """
     if not args or args[0] in ("-h", "--help"):
         print(overview(COMMANDS))
-        return
+        return 0
     if args[0] == "--version":
         print(f"{PROG} {__version__}")
-        return
+        return 0
     for words in (1, 2):
         name = " ".join(args[:words])
         if name in COMMANDS:
-            COMMANDS[name].run(args[words:], prog=f"{PROG} {name}")
-            return
+            return COMMANDS[name].run(args[words:], prog=f"{PROG} {name}")
     group = {name: command for name, command in COMMANDS.items() if name.startswith(f"{args[0]} ")}
     if group and (len(args) == 1 or args[1] in ("-h", "--help")):
         print(overview(group))
-        return
+        return 0
     asked = " ".join(args[:2]) if group else args[0]
     close = difflib.get_close_matches(asked, group or COMMANDS, n=1)
     raise InputError(
@@ -120,6 +149,7 @@ def overview(commands: dict[str, Command]) -> str:
             *(f"  {name:<{width}}  {command.summary}" for name, command in commands.items()),
             "",
             f"`{PROG} COMMAND --help` shows the options of a command.",
+            "--import MODULE, anywhere, loads models, methods and recipes of your own.",
             "--debug, anywhere, shows the traceback of an error; --version prints the version.",
         ]
     )

@@ -86,12 +86,9 @@ def measure(workload: Workload, options: BenchDit) -> None:
     device = find_device(None if options.device == "auto" else options.device)
     clock = clock_for(device)
     machine = describe_machine(device)
-    print(f"{machine.device}, torch {machine.torch}")
+    print(machine.describe())
     ceilings = measure_ceilings(device, clock)
-    print(
-        f"measured copy {ceilings.copy_gb_s:.4g} GB/s, matmul {ceilings.matmul_tflops:.4g} TFLOP/s",
-        flush=True,  # what follows takes minutes
-    )
+    print(f"measured {ceilings.describe()}", flush=True)  # what follows takes minutes
     variants = [v for v in default_variants(device) if options.compile or v.mode != "compile"]
     found = measure_dit(
         workload,

@@ -86,10 +86,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
         ceilings=ceilings.as_dict(),
         measurements=tuple(found),
     )
-    print(f"{record.machine.device}, torch {record.machine.torch}")
-    print(
-        f"measured copy {ceilings.copy_gb_s:.4g} GB/s, matmul {ceilings.matmul_tflops:.4g} TFLOP/s"
-    )
+    print(record.machine.describe())
+    print(f"measured {ceilings.describe()}")
     print(f"\n{record_table(record)}")
     if any(
         m.status == "wrong" and is_ours(OPS[str(m.case["op"])], str(m.case["variant"]))

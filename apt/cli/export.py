@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from apt.errors import CheckpointError
+from apt.errors import CheckpointError, InputError
+from apt.memory import explained_memory
 
 
 @dataclass(frozen=True)
@@ -43,24 +44,28 @@ class Export:
 def main(args: Sequence[str], *, prog: str) -> None:
     """Load the model strictly, write it, and say where it is."""
     options = tyro.cli(Export, args=args, prog=prog)
-    source = (
-        options.source
-        if is_model(options.source)
-        else find_model(options.source, options.update, options.weights)
-    )
+    source = options.source
+    if not is_model(source):
+        source = find_model(source, options.update, options.weights)
+    elif options.update is not None or options.weights != "ema":
+        raise InputError(
+            f"--update and --weights choose among the snapshots of a run, and {str(source)!r} is a "
+            "model; leave them out"
+        )
 
     import torch
 
     from apt.models.exporting import export_model
 
-    written = export_model(
-        source,
-        options.out,
-        format=options.format,
-        dtype=getattr(torch, options.dtype),
-        base=options.base,
-        max_shard_size=options.max_shard_size,
-    )
+    with explained_memory(f"exporting {str(source)!r}", "export on a machine with more memory"):
+        written = export_model(
+            source,
+            options.out,
+            format=options.format,
+            dtype=getattr(torch, options.dtype),
+            base=options.base,
+            max_shard_size=options.max_shard_size,
+        )
     print(written)
 
 

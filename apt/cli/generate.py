@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 import itertools
+import re
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from apt.errors import InputError
+from apt.memory import explained_memory
+from apt.outputs import RECORD_SUFFIX, Output, OutputRecord, check_place
 
 if TYPE_CHECKING:
     import torch
+
+    from apt.kernels.attention_choice import AttentionUse
+    from apt.kernels.backends import KernelUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +31,24 @@ class Generate:
     """Generate videos or images from prompts; each prompt with each seed.
 
     The same model, prompt, seed and settings give the same output. Several outputs are numbered
-    after `--out`: out-prompt0-seed3.mp4.
+    after `--out`: out-prompt0-seed3.mp4. Each is written as soon as it is made, whole or not at
+    all, and noted in out.mp4.jsonl, from which --resume goes on.
     """
 
     prompt: tuple[str, ...] = ()
     """What to show, in quotes; several of them: --prompt "a red seven moving left" "a blue one"."""
     prompt_file: Path | None = None
-    """UTF-8 text with one prompt per line, added to those of --prompt; empty lines are skipped."""
+    """Text with one prompt per line, added to those of --prompt; empty lines are skipped."""
     model: str = "digits"
-    """A built-in name, a folder, or a Hub id (owner/name or owner/name@revision)."""
+    """A built-in name, a folder, a Hub id (owner/name or owner/name@revision), or a safetensors
+    file of a public transformer, whose text encoder and VAE come from the published model."""
     out: Path = Path("generated.mp4")
     """Where to write; the ending is the format: .mp4, .gif, .webp, or .png (frames in a row)."""
     contact_sheet: Path | None = None
-    """Also write a .png table of everything: a row per prompt, a column per seed."""
+    """Also write a .png table of everything: a row per prompt, a column per seed. All videos are
+    kept in memory for it."""
+    resume: bool = False
+    """Leave out what an interrupted call with the same settings has made."""
     seed: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seeds"])] = (0,)
     """One seed, or several."""
     num_steps: int | None = None
@@ -68,6 +83,8 @@ class Generate:
     """A LoRA to merge first: a .safetensors file, a folder or a Hub id."""
     lora_scale: float = 1.0
     """Strength of the LoRA."""
+    verbose: bool = False
+    """Also say what computed: device, versions, and the kernels of attention and the fused ops."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
@@ -76,18 +93,24 @@ def main(args: Sequence[str], *, prog: str) -> None:
     prompts = [*options.prompt, *read_prompts(options.prompt_file)]
     if not prompts:
         raise InputError('there is no prompt: pass --prompt "a red seven moving left", or a file')
+    # Nothing of this may come up only after the time that loading and generating take.
+    outputs = plan_outputs(options, prompts)
+    record = None
+    if len(outputs) > 1:
+        place = options.out.with_name(options.out.name + RECORD_SUFFIX)
+        record = OutputRecord(place, _settings(options), resume=options.resume)
+    left = [output for output in outputs if record is None or not record.has(output)]
+    if len(left) < len(outputs):
+        print(f"{len(outputs) - len(left)} of {len(outputs)} files are there already")
+    if not left:
+        return
 
     import torch
 
-    from apt.media import SUFFIXES, write_contact_sheet, write_media
+    from apt.device import find_device
+    from apt.kernels import watch_attention, watch_kernels
+    from apt.media import check_settings, write_contact_sheet, write_media
     from apt.pipeline import OneStepPipeline
-
-    # Nothing of this may come up only after the time that generating takes.
-    check_suffix(options.out, SUFFIXES)
-    if options.contact_sheet is not None:
-        check_suffix(options.contact_sheet, (".png",))
-    if len(set(options.seed)) < len(options.seed):
-        raise InputError(f"seeds must differ, or files would be overwritten; got {options.seed}")
 
     pipeline = OneStepPipeline.from_pretrained(
         options.model,
@@ -95,12 +118,20 @@ def main(args: Sequence[str], *, prog: str) -> None:
         dtype=getattr(torch, options.dtype),
         offload=options.offload,
     )
+    sample = pipeline.info.sample
+    fps = sample.fps if options.fps is None else options.fps
+    asked = (options.frames, options.height, options.width)
+    size = [
+        own if wanted is None else wanted
+        for own, wanted in zip((sample.frames, sample.height, sample.width), asked, strict=True)
+    ]
+    pipeline.latent_shape(*size)
+    check_settings(options.out, (size[0], size[1], size[2]), fps=fps, scale=options.scale)
     if options.lora is not None:
         pipeline.load_lora(options.lora, scale=options.lora_scale)
-    jobs = list(itertools.product(prompts, options.seed))
-    videos = pipeline(
-        [prompt for prompt, _ in jobs],
-        seed=[seed for _, seed in jobs],
+    videos = pipeline.stream(
+        [output.prompt for output in left],
+        seed=[output.seed for output in left],
         num_steps=options.num_steps,
         sampler=options.sampler,
         timesteps=options.timesteps,
@@ -111,29 +142,135 @@ def main(args: Sequence[str], *, prog: str) -> None:
         width=options.width,
         batch_size=options.batch_size,
     )
-    fps = pipeline.info.sample.fps if options.fps is None else options.fps
-    paths = output_paths(options.out, num_prompts=len(prompts), seeds=options.seed)
-    for (prompt, seed), path, video in zip(jobs, paths, videos, strict=True):
-        write_media(path, video, fps=fps, scale=options.scale)
-        print(f"{path}  {prompt!r}, seed {seed}")
+    kept = []
+    done = 0
+    with watch_attention() as attention, watch_kernels() as kernels:
+        try:
+            for output, video in zip(left, videos, strict=True):
+                with explained_memory(f"writing {str(output.path)!r}", "choose a smaller scale"):
+                    write_media(output.path, video, fps=fps, scale=options.scale)
+                if record is not None:
+                    record.add(output)
+                done += 1
+                print(f"{output.path}  {output.prompt!r}, seed {output.seed}", flush=True)
+                if options.contact_sheet is not None:
+                    kept.append(video)
+        except KeyboardInterrupt:
+            if record is not None:
+                said = f"{done} of {len(left)} files are whole; --resume makes the rest"
+                print(said, file=sys.stderr)
+            raise
+    if options.verbose:
+        print("\n".join(what_ran(pipeline.device, attention, kernels)))
     if options.contact_sheet is not None:
         num_seeds = len(options.seed)
-        cells = [list(videos[i : i + num_seeds]) for i in range(0, len(jobs), num_seeds)]
+        cells = [kept[i : i + num_seeds] for i in range(0, len(kept), num_seeds)]
         columns = [f"seed {seed}" for seed in options.seed]
-        print(write_contact_sheet(options.contact_sheet, cells, rows=prompts, columns=columns))
+        with explained_memory("drawing the contact sheet", "leave it out, or ask for fewer"):
+            print(write_contact_sheet(options.contact_sheet, cells, rows=prompts, columns=columns))
+
+
+def plan_outputs(options: Generate, prompts: Sequence[str]) -> list[Output]:
+    """The files to write, one for each prompt and seed.
+
+    Raises InputError for what is wrong with them, such as a folder that cannot be written to.
+    """
+    from apt.media import SUFFIXES
+
+    check_suffix(options.out, SUFFIXES)
+    if options.contact_sheet is not None:
+        check_suffix(options.contact_sheet, (".png",))
+        if options.resume:
+            raise InputError(
+                "a contact sheet shows every video, and --resume does not make all of them; leave "
+                "one of the two out"
+            )
+        check_place(options.contact_sheet)
+    if len(set(options.seed)) < len(options.seed):
+        raise InputError(f"seeds must differ, or files would be overwritten; got {options.seed}")
+    paths = output_paths(options.out, num_prompts=len(prompts), seeds=options.seed)
+    if options.contact_sheet in paths:
+        raise InputError(f"{str(options.contact_sheet)!r} would be a video and the contact sheet")
+    check_place(paths[0])
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"cannot write {str(path)!r}: it is a folder; move it away")
+    jobs = itertools.product(prompts, options.seed)
+    return [
+        Output(path=path, prompt=prompt, seed=seed)
+        for path, (prompt, seed) in zip(paths, jobs, strict=True)
+    ]
+
+
+# What decides the content of a file, besides its prompt and seed.
+_SETTINGS = (
+    "model", "num_steps", "sampler", "timesteps", "cfg_scale", "negative_prompt", "frames",
+    "height", "width", "fps", "scale", "batch_size", "dtype", "lora", "lora_scale",
+)  # fmt: skip
+
+
+def _settings(options: Generate) -> dict[str, object]:
+    """What --resume must find the same."""
+    values = {name: getattr(options, name) for name in _SETTINGS}
+    return {
+        **values,
+        "model_content": _description(options.model),
+        "lora_content": None if options.lora is None else _description(options.lora),
+    }
+
+
+def _description(name: str) -> str | None:
+    """What a local model or LoRA says of itself, shortly; None for other names."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return f"{path.stat().st_size} bytes"
+    for file in ("apt.json", "model_index.json", "adapter_config.json"):
+        if (path / file).is_file():
+            return hashlib.sha256((path / file).read_bytes()).hexdigest()[:16]
+    return None
+
+
+_LINE_ENDS = re.compile(r"[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+"""What Unicode counts among line ends and people do not: web pages have them in a sentence."""
+
+
+def what_ran(
+    device: torch.device, attention: Counter[AttentionUse], kernels: Counter[KernelUse]
+) -> list[str]:
+    """Lines for people: the device with its software, each kind of call, and a warning."""
+    from apt.bench.machine import describe_machine
+    from apt.kernels.attention_choice import attention_warning
+
+    lines = [describe_machine(device).describe()]
+    for use, number in attention.items():
+        lines.append(
+            f"attention: {use.backend}: {use.kernel}, {number} calls of {use.shape} {use.dtype}"
+        )
+    for op, number in kernels.items():
+        lines.append(f"{op.op}: {op.backend}: {op.reason}, {number} calls")
+    warning = attention_warning(device, [u.kernel for u in attention if u.backend == "native"])
+    return lines + ([f"WARNING: {warning}"] if warning else [])
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """The lines of a prompt file that are not empty. Raises InputError if it cannot be read."""
+    """The lines of a prompt file that are not empty. Raises InputError if it cannot be read.
+
+    The text is UTF-8, or UTF-16 with a mark, as Windows writes it; lines end as on any system.
+    """
     if path is None:
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read prompts from {str(path)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{str(path)!r} is not UTF-8 ({error}); save it as UTF-8 text") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    # Files with marks that were put together have one at the start of a line.
+    prompts = [_LINE_ENDS.sub(" ", line.removeprefix("\ufeff")).strip() for line in lines]
+    prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise InputError(f"{str(path)!r} has no prompt in it; write one per line")
     return prompts
@@ -156,18 +293,3 @@ def output_paths(out: Path, *, num_prompts: int, seeds: Sequence[int]) -> list[P
         for prompt in range(num_prompts)
         for seed in seeds
     ]
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name. Raises InputError if this machine has none."""
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}; choose cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"there is no device {name!r}: PyTorch sees {torch.cuda.device_count()} GPUs here"
-        )
-    return device

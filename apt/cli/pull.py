@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from apt.errors import InputError
+from apt.outputs import check_folder
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
     repo, revision = split_hub_id(options.name) or published(options.name)
     if options.revision is not None and "@" in options.name:
         raise InputError(f"{options.name!r} and --revision name two revisions; leave one out")
+    if options.local_dir is not None:
+        check_folder(options.local_dir)
     print(
         pull(
             repo,

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import tyro
 
+from apt.errors import InputError
+
 
 @dataclass(frozen=True)
 class Push:
@@ -36,13 +38,24 @@ def main(args: Sequence[str], *, prog: str) -> None:
     """Upload, and say where it is."""
     options = tyro.cli(Push, args=args, prog=prog)
 
-    from apt.hub import read_info
+    from apt.hub import CodecInfo, read_description
+    from apt.hub.folders import split_hub_id
+
+    if not options.folder.is_dir():
+        raise InputError(f"there is no folder {str(options.folder)!r}; pass that of a model")
+    hub_id = split_hub_id(options.repo)
+    if hub_id is None or hub_id[1] is not None:
+        raise InputError(
+            f"{options.repo!r} is no name on the Hub; write owner/name, and a branch as --revision"
+        )
+
     from apt.hub.push import push_to_hub
     from apt.models import MODELS
 
     license = options.license
     if license is None:
-        architecture = read_info(options.folder).model.architecture
+        info = read_description(options.folder)
+        architecture = "" if isinstance(info, CodecInfo) else info.model.architecture
         entries = MODELS.pretrained(architecture) if architecture in MODELS.names() else {}
         license = next((entry.license for entry in entries.values()), None)
     print(

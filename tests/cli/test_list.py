@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+pytest.importorskip("tyro")
+
+
 from apt.cli.list import SECTIONS
 from apt.losses import list_losses
 from apt.models import list_models

@@ -1,0 +1,201 @@
+"""Many outputs on disk: places looked at beforehand, and a record of what is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apt.errors import InputError
+
+RECORD_SUFFIX = ".jsonl"
+_BEGINNING = '{"settings": '
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """A file that is to be made.
+
+    Attributes:
+        path: where to.
+        prompt, seed: what of.
+    """
+
+    path: Path
+    prompt: str
+    seed: int
+
+
+def check_place(path: Path) -> None:
+    """Raise InputError unless a file can be written at `path`. Missing folders are not made yet."""
+    if path.is_dir():
+        raise InputError(f"cannot write {str(path)!r}: it is a folder; name a file in it")
+    try:
+        # A name may be too long, with what is put around it while it is written.
+        path.with_name(f".{path.name}.partial").exists()
+        check_folder(path.parent)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; choose another place"
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError unless files can be written in a folder, which may not be there yet."""
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise InputError(
+                f"cannot write to {str(folder)!r}: {str(there)!r} is a file; name a folder"
+            )
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {str(folder)!r}: {error.strerror or error}; choose another place"
+        ) from error
+
+
+class OutputRecord:
+    """What is done of a list of outputs: a file with a line for each, added when it is whole.
+
+    A line counts only for the same prompt, seed and settings, and while its file has the size and
+    the content that it had.
+
+    Args:
+        path: of the record, JSON lines.
+        settings: what else decides the content of the files, as JSON.
+        resume: go on with a record that is there; otherwise it is begun anew with the first file.
+
+    Raises:
+        InputError: a record that cannot be read, or of other settings; a file that is no record.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+        self._path = path
+        self._settings = json.loads(json.dumps(settings))
+        self._lines: list[dict[str, Any]] = []
+        self._done: dict[tuple[str, str, int], tuple[int, str]] = {}
+        text = self._text()
+        if text and not text.startswith(_BEGINNING):
+            raise InputError(
+                f"{str(path)!r} is no record of outputs; move it away, or write elsewhere"
+            )
+        if resume:
+            self._read(text)
+
+    def has(self, output: Output) -> bool:
+        """Whether the file is there as it was made."""
+        made = self._done.get((output.path.name, output.prompt, output.seed))
+        try:
+            return made is not None and made == _content(output.path)
+        except OSError:
+            return False
+
+    def add(self, output: Output) -> None:
+        """Note that the file is whole. Raises InputError if the disk refuses."""
+        try:
+            size, digest = _content(output.path)
+            line = {
+                "file": output.path.name,
+                "prompt": output.prompt,
+                "seed": output.seed,
+                "bytes": size,
+                "sha256": digest,
+            }
+            if self._lines:
+                self._append([line])
+            else:
+                self._path.unlink(missing_ok=True)
+                self._append([{"settings": self._settings}, line])
+        except OSError as error:
+            raise InputError(
+                f"cannot write {str(self._path)!r}: {error.strerror or error}; free some space, "
+                "and go on with --resume"
+            ) from error
+        self._lines.append(line)
+
+    def _append(self, lines: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _text(self) -> str:
+        """What the record says; nothing if there is none."""
+        try:
+            return self._path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"cannot read {str(self._path)!r} ({error}); move it away, or write elsewhere"
+            ) from error
+
+    def _read(self, text: str) -> None:
+        # A line that was cut off has no end, and did not happen.
+        *whole, _ = text.split("\n")
+        lines = [_parse(self._path, line) for line in whole]
+        if not lines:
+            return
+        self._check_settings(lines[0])
+        self._lines = lines[1:]
+        for line in self._lines:
+            made = (int(line["bytes"]), str(line["sha256"]))
+            self._done[str(line["file"]), str(line["prompt"]), int(line["seed"])] = made
+        if text != "\n".join([*whole, ""]):
+            self._path.write_text("\n".join([*whole, ""]), encoding="utf-8")
+
+    def _check_settings(self, first: Mapping[str, Any]) -> None:
+        before = first.get("settings")
+        if not isinstance(before, dict):
+            raise InputError(
+                f"{str(self._path)!r} is no record of outputs; move it away, or write elsewhere"
+            )
+        names = sorted(
+            name
+            for name in before.keys() | self._settings.keys()
+            if before.get(name) != self._settings.get(name)
+        )
+        if names:
+            changes = ", ".join(
+                f"{name} was {before.get(name)!r} and is {self._settings.get(name)!r}"
+                for name in names
+            )
+            raise InputError(
+                f"the files of {str(self._path)!r} were made with other settings: {changes}; use "
+                "the same ones, or leave out --resume to begin anew"
+            )
+
+
+def _parse(path: Path, line: str) -> dict[str, Any]:
+    try:
+        document = json.loads(line)
+        if isinstance(document, dict) and (
+            "settings" in document
+            or document.keys() >= {"file", "prompt", "seed", "bytes", "sha256"}
+        ):
+            return document
+    except ValueError:
+        pass
+    raise InputError(
+        f"{str(path)!r} is damaged at {line[:60]!r}, so nothing can be resumed; leave out --resume "
+        "to begin anew"
+    )
+
+
+def _content(path: Path) -> tuple[int, str]:
+    """Size and digest of a file. Raises OSError."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
