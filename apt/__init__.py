@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from apt.hub import list_pretrained
     from apt.hub.push import push_to_hub
     from apt.losses import create_loss, list_losses
+    from apt.methods.apt import generate
     from apt.models import (
         Discriminator,
         TextCondition,
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         create_discriminator,
         create_model,
         create_text_encoder,
-        generate,
         list_models,
     )
     from apt.models.bundle import ModelBundle, load_pretrained, save_pretrained
@@ -33,6 +33,7 @@ _SOURCES = {
     "apt.hub": ("list_pretrained",),
     "apt.hub.push": ("push_to_hub",),
     "apt.losses": ("create_loss", "list_losses"),
+    "apt.methods.apt": ("generate",),
     "apt.models": (
         "Discriminator",
         "TextCondition",
@@ -40,7 +41,6 @@ _SOURCES = {
         "create_discriminator",
         "create_model",
         "create_text_encoder",
-        "generate",
         "list_models",
     ),
     "apt.models.bundle": ("ModelBundle", "load_pretrained", "save_pretrained"),

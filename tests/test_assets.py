@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apt.hub import Stage, list_pretrained, locate
+from apt.hub import list_pretrained, locate
 from apt.pipeline import OneStepPipeline
 
-SHIPPED: dict[str, tuple[Stage, int]] = {
+SHIPPED: dict[str, tuple[str, int]] = {
     "digits": ("apt", 1),
     "digits-diffusion": ("diffusion", 25),
 }

@@ -6,8 +6,11 @@ import runpy
 import sys
 from pathlib import Path
 
-import av
 import pytest
+
+pytest.importorskip("av")
+
+import av
 from PIL import Image
 
 from apt.hub import SamplingInfo

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
+
+pytest.importorskip("diffusers")
+
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings

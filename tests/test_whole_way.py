@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from apt.hub import read_info
-from apt.rng import sample_noise
+from apt.rng import Draw, sample_noise
 from apt.train.logs import read_log
 from tests.data.media import noise, write_image, write_video
 from tests.hub.processes import QUICK, Result, run_cli, run_python
@@ -96,7 +96,7 @@ def agree(
     user: User, repo: str, latent_shape: tuple[int, ...], frames: int, tmp_path: Path
 ) -> None:
     """Our pipeline and the stock one make the same pictures from the same noise."""
-    z = sample_noise(1, latent_shape, seed=5, step=0, offset=0, stream="generate")
+    z = sample_noise(1, latent_shape, Draw(5, stream="generate"))
     torch.save(z if frames > 1 else z[:, :, 0], tmp_path / "noise.pt")
     user.python(STOCK, repo, tmp_path / "noise.pt", tmp_path / "stock.npy", str(frames))
     user.python(OURS, repo, tmp_path / "ours.npy", str(frames))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from apt.hub import ModelInfo, SampleInfo, SamplingInfo, Stage
+from apt.hub import ModelInfo, SampleInfo, SamplingInfo
 from apt.models import create_codec, create_model, create_text_encoder
 from apt.models.bundle import ModelBundle, component_info
 
 
-def tiny_bundle(stage: Stage = "apt", sampling: SamplingInfo | None = None) -> ModelBundle:
+def tiny_bundle(stage: str = "apt", sampling: SamplingInfo | None = None) -> ModelBundle:
     """The digits model with 2 narrow blocks: 9 frames of 32x32. The same weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from apt.data.digits import TRAIN_LABELS
@@ -74,7 +72,7 @@ class EvaluateConfig:
         batch_size: samples per network call.
         precision: that networks compute in. They are trained in bf16 autocast, and are saved in it.
         cache: folder of the classifier and of slow samples; None is ``<runs>/evaluation``.
-        classifier: the judge.
+        classifier: the judge; its setting of the digits is that of all real clips.
     """
 
     runs: Path = Path("runs/digits")
@@ -123,18 +121,28 @@ def evaluate_digits(config: EvaluateConfig) -> Path:
         CheckpointError: a main run has no exported model, or a model cannot be loaded.
         ConfigError: a method is unknown.
     """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     cache = config.runs / "evaluation" if config.cache is None else config.cache
     methods = _choose(config)
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     console.print("classifier: training it, or taking it from the cache")
     classifier, accuracies = load_classifier(config.classifier, cache)
     console.print(f"classifier: {accuracies['test'].all:.3f} right on real held-out handwriting")
-    reference = real_reference(config.num_reference)
+    setting = config.classifier.setting
+    reference = real_reference(config.num_reference, setting)
     judge = Judge(classifier, reference)
-    sets = [caption_set(s, config.num_samples, config.samples_per_caption) for s in config.seeds]
-    small = [
-        caption_set(s, config.snapshot_samples, config.samples_per_caption) for s in config.seeds
-    ]
+    sets, small = (
+        [caption_set(s, num, config.samples_per_caption, setting) for s in config.seeds]
+        for num in (config.num_samples, config.snapshot_samples)
+    )
     ready = [method for method in methods if method.was_run(config.runs)]
     snapshots = snapshot_folders(config.runs / APT.run)
     if snapshots and CONSISTENCY.was_run(config.runs):

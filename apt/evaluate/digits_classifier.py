@@ -28,6 +28,7 @@ from apt.data.digits import (
     SIZE,
     Label,
     MovingDigits,
+    Setting,
     Split,
 )
 from apt.errors import CheckpointError, ConfigError, InputError
@@ -44,7 +45,10 @@ _EVAL_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """How the classifier is built and trained; equal configs give equal classifiers."""
+    """How the classifier is built and trained; equal configs give equal classifiers.
+
+    `setting` is that of the moving digits which are judged.
+    """
 
     width: int = 24
     features: int = 64
@@ -54,6 +58,7 @@ class ClassifierConfig:
     weight_decay: float = 0.05
     seed: int = 0
     test_clips: int = 2048
+    setting: Setting = "centred"
 
     def __post_init__(self) -> None:
         for field in ("width", "features", "steps", "batch_size", "test_clips"):
@@ -186,7 +191,7 @@ def train_classifier(config: ClassifierConfig) -> DigitsClassifier:
     )
     # All captions, also those held out from the generators: a judge that had never met "a red
     # zero moving left" would have learned that there is none.
-    dataset = MovingDigits(config.seed, "train", labels=ALL_LABELS)
+    dataset = MovingDigits(config.seed, "train", labels=ALL_LABELS, setting=config.setting)
     classifier.train()
     for step in range(config.steps):
         first = step * config.batch_size
@@ -241,7 +246,8 @@ def _real_accuracy(
     classifier: DigitsClassifier, split: Split, config: ClassifierConfig
 ) -> Accuracy:
     # Another seed than training's, so that "train" shows new clips of the handwriting it knows.
-    clips, labels = real_clips(MovingDigits(config.seed + 1, split), range(config.test_clips))
+    dataset = MovingDigits(config.seed + 1, split, setting=config.setting)
+    clips, labels = real_clips(dataset, range(config.test_clips))
     return judge(classifier, clips).accuracy(labels)
 
 
@@ -251,7 +257,8 @@ def _fingerprint(config: ClassifierConfig) -> str:
         shapes = {k: tuple(v.shape) for k, v in DigitsClassifier(config).state_dict().items()}
     digest.update(repr(shapes).encode())
     for split in get_args(Split):
-        digest.update(MovingDigits(config.seed, split).fingerprint.encode())
+        dataset = MovingDigits(config.seed, split, setting=config.setting)
+        digest.update(dataset.fingerprint.encode())
     return digest.hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, Label, MovingDigits, Split
+from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, Label, MovingDigits, Setting, Split
 from apt.evaluate.digits_classifier import real_clips
 from apt.evaluate.methods import Method
 from apt.pipeline import OneStepPipeline
@@ -36,12 +36,14 @@ class CaptionSet:
         trained: labels with captions that models were trained on.
         heldout: labels with captions that no model has seen.
         samples_per_caption: consecutive labels that are equal.
+        setting: of the moving digits that real clips are.
     """
 
     seed: int
     trained: tuple[Label, ...]
     heldout: tuple[Label, ...]
     samples_per_caption: int
+    setting: Setting = "centred"
 
     @property
     def labels(self) -> list[Label]:
@@ -49,7 +51,9 @@ class CaptionSet:
         return [*self.trained, *self.heldout]
 
 
-def caption_set(seed: int, num_samples: int, samples_per_caption: int) -> CaptionSet:
+def caption_set(
+    seed: int, num_samples: int, samples_per_caption: int, setting: Setting = "centred"
+) -> CaptionSet:
     """Choose ``num_samples`` trained captions, drawn without repetition, and all held-out ones.
 
     ``num_samples`` is a multiple of ``samples_per_caption``, and asks for no more captions than
@@ -65,6 +69,7 @@ def caption_set(seed: int, num_samples: int, samples_per_caption: int) -> Captio
         tuple(TRAIN_LABELS[i] for i in order for _ in range(samples_per_caption)),
         tuple(label for label in heldout for _ in range(samples_per_caption)),
         samples_per_caption,
+        setting,
     )
 
 
@@ -75,14 +80,16 @@ def real_for_captions(captions: CaptionSet, split: Split) -> Tensor:
     """
     clips = []
     for position, label in enumerate(captions.labels):
-        dataset = MovingDigits(_REAL_SEED + captions.seed, split, labels=(label,))
+        dataset = MovingDigits(
+            _REAL_SEED + captions.seed, split, labels=(label,), setting=captions.setting
+        )
         clips.append(real_clips(dataset, [position])[0])
     return torch.cat(clips)
 
 
-def real_reference(num: int) -> Tensor:
+def real_reference(num: int, setting: Setting = "centred") -> Tensor:
     """Real clips of held-out handwriting that every method is compared with."""
-    return real_clips(MovingDigits(_REFERENCE_SEED, "test"), range(num))[0]
+    return real_clips(MovingDigits(_REFERENCE_SEED, "test", setting=setting), range(num))[0]
 
 
 # Streams of their own, away from the small seeds that people train with.

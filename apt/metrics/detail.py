@@ -73,15 +73,22 @@ class PatchFrechet:
             yield torch.cat([scaled, scaled.abs().sqrt()], dim=1)
 
     def _coefficients(self, clips: Tensor) -> Iterator[Tensor]:
-        p = self.patch_size
-        colour, pixel = _dct_matrix(3), _dct_matrix(p)
         for chunk in clips.split(_CHUNK):
             frames = chunk[:, :, :: self.frame_stride].float().cpu()
-            patches = frames.unfold(3, p, p).unfold(4, p, p)
-            coefficients = torch.einsum(
-                "kc,ui,vj,bcthwij->bthwkuv", colour, pixel, pixel, patches
-            ).reshape(-1, 3, p * p)
-            yield coefficients[:, :, 1:].flatten(1)
+            yield patch_frequencies(frames, self.patch_size)
+
+
+def patch_frequencies(clips: Tensor, patch_size: int = 8) -> Tensor:
+    """Orthonormal DCT of patches and of their colours, less the constant: (N, 3 * (p² - 1)).
+
+    Clips (B, 3, T, H, W) of at least p = ``patch_size`` pixels are cut from the top left without
+    overlap; a rest is left out.
+    """
+    p = patch_size
+    colour, pixel = (_dct_matrix(size).to(clips.device) for size in (3, p))
+    patches = clips.unfold(3, p, p).unfold(4, p, p)
+    coefficients = torch.einsum("kc,ui,vj,bcthwij->bthwkuv", colour, pixel, pixel, patches)
+    return coefficients.reshape(-1, 3, p * p)[:, :, 1:].flatten(1)
 
 
 @dataclass(frozen=True)

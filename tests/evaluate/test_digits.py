@@ -20,15 +20,15 @@ from apt.evaluate.samples import (
     real_for_captions,
     real_reference,
 )
-from apt.hub import ModelInfo, SampleInfo, SamplingInfo, Stage
+from apt.hub import ModelInfo, SampleInfo, SamplingInfo
 from apt.models.bundle import ModelBundle, component_info, save_pretrained
-from apt.models.registry import create_codec, create_model, create_text_encoder
+from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.pixels import to_uint8
 
 TINY_CLASSIFIER = ClassifierConfig(width=4, features=8, steps=1, batch_size=4, test_clips=8)
 
 
-def save_tiny_model(folder: Path, stage: Stage, seed: int, updates: int = 200) -> None:
+def save_tiny_model(folder: Path, stage: str, seed: int, updates: int = 200) -> None:
     """A random model with the digits' real codec and sizes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -287,3 +287,13 @@ def test_ablations_meet_a_snapshot_of_equal_length(runs: Path, tmp_path: Path) -
     assert [m.name for m in rest if m.was_run(runs)] == ["ablation_no_r1"]
     (tmp_path / "ablations" / "new_idea").mkdir(parents=True)
     assert [m.label for m in ablation_methods(tmp_path)][-1] == "new idea"
+
+
+def test_real_clips_are_of_the_setting_that_is_judged() -> None:
+    captions = caption_set(1, 4, 2, "free")
+    clips = real_for_captions(captions, "test")
+    plain = real_for_captions(caption_set(1, 4, 2), "test")
+    assert clips.shape == plain.shape and not torch.equal(clips, plain)
+    assert captions.labels == caption_set(1, 4, 2).labels
+    dataset = MovingDigits(700_000, "test", setting="free")
+    assert torch.equal(real_reference(2, "free"), real_clips(dataset, range(2))[0])

@@ -88,3 +88,9 @@ def test_the_default_classifier_reads_held_out_handwriting(tmp_path: Path) -> No
     _, figures = load_classifier(ClassifierConfig(), tmp_path)
     assert figures["test"].all >= 0.97
     assert figures["heldout"].all >= 0.95
+
+
+def test_another_setting_of_the_digits_is_another_classifier(tmp_path: Path) -> None:
+    for setting in ("centred", "free", "centred"):
+        load_classifier(replace(TINY, setting=setting), tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2

@@ -3,6 +3,9 @@ from __future__ import annotations
 import math
 
 import pytest
+
+pytest.importorskip("torchmetrics")
+
 import scipy.linalg
 import torch
 from hypothesis import given, settings
