@@ -80,6 +80,10 @@ def find_start(run_dir: Path, resume: Resume, *, start_over: bool = False) -> Pa
     return None
 
 
+# Of runs from before `apt.methods`, whose stages had their losses' options as their own.
+_EARLIER_OPTIONS = ("stage.r1_weight", "stage.num_timesteps")
+
+
 def check_resumable(config: TrainConfig, before: Mapping[str, Any], path: Path, done: int) -> None:
     """Raise ConfigError unless the checkpoint `path` of `before` can go on as `config`."""
     if done > config.num_updates:
@@ -89,6 +93,11 @@ def check_resumable(config: TrainConfig, before: Mapping[str, Any], path: Path, 
         )
     # Runs from before there was a warm-up have none.
     now, then = _by_option(plain(config)), {"ema_warmup": False, **_by_option(before)}
+    if gone := sorted(key for key in then if key in _EARLIER_OPTIONS):
+        raise ConfigError(
+            f"{path} was begun by an earlier version, whose options were others ({gone[0]}, ...); "
+            "finish it with that version, or start a new run in another --run-dir"
+        )
     changed = [
         f"{key} (was {then.get(key)!r}, is {now.get(key)!r})"
         for key in sorted(now.keys() | then.keys())

@@ -103,3 +103,10 @@ def test_what_helps_after_an_error_may_change(tmp_path: Path):
     other = dataclasses.replace(CONFIG, data=dataclasses.replace(data, size_multiple=16))
     with pytest.raises(ConfigError, match=r"data\.size_multiple \(was 8, is 16\)"):
         check_resumable(other, plain(CONFIG), tmp_path, 1)
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_sentence(tmp_path: Path):
+    before = plain(CONFIG)
+    before["stage"] = {"generator": "g", "r1_weight": 100.0, "r1_sigma": 0.1}
+    with pytest.raises(ConfigError, match=r"begun by an earlier version.*\(stage\.r1_weight"):
+        check_resumable(CONFIG, before, tmp_path, 1)
