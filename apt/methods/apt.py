@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.checks import check_positive
-from apt.errors import ConfigError
+from apt.errors import ConfigError, InputError
 from apt.flow import to_sample
 from apt.hub import ModelInfo, SamplingInfo
 from apt.kernels import (
@@ -111,12 +111,16 @@ def generator_loss(
     objective: AdversarialObjective = NonSaturating(),
     matching: FeatureMatching | None = None,
 ) -> tuple[Tensor, Logs]:
-    """What G minimises (Eq. 2), and its parts; x is judged too where a term compares with it."""
+    """What G minimises (Eq. 2), and its parts; x is judged too where a term compares with it.
+
+    Raises InputError if one does, and there is no x.
+    """
     rows = torch.arange(len(x_fake), device=x_fake.device)
     groups = {"fake": rows}
     samples = x_fake
     if matching or objective.needs_real:
-        assert x is not None
+        if x is None:
+            raise InputError("the objective or feature matching compares with real samples: pass x")
         groups["real"] = rows
         samples = torch.cat([x_fake, x])
     output = judge_groups(discriminator, samples, t, c, groups)

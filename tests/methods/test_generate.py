@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from torch import Tensor
 
+from apt.errors import InputError
 from apt.flow import euler_sample
-from apt.methods.apt import generate
+from apt.losses import Relativistic
+from apt.methods.apt import generate, generator_loss
 from apt.models import TextCondition
+from apt.models.discriminator import DiscriminatorOutput
 from tests.models.nets import inputs, tiny_mmdit
 
 
@@ -47,3 +53,16 @@ def test_any_network_with_a_velocity_will_do() -> None:
     assert out.dtype == torch.bfloat16
     assert seen[0].dtype == torch.float32 and torch.equal(seen[0], torch.ones(2))
     torch.testing.assert_close(out, 0.75 * z, rtol=1e-2, atol=1e-2)
+
+
+def test_a_loss_that_compares_with_real_samples_needs_them() -> None:
+    def judge(
+        x: Tensor, t: Tensor, c: object, *, rows: Tensor | None = None
+    ) -> DiscriminatorOutput:
+        return DiscriminatorOutput(x.sum(1), [])
+
+    x, t = torch.randn(2, 3), torch.rand(2)
+    with pytest.raises(InputError, match="pass x"):
+        generator_loss(judge, x, t, None, objective=Relativistic())
+    loss, _ = generator_loss(judge, x, t, None, objective=Relativistic(), x=x)
+    assert loss.item() == pytest.approx(math.log(2))
