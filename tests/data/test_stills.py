@@ -11,8 +11,11 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip("av")
+
+import numpy as np
 from PIL import Image, ImageCms
 
 from apt.data import stills

@@ -8,9 +8,12 @@ import struct
 from fractions import Fraction
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("av")
+
 import av
 import numpy as np
-import pytest
 from PIL import Image
 
 from apt.data.decode import probe, read_clip, verify
