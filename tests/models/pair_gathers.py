@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,7 @@ def main(rank: int, folder: Path) -> None:
     found = {"blocks": judge.backbone.depth, "pair": count(pair), "apart": count(apart)}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+    os._exit(0)  # as the command does, because gloo's threads may abort Python's shutdown
 
 
 if __name__ == "__main__":
