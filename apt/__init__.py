@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from apt.version import __version__
 
 if TYPE_CHECKING:
+    from apt.errors import AptError
     from apt.hub import list_pretrained
     from apt.hub.push import push_to_hub
     from apt.losses import create_loss, list_losses
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from apt.pipeline import OneStepPipeline
 
 _SOURCES = {
+    "apt.errors": ("AptError",),
     "apt.hub": ("list_pretrained",),
     "apt.hub.push": ("push_to_hub",),
     "apt.losses": ("create_loss", "list_losses"),
@@ -51,6 +53,7 @@ _SOURCES = {
 _MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
 
 __all__ = [
+    "AptError",
     "Discriminator",
     "ModelBundle",
     "OneStepPipeline",

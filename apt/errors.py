@@ -1,4 +1,8 @@
-"""The errors that a user can cause, and mend.
+"""The errors of this package, which a user can cause, and mend.
+
+`AptError` is the root. Each kind is also the built-in error that Python code expects of its cause:
+ValueError for what was passed in, ImportError for a package that is missing, OSError for a Hub that
+cannot be reached, RuntimeError for training that diverges (`apt.train.monitor.TrainingStopped`).
 
 The command line turns these into one line and exit code 2. Every message says what was wrong,
 what was expected, and what to do.
@@ -7,7 +11,11 @@ what was expected, and what to do.
 from __future__ import annotations
 
 
-class InputError(ValueError):
+class AptError(Exception):
+    """The root of all errors of this package."""
+
+
+class InputError(AptError, ValueError):
     """An argument, a prompt, a size or a name that does not fit."""
 
 
@@ -29,3 +37,15 @@ class DataError(InputError):
 
 class CheckpointError(InputError):
     """A checkpoint that is missing, damaged, foreign, or that cannot be written."""
+
+
+class HubUnreachableError(CheckpointError, OSError):
+    """The Hub cannot be reached, or does not work, and what is needed is not on this disk."""
+
+
+class MissingPackageError(InputError, ImportError):
+    """An optional package that is not installed, or does not import here."""
+
+
+class MissingDecoderError(DataError, MissingPackageError):
+    """A file of a data set that needs an optional package."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.errors import InputError
+from apt.errors import InputError, MissingPackageError
 
 Function = Any  # a function of liger_kernel.transformers.functional, which has no types
 
@@ -45,7 +45,7 @@ def _function(name: str, x: Tensor) -> Function:
         module = importlib.import_module("liger_kernel.transformers.functional")
     # A Triton or torch that it does not know fails while it loads
     except (ImportError, RuntimeError) as error:
-        raise InputError(
+        raise MissingPackageError(
             f"needs `pip install liger-kernel` ({type(error).__name__}: {error})"
         ) from error
     if not hasattr(module, name):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from apt.cli.imports import import_modules, take_imports
-from apt.errors import InputError, PeerError
+from apt.errors import AptError, InputError, PeerError
 from apt.version import __version__
 
 PROG = "diffusion-apt"
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PeerError:
         _report(None, debug)
         return EXIT_INPUT_ERROR
-    except InputError as error:
+    except AptError as error:
         _report(f"error: {' '.join(str(error).split())}", debug)
         return EXIT_INPUT_ERROR
     except KeyboardInterrupt:

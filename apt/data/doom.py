@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from apt.data.sample import Sample
-from apt.errors import ConfigError, DataError, InputError
+from apt.errors import ConfigError, DataError, MissingPackageError
 
 TICS_PER_SECOND = 35
 _TICS_PER_FRAME = 4
@@ -97,7 +97,7 @@ class DoomClips:
         height, width: the middle of the engine's picture is scaled down to them.
 
     Raises:
-        InputError: vizdoom is not installed.
+        MissingPackageError: vizdoom is not installed.
         ConfigError: a size that is not positive, or larger than the engine's picture.
         DataError: the engine does not run here.
     """
@@ -264,7 +264,7 @@ def _import_vizdoom() -> ModuleType:
     try:
         import vizdoom
     except ImportError as error:
-        raise InputError(
+        raise MissingPackageError(
             f"first-person clips need vizdoom, which does not import here ({error}); run "
             "`pip install diffusion-apt[vizdoom]`"
         ) from error

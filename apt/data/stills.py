@@ -19,7 +19,7 @@ from apt.data.buckets import resize_and_crop
 from apt.data.color import to_sdr
 from apt.data.info import MediaInfo
 from apt.data.tags import color_tags, orientation
-from apt.errors import DataError
+from apt.errors import DataError, MissingDecoderError
 
 MAX_PIXELS = 2**28
 """The largest picture, 268 megapixels. Pillow's own limit would refuse what phones take."""
@@ -123,7 +123,7 @@ def _let_pillow_read_heic(path: Path) -> None:
     try:
         import pi_heif
     except ImportError:
-        raise DataError(
+        raise MissingDecoderError(
             f"{path}: is HEIC, which takes pi-heif: pip install 'diffusion-apt[heic]'"
         ) from None
     pi_heif.register_heif_opener()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from apt.errors import CheckpointError, InputError
+from apt.errors import CheckpointError, HubUnreachableError, InputError
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def progress_class() -> type[Any]:
 
 @contextmanager
 def explained(action: str, repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a CheckpointError.
+    """Turn what huggingface_hub raises into a CheckpointError, or HubUnreachableError.
 
     Args:
         action: "download" or "push to".
@@ -108,6 +108,8 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
     cannot = f"cannot {action} {name}"
     try:
         yield
+    except InputError:
+        raise
     # Derives from RepositoryNotFoundError, so it comes first.
     except GatedRepoError as error:
         raise CheckpointError(
@@ -124,7 +126,7 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
             f"the Hub model {repo_id!r} has no revision {revision!r}; see {_page(repo_id)}/commits"
         ) from error
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{cannot}: {_unreachable(error)}") from error
+        raise HubUnreachableError(f"{cannot}: {_unreachable(error)}") from error
     except RemoteEntryNotFoundError as error:
         file = str(error.response.url).partition("/resolve/")[2].partition("/")[2]
         raise CheckpointError(
@@ -134,29 +136,30 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
     except HFValidationError as error:
         raise CheckpointError(f"{name} is neither a folder nor a Hub id: {error}") from error
     except OfflineModeIsEnabled as error:
-        raise CheckpointError(f"{cannot}: HF_HUB_OFFLINE is set; unset it to connect") from error
+        raise HubUnreachableError(
+            f"{cannot}: HF_HUB_OFFLINE is set; unset it to connect"
+        ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             raise CheckpointError(
                 f"{cannot}: the Hub refuses ({status}); {_token_advice()}"
             ) from error
-        raise CheckpointError(
+        kind = HubUnreachableError if may_pass(status) else CheckpointError
+        raise kind(
             f"{cannot}: the Hub answers {status} ({_first_line(error)}); try again later"
         ) from error
     except HTTPError as error:
-        raise CheckpointError(
+        raise HubUnreachableError(
             f"{cannot}: the connection failed {ATTEMPTS} times ({_first_line(error)}); try again"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{cannot}: {_disk_trouble(error)}") from error
     except json.JSONDecodeError as error:
-        raise CheckpointError(
+        raise HubUnreachableError(
             f"{cannot}: what answers at {constants.ENDPOINT} is not the Hub, perhaps a proxy or "
             "the login page of a network; check HF_ENDPOINT and the settings of the proxy"
         ) from error
-    except InputError:
-        raise
     # Names of files that lead out of the repository's folder; what Xet raises, and httpx for an
     # address that is none.
     except (ValueError, RuntimeError, XetDownloadError, _invalid_url(HTTPError)) as error:
@@ -192,6 +195,11 @@ def require_token() -> None:
         )
 
 
+def may_pass(status: int) -> bool:
+    """Whether an answer of the Hub is about its own state, and another may come later."""
+    return status in (408, 429) or status >= 500
+
+
 def _may_pass(error: BaseException) -> bool:
     """Whether trying again can help."""
     from huggingface_hub.errors import (
@@ -208,7 +216,7 @@ def _may_pass(error: BaseException) -> bool:
         # Not on the disk, because of what happened on the way to the Hub.
         return error.__cause__ is not None and _may_pass(error.__cause__)
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+        return may_pass(error.response.status_code)
     if isinstance(error, (HTTPError, XetDownloadError)):
         return True
     # A file that came shorter than announced.

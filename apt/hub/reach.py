@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from apt.hub.client import may_pass
+
 PATIENCE = 10.0
 """Seconds that a connection may be silent while something is fetched."""
 PUSH_PATIENCE = 120.0
@@ -73,7 +75,7 @@ def hub_answers(repo_id: str) -> bool:
         HfApi().repo_info(repo_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except HfHubHTTPError as error:
         status = error.response.status_code
-        _known.answers = status < 500 and status not in (408, 429)
+        _known.answers = not may_pass(status)
         _known.reason = f"answers {status}"
     except HTTPError as error:
         _known.reason = f"cannot be reached ({str(error) or type(error).__name__})"

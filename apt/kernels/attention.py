@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from apt.errors import InputError
+from apt.errors import InputError, MissingPackageError
 from apt.kernels.attention_choice import (
     KERNELS,
     PLAIN,
@@ -123,7 +123,7 @@ def attention(
     if not torch.compiler.is_compiling():
         reason = _why_not_native(name, q, k, v, attn_mask)
         if reason:
-            raise InputError(_cannot_run(name, reason))
+            raise _cannot_run(name, reason)
     with sdpa_kernel(_SDPA_KERNELS[name]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2)
 
@@ -185,7 +185,7 @@ def attention_backend(name: str) -> Iterator[None]:
     """
     status = {row.name: row for row in attention_status()}[_known(name)]
     if not status.available:
-        raise InputError(_cannot_run(name, status.reason))
+        raise _cannot_run(name, status.reason)
     _chosen.append(name)
     try:
         yield
@@ -248,6 +248,10 @@ def _why_unavailable(name: str, device: torch.device | None = None) -> str | Non
     return None
 
 
+def _no_package(name: str) -> str:
+    return f"needs {_PACKAGES[name].install}"
+
+
 @torch.compiler.assume_constant_result  # imports and calls: nothing for a graph
 def _why_no_package(name: str, device: torch.device | None) -> str | None:
     """`_why_unavailable` of a package, whose function is in `_functions` if there is no reason."""
@@ -256,7 +260,7 @@ def _why_no_package(name: str, device: torch.device | None) -> str | None:
         function = getattr(importlib.import_module(package.module), package.function)
     # A package built for another torch or CUDA fails while its libraries load
     except (ImportError, OSError, AttributeError) as error:
-        return f"needs {package.install} ({type(error).__name__}: {error})"
+        return f"{_no_package(name)} ({type(error).__name__}: {error})"
     asked = capabilities(device)
     if not asked:
         return "needs a CUDA GPU"
@@ -330,7 +334,7 @@ def _package_attention(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
     if reason is None and q.dtype not in (torch.float16, torch.bfloat16) and name != "xformers":
         reason = f"takes fp16 or bf16, not {q.dtype}"
     if reason is not None:
-        raise InputError(_cannot_run(name, reason))
+        raise _cannot_run(name, reason)
     options = {} if mask is None else {"attn_bias": _additive_bias(q, mask)}
     out = _functions[name](q, k, v, **options)
     return out[0] if isinstance(out, tuple) else out
@@ -350,8 +354,9 @@ def _known(name: str) -> str:
     return name
 
 
-def _cannot_run(name: str, reason: str) -> str:
-    return (
+def _cannot_run(name: str, reason: str) -> InputError:
+    missing = name in _PACKAGES and reason.startswith(_no_package(name))
+    return (MissingPackageError if missing else InputError)(
         f"attention backend {name!r} cannot run: {reason}. "
         "Take another (`apt.kernels.attention_status()` lists them) or 'native'"
     )

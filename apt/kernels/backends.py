@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apt.errors import InputError
+from apt.errors import InputError, MissingPackageError
 
 ENVIRONMENT_VARIABLE = "APT_KERNEL_BACKEND"
 
@@ -58,6 +58,8 @@ HOST_BOUND = frozenset(
 
 # One stack for the process, as for attention: checkpointing recomputes on autograd's own threads.
 _chosen: list[str] = []
+
+_NO_PACKAGE = "needs `pip install 'diffusion-apt[triton]'`, or the triton of a CUDA build of torch"
 
 
 class KernelUse(NamedTuple):
@@ -137,7 +139,7 @@ def kernel_backend(name: str) -> Iterator[None]:
         raise InputError(f"unknown kernel backend {name!r}; choose from: {', '.join(BACKENDS)}")
     reason = _why_no_triton() if name == "triton" else None
     if reason:
-        raise InputError(_cannot_run("kernel", name, reason))
+        raise _cannot_run("kernel", name, reason)
     _chosen.append(name)
     try:
         yield
@@ -213,7 +215,7 @@ def _choose(
     if name is None:
         return KernelUse(op, "reference" if reason else "triton", reason or "it can take them")
     if reason:
-        raise InputError(_cannot_run(op, name, reason))
+        raise _cannot_run(op, name, reason)
     return KernelUse(op, "triton", "asked for")
 
 
@@ -223,10 +225,7 @@ def _why_no_triton(device: torch.device | None = None) -> str | None:
         import triton
     # A package built for another system fails while its libraries load
     except (ImportError, OSError) as error:
-        return (
-            "needs `pip install 'diffusion-apt[triton]'`, or the triton that comes with a CUDA "
-            f"build of torch ({type(error).__name__}: {error})"
-        )
+        return f"{_NO_PACKAGE} ({type(error).__name__}: {error})"
     lowest, highest = TRITON_VERSIONS
     if not lowest <= _version(triton.__version__) <= highest:
         return (
@@ -303,8 +302,9 @@ def _describe_triton() -> str:
     return f"triton {triton.__version__}{but_not_on(too_old)}"
 
 
-def _cannot_run(op: str, name: str, reason: str) -> str:
-    return (
+def _cannot_run(op: str, name: str, reason: str) -> InputError:
+    missing = reason.startswith(_NO_PACKAGE)
+    return (MissingPackageError if missing else InputError)(
         f"{op} backend {name!r} cannot run: {reason}. "
         "Take 'reference', or leave the choice out (`apt.kernels.kernel_status()` has the reasons)"
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from apt.errors import InputError
+from apt.errors import InputError, MissingPackageError
 from apt.media.files import Frames, as_frames, enlarge, write_png
 
 PAPER = (255, 255, 255)
@@ -47,6 +47,7 @@ def contact_sheet(
 
     Raises:
         InputError: if the table is empty or ragged, or captions and cells do not match.
+        MissingPackageError: Pillow has no FreeType.
     """
     table = _check_table(cells, rows, columns)
     num_frames, height, width, _ = table[0][0].shape
@@ -139,7 +140,9 @@ class _Block:
         for text, size, colour in spans:
             font = ImageFont.load_default(size)
             if not isinstance(font, ImageFont.FreeTypeFont):
-                raise RuntimeError("this Pillow was built without FreeType; install its wheel")
+                raise MissingPackageError(
+                    "contact sheets need a Pillow with FreeType; install its wheel"
+                )
             for line in _wrap(text, font, width):
                 self.lines.append(_Line(self.height, line, font, colour))
                 self.height += sum(font.getmetrics()) + 1

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from apt.device import find_device
-from apt.errors import CheckpointError, ConfigError, InputError
+from apt.errors import CheckpointError, ConfigError, InputError, MissingPackageError
 from apt.hub import (
     CODEC_FILE,
     INFO_FILE,
@@ -311,10 +311,10 @@ def _build_codec(source: Source, part: ComponentInfo) -> LatentCodec:
 
 @contextmanager
 def _building_from(source: Source) -> Iterator[None]:
-    """Options that a part refuses are the folder's fault."""
+    """Options that a part refuses are the folder's fault; a package that is missing is not."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, MissingPackageError):
         raise
     except InputError as error:
         raise unbuildable(source.folder / INFO_FILE, error) from error

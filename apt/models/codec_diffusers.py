@@ -67,7 +67,8 @@ class DiffusersCodec(LatentCodec):
     Gradients do not pass. Always in evaluation mode.
 
     Raises:
-        InputError: diffusers is not installed, or has no such class.
+        MissingPackageError: diffusers is not installed.
+        InputError: it has no such class.
         ConfigError: latent statistics or a compression that nobody gives, or that do not fit.
         CheckpointError: the repository, the folder or its weights cannot be used.
     """

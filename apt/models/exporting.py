@@ -113,6 +113,8 @@ def export_model(
         if format == "comfyui":
             return _export_file(backbone, family, path, dtype)
         return _export_pipeline(backbone, info, family, path, dtype, base, max_shard_size)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(
             f"cannot export to {str(out)!r}: {error.strerror or error}; free some space or choose "

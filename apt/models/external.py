@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from apt.errors import CheckpointError, InputError
+from apt.errors import CheckpointError, MissingPackageError
 from apt.hub import download
 from apt.hub.download import VARIANTS
 from apt.hub.inert import read_json
@@ -42,11 +42,11 @@ def torch_dtype(name: DType) -> torch.dtype:
 
 
 def import_hub_extra(module: str) -> ModuleType:
-    """Import transformers or diffusers, or raise InputError that names the extra."""
+    """Import transformers or diffusers, or raise MissingPackageError that names the extra."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(
+        raise MissingPackageError(
             f"this needs {module}, which does not import here ({error}); "
             "run `pip install diffusion-apt[hub]`"
         ) from error

@@ -76,7 +76,7 @@ class SD3TextEncoder(TextEncoder):
     in evaluation mode.
 
     Raises:
-        InputError: transformers is not installed.
+        MissingPackageError: transformers is not installed.
         CheckpointError: the repository, the folder or its weights cannot be used.
     """
 

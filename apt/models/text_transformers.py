@@ -87,7 +87,8 @@ class TransformersTextEncoder(TextEncoder):
     pooled vector.
 
     Raises:
-        InputError: transformers is not installed; skip_layers or projection do not fit.
+        MissingPackageError: transformers is not installed.
+        InputError: skip_layers or projection do not fit.
         CheckpointError: the repository, the folder or its weights cannot be used.
     """
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from apt.errors import ConfigError, InputError
+from apt.errors import ConfigError, MissingPackageError
 from apt.models.lora import LoRALayer
 from apt.models.transformer import DiffusionTransformer
 from apt.train.config import LoRAConfig
@@ -27,7 +27,7 @@ def add_adapters(backbone: DiffusionTransformer, config: LoRAConfig, *, seed: in
         seed: of their random halves.
 
     Raises:
-        InputError: peft is not installed.
+        MissingPackageError: peft is not installed.
         ConfigError: no layer has one of the names.
     """
     if not config.rank:
@@ -35,7 +35,7 @@ def add_adapters(backbone: DiffusionTransformer, config: LoRAConfig, *, seed: in
     try:
         import peft
     except ImportError as error:
-        raise InputError(
+        raise MissingPackageError(
             f"training through LoRA needs peft, which does not import here ({error}); "
             "run `pip install 'diffusion-apt[lora]'`"
         ) from error

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from apt.errors import InputError
+from apt.errors import AptError, InputError
 
 __all__ = ["explained"]
 
@@ -24,6 +24,8 @@ def explained(place: str) -> Iterator[None]:
     """
     try:
         yield
+    except AptError:
+        raise
     except BrokenPipeError:  # whoever read our output has left; no file is concerned
         raise
     except OSError as error:

@@ -28,7 +28,7 @@ SAMPLE_CONTRAST = "samples/contrast"
 SAMPLE_DIVERSITY = "samples/diversity"
 
 
-class TrainingStopped(InputError):
+class TrainingStopped(InputError, RuntimeError):
     """The run ended itself, to save time and the last good state."""
 
 
