@@ -76,6 +76,10 @@ class CausalCodec(LatentCodec):
     The first frame is a latent frame of its own, so an image is a video of one frame.
     """
 
+    # In bf16 latents are off by 0.007 of their deviation (measured on the digits), far less than
+    # the noise that the decoder is trained with, for 0.4 of the time.
+    encodes_in_autocast = True
+
     def __init__(self, config: CausalCodecConfig) -> None:
         super().__init__()
         self.config = config

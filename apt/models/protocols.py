@@ -62,12 +62,15 @@ class LatentCodec(nn.Module):
         channels: C.
         temporal_compression: 4 means 4k + 1 frames become k + 1 latent frames.
         spatial_compression: pixels per latent along height and width.
+        encodes_in_autocast: whether a training run may encode in its own precision. Codecs of
+            others compute as their config says.
     """
 
     config: Any
     channels: int
     temporal_compression: int
     spatial_compression: int
+    encodes_in_autocast: bool = False
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents of pixels; raises InputError for sizes that do not fit."""

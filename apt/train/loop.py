@@ -329,7 +329,8 @@ def micro_batches(
             pixels = batch.pixels[start : start + size].to(device)
             if codec is None:
                 return pixels
-            x = codec.encode(pixels).float()
+            with stage.host.autocast() if codec.encodes_in_autocast else contextlib.nullcontext():
+                x = codec.encode(pixels).float()
         if watch is not None:
             watch(pixels, x)
         return x

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from scipy.fft import dctn
 
 from apt.data.digits import MovingDigits
+from apt.data.sample import Batch
 from apt.data.write import write_video_folder
 from apt.errors import ConfigError, InputError
 from apt.hub import CODEC_FILE, CodecInfo, read_description
@@ -29,9 +30,10 @@ from apt.models.codec_causal import CausalCodec
 from apt.train.config import DataConfig, LoRAConfig, ModelConfig, TrainConfig
 from apt.train.host import RunHost
 from apt.train.logs import read_log
+from apt.train.loop import micro_batches
 from apt.train.recipes import RECIPES
 from apt.train.sequence import is_finished
-from apt.train.trainer import run
+from apt.train.trainer import make_stage, run
 from tests.cli.shell import error_line, invoke
 from tests.train.tiny_stages import single
 
@@ -251,6 +253,24 @@ def test_a_model_is_trained_in_its_latents(whole: Path, tmp_path: Path) -> None:
     assert torch.equal(bundle.codec.encode(clip), codec.encode(clip))
     stored, original = (load_file(f / "export" / CODEC_FILE) for f in (made, whole))
     assert all(torch.equal(stored[name], original[name]) for name in original)
+
+
+def test_latents_in_the_precision_of_the_run_are_nearly_those_in_fp32(whole: Path) -> None:
+    clips = torch.stack([MovingDigits(setting="free")[index].pixels for index in range(2)])
+    batch = Batch(clips, ["a red seven moving left"] * 2, offset=0, batch_index=0)
+
+    def latents(precision: Literal["fp32", "bf16"]) -> torch.Tensor:
+        made = later(
+            "digits_latent_pretrain", Path("unused"), str(whole / "export"), precision=precision
+        )
+        (micro_batch,) = micro_batches(made, make_stage(made, single()), batch)
+        return micro_batch.x
+
+    exact, rounded = latents("fp32"), latents("bf16")
+    assert torch.equal(exact, load_codec(whole / "export").encode(clips))
+    assert rounded.dtype == exact.dtype == torch.float32
+    error = (rounded - exact).square().mean().sqrt() / exact.std()
+    assert 0 < error < 0.015
 
 
 def test_on_a_cache_it_is_the_same_training(whole: Path, tmp_path: Path) -> None:
