@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each part of the package, and the parts that it may import. Itself is always allowed.
 BASE = {
-    "checks", "device", "errors", "files", "flow", "memory", "outputs", "pixels", "registry", "rng",
+    "checks", "device", "distributed", "errors", "files", "flow", "memory", "outputs", "pixels", "registry", "rng",
     "untrusted", "version",
 }  # fmt: skip
 ARROWS: dict[str, set[str]] = {
@@ -31,9 +31,10 @@ ARROWS: dict[str, set[str]] = {
     "outputs": {"errors"},
     "untrusted": set(),
     "device": {"errors"},
-    "kernels": {"errors", "rng", "philox"},
+    "distributed": {"errors"},
+    "kernels": {"errors", "rng", "philox", "distributed"},
     "media": {"errors", "memory"},
-    "hub": {"errors", "registry", "version", "files", "untrusted"},
+    "hub": {"errors", "registry", "version", "files", "untrusted", "distributed"},
     "models": {"kernels", "hub"} | BASE,
     "losses": {"kernels"} | BASE,
     "data": {"media"} | BASE,
@@ -49,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
 # The public API re-exports from these. `train` and `pipeline` together are for the CLI alone.
 ARROWS["__init__"] = set(ARROWS) - {"train", "evaluate", "encode", "bench"}
 ARROWS["cli"] = set(ARROWS) - {"__init__"}
-ARROWS["__main__"] = {"cli"}
+ARROWS["__main__"] = {"cli", "distributed"}
 
 OPTIONAL_PACKAGES = (
     "accelerate",

@@ -102,7 +102,7 @@ def _report(text: str | None, debug: bool) -> None:
     if text is not None and debug:
         text = traceback.format_exc() + text
     if _is_rank():
-        from apt.train.spokesman import report
+        from apt.distributed.spokesman import report
 
         report(text)
     else:

@@ -13,15 +13,15 @@ from typing import Annotated
 
 import tyro
 
+from apt.distributed.parallel import Parallel
+from apt.distributed.spokesman import report
 from apt.errors import InputError
 from apt.train.config import TrainConfig
-from apt.train.parallel import Parallel
 from apt.train.recipes import RECIPES
 from apt.train.resume import CONFIG_NAME, Resume, plain
 from apt.train.run_state import exit_status
 from apt.train.sequence import is_finished, move_runs
 from apt.train.signals import StopRequest
-from apt.train.spokesman import report
 from apt.train.trainer import run
 
 

@@ -24,8 +24,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from apt.distributed.collective import everywhere, rank, reason, world
 from apt.errors import CheckpointError, InputError
-from apt.train.collective import everywhere, rank, reason, world
 from apt.train.manifest import (
     check_file,
     fingerprint,

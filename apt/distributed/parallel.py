@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from apt.distributed.spokesman import claim
 from apt.errors import ConfigError, PeerError
-from apt.train.spokesman import claim
 
 __all__ = ["Parallel", "pick_device"]
 
