@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each part of the package, and the parts that it may import. Itself is always allowed.
 BASE = {
-    "checks", "device", "distributed", "errors", "files", "flow", "memory", "outputs", "pixels", "registry", "rng",
-    "untrusted", "version",
+    "checks", "device", "distributed", "errors", "files", "flow", "memory", "outputs", "pixels",
+    "registry", "rng", "untrusted", "version",
 }  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
@@ -139,6 +139,17 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 )
 def test_a_wrong_arrow_is_seen(importer: str, source: str, wrong: list[str]) -> None:
     assert wrong_arrows(source, importer) == wrong
+
+
+# What tells a process of its rank.
+RANKS = ("torch.distributed", "MASTER_ADDR", "TORCHELASTIC", '"RANK"', '"LOCAL_RANK"', "WORLD_SIZE")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: module_name(path))
+def test_a_rank_is_known_to_distributed_alone(path: Path) -> None:
+    if part_of(module_name(path)) != "distributed":
+        source = path.read_text()
+        assert not [word for word in RANKS if word in source], "ask apt.distributed"
 
 
 def test_arrows_have_no_cycle() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from apt.distributed.collective import everywhere, rank
+from apt.distributed.collectives import everywhere, rank
 from apt.errors import CheckpointError, ConfigError
 from apt.train import checkpoint
 from apt.train.config import TrainConfig

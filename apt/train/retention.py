@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apt.distributed.collective import everywhere
+from apt.distributed.collectives import everywhere
 from apt.train import checkpoint
 
 __all__ = ["Retention"]
