@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from apt.cli import app
+from apt.distributed.launch import is_one_of_many
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, or leaves with it where ranks ran."""
     code = app.main(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_one_of_many():
         # Gloo's threads outlive destroy_process_group, and one that lets go of a tensor while
         # Python shuts down aborts the process, after all work is done (pytorch issue 190489; 5 of
         # 12 runs with two ranks on two busy cores). So ranks leave without that shutdown.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -166,11 +165,6 @@ def encode_clips(
         done += len(indices)
     progress(total, total)
     return total
-
-
-def ranks() -> tuple[int, int]:
-    """This process's rank and the number of processes, as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _plan(videos: VideoFolder, num_clips: int) -> list[int]:

@@ -26,13 +26,13 @@ import torch
 from apt.bench.records import Measurement
 from apt.bench.timing import median
 from apt.data.loader import make_loader
+from apt.distributed.parallel import Parallel
 from apt.files import write_text
 from apt.kernels import kernel_backend
 from apt.methods import MicroBatch, PretrainConfig
 from apt.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from apt.train.datasets import make_dataset
 from apt.train.loop import micro_batches
-from apt.train.parallel import Parallel
 from apt.train.recipes import RECIPES
 from apt.train.trainer import make_stage
 

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each part of the package, and the parts that it may import. Itself is always allowed.
 BASE = {
-    "checks", "device", "errors", "files", "flow", "memory", "outputs", "pixels", "registry", "rng",
-    "untrusted", "version",
+    "checks", "device", "distributed", "errors", "files", "flow", "memory", "outputs", "pixels",
+    "registry", "rng", "untrusted", "version",
 }  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
@@ -31,9 +31,10 @@ ARROWS: dict[str, set[str]] = {
     "outputs": {"errors"},
     "untrusted": set(),
     "device": {"errors"},
-    "kernels": {"errors", "rng", "philox"},
+    "distributed": {"errors"},
+    "kernels": {"errors", "rng", "philox", "distributed"},
     "media": {"errors", "memory"},
-    "hub": {"errors", "registry", "version", "files", "untrusted"},
+    "hub": {"errors", "registry", "version", "files", "untrusted", "distributed"},
     "models": {"kernels", "hub"} | BASE,
     "losses": {"kernels"} | BASE,
     "data": {"media"} | BASE,
@@ -49,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
 # The public API re-exports from these. `train` and `pipeline` together are for the CLI alone.
 ARROWS["__init__"] = set(ARROWS) - {"train", "evaluate", "encode", "bench"}
 ARROWS["cli"] = set(ARROWS) - {"__init__"}
-ARROWS["__main__"] = {"cli"}
+ARROWS["__main__"] = {"cli", "distributed"}
 
 OPTIONAL_PACKAGES = (
     "accelerate",
@@ -138,6 +139,17 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 )
 def test_a_wrong_arrow_is_seen(importer: str, source: str, wrong: list[str]) -> None:
     assert wrong_arrows(source, importer) == wrong
+
+
+# What tells a process of its rank.
+RANKS = ("torch.distributed", "MASTER_ADDR", "TORCHELASTIC", '"RANK"', '"LOCAL_RANK"', "WORLD_SIZE")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: module_name(path))
+def test_a_rank_is_known_to_distributed_alone(path: Path) -> None:
+    if part_of(module_name(path)) != "distributed":
+        source = path.read_text()
+        assert not [word for word in RANKS if word in source], "ask apt.distributed"
 
 
 def test_arrows_have_no_cycle() -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt.distributed.parallel import Parallel
 from apt.errors import InputError
 from apt.flow import shift_timesteps
 from apt.kernels import (
@@ -44,7 +45,6 @@ from apt.rng import Draw
 from apt.train.config import OptimizerConfig, TrainConfig
 from apt.train.host import RunHost
 from apt.train.networks import initial_bundle
-from apt.train.parallel import Parallel
 from tests.tiny import tiny_bundle
 
 NUM = 6

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from apt.cli.imports import import_modules, take_imports
+from apt.distributed.launch import is_one_of_many
 from apt.errors import AptError, InputError, PeerError
 from apt.version import __version__
 
@@ -85,24 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except Exception:
-        if not _is_rank():
+        if not is_one_of_many():
             raise
         _report(traceback.format_exc(), False)
         return EXIT_FAILURE
     return code
 
 
-def _is_rank() -> bool:
-    """Whether this is one of several processes of a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def _report(text: str | None, debug: bool) -> None:
     """Tell the user of an error, once for all ranks; None if another rank does."""
     if text is not None and debug:
         text = traceback.format_exc() + text
-    if _is_rank():
-        from apt.train.spokesman import report
+    if is_one_of_many():
+        from apt.distributed.spokesman import report
 
         report(text)
     else:

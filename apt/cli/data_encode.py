@@ -75,12 +75,13 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
     from apt.data.captions import CaptionRule
     from apt.data.folder import VideoFolder
-    from apt.encode import encode_clips, encode_texts, open_cache, plan_cache, ranks
+    from apt.distributed.device import pick_device
+    from apt.distributed.launch import launch_rank, launch_world_size
+    from apt.encode import encode_clips, encode_texts, open_cache, plan_cache
     from apt.hub import ModelInfo
     from apt.models.bundle import describe, load_codec, load_prompt_check, load_text_encoder
     from apt.train.config import DataConfig
     from apt.train.datasets import clip_buckets
-    from apt.train.parallel import pick_device
 
     info = describe(options.model)
     rule = None
@@ -92,7 +93,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
         prompts = [model.sampling.negative_prompt, *prompts]
         check(prompts)
         rule = CaptionRule(check, options.long_captions)
-    rank, world_size = ranks()
+    rank, world_size = launch_rank(), launch_world_size()
     device = pick_device(options.device)
     codec = load_codec(options.model).to(device)
     sample = info.sample

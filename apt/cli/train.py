@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,16 @@ from typing import Annotated
 
 import tyro
 
+from apt.distributed.launch import is_one_of_many
+from apt.distributed.parallel import Parallel
+from apt.distributed.spokesman import report
 from apt.errors import InputError
 from apt.train.config import TrainConfig
-from apt.train.parallel import Parallel
 from apt.train.recipes import RECIPES
 from apt.train.resume import CONFIG_NAME, Resume, plain
 from apt.train.run_state import exit_status
 from apt.train.sequence import is_finished, move_runs
 from apt.train.signals import StopRequest
-from apt.train.spokesman import report
 from apt.train.trainer import run
 
 
@@ -134,7 +134,7 @@ def train_stages(
 @contextlib.contextmanager
 def _one_usage_message() -> Iterator[None]:
     """All ranks get the same arguments; one says what is wrong with them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not is_one_of_many():
         yield
         return
     said = io.StringIO()

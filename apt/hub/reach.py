@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from apt.distributed.launch import launch_rank
 from apt.hub.client import may_pass
 
 PATIENCE = 10.0
@@ -92,7 +92,7 @@ def tell_of_cache(repo_id: str) -> None:
     """Say, once for each repository, that what is on the disk is taken; of several ranks one."""
     from huggingface_hub import constants
 
-    if constants.is_offline_mode() or repo_id in _known.told or os.environ.get("RANK", "0") != "0":
+    if constants.is_offline_mode() or repo_id in _known.told or launch_rank():
         return
     _known.told.add(repo_id)
     _log.warning(

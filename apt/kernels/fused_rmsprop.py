@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from apt.distributed.tensors import local
 from apt.errors import CheckpointError, InputError
 from apt.kernels.backends import check_backend, resolve_backend, why_not_tensors
 
@@ -219,9 +220,7 @@ def _wide(p: Tensor) -> torch.dtype:
 
 def _local(tensors: list[Tensor]) -> list[Tensor]:
     """This rank's shards; plain tensors as they are."""
-    from torch.distributed.tensor import DTensor
-
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [local(tensor) for tensor in tensors]
 
 
 def _gradient(p: Tensor) -> Tensor:

@@ -19,13 +19,11 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
+from apt.distributed.collectives import everywhere, rank, world
+from apt.distributed.storage import own_files, read_shards, write_shards
 from apt.errors import CheckpointError, InputError
-from apt.train.collective import everywhere, rank, reason, world
 from apt.train.manifest import (
     check_file,
     fingerprint,
@@ -46,8 +44,6 @@ __all__ = [
     "verify",
 ]
 
-# The writer serialises one file in memory at a time, so this bounds the extra memory of a save.
-FILE_BYTES = 2 * 2**30
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
 _SCALARS = (bool, int, float, str, type(None))
 
@@ -77,10 +73,7 @@ def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> 
     temporary, target = root / f".tmp-{name}", root / name
     try:
         everywhere(lambda: _prepare(root, temporary) if rank() == 0 else None)
-        writer = dcp.HuggingFaceStorageWriter(
-            str(temporary), fqn_to_index_mapping=_file_indices(tensors), save_distributed=True
-        )
-        _run_dcp(lambda: dcp.save(tensors, storage_writer=writer, no_dist=world() == 1))
+        write_shards(temporary, tensors)
         files: dict[str, dict[str, Any]] = {}
         for part in everywhere(lambda: _fingerprints(temporary)):
             files.update(part)
@@ -126,10 +119,8 @@ def load(path: Path, state: dict[str, Any], *, verified: bool = False) -> dict[s
     tensors, values = _flatten(state)
     expected = {k: _signature(v) for k, v in tensors.items()}
     _check_fit(path, expected, content["tensors"], values, content["values"])
-    reader = dcp.HuggingFaceStorageReader(str(path))
     try:
-        with torch.no_grad():
-            _run_dcp(lambda: dcp.load(tensors, storage_reader=reader, no_dist=world() == 1))
+        read_shards(path, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"could not read the checkpoint {path}: {error}.") from error
     for parent, key, name, leaf in _leaves(state, ""):
@@ -287,19 +278,6 @@ def _signature(tensor: Tensor) -> list[Any]:
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
 
 
-def _file_indices(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Number the files (from 1) so that each holds about FILE_BYTES of a rank's share."""
-    indices: dict[str, int] = {}
-    index, used = 1, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size() // world()
-        if used and used + size > FILE_BYTES:
-            index, used = index + 1, 0
-        indices[name] = index
-        used += size
-    return indices
-
-
 def _check_fit(
     path: Path,
     tensors: dict[str, list[Any]],
@@ -326,22 +304,6 @@ def _check_fit(
         )
 
 
-# --- torch's distributed checkpoint ----------------------------------------------------------
-
-
-def _run_dcp(action: Callable[[], object]) -> None:
-    """Run a call into torch.distributed.checkpoint, turning its failures into CheckpointError."""
-    with warnings.catch_warnings():
-        # Without a process group it announces that it saves in a single process.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            action()
-        except CheckpointException as error:
-            causes = [cause for cause, _ in error.failures.values()]
-            reasons = dict.fromkeys(reason(cause) for cause in causes)
-            raise CheckpointError("; ".join(reasons)) from error
-
-
 # --- files -----------------------------------------------------------------------------------
 
 
@@ -362,9 +324,7 @@ def _prepare(root: Path, temporary: Path) -> None:
 
 def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of the files that this rank wrote."""
-    return {
-        file.name: fingerprint(file) for file in sorted(folder.glob(f"shard-{rank() + 1:05d}-*"))
-    }
+    return {file.name: fingerprint(file) for file in own_files(folder)}
 
 
 def _publish(content: dict[str, Any], temporary: Path, target: Path) -> None:

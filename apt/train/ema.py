@@ -7,17 +7,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from apt.distributed.tensors import local
 from apt.errors import CheckpointError, InputError
 from apt.train.state import model_state
 
 __all__ = ["EMA"]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class EMA:
@@ -79,8 +75,8 @@ class EMA:
         `update` counts from 0; only the warm-up looks at it.
         """
         state = model_state(module)
-        shadows = [_local(self._shadow[k]) for k in self._averaged]
-        weights = [_local(state[k]).to(torch.float32) for k in self._averaged]
+        shadows = [local(self._shadow[k]) for k in self._averaged]
+        weights = [local(state[k]).to(torch.float32) for k in self._averaged]
         if shadows:
             decay = min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
             get_ema_multi_avg_fn(decay)(shadows, weights, None)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from apt.distributed.parallel import Parallel
+from apt.distributed.tensors import gather
 from apt.methods.base import Outcome, Stage
 from apt.train.adapters import split_adapters
 from apt.train.config import TrainConfig
-from apt.train.networks import gather
-from apt.train.parallel import Parallel
 from apt.train.state import model_state
 
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from apt.distributed.parallel import Parallel
 from apt.models.bundle import ModelBundle
 from apt.models.protocols import LatentCodec
 from apt.models.transformer import DiffusionTransformer
@@ -16,7 +17,6 @@ from apt.train.adapters import add_adapters
 from apt.train.config import TrainConfig
 from apt.train.ema import EMA
 from apt.train.networks import Trained, initial_bundle, initial_codec, make_optimizer
-from apt.train.parallel import Parallel
 
 
 @dataclasses.dataclass(frozen=True)

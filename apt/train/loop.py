@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apt.data.loader import make_loader
 from apt.data.sample import Batch, TrainingData
+from apt.distributed.parallel import Parallel
 from apt.errors import ConfigError
 from apt.files import write_text
 from apt.methods.base import MicroBatch, Stage
@@ -26,7 +27,6 @@ from apt.train.latent_statistics import LatentStatistics
 from apt.train.lock import FolderInUse, RunLock
 from apt.train.logs import RunLog
 from apt.train.monitor import CollapseMonitor, TrainingStopped, sample_statistics
-from apt.train.parallel import Parallel
 from apt.train.plots import plot_losses
 from apt.train.progress import Progress
 from apt.train.resume import CHECKPOINTS, CONFIG_NAME, plain

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from apt.data.latents import LatentFolder
+from apt.distributed.tensors import whole
 from apt.errors import ConfigError
 from apt.hub import ComponentInfo, ModelInfo, SamplingInfo
 from apt.kernels import FusedRMSprop
@@ -89,7 +89,7 @@ def gradient_norm(parameters: Sequence[Tensor]) -> float:
     if not gradients:
         return 0.0
     norm = torch.nn.utils.get_total_norm(gradients)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return whole(norm).item()
 
 
 def make_optimizer(
@@ -212,11 +212,3 @@ def _codec(config: TrainConfig) -> tuple[LatentCodec, ComponentInfo]:
         return codec, info
     cached = cached_codec(LatentFolder(config.data.path), info)
     return (cached if info.weights is None else codec), info
-
-
-def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole CPU tensors from a possibly sharded state; every rank must call it."""
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
-        for name, value in state.items()
-    }

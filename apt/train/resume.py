@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from apt.distributed.collectives import everywhere, rank
 from apt.errors import CheckpointError, ConfigError
 from apt.train import checkpoint
-from apt.train.collective import everywhere, rank
 from apt.train.config import TrainConfig
 from apt.train.logs import LOG_NAME, read_log
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from apt.distributed.collectives import everywhere
 from apt.train import checkpoint
-from apt.train.collective import everywhere
 
 __all__ = ["Retention"]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
+from apt.distributed.launch import under_torchrun
 from apt.files import write_text
 
 __all__ = ["EXIT_UNFINISHED", "STATE_NAME", "State", "exit_status", "write_state"]
@@ -43,4 +43,4 @@ def exit_status(finished: bool) -> int:
     Under torchrun it is always 0, because torchrun takes any other for a crash and starts the
     ranks again at once; there `state.json` tells.
     """
-    return 0 if finished or "TORCHELASTIC_RUN_ID" in os.environ else EXIT_UNFINISHED
+    return 0 if finished or under_torchrun() else EXIT_UNFINISHED

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from apt.distributed.parallel import Parallel
 from apt.errors import InputError
 from apt.methods.base import Stage
 from apt.models.bundle import describe
@@ -19,7 +20,6 @@ from apt.train.host import RunHost
 from apt.train.lock import RunLock
 from apt.train.loop import Run
 from apt.train.networks import starts_from
-from apt.train.parallel import Parallel
 from apt.train.progress import Progress
 from apt.train.resolve import advice, prompt_check, resolve
 from apt.train.resume import Resume, check_resumable, find_start, plain

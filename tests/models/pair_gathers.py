@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apt.distributed.parallel import Parallel
 from apt.methods.apt import discriminator_loss
 from apt.models import create_discriminator
 from apt.rng import Draw
-from apt.train.parallel import Parallel
 from tests.models.nets import inputs, tiny_mmdit
 
 

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apt.distributed import storage
 from apt.errors import CheckpointError, InputError
 from apt.train import checkpoint, manifest
 
@@ -101,7 +102,7 @@ def test_any_shapes_and_values(tmp_path_factory, shapes, dtype, values):
 
 
 def test_large_states_are_split_into_files(root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)
+    monkeypatch.setattr(storage, "FILE_BYTES", 100)
     path = checkpoint.save(root, 1, make_state(1), {})
     assert len(list(path.glob("*.safetensors"))) > 3
     state = make_state(2)

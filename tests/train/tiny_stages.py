@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from apt.distributed.parallel import Parallel
 from apt.methods.apt import AdversarialConfig, AdversarialPostTraining
 from apt.methods.base import MethodConfig, MicroBatch
 from apt.methods.consistency import ConsistencyDistillation, DistillConfig
@@ -18,7 +19,6 @@ from apt.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from apt.train.export import export
 from apt.train.host import RunHost
 from apt.train.networks import initial_bundle
-from apt.train.parallel import Parallel
 
 # 12 channels: a frame's 2x2 pixels in colour.
 TINY_MODEL = ModelConfig(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from apt.errors import ConfigError, PeerError
-from apt.train.spokesman import claim
+from apt.distributed.device import pick_device
+from apt.distributed.launch import launch_rank, launch_world_size
+from apt.distributed.sharding import shard
+from apt.distributed.spokesman import claim
+from apt.errors import PeerError
 
-__all__ = ["Parallel", "pick_device"]
+__all__ = ["Parallel"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,10 @@ class Parallel:
             timeout: how long a collective waits for the slowest rank.
 
         Raises:
-            ConfigError: see `pick_device`.
+            ConfigError: see `pick_device`; or the launcher's variables are no numbers.
         """
         here = pick_device(device)
-        rank = int(os.environ.get("RANK", "0"))
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world_size = launch_rank(), launch_world_size()
         if world_size == 1:
             return cls(rank=0, world_size=1, device=here, mesh=None)
         # Gloo also on GPUs, for the small CPU tensors and objects of logs and checkpoints.
@@ -85,15 +84,8 @@ class Parallel:
             forward_methods: further methods of `module` that compute with its weights (such as
                 `"hidden_states"`); FSDP gathers parameters only around methods it knows.
         """
-        if self.mesh is None:
-            return
-        # It fears in-place operations on what a block returns; ours makes none.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-        for block in blocks:
-            fully_shard(block, mesh=self.mesh)
-        fully_shard(module, mesh=self.mesh)
-        for name in forward_methods:
-            register_fsdp_forward_method(module, name)
+        if self.mesh is not None:
+            shard(module, blocks, self.mesh, forward_methods=forward_methods)
 
     def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Average scalars over the ranks in float64; every rank gets the same result.
@@ -163,30 +155,3 @@ class Parallel:
         if kind is not None and self.world_size > 1 and not issubclass(kind, PeerError):
             claim()  # before the others hear of it by a closed connection
         self.close()
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """This process's device, which becomes CUDA's current one if it is a GPU.
-
-    Args:
-        device: `"auto"` (CUDA where there is one), `"cpu"` or `"cuda"`.
-
-    Raises:
-        ConfigError: `"cuda"` was asked for and is not available, there are fewer GPUs than local
-            ranks, or the device is none of the above.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device {device!r} is not one of 'auto', 'cpu', 'cuda'.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but PyTorch sees no GPU; use 'cpu'.")
-    if device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {local_rank} has no GPU of its own: there are "
-            f"{torch.cuda.device_count()}. Start torchrun with fewer processes per node."
-        )
-    here = torch.device("cuda", local_rank)
-    torch.cuda.set_device(here)
-    return here

@@ -9,6 +9,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from apt.distributed.launch import launch_rank, restarts
+
 __all__ = ["claim", "report"]
 
 _PATIENCE = timedelta(seconds=10)
@@ -62,10 +64,10 @@ def _store() -> dist.TCPStore | None:
 
 
 def _claims(store: dist.TCPStore) -> bool:
-    rank = os.environ.get("RANK", "0")
+    rank = str(launch_rank())
     return store.compare_set(_key("word"), "", rank) == rank.encode()
 
 
 def _key(name: str) -> str:
     # torchrun keeps its store when it starts the ranks again.
-    return f"apt/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+    return f"apt/error/{restarts()}/{name}"

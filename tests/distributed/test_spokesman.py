@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from apt.train.spokesman import claim, report
+from apt.distributed.spokesman import claim, report
 
 
 @pytest.fixture

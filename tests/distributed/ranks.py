@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from apt.distributed.parallel import Parallel
 from apt.errors import CheckpointError
 from apt.train import checkpoint
 from apt.train.ema import EMA
-from apt.train.parallel import Parallel
 from apt.train.state import model_state, optimizer_state
 
 STEPS = 3

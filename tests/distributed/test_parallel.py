@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from apt.distributed.parallel import Parallel
 from apt.errors import ConfigError
 from apt.train import checkpoint
-from apt.train.parallel import Parallel
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 spec = importlib.util.spec_from_file_location("ranks", SCRIPT)

@@ -1,0 +1,37 @@
+"""The device of a rank."""
+
+from __future__ import annotations
+
+import torch
+
+from apt.distributed.launch import local_rank
+from apt.errors import ConfigError
+
+__all__ = ["pick_device"]
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """This process's device, which becomes CUDA's current one if it is a GPU.
+
+    Args:
+        device: `"auto"` (CUDA where there is one), `"cpu"` or `"cuda"`.
+
+    Raises:
+        ConfigError: `"cuda"` was asked for and is not available, there are fewer GPUs than local
+            ranks, or the device is none of the above.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is not one of 'auto', 'cpu', 'cuda'.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but PyTorch sees no GPU; use 'cpu'.")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = local_rank()
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {index} has no GPU of its own: there are "
+            f"{torch.cuda.device_count()}. Start torchrun with fewer processes per node."
+        )
+    here = torch.device("cuda", index)
+    torch.cuda.set_device(here)
+    return here

@@ -1,0 +1,78 @@
+"""Tensors of all ranks in one folder of safetensors, through PyTorch's distributed checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from apt.distributed.collectives import rank, reason, world
+from apt.errors import CheckpointError
+
+__all__ = ["own_files", "read_shards", "write_shards"]
+
+# The writer serialises one file in memory at a time, so this bounds the extra memory of a save.
+FILE_BYTES = 2 * 2**30
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write each rank's shards to files of its own; every rank must call it.
+
+    Args:
+        folder: on a file system that all ranks share.
+        tensors: contiguous, plain or DTensors, the same names on every rank.
+
+    Raises:
+        CheckpointError: the disk refuses, on any rank.
+    """
+    writer = dcp.HuggingFaceStorageWriter(
+        str(folder), fqn_to_index_mapping=_file_indices(tensors), save_distributed=True
+    )
+    _run(lambda: dcp.save(tensors, storage_writer=writer, no_dist=world() == 1))
+
+
+@torch.no_grad()
+def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` in place, whatever the number of ranks that wrote them.
+
+    Raises:
+        CheckpointError: the files cannot be read, on any rank.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    _run(lambda: dcp.load(tensors, storage_reader=reader, no_dist=world() == 1))
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The files that this rank wrote, sorted."""
+    return sorted(folder.glob(f"shard-{rank() + 1:05d}-*"))
+
+
+def _file_indices(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Number the files (from 1) so that each holds about FILE_BYTES of a rank's share."""
+    indices: dict[str, int] = {}
+    index, used = 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size() // world()
+        if used and used + size > FILE_BYTES:
+            index, used = index + 1, 0
+        indices[name] = index
+        used += size
+    return indices
+
+
+def _run(action: Callable[[], object]) -> None:
+    """Run a call into torch.distributed.checkpoint, turning its failures into CheckpointError."""
+    with warnings.catch_warnings():
+        # Without a process group it announces that it saves in a single process.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            action()
+        except CheckpointException as error:
+            causes = [cause for cause, _ in error.failures.values()]
+            reasons = dict.fromkeys(reason(cause) for cause in causes)
+            raise CheckpointError("; ".join(reasons)) from error
