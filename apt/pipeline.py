@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,21 @@ from torch import Tensor, nn
 from apt.device import find_device
 from apt.errors import InputError
 from apt.flow import sampling_timesteps
+from apt.generate_options import GenerateOptions, OptionNames
 from apt.hub import ModelInfo
 from apt.memory import explained_memory, require_memory
 from apt.models.bundle import ModelBundle, load_pretrained
 from apt.models.conditions import TextCondition
 from apt.models.lora import find_lora, merge_lora, read_lora
 from apt.models.registry import untrained_timesteps
-from apt.pixels import to_uint8
+from apt.output_types import (
+    OutputType,
+    check_output_type,
+    to_array,
+    to_frames,
+    to_images,
+    to_unit,
+)
 from apt.rng import Draw, sample_noise
 from apt.sampling import (
     SAMPLERS,
@@ -33,6 +41,15 @@ from apt.sampling import (
     one_step_sample,
     sample,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
+    from typing_extensions import Unpack
+
+Seeds = int | Sequence[int] | None
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 _SAMPLERS_BY_STAGE: dict[str, SamplerName] = {
     "diffusion": "euler",
@@ -166,184 +183,169 @@ class OneStepPipeline:
         return self._parameter().dtype
 
     def plan(
-        self,
-        *,
-        num_steps: int | None = None,
-        sampler: SamplerName | Literal["auto"] = "auto",
-        timesteps: Sequence[float] | None = None,
-        cfg_scale: float | None = None,
-        negative_prompt: str | None = None,
+        self, options: GenerateOptions = GenerateOptions(), **names: Unpack[OptionNames]
     ) -> SamplingPlan:
         """Resolve sampling options without generating; arguments as for calling the pipeline."""
+        options = options.replace(names)
         defaults = self.info.sampling
+        sampler = options.sampler
         if sampler == "auto":
             sampler = defaults.sampler or _SAMPLERS_BY_STAGE[self.stage]
         if sampler not in SAMPLERS:
             raise InputError(
                 f"unknown sampler {sampler!r}; choose from auto, {', '.join(SAMPLERS)}"
             )
-        if timesteps is None:
-            steps = defaults.num_steps if num_steps is None else num_steps
+        if options.timesteps is None:
+            steps = defaults.num_steps if options.num_steps is None else options.num_steps
             if not isinstance(steps, int) or steps < 1:
                 raise InputError(f"num_steps must be a whole number of at least 1, got {steps!r}")
             if steps > _MOST_STEPS:
                 raise InputError(f"num_steps must be at most {_MOST_STEPS}, got {steps}")
             grid = check_timesteps(sampling_timesteps(steps, defaults.timestep_shift))
         else:
-            grid = check_timesteps(timesteps)
-            if num_steps is not None and num_steps != len(grid) - 1:
+            grid = check_timesteps(options.timesteps)
+            if options.num_steps not in (None, len(grid) - 1):
                 raise InputError(
                     f"{len(grid)} timesteps make {len(grid) - 1} steps, but num_steps is "
-                    f"{num_steps}; leave one of them out"
+                    f"{options.num_steps}; leave one of them out"
                 )
         # Distilled models have their guidance built in.
         own_scale = 1.0 if self.stage in ("consistency", "apt") else defaults.cfg_scale
-        scale = own_scale if cfg_scale is None else float(cfg_scale)
+        scale = own_scale if options.cfg_scale is None else float(options.cfg_scale)
         if not 0 <= scale < float("inf"):
-            raise InputError(f"cfg_scale must be finite and at least 0, got {cfg_scale}")
+            raise InputError(f"cfg_scale must be finite and at least 0, got {options.cfg_scale}")
         return SamplingPlan(
             stage=self.stage,
             sampler=sampler,
             timesteps=tuple(grid),
             cfg_scale=scale,
             negative_prompt=(
-                defaults.negative_prompt if negative_prompt is None else negative_prompt
+                defaults.negative_prompt
+                if options.negative_prompt is None
+                else options.negative_prompt
             ),
         )
 
+    @overload
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
-        seed: int | Sequence[int] = 0,
-        num_steps: int | None = None,
-        sampler: SamplerName | Literal["auto"] = "auto",
-        timesteps: Sequence[float] | None = None,
-        cfg_scale: float | None = None,
-        negative_prompt: str | None = None,
-        frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        batch_size: int = 1,
-    ) -> Tensor:
+        seed: Seeds = None,
+        generator: Generators = None,
+        output_type: Literal["uint8", "pt"] = "uint8",
+        options: GenerateOptions = GenerateOptions(),
+        **names: Unpack[OptionNames],
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: Seeds = None,
+        generator: Generators = None,
+        output_type: Literal["np"],
+        options: GenerateOptions = GenerateOptions(),
+        **names: Unpack[OptionNames],
+    ) -> npt.NDArray[np.float32]: ...
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: Seeds = None,
+        generator: Generators = None,
+        output_type: Literal["pil"],
+        options: GenerateOptions = GenerateOptions(),
+        **names: Unpack[OptionNames],
+    ) -> list[list[Image.Image]]: ...
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: Seeds = None,
+        generator: Generators = None,
+        output_type: OutputType = "uint8",
+        options: GenerateOptions = GenerateOptions(),
+        **names: Unpack[OptionNames],
+    ) -> Tensor | npt.NDArray[np.float32] | list[list[Image.Image]]:
         """Generate videos, all at once; `stream` gives one after the other.
 
         Args:
             prompt: one or several; none of them empty.
-            seed: one for all prompts, or one each. Several seeds with one prompt make several
-                videos of it.
-            num_steps: network evaluations; None is the model's own number (1 after APT).
-            sampler: "consistency" (back to t with fresh noise), "euler", or "auto", which follows
-                from the model. In one step they are the same.
-            timesteps: the grid itself, from 1 to 0, such as (1, 0.6, 0), in place of `num_steps`.
-            cfg_scale: classifier-free guidance; 1 is off. None is the model's own for diffusion,
-                and off for distilled models, which have it built in.
-            negative_prompt: what guidance leads away from; None is the model's own.
-            frames, height, width: None is what the model was trained on.
-            batch_size: videos per network call. Above 1 is faster for many, and equal to rounding.
+            seed: one for all prompts, or one each; None is 0. Several seeds with one prompt make
+                several videos of it.
+            generator: diffusers' way to say the seed: one generator, of which a seed is drawn for
+                each video, or one each. Calls with the same generator differ, as there.
+            output_type: what is returned.
+            options: how, all in one; see `GenerateOptions`.
+            names: options by name, which go before those of `options`. diffusers' names are taken
+                too: `num_inference_steps`, `guidance_scale`, `num_frames`.
 
         Returns:
-            uint8 (B, T, H, W, 3) on the CPU, B being the number of prompts or of seeds.
+            uint8 (B, T, H, W, 3) on the CPU, B being the number of prompts or of seeds; for other
+            output types see `apt.output_types.OutputType`.
 
         Raises:
             InputError: for a prompt, seed, size or option that does not fit, saying what does; for
                 values that are not finite, and for too little memory.
         """
-        request = self._request(
-            prompt,
-            seed,
-            self.plan(
-                num_steps=num_steps,
-                sampler=sampler,
-                timesteps=timesteps,
-                cfg_scale=cfg_scale,
-                negative_prompt=negative_prompt,
-            ),
-            (frames, height, width),
-            batch_size,
-        )
+        check_output_type(output_type)
+        request = self._request(prompt, seed, generator, options.replace(names))
         size = math.prod(request.pixels) * len(request.prompts)
+        if output_type in ("pt", "np"):
+            size *= 4
         require_memory(size, torch.device("cpu"), "all the videos together", "use stream()")
-        return torch.cat([_frames(batch) for batch in self._batches(request)])
+        batches = self._batches(request)
+        if output_type in ("pt", "np"):
+            unit = torch.cat([to_unit(batch) for batch in batches])
+            return to_array(unit) if output_type == "np" else unit
+        frames = torch.cat([to_frames(batch) for batch in batches])
+        return to_images(frames) if output_type == "pil" else frames
 
     def stream(
         self,
         prompt: str | Sequence[str],
         *,
-        seed: int | Sequence[int] = 0,
-        num_steps: int | None = None,
-        sampler: SamplerName | Literal["auto"] = "auto",
-        timesteps: Sequence[float] | None = None,
-        cfg_scale: float | None = None,
-        negative_prompt: str | None = None,
-        frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        batch_size: int = 1,
+        seed: Seeds = None,
+        generator: Generators = None,
+        options: GenerateOptions = GenerateOptions(),
+        **names: Unpack[OptionNames],
     ) -> Iterator[Tensor]:
         """As calling the pipeline, but each video, uint8 (T, H, W, 3), as soon as it is made.
 
         Arguments are checked, and prompts read, at once; memory and the wait for the first video
         do not grow with their number.
         """
-        request = self._request(
-            prompt,
-            seed,
-            self.plan(
-                num_steps=num_steps,
-                sampler=sampler,
-                timesteps=timesteps,
-                cfg_scale=cfg_scale,
-                negative_prompt=negative_prompt,
-            ),
-            (frames, height, width),
-            batch_size,
-        )
-        return (video for batch in self._batches(request) for video in _frames(batch))
+        request = self._request(prompt, seed, generator, options.replace(names))
+        return (video for batch in self._batches(request) for video in to_frames(batch))
 
     def sample_pixels(
         self,
         prompt: str | Sequence[str],
         *,
-        seed: int | Sequence[int] = 0,
-        num_steps: int | None = None,
-        sampler: SamplerName | Literal["auto"] = "auto",
-        timesteps: Sequence[float] | None = None,
-        cfg_scale: float | None = None,
-        negative_prompt: str | None = None,
-        frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        batch_size: int = 1,
+        seed: Seeds = None,
+        generator: Generators = None,
+        options: GenerateOptions = GenerateOptions(),
+        **names: Unpack[OptionNames],
     ) -> Tensor:
         """As calling the pipeline, but fp32 pixels (B, 3, T, H, W) in [-1, 1] on the device."""
-        request = self._request(
-            prompt,
-            seed,
-            self.plan(
-                num_steps=num_steps,
-                sampler=sampler,
-                timesteps=timesteps,
-                cfg_scale=cfg_scale,
-                negative_prompt=negative_prompt,
-            ),
-            (frames, height, width),
-            batch_size,
-        )
+        request = self._request(prompt, seed, generator, options.replace(names))
         return torch.cat(list(self._batches(request)))
 
     def _request(
         self,
         prompt: str | Sequence[str],
-        seed: int | Sequence[int],
-        plan: SamplingPlan,
-        size: tuple[int | None, int | None, int | None],
-        batch_size: int,
+        seed: Seeds,
+        generator: Generators,
+        options: GenerateOptions,
     ) -> _Request:
         """Everything that can be wrong, looked at before anything is computed."""
-        prompts, seeds = _pair(prompt, seed)
+        plan, batch_size = self.plan(options), options.batch_size
+        prompts, sources = _pair(prompt, seed, generator)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        size = (options.frames, options.height, options.width)
         latent = self.latent_shape(*size)
         trained = self.info.sample
         own = (trained.frames, trained.height, trained.width)
@@ -364,6 +366,8 @@ class OneStepPipeline:
         self.bundle.text_encoder.check(prompts)
         if plan.cfg_scale != 1:
             self.bundle.text_encoder.check([plan.negative_prompt])
+        # Last, so that a call which is refused leaves a generator as it was.
+        seeds = [_seed_of(source) for source in sources]
         return _Request(prompts, seeds, plan, latent, (frames, height, width, 3), batch_size)
 
     @torch.inference_mode()
@@ -541,16 +545,13 @@ _SMALLER = (
 )
 
 
-def _frames(pixels: Tensor) -> Tensor:
-    """uint8 (B, T, H, W, 3) on the CPU from pixels (B, 3, T, H, W)."""
-    return to_uint8(pixels).permute(0, 2, 3, 4, 1).contiguous().cpu()
-
-
-def _pair(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[str], list[int]]:
-    """One prompt and one seed per video."""
+def _pair(
+    prompt: str | Sequence[str], seed: Seeds, generator: Generators
+) -> tuple[list[str], list[int] | list[torch.Generator]]:
+    """One prompt, and one seed or generator, per video."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
-    if not prompts or not seeds:
+    sources = _sources(seed, generator)
+    if not prompts or not sources:
         raise InputError("there is no prompt to generate from, or no seed")
     for text in prompts:
         if not isinstance(text, str) or not text.strip():
@@ -564,15 +565,37 @@ def _pair(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[list[
             raise InputError(
                 f"the prompt {text!r} has bytes that are not UTF-8; save or type it as UTF-8"
             ) from error
-    for number in seeds:
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise InputError(f"a seed must be a whole number, got {number!r}")
     if len(prompts) == 1:
-        prompts *= len(seeds)
-    if len(seeds) == 1:
-        seeds *= len(prompts)
-    if len(prompts) != len(seeds):
+        prompts *= len(sources)
+    if len(sources) == 1:
+        sources *= len(prompts)
+    if len(prompts) != len(sources):
+        kind = "seed" if generator is None else "generator"
         raise InputError(
-            f"{len(prompts)} prompts need one seed, or {len(prompts)} of them; got {len(seeds)}"
+            f"{len(prompts)} prompts need one {kind}, or {len(prompts)} of them; got {len(sources)}"
         )
-    return prompts, seeds
+    return prompts, sources
+
+
+def _sources(seed: Seeds, generator: Generators) -> list[int] | list[torch.Generator]:
+    """What the noise comes from, as a list."""
+    if generator is None:
+        seeds = [0] if seed is None else list(seed) if isinstance(seed, Iterable) else [seed]
+        for number in seeds:
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise InputError(f"a seed must be a whole number, got {number!r}")
+        return seeds
+    if seed is not None:
+        raise InputError("a seed and a generator both say where noise comes from; pass one of them")
+    generators = list(generator) if isinstance(generator, Iterable) else [generator]
+    for one in generators:
+        if not isinstance(one, torch.Generator):
+            raise InputError(f"generator must be a torch.Generator, or several, got {one!r}")
+    return generators
+
+
+def _seed_of(source: int | torch.Generator) -> int:
+    """The seed itself, or one that is drawn."""
+    if isinstance(source, int):
+        return source
+    return int(torch.randint(2**63 - 1, (), generator=source, device=source.device))

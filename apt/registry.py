@@ -46,7 +46,7 @@ class Registry(Generic[T]):
     def get(self, name: str) -> Callable[..., T]:
         """The builder under `name`. Raises InputError with close matches if there is none."""
         if name not in self._builders:
-            raise InputError(f"unknown {self.kind} {name!r}; {_suggest(name, self._builders)}")
+            raise InputError(f"unknown {self.kind} {name!r}; {suggest(name, self._builders)}")
         return self._builders[name]
 
     def summary(self, name: str) -> str:
@@ -83,14 +83,15 @@ def check_options(owner: str, accepted: Mapping[str, Any], options: Mapping[str,
     """Raise ConfigError unless every option is accepted by name and by type."""
     for name, value in options.items():
         if name not in accepted:
-            raise ConfigError(f"{owner} takes no option {name!r}; {_suggest(name, accepted)}")
+            raise ConfigError(f"{owner} takes no option {name!r}; {suggest(name, accepted)}")
         if not _fits(value, accepted[name]):
             expected = accepted[name]
             label = expected.__name__ if isinstance(expected, type) else expected
             raise ConfigError(f"{owner}: option {name!r} must be {label}, got {value!r}")
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What to say after a name that is not known: close matches, or all there are."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:

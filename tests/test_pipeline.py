@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from apt.errors import CheckpointError, InputError
+from apt.generate_options import GenerateOptions
 from apt.hub import SamplingInfo
 from apt.models.bundle import save_pretrained
 from apt.models.lora import LORA_FILE, LoRALayer, save_lora
@@ -187,6 +189,13 @@ def test_sizes_fit_or_name_sizes_that_do(pipeline: OneStepPipeline, value: int, 
         ({"prompt": PROMPT, "sampler": "ddim"}, "choose from auto, consistency, euler"),
         ({"prompt": PROMPT, "cfg_scale": float("nan")}, "cfg_scale"),
         ({"prompt": PROMPT, "cfg_scale": -1}, "cfg_scale"),
+        ({"prompt": PROMPT, "num_inference_steps": 0}, "num_steps"),
+        ({"prompt": PROMPT, "frames": 5, "num_frames": 5}, "are one option"),
+        ({"prompt": PROMPT, "guidance": 2.0}, "did you mean 'guidance_scale'"),
+        ({"prompt": PROMPT, "seed": 0, "generator": torch.Generator()}, "pass one of them"),
+        ({"prompt": PROMPT, "seed": 0.5}, "whole number, got 0.5"),
+        ({"prompt": PROMPT, "generator": 3}, "must be a torch.Generator"),
+        ({"prompt": [PROMPT] * 3, "generator": [torch.Generator()] * 2}, "need one generator"),
         ({"prompt": PROMPT, "batch_size": 0}, "batch_size"),
         ({"prompt": PROMPT, "batch_size": 0.5}, "batch_size"),
         ({"prompt": PROMPT, "frames": 10**12 + 1}, "needs more than .* GiB, and cpu has"),
@@ -199,6 +208,55 @@ def test_wrong_input_is_explained(
     for call in (pipeline, pipeline.stream, pipeline.sample_pixels):
         with pytest.raises(InputError, match=message):
             call(**arguments)
+
+
+def test_options_in_one_are_options_by_name(pipeline: OneStepPipeline) -> None:
+    by_name = pipeline(PROMPT, seed=3, num_steps=2, frames=5, cfg_scale=2.0)
+    options = GenerateOptions(num_steps=2, frames=5, cfg_scale=2.0)
+    assert torch.equal(pipeline(PROMPT, seed=3, options=options), by_name)
+    theirs = pipeline(PROMPT, seed=3, num_inference_steps=2, num_frames=5, guidance_scale=2.0)
+    assert torch.equal(theirs, by_name)
+    # A name goes before the options.
+    assert torch.equal(
+        pipeline(PROMPT, seed=3, options=options, num_frames=9),
+        pipeline(PROMPT, seed=3, num_steps=2, cfg_scale=2.0),
+    )
+    assert pipeline.plan(options) == pipeline.plan(num_inference_steps=2, guidance_scale=2.0)
+
+
+def test_a_generator_is_drawn_from(pipeline: OneStepPipeline) -> None:
+    def seeded(*seeds: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    (generator,) = seeded(1)
+    first, second = (pipeline(PROMPT, generator=generator) for _ in range(2))
+    assert not torch.equal(first, second), "a generator moves on"
+    assert torch.equal(pipeline(PROMPT, generator=seeded(1)), first)
+    both = pipeline([PROMPT, PROMPT], generator=seeded(1)[0])
+    assert torch.equal(both, torch.cat([first, second])), "a seed for each video"
+    apart = pipeline(PROMPT, generator=seeded(1, 2))
+    assert torch.equal(apart[0], first[0]) and not torch.equal(apart[1], first[0])
+
+
+def test_a_generator_is_left_alone_by_a_call_that_is_refused(pipeline: OneStepPipeline) -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    for wrong in ({"frames": 4}, {"prompt": "\0"}, {"num_step": 1}, {"output_type": "latent"}):
+        with pytest.raises(InputError):
+            pipeline(**{"prompt": PROMPT, "generator": generator, **wrong})  # type: ignore[call-overload]
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_output_types_are_one_video(pipeline: OneStepPipeline) -> None:
+    frames = pipeline(PROMPT, seed=3)
+    for unit in (
+        pipeline(PROMPT, seed=3, output_type="pt").permute(0, 1, 3, 4, 2),
+        torch.from_numpy(pipeline(PROMPT, seed=3, output_type="np")),
+    ):
+        assert unit.dtype == torch.float32
+        assert (unit * 255 - frames.float()).abs().max() <= 0.5 + 1e-4
+    (video,) = pipeline(PROMPT, seed=3, output_type="pil")
+    assert torch.equal(torch.from_numpy(np.stack([np.asarray(i) for i in video])), frames[0])
 
 
 def test_from_pretrained_and_to(tmp_path: Any, pipeline: OneStepPipeline) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import hashlib
 import itertools
 import re
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from apt.errors import InputError
+from apt.generate_options import GenerateOptions
 from apt.memory import explained_memory
 from apt.outputs import RECORD_SUFFIX, Output, OutputRecord, check_place
 
@@ -51,28 +53,11 @@ class Generate:
     """Leave out what an interrupted call with the same settings has made."""
     seed: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seeds"])] = (0,)
     """One seed, or several."""
-    num_steps: int | None = None
-    """Network evaluations; None is the model's own number (1 after APT)."""
-    sampler: Literal["auto", "consistency", "euler"] = "auto"
-    """Between steps: fresh noise, Euler, or what suits the model. In one step they are the same."""
-    timesteps: tuple[float, ...] | None = None
-    """The grid itself, falling from 1 to 0, in place of --num-steps: --timesteps 1 0.6 0."""
-    cfg_scale: float | None = None
-    """Classifier-free guidance; 1 is off, None is the model's own."""
-    negative_prompt: str | None = None
-    """What guidance leads away from; None is the model's own."""
-    frames: int | None = None
-    """Number of frames; 1 makes an image. None, also below, is what the model was trained on."""
-    height: int | None = None
-    """Height in pixels."""
-    width: int | None = None
-    """Width in pixels."""
+    options: Annotated[GenerateOptions, tyro.conf.arg(name="")] = GenerateOptions()
     fps: float | None = None
     """Frames per second of the file."""
     scale: int | None = None
     """Whole factor by which small frames are enlarged in the file; None makes them easy to see."""
-    batch_size: int = 1
-    """Videos per network call; above 1 results are equal to rounding only."""
     device: str | None = None
     """cpu, cuda or cuda:N; None takes a GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -89,16 +74,16 @@ class Generate:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Generate, write, and say what was written."""
-    options = tyro.cli(Generate, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
-    prompts = [*options.prompt, *read_prompts(options.prompt_file)]
+    asked = tyro.cli(Generate, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    prompts = [*asked.prompt, *read_prompts(asked.prompt_file)]
     if not prompts:
         raise InputError('there is no prompt: pass --prompt "a red seven moving left", or a file')
     # Nothing of this may come up only after the time that loading and generating take.
-    outputs = plan_outputs(options, prompts)
+    outputs = plan_outputs(asked, prompts)
     record = None
     if len(outputs) > 1:
-        place = options.out.with_name(options.out.name + RECORD_SUFFIX)
-        record = OutputRecord(place, _settings(options), resume=options.resume)
+        place = asked.out.with_name(asked.out.name + RECORD_SUFFIX)
+        record = OutputRecord(place, _settings(asked), resume=asked.resume)
     left = [output for output in outputs if record is None or not record.has(output)]
     if len(left) < len(outputs):
         print(f"{len(outputs) - len(left)} of {len(outputs)} files are there already")
@@ -113,34 +98,30 @@ def main(args: Sequence[str], *, prog: str) -> None:
     from apt.pipeline import OneStepPipeline
 
     pipeline = OneStepPipeline.from_pretrained(
-        options.model,
-        device=None if options.device is None else find_device(options.device),
-        dtype=getattr(torch, options.dtype),
-        offload=options.offload,
+        asked.model,
+        device=None if asked.device is None else find_device(asked.device),
+        dtype=getattr(torch, asked.dtype),
+        offload=asked.offload,
     )
     sample = pipeline.info.sample
-    fps = sample.fps if options.fps is None else options.fps
-    asked = (options.frames, options.height, options.width)
+    fps = sample.fps if asked.fps is None else asked.fps
+    options = asked.options
     size = [
         own if wanted is None else wanted
-        for own, wanted in zip((sample.frames, sample.height, sample.width), asked, strict=True)
+        for own, wanted in (
+            (sample.frames, options.frames),
+            (sample.height, options.height),
+            (sample.width, options.width),
+        )
     ]
     pipeline.latent_shape(*size)
-    check_settings(options.out, (size[0], size[1], size[2]), fps=fps, scale=options.scale)
-    if options.lora is not None:
-        pipeline.load_lora(options.lora, scale=options.lora_scale)
+    check_settings(asked.out, (size[0], size[1], size[2]), fps=fps, scale=asked.scale)
+    if asked.lora is not None:
+        pipeline.load_lora(asked.lora, scale=asked.lora_scale)
     videos = pipeline.stream(
         [output.prompt for output in left],
         seed=[output.seed for output in left],
-        num_steps=options.num_steps,
-        sampler=options.sampler,
-        timesteps=options.timesteps,
-        cfg_scale=options.cfg_scale,
-        negative_prompt=options.negative_prompt,
-        frames=options.frames,
-        height=options.height,
-        width=options.width,
-        batch_size=options.batch_size,
+        options=options,
     )
     kept = []
     done = 0
@@ -148,54 +129,54 @@ def main(args: Sequence[str], *, prog: str) -> None:
         try:
             for output, video in zip(left, videos, strict=True):
                 with explained_memory(f"writing {str(output.path)!r}", "choose a smaller scale"):
-                    write_media(output.path, video, fps=fps, scale=options.scale)
+                    write_media(output.path, video, fps=fps, scale=asked.scale)
                 if record is not None:
                     record.add(output)
                 done += 1
                 print(f"{output.path}  {output.prompt!r}, seed {output.seed}", flush=True)
-                if options.contact_sheet is not None:
+                if asked.contact_sheet is not None:
                     kept.append(video)
         except KeyboardInterrupt:
             if record is not None:
                 said = f"{done} of {len(left)} files are whole; --resume makes the rest"
                 print(said, file=sys.stderr)
             raise
-    if options.verbose:
+    if asked.verbose:
         print("\n".join(what_ran(pipeline.device, attention, kernels)))
-    if options.contact_sheet is not None:
-        num_seeds = len(options.seed)
+    if asked.contact_sheet is not None:
+        num_seeds = len(asked.seed)
         cells = [kept[i : i + num_seeds] for i in range(0, len(kept), num_seeds)]
-        columns = [f"seed {seed}" for seed in options.seed]
+        columns = [f"seed {seed}" for seed in asked.seed]
         with explained_memory("drawing the contact sheet", "leave it out, or ask for fewer"):
-            print(write_contact_sheet(options.contact_sheet, cells, rows=prompts, columns=columns))
+            print(write_contact_sheet(asked.contact_sheet, cells, rows=prompts, columns=columns))
 
 
-def plan_outputs(options: Generate, prompts: Sequence[str]) -> list[Output]:
+def plan_outputs(asked: Generate, prompts: Sequence[str]) -> list[Output]:
     """The files to write, one for each prompt and seed.
 
     Raises InputError for what is wrong with them, such as a folder that cannot be written to.
     """
     from apt.media import SUFFIXES
 
-    check_suffix(options.out, SUFFIXES)
-    if options.contact_sheet is not None:
-        check_suffix(options.contact_sheet, (".png",))
-        if options.resume:
+    check_suffix(asked.out, SUFFIXES)
+    if asked.contact_sheet is not None:
+        check_suffix(asked.contact_sheet, (".png",))
+        if asked.resume:
             raise InputError(
                 "a contact sheet shows every video, and --resume does not make all of them; leave "
                 "one of the two out"
             )
-        check_place(options.contact_sheet)
-    if len(set(options.seed)) < len(options.seed):
-        raise InputError(f"seeds must differ, or files would be overwritten; got {options.seed}")
-    paths = output_paths(options.out, num_prompts=len(prompts), seeds=options.seed)
-    if options.contact_sheet in paths:
-        raise InputError(f"{str(options.contact_sheet)!r} would be a video and the contact sheet")
+        check_place(asked.contact_sheet)
+    if len(set(asked.seed)) < len(asked.seed):
+        raise InputError(f"seeds must differ, or files would be overwritten; got {asked.seed}")
+    paths = output_paths(asked.out, num_prompts=len(prompts), seeds=asked.seed)
+    if asked.contact_sheet in paths:
+        raise InputError(f"{str(asked.contact_sheet)!r} would be a video and the contact sheet")
     check_place(paths[0])
     for path in paths:
         if path.is_dir():
             raise InputError(f"cannot write {str(path)!r}: it is a folder; move it away")
-    jobs = itertools.product(prompts, options.seed)
+    jobs = itertools.product(prompts, asked.seed)
     return [
         Output(path=path, prompt=prompt, seed=seed)
         for path, (prompt, seed) in zip(paths, jobs, strict=True)
@@ -203,19 +184,17 @@ def plan_outputs(options: Generate, prompts: Sequence[str]) -> list[Output]:
 
 
 # What decides the content of a file, besides its prompt and seed.
-_SETTINGS = (
-    "model", "num_steps", "sampler", "timesteps", "cfg_scale", "negative_prompt", "frames",
-    "height", "width", "fps", "scale", "batch_size", "dtype", "lora", "lora_scale",
-)  # fmt: skip
+_SETTINGS = ("model", "fps", "scale", "dtype", "lora", "lora_scale")
 
 
-def _settings(options: Generate) -> dict[str, object]:
+def _settings(asked: Generate) -> dict[str, object]:
     """What --resume must find the same."""
-    values = {name: getattr(options, name) for name in _SETTINGS}
+    values = {name: getattr(asked, name) for name in _SETTINGS}
     return {
         **values,
-        "model_content": _description(options.model),
-        "lora_content": None if options.lora is None else _description(options.lora),
+        **dataclasses.asdict(asked.options),
+        "model_content": _description(asked.model),
+        "lora_content": None if asked.lora is None else _description(asked.lora),
     }
 
 

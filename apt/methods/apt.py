@@ -37,7 +37,7 @@ from apt.methods.base import Host, Method, MethodConfig, Metrics, MicroBatch, Pa
 from apt.methods.terms import DiscriminatorTerm, FeatureMatching, Terms
 from apt.models.bundle import ModelBundle, load_backbone
 from apt.models.conditions import TextCondition
-from apt.models.discriminator import Discriminator, Judge, judge_groups
+from apt.models.discriminator import Discriminator, LogitNetwork, discriminate_groups
 from apt.rng import Draw, sample_noise
 
 Logs = dict[str, Tensor]
@@ -56,7 +56,7 @@ def timestep_ensemble(num: int, shift: float, draw: Draw) -> Tensor:
 
 
 def discriminator_loss(
-    discriminator: Judge,
+    discriminator: LogitNetwork,
     x: Tensor,
     x_fake: Tensor,
     t: Tensor,
@@ -70,7 +70,7 @@ def discriminator_loss(
     """What D minimises (Eq. 10), from one forward of D over all samples, and its parts.
 
     Args:
-        discriminator: judges clean latents; sample i of every group has row i of t and c.
+        discriminator: takes clean latents; sample i of every group has row i of t and c.
         x_fake: G's samples for the same c, detached.
         draw: the key of the perturbation.
         terms: what the paper does not have.
@@ -83,8 +83,8 @@ def discriminator_loss(
     for term in terms:
         samples += term.samples
         groups |= term.groups
-    output = judge_groups(discriminator, torch.cat(samples), t, c, groups)
-    logits = {name: judged.logits for name, judged in output.items()}
+    output = discriminate_groups(discriminator, torch.cat(samples), t, c, groups)
+    logits = {name: group.logits for name, group in output.items()}
 
     loss = objective.discriminator(logits["real"], logits["fake"])  # Eq. 1
     penalties: Logs = {}
@@ -102,7 +102,7 @@ def discriminator_loss(
 
 
 def generator_loss(
-    discriminator: Judge,
+    discriminator: LogitNetwork,
     x_fake: Tensor,
     t: Tensor,
     c: Any,
@@ -111,7 +111,7 @@ def generator_loss(
     objective: AdversarialObjective = NonSaturating(),
     matching: FeatureMatching | None = None,
 ) -> tuple[Tensor, Logs]:
-    """What G minimises (Eq. 2), and its parts; x is judged too where a term compares with it.
+    """What G minimises (Eq. 2), and its parts; D sees x too where a term compares with it.
 
     Raises InputError if one does, and there is no x.
     """
@@ -123,7 +123,7 @@ def generator_loss(
             raise InputError("the objective or feature matching compares with real samples: pass x")
         groups["real"] = rows
         samples = torch.cat([x_fake, x])
-    output = judge_groups(discriminator, samples, t, c, groups)
+    output = discriminate_groups(discriminator, samples, t, c, groups)
     fake, real = output["fake"], output.get("real")
 
     loss = objective.generator(fake.logits, real.logits if real else None)  # Eq. 2

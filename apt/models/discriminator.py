@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,13 +25,13 @@ class DiscriminatorOutput(NamedTuple):
     features: list[Tensor]
 
 
-class Judge(Protocol):
+class LogitNetwork(Protocol):
     """What a discriminator is to the losses: `Discriminator`, or any callable like it."""
 
     def __call__(
         self, x: Tensor, t: Tensor, c: Any, *, rows: Tensor | None = None
     ) -> DiscriminatorOutput:
-        """Judge x (B, ...); sample i has row `rows[i]` of t (R,) and c, or row i."""
+        """Logits of x (B, ...); sample i has row `rows[i]` of t (R,) and c, or row i."""
         ...
 
 
@@ -45,13 +46,14 @@ class Discriminator(nn.Module):
     Args:
         backbone: any backbone, usually with the weights of the diffusion model. It becomes the
             discriminator's own: layers that no head reads are deleted from it, so every parameter
-            left trains.
+            left trains. `create_discriminator` copies it first.
         head: registered head, "attention" (the paper) or "conv3d".
         layers: blocks whose tokens are read, counted from 1, rising; None scales the paper's 16, 26
             and 36 of 36 to the backbone's depth.
 
     Raises:
         ConfigError: layers outside 1..depth, or not rising.
+        InputError: an unknown head. The backbone is then as it was, as after a ConfigError.
     """
 
     def __init__(
@@ -65,23 +67,27 @@ class Discriminator(nn.Module):
         chosen = paper_layers(backbone.depth) if layers is None else tuple(layers)
         if not chosen or list(chosen) != sorted(set(chosen)):
             raise ConfigError(f"discriminator layers must be rising, got {list(chosen)}")
+        if not all(isinstance(layer, int) for layer in chosen):
+            raise ConfigError(f"discriminator layers must be whole numbers, got {list(chosen)}")
         if chosen[0] < 1 or chosen[-1] > backbone.depth:
             raise ConfigError(
                 f"discriminator layers {list(chosen)} must lie in 1..{backbone.depth}, "
                 "the backbone's blocks counted from 1"
             )
+        width = backbone.hidden_size
+        heads = nn.ModuleList(HEADS.create(head, hidden_size=width) for _ in chosen)
+        # Now that nothing can be wrong any more.
         backbone.keep_hidden_states(chosen[-1])
         self.backbone = backbone
         self.layers = chosen
-        width = backbone.hidden_size
-        self.heads = nn.ModuleList(HEADS.create(head, hidden_size=width) for _ in chosen)
+        self.heads = heads
         self.norm = nn.LayerNorm(width * len(chosen))
         self.project = nn.Linear(width * len(chosen), 1)
 
     def forward(
         self, x: Tensor, t: Tensor, c: TextCondition, *, rows: Tensor | None = None
     ) -> DiscriminatorOutput:
-        """Judge clean latents x (B, C, T, H, W).
+        """Logits and features of clean latents x (B, C, T, H, W).
 
         `t` (R,) in [0, 1] only tells the backbone which of its features to use (APT Eq. 6): x is
         never noised. `rows` (B,) int64 lets real, perturbed and generated samples share a row of
@@ -100,10 +106,10 @@ class Discriminator(nn.Module):
         return [*self.heads.parameters(), *self.norm.parameters(), *self.project.parameters()]
 
 
-def judge_groups(
-    discriminator: Judge, x: Tensor, t: Tensor, c: Any, groups: Mapping[str, Tensor]
+def discriminate_groups(
+    discriminator: LogitNetwork, x: Tensor, t: Tensor, c: Any, groups: Mapping[str, Tensor]
 ) -> dict[str, DiscriminatorOutput]:
-    """Judge several groups of samples in one pass, as if in one call each.
+    """Logits and features of several groups in one pass, as if in one call each.
 
     All groups share what depends on `t` and `c` alone, by index: the timestep embedding, the
     pooled text, the modulation of every block and the first projection of the text are computed
@@ -143,7 +149,18 @@ def paper_layers(depth: int) -> tuple[int, ...]:
 
 
 def create_discriminator(
-    backbone: DiffusionTransformer, *, head: str = "attention", layers: Sequence[int] | None = None
+    backbone: DiffusionTransformer,
+    *,
+    head: str = "attention",
+    layers: Sequence[int] | None = None,
+    copy: bool = True,
 ) -> Discriminator:
-    """`Discriminator` over any registered backbone; see there."""
-    return Discriminator(backbone, head=head, layers=layers)
+    """`Discriminator` over any registered backbone, on its device; see there.
+
+    Args:
+        copy: leave the backbone as it is, and take a copy of it. False hands it over, which saves
+            its memory: it then loses the layers that no head reads.
+    """
+    device = next(backbone.parameters()).device
+    own = deepcopy(backbone) if copy else backbone
+    return Discriminator(own, head=head, layers=layers).to(device)

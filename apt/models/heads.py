@@ -60,7 +60,7 @@ class AttentionHead(nn.Module):
 class Conv3DHead(nn.Module):
     """Tokens back on their (T, H, W) grid, two 3D convolutions, and the mean over positions.
 
-    Judges local patches where the attention head judges the whole. Tokens (B, L, D) to (B, D).
+    Sees local patches where the attention head sees the whole. Tokens (B, L, D) to (B, D).
     """
 
     def __init__(self, hidden_size: int) -> None:

@@ -69,7 +69,7 @@ class Oracle:
     """The paper's equations from separate forwards of D, each with its own timesteps."""
 
     def __init__(self, stage: AdversarialPostTraining, shift: float) -> None:
-        generator, self.judge = networks(stage)
+        generator, self.discriminator = networks(stage)
         self.c: TextCondition = stage.encode(CAPTIONS)
         self.x = micro_batches(first=FIRST)[0].x
         ones = torch.ones(len(CAPTIONS))
@@ -82,17 +82,17 @@ class Oracle:
         return sample_shifted_timesteps(len(CAPTIONS), key(stream), shift=shift)
 
     def logits(self, x: Tensor) -> Tensor:
-        return self.judge(x, self.t, self.c).logits
+        return self.discriminator(x, self.t, self.c).logits
 
 
 def discriminator_gradients(
     stage: AdversarialPostTraining, loss: Tensor
 ) -> dict[str, Tensor | None]:
     """What `loss` gives D, where D's own step left other gradients before."""
-    judge = networks(stage)[1]
-    judge.zero_grad()
+    discriminator = networks(stage)[1]
+    discriminator.zero_grad()
     loss.backward()
-    return gradients(judge)
+    return gradients(discriminator)
 
 
 def test_discriminator_minimises_equation_10(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_discriminator_terms_one_by_one(term: str, tmp_path: Path) -> None:
         else:
             # Sample i under the row (caption and timestep) of its right neighbour.
             right = torch.tensor([1, 2, 3, 0])
-            wrong = oracle.judge(oracle.x, oracle.t[right], oracle.c.select(right)).logits
+            wrong = oracle.discriminator(oracle.x, oracle.t[right], oracle.c.select(right)).logits
             value = 7 * F.softplus(wrong).mean()
         assert metrics[f"discriminator/{term}"] == pytest.approx(value.item(), rel=2e-3)
         gan = F.softplus(-real).mean() + F.softplus(fake).mean()
@@ -245,12 +245,14 @@ def test_feature_matching_compares_all_heads(tmp_path: Path) -> None:
     terms = Terms(feature_matching=FeatureMatching(weight=3.0))
     stage = adversarial(tmp_path, train={"optimizer": FROZEN}, terms=terms)
     metrics = stage.generator_step(micro_batches(first=FIRST), UPDATE)
-    generator, judge = networks(stage)
+    generator, discriminator = networks(stage)
     oracle = Oracle(stage, shift=1.0)
     t = oracle.timesteps("generator/timestep", 1.0)
     z = noise("generator/noise")
-    fake = judge(z - generator(z, torch.ones(len(CAPTIONS)), oracle.c), t, oracle.c).features
-    real = judge(oracle.x, t, oracle.c).features
+    fake = discriminator(
+        z - generator(z, torch.ones(len(CAPTIONS)), oracle.c), t, oracle.c
+    ).features
+    real = discriminator(oracle.x, t, oracle.c).features
     assert len(fake) == 3
     distance = 3 * torch.stack([(a - b).abs().mean() for a, b in zip(fake, real, strict=True)])
     value = metrics["generator/feature_matching"]
@@ -259,22 +261,22 @@ def test_feature_matching_compares_all_heads(tmp_path: Path) -> None:
 
 def test_each_step_leaves_the_other_network_alone(tmp_path: Path) -> None:
     stage = adversarial(tmp_path, terms=Terms(feature_matching=FeatureMatching()))
-    generator, judge = networks(stage)
+    generator, discriminator = networks(stage)
     ema = stage.generator.ema
     assert ema is not None
 
-    before = weights(generator), weights(judge), dict(weights_of(ema.state_dict()))
+    before = weights(generator), weights(discriminator), dict(weights_of(ema.state_dict()))
     stage.discriminator_step(micro_batches(), 0)
     assert unchanged(before[0], weights(generator)) == before[0].keys()
     assert unchanged(before[2], ema.state_dict()) == before[2].keys()
     assert all(value is None for value in gradients(generator).values())
-    assert unchanged(before[1], weights(judge)) == set()
+    assert unchanged(before[1], weights(discriminator)) == set()
 
-    judge.zero_grad()
-    before = weights(generator), weights(judge), dict(weights_of(ema.state_dict()))
+    discriminator.zero_grad()
+    before = weights(generator), weights(discriminator), dict(weights_of(ema.state_dict()))
     stage.generator_step(micro_batches(), 0)
-    assert unchanged(before[1], weights(judge)) == before[1].keys()
-    assert all(value is None for value in gradients(judge).values())
+    assert unchanged(before[1], weights(discriminator)) == before[1].keys()
+    assert all(value is None for value in gradients(discriminator).values())
     assert unchanged(before[0], weights(generator)) == set()
     assert unchanged(before[2], ema.state_dict()) == set()
 
@@ -312,41 +314,41 @@ def test_two_ranks_draw_as_one(tmp_path: Path) -> None:
     """The mean of two halves' gradients is the whole's, when each knows its global offset."""
     terms = Terms(r2=ApproximateR2(weight=5.0))
     stage = adversarial(tmp_path, train={"optimizer": FROZEN}, terms=terms)
-    judge = networks(stage)[1]
+    discriminator = networks(stage)[1]
     halves = micro_batches(2)
     sums: dict[str, Tensor | None] = {}
     for half in halves:
         stage.discriminator_step([half], 0)
-        for name, value in gradients(judge).items():
+        for name, value in gradients(discriminator).items():
             assert value is not None
             known = sums.get(name)
             sums[name] = value / 2 if known is None else known + value / 2
     stage.discriminator_step(micro_batches(), 0)
-    assert_same_gradients(gradients(judge), sums, missing=True)
+    assert_same_gradients(gradients(discriminator), sums, missing=True)
 
 
 def test_frozen_backbone_stays_and_still_teaches(tmp_path: Path) -> None:
     stage = adversarial(tmp_path, freeze_discriminator_backbone=True)
-    generator, judge = networks(stage)
-    before = weights(judge), weights(generator)
+    generator, discriminator = networks(stage)
+    before = weights(discriminator), weights(generator)
     stage.update(micro_batches(), 0)
-    kept = unchanged(before[0], weights(judge))
+    kept = unchanged(before[0], weights(discriminator))
     assert kept == {name for name in before[0] if name.startswith("backbone.")}
     assert unchanged(before[1], weights(generator)) == set()
     optimised = stage.trained["discriminator"].optimizer.param_groups[0]["params"]
-    assert {id(p) for p in optimised} == {id(p) for p in judge.head_parameters()}
+    assert {id(p) for p in optimised} == {id(p) for p in discriminator.head_parameters()}
 
 
 def test_blocks_alone_move_where_the_generator_trains_its_blocks(tmp_path: Path) -> None:
     stage = adversarial(tmp_path, generator_trains="blocks")
-    generator, judge = networks(stage)
-    before = weights(generator), weights(judge)
+    generator, discriminator = networks(stage)
+    before = weights(generator), weights(discriminator)
     stage.update(micro_batches(), 0)
     kept = unchanged(before[0], weights(generator))
     assert kept == {name for name in before[0] if ".blocks." not in name}
     assert {"backbone.patch_out.weight", "backbone.patch_in.weight"} <= kept
     # D is another network, whose every weight trains still.
-    assert unchanged(before[1], weights(judge)) == set()
+    assert unchanged(before[1], weights(discriminator)) == set()
 
 
 def test_every_weight_of_both_networks_trains(tmp_path: Path) -> None:
@@ -366,10 +368,10 @@ def test_activation_checkpointing_changes_nothing(exact: bool, tmp_path: Path) -
             train={"optimizer": FROZEN, "activation_checkpointing": enabled},
             terms=Terms(exact_r1=R1(weight=float(exact))),
         )
-        generator, judge = networks(stage)
-        assert generator.backbone.checkpointing is judge.backbone.checkpointing is enabled
+        generator, discriminator = networks(stage)
+        assert generator.backbone.checkpointing is discriminator.backbone.checkpointing is enabled
         stage.update(micro_batches(), 0)
-        results.append([gradients(generator), gradients(judge)])
+        results.append([gradients(generator), gradients(discriminator)])
     for without, with_ in zip(*results, strict=True):
         assert_same_gradients(without, with_, missing=True)
 
@@ -377,22 +379,24 @@ def test_activation_checkpointing_changes_nothing(exact: bool, tmp_path: Path) -
 def test_bf16_autocast_keeps_logits_and_weights_in_fp32(tmp_path: Path) -> None:
     stage = adversarial(tmp_path, train={"precision": "bf16"})
     seen: list[torch.dtype] = []
-    _, judge = networks(stage)
-    judge.register_forward_hook(lambda module, args, out: seen.append(out.logits.dtype))
-    judge.backbone.patch_in.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    _, discriminator = networks(stage)
+    discriminator.register_forward_hook(lambda module, args, out: seen.append(out.logits.dtype))
+    discriminator.backbone.patch_in.register_forward_hook(
+        lambda m, args, out: seen.append(out.dtype)
+    )
     metrics = stage.update(micro_batches(), 0)
     assert set(seen[0::2]) == {torch.bfloat16}
     assert set(seen[1::2]) == {torch.float32}
-    assert {p.dtype for p in judge.parameters()} == {torch.float32}
+    assert {p.dtype for p in discriminator.parameters()} == {torch.float32}
     assert all(torch.isfinite(torch.as_tensor(value)) for value in metrics.values())
 
 
 def test_mismatched_pairs_leave_out_equal_captions(tmp_path: Path) -> None:
     terms = Terms(mismatched=MismatchedCondition(weight=2.0))
     stage = adversarial(tmp_path, train={"optimizer": FROZEN}, terms=terms)
-    judge = networks(stage)[1]
+    discriminator = networks(stage)[1]
     sizes: list[int] = []
-    judge.register_forward_hook(lambda module, args, out: sizes.append(len(out.logits)))
+    discriminator.register_forward_hook(lambda module, args, out: sizes.append(len(out.logits)))
     captions = ("one", "one", "two", "two")
     metrics = stage.discriminator_step(micro_batches(captions=captions), 0)
     # Four real, perturbed and generated samples, and those whose neighbour differs: 1 and 3.
@@ -401,27 +405,27 @@ def test_mismatched_pairs_leave_out_equal_captions(tmp_path: Path) -> None:
 
     same = micro_batches(captions=("one",) * 4)
     assert stage.discriminator_step(same, 0)["discriminator/mismatched_condition"] == 0
-    grads = gradients(judge)
+    grads = gradients(discriminator)
     assert all(value is not None and value.isfinite().all() for value in grads.values())
 
 
 def test_head_and_layers_are_configurable(tmp_path: Path) -> None:
     stage = adversarial(tmp_path, head="conv3d", layers=(1, 2))
-    _, judge = networks(stage)
-    assert isinstance(judge, Discriminator)
-    assert judge.layers == (1, 2) and judge.backbone.depth == 2
+    _, discriminator = networks(stage)
+    assert isinstance(discriminator, Discriminator)
+    assert discriminator.layers == (1, 2) and discriminator.backbone.depth == 2
     assert stage.generator.module.backbone.depth == 3  # type: ignore[union-attr]
     stage.update(micro_batches(), 0)
 
 
 def test_discriminator_starts_from_its_own_model(tmp_path: Path) -> None:
     stage = adversarial(tmp_path)
-    generator, judge = networks(stage)
-    for module, name in ((generator, "generator"), (judge, "discriminator")):
+    generator, discriminator = networks(stage)
+    for module, name in ((generator, "generator"), (discriminator, "discriminator")):
         saved = weights(load_pretrained(tmp_path / name).backbone)  # type: ignore[arg-type]
         ours = weights(module.backbone)
         assert unchanged(ours, saved) == ours.keys()
-    ours = weights(judge.backbone)
+    ours = weights(discriminator.backbone)
     theirs = weights(generator.backbone)
     assert not unchanged(ours, theirs)
 

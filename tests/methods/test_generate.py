@@ -56,13 +56,13 @@ def test_any_network_with_a_velocity_will_do() -> None:
 
 
 def test_a_loss_that_compares_with_real_samples_needs_them() -> None:
-    def judge(
+    def discriminator(
         x: Tensor, t: Tensor, c: object, *, rows: Tensor | None = None
     ) -> DiscriminatorOutput:
         return DiscriminatorOutput(x.sum(1), [])
 
     x, t = torch.randn(2, 3), torch.rand(2)
     with pytest.raises(InputError, match="pass x"):
-        generator_loss(judge, x, t, None, objective=Relativistic())
-    loss, _ = generator_loss(judge, x, t, None, objective=Relativistic(), x=x)
+        generator_loss(discriminator, x, t, None, objective=Relativistic())
+    loss, _ = generator_loss(discriminator, x, t, None, objective=Relativistic(), x=x)
     assert loss.item() == pytest.approx(math.log(2))

@@ -44,18 +44,20 @@ def main(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    judge = create_discriminator(tiny_mmdit())
-    Parallel(rank, 2, torch.device("cpu"), mesh).shard(judge, judge.backbone.block_list())
+    discriminator = create_discriminator(tiny_mmdit())
+    Parallel(rank, 2, torch.device("cpu"), mesh).shard(
+        discriminator, discriminator.backbone.block_list()
+    )
     x, t, c = inputs(2)
     draw = Draw(0, offset=2 * rank, stream="perturbation")
 
     def pair() -> Tensor:
-        return discriminator_loss(judge, x, x, t, c, draw)[0]
+        return discriminator_loss(discriminator, x, x, t, c, draw)[0]
 
     def apart() -> Tensor:
-        return torch.cat([judge(x, t, c).logits for _ in range(3)])
+        return torch.cat([discriminator(x, t, c).logits for _ in range(3)])
 
-    found = {"blocks": judge.backbone.depth, "pair": count(pair), "apart": count(apart)}
+    found = {"blocks": discriminator.backbone.depth, "pair": count(pair), "apart": count(apart)}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
     os._exit(0)  # as the command does, because gloo's threads may abort Python's shutdown

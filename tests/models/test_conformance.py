@@ -176,19 +176,19 @@ def test_what_nothing_reads_behind_a_layer_can_be_deleted(case: Case, last: int)
 @cases
 def test_every_weight_trains_as_generator_and_as_discriminator(case: Case) -> None:
     generator = case.build()
-    judge = create_discriminator(case.build(seed=1))
-    assert judge.layers == paper_layers(DEPTH)
-    judge.backbone.set_checkpointing(True)
+    discriminator = create_discriminator(case.build(seed=1))
+    assert discriminator.layers == paper_layers(DEPTH)
+    discriminator.backbone.set_checkpointing(True)
     x, t, c = case.inputs(3, lengths=[5, 2, 3])
     velocity = generator(x, t, c)
     assert velocity.shape == x.shape and velocity.isfinite().all()
     fake = (x - velocity).detach().requires_grad_()
-    logits = judge(torch.cat([x, fake]), t, c, rows=torch.arange(3).repeat(2)).logits
+    logits = discriminator(torch.cat([x, fake]), t, c, rows=torch.arange(3).repeat(2)).logits
     assert logits.shape == (6,) and logits.dtype == torch.float32
     logits.square().sum().backward()
     assert fake.grad is not None and fake.grad.flatten(1).any(dim=1).all()
     velocity.backward(fake.grad)
-    assert dead_weights(generator) == dead_weights(judge) == set()
+    assert dead_weights(generator) == dead_weights(discriminator) == set()
 
 
 @one_of_each_family
@@ -209,13 +209,13 @@ def test_gradients_are_those_of_finite_differences(case: Case) -> None:
 @cases
 def test_exact_r1_runs_on_reference_ops(case: Case) -> None:
     """Second derivatives, as APT Eq. 8 needs."""
-    judge = create_discriminator(case.build())
+    discriminator = create_discriminator(case.build())
     x, t, c = case.inputs()
     x.requires_grad_()
     with kernel_backend("reference"), attention_backend("_native_math"):
-        (gradient,) = torch.autograd.grad(judge(x, t, c).logits.sum(), x, create_graph=True)
+        (gradient,) = torch.autograd.grad(discriminator(x, t, c).logits.sum(), x, create_graph=True)
         gradient.square().sum().backward()
-    first = next(judge.backbone.block_list()[0].parameters())
+    first = next(discriminator.backbone.block_list()[0].parameters())
     assert first.grad is not None and first.grad.any()
 
 

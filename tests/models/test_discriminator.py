@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -44,38 +43,38 @@ def test_layers_are_rising_and_end_at_the_last_block(depth: int) -> None:
 
 def test_apt_8b_gets_the_papers_heads() -> None:
     with torch.device("meta"):
-        judge = create_discriminator(create_model("apt_8b"))
-    assert judge.layers == (16, 26, 36) and len(judge.heads) == 3
-    assert judge.norm.normalized_shape == (3 * 3072,)
-    assert judge.project.out_features == 1
+        discriminator = create_discriminator(create_model("apt_8b"))
+    assert discriminator.layers == (16, 26, 36) and len(discriminator.heads) == 3
+    assert discriminator.norm.normalized_shape == (3 * 3072,)
+    assert discriminator.project.out_features == 1
 
 
 @pytest.mark.parametrize("head", ["attention", "conv3d"])
 def test_a_logit_for_each_sample(head: str) -> None:
-    judge = tiny(head=head)
+    discriminator = tiny(head=head)
     x, t, c = inputs(3, lengths=[5, 2, 3])
-    logits, features = judge(x, t, c)
+    logits, features = discriminator(x, t, c)
     assert logits.shape == (3,) and logits.dtype == torch.float32
     assert [f.shape for f in features] == [(3, 24)] * 3
     for i in range(3):
-        alone = judge(x[i : i + 1], t[i : i + 1], c.select(slice(i, i + 1))).logits
+        alone = discriminator(x[i : i + 1], t[i : i + 1], c.select(slice(i, i + 1))).logits
         torch.testing.assert_close(logits[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_the_backbone_with_heads() -> None:
     """Against the backbone before it was cut: concatenate, normalise, project."""
     backbone = tiny_mmdit()
-    judge = create_discriminator(copy.deepcopy(backbone), layers=(1, 3))
+    discriminator = create_discriminator(backbone, layers=(1, 3))
     x, t, c = inputs(2)
     states = backbone.hidden_states(x, t, c, layers=(1, 3))
     grid = backbone.token_grid((2, 4, 6))
-    features = [head(state, grid) for head, state in zip(judge.heads, states, strict=True)]
+    features = [head(state, grid) for head, state in zip(discriminator.heads, states, strict=True)]
     row = torch.cat(features, dim=1)
     centred = row - row.mean(1, keepdim=True)
-    normed = centred / (centred.square().mean(1, keepdim=True) + judge.norm.eps).sqrt()
-    normed = normed * judge.norm.weight + judge.norm.bias
-    expected = normed @ judge.project.weight[0] + judge.project.bias
-    output = judge(x, t, c)
+    normed = centred / (centred.square().mean(1, keepdim=True) + discriminator.norm.eps).sqrt()
+    normed = normed * discriminator.norm.weight + discriminator.norm.bias
+    expected = normed @ discriminator.project.weight[0] + discriminator.project.bias
+    output = discriminator(x, t, c)
     torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(output.features, features, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -83,14 +82,17 @@ def test_it_is_the_backbone_with_heads() -> None:
 
 @pytest.mark.parametrize("head", ["attention", "conv3d"])
 def test_one_forward_of_three_groups_equals_three(head: str) -> None:
-    judge = tiny(head=head)
+    discriminator = tiny(head=head)
     real, t, c = inputs(3, lengths=[5, 2, 3])
     perturbed, fake = real + 0.1 * torch.randn_like(real), inputs(3, seed=9)[0]
     rows = torch.arange(3)
-    together = judge(
+    together = discriminator(
         torch.cat([real, perturbed[:2], fake]), t, c, rows=torch.cat([rows, rows[:2], rows])
     )
-    apart = [judge(x, t[: len(x)], c.select(slice(0, len(x)))) for x in (real, perturbed[:2], fake)]
+    apart = [
+        discriminator(x, t[: len(x)], c.select(slice(0, len(x))))
+        for x in (real, perturbed[:2], fake)
+    ]
     expected = torch.cat([one.logits for one in apart])
     torch.testing.assert_close(together.logits, expected, rtol=1e-4, atol=1e-5)
     for i, feature in enumerate(together.features):
@@ -101,27 +103,29 @@ def test_one_forward_of_three_groups_equals_three(head: str) -> None:
 
 def test_a_pair_differs_by_its_latents_alone() -> None:
     """The same x under the same row has the same logit; another row's t or c changes it."""
-    judge = tiny()
+    discriminator = tiny()
     x, t, c = inputs(2)
-    pair = judge(
+    pair = discriminator(
         x[:1].expand(2, -1, -1, -1, -1),
         t[:1],
         c.select(slice(0, 1)),
         rows=torch.zeros(2, dtype=torch.int64),
     )
     torch.testing.assert_close(pair.logits[0], pair.logits[1], rtol=1e-6, atol=1e-6)
-    logits = judge(x, t, c).logits
-    assert not torch.allclose(judge(x, t.flip(0), c).logits, logits, atol=1e-4)
-    assert not torch.allclose(judge(x, t, c.select(torch.tensor([1, 0]))).logits, logits, atol=1e-4)
+    logits = discriminator(x, t, c).logits
+    assert not torch.allclose(discriminator(x, t.flip(0), c).logits, logits, atol=1e-4)
+    assert not torch.allclose(
+        discriminator(x, t, c.select(torch.tensor([1, 0]))).logits, logits, atol=1e-4
+    )
 
 
 def test_x_is_never_noised() -> None:
-    judge = tiny()
+    discriminator = tiny()
     seen: list[Tensor] = []
-    judge.backbone.patch_in.register_forward_hook(lambda m, args, out: seen.append(args[0]))  # type: ignore[union-attr]
+    discriminator.backbone.patch_in.register_forward_hook(lambda m, args, out: seen.append(args[0]))  # type: ignore[union-attr]
     x, _, c = inputs(1)
     for t in (0.0, 0.5, 1.0):
-        judge(x, torch.tensor([t]), c)
+        discriminator(x, torch.tensor([t]), c)
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
     assert torch.equal(seen[0].flatten().sort().values, x.flatten().sort().values)
 
@@ -129,20 +133,20 @@ def test_x_is_never_noised() -> None:
 @pytest.mark.parametrize("head", ["attention", "conv3d"])
 @pytest.mark.parametrize("layers", [None, (2,), (2, 3)])
 def test_every_weight_trains(head: str, layers: tuple[int, ...] | None) -> None:
-    judge = tiny(head=head, layers=layers)
+    discriminator = tiny(head=head, layers=layers)
     x, t, c = inputs(3)
     x.requires_grad_()
-    judge(x, t, c).logits.sum().backward()
-    dead = [n for n, p in judge.named_parameters() if p.grad is None or not p.grad.any()]
+    discriminator(x, t, c).logits.sum().backward()
+    dead = [n for n, p in discriminator.named_parameters() if p.grad is None or not p.grad.any()]
     assert dead == []
     assert x.grad is not None and all(g.any() for g in x.grad)
 
 
 def test_depth_and_number_of_heads_are_configurable() -> None:
-    judge = tiny(layers=(2,))
-    assert len(judge.heads) == 1 and judge.backbone.depth == 2
-    assert judge.project.in_features == 24
-    names = judge.backbone.state_dict()  # type: ignore[attr-defined]
+    discriminator = tiny(layers=(2,))
+    assert len(discriminator.heads) == 1 and discriminator.backbone.depth == 2
+    assert discriminator.project.in_features == 24
+    names = discriminator.backbone.state_dict()  # type: ignore[attr-defined]
     assert any(name.startswith("blocks.1.") for name in names)
     assert not any(name.startswith("blocks.2.") for name in names)
 
@@ -150,34 +154,64 @@ def test_depth_and_number_of_heads_are_configurable() -> None:
 def test_the_backbone_keeps_its_weights() -> None:
     backbone = tiny_mmdit(num_dual_blocks=1)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    judge = create_discriminator(backbone)
-    kept = judge.backbone.state_dict()  # type: ignore[attr-defined]
+    discriminator = create_discriminator(backbone)
+    kept = discriminator.backbone.state_dict()  # type: ignore[attr-defined]
     assert all(torch.equal(before[name], value) for name, value in kept.items())
     gone = {name.split(".")[0] for name in before.keys() - kept.keys()}
     assert gone == {"final_modulation", "patch_out"}
 
 
+def test_it_takes_a_copy_unless_it_is_given_the_backbone() -> None:
+    backbone = tiny_mmdit()
+    x, t, c = inputs(2)
+    before = backbone(x, t, c)
+    discriminator = create_discriminator(backbone, layers=(1, 2))
+    with torch.no_grad():
+        for parameter in discriminator.parameters():
+            parameter.zero_()
+    assert torch.equal(backbone(x, t, c), before)
+    handed_over = create_discriminator(backbone, layers=(1, 2), copy=False)
+    assert handed_over.backbone is backbone and backbone.depth == 2
+
+
+@pytest.mark.parametrize("wrong", [{"head": "attn"}, {"layers": (1, 4)}, {"layers": (1, 2.5)}])
+def test_a_backbone_is_whole_after_a_wrong_argument(wrong: dict[str, Any]) -> None:
+    backbone = tiny_mmdit()
+    names = backbone.state_dict().keys()
+    for build in (Discriminator, create_discriminator):
+        with pytest.raises(InputError):
+            build(backbone, **wrong)
+    with pytest.raises(InputError):
+        create_discriminator(backbone, copy=False, **wrong)
+    assert backbone.depth == 3 and backbone.state_dict().keys() == names
+
+
+def test_heads_are_where_the_backbone_is() -> None:
+    discriminator = create_discriminator(tiny_mmdit().to("meta"))
+    assert {p.device.type for p in discriminator.parameters()} == {"meta"}
+
+
 def test_head_parameters_are_all_but_the_backbone() -> None:
-    judge = tiny()
-    heads = {id(p) for p in judge.head_parameters()}
-    others = {id(p) for name, p in judge.named_parameters() if name.startswith("backbone.")}
+    discriminator = tiny()
+    heads = {id(p) for p in discriminator.head_parameters()}
+    others = {id(p) for name, p in discriminator.named_parameters() if name.startswith("backbone.")}
     assert not heads & others
-    assert heads | others == {id(p) for p in judge.parameters()}
+    assert heads | others == {id(p) for p in discriminator.parameters()}
 
 
 @pytest.mark.parametrize("head", ["attention", "conv3d"])
 def test_heads_and_logits_are_fp32_under_autocast(head: str) -> None:
-    judge = tiny(head=head)
+    discriminator = tiny(head=head)
     x, t, c = inputs(3)
     with torch.autocast("cpu", torch.bfloat16):
-        states = judge.backbone.hidden_states(x, t, c, layers=judge.layers)
-        output = judge(x, t, c)
+        states = discriminator.backbone.hidden_states(x, t, c, layers=discriminator.layers)
+        output = discriminator(x, t, c)
     assert output.logits.dtype == torch.float32
     assert all(f.dtype == torch.float32 for f in output.features)
     # The heads themselves compute in fp32: from the same bf16 tokens they give the fp32 result.
-    grid = judge.backbone.token_grid((2, 4, 6))
-    features = [h(s.float(), grid) for h, s in zip(judge.heads, states, strict=True)]
-    logits = judge.project(judge.norm(torch.cat(features, dim=-1)))[:, 0]
+    grid = discriminator.backbone.token_grid((2, 4, 6))
+    features = [h(s.float(), grid) for h, s in zip(discriminator.heads, states, strict=True)]
+    logits = discriminator.project(discriminator.norm(torch.cat(features, dim=-1)))[:, 0]
     torch.testing.assert_close(output.logits, logits, rtol=1e-6, atol=1e-6)
 
 
@@ -189,6 +223,7 @@ def test_heads_and_logits_are_fp32_under_autocast(head: str) -> None:
         ({"layers": (2, 1)}, "rising"),
         ({"layers": (1, 1)}, "rising"),
         ({"layers": ()}, "rising"),
+        ({"layers": (1, 2.5)}, "whole numbers"),
     ],
 )
 def test_bad_layers(options: dict[str, Any], message: str) -> None:

@@ -73,14 +73,14 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield "own"
 
 
-def test_it_generates_and_judges_with_what_everyone_uses(own: str) -> None:
-    generator, judge = create_model(own), create_discriminator(create_model(own, depth=4))
+def test_it_generates_and_discriminates_with_what_everyone_uses(own: str) -> None:
+    generator, discriminator = create_model(own), create_discriminator(create_model(own, depth=4))
     c = TextCondition(torch.randn(2, 3, 4))
     fake = generate(generator, torch.randn(2, 2, 3, 2, 2), c)
     rows = torch.tensor([1, 0])
-    judge(fake, torch.rand(2), c, rows=rows).logits.sum().backward()
-    assert not hasattr(judge.backbone, "last")
-    for module in (generator, judge):
+    discriminator(fake, torch.rand(2), c, rows=rows).logits.sum().backward()
+    assert not hasattr(discriminator.backbone, "last")
+    for module in (generator, discriminator):
         assert all(p.grad is not None and p.grad.any() for p in module.parameters())
 
 

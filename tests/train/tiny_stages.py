@@ -76,8 +76,8 @@ def save_start(folder: Path) -> dict[str, str]:
     """Two models with the same text encoder: where a generator and a discriminator start."""
     start = random_bundle(0)
     generator = save_pretrained(folder / "generator", start)
-    judge = dataclasses.replace(start, backbone=random_bundle(1).backbone)
-    discriminator = save_pretrained(folder / "discriminator", judge)
+    other = dataclasses.replace(start, backbone=random_bundle(1).backbone)
+    discriminator = save_pretrained(folder / "discriminator", other)
     return {"generator": str(generator), "discriminator": str(discriminator)}
 
 

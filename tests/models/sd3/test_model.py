@@ -315,8 +315,10 @@ def test_hidden_states_are_diffusers() -> None:
 
 def test_full_size_discriminators() -> None:
     with torch.device("meta"):
-        judge = create_discriminator(create_model("sd3.5_large"))
-    assert judge.layers == (17, 27, 38) and judge.norm.normalized_shape == (3 * 2432,)
+        discriminator = create_discriminator(create_model("sd3.5_large"))
+    assert discriminator.layers == (17, 27, 38) and discriminator.norm.normalized_shape == (
+        3 * 2432,
+    )
 
 
 @pytest.mark.parametrize(
