@@ -12,12 +12,13 @@ from apt.data.latents import LatentFolder
 from apt.data.source import DATASETS, ClipRequest, DataSource
 from apt.errors import ConfigError
 
-__all__ = ["OBJECT", "Digits", "Folder", "Latents"]
+__all__ = ["DATASETS", "DIGITS", "OBJECT", "Digits", "Folder", "Latents"]
 
+DIGITS = "digits"
 OBJECT = "object"
 
 
-@DATASETS.register("digits")
+@DATASETS.register(DIGITS)
 @dataclass(frozen=True, kw_only=True)
 class Digits(DataSource):
     """The built-in stream of moving digits, 9 frames of 32x32.

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from apt.checks import check_finite, check_positive, check_range
-from apt.data.builtin_sources import DATASETS
+from apt.data.builtin_sources import DATASETS, DIGITS
 from apt.data.captions import CaptionRule, LongCaptions
+from apt.data.digits import Setting
 from apt.data.source import ClipRequest, DataSource
 from apt.errors import ConfigError
 from apt.hub import SampleInfo
@@ -28,8 +29,9 @@ class DataConfig:
         source: registered source (`diffusion-apt list datasets`): "digits", the built-in stream;
             "folder", your own videos and images; "latents", what `diffusion-apt data encode` made
             of such a folder, whose size and rate then hold; or one of your own (--import).
+        setting: of the built-in digits: "centred", or "free" in place and background.
         path: the folder, for sources that read one.
-        options: further options of the source, for example {"setting": "free"} of the digits.
+        options: other options of a source of your own.
         frames, height, width: size of a clip; frames are 4k + 1. In a folder, height times width
             is the pixel budget of the aspect-ratio buckets. None, also of fps, takes that of the
             model that the stage starts from; pre-training then takes the digits', 9 frames of 32x32
@@ -47,6 +49,7 @@ class DataConfig:
     """
 
     source: str = "digits"
+    setting: Setting = "centred"
     path: str = ""
     options: dict[str, bool | int | float | str] = field(default_factory=dict)
     frames: int | None = None
@@ -77,6 +80,8 @@ class DataConfig:
         """
         kind = DATASETS.get(self.source)
         options: dict[str, Any] = dict(self.options)
+        if self.source == DIGITS:
+            options.setdefault("setting", self.setting)
         if self.path:
             if "path" not in inspect.signature(kind).parameters:
                 raise ConfigError(

@@ -30,7 +30,7 @@ _DIGITS_PROMPTS = (
     "a yellow eight moving left",
     "a magenta two moving up",
 )
-_FREE_DIGITS = DataConfig(options={"setting": "free"})
+_FREE_DIGITS = DataConfig(setting="free")
 _DIGITS_CFG = 1.5
 _DIGITS_SHIFT = 12.0
 _LATENT_CFG = 2.0

@@ -92,7 +92,7 @@ def check_resumable(config: TrainConfig, before: Mapping[str, Any], path: Path, 
             f"least --num-updates {done} (nothing was changed)"
         )
     # Runs from before there was a warm-up have none.
-    now, then = _by_option(plain(config)), {"ema_warmup": False, **_by_option(_renamed(before))}
+    now, then = _by_option(plain(config)), {"ema_warmup": False, **_by_option(before)}
     if gone := sorted(key for key in then if key in _EARLIER_OPTIONS):
         raise ConfigError(
             f"{path} was begun by an earlier version, whose options were others ({gone[0]}, ...); "
@@ -115,21 +115,11 @@ def plain(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _renamed(before: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration with options of earlier versions under the names that they have now."""
-    data = dict(before["data"])
-    if "options" in data:
-        return before
-    setting = data.pop("setting", "centred")
-    data["options"] = {} if setting == "centred" else {"setting": setting}
-    return {**before, "data": data}
-
-
 def _by_option(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested configuration as {"stage.r1_weight": value}: the names of the command's options."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             flat |= _by_option(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

@@ -223,7 +223,7 @@ def test_digits_latent_is_a_codec_and_three_stages_in_its_latents() -> None:
     assert apt.stage.discriminator == f"{pretrain.run_dir}/export"
     assert apt.stage.generator_trains == "all", "as in the paper"
     assert distill.stage.loss.cfg_scale == pretrain.stage.cfg_scale
-    assert {config.data.options["setting"] for config in made} == {"free"}
+    assert {config.data.setting for config in made} == {"free"}
     latents = create_codec(codec.model.codec, **codec.model.codec_options)
     backbone = create_model(pretrain.model.name, **pretrain.model.options)
     assert backbone.in_channels == latents.channels
