@@ -73,15 +73,14 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
     import torch
 
+    from apt.data.builtin_sources import Folder
     from apt.data.captions import CaptionRule
-    from apt.data.folder import VideoFolder
+    from apt.data.source import ClipRequest
     from apt.distributed.device import pick_device
     from apt.distributed.launch import launch_rank, launch_world_size
     from apt.encode import encode_clips, encode_texts, open_cache, plan_cache
     from apt.hub import ModelInfo
     from apt.models.bundle import describe, load_codec, load_prompt_check, load_text_encoder
-    from apt.train.config import DataConfig
-    from apt.train.datasets import clip_buckets
 
     info = describe(options.model)
     rule = None
@@ -97,9 +96,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     device = pick_device(options.device)
     codec = load_codec(options.model).to(device)
     sample = info.sample
-    data = DataConfig(
-        source="folder",
-        path=str(options.directory),
+    clip = ClipRequest(
         frames=sample.frames if options.frames is None else options.frames,
         height=sample.height if options.height is None else options.height,
         width=sample.width if options.width is None else options.width,
@@ -107,24 +104,18 @@ def main(args: Sequence[str], *, prog: str) -> None:
         size_multiple=options.size_multiple or 2 * codec.spatial_compression,
         native_ratio=options.native_ratio,
         images=options.images,
-        strict=options.strict,
-    )
-    clip = data.clip
-    videos = VideoFolder(
-        data.path,
-        buckets=clip_buckets(data),
-        fps=clip.fps or None,
         seed=options.seed,
-        strict=data.strict,
+        strict=options.strict,
         captions=rule,
     )
+    videos = Folder(path=str(options.directory)).open(clip)
     text = model.text_encoder if model and model.text_encoder.weights is None else None
     plan, prompts = plan_cache(
         videos,
         info.codec,
         codec,
         text,
-        size=(clip.frames, clip.height, clip.width),
+        size=clip.size,
         fps=clip.fps,
         clips_per_item=options.clips_per_item,
         prompts=prompts,

@@ -116,10 +116,10 @@ class _Slices(Dataset[Batch | DataError]):
         number, indices = key
         try:
             samples = [self._sample(index) for index in indices]
+            return Batch.collate(samples, offset=self._offset, batch_index=number)
         except DataError as error:
             # torch would rebuild it around a worker's traceback; users are owed the one line.
             return DataError(str(error))
-        return Batch.collate(samples, offset=self._offset, batch_index=number)
 
     def _sample(self, index: int) -> Sample | EncodedSample:
         worker = get_worker_info()

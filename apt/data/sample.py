@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from apt.data.report import Problem
+from apt.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,15 @@ class Batch:
     def collate(
         cls, samples: Sequence[Sample | EncodedSample], *, offset: int, batch_index: int
     ) -> Batch:
-        """Stack samples of one kind and one shape."""
+        """Stack samples of one kind and one shape. Raises DataError for several shapes."""
         pixels = [sample.pixels for sample in samples if isinstance(sample, Sample)]
         latents = [sample.latents for sample in samples if isinstance(sample, EncodedSample)]
+        shapes = sorted({tuple(tensor.shape) for tensor in [*pixels, *latents]})
+        if len(shapes) > 1:
+            raise DataError(
+                f"batch {batch_index} has samples of the shapes {', '.join(map(str, shapes))}; all "
+                "of a batch must have one: batches() of the data set brings them together"
+            )
         problems = (s.problems for s in samples if isinstance(s, Sample))
         return cls(
             pixels=torch.stack(pixels) if pixels else None,

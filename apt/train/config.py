@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from apt.checks import check_finite, check_positive, check_range
-from apt.data.captions import LongCaptions
+from apt.data.builtin_sources import DATASETS, DIGITS
+from apt.data.captions import CaptionRule, LongCaptions
+from apt.data.digits import Setting
+from apt.data.source import ClipRequest, DataSource
 from apt.errors import ConfigError
 from apt.hub import SampleInfo
 from apt.methods.base import StageConfig
@@ -22,10 +26,12 @@ class DataConfig:
     """Where clips come from.
 
     Attributes:
-        source: "digits", the built-in stream; "folder", your own videos and images; or "latents",
-            what `diffusion-apt data encode` made of such a folder, whose size and rate then hold.
+        source: registered source (`diffusion-apt list datasets`): "digits", the built-in stream;
+            "folder", your own videos and images; "latents", what `diffusion-apt data encode` made
+            of such a folder, whose size and rate then hold; or one of your own (--import).
         setting: of the built-in digits: "centred", or "free" in place and background.
-        path: the folder, for sources "folder" and "latents".
+        path: the folder, for sources that read one.
+        options: other options of a source of your own.
         frames, height, width: size of a clip; frames are 4k + 1. In a folder, height times width
             is the pixel budget of the aspect-ratio buckets. None, also of fps, takes that of the
             model that the stage starts from; pre-training then takes the digits', 9 frames of 32x32
@@ -42,9 +48,10 @@ class DataConfig:
         strict: stop at the first file that cannot be used, instead of skipping and reporting it.
     """
 
-    source: Literal["digits", "folder", "latents"] = "digits"
-    setting: Literal["centred", "free"] = "centred"
+    source: str = "digits"
+    setting: Setting = "centred"
     path: str = ""
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
     frames: int | None = None
     height: int | None = None
     width: int | None = None
@@ -56,13 +63,6 @@ class DataConfig:
     long_captions: LongCaptions = "skip"
     strict: bool = False
 
-    def __post_init__(self) -> None:
-        if self.path and self.source == "digits":
-            raise ConfigError(
-                f"--data.path {self.path} is a folder, but the data source is the built-in digits; "
-                "add --data.source folder (or latents)"
-            )
-
     @property
     def clip(self) -> SampleInfo:
         """Size and rate of a clip, with the digits' for what is None."""
@@ -71,6 +71,43 @@ class DataConfig:
             height=_CLIP.height if self.height is None else self.height,
             width=_CLIP.width if self.width is None else self.width,
             fps=_CLIP.fps if self.fps is None else self.fps,
+        )
+
+    def make_source(self) -> DataSource:
+        """The source with its options.
+
+        Raises ConfigError for a source or an option that does not exist, with close matches.
+        """
+        kind = DATASETS.get(self.source)
+        options: dict[str, Any] = dict(self.options)
+        if self.source == DIGITS:
+            options.setdefault("setting", self.setting)
+        if self.path:
+            if "path" not in inspect.signature(kind).parameters:
+                raise ConfigError(
+                    f"--data.path {self.path} names a folder, and the data source "
+                    f"{self.source!r} reads none; add --data.source folder (or latents)"
+                )
+            options["path"] = self.path
+        return DATASETS.create(self.source, **options)
+
+    def request(
+        self, *, seed: int, captions: CaptionRule | None = None, captioned: bool = True
+    ) -> ClipRequest:
+        """The clips that are asked for, with the digits' size and rate for what is None."""
+        clip = self.clip
+        return ClipRequest(
+            frames=clip.frames,
+            height=clip.height,
+            width=clip.width,
+            fps=clip.fps,
+            seed=seed,
+            size_multiple=self.size_multiple,
+            native_ratio=self.native_ratio,
+            images=self.images,
+            strict=self.strict,
+            captions=captions,
+            captioned=captioned,
         )
 
 
@@ -210,9 +247,11 @@ class TrainConfig:
         for name in ("micro_batch_size", "sample_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.data.source == "latents" and not self.stage.takes_latents:
+        source = self.data.make_source()
+        if not self.stage.takes_latents and source.latent_cache() is not None:
             raise ConfigError(
-                "this stage is trained on pixels, and --data.source is latents; set it to folder"
+                f"this stage is trained on pixels, and --data.source {self.data.source} has "
+                "latents; set it to folder"
             )
         if self.lora.rank:
             self.stage.check_adapters()

@@ -132,8 +132,9 @@ def initial_bundle(config: TrainConfig) -> ModelBundle:
     source = starts_from(config)
     if source is None:
         return _new_bundle(config)
-    if config.data.source == "latents":
-        return _bundle_on_cache(source, LatentFolder(config.data.path))
+    cache = config.data.make_source().latent_cache()
+    if cache is not None:
+        return _bundle_on_cache(source, LatentFolder(cache))
     return load_pretrained(source)
 
 
@@ -208,7 +209,8 @@ def _codec(config: TrainConfig) -> tuple[LatentCodec, ComponentInfo]:
                 f"codec {model.codec!r} is not trained yet: train it (`diffusion-apt train "
                 "digits_codec`), and name the folder that it exported with --stage.codec"
             )
-    if config.data.source != "latents":
+    cache = config.data.make_source().latent_cache()
+    if cache is None:
         return codec, info
-    cached = cached_codec(LatentFolder(config.data.path), info)
+    cached = cached_codec(LatentFolder(cache), info)
     return (cached if info.weights is None else codec), info

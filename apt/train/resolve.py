@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from apt.data.latents import read_cache_info
@@ -14,7 +13,6 @@ from apt.models.protocols import PromptCheck
 from apt.models.registry import TEXT_ENCODERS
 from apt.registry import replace_typed
 from apt.train.config import DataConfig, TrainConfig
-from apt.train.datasets import check_path
 from apt.train.networks import starts_from
 
 __all__ = ["advice", "prompt_check", "resolve"]
@@ -56,7 +54,8 @@ def prompt_check(config: TrainConfig) -> PromptCheck | None:
     if not config.stage.reads_captions:
         return None
     source = starts_from(config)
-    if config.data.source == "latents" and read_cache_info(Path(config.data.path)).text_encoder:
+    cache = config.data.make_source().latent_cache()
+    if cache is not None and read_cache_info(cache).text_encoder:
         return None
     if source is not None:
         return load_prompt_check(source)
@@ -95,9 +94,9 @@ def _stale_share(config: TrainConfig) -> float:
 
 def _with_size(data: DataConfig, start: SampleInfo | None) -> DataConfig:
     only_images = data.images == "only"
-    if data.source == "latents":
-        check_path(data)
-        info = read_cache_info(Path(data.path))
+    cache = data.make_source().latent_cache()
+    if cache is not None:
+        info = read_cache_info(cache)
         return dataclasses.replace(
             data,
             frames=1 if only_images else info.frames,

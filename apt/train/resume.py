@@ -119,7 +119,7 @@ def _by_option(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested configuration as {"stage.r1_weight": value}: the names of the command's options."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             flat |= _by_option(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
