@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from apt.version import __version__
 
 if TYPE_CHECKING:
+    from apt.condition import Condition, EncodedText
     from apt.hub import list_pretrained
     from apt.hub.push import push_to_hub
     from apt.losses import create_loss, list_losses
     from apt.methods.apt import generate
     from apt.models import (
         Discriminator,
-        TextCondition,
         create_codec,
         create_discriminator,
         create_model,
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from apt.pipeline import OneStepPipeline
 
 _SOURCES = {
+    "apt.condition": ("Condition", "EncodedText"),
     "apt.hub": ("list_pretrained",),
     "apt.hub.push": ("push_to_hub",),
     "apt.losses": ("create_loss", "list_losses"),
     "apt.methods.apt": ("generate",),
     "apt.models": (
         "Discriminator",
-        "TextCondition",
         "create_codec",
         "create_discriminator",
         "create_model",
@@ -51,10 +51,11 @@ _SOURCES = {
 _MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
 
 __all__ = [
+    "Condition",
     "Discriminator",
+    "EncodedText",
     "ModelBundle",
     "OneStepPipeline",
-    "TextCondition",
     "__version__",
     "create_codec",
     "create_discriminator",
