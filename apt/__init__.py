@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from apt.version import __version__
 
 if TYPE_CHECKING:
+    from apt.condition import Condition, EncodedText
     from apt.errors import AptError
     from apt.hub import list_pretrained
     from apt.hub.push import push_to_hub
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from apt.methods.apt import generate
     from apt.models import (
         Discriminator,
-        TextCondition,
         create_codec,
         create_discriminator,
         create_model,
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 _SOURCES = {
     "apt.errors": ("AptError",),
+    "apt.condition": ("Condition", "EncodedText"),
     "apt.hub": ("list_pretrained",),
     "apt.hub.push": ("push_to_hub",),
     "apt.losses": ("create_loss", "list_losses"),
     "apt.methods.apt": ("generate",),
     "apt.models": (
         "Discriminator",
-        "TextCondition",
         "create_codec",
         "create_discriminator",
         "create_model",
@@ -54,10 +54,11 @@ _MODULE_OF = {name: module for module, names in _SOURCES.items() for name in nam
 
 __all__ = [
     "AptError",
+    "Condition",
     "Discriminator",
+    "EncodedText",
     "ModelBundle",
     "OneStepPipeline",
-    "TextCondition",
     "__version__",
     "create_codec",
     "create_discriminator",

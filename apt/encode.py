@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from apt.condition import EncodedText
 from apt.data.buckets import Bucket
 from apt.data.folder import VideoFolder
 from apt.data.latents import (
@@ -19,7 +20,6 @@ from apt.data.latents import (
     PROMPTS_PER_SHARD,
     CacheInfo,
     Clip,
-    EncodedText,
     TextFolder,
     read_cache_info,
     write_cache_info,
@@ -118,7 +118,7 @@ def encode_texts(
     for number, shard in enumerate(_chunks(missing, PROMPTS_PER_SHARD), first):
         encoded: dict[str, EncodedText] = {}
         for batch in _chunks(shard, batch_size):
-            encoded |= dict(zip(batch, _embed(encoder, batch), strict=True))
+            encoded |= dict(zip(batch, encoder(batch).to("cpu").split(), strict=True))
             progress(done + len(encoded), len(missing))
         write_texts(out / f"texts-{number:05d}.safetensors", encoded)
         done += len(shard)
@@ -158,7 +158,8 @@ def encode_clips(
             latents = codec.encode(pixels.to(device)).to(dtype).cpu()
             bucket = Bucket(*pixels.shape[2:])
             clips += (
-                Clip(x, sample.caption, bucket) for x, sample in zip(latents, batch, strict=True)
+                Clip(x, sample.caption, bucket, sample.extra)
+                for x, sample in zip(latents, batch, strict=True)
             )
             progress(done + len(clips), total)
         write_clips(out / name, clips)
@@ -186,18 +187,6 @@ def _batches(videos: VideoFolder, indices: Sequence[int], size: int) -> Iterator
         batch.append(sample)
     if batch:
         yield batch
-
-
-def _embed(encoder: TextEncoder, prompts: Sequence[str]) -> Iterator[EncodedText]:
-    """The rows of a batch, without the padding that only this batch needs."""
-    c = encoder(prompts).to("cpu")
-    for row in range(len(c)):
-        tokens, mask = c.tokens[row], None if c.mask is None else c.mask[row]
-        if mask is not None:
-            length = int(mask.nonzero().max()) + 1
-            tokens, mask = tokens[:length], mask[:length]
-            mask = None if bool(mask.all()) else mask
-        yield EncodedText(tokens, mask, None if c.pooled is None else c.pooled[row])
 
 
 def _describe(part: ComponentInfo) -> dict[str, object]:

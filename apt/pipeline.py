@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from apt.condition import Condition, EncodedText
 from apt.device import find_device
 from apt.errors import InputError
 from apt.flow import sampling_timesteps
@@ -20,7 +21,6 @@ from apt.generate_options import GenerateOptions, OptionNames
 from apt.hub import ModelInfo
 from apt.memory import explained_memory, require_memory
 from apt.models.bundle import ModelBundle, load_pretrained
-from apt.models.conditions import TextCondition
 from apt.models.lora import find_lora, merge_lora, read_lora
 from apt.models.registry import untrained_timesteps
 from apt.output_types import (
@@ -402,7 +402,9 @@ class OneStepPipeline:
         with self._at_work(self.bundle.backbone):
             for start in range(0, len(places), size):
                 x = self._sample_latents(
-                    TextCondition.concatenate([encoded[t] for t in texts[start : start + size]]),
+                    Condition(
+                        EncodedText.concatenate([encoded[t] for t in texts[start : start + size]])
+                    ),
                     negative,
                     [request.seeds[place] for place in places[start : start + size]],
                     request.latent,
@@ -485,8 +487,8 @@ class OneStepPipeline:
 
     def _sample_latents(
         self,
-        condition: TextCondition,
-        negative: TextCondition | None,
+        condition: Condition,
+        negative: EncodedText | None,
         seeds: Sequence[int],
         shape: tuple[int, int, int, int],
         plan: SamplingPlan,
@@ -501,13 +503,14 @@ class OneStepPipeline:
         if negative is None:
             predict = bind(backbone, condition)
         else:
-            predict = bind_guided(backbone, condition, negative, plan.cfg_scale)
+            away_from = condition.with_text(negative)
+            predict = bind_guided(backbone, condition, away_from, plan.cfg_scale)
         z = noise(0)
         if len(plan.timesteps) == 2:
             return one_step_sample(predict, z)
         return sample(predict, z, plan.timesteps, sampler=plan.sampler, noise=noise)
 
-    def _encode(self, prompt: str) -> TextCondition:
+    def _encode(self, prompt: str) -> EncodedText:
         return self.bundle.text_encoder([prompt]).to(self.device, self.dtype)
 
     def _parameter(self) -> Tensor:

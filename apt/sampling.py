@@ -18,9 +18,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from apt.condition import Condition
 from apt.errors import InputError
 from apt.flow import Predict, classifier_free_guidance, euler_sample, interpolate, to_sample
-from apt.models.conditions import TextCondition
 from apt.models.protocols import VelocityNetwork
 
 SamplerName = Literal["consistency", "euler"]
@@ -30,17 +30,17 @@ NoiseSource = Callable[[int], Tensor]
 """Fresh standard normal noise, of the latents' shape, for the step of this number (from 1)."""
 
 
-def bind(backbone: VelocityNetwork, condition: TextCondition) -> Predict:
+def bind(backbone: VelocityNetwork, condition: Condition) -> Predict:
     """The backbone's velocity under `condition` (one row per sample), computed in its dtype."""
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        return backbone(x.to(condition.tokens.dtype), t, condition).to(x.dtype)
+        return backbone(x.to(condition.dtype), t, condition).to(x.dtype)
 
     return predict
 
 
 def bind_guided(
-    backbone: VelocityNetwork, condition: TextCondition, negative: TextCondition, scale: float
+    backbone: VelocityNetwork, condition: Condition, negative: Condition, scale: float
 ) -> Predict:
     """The velocity with classifier-free guidance: v_neg + scale (v_cond - v_neg).
 
@@ -57,8 +57,8 @@ def bind_guided(
     num = len(condition)
     if len(negative) not in (1, num):
         raise InputError(f"the negative condition must have 1 or {num} rows, got {len(negative)}")
-    rows = torch.arange(num, device=negative.tokens.device) % len(negative)
-    both = bind(backbone, TextCondition.concatenate([condition, negative.select(rows)]))
+    negative = negative if len(negative) == num else negative.expand(num)
+    both = bind(backbone, Condition.concatenate([condition, negative]))
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         v_cond, v_negative = both(torch.cat([x, x]), torch.cat([t, t])).chunk(2)

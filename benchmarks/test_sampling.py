@@ -10,6 +10,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from apt.condition import Condition
 from apt.flow import sampling_timesteps
 from apt.models import create_codec, create_model, create_text_encoder
 from apt.rng import Draw, sample_noise
@@ -28,7 +29,8 @@ def test_digits_video(benchmark: BenchmarkFixture, num_steps: int, cfg_scale: fl
         encoder = create_text_encoder("bytes")
     codec = create_codec("patchify", lapped=True)
     shape = (codec.channels, *codec.latent_shape(9, 32, 32))
-    condition, negative = encoder(["a red seven moving left"]), encoder([""])
+    condition = Condition(encoder(["a red seven moving left"]))
+    negative = Condition(encoder([""]))
     grid = sampling_timesteps(num_steps)
     sampler: SamplerName = "consistency" if cfg_scale == 1 else "euler"
 

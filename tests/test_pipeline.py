@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from apt.condition import Condition
 from apt.errors import CheckpointError, InputError
 from apt.generate_options import GenerateOptions
 from apt.hub import SamplingInfo
@@ -51,7 +52,7 @@ def test_one_step_is_eq_5_in_pixels(pipeline: OneStepPipeline) -> None:
     bundle = pipeline.bundle
     z = sample_noise(1, (768, 3, 4, 4), Draw(7, stream="generate"))
     with torch.no_grad():
-        velocity = bundle.backbone(z, torch.ones(1), bundle.text_encoder([PROMPT]))
+        velocity = bundle.backbone(z, torch.ones(1), Condition(bundle.text_encoder([PROMPT])))
         pixels = bundle.codec.decode(z - velocity).clamp(-1, 1)
     assert torch.allclose(pipeline.sample_pixels(PROMPT, seed=7), pixels, atol=1e-6)
     expected = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from apt.condition import Condition
 from apt.errors import InputError
 from apt.flow import euler_sample, sampling_timesteps
-from apt.models.conditions import TextCondition
 from apt.sampling import (
     SAMPLERS,
     bind,
@@ -158,9 +158,9 @@ def test_an_unknown_sampler_is_refused() -> None:
         sample(gaussian_velocity, z, [1, 0], sampler="ddim", noise=lambda step: z)  # type: ignore[arg-type]
 
 
-def conditions(*prompts: str) -> TextCondition:
+def conditions(*prompts: str) -> Condition:
     with torch.no_grad():
-        return tiny_bundle().text_encoder(prompts)
+        return Condition(tiny_bundle().text_encoder(prompts))
 
 
 @pytest.mark.parametrize("negatives", [("blurred",), ("blurred", "dull and still")])

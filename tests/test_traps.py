@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt.condition import Condition
 from apt.distributed.parallel import Parallel
 from apt.errors import InputError
 from apt.flow import shift_timesteps
@@ -39,7 +40,6 @@ from apt.methods.apt import AdversarialConfig, AdversarialPostTraining
 from apt.methods.base import MicroBatch
 from apt.methods.terms import Terms
 from apt.models.bundle import save_pretrained
-from apt.models.conditions import TextCondition
 from apt.models.discriminator import paper_layers
 from apt.rng import Draw
 from apt.train.config import OptimizerConfig, TrainConfig
@@ -136,7 +136,7 @@ def recorded(stage: AdversarialPostTraining) -> Iterator[tuple[list[Seen], list[
         rows = kwargs.get("rows")
         rows = torch.arange(len(t)) if rows is None else rows
         logits = output.logits.detach().clone()
-        seen.append(Seen(x.detach().clone(), t[rows], c.tokens[rows].detach(), logits))
+        seen.append(Seen(x.detach().clone(), t[rows], c.text.tokens[rows].detach(), logits))
 
     def on_generator(module, args, kwargs, output) -> None:  # type: ignore[no-untyped-def]
         z, t = args[0], args[1]
@@ -255,7 +255,7 @@ def test_trap_3_the_perturbed_copy_shares_timestep_and_condition(make_stage, pen
         assert torch.equal(tokens[a], tokens[b])
 
 
-def by_hand(stage: AdversarialPostTraining, seen: Seen, condition: TextCondition) -> Tensor:
+def by_hand(stage: AdversarialPostTraining, seen: Seen, condition: Condition) -> Tensor:
     """Eq. 10 with separate forwards of D, all with their graph."""
     real, perturbed, fake = (
         discriminator(stage)(x, seen.t[:NUM], condition).logits for x in seen.x.chunk(3)

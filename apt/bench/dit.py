@@ -21,10 +21,11 @@ from apt.bench.records import Measurement, first_line
 from apt.bench.split import Split, profile_split
 from apt.bench.tables import FRAMES_PER_SECOND
 from apt.bench.timing import Clock, Timing, Work, median, time_interleaved
+from apt.condition import Condition, EncodedText
 from apt.errors import InputError
 from apt.kernels import attention_backend, kernel_backend, watch_attention
 from apt.kernels.roofline import Rates
-from apt.models import MODELS, TextCondition, create_model
+from apt.models import MODELS, create_model
 from apt.models.costs import DiTCost, dit_cost
 from apt.models.transformer import DiffusionTransformer
 
@@ -208,7 +209,7 @@ class RandomNetwork:
         with torch.no_grad():
             return self.backbone(*self.inputs)
 
-    def _draw_inputs(self, generator: torch.Generator) -> tuple[Tensor, Tensor, TextCondition]:
+    def _draw_inputs(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Condition]:
         def normal(*size: int) -> Tensor:
             return torch.randn(size, generator=generator, device=self.device).to(self.dtype)
 
@@ -216,8 +217,8 @@ class RandomNetwork:
         x = normal(w.batch, self.backbone.in_channels, *w.latent_shape())
         pooled_dim = getattr(config, "pooled_dim", 0)  # not every family has a pooled vector
         pooled = normal(w.batch, pooled_dim) if pooled_dim else None
-        text = TextCondition(normal(w.batch, w.text_tokens, config.text_dim), None, pooled)
-        return x, torch.ones(w.batch, device=self.device), text
+        text = EncodedText(normal(w.batch, w.text_tokens, config.text_dim), None, pooled)
+        return x, torch.ones(w.batch, device=self.device), Condition(text)
 
 
 def build(model: str, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer:

@@ -16,12 +16,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from apt.condition import EncodedText
 from apt.data.buckets import Bucket
 from apt.data.captions import CaptionRule, Refused
 from apt.data.order import BucketOrder
@@ -74,14 +76,6 @@ class CacheInfo:
         """Names of all files of latents."""
         count = -(-self.num_clips // CLIPS_PER_SHARD)
         return [f"latents-{number:05d}.safetensors" for number in range(count)]
-
-
-class EncodedText(NamedTuple):
-    """One prompt: tokens (S, E), a mask (S,) if some are padding, a pooled (P,) if there is one."""
-
-    tokens: Tensor
-    mask: Tensor | None
-    pooled: Tensor | None
 
 
 class LatentFolder:
@@ -151,7 +145,9 @@ class LatentFolder:
         """
         name, key, caption = self._clips[index % len(self._clips)]
         with _opened(self.directory / name) as shard:
-            return EncodedSample(shard.get_tensor(key), caption)
+            beside = [name for name in shard.keys() if name.startswith(f"{key}.")]  # noqa: SIM118
+            extra = {name.removeprefix(f"{key}."): shard.get_tensor(name) for name in beside}
+            return EncodedSample(shard.get_tensor(key), caption, extra)
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
         """Global batches for ever, each of one bucket; see `BucketOrder`.
@@ -162,7 +158,7 @@ class LatentFolder:
 
 
 class TextFolder(Mapping[str, EncodedText]):
-    """The embeddings of a cache by prompt, read when they are asked for.
+    """The embeddings of a cache by prompt, of one row each, read when they are asked for.
 
     Raises DataError for a damaged file.
     """
@@ -180,11 +176,12 @@ class TextFolder(Mapping[str, EncodedText]):
         with _opened(path) as shard:
             keys = set(shard.keys())
 
-            def part(kind: str) -> Tensor | None:
+            def row(kind: str) -> Tensor | None:
                 key = f"{number}.{kind}"
-                return shard.get_tensor(key) if key in keys else None
+                return shard.get_tensor(key)[None] if key in keys else None
 
-            return EncodedText(shard.get_tensor(f"{number}.tokens"), part("mask"), part("pooled"))
+            tokens = shard.get_tensor(f"{number}.tokens")[None]
+            return EncodedText(tokens, row("mask"), row("pooled"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -224,11 +221,15 @@ def write_cache_info(directory: Path, info: CacheInfo) -> None:
 
 
 class Clip(NamedTuple):
-    """Latents (C, T', H', W') of a caption's clip, which had the bucket's size in pixels."""
+    """Latents (C, T', H', W') of a caption's clip, which had the bucket's size in pixels.
+
+    `extra` is what else the clip is conditioned on, by name.
+    """
 
     latents: Tensor
     caption: str
     bucket: Bucket
+    extra: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def write_clips(path: Path, clips: list[Clip]) -> None:
@@ -236,13 +237,16 @@ def write_clips(path: Path, clips: list[Clip]) -> None:
 
     Raises DataError for values that are not finite, or a disk that refuses.
     """
-    for clip in clips:
-        if not bool(torch.isfinite(clip.latents).all()):
-            raise DataError(
-                f"latents of the clip {clip.caption!r} are NaN or infinite in "
-                f"{clip.latents.dtype}; encode in a wider type"
-            )
-    tensors = {str(number): clip.latents for number, clip in enumerate(clips)}
+    tensors = {}
+    for number, clip in enumerate(clips):
+        for name, value in {"latents": clip.latents, **clip.extra}.items():
+            if not bool(torch.isfinite(value).all()):
+                raise DataError(
+                    f"{name} of the clip {clip.caption!r} are NaN or infinite in {value.dtype}; "
+                    "encode in a wider type"
+                )
+        tensors[str(number)] = clip.latents
+        tensors |= {f"{number}.{name}": value for name, value in clip.extra.items()}
     entries = {
         str(number): {"caption": clip.caption, "bucket": list(clip.bucket)}
         for number, clip in enumerate(clips)
@@ -251,11 +255,14 @@ def write_clips(path: Path, clips: list[Clip]) -> None:
 
 
 def write_texts(path: Path, texts: Mapping[str, EncodedText]) -> None:
-    """Write a shard of embeddings, whole or not at all. Raises DataError if the disk refuses."""
+    """Write a shard of embeddings of one row each, whole or not at all.
+
+    Raises DataError if the disk refuses.
+    """
     tensors = {
-        f"{number}.{kind}": value
+        f"{number}.{kind}": value[0]
         for number, text in enumerate(texts.values())
-        for kind, value in text._asdict().items()
+        for kind, value in vars(text).items()
         if value is not None
     }
     _write(path, tensors, {"prompts": json.dumps(list(texts))})

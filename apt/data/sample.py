@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
@@ -21,11 +21,13 @@ class Sample:
         pixels: (3, T, H, W) float32 in [-1, 1].
         caption: the text that describes it.
         problems: files that failed while this sample was made, and that it stands in for.
+        extra: what it is conditioned on beside the caption, by name, such as a camera's path.
     """
 
     pixels: Tensor
     caption: str
     problems: tuple[Problem, ...] = ()
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class EncodedSample:
 
     latents: Tensor
     caption: str
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Batch:
         batch_index: the number of the global batch since the start of the run.
         problems: files that failed while the slice was made.
         latents: (b, C, T', H', W') in place of pixels.
+        extra: what the samples are conditioned on beside captions, by name, each (b, ...).
     """
 
     pixels: Tensor | None
@@ -55,12 +59,23 @@ class Batch:
     batch_index: int
     problems: tuple[Problem, ...] = ()
     latents: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def collate(
         cls, samples: Sequence[Sample | EncodedSample], *, offset: int, batch_index: int
     ) -> Batch:
-        """Stack samples of one kind and one shape. Raises DataError for several shapes."""
+        """Stack samples of one kind and one shape.
+
+        Raises DataError for several shapes, or if they are not all conditioned on the same.
+        """
+        names = list(samples[0].extra)
+        if any(sample.extra.keys() != set(names) for sample in samples):
+            kinds = sorted({", ".join(sorted(s.extra)) or "captions alone" for s in samples})
+            raise DataError(
+                f"samples of one batch are conditioned on different things: {' and '.join(kinds)}; "
+                "give all samples of a data set the same"
+            )
         pixels = [sample.pixels for sample in samples if isinstance(sample, Sample)]
         latents = [sample.latents for sample in samples if isinstance(sample, EncodedSample)]
         shapes = sorted({tuple(tensor.shape) for tensor in [*pixels, *latents]})
@@ -77,6 +92,7 @@ class Batch:
             batch_index=batch_index,
             problems=tuple(problem for some in problems for problem in some),
             latents=torch.stack(latents) if latents else None,
+            extra={name: torch.stack([sample.extra[name] for sample in samples]) for name in names},
         )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.checks import check_positive
+from apt.condition import Condition
 from apt.errors import ConfigError, InputError
 from apt.flow import to_sample
 from apt.hub import ModelInfo, SamplingInfo
@@ -36,8 +37,11 @@ from apt.losses import (
 from apt.methods.base import Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean_logs
 from apt.methods.terms import DiscriminatorTerm, FeatureMatching, Terms
 from apt.models.bundle import ModelBundle, load_backbone
-from apt.models.conditions import TextCondition
-from apt.models.discriminator import Discriminator, LogitNetwork, discriminate_groups
+from apt.models.discriminator import (
+    Discriminator,
+    LogitNetwork,
+    discriminate_groups,
+)
 from apt.rng import Draw, sample_noise
 
 Logs = dict[str, Tensor]
@@ -243,7 +247,7 @@ class AdversarialPostTraining(Method):
         trained.zero_grad()
         logs = []
         for batch in batches:
-            c = self.encode(batch.captions)
+            c = self.condition(batch)
             with torch.no_grad():
                 x_fake = self.generate(batch, c, update, "discriminator/noise")
             t = self.timesteps(batch, update, "discriminator/timestep")
@@ -257,7 +261,7 @@ class AdversarialPostTraining(Method):
         return {**mean_logs(logs), "discriminator/grad_norm": norm}
 
     def discriminator_loss(
-        self, batch: MicroBatch, x_fake: Tensor, t: Tensor, c: TextCondition, update: int
+        self, batch: MicroBatch, x_fake: Tensor, t: Tensor, c: Condition, update: int
     ) -> tuple[Tensor, Logs]:
         """Eq. 10 on one micro-batch, with the terms that have a weight."""
         draw = self.draw(batch, update, "perturbation")
@@ -279,7 +283,7 @@ class AdversarialPostTraining(Method):
         self.generator.zero_grad()
         logs = []
         for batch in batches:
-            c = self.encode(batch.captions)
+            c = self.condition(batch)
             x_fake = self.generate(batch, c, update, "generator/noise")
             t = self.timesteps(batch, update, "generator/timestep")
             with self.host.autocast():
@@ -295,7 +299,7 @@ class AdversarialPostTraining(Method):
             # Through D to its input only: D's own gradients are neither computed nor kept.
             (gradient,) = torch.autograd.grad(loss, x_fake)
             x_fake.backward(gradient / len(batches))
-            norms = gradient.flatten(1).norm(dim=1) * len(batch.captions)
+            norms = gradient.flatten(1).norm(dim=1) * len(batch)
             logs.append(
                 {
                     **{f"generator/{name}": value for name, value in log.items()},
@@ -305,19 +309,19 @@ class AdversarialPostTraining(Method):
         norm = self.generator.step(update)
         return {**mean_logs(logs), "generator/grad_norm": norm}
 
-    def preview(self, z: Tensor, prompts: Sequence[str]) -> Tensor:
-        return generate(self.generator.module, z, self.encode(prompts))
+    def preview(self, z: Tensor, c: Condition) -> Tensor:
+        return generate(self.generator.module, z, c)
 
-    def generate(self, batch: MicroBatch, c: TextCondition, update: int, stream: str) -> Tensor:
-        """One-step samples in fp32, for the batch's captions."""
-        z = sample_noise(len(batch.captions), batch.x.shape[1:], self.draw(batch, update, stream))
+    def generate(self, batch: MicroBatch, c: Condition, update: int, stream: str) -> Tensor:
+        """One-step samples (b, C, T, H, W) in fp32, under the batch's conditions."""
+        z = sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, update, stream))
         with self.host.autocast():
             return generate(self.generator.module, z, c).float()
 
     def timesteps(self, batch: MicroBatch, update: int, stream: str) -> Tensor:
         """(b,) of D's timestep ensemble."""
         draw = self.draw(batch, update, stream)
-        return timestep_ensemble(len(batch.captions), self.config.timestep_shift, draw)
+        return timestep_ensemble(len(batch), self.config.timestep_shift, draw)
 
     @contextmanager
     def double_backward(self) -> Iterator[None]:

@@ -236,7 +236,7 @@ class AutoencoderTraining(Stage):
     def noise(self, batch: MicroBatch, update: int) -> Tensor:
         """Standard normal, in the shape of the batch's latents."""
         shape = (self.codec_config.channels, *self.latent_shape(*batch.x.shape[2:]))
-        return sample_noise(len(batch.captions), shape, self.draw(batch, update, "latent noise"))
+        return sample_noise(len(batch), shape, self.draw(batch, update, "latent noise"))
 
     def noise_std(self) -> Tensor:
         """(C,) how much of it the decoder gets."""

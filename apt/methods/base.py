@@ -11,17 +11,18 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
 from apt.hub import SampleInfo, SamplingInfo
 from apt.models.bundle import ModelBundle, save_pretrained
-from apt.models.conditions import TextCondition
 from apt.models.create import create_model, create_text_encoder
 from apt.models.lora import LoRA, merge_lora, save_lora
 from apt.models.lora_layers import LoRALayer
@@ -40,11 +41,17 @@ class MicroBatch:
         x: clean latents (b, C, T, H, W); pixels for a stage without a codec.
         captions: b texts.
         offset: index of the first sample in the global batch; random draws are keyed by it.
+        extra: what the samples are conditioned on beside captions, by name, each (b, ...).
     """
 
     x: Tensor
     captions: list[str]
     offset: int
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """b."""
+        return len(self.captions)
 
 
 Part = Callable[[Sequence[MicroBatch], int], Metrics]
@@ -90,14 +97,12 @@ class Denoiser(nn.Module):
         self.backbone = backbone
         self.text_encoder = text_encoder
 
-    def forward(
-        self, x: Tensor, t: Tensor, c: TextCondition, *, rows: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, c: Condition, *, rows: Tensor | None = None) -> Tensor:
         """The backbone's velocity."""
         return self.backbone(x, t, c, rows=rows)
 
-    def encode(self, prompts: Sequence[str]) -> TextCondition:
-        """Conditions, with gradients to the trained text encoder."""
+    def encode(self, prompts: Sequence[str]) -> EncodedText:
+        """Encoded prompts, with gradients to the trained text encoder."""
         assert self.text_encoder is not None
         return self.text_encoder(prompts)
 
@@ -322,7 +327,7 @@ class Stage(ABC):
     def uniform(self, batch: MicroBatch, update: int, stream: str) -> Tensor:
         """(b,) uniform in [0, 1), left on the CPU: looking at them waits for no GPU."""
         draw = Draw(self.host.seed, update, batch.offset, stream)
-        return sample_uniform(len(batch.captions), draw)
+        return sample_uniform(len(batch), draw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,20 +369,29 @@ class Method(Stage):
             self.start.text_encoder.check(prompts)
 
     @abstractmethod
-    def preview(self, z: Tensor, prompts: Sequence[str]) -> Tensor:
+    def preview(self, z: Tensor, c: Condition) -> Tensor:
         """Latents (B, C, T, H, W) from noise, as the generator's present weights make them."""
 
     def samples(
         self, prompts: tuple[str, ...], clip: SampleInfo, batches: Sequence[MicroBatch]
     ) -> Preview | None:
-        """One sample of each prompt, always from the same noise."""
+        """One sample of each prompt, always from the same noise.
+
+        What data give beside captions is that of the update's samples, in turn, and so is the size.
+        """
         if not prompts:
             return None
         codec = self.start.codec
-        shape = (codec.channels, *codec.latent_shape(clip.frames, clip.height, clip.width))
+        size = codec.latent_shape(clip.frames, clip.height, clip.width)
+        shape: Sequence[int] = (codec.channels, *size)
+        extra: Mapping[str, Tensor] = {}
+        if batches and batches[0].extra:
+            shape = batches[0].x.shape[1:]
+            rows = torch.arange(len(prompts), device=batches[0].x.device) % len(batches[0])
+            extra = {name: value[rows] for name, value in batches[0].extra.items()}
         draw = Draw(self.host.seed, stream="samples", device=self.host.device)
         z = sample_noise(len(prompts), shape, draw)
-        return Preview(self.preview(z, prompts).float(), prompts)
+        return Preview(self.preview(z, self.encode(prompts, extra)).float(), prompts)
 
     def save(self, folder: Path, outcome: Outcome) -> None:
         """Write the generator as a model folder, and adapters by themselves too."""
@@ -419,14 +433,25 @@ class Method(Stage):
             forward_methods=("encode",) if text_encoder else (),
         )
 
-    def encode(self, prompts: Sequence[str]) -> TextCondition:
-        """Conditions from the frozen text encoder, in the type of the trained weights.
+    def condition(self, batch: MicroBatch) -> Condition:
+        """What a batch's samples are conditioned on."""
+        return self.encode(batch.captions, batch.extra)
 
-        A public text encoder is in bf16 whatever the networks compute in.
+    def negative(self, c: Condition) -> Condition:
+        """What guidance leads away from: the negative prompt, with all else as it is in `c`."""
+        return c.with_text(self.encode([self.host.negative_prompt]).text)
+
+    def encode(
+        self, prompts: Sequence[str], extra: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Condition:
+        """Prompts through the frozen text encoder, with what is given beside them.
+
+        In the type of the trained weights: a public text encoder is in bf16 whatever the networks
+        compute in.
         """
         with torch.no_grad():
-            c = self.start.text_encoder(prompts)
-        return c.to(dtype=next(self.generator.module.parameters()).dtype)
+            text = self.start.text_encoder(prompts)
+        return Condition(text, extra).to(dtype=next(self.generator.module.parameters()).dtype)
 
 
 def mean(values: Sequence[Tensor]) -> Tensor:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from apt.checks import check_range
+from apt.condition import Condition
 from apt.hub import SamplingInfo
 from apt.losses import Consistency
 from apt.methods.apt import generate, one_step_sampling
 from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
 from apt.models.bundle import ModelBundle
-from apt.models.conditions import TextCondition
 from apt.models.registry import untrained_timesteps
 from apt.models.transformer import DiffusionTransformer
 from apt.rng import sample_noise
@@ -89,9 +89,8 @@ class ConsistencyDistillation(Method):
         self.target_ema.copy_to(self.target)
         losses = []
         for batch in batches:
-            num = len(batch.captions)
-            c = self.encode(batch.captions)
-            negative = self.encode([self.host.negative_prompt] * num)
+            c = self.condition(batch)
+            negative = self.negative(c)
             u = self.uniform(batch, update, "timestep")
             with self.host.autocast():
                 loss = self.loss(
@@ -99,7 +98,7 @@ class ConsistencyDistillation(Method):
                     partial(self.both_velocities, c=c, negative=negative),
                     bind(self.target, c),
                     batch.x,
-                    sample_noise(num, batch.x.shape[1:], self.draw(batch, update, "noise")),
+                    sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, update, "noise")),
                     (u * self.loss.num_timesteps).long(),
                 )
             (loss / len(batches)).backward()
@@ -109,13 +108,13 @@ class ConsistencyDistillation(Method):
         return {"generator/loss": mean(losses), "generator/grad_norm": norm}
 
     def both_velocities(
-        self, x_t: Tensor, t: Tensor, c: TextCondition, negative: TextCondition
+        self, x_t: Tensor, t: Tensor, c: Condition, negative: Condition
     ) -> tuple[Tensor, Tensor]:
         """The teacher's, under the caption and under the negative prompt."""
         return self.teacher(x_t, t, c), self.teacher(x_t, t, negative)
 
-    def preview(self, z: Tensor, prompts: Sequence[str]) -> Tensor:
-        return generate(self.generator.module, z, self.encode(prompts))
+    def preview(self, z: Tensor, c: Condition) -> Tensor:
+        return generate(self.generator.module, z, c)
 
 
 def _frozen(backbone: DiffusionTransformer) -> Denoiser:

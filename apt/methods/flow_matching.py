@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from apt.checks import check_positive
+from apt.condition import Condition
 from apt.errors import ConfigError
 from apt.flow import sampling_timesteps, shift_timesteps
 from apt.hub import SamplingInfo
 from apt.losses import FlowMatching
 from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
 from apt.models.bundle import ModelBundle
-from apt.models.conditions import TextCondition
 from apt.rng import sample_noise
 from apt.sampling import bind_guided, sample
 
@@ -91,11 +92,13 @@ class FlowMatchingPretraining(Method):
         host.adapt(start.backbone)
         self.trained = {"generator": self.train_generator(text if self.trains_text else None)}
 
-    def encode(self, prompts: Sequence[str]) -> TextCondition:
-        """Conditions, with gradients if the text encoder trains."""
+    def encode(
+        self, prompts: Sequence[str], extra: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Condition:
+        """As in `Method`, with gradients if the text encoder trains."""
         if not self.trains_text:
-            return super().encode(prompts)
-        return cast("Denoiser", self.generator.module).encode(prompts)
+            return super().encode(prompts, extra)
+        return Condition(cast("Denoiser", self.generator.module).encode(prompts), extra)
 
     def prompts(self) -> list[str]:
         return [self.host.negative_prompt]
@@ -109,21 +112,18 @@ class FlowMatchingPretraining(Method):
         losses = []
         for batch in batches:
             t = self.timesteps(batch, update)
-            z = sample_noise(
-                len(batch.captions), batch.x.shape[1:], self.draw(batch, update, "noise")
-            )
+            z = sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, update, "noise"))
             with self.host.autocast():
-                c = self.encode(self.captions(batch, update))
+                c = self.encode(self.captions(batch, update), batch.extra)
                 loss = self.loss(partial(self.generator.module, c=c), batch.x, z, t)
             (loss / len(batches)).backward()
             losses.append(loss)
         norm = self.generator.step(update)
         return {"generator/loss": mean(losses), "generator/grad_norm": norm}
 
-    def preview(self, z: Tensor, prompts: Sequence[str]) -> Tensor:
+    def preview(self, z: Tensor, c: Condition) -> Tensor:
         """Many steps with guidance, on the grid that the model's own shift gives."""
-        c, negative = self.encode(prompts), self.encode([self.host.negative_prompt])
-        predict = bind_guided(self.generator.module, c, negative, self.config.cfg_scale)
+        predict = bind_guided(self.generator.module, c, self.negative(c), self.config.cfg_scale)
         grid = sampling_timesteps(self.config.num_steps, self.config.sampling_shift)
         return sample(predict, z, grid, sampler="euler", noise=lambda step: z)
 

@@ -14,7 +14,6 @@ from apt.models import (
     text_transformers,
     wan,
 )
-from apt.models.conditions import TextCondition
 from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.models.discriminator import Discriminator, create_discriminator
 from apt.models.families import FAMILIES
@@ -27,7 +26,6 @@ __all__ = [
     "MODELS",
     "TEXT_ENCODERS",
     "Discriminator",
-    "TextCondition",
     "codec_causal",
     "codec_diffusers",
     "codecs",

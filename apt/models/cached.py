@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from apt.condition import EncodedText
 from apt.errors import InputError
-from apt.models.conditions import TextCondition
 from apt.models.protocols import LatentCodec, TextEncoder
 
 _LISTED = 3
@@ -20,25 +20,25 @@ class CachedTextEncoder(TextEncoder):
 
     Args:
         config: that of the encoder which made the embeddings.
-        texts: conditions of one row, by prompt.
+        texts: embeddings of one row, by prompt.
     """
 
     _here: Tensor
 
-    def __init__(self, config: Any, texts: Mapping[str, TextCondition]) -> None:
+    def __init__(self, config: Any, texts: Mapping[str, EncodedText]) -> None:
         super().__init__()
         self.config = config
         self._texts = texts
         lengths = [texts[prompt].tokens.shape for prompt in [*texts][:1]]
         self.embedding_dim = int(lengths[0][2]) if lengths else 0
         self.max_length = int(getattr(config, "max_length", 0))
-        # Moves with the module, and says where conditions have to be.
+        # Moves with the module, and says where embeddings have to be.
         self.register_buffer("_here", torch.empty(0), persistent=False)
 
-    def forward(self, prompts: Sequence[str]) -> TextCondition:
-        """Conditions of prompts; raises InputError for those that were not stored."""
+    def forward(self, prompts: Sequence[str]) -> EncodedText:
+        """Embeddings of prompts; raises InputError for those that were not stored."""
         self.check(prompts)
-        rows = TextCondition.concatenate([self._texts[prompt] for prompt in prompts])
+        rows = EncodedText.concatenate([self._texts[prompt] for prompt in prompts])
         return rows.to(self._here.device)
 
     def check(self, prompts: Sequence[str]) -> None:

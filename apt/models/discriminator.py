@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from apt.condition import Condition
 from apt.errors import ConfigError, InputError
-from apt.models.conditions import TextCondition
 from apt.models.registry import HEADS
 from apt.models.transformer import DiffusionTransformer
 
@@ -85,7 +85,7 @@ class Discriminator(nn.Module):
         self.project = nn.Linear(width * len(chosen), 1)
 
     def forward(
-        self, x: Tensor, t: Tensor, c: TextCondition, *, rows: Tensor | None = None
+        self, x: Tensor, t: Tensor, c: Condition, *, rows: Tensor | None = None
     ) -> DiscriminatorOutput:
         """Logits and features of clean latents x (B, C, T, H, W).
 

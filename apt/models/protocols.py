@@ -7,15 +7,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from apt.models.conditions import TextCondition
+from apt.condition import Condition, EncodedText
 
 
 class VelocityNetwork(Protocol):
     """What samplers and losses ask of a network: its velocity."""
 
-    def __call__(
-        self, x: Tensor, t: Tensor, c: TextCondition, *, rows: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, c: Condition, *, rows: Tensor | None = None) -> Tensor:
         """Velocity (B, C, T, H, W) at latents x (B, C, T, H, W).
 
         `t` (R,) in [0, 1] and `c` (R rows) are shared by samples through `rows` (B,) int64;
@@ -25,7 +23,7 @@ class VelocityNetwork(Protocol):
 
 
 class TextEncoder(nn.Module):
-    """Prompts to conditions.
+    """Prompts to the text of conditions.
 
     Attributes:
         config: the frozen dataclass it was built from.
@@ -37,7 +35,7 @@ class TextEncoder(nn.Module):
     embedding_dim: int
     max_length: int
 
-    def forward(self, prompts: Sequence[str]) -> TextCondition:
+    def forward(self, prompts: Sequence[str]) -> EncodedText:
         """Encode prompts; raises InputError for a prompt that it cannot take."""
         raise NotImplementedError
 

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from apt.condition import EncodedText
 from apt.errors import InputError, PromptLengthError
 from apt.kernels import attention
-from apt.models.conditions import TextCondition
 from apt.models.protocols import PromptCheck, TextEncoder
 from apt.models.registry import TEXT_ENCODERS
 
@@ -71,7 +71,7 @@ class ByteTextEncoder(TextEncoder):
         self.blocks = nn.ModuleList(_Block(d, config.num_heads) for _ in range(config.depth))
         self.norm = nn.RMSNorm(d, eps=1e-6)
 
-    def forward(self, prompts: Sequence[str]) -> TextCondition:
+    def forward(self, prompts: Sequence[str]) -> EncodedText:
         """Encode prompts to tokens (R, S, E), S = 1 + the longest prompt's words, and their sum.
 
         The pooled vector is the sum over the square root of the number of tokens: a mean would
@@ -107,7 +107,7 @@ class ByteTextEncoder(TextEncoder):
         tokens = self.norm(tokens)
         weight = mask[..., None].to(tokens.dtype)
         pooled = (tokens * weight).sum(dim=1) / weight.sum(dim=1).sqrt()
-        return TextCondition(tokens, padding, pooled)
+        return EncodedText(tokens, padding, pooled)
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raise InputError as `forward` would."""

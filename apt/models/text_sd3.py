@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from apt.condition import EncodedText
 from apt.errors import CheckpointError
-from apt.models.conditions import TextCondition
 from apt.models.external import DType
 from apt.models.protocols import PromptCheck, TextEncoder
 from apt.models.registry import TEXT_ENCODERS
@@ -102,7 +102,7 @@ class SD3TextEncoder(TextEncoder):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, prompts: Sequence[str]) -> TextCondition:
+    def forward(self, prompts: Sequence[str]) -> EncodedText:
         """Encode prompts: tokens (R, 77 + max_length, E) and pooled (R, P).
 
         Raises InputError for no prompt, a prompt that is no string, or one that T5 has to cut
@@ -112,7 +112,7 @@ class SD3TextEncoder(TextEncoder):
         assert clip_l.pooled is not None and clip_g.pooled is not None
         clips = torch.cat([clip_l.tokens, clip_g.tokens], dim=2)
         clips = F.pad(clips, (0, self.embedding_dim - clips.shape[2]))
-        return TextCondition(
+        return EncodedText(
             torch.cat([clips, t5.tokens], dim=1),
             pooled=torch.cat([clip_l.pooled, clip_g.pooled], dim=1),
         )

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt.condition import EncodedText
 from apt.errors import CheckpointError, InputError, PromptLengthError
-from apt.models.conditions import TextCondition
 from apt.models.external import (
     DType,
     first_line,
@@ -129,7 +129,7 @@ class TransformersTextEncoder(TextEncoder):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, prompts: Sequence[str]) -> TextCondition:
+    def forward(self, prompts: Sequence[str]) -> EncodedText:
         """Encode prompts: tokens (R, S, E) padded to the longest, or to `max_length` if
         `unmasked`; mask (R, S), or None if all are as long or `unmasked`; CLIP's pooled (R, P).
 
@@ -156,7 +156,7 @@ class TransformersTextEncoder(TextEncoder):
         pooled = None
         if self.config.architecture == "clip":
             pooled = output.text_embeds if self.config.projection else output.pooler_output
-        return TextCondition(tokens, None if full else mask, pooled)
+        return EncodedText(tokens, None if full else mask, pooled)
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raise InputError as `forward` would."""

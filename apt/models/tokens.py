@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt.condition import Condition
 from apt.errors import ConfigError, InputError
-from apt.models.conditions import TextCondition
+from apt.kernels.rows import take_rows
 
 
 def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:
@@ -43,7 +44,7 @@ def check_layers(layers: Sequence[int], depth: int) -> None:
 
 
 def check_rows(
-    x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None, *, num_tokens: int | None = None
+    x: Tensor, t: Tensor, c: Condition, rows: Tensor | None, *, num_tokens: int | None = None
 ) -> None:
     """Raise InputError unless t (R,) and c (R rows) fit x (B, ...) and rows (B,).
 
@@ -64,22 +65,52 @@ def check_rows(
         )
 
 
-def pooled_text(c: TextCondition, size: int) -> Tensor:
+def check_extra(c: Condition, names: Collection[str]) -> None:
+    """Raise InputError for something given beside the text that a model does not read."""
+    unread = sorted(c.extra.keys() - set(names))
+    if unread:
+        known = ", ".join(sorted(names)) or "text alone"
+        raise InputError(
+            f"this model does not read {', '.join(unread)} of a condition; it reads {known}"
+        )
+
+
+def extra_condition(c: Condition, name: str) -> Tensor:
+    """What is given under a name, (R, ...); raises InputError if it is not."""
+    if name not in c.extra:
+        raise InputError(
+            f"this model needs {name!r} beside the text, got {', '.join(c.extra) or 'text alone'}"
+        )
+    return c.extra[name]
+
+
+def text_tokens(c: Condition, size: int) -> Tensor:
+    """The embeddings (R, S, E) of text; raises InputError unless E is `size`."""
+    if c.text.tokens.shape[2] != size:
+        raise InputError(
+            f"this model needs text tokens of {size} dimensions, got {c.text.tokens.shape[2]}; use "
+            "the text encoder that it was trained with"
+        )
+    return c.text.tokens
+
+
+def pooled_text(c: Condition, size: int) -> Tensor:
     """The pooled vectors (R, P) of text; raises InputError unless it has them and P is `size`."""
-    if c.pooled is None or c.pooled.shape[1] != size:
-        given = "none" if c.pooled is None else tuple(c.pooled.shape)
+    pooled = c.text.pooled
+    if pooled is None or pooled.shape[1] != size:
+        given = "none" if pooled is None else tuple(pooled.shape)
         raise InputError(
             f"this model needs text with a pooled vector of {size} dimensions, got {given}; use "
             "the text encoder that it was trained with"
         )
-    return c.pooled
+    return pooled
 
 
-def joint_mask(c: TextCondition, rows: Tensor | None, num_visual: int) -> Tensor | None:
+def joint_mask(c: Condition, rows: Tensor | None, num_visual: int) -> Tensor | None:
     """Keys (B, L + S) that count when visual and text tokens attend jointly; None if all do."""
-    if c.mask is None:
+    if c.text.mask is None:
         return None
-    mask = c.mask if rows is None else c.mask[rows]
+    mask = take_rows(c.text.mask, rows)
     return torch.cat([mask.new_ones(len(mask), num_visual), mask], dim=1)
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from apt.condition import Condition
 from apt.errors import InputError
-from apt.models.conditions import TextCondition
-from apt.models.tokens import check_layers, check_rows
+from apt.models.tokens import check_extra, check_layers, check_rows
 
 
 class TransformerConfig(Protocol):
@@ -104,11 +104,13 @@ class DiffusionTransformer(nn.Module):
         blocks_name: of the `nn.ModuleList` of `TransformerBlock`s.
         output_names: of the layers and parameters that only `unembed` uses.
         token_timesteps: whether timesteps may be (R, L), one for each token.
+        extra_conditions: what `embed` reads of a condition beside its text, by name.
     """
 
     blocks_name: ClassVar[str] = "blocks"
     output_names: ClassVar[tuple[str, ...]]
     token_timesteps: ClassVar[bool] = False
+    extra_conditions: ClassVar[tuple[str, ...]] = ()
 
     config: TransformerConfig
 
@@ -121,7 +123,7 @@ class DiffusionTransformer(nn.Module):
         self.checkpointing = False
 
     def embed(
-        self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None
+        self, x: Tensor, t: Tensor, c: Condition, rows: Tensor | None
     ) -> tuple[Tokens, Context]:
         """The tokens before the first block, and what all blocks read. Arguments as `forward`."""
         raise NotImplementedError
@@ -130,19 +132,17 @@ class DiffusionTransformer(nn.Module):
         """The velocity from the visual tokens after the last block; `x` and `t` as `forward`."""
         raise NotImplementedError
 
-    def forward(
-        self, x: Tensor, t: Tensor, c: TextCondition, *, rows: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, c: Condition, *, rows: Tensor | None = None) -> Tensor:
         """Velocity (B, C, T, H, W).
 
         Args:
             x: latents (B, C, T, H, W).
             t: timesteps (R,) in [0, 1]; with `token_timesteps` also (R, L).
-            c: R rows of text.
+            c: R rows.
             rows: (B,) int64, the row of `t` and `c` for each sample; None if R = B.
 
         Raises:
-            InputError: for latents, timesteps, text or rows that do not fit the model or each
+            InputError: for latents, timesteps, conditions or rows that do not fit the model or each
                 other.
         """
         (h_BLD,), context = self._walk(x, t, c, rows, (self.depth,))
@@ -152,7 +152,7 @@ class DiffusionTransformer(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
-        c: TextCondition,
+        c: Condition,
         *,
         layers: Sequence[int],
         rows: Tensor | None = None,
@@ -164,7 +164,7 @@ class DiffusionTransformer(nn.Module):
         return self._walk(x, t, c, rows, layers)[0]
 
     def _walk(
-        self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None, layers: Sequence[int]
+        self, x: Tensor, t: Tensor, c: Condition, rows: Tensor | None, layers: Sequence[int]
     ) -> tuple[list[Tensor], Context]:
         """Visual tokens after `layers`, and what all blocks read."""
         check_layers(layers, self.depth)
@@ -181,18 +181,14 @@ class DiffusionTransformer(nn.Module):
                 kept[number] = tokens.visual
         return [kept[layer] for layer in layers], context
 
-    def _check(self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None) -> None:
+    def _check(self, x: Tensor, t: Tensor, c: Condition, rows: Tensor | None) -> None:
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise InputError(
                 f"latents must be (B, {self.in_channels}, T, H, W), got {tuple(x.shape)}"
             )
         length = math.prod(self.token_grid(x.shape[2:]))
         check_rows(x, t, c, rows, num_tokens=length if self.token_timesteps else None)
-        if c.tokens.shape[2] != self.config.text_dim:
-            raise InputError(
-                f"this model needs text tokens of {self.config.text_dim} dimensions, got "
-                f"{c.tokens.shape[2]}; use the text encoder that it was trained with"
-            )
+        check_extra(c, self.extra_conditions)
 
     def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """Tokens along (T, H, W) for a latent (T, H, W): L is their product.

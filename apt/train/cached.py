@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from apt.data.latents import LatentFolder, TextFolder
+from apt.data.latents import LatentFolder
 from apt.errors import ConfigError
 from apt.hub import ComponentInfo
 from apt.models.cached import CachedCodec, CachedTextEncoder
-from apt.models.conditions import TextCondition
 from apt.models.registry import CODECS, TEXT_ENCODERS, Buildable
 from apt.registry import Registry, replace_typed
 
@@ -34,28 +32,7 @@ def cached_codec(cache: LatentFolder, part: ComponentInfo) -> CachedCodec:
 def cached_text_encoder(cache: LatentFolder, part: ComponentInfo) -> CachedTextEncoder:
     """The model's text encoder as a table; raises ConfigError if another one made it."""
     _check("text encoder", cache, cache.info.text_encoder, part)
-    return CachedTextEncoder(_config(TEXT_ENCODERS, part), _Conditions(cache.texts))
-
-
-class _Conditions(Mapping[str, TextCondition]):
-    """Stored embeddings as conditions of one row."""
-
-    def __init__(self, texts: TextFolder) -> None:
-        self._texts = texts
-
-    def __getitem__(self, prompt: str) -> TextCondition:
-        tokens, mask, pooled = self._texts[prompt]
-        return TextCondition(
-            tokens[None],
-            None if mask is None else mask[None],
-            None if pooled is None else pooled[None],
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._texts)
-
-    def __len__(self) -> int:
-        return len(self._texts)
+    return CachedTextEncoder(_config(TEXT_ENCODERS, part), cache.texts)
 
 
 def _config(registry: Registry[C], part: ComponentInfo) -> Any:

@@ -339,6 +339,7 @@ def micro_batches(
         MicroBatch(
             x=latents(i),
             captions=batch.captions[i : i + size],
+            extra={name: value[i : i + size].to(device) for name, value in batch.extra.items()},
             offset=batch.offset + i,
         )
         for i in range(0, share, size)

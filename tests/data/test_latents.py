@@ -8,20 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from apt.condition import EncodedText
 from apt.data.buckets import Bucket
 from apt.data.latents import (
     CacheInfo,
     Clip,
-    EncodedText,
     LatentFolder,
+    TextFolder,
     read_cache_info,
     write_cache_info,
     write_clips,
     write_texts,
 )
 from apt.data.loader import make_loader
+from apt.data.sample import Batch, EncodedSample
 from apt.errors import DataError
+from apt.files import write_safetensors
 
 SMALL, WIDE = Bucket(1, 8, 8), Bucket(5, 8, 16)
 
@@ -57,13 +61,11 @@ def cache(tmp_path: Path) -> Path:
     rest = [clip(64 + i) for i in range(3)] + [clip(67 + i, WIDE) for i in range(5)]
     write_clips(tmp_path / "latents-00001.safetensors", rest)
     texts = {
-        "a": EncodedText(torch.ones(3, 4), None, None),
-        "b": EncodedText(torch.zeros(2, 4), torch.tensor([True, False]), torch.ones(5)),
+        "a": EncodedText(torch.ones(1, 3, 4)),
+        "b": EncodedText(torch.zeros(1, 2, 4), torch.tensor([[True, False]]), torch.ones(1, 5)),
     }
     write_texts(tmp_path / "texts-00000.safetensors", texts)
-    write_texts(
-        tmp_path / "texts-00001.safetensors", {"": EncodedText(torch.ones(1, 4), None, None)}
-    )
+    write_texts(tmp_path / "texts-00001.safetensors", {"": EncodedText(torch.ones(1, 1, 4))})
     return tmp_path
 
 
@@ -106,10 +108,52 @@ def test_texts_come_back_as_they_were_written(cache: Path) -> None:
     texts = LatentFolder(cache).texts
     assert set(texts) == {"a", "b", ""}
     assert texts["a"].mask is None and texts["a"].pooled is None
-    assert texts["a"].tokens.shape == (3, 4)
+    assert texts["a"].tokens.shape == (1, 3, 4)
     mask, pooled = texts["b"].mask, texts["b"].pooled
-    assert mask is not None and mask.tolist() == [True, False]
-    assert pooled is not None and pooled.tolist() == [1.0] * 5
+    assert mask is not None and mask.tolist() == [[True, False]]
+    assert pooled is not None and pooled.tolist() == [[1.0] * 5]
+
+
+def test_texts_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """The names and shapes in the file are part of format 1."""
+    tensors = {
+        "0.tokens": torch.zeros(2, 4),
+        "0.mask": torch.tensor([True, False]),
+        "0.pooled": torch.ones(5),
+        "1.tokens": torch.ones(3, 4),
+    }
+    path = tmp_path / "texts-00000.safetensors"
+    write_safetensors(path, tensors, {"prompts": json.dumps(["b", "a"])})
+    texts = TextFolder(tmp_path)
+    (mask,) = texts["b"].mask  # type: ignore[misc]
+    assert mask.tolist() == [True, False] and texts["b"].tokens.shape == (1, 2, 4)
+    assert texts["a"].mask is None and texts["a"].tokens.tolist() == [[[1.0] * 4] * 3]
+    write_texts(tmp_path / "again.safetensors", texts)
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], value) for name, value in tensors.items())
+
+
+def test_what_else_clips_are_conditioned_on_comes_back(tmp_path: Path) -> None:
+    write_cache_info(tmp_path, info(11, 0))
+    cameras = [torch.full((3, 4), float(i)) for i in range(11)]
+    clips = [clip(i)._replace(extra={"camera": camera}) for i, camera in enumerate(cameras)]
+    write_clips(tmp_path / "latents-00000.safetensors", clips)
+    folder = LatentFolder(tmp_path)
+    assert folder[1].extra.keys() == folder[10].extra.keys() == {"camera"}
+    batch = next(make_loader(folder, batch_size=4))
+    numbers = [int(caption.split()[1]) for caption in batch.captions]
+    assert torch.equal(batch.extra["camera"], torch.stack([cameras[i] for i in numbers]))
+    broken = clip(0)._replace(extra={"camera": torch.tensor([float("inf")])})
+    with pytest.raises(DataError, match="camera of the clip 'clip 0' are NaN or infinite"):
+        write_clips(tmp_path / "latents-00001.safetensors", [broken])
+
+
+def test_samples_of_a_batch_are_conditioned_on_the_same() -> None:
+    x = torch.zeros(2, 1, 1, 1)
+    samples = [EncodedSample(x, "a"), EncodedSample(x, "b", {"camera": torch.zeros(3)})]
+    with pytest.raises(DataError, match="different things: camera and captions alone"):
+        Batch.collate(samples, offset=0, batch_index=0)
 
 
 def test_bf16_is_stored_as_bf16(tmp_path: Path) -> None:

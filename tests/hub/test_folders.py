@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from apt.condition import Condition
 from apt.errors import CheckpointError, InputError
 from apt.hub import INFO_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE, locate, read_info
 from apt.hub.weights import check_safetensors, load_weights, save_weights
@@ -71,7 +72,9 @@ def test_a_saved_model_comes_back_exactly(saved: Path) -> None:
     assert loaded.info.model.weights == TRANSFORMER_FILE
     with torch.no_grad():
         x, t = torch.randn(1, 768, 3, 4, 4), torch.ones(1)
-        outputs = [b.backbone(x, t, b.text_encoder(["a red seven"])) for b in (original, loaded)]
+        outputs = [
+            b.backbone(x, t, Condition(b.text_encoder(["a red seven"]))) for b in (original, loaded)
+        ]
     assert torch.equal(*outputs)
 
 

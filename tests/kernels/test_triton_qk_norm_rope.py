@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from apt.condition import Condition, EncodedText
 from apt.errors import InputError
 from apt.kernels import (
     StreamQKV,
@@ -19,7 +20,6 @@ from apt.kernels import (
     qk_norm_rope,
 )
 from apt.kernels.backends import interpreted
-from apt.models.conditions import TextCondition
 from apt.models.mmdit import MMDiTConfig
 
 pytest.importorskip("triton")
@@ -416,7 +416,7 @@ def test_a_backbone_computes_the_same_with_kernels(num_dual_blocks):
     model.to(DEVICE).set_checkpointing(True)
     latents = torch.randn(3, 4, 2, 4, 4, device=DEVICE)
     t = torch.rand(2, device=DEVICE)
-    c = TextCondition(torch.randn(2, 5, 8, device=DEVICE))
+    c = Condition(EncodedText(torch.randn(2, 5, 8, device=DEVICE)))
     rows = torch.tensor([0, 1, 1], device=DEVICE)
     found = []
     for backend in ("triton", "reference"):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt.condition import Condition
 from apt.flow import euler_sample, sampling_timesteps
 from apt.hub import SamplingInfo
 from apt.methods import Host, Method, MethodConfig, MicroBatch
@@ -60,8 +61,8 @@ class Regression(Method):
         self.generator.zero_grad()
         losses = []
         for batch in batches:
-            c = self.encode(batch.captions)
-            z = sample_noise(len(c), batch.x.shape[1:], self.draw(batch, update, "noise"))
+            c = self.condition(batch)
+            z = sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, update, "noise"))
             with torch.no_grad():
                 target = euler_sample(bind(self.teacher, c), z, self.grid)
             loss = F.mse_loss(generate(self.generator.module, z, c), target)
@@ -70,8 +71,8 @@ class Regression(Method):
         self.generator.step(update)
         return {"generator/loss": mean(losses)}
 
-    def preview(self, z: Tensor, prompts: Sequence[str]) -> Tensor:
-        return generate(self.generator.module, z, self.encode(prompts))
+    def preview(self, z: Tensor, c: Condition) -> Tensor:
+        return generate(self.generator.module, z, c)
 
 
 @RECIPES.register("digits_regression")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt.condition import Condition
 from apt.errors import ConfigError, InputError
 from apt.hub import TEXT_ENCODER_FILE
 from apt.kernels import perturbed_batch, sample_shifted_timesteps
@@ -22,7 +23,6 @@ from apt.losses import (
 )
 from apt.methods.apt import AdversarialConfig, AdversarialPostTraining
 from apt.methods.terms import Terms
-from apt.models import TextCondition
 from apt.models.bundle import load_pretrained, save_pretrained
 from apt.models.discriminator import Discriminator
 from apt.rng import Draw, sample_noise
@@ -70,7 +70,7 @@ class Oracle:
 
     def __init__(self, stage: AdversarialPostTraining, shift: float) -> None:
         generator, self.discriminator = networks(stage)
-        self.c: TextCondition = stage.encode(CAPTIONS)
+        self.c: Condition = stage.encode(CAPTIONS)
         self.x = micro_batches(first=FIRST)[0].x
         ones = torch.ones(len(CAPTIONS))
         z = noise("discriminator/noise")

@@ -20,7 +20,7 @@ def test_a_text_encoder_in_bf16_fits_networks_in_any_precision(
     stage = make(tmp_path, train={"precision": precision})
     stage.start.text_encoder.to(torch.bfloat16)
     c = stage.encode(CAPTIONS)
-    assert c.tokens.dtype == c.pooled.dtype == torch.float32
+    assert c.dtype == c.text.pooled.dtype == torch.float32
     x, t = micro_batches()[0].x, torch.full((len(CAPTIONS),), 0.5)
     with stage.host.autocast():
         velocity = bind(stage.generator.module, c)(x, t)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from apt.condition import Condition
 from apt.errors import ConfigError
 from apt.flow import shift_timesteps
 from apt.methods.base import MicroBatch
@@ -51,7 +52,8 @@ def test_it_minimises_flow_matching_with_the_text_encoder() -> None:
     z = sample_noise(len(CAPTIONS), LATENT_SHAPE, draw.named("noise"))
     t = shift_timesteps(sample_uniform(len(CAPTIONS), draw.named("timestep")), 3.0)
     t_ = t.view(-1, 1, 1, 1, 1)
-    predicted = module.backbone((1 - t_) * x + t_ * z, t, module.text_encoder(CAPTIONS))
+    c = Condition(module.text_encoder(CAPTIONS))
+    predicted = module.backbone((1 - t_) * x + t_ * z, t, c)
     loss = (predicted - (z - x)).square().mean()
     module.zero_grad()
     loss.backward()

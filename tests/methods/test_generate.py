@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from apt.condition import Condition
 from apt.errors import InputError
 from apt.flow import euler_sample
 from apt.losses import Relativistic
 from apt.methods.apt import generate, generator_loss
-from apt.models import TextCondition
 from apt.models.discriminator import DiscriminatorOutput
 from tests.models.nets import inputs, tiny_mmdit
 
@@ -33,7 +33,7 @@ def test_gradients_reach_noise_weights_and_text() -> None:
     model = tiny_mmdit()
     z, _, c = inputs(2)
     z.requires_grad_()
-    tokens = c.tokens.requires_grad_()
+    tokens = c.text.tokens.requires_grad_()
     generate(model, z, c).square().sum().backward()
     assert z.grad is not None and z.grad.any()
     assert tokens.grad is not None and tokens.grad.any()
@@ -43,7 +43,7 @@ def test_gradients_reach_noise_weights_and_text() -> None:
 def test_any_network_with_a_velocity_will_do() -> None:
     seen: list[Tensor] = []
 
-    def network(x: Tensor, t: Tensor, c: TextCondition, *, rows: Tensor | None = None) -> Tensor:
+    def network(x: Tensor, t: Tensor, c: Condition, *, rows: Tensor | None = None) -> Tensor:
         seen.append(t)
         return 0.25 * x
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.models import MODELS, TextCondition
+from apt.condition import Condition, EncodedText
+from apt.models import MODELS
 from apt.models.mmdit import MMDiTConfig
 from apt.models.sd3 import SD3Config
 from apt.models.transformer import DiffusionTransformer
@@ -85,7 +86,7 @@ class Case:
         *,
         lengths: Sequence[int] = (),
         seed: int = 1,
-    ) -> tuple[Tensor, Tensor, TextCondition]:
+    ) -> tuple[Tensor, Tensor, Condition]:
         """Latents, timesteps and text of 5 tokens; `lengths` are numbers of words, if there is
         padding behind them. Image models get one frame."""
         generator = torch.Generator().manual_seed(seed)
@@ -97,7 +98,7 @@ class Case:
         tokens = torch.randn(samples, 5, TEXT_DIM, generator=generator)
         pooled = torch.randn(samples, POOLED_DIM, generator=generator)
         mask = torch.arange(5) < torch.tensor(lengths)[:, None] if lengths else None
-        return x, t, TextCondition(tokens, mask, pooled)
+        return x, t, Condition(EncodedText(tokens, mask, pooled))
 
     def latent_shape(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
         patch = self.config.patch_size

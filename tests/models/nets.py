@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt.models import TextCondition, create_model
+from apt.condition import Condition, EncodedText
+from apt.models import create_model
 from apt.models.mmdit import MMDiT
 
 CHANNELS, TEXT_DIM, POOLED_DIM = 4, 8, 6
@@ -38,7 +39,7 @@ def inputs(
     words: int = 5,
     lengths: list[int] | None = None,
     seed: int = 1,
-) -> tuple[Tensor, Tensor, TextCondition]:
+) -> tuple[Tensor, Tensor, Condition]:
     """Latents, timesteps and text; `lengths` are numbers of real tokens, the rest is padding."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, CHANNELS, *size, generator=generator)
@@ -48,4 +49,4 @@ def inputs(
     if lengths is not None:
         mask = torch.arange(words) < torch.tensor(lengths)[:, None]
     pooled = torch.randn(samples, POOLED_DIM, generator=generator)
-    return x, t, TextCondition(tokens, mask, pooled)
+    return x, t, Condition(EncodedText(tokens, mask, pooled))

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from apt.condition import Condition, EncodedText
 from apt.errors import InputError
 from apt.kernels import attention_backend, kernel_backend
-from apt.models import TextCondition, create_discriminator
+from apt.models import create_discriminator
 from apt.models.discriminator import paper_layers
 from apt.models.layouts import family_of, original_layout
 from apt.models.loading import WEIGHTS_STEM, from_pretrained
@@ -79,7 +80,7 @@ def dead_weights(module: nn.Module) -> set[str]:
     }
 
 
-def shared_inputs(case: Case) -> tuple[Tensor, Tensor, TextCondition, Tensor]:
+def shared_inputs(case: Case) -> tuple[Tensor, Tensor, Condition, Tensor]:
     """Five samples of three rows: shared, out of order, and one left out."""
     x, t, c = case.inputs(3, lengths=[5, 1, 4])
     x = torch.cat([x, x.flip(0)])[:5] + torch.arange(5.0).view(-1, 1, 1, 1, 1) / 10
@@ -197,11 +198,11 @@ def test_gradients_are_those_of_finite_differences(case: Case) -> None:
     exact = {"prediction": "velocity"} if hasattr(case.config, "prediction") else {}
     model = case.build(depth=1, **exact).double()
     x, t, c = case.inputs(1, (1, 1, 1))
-    assert c.pooled is not None
-    leaves = [value.double().requires_grad_() for value in (x, c.tokens, c.pooled)]
+    assert c.text.pooled is not None
+    leaves = [value.double().requires_grad_() for value in (x, c.text.tokens, c.text.pooled)]
 
     def velocity(latents: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
-        return model(latents, t, TextCondition(tokens, None, pooled))
+        return model(latents, t, Condition(EncodedText(tokens, None, pooled)))
 
     assert torch.autograd.gradcheck(velocity, leaves, fast_mode=True)
 
@@ -253,8 +254,8 @@ def test_shared_rows_equal_repeated_rows(case: Case) -> None:
     results = []
     for shared in (True, False):
         model = case.build()
-        latents, tokens = x.clone().requires_grad_(), c.tokens.clone().requires_grad_()
-        text = dataclasses.replace(c, tokens=tokens)
+        latents, tokens = x.clone().requires_grad_(), c.text.tokens.clone().requires_grad_()
+        text = c.with_text(dataclasses.replace(c.text, tokens=tokens))
         if shared:
             velocity = model(latents, t, text, rows=rows)
         else:
@@ -283,7 +284,7 @@ def test_every_input_matters(case: Case) -> None:
     model = case.build()
     x, t, c = case.inputs(1)
     velocity = model(x, t, c)
-    other_words = dataclasses.replace(c, tokens=c.tokens + 0.5)
+    other_words = c.with_text(dataclasses.replace(c.text, tokens=c.text.tokens + 0.5))
     assert not torch.allclose(model(x, t, other_words), velocity, atol=1e-3)
     assert not torch.allclose(model(x, t + 0.1, c), velocity, atol=1e-3)
     # Every latent reaches every place.
@@ -461,12 +462,12 @@ def test_conditions_that_do_not_fit(case: Case) -> None:
         with pytest.raises(InputError, match=r"rows must be \(2,\) int64"):
             model(x, t, c, rows=rows)
     with pytest.raises(InputError, match=f"text tokens of {TEXT_DIM} dimensions, got 3"):
-        model(x, t, dataclasses.replace(c, tokens=c.tokens[..., :3]))
+        model(x, t, c.with_text(dataclasses.replace(c.text, tokens=c.text.tokens[..., :3])))
     if getattr(case.config, "pooled_dim", 0):
-        assert c.pooled is not None
-        for pooled, got in ((None, "none"), (c.pooled[:, :4], r"\(2, 4\)")):
+        assert c.text.pooled is not None
+        for pooled, got in ((None, "none"), (c.text.pooled[:, :4], r"\(2, 4\)")):
             with pytest.raises(InputError, match=f"pooled vector of 6 dimensions, got {got}"):
-                model(x, t, dataclasses.replace(c, pooled=pooled))
+                model(x, t, c.with_text(dataclasses.replace(c.text, pooled=pooled)))
 
 
 @cases

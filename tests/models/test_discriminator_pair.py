@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from apt.condition import Condition
 from apt.errors import InputError
 from apt.kernels import perturbed_batch
 from apt.losses import ApproximateR1
 from apt.methods.apt import discriminator_loss
-from apt.models import Discriminator, TextCondition, create_discriminator
+from apt.models import Discriminator, create_discriminator
 from apt.models.discriminator import discriminate_groups
 from apt.rng import Draw
 from tests.memory import peak_bytes, saved_bytes
@@ -124,7 +125,7 @@ def test_conditions_are_computed_once_for_all_groups(modulation):
     assert tokens == {"patch_in": 3 * ROWS}
 
 
-def repeated(c: TextCondition) -> TextCondition:
+def repeated(c: Condition) -> Condition:
     return c.select(torch.arange(ROWS).repeat(3))
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from apt.condition import Condition, EncodedText
 from apt.errors import InputError
 from apt.kernels import qk_norm_rope
-from apt.models import TextCondition
 from apt.models.tokens import check_layers, check_rows, rope_table, token_grid
 
 
@@ -91,7 +91,7 @@ def test_layers_are_counted_from_1() -> None:
 
 
 def test_rows_of_timesteps_and_conditions() -> None:
-    x, c = torch.zeros(3, 1, 1, 1, 4), TextCondition(torch.zeros(2, 1, 1))
+    x, c = torch.zeros(3, 1, 1, 1, 4), Condition(EncodedText(torch.zeros(2, 1, 1)))
     rows = torch.tensor([0, 1, 1])
     check_rows(x, torch.zeros(2), c, rows)
     check_rows(x, torch.zeros(2, 4), c, rows, num_tokens=4)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from apt.condition import Condition, EncodedText
 from apt.methods.apt import generate
-from apt.models import MODELS, TextCondition, create_discriminator, create_model
+from apt.models import MODELS, create_discriminator, create_model
 from apt.models.tokens import token_grid
 from apt.models.transformer import Context, DiffusionTransformer, Tokens, TransformerBlock
 
@@ -51,9 +52,9 @@ class Own(DiffusionTransformer):
         self.last = nn.Linear(config.hidden_size, config.in_channels)
 
     def embed(
-        self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None
+        self, x: Tensor, t: Tensor, c: Condition, rows: Tensor | None
     ) -> tuple[Tokens, Context]:
-        time, text = t[:, None].expand(-1, self.hidden_size), self.words(c.tokens)
+        time, text = t[:, None].expand(-1, self.hidden_size), self.words(c.text.tokens)
         if rows is not None:
             time, text = time[rows], text[rows]
         visual = self.first(x.flatten(2).transpose(1, 2))
@@ -75,7 +76,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_it_generates_and_discriminates_with_what_everyone_uses(own: str) -> None:
     generator, discriminator = create_model(own), create_discriminator(create_model(own, depth=4))
-    c = TextCondition(torch.randn(2, 3, 4))
+    c = Condition(EncodedText(torch.randn(2, 3, 4)))
     fake = generate(generator, torch.randn(2, 2, 3, 2, 2), c)
     rows = torch.tensor([1, 0])
     discriminator(fake, torch.rand(2), c, rows=rows).logits.sum().backward()
@@ -95,7 +96,8 @@ def test_blocks_are_recomputed_in_the_backward_pass_alone(own: str) -> None:
     for block in model.block_list():
         block.register_forward_pre_hook(count)
     model.set_checkpointing(True)
-    x, t, c = torch.randn(1, 2, 1, 2, 2), torch.rand(1), TextCondition(torch.randn(1, 3, 4))
+    x, t = torch.randn(1, 2, 1, 2, 2), torch.rand(1)
+    c = Condition(EncodedText(torch.randn(1, 3, 4)))
     with torch.no_grad():
         model(x, t, c)
     assert runs == 3

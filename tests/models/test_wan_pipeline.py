@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from apt.condition import Condition
 from apt.methods.apt import generate
 from apt.models import create_codec, create_text_encoder
 from apt.models.wan import Wan
@@ -106,7 +107,7 @@ def test_one_step_is_the_stock_pipelines(folders: Path, name: str, codec_name: s
     shape = (2, codec.channels, *codec.latent_shape(*size))
     z = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        x = generate(model, z, text_encoder(PROMPTS))
+        x = generate(model, z, Condition(text_encoder(PROMPTS)))
         expected = stock(folder, z, size, "latent")
         assert relative_error(x - z, expected - z) < 1e-5
         pixels = codec.decode(x)

@@ -12,7 +12,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from apt.models import FAMILIES, TextCondition
+from apt.condition import Condition, EncodedText
+from apt.models import FAMILIES
 from apt.models.wan import Wan
 
 CHANNELS, TEXT_DIM, TEXT_LENGTH = 4, 10, 9
@@ -60,7 +61,7 @@ def wan_inputs(
     *,
     lengths: list[int] | None = None,
     seed: int = 1,
-) -> tuple[Tensor, Tensor, TextCondition]:
+) -> tuple[Tensor, Tensor, Condition]:
     """Latents, timesteps, and text; `lengths` are numbers of words, behind them is padding."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, CHANNELS, *size, generator=generator)
@@ -70,19 +71,19 @@ def wan_inputs(
     mask = None
     if lengths is not None:
         mask = torch.arange(words) < torch.tensor(lengths)[:, None]
-    return x, t, TextCondition(tokens, mask)
+    return x, t, Condition(EncodedText(tokens, mask))
 
 
-def peer_text(c: TextCondition, length: int = TEXT_LENGTH) -> Tensor:
+def peer_text(c: Condition, length: int = TEXT_LENGTH) -> Tensor:
     """Text as diffusers' pipeline gives it: zeros behind the words, up to the length."""
-    tokens = torch.zeros(len(c), length, c.tokens.shape[2], dtype=c.tokens.dtype)
+    tokens = torch.zeros(len(c), length, c.text.tokens.shape[2], dtype=c.text.tokens.dtype)
     for row in range(len(c)):
-        words = c.tokens[row] if c.mask is None else c.tokens[row, c.mask[row]]
+        words = c.text.tokens[row] if c.text.mask is None else c.text.tokens[row, c.text.mask[row]]
         tokens[row, : len(words)] = words
     return tokens
 
 
-def run_peer(peer: WanTransformer3DModel, x: Tensor, t: Tensor, c: TextCondition) -> Tensor:
+def run_peer(peer: WanTransformer3DModel, x: Tensor, t: Tensor, c: Condition) -> Tensor:
     """The peer's prediction for our t in [0, 1]."""
     return peer(x, 1000 * t, peer_text(c), return_dict=False)[0]
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from apt.condition import Condition
 from apt.hub import SamplingInfo
 from apt.methods.apt import generate
 from apt.methods.base import Method
@@ -68,7 +69,7 @@ def test_what_is_loaded_is_what_was_trained(kind: str, which: str, tmp_path: Pat
     assert ema is not None
     z, module = micro_batches()[0].x, stage.generator.module
     with torch.no_grad():
-        ours = generate(bundle.backbone, z, bundle.text_encoder(CAPTIONS))
+        ours = generate(bundle.backbone, z, Condition(bundle.text_encoder(CAPTIONS)))
         if which == "ema":
             with ema.applied(module):
                 theirs = generate(module, z, stage.encode(CAPTIONS))

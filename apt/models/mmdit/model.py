@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from apt.condition import Condition
 from apt.errors import ConfigError
 from apt.flow import expand_timesteps
 from apt.kernels import (
@@ -30,8 +31,14 @@ from apt.kernels import (
     residual_modulated_norm,
 )
 from apt.kernels.rows import take_rows
-from apt.models.conditions import TextCondition
-from apt.models.tokens import check_rotary_heads, joint_mask, pooled_text, rope_table, token_grid
+from apt.models.tokens import (
+    check_rotary_heads,
+    joint_mask,
+    pooled_text,
+    rope_table,
+    text_tokens,
+    token_grid,
+)
 from apt.models.transformer import Context, DiffusionTransformer, Tokens, TransformerBlock
 
 # Below this noise level a predicted sample is not divided further: 1 / t would only amplify errors.
@@ -122,7 +129,7 @@ class MMDiT(DiffusionTransformer):
         self._init_weights()
 
     def embed(
-        self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None
+        self, x: Tensor, t: Tensor, c: Condition, rows: Tensor | None
     ) -> tuple[Tokens, Context]:
         config, grid = self.config, self.token_grid(x.shape[2:])
         pt, ph, pw = config.patch_size
@@ -130,7 +137,7 @@ class MMDiT(DiffusionTransformer):
         x_BLD = self.patch_in(patches)
         if config.absolute_positions:
             x_BLD = x_BLD + position_table(grid, config.hidden_size, x.device).to(x_BLD.dtype)
-        y_RSD = self.text_in(c.tokens.to(x_BLD.dtype))
+        y_RSD = self.text_in(text_tokens(c, config.text_dim).to(x_BLD.dtype))
         embedding = self.time_in(t, dtype=y_RSD.dtype)
         if config.pooled_dim:
             pooled = pooled_text(c, config.pooled_dim)

@@ -19,12 +19,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from apt.condition import Condition
 from apt.errors import ConfigError, InputError
 from apt.kernels import attention, modulated_norm, qk_norm_rope, residual_modulated_norm
 from apt.kernels.rows import take_rows
-from apt.models.conditions import TextCondition
 from apt.models.families import FlowAdapter
-from apt.models.tokens import FeedForward, joint_mask, pooled_text, timestep_sinusoids, token_grid
+from apt.models.tokens import (
+    FeedForward,
+    joint_mask,
+    pooled_text,
+    text_tokens,
+    timestep_sinusoids,
+    token_grid,
+)
 from apt.models.transformer import Context, DiffusionTransformer, Tokens, TransformerBlock
 
 FLOW = FlowAdapter(time_scale=1000.0)
@@ -136,11 +143,11 @@ class SD3(DiffusionTransformer):
         self._init_weights()
 
     def embed(
-        self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None
+        self, x: Tensor, t: Tensor, c: Condition, rows: Tensor | None
     ) -> tuple[Tokens, Context]:
-        pooled = pooled_text(c, self.config.pooled_dim)
+        text, pooled = text_tokens(c, self.config.text_dim), pooled_text(c, self.config.pooled_dim)
         x_BLD = self.pos_embed(x[:, :, 0])
-        y_RSD = self.context_embedder(c.tokens.to(x_BLD.dtype))
+        y_RSD = self.context_embedder(text.to(x_BLD.dtype))
         # Every block activates the same embedding first: once is enough.
         embedding = F.silu(self.time_text_embed(t, pooled.to(y_RSD.dtype)))
         mask = joint_mask(c, rows, x_BLD.shape[1])

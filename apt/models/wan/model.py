@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from apt.condition import Condition
 from apt.errors import ConfigError, InputError
 from apt.kernels import (
     attention,
@@ -33,12 +34,12 @@ from apt.kernels import (
     residual_modulated_norm,
 )
 from apt.kernels.rows import take_rows
-from apt.models.conditions import TextCondition
 from apt.models.families import FlowAdapter
 from apt.models.tokens import (
     FeedForward,
     check_rotary_heads,
     rope_table,
+    text_tokens,
     timestep_sinusoids,
     token_grid,
 )
@@ -152,7 +153,7 @@ class Wan(KeepsFloat32, DiffusionTransformer):
         self._init_weights()
 
     def embed(
-        self, x: Tensor, t: Tensor, c: TextCondition, rows: Tensor | None
+        self, x: Tensor, t: Tensor, c: Condition, rows: Tensor | None
     ) -> tuple[Tokens, Context]:
         x_BLD = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
         text_RSD = self.condition_embedder.text_embedder(self._padded(c).to(x_BLD.dtype))
@@ -176,15 +177,17 @@ class Wan(KeepsFloat32, DiffusionTransformer):
         )  # fmt: skip
         return FLOW.velocity(velocity)
 
-    def _padded(self, c: TextCondition) -> Tensor:
+    def _padded(self, c: Condition) -> Tensor:
         """Text embeddings (R, text_length, E), zeros where there is no word."""
-        length = c.tokens.shape[1]
+        tokens, mask = text_tokens(c, self.config.text_dim), c.text.mask
+        length = tokens.shape[1]
         if length > self.config.text_length:
             raise InputError(
                 f"this model takes up to {self.config.text_length} text tokens, got {length}; "
                 "shorten the prompts, or encode them with truncate=True"
             )
-        tokens = c.tokens if c.mask is None else c.tokens.masked_fill(~c.mask[..., None], 0.0)
+        if mask is not None:
+            tokens = tokens.masked_fill(~mask[..., None], 0.0)
         return F.pad(tokens, (0, 0, 0, self.config.text_length - length))
 
     def _init_weights(self) -> None:

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from apt.condition import Condition, EncodedText
 from apt.kernels.roofline import GPUS, H100_ATTENTION_TFLOPS, Rates
-from apt.models.conditions import TextCondition
 from apt.models.costs import dit_cost
 from apt.models.mmdit import MMDiTConfig
 from apt.models.mmdit.sizes import apt_8b
@@ -32,7 +32,7 @@ def test_flops_are_those_that_torch_counts(config):
     batch, text = 2, 5
     x = torch.randn(batch, 4, 2, 4, 6)
     pooled = torch.randn(batch, config.pooled_dim) if config.pooled_dim else None
-    condition = TextCondition(torch.randn(batch, text, 20), None, pooled)
+    condition = Condition(EncodedText(torch.randn(batch, text, 20), None, pooled))
     counted = counted_by_torch(config.build(), x, torch.rand(batch), condition)
     cost = dit_cost(config, batch, (2, 4, 6), text_tokens=text, dtype=torch.float32)
     assert flops_of(cost) == counted
@@ -42,7 +42,7 @@ def test_flops_are_those_that_torch_counts(config):
 def test_shared_rows_are_computed_once():
     counts = [dit_cost(SMALL, 3, (2, 4, 6), num_rows=rows).ends.linear.flops for rows in (None, 1)]
     x, rows = torch.randn(3, 4, 2, 4, 6), torch.zeros(3, dtype=torch.int64)
-    condition = TextCondition(torch.randn(1, 256, 20))
+    condition = Condition(EncodedText(torch.randn(1, 256, 20)))
     counted = counted_by_torch(SMALL.build(), x, torch.rand(1), condition, rows=rows)
     assert counts[1] < counts[0]
     assert flops_of(dit_cost(SMALL, 3, (2, 4, 6), num_rows=1)) == counted

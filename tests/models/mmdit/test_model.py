@@ -12,11 +12,12 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
+from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
 from apt.flow import to_sample
 from apt.kernels.rows import take_rows
 from apt.methods.apt import generate
-from apt.models import TextCondition, create_model
+from apt.models import create_model
 from apt.models.mmdit import MMDiT, MMDiTConfig
 from apt.models.mmdit.model import TimestepEmbedding
 from tests.models.nets import CHANNELS, POOLED_DIM, TEXT_DIM, inputs, tiny_mmdit
@@ -155,8 +156,8 @@ def test_forward_is_the_written_out_model(options: dict[str, Any]) -> None:
     velocity = model(x, t, c)
     assert velocity.shape == x.shape and velocity.dtype == torch.float32
     for i in range(2):
-        assert c.pooled is not None
-        expected = reference(model, x[i], t[i], c.tokens[i], c.pooled[i])
+        assert c.text.pooled is not None
+        expected = reference(model, x[i], t[i], c.text.tokens[i], c.text.pooled[i])
         torch.testing.assert_close(velocity[i].double(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -164,8 +165,8 @@ def test_temporal_patches() -> None:
     model = tiny_mmdit(patch_size=(2, 1, 2), depth=1)
     x, t, c = inputs(2, (4, 3, 2))
     assert model.token_grid((4, 3, 2)) == (2, 3, 1)
-    assert c.pooled is not None
-    expected = reference(model, x[0], t[0], c.tokens[0], c.pooled[0])
+    assert c.text.pooled is not None
+    expected = reference(model, x[0], t[0], c.text.tokens[0], c.text.pooled[0])
     torch.testing.assert_close(model(x, t, c)[0].double(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -173,11 +174,13 @@ def test_temporal_patches() -> None:
 def test_padding_changes_nothing(options: dict[str, Any]) -> None:
     model = tiny_mmdit(**options)
     x, t, c = inputs(2, lengths=[3, 3])
-    assert c.mask is not None
-    short = model(x, t, TextCondition(c.tokens[:, :3], None, c.pooled))
+    assert c.text.mask is not None
+    short = model(x, t, Condition(EncodedText(c.text.tokens[:, :3], None, c.text.pooled)))
     torch.testing.assert_close(model(x, t, c), short, rtol=1e-4, atol=1e-5)
-    noisy = torch.where(c.mask[..., None], c.tokens, torch.full_like(c.tokens, 7.0))
-    assert torch.equal(model(x, t, TextCondition(noisy, c.mask, c.pooled)), model(x, t, c))
+    noisy = torch.where(c.text.mask[..., None], c.text.tokens, torch.full_like(c.text.tokens, 7.0))
+    assert torch.equal(
+        model(x, t, Condition(EncodedText(noisy, c.text.mask, c.text.pooled))), model(x, t, c)
+    )
 
 
 def test_position_matters_on_every_axis() -> None:
@@ -229,8 +232,8 @@ def test_sample_prediction_near_data_is_the_input() -> None:
     for level in (0.0, 0.02, 0.06, 0.15):
         x, _, c = inputs(1)
         t = torch.tensor([level])
-        assert c.pooled is not None
-        expected = reference(model, x[0], t[0], c.tokens[0], c.pooled[0])
+        assert c.text.pooled is not None
+        expected = reference(model, x[0], t[0], c.text.tokens[0], c.text.pooled[0])
         velocity = model(x, t, c)
         torch.testing.assert_close(velocity[0].double(), expected, rtol=1e-3, atol=1e-3)
         moved = (to_sample(x, velocity, t) - x).abs().max()

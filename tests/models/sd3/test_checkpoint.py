@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from apt.condition import Condition, EncodedText
 from apt.errors import CheckpointError
-from apt.models import FAMILIES, MODELS, TextCondition
+from apt.models import FAMILIES, MODELS
 from apt.models.sd3 import SD3Config
 from apt.models.sd3.checkpoint import config_from_diffusers, config_to_diffusers
 
@@ -131,7 +132,7 @@ def test_the_original_layout_computes_the_same() -> None:
     peer.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(dict(original)))
     x = torch.randn(1, 4, 1, 4, 6, generator=generator)
     tokens, pooled = torch.randn(1, 3, 10, generator=generator), torch.ones(1, 5)
-    velocity = model(x, torch.tensor([0.7]), TextCondition(tokens, pooled=pooled))
+    velocity = model(x, torch.tensor([0.7]), Condition(EncodedText(tokens, pooled=pooled)))
     expected = peer(x[:, :, 0], tokens, pooled, torch.tensor([700.0]), return_dict=False)[0]
     assert (velocity[:, :, 0] - expected).norm() < 1e-5 * expected.norm()
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from apt.models import TextCondition
+from apt.condition import Condition, EncodedText
 from apt.models.costs import dit_cost
 from apt.models.sd3 import SD3Config
 from apt.models.sd3.sizes import sd3_5_large, sd3_5_medium
@@ -31,7 +31,7 @@ LATENTS = (1, 4, 6)
 )
 def test_flops_are_those_that_torch_counts(config):
     x, text = torch.randn(2, 4, *LATENTS), torch.randn(2, 5, 20)
-    condition = TextCondition(text, None, torch.randn(2, 6))
+    condition = Condition(EncodedText(text, None, torch.randn(2, 6)))
     counted = counted_by_torch(config.build(), x, torch.rand(2), condition)
     cost = dit_cost(config, 2, LATENTS, text_tokens=5, dtype=torch.float32)
     assert flops_of(cost) == counted
@@ -39,7 +39,7 @@ def test_flops_are_those_that_torch_counts(config):
 
 def test_shared_rows_are_computed_once():
     x, rows = torch.randn(3, 4, *LATENTS), torch.zeros(3, dtype=torch.int64)
-    condition = TextCondition(torch.randn(1, 5, 20), None, torch.randn(1, 6))
+    condition = Condition(EncodedText(torch.randn(1, 5, 20), None, torch.randn(1, 6)))
     counted = counted_by_torch(SMALL.build(), x, torch.rand(1), condition, rows=rows)
     cost = dit_cost(SMALL, 3, LATENTS, text_tokens=5, num_rows=1, dtype=torch.float32)
     assert flops_of(cost) == counted

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError, InputError
 from apt.methods.apt import generate
 from apt.models import (
     MODELS,
-    TextCondition,
     create_codec,
     create_discriminator,
     create_model,
@@ -75,7 +75,7 @@ def inputs(
     size: tuple[int, int] = (4, 6),
     words: int = 5,
     lengths: list[int] | None = None,
-) -> tuple[Tensor, Tensor, TextCondition]:
+) -> tuple[Tensor, Tensor, Condition]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(samples, config.in_channels, 1, *size, generator=generator)
     t = torch.rand(samples, generator=generator)
@@ -84,21 +84,21 @@ def inputs(
     mask = None
     if lengths is not None:
         mask = torch.arange(words) < torch.tensor(lengths)[:, None]
-    return x, t, TextCondition(tokens, mask, pooled)
+    return x, t, Condition(EncodedText(tokens, mask, pooled))
 
 
 def output_and_gradients(
-    model: Any, x: Tensor, t: Tensor, c: TextCondition, *, theirs: bool, dtype: torch.dtype
+    model: Any, x: Tensor, t: Tensor, c: Condition, *, theirs: bool, dtype: torch.dtype
 ) -> list[Tensor]:
     """Velocity, and the gradients of a fixed functional of it by latents, tokens and pooled."""
-    assert c.pooled is not None
-    leaves = [v.to(dtype).clone().requires_grad_() for v in (x, c.tokens, c.pooled)]
+    assert c.text.pooled is not None
+    leaves = [v.to(dtype).clone().requires_grad_() for v in (x, c.text.tokens, c.text.pooled)]
     latents, tokens, pooled = leaves
     if theirs:
         velocity = model(latents[:, :, 0], tokens, pooled, 1000 * t, return_dict=False)[0]
         velocity = velocity[:, :, None]
     else:
-        velocity = model(latents, t, TextCondition(tokens, None, pooled))
+        velocity = model(latents, t, Condition(EncodedText(tokens, None, pooled)))
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     (velocity.float() * upstream).sum().backward()
     gradients = [v.grad for v in leaves]
@@ -246,7 +246,7 @@ def test_one_step_is_the_stock_pipelines(tmp_path: Any) -> None:
     }
     text_encoder = create_text_encoder("sd3", repo=str(tmp_path), dtype="float32")
     with torch.no_grad():
-        latents = generate(model, z, text_encoder(PROMPTS[:3]))
+        latents = generate(model, z, Condition(text_encoder(PROMPTS[:3])))
     expected = pipeline(**options, output_type="latent").images
     assert relative(latents[:, :, 0], expected) < 1e-5
     pixels = create_codec("sd3_vae", repo=str(tmp_path)).decode(latents)
@@ -270,13 +270,15 @@ def test_masked_text_is_not_there(config: SD3Config) -> None:
     """Equal to diffusers on the words alone, whatever stands behind them."""
     model = tiny(config)
     x, t, c = inputs(config, lengths=[3, 3])
-    assert c.mask is not None and c.pooled is not None
+    assert c.text.mask is not None and c.text.pooled is not None
     peer = peer_of(model)
-    expected = peer(x[:, :, 0], c.tokens[:, :3], c.pooled, 1000 * t, return_dict=False)[0]
+    expected = peer(x[:, :, 0], c.text.tokens[:, :3], c.text.pooled, 1000 * t, return_dict=False)[0]
     assert relative(model(x, t, c)[:, :, 0], expected) < 1e-5
-    noisy = torch.where(c.mask[..., None], c.tokens, torch.full_like(c.tokens, 7.0))
-    assert torch.equal(model(x, t, TextCondition(noisy, c.mask, c.pooled)), model(x, t, c))
-    unmasked = TextCondition(c.tokens, None, c.pooled)
+    noisy = torch.where(c.text.mask[..., None], c.text.tokens, torch.full_like(c.text.tokens, 7.0))
+    assert torch.equal(
+        model(x, t, Condition(EncodedText(noisy, c.text.mask, c.text.pooled))), model(x, t, c)
+    )
+    unmasked = Condition(EncodedText(c.text.tokens, None, c.text.pooled))
     assert not torch.allclose(model(x, t, unmasked), model(x, t, c), atol=1e-3)
 
 
@@ -308,7 +310,7 @@ def test_hidden_states_are_diffusers() -> None:
     peer, seen = peer_of(model), []
     for block in peer.transformer_blocks:
         block.register_forward_hook(lambda module, args, out: seen.append(out[1]))
-    peer(x[:, :, 0], c.tokens, c.pooled, 1000 * t)
+    peer(x[:, :, 0], c.text.tokens, c.text.pooled, 1000 * t)
     for a, b in zip(model.hidden_states(x, t, c, layers=[1, 2, 3]), seen, strict=True):
         assert relative(a, b) < 1e-5
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from apt.models import TextCondition
+from apt.condition import Condition, EncodedText
 from apt.models.costs import dit_cost
 from apt.models.wan import WanConfig
 from apt.models.wan.sizes import wan21_t2v_1_3b
@@ -29,7 +29,7 @@ LATENTS = (2, 4, 6)
 def test_flops_are_those_that_torch_counts(config, words):
     x = torch.randn(2, 4, *LATENTS)
     counted = counted_by_torch(
-        config.build(), x, torch.rand(2), TextCondition(torch.randn(2, words, 10))
+        config.build(), x, torch.rand(2), Condition(EncodedText(torch.randn(2, words, 10)))
     )
     cost = dit_cost(config, 2, LATENTS, text_tokens=words, dtype=torch.float32)
     assert flops_of(cost) == counted
@@ -38,7 +38,7 @@ def test_flops_are_those_that_torch_counts(config, words):
 
 def test_keys_and_values_of_shared_text_are_projected_once_and_copied():
     x, rows = torch.randn(3, 4, *LATENTS), torch.zeros(3, dtype=torch.int64)
-    text = TextCondition(torch.randn(1, 9, 10))
+    text = Condition(EncodedText(torch.randn(1, 9, 10)))
     counted = counted_by_torch(SMALL.build(), x, torch.rand(1), text, rows=rows)
     apart, shared = (
         dit_cost(SMALL, 3, LATENTS, text_tokens=9, num_rows=r, dtype=torch.float32)

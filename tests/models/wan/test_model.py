@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError, InputError
-from apt.models import TextCondition, create_model
+from apt.models import create_model
 from apt.models.wan import Wan
 from tests.models.wan_nets import (
     CHANNELS,
@@ -69,8 +70,8 @@ def test_output_and_gradients_are_diffusers(
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     results = []
     for model, run in ((ours_of(peer), lambda m, *a: m(*a)), (peer, run_peer)):
-        latents, tokens = x.clone().requires_grad_(), c.tokens.clone().requires_grad_()
-        velocity = run(model, latents, t, dataclasses.replace(c, tokens=tokens))
+        latents, tokens = x.clone().requires_grad_(), c.text.tokens.clone().requires_grad_()
+        velocity = run(model, latents, t, c.with_text(dataclasses.replace(c.text, tokens=tokens)))
         (velocity * upstream).sum().backward()
         weights = {name: p.grad for name, p in model.named_parameters()}
         results.append((velocity, latents.grad, tokens.grad, weights))
@@ -237,14 +238,14 @@ def test_text_is_projected_once_for_each_row() -> None:
 def test_padding_is_zeros_and_is_attended_to() -> None:
     model = tiny_wan()
     x, t, c = wan_inputs(2, lengths=[5, 3])
-    assert c.mask is not None
-    noisy = torch.where(c.mask[..., None], c.tokens, torch.full_like(c.tokens, 7.0))
+    assert c.text.mask is not None
+    noisy = torch.where(c.text.mask[..., None], c.text.tokens, torch.full_like(c.text.tokens, 7.0))
     velocity = model(x, t, c)
-    assert torch.equal(model(x, t, TextCondition(noisy, c.mask)), velocity)
-    zeros = c.tokens.masked_fill(~c.mask[..., None], 0.0)
-    assert torch.equal(model(x, t, TextCondition(zeros)), velocity)
+    assert torch.equal(model(x, t, Condition(EncodedText(noisy, c.text.mask))), velocity)
+    zeros = c.text.tokens.masked_fill(~c.text.mask[..., None], 0.0)
+    assert torch.equal(model(x, t, Condition(EncodedText(zeros))), velocity)
     only_words = ours_of(tiny_peer(), text_length=3)
-    short = only_words(x[1:], t[1:], TextCondition(c.tokens[1:, :3]))
+    short = only_words(x[1:], t[1:], Condition(EncodedText(c.text.tokens[1:, :3])))
     assert not torch.allclose(short, velocity[1:], atol=1e-3)
 
 
@@ -275,4 +276,4 @@ def test_bad_inputs() -> None:
     with pytest.raises(InputError, match=r"shape \(2,\) or \(2, 12\); got \(1,\)"):
         model(x, t[:1], c)
     with pytest.raises(InputError, match="up to 9 text tokens, got 10"):
-        model(x, t, TextCondition(torch.zeros(2, 10, TEXT_DIM)))
+        model(x, t, Condition(EncodedText(torch.zeros(2, 10, TEXT_DIM))))
