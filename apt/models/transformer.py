@@ -98,7 +98,7 @@ def described_weights(module: nn.Module) -> str:
 
 
 def count_words(parameters: int) -> str:
-    """A number of parameters for people: "5.8 M", "8.22 B"."""
+    """A number of parameters for people: "5.8 M", "8.16 B"."""
     small = parameters < 10**8
     return f"{parameters / 1e6:.1f} M" if small else f"{parameters / 1e9:.2f} B"
 

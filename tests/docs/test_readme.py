@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -50,3 +51,25 @@ def test_the_readme_passes_mypy_strict(tmp_path: Path) -> None:
         "OneStepPipeline", "Tensor", "DiffusionTransformer", "Discriminator", "ApproximateR1"
     ]  # fmt: skip
     assert "ndarray" in shown[5] and "Tensor" in shown[6]
+
+
+@pytest.mark.slow
+def test_the_readme_passes_pyright_strict(tmp_path: Path) -> None:
+    """With basedpyright, which brings its own node; not among the development tools."""
+    pytest.importorskip("basedpyright")
+    text = "\n".join([python_of(ROOT / "README.md"), *WRONG[:2]])
+    (tmp_path / "readme.py").write_text(text)
+    settings = {
+        "include": ["readme.py"],
+        "typeCheckingMode": "strict",
+        "extraPaths": [str(ROOT)],
+        "pythonPath": sys.executable,
+    }
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    result = subprocess.run(
+        [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", sys.executable],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    found = json.loads(result.stdout)["generalDiagnostics"]
+    lines = [text.splitlines()[problem["range"]["start"]["line"]] for problem in found]
+    assert sorted(set(lines)) == sorted(WRONG[:2]), result.stdout
