@@ -1,6 +1,7 @@
 """One-step video and image generators by Adversarial Post-Training (APT, ICML 2025).
 
-The public API, re-exported. Names are imported when they are first used, so `import apt` is cheap.
+The public API, re-exported. Names and submodules are imported when they are first used, so
+`import apt` is cheap.
 """
 
 from __future__ import annotations
@@ -11,8 +12,22 @@ from typing import TYPE_CHECKING, Any
 from apt.version import __version__
 
 if TYPE_CHECKING:
+    from apt import data as data
+    from apt import errors as errors
+    from apt import evaluate as evaluate
+    from apt import flow as flow
+    from apt import hub as hub
+    from apt import kernels as kernels
+    from apt import losses as losses
+    from apt import media as media
+    from apt import methods as methods
+    from apt import metrics as metrics
+    from apt import models as models
+    from apt import sampling as sampling
+    from apt import train as train
     from apt.condition import Condition, EncodedText
     from apt.errors import AptError
+    from apt.generate_options import GenerateOptions
     from apt.hub import list_pretrained
     from apt.hub.push import push_to_hub
     from apt.losses import create_loss, list_losses
@@ -30,9 +45,25 @@ if TYPE_CHECKING:
     from apt.models.loading import from_pretrained
     from apt.pipeline import OneStepPipeline
 
+_MODULES = (
+    "data",
+    "errors",
+    "evaluate",
+    "flow",
+    "hub",
+    "kernels",
+    "losses",
+    "media",
+    "methods",
+    "metrics",
+    "models",
+    "sampling",
+    "train",
+)
 _SOURCES = {
     "apt.errors": ("AptError",),
     "apt.condition": ("Condition", "EncodedText"),
+    "apt.generate_options": ("GenerateOptions",),
     "apt.hub": ("list_pretrained",),
     "apt.hub.push": ("push_to_hub",),
     "apt.losses": ("create_loss", "list_losses"),
@@ -57,6 +88,7 @@ __all__ = [
     "Condition",
     "Discriminator",
     "EncodedText",
+    "GenerateOptions",
     "ModelBundle",
     "OneStepPipeline",
     "__version__",
@@ -78,10 +110,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"apt.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'apt' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])

@@ -162,6 +162,11 @@ class OneStepPipeline:
             module.to(dtype=dtype)
         return self
 
+    def __repr__(self) -> str:
+        """In a line: the model, and the device where that is not where its weights are."""
+        offloaded = "" if self._offload_to is None else f", offloaded from {self._offload_to}"
+        return f"{type(self).__name__}({self.bundle!r}{offloaded})"
+
     @property
     def info(self) -> ModelInfo:
         """What the model is, how large its videos are, and where it comes from."""

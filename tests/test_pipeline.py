@@ -422,3 +422,11 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr(pipeline, "_sample_latents", greedy)
     with pytest.raises(InputError, match="out of memory while generating 9 frames of 32x32 on cpu"):
         pipeline(PROMPT)
+
+
+def test_it_is_shown_in_a_line() -> None:
+    pipeline = OneStepPipeline(tiny_bundle(), offload_to=torch.device("cuda"))
+    text = repr(pipeline)
+    assert text.startswith("OneStepPipeline(ModelBundle(apt: MMDiT(depth=2, hidden_size=24")
+    assert text.endswith("codec patchify, 9 frames of 32x32 at 8 fps), offloaded from cuda)")
+    assert repr(pipeline.bundle) in text and "\n" not in text and len(text) < 300

@@ -68,6 +68,7 @@ def _status(rows: Sequence[BackendStatus]) -> list[Row]:
 
 def _models() -> list[Row]:
     from apt.models.catalogue import catalogue
+    from apt.models.transformer import count_words
 
     entries = catalogue()
     cells = []
@@ -76,7 +77,7 @@ def _models() -> list[Row]:
         gated = " (gated)" if published is not None and published.gated else ""
         cells.append(
             (
-                _count(entry.parameters),
+                count_words(entry.parameters),
                 ", ".join(entry.formats),
                 (published.license if published else "no published weights") + gated,
                 _origin(entry),
@@ -91,11 +92,6 @@ def _models() -> list[Row]:
         )
         for entry, row in zip(entries, cells, strict=True)
     ]
-
-
-def _count(parameters: int) -> str:
-    small = parameters < 10**8
-    return f"{parameters / 1e6:.1f} M" if small else f"{parameters / 1e9:.2f} B"
 
 
 def _origin(entry: CatalogueEntry) -> str:

@@ -11,10 +11,11 @@ from apt.losses.adversarial import (
     UnpairedObjective,
 )
 from apt.losses.consistency import Consistency
+from apt.losses.create import create_loss
 from apt.losses.feature_matching import FeatureMatching
 from apt.losses.flow_matching import FlowMatching
 from apt.losses.mismatched import MismatchedCondition
-from apt.losses.registry import LOSSES, create_loss, list_losses
+from apt.losses.names import LOSSES, list_losses
 from apt.losses.regularizers import R1, ApproximateR1, ApproximateR2, LogitCentring
 
 __all__ = [

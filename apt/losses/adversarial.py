@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apt.errors import InputError
 from apt.losses.checks import check_logits, check_same_shape
-from apt.losses.registry import LOSSES
+from apt.losses.names import LOSSES
 
 
 class AdversarialObjective(ABC):

@@ -12,7 +12,7 @@ from torch import Tensor
 from apt.errors import ConfigError, InputError
 from apt.flow import Predict, classifier_free_guidance, interpolate, shift_timesteps, to_sample
 from apt.losses.checks import at_least_fp32, check_number, check_same_shape
-from apt.losses.registry import LOSSES
+from apt.losses.names import LOSSES
 
 PredictGuided = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(x_t (B, ...), t (B,)) -> velocities under the condition and under the negative prompt."""

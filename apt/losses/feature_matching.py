@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apt.errors import InputError
 from apt.losses.checks import at_least_fp32, check_number, check_same_shape
-from apt.losses.registry import LOSSES
+from apt.losses.names import LOSSES
 
 
 @LOSSES.register("feature_matching")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apt.flow import Predict, interpolate, velocity
 from apt.losses.checks import at_least_fp32, check_same_shape
-from apt.losses.registry import LOSSES
+from apt.losses.names import LOSSES
 
 
 @LOSSES.register("flow_matching")

@@ -9,7 +9,7 @@ from torch import Tensor
 from apt.errors import ConfigError
 from apt.losses.adversarial import UnpairedObjective
 from apt.losses.checks import check_number
-from apt.losses.registry import LOSSES, create_loss
+from apt.losses.names import LOSSES
 
 
 @LOSSES.register("mismatched_condition")
@@ -38,7 +38,7 @@ class MismatchedCondition:
         return self.weight * self._terms().fake_term(logits_mismatched)
 
     def _terms(self) -> UnpairedObjective:
-        objective = create_loss(self.objective)
+        objective = LOSSES.create(self.objective)
         if not isinstance(objective, UnpairedObjective):
             raise ConfigError(
                 f"MismatchedCondition: {self.objective!r} has no fake term of its own; choose "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apt.errors import ConfigError, InputError
 from apt.losses.checks import at_least_fp32, check_logits, check_number, check_same_shape
-from apt.losses.registry import LOSSES
+from apt.losses.names import LOSSES
 
 
 @dataclass(frozen=True)

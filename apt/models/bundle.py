@@ -59,6 +59,15 @@ class ModelBundle:
                 f"{self.codec.channels}; set in_channels to that"
             )
 
+    def __repr__(self) -> str:
+        """In a line: what it is, its parts, and the size of what it makes."""
+        info, sample = self.info, self.info.sample
+        return (
+            f"ModelBundle({info.stage}: {self.backbone!r}, text encoder "
+            f"{info.text_encoder.architecture}, codec {info.codec.architecture}, {sample.frames} "
+            f"frames of {sample.height}x{sample.width} at {sample.fps:g} fps)"
+        )
+
     def modules(self) -> list[nn.Module]:
         """All parts."""
         return [self.backbone, self.text_encoder, self.codec]

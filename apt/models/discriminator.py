@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from apt.condition import Condition
 from apt.errors import ConfigError, InputError
 from apt.models.registry import HEADS
-from apt.models.transformer import DiffusionTransformer
+from apt.models.transformer import DiffusionTransformer, described_weights
 
 # Blocks 16, 26 and 36 of the paper's 36, counted from 1.
 _PAPER_DEPTHS = (16 / 36, 26 / 36, 1.0)
@@ -100,6 +100,12 @@ class Discriminator(nn.Module):
             features = [head(tokens, grid) for head, tokens in pairs]
             logits = self.project(self.norm(torch.cat(features, dim=-1)))[:, 0]
         return DiscriminatorOutput(logits, features)
+
+    def __repr__(self) -> str:
+        """In a line, as its backbone."""
+        head = type(self.heads[0]).__name__
+        layers, weights = list(self.layers), described_weights(self)
+        return f"Discriminator({self.backbone!r}, {head} after blocks {layers}, {weights})"
 
     def head_parameters(self) -> list[nn.Parameter]:
         """What is not the backbone."""

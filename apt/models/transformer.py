@@ -89,6 +89,20 @@ class TransformerBlock(nn.Module):
         """Delete what only text behind this block needs. Nothing, if blocks do not change text."""
 
 
+def described_weights(module: nn.Module) -> str:
+    """How many, of which type and where, as "5.8 M parameters, float32 on cpu"."""
+    parameters = list(module.parameters())
+    first = parameters[0]
+    number = count_words(sum(parameter.numel() for parameter in parameters))
+    return f"{number} parameters, {str(first.dtype).removeprefix('torch.')} on {first.device}"
+
+
+def count_words(parameters: int) -> str:
+    """A number of parameters for people: "5.8 M", "8.16 B"."""
+    small = parameters < 10**8
+    return f"{parameters / 1e6:.1f} M" if small else f"{parameters / 1e9:.2f} B"
+
+
 class DiffusionTransformer(nn.Module):
     """A velocity network over latents (B, C, T, H, W) that also shows its hidden tokens.
 
@@ -196,6 +210,13 @@ class DiffusionTransformer(nn.Module):
         Raises InputError for latents that do not fit.
         """
         return self.config.token_grid(latent_shape)
+
+    def __repr__(self) -> str:
+        """In a line; `print(list(model.named_modules()))` shows what is inside."""
+        return (
+            f"{type(self).__name__}(depth={self.depth}, hidden_size={self.hidden_size}, "
+            f"in_channels={self.in_channels}, {described_weights(self)})"
+        )
 
     def block_list(self) -> list[TransformerBlock]:
         """The blocks in order."""

@@ -234,3 +234,13 @@ def test_bad_layers(options: dict[str, Any], message: str) -> None:
 def test_unknown_heads() -> None:
     with pytest.raises(InputError, match="did you mean 'attention'"):
         tiny(head="attn")
+
+
+def test_models_are_shown_in_a_line() -> None:
+    with torch.device("meta"):
+        backbone = create_model("apt_8b", dtype=torch.bfloat16)
+        discriminator = create_discriminator(create_model("mmdit_small", depth=2), layers=(2,))
+    assert repr(backbone).endswith("in_channels=16, 8.16 B parameters, bfloat16 on meta)")
+    text = repr(discriminator)
+    assert text.startswith("Discriminator(MMDiT(depth=2,") and "\n" not in text
+    assert "AttentionHead after blocks [2], " in text and text.endswith("float32 on meta)")

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import typing
 
 import pytest
 
 from apt.errors import InputError
-from apt.losses import LOSSES, create_loss, list_losses
+from apt.losses import LOSSES, create, create_loss, list_losses
 
 NAMES = [
     "approximate_r1",
@@ -26,6 +29,18 @@ NAMES = [
 def test_every_loss_of_the_plan_is_registered() -> None:
     assert list_losses() == NAMES
     assert list_losses("approximate_*") == ["approximate_r1", "approximate_r2"]
+
+
+def test_every_name_has_its_type_for_checkers() -> None:
+    """Read from the source: Python 3.10 keeps no overloads."""
+    typed = {}
+    for node in ast.walk(ast.parse(inspect.getsource(create))):
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            annotation = node.args.posonlyargs[0].annotation
+            assert annotation is not None and node.returns is not None
+            kind = eval(ast.unparse(annotation), {"Literal": typing.Literal, "str": str})
+            typed.update(dict.fromkeys(typing.get_args(kind), ast.unparse(node.returns)))
+    assert typed == {name: LOSSES.get(name).__name__ for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
