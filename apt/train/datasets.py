@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from apt.data.buckets import Bucket, make_buckets
 from apt.data.captions import CaptionRule
-from apt.data.digits import FRAMES, SIZE, MovingDigits
+from apt.data.digits import MovingDigits, clip_size
 from apt.data.folder import VideoFolder
 from apt.data.latents import LatentFolder
 from apt.data.sample import TrainingData
@@ -28,10 +28,11 @@ def make_dataset(
         DataError: nothing usable in the folder, or a latent cache that is damaged or incomplete.
     """
     if config.source == "digits":
-        clip = config.clip
-        if (clip.frames, clip.height, clip.width) != (FRAMES, SIZE, SIZE):
+        clip, digits = config.clip, clip_size(config.setting)
+        if (clip.frames, clip.height, clip.width) != (digits.frames, digits.side, digits.side):
             raise ConfigError(
-                f"the built-in digits are {FRAMES} frames of {SIZE}x{SIZE}, not {clip.frames} of "
+                f"the built-in {config.setting} digits are {digits.frames} frames of "
+                f"{digits.side}x{digits.side}, not {clip.frames} of "
                 f"{clip.height}x{clip.width}; use --data.source folder for other sizes"
             )
         return MovingDigits(seed, setting=config.setting)
