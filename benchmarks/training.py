@@ -61,7 +61,7 @@ class Update:
 
 def stage_config(stage: str, *, precision: Literal["fp32", "bf16"]) -> TrainConfig:
     """The digits' recipe of a stage, from models that ship with the package."""
-    recipe = RECIPES.get(f"digits_{stage}")()
+    recipe = RECIPES.get(f"digits_pixels_{stage}")()
     assert isinstance(recipe, TrainConfig)
     start = dataclasses.replace(recipe.stage, **STARTS[stage])
     return dataclasses.replace(recipe, stage=start, precision=precision)

@@ -26,7 +26,7 @@ from apt.train.sequence import move_runs
 from apt.train.trainer import run
 
 TINY = {"hidden_size": 24, "depth": 2, "num_heads": 2}
-pretrain, *others = RECIPES.get("digits")()
+pretrain, *others = RECIPES.get("digits_pixels")()
 stages = (
     dataclasses.replace(pretrain, stage=dataclasses.replace(pretrain.stage, num_steps=2)), *others
 )

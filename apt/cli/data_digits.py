@@ -18,7 +18,8 @@ class DataDigits:
     """Write the built-in moving digits as H.264 .mp4 files with a metadata.csv.
 
     Real handwriting in colour, moving over real photographs: 9 frames of 32x32 at 8 frames per
-    second. The same seed and split give the same clips. An interrupted call can be repeated.
+    second, 17 of 64x64 at 16 in the large setting. The same seed and split give the same clips. An
+    interrupted call can be repeated.
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
@@ -29,19 +30,21 @@ class DataDigits:
     """Another seed gives other clips."""
     split: Literal["train", "test", "heldout"] = "train"
     """train; test: handwriting held out; heldout: captions held out as well."""
-    setting: Literal["centred", "free"] = "centred"
-    """centred: a caption tells where the digit is; free: places and backgrounds vary."""
+    setting: Literal["centred", "free", "large"] = "centred"
+    """centred: a caption tells where the digit is; free: places and backgrounds vary; large: free
+    ones of twice the size and rate."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Write the folder and say where it is."""
     options = tyro.cli(DataDigits, args=args, prog=prog)
 
-    from apt.data.digits import FPS, MovingDigits
+    from apt.data.digits import MovingDigits, clip_size
     from apt.data.write import write_video_folder
 
     dataset = MovingDigits(options.seed, options.split, setting=options.setting)
+    fps = clip_size(options.setting).fps
     with progress_bar("writing", options.num) as update:
-        folder = write_video_folder(dataset, options.directory, options.num, FPS, progress=update)
+        folder = write_video_folder(dataset, options.directory, options.num, fps, progress=update)
     with printing():
         print(f"{options.num} videos and metadata.csv in {folder}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from apt.data.digits import FRAMES, SIZE, MovingDigits, Setting
+from apt.data.digits import MovingDigits, Setting, clip_size
 from apt.data.folder import VideoFolder
 from apt.data.latents import LatentFolder
 from apt.data.source import DATASETS, ClipRequest, DataSource
@@ -24,16 +24,18 @@ class Digits(DataSource):
     """The built-in stream of moving digits, 9 frames of 32x32.
 
     Attributes:
-        setting: "centred", or "free" in place and background.
+        setting: "centred", "free" in place and background, or "large": 17 frames of 64x64.
     """
 
     setting: Setting = "centred"
 
     def open(self, request: ClipRequest) -> MovingDigits:
-        if request.size != (FRAMES, SIZE, SIZE):
+        digits = clip_size(self.setting)
+        if request.size != (digits.frames, digits.side, digits.side):
             raise ConfigError(
-                f"the built-in digits are {FRAMES} frames of {SIZE}x{SIZE}, not {request.frames} "
-                f"of {request.height}x{request.width}; use --data.source folder for other sizes"
+                f"the built-in {self.setting} digits are {digits.frames} frames of "
+                f"{digits.side}x{digits.side}, not {request.frames} of "
+                f"{request.height}x{request.width}; use --data.source folder for other sizes"
             )
         return MovingDigits(request.seed, setting=self.setting)
 

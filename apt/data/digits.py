@@ -4,9 +4,10 @@ The digits are scikit-learn's 8x8 scans (UCI Optical Recognition of Handwritten 
 backgrounds are crops of the two photographs that scikit-learn ships. Both come with the package,
 so nothing is downloaded. A clip is a pure function of (setting, seed, split, index).
 
-Two settings: in "centred" clips a caption tells where the digit is, give or take a pixel, before
-one of 20 backgrounds, so that the mean of all clips of a caption can be read. In "free" ones places
-and backgrounds vary so much that a mean is a smear.
+In "centred" clips a caption tells where the digit is, give or take a pixel, before one of 20
+backgrounds, so that the mean of all clips of a caption can be read. In "free" ones places and
+backgrounds vary so much that a mean is a smear. "large" ones are free ones at twice the pixels a
+side and twice the frames a second.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -37,10 +38,18 @@ COLOURS = {
 }
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 Split = Literal["train", "test", "heldout"]
-Setting = Literal["centred", "free"]
+Setting = Literal["centred", "free", "large"]
 
-_DIGIT_SIZE = 20
-_PHOTO_SCALE = 10  # 64x42 pixels: a clip shows a good part of the scene
+_DIGIT_SIDE = 20
+_PHOTO_SCALE = 10  # 64x42 pixels: a clip of 32x32 shows a good part of the scene
+
+
+class ClipSize(NamedTuple):
+    """Frames of a clip, its height and width, and frames a second."""
+
+    frames: int
+    side: int
+    fps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +62,7 @@ class _Freedom:
         gain: lowest and highest brightness of the background, which a bright digit stands out of;
             if they differ, each colour has its own.
         mirrored: half of the backgrounds are.
+        scale: of pixels a side and of frames a second.
     """
 
     along: int = 1
@@ -60,12 +70,24 @@ class _Freedom:
     crop_step: int = 8
     gain: tuple[float, float] = (0.45, 0.45)
     mirrored: bool = False
+    scale: int = 1
+
+    @property
+    def clip(self) -> ClipSize:
+        """The size of its clips."""
+        return ClipSize((FRAMES - 1) * self.scale + 1, SIZE * self.scale, FPS * self.scale)
 
 
 _FREEDOM: dict[Setting, _Freedom] = {
     "centred": _Freedom(),  # 20 backgrounds in all
     "free": _Freedom(along=2, across=3, crop_step=1, gain=(0.3, 0.5), mirrored=True),
+    "large": _Freedom(along=4, across=6, crop_step=1, gain=(0.3, 0.5), mirrored=True, scale=2),
 }
+
+
+def clip_size(setting: Setting) -> ClipSize:
+    """The size of a setting's clips."""
+    return _FREEDOM[setting].clip
 
 
 @dataclass(frozen=True)
@@ -99,7 +121,7 @@ class MovingDigits:
             handwriting (one scan in five) and the training captions; "heldout" has held-out
             handwriting and the captions that are never trained on.
         labels: draw from these labels instead of the split's, with the split's handwriting.
-        setting: "centred" or "free".
+        setting: "centred", "free" or "large".
 
     Raises:
         InputError: for an unknown split or setting.
@@ -124,7 +146,7 @@ class MovingDigits:
         self.setting = setting
         of_split = HELDOUT_LABELS if split == "heldout" else TRAIN_LABELS
         self._labels = of_split if labels is None else tuple(labels)
-        self._scans = _scans(heldout=split != "train")
+        self._scans = _scans(heldout=split != "train", scale=_FREEDOM[setting].scale)
 
     @property
     def fingerprint(self) -> str:
@@ -143,7 +165,7 @@ class MovingDigits:
         return self.labels(index).caption
 
     def __getitem__(self, index: int) -> Sample:
-        """Clip `index`: pixels (3, 9, 32, 32) fp32 in [-1, 1] and its caption."""
+        """Clip `index`: pixels (3, T, H, W) fp32 in [-1, 1], of `clip_size`, and its caption."""
         random = self._random(index)
         label = self._labels[int(random.integers(len(self._labels)))]
         scans = self._scans[DIGITS.index(label.digit)]
@@ -163,32 +185,34 @@ class MovingDigits:
 def _compose(
     random: np.random.Generator, label: Label, scans: np.ndarray, freedom: _Freedom
 ) -> np.ndarray:
-    """Frames (9, 32, 32, 3) in [0, 1]."""
+    """Frames (T, H, W, 3) in [0, 1]."""
+    clip = freedom.clip
     alpha = scans[int(random.integers(len(scans)))][..., None]
-    frames = np.repeat(_background(random, freedom)[None], FRAMES, axis=0)
+    frames = np.repeat(_background(random, freedom)[None], clip.frames, axis=0)
     # One pixel a frame, through the centre at half time, give or take the freedom.
     step = np.array(DIRECTIONS[label.direction])
     reach = np.where(step, freedom.along, freedom.across)
-    centre = (SIZE - _DIGIT_SIZE) // 2 + random.integers(-reach, reach + 1)
-    start = centre - step * (FRAMES // 2)
+    digit = len(alpha)
+    centre = (clip.side - digit) // 2 + random.integers(-reach, reach + 1)
+    start = centre - step * (clip.frames // 2)
     colour = np.array(COLOURS[label.colour], np.float32) / 255
-    for i in range(FRAMES):
+    for i in range(clip.frames):
         y, x = start + step * i
-        patch = frames[i, y : y + _DIGIT_SIZE, x : x + _DIGIT_SIZE]
+        patch = frames[i, y : y + digit, x : x + digit]
         patch *= 1 - alpha
         patch += alpha * colour
     return frames
 
 
 def _background(random: np.random.Generator, freedom: _Freedom) -> np.ndarray:
-    """A crop (32, 32, 3) of a photograph, darkened."""
-    photos = _photos()
+    """A crop (H, W, 3) of a photograph, darkened."""
+    photos, size = _photos(freedom.scale), freedom.clip.side
     photo = photos[int(random.integers(len(photos)))]
     y, x = (
-        freedom.crop_step * int(random.integers((side - SIZE) // freedom.crop_step + 1))
+        freedom.crop_step * int(random.integers((side - size) // freedom.crop_step + 1))
         for side in photo.shape[:2]
     )
-    crop = photo[y : y + SIZE, x : x + SIZE]
+    crop = photo[y : y + size, x : x + size]
     if freedom.mirrored and random.integers(2):
         crop = crop[:, ::-1]
     low, high = freedom.gain
@@ -197,24 +221,26 @@ def _background(random: np.random.Generator, freedom: _Freedom) -> np.ndarray:
 
 
 @lru_cache
-def _photos() -> tuple[np.ndarray, ...]:
+def _photos(scale: int) -> tuple[np.ndarray, ...]:
     """The two photographs in [0, 1], reduced."""
     from sklearn.datasets import load_sample_images
 
-    reduced = (Image.fromarray(photo).reduce(_PHOTO_SCALE) for photo in load_sample_images().images)
+    factor = _PHOTO_SCALE // scale
+    reduced = (Image.fromarray(photo).reduce(factor) for photo in load_sample_images().images)
     return tuple(np.asarray(photo, np.float32) / 255 for photo in reduced)
 
 
 @lru_cache
-def _scans(*, heldout: bool) -> tuple[np.ndarray, ...]:
-    """For each digit, opacity masks (N, 20, 20) in [0, 1] of its training or held-out scans."""
+def _scans(*, heldout: bool, scale: int) -> tuple[np.ndarray, ...]:
+    """For each digit, opacity masks (N, side, side) in [0, 1] of its training or held-out scans."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     chosen = (np.arange(len(data.target)) % 5 == 0) == heldout
     groups: list[list[np.ndarray]] = [[] for _ in DIGITS]
+    side = _DIGIT_SIDE * scale
     for scan, target in zip(data.images[chosen], data.target[chosen], strict=True):
         image = Image.fromarray((scan * (255 / 16)).astype(np.uint8))
-        large = image.resize((_DIGIT_SIZE, _DIGIT_SIZE), Image.Resampling.BICUBIC)
+        large = image.resize((side, side), Image.Resampling.BICUBIC)
         groups[target].append(np.asarray(large, np.float32) / 255)
     return tuple(np.stack(group) for group in groups)

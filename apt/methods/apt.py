@@ -151,7 +151,10 @@ class AdversarialConfig(MethodConfig):
         layers: blocks that heads read, counted from 1; empty scales the paper's to the depth.
         discriminator_learning_rate: of D; 0 takes the optimizer's, as the paper does. A small batch
             needs a D that is faster than G (Heusel et al. 2017).
+        discriminator_backbone_rate: the share of D's rate that its backbone trains at.
         freeze_discriminator_backbone: train D's heads only (APT App. F: worse).
+        timestep_ensemble: D sees each sample at a timestep of its own (Eq. 6); otherwise at t = 0,
+            that of clean input.
         timestep_shift: s of Eq. 7 for D's timestep input.
         objective: registered adversarial objective.
         r1: the approximated R1 (Eq. 9).
@@ -171,7 +174,9 @@ class AdversarialConfig(MethodConfig):
     head: str = "attention"
     layers: tuple[int, ...] = ()
     discriminator_learning_rate: float = 0.0
+    discriminator_backbone_rate: float = 1.0
     freeze_discriminator_backbone: bool = False
+    timestep_ensemble: bool = True
     timestep_shift: float = 1.0
     objective: str = "non_saturating"
     r1: ApproximateR1 = ApproximateR1()
@@ -191,7 +196,7 @@ class AdversarialConfig(MethodConfig):
         return one_step_sampling(before)
 
     def check(self) -> None:
-        check_positive(self, "stage.", "timestep_shift")
+        check_positive(self, "stage.", "timestep_shift", "discriminator_backbone_rate")
 
     def check_adapters(self) -> None:
         if self.generator_trains != "all":
@@ -230,6 +235,7 @@ class AdversarialPostTraining(Method):
                 backbone.block_list(),
                 averaged=False,
                 learning_rate=config.discriminator_learning_rate or None,
+                slowed=(backbone, config.discriminator_backbone_rate),
             ),
         }
 
@@ -319,7 +325,9 @@ class AdversarialPostTraining(Method):
             return generate(self.generator.module, z, c).float()
 
     def timesteps(self, batch: MicroBatch, update: int, stream: str) -> Tensor:
-        """(b,) of D's timestep ensemble."""
+        """(b,) timesteps that D is told."""
+        if not self.config.timestep_ensemble:
+            return torch.zeros(len(batch.captions), device=batch.x.device)
         draw = self.draw(batch, update, stream)
         return timestep_ensemble(len(batch), self.config.timestep_shift, draw)
 

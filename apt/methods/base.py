@@ -195,9 +195,14 @@ class Host(Protocol):
         *,
         averaged: bool,
         learning_rate: float | None = None,
+        slowed: tuple[nn.Module, float] | None = None,
         forward_methods: Sequence[str] = (),
     ) -> TrainedNetwork:
-        """Place, shard by `blocks`, and give an optimiser; None: the run's learning rate."""
+        """Place, shard by `blocks`, and give an optimiser.
+
+        None is the run's learning rate; `slowed` is a part of the network and the share of the rate
+        that it trains at.
+        """
         ...
 
     def place(self, network: nn.Module, blocks: Sequence[nn.Module]) -> None:

@@ -10,15 +10,12 @@ from typing import Any, Literal
 from apt.checks import check_finite, check_positive, check_range
 from apt.data.builtin_sources import DATASETS, DIGITS
 from apt.data.captions import CaptionRule, LongCaptions
-from apt.data.digits import Setting
+from apt.data.digits import Setting, clip_size
 from apt.data.source import ClipRequest, DataSource
 from apt.errors import ConfigError
 from apt.hub import SampleInfo
 from apt.methods.base import StageConfig
 from apt.train.monitor import MonitorConfig
-
-# The built-in digits'.
-_CLIP = SampleInfo(frames=9, height=32, width=32, fps=8.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +26,14 @@ class DataConfig:
         source: registered source (`diffusion-apt list datasets`): "digits", the built-in stream;
             "folder", your own videos and images; "latents", what `diffusion-apt data encode` made
             of such a folder, whose size and rate then hold; or one of your own (--import).
-        setting: of the built-in digits: "centred", or "free" in place and background.
+        setting: of the built-in digits: "centred", "free" in place and background, or "large",
+            which are free ones of 17 frames of 64x64.
         path: the folder, for sources that read one.
         options: other options of a source of your own.
         frames, height, width: size of a clip; frames are 4k + 1. In a folder, height times width
             is the pixel budget of the aspect-ratio buckets. None, also of fps, takes that of the
-            model that the stage starts from; pre-training then takes the digits', 9 frames of 32x32
-            at 8 fps.
+            model that the stage starts from; pre-training then takes the digits' (9 frames of 32x32
+            at 8 fps, unless they are large).
         fps: frame rate of the clips; 0 keeps each video's own.
         size_multiple: heights and widths of the buckets are multiples of this (codec x patch).
         native_ratio: aspect-ratio buckets near each file's own shape; False crops all to
@@ -66,11 +64,12 @@ class DataConfig:
     @property
     def clip(self) -> SampleInfo:
         """Size and rate of a clip, with the digits' for what is None."""
+        digits = clip_size(self.setting)
         return SampleInfo(
-            frames=_CLIP.frames if self.frames is None else self.frames,
-            height=_CLIP.height if self.height is None else self.height,
-            width=_CLIP.width if self.width is None else self.width,
-            fps=_CLIP.fps if self.fps is None else self.fps,
+            frames=digits.frames if self.frames is None else self.frames,
+            height=digits.side if self.height is None else self.height,
+            width=digits.side if self.width is None else self.width,
+            fps=float(digits.fps) if self.fps is None else self.fps,
         )
 
     def make_source(self) -> DataSource:

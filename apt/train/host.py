@@ -65,6 +65,7 @@ class RunHost:
         *,
         averaged: bool,
         learning_rate: float | None = None,
+        slowed: tuple[nn.Module, float] | None = None,
         forward_methods: Sequence[str] = (),
     ) -> Trained:
         # The average and the optimiser follow the parameters that sharding leaves.
@@ -74,7 +75,7 @@ class RunHost:
             optimizer = dataclasses.replace(optimizer, learning_rate=learning_rate)
         warmup = self.config.ema_warmup is True
         ema = EMA(network, self.config.ema_decay, warmup=warmup) if averaged else None
-        moved_by = make_optimizer(network, optimizer, ema)
+        moved_by = make_optimizer(network, optimizer, ema, slowed)
         return Trained(network, moved_by, optimizer, self.config.num_updates, ema)
 
     def place(

@@ -58,7 +58,8 @@ class Trained:
                 if p.grad is not None:
                     p.grad.mul_(scale)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, update, self.num_updates)
+            rate = learning_rate(self.config, update, self.num_updates)
+            group["lr"] = rate * group["share"]
         self.moves += 1
         self.optimizer.step()
         if self.ema is not None:
@@ -93,14 +94,24 @@ def gradient_norm(parameters: Sequence[Tensor]) -> float:
 
 
 def make_optimizer(
-    module: nn.Module, config: OptimizerConfig, ema: EMA | None = None
+    module: nn.Module,
+    config: OptimizerConfig,
+    ema: EMA | None = None,
+    slowed: tuple[nn.Module, float] | None = None,
 ) -> torch.optim.Optimizer:
     """RMSprop (APT Sec. 3.5) or AdamW over the parameters that train.
 
     RMSprop also averages them, in the same pass over memory, if there is an EMA of the module of
-    constant decay.
+    constant decay. `slowed` is a part of the module and the share of the rate that it trains at,
+    which is `share` in its group.
     """
-    chosen = [p for p in module.parameters() if p.requires_grad]
+    part, share = slowed or (module, 1.0)
+    apart = {id(p) for p in part.parameters()}
+    groups: list[dict[str, Any]] = [{"params": [], "share": share}, {"params": [], "share": 1.0}]
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            groups[share == 1.0 or id(parameter) not in apart]["params"].append(parameter)
+    chosen = [group for group in groups if group["params"]]
     if config.name == "adamw":
         return torch.optim.AdamW(
             chosen,

@@ -14,7 +14,7 @@ import pytest
 
 from apt.hub import read_info
 from apt.train.logs import read_log
-from apt.train.recipes import digits_apt, digits_pretrain
+from apt.train.recipes_digits import digits_apt, digits_codec
 from apt.train.run_state import exit_status
 from apt.train.trainer import plain
 from tests.cli.shell import error_line, invoke, run_cli
@@ -31,10 +31,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three stages in a row."""
     root = tmp_path_factory.mktemp("runs") / "digits"
     options = ["--negative-prompt", "one", "--checkpoint-every", "1"]
-    result = run_cli("train", "digits", "--run-dir", root, *TINY, *options)
+    result = run_cli("train", "digits_pixels", "--run-dir", root, *TINY, *options)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
-        f"digits_{stage}: {root / stage / 'export'}" for stage in ("pretrain", "distill", "apt")
+        f"digits_pixels_{stage}: {root / stage / 'export'}"
+        for stage in ("pretrain", "distill", "apt")
     ]
     return root
 
@@ -45,17 +46,17 @@ def test_stages_start_from_each_other_in_their_new_folder(trained: Path) -> None
     assert info.model.config["hidden_size"] == 24
     assert info.training["config"]["negative_prompt"] == "one"
     started = info.training["started_from"]
-    assert started["recipe"] == "digits_distill"
-    assert started["started_from"]["recipe"] == "digits_pretrain"
+    assert started["recipe"] == "digits_pixels_distill"
+    assert started["started_from"]["recipe"] == "digits_pixels_pretrain"
 
 
 def test_a_finished_row_is_not_trained_again(trained: Path) -> None:
     options = ["--negative-prompt", "one"]
     assert "--resume" in error_line(
-        invoke("train", "digits", "--run-dir", trained, *TINY, *options)
+        invoke("train", "digits_pixels", "--run-dir", trained, *TINY, *options)
     )
     log = (trained / "apt" / "log.jsonl").read_bytes()
-    result = invoke("train", "digits", "--run-dir", trained, *TINY, *options, "--resume")
+    result = invoke("train", "digits_pixels", "--run-dir", trained, *TINY, *options, "--resume")
     assert result.returncode == 0, result.stderr
     assert (trained / "apt" / "log.jsonl").read_bytes() == log
 
@@ -109,7 +110,7 @@ def test_export_of_no_run(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path) -> None:
     wild = ["--optimizer.learning-rate", "1e30", "--optimizer.warmup-updates", "0"]
     options = ["--run-dir", tmp_path, *TINY, "--num-updates", "9", *wild]
-    result = invoke("train", "digits_pretrain", *options)
+    result = invoke("train", "digits_pixels_pretrain", *options)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     last = result.stderr.splitlines()[-1]
@@ -121,7 +122,7 @@ def test_a_stop_has_a_status_of_its_own_and_one_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
-    command = ["train", "digits_pretrain", "--run-dir", run_dir, *TINY, "--continue"]
+    command = ["train", "digits_pixels_pretrain", "--run-dir", run_dir, *TINY, "--continue"]
 
     def stop_it() -> None:
         log = run_dir / "log.jsonl"
@@ -151,7 +152,7 @@ def test_a_shorter_run_than_was_done_changes_nothing(trained: Path) -> None:
     run_dir = trained / "pretrain"
     before = (run_dir / "config.json").read_bytes()
     options = [*TINY, "--stage.timestep-shift", "1.25", "--num-updates", "1", "--resume"]
-    line = error_line(invoke("train", "digits_pretrain", "--run-dir", run_dir, *options))
+    line = error_line(invoke("train", "digits_pixels_pretrain", "--run-dir", run_dir, *options))
     assert "has 2 updates" in line and "--num-updates 2" in line
     assert (run_dir / "config.json").read_bytes() == before
 
@@ -163,9 +164,9 @@ def test_print_config_is_the_recipe() -> None:
 def test_print_config_of_a_row_is_a_list() -> None:
     configs = json.loads(invoke("train", "digits", "--print-config").stdout)
     assert [config["name"] for config in configs] == [
-        "digits_pretrain", "digits_distill", "digits_apt",
+        "digits_codec", "digits_pretrain", "digits_distill", "digits_apt",
     ]  # fmt: skip
-    assert configs[0] == plain(digits_pretrain())
+    assert configs[0] == plain(digits_codec())
 
 
 def test_any_field_can_be_changed() -> None:

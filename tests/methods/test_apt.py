@@ -26,6 +26,7 @@ from apt.methods.terms import Terms
 from apt.models.bundle import load_pretrained, save_pretrained
 from apt.models.discriminator import Discriminator
 from apt.rng import Draw, sample_noise
+from apt.train.config import OptimizerConfig
 from tests.train.tiny_stages import (
     CAPTIONS,
     FROZEN,
@@ -337,6 +338,31 @@ def test_frozen_backbone_stays_and_still_teaches(tmp_path: Path) -> None:
     assert unchanged(before[1], weights(generator)) == set()
     optimised = stage.trained["discriminator"].optimizer.param_groups[0]["params"]
     assert {id(p) for p in optimised} == {id(p) for p in discriminator.head_parameters()}
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+def test_a_slow_backbone_moves_by_a_share_of_the_rate(tmp_path: Path, optimizer: Any) -> None:
+    moved = []
+    for share in (1.0, 0.1):
+        rate = OptimizerConfig(name=optimizer, learning_rate=1e-3, warmup_updates=2)
+        stage = adversarial(tmp_path, discriminator_backbone_rate=share, train={"optimizer": rate})
+        _, judge = networks(stage)
+        before = weights(judge)
+        stage.update(micro_batches(), 0)
+        moved.append({name: (w - before[name]).abs().max() for name, w in weights(judge).items()})
+    for name, far in moved[0].items():
+        share = 0.1 if name.startswith("backbone.") else 1.0
+        torch.testing.assert_close(moved[1][name], share * far, rtol=1e-3, atol=1e-8)
+
+
+def test_without_an_ensemble_d_is_told_that_input_is_clean(tmp_path: Path) -> None:
+    (batch,) = micro_batches()
+    t = [
+        adversarial(tmp_path / str(on), timestep_ensemble=on).timesteps(batch, 0, "a stream")
+        for on in (True, False)
+    ]
+    assert t[0].shape == t[1].shape
+    assert (t[0] > 0).all() and (t[1] == 0).all()
 
 
 def test_blocks_alone_move_where_the_generator_trains_its_blocks(tmp_path: Path) -> None:

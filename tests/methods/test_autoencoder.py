@@ -239,7 +239,7 @@ def test_a_model_is_trained_in_its_latents(whole: Path, tmp_path: Path) -> None:
     assert isinstance(codec, CausalCodec)
     made = run(
         later(
-            "digits_latent_pretrain",
+            "digits_pretrain",
             tmp_path / "pretrain",
             str(whole / "export"),
             sample_every=2,
@@ -260,9 +260,7 @@ def test_latents_in_the_precision_of_the_run_are_nearly_those_in_fp32(whole: Pat
     batch = Batch(clips, ["a red seven moving left"] * 2, offset=0, batch_index=0)
 
     def latents(precision: Literal["fp32", "bf16"]) -> torch.Tensor:
-        made = later(
-            "digits_latent_pretrain", Path("unused"), str(whole / "export"), precision=precision
-        )
+        made = later("digits_pretrain", Path("unused"), str(whole / "export"), precision=precision)
         (micro_batch,) = micro_batches(made, make_stage(made, single()), batch)
         return micro_batch.x
 
@@ -283,7 +281,7 @@ def test_on_a_cache_it_is_the_same_training(whole: Path, tmp_path: Path) -> None
     folder = DataConfig(source="folder", path=str(tmp_path / "clips"), images="none")
     cache = DataConfig(source="latents", path=str(tmp_path / "cache"))
     for name, data in (("folder", folder), ("cache", cache)):
-        run(later("digits_latent_pretrain", tmp_path / name, str(whole / "export"), data=data))
+        run(later("digits_pretrain", tmp_path / name, str(whole / "export"), data=data))
     one, other = (read_log(tmp_path / name) for name in ("folder", "cache"))
     assert [e["generator/loss"] for e in one] == pytest.approx(
         [e["generator/loss"] for e in other], rel=1e-4
@@ -294,7 +292,7 @@ def test_on_a_cache_it_is_the_same_training(whole: Path, tmp_path: Path) -> None
     # Latents of a codec with the same shape and other weights are not this codec's.
     changed = run(config(tmp_path / "other", num_updates=1, seed=1))
     with pytest.raises(ConfigError, match=r"was made by another codec .*latents_mean \(cache: "):
-        run(later("digits_latent_pretrain", tmp_path / "x", str(changed / "export"), data=cache))
+        run(later("digits_pretrain", tmp_path / "x", str(changed / "export"), data=cache))
 
 
 # --- what cannot work ------------------------------------------------------------------------
@@ -341,7 +339,7 @@ def test_models_that_do_not_fit_a_codec(whole: Path, tmp_path: Path) -> None:
         (str(tmp_path / "nowhere"), {}, "there is no model"),
     ):
         with pytest.raises(InputError, match=message):
-            run(later("digits_latent_pretrain", tmp_path / "x", given, **changes))
+            run(later("digits_pretrain", tmp_path / "x", given, **changes))
 
 
 def test_a_clip_too_short_is_one_line(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ LIMIT = 100_000  # bytes in a file: more than a log takes, less than a checkpoin
 
 def config(root: Path, stage: str, name: str, **changes: Any) -> TrainConfig:
     """The digits recipe of a stage with tiny networks, writing to `root/name/stage`."""
-    recipe = RECIPES.get(f"digits_{stage}")()
+    recipe = RECIPES.get(f"digits_pixels_{stage}")()
     assert isinstance(recipe, TrainConfig)
     sources = {
         "pretrain": {"num_steps": 2},

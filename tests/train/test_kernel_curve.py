@@ -50,7 +50,16 @@ interpreter.GridExecutor.__call__ = counted
 def train(folder: Path, **env: str) -> str:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-c", COUNT + COMMAND, "train", "digits", "--run-dir", folder, *TINY],
+        [
+            sys.executable,
+            "-c",
+            COUNT + COMMAND,
+            "train",
+            "digits_pixels",
+            "--run-dir",
+            folder,
+            *TINY,
+        ],
         cwd=folder.parent,
         env=os.environ | {"PYTHONPATH": path, **env},
         capture_output=True,

@@ -22,21 +22,28 @@ from apt.train.networks import initial_bundle
 from apt.train.recipes import RECIPES, list_recipes
 
 ABLATIONS: dict[str, dict[str, Any]] = {
+    "digits_apt_long": {},
     "digits_apt_no_r1": {"stage.r1.weight": 0.0, "stage.terms.r2.weight": 0.0},
     "digits_apt_no_r2": {"stage.terms.r2.weight": 0.0},
-    "digits_apt_all_layers": {"stage.generator_trains": "all"},
     "digits_apt_shallow": {"stage.layers": (1, 2, 3)},
     "digits_apt_one_head": {"stage.layers": (6,)},
     "digits_apt_frozen": {"stage.freeze_discriminator_backbone": True},
+    "digits_apt_slow_backbone": {"stage.discriminator_backbone_rate": 0.1},
     "digits_apt_distilled_d": {"stage.discriminator": "runs/digits/distill/export"},
+    "digits_apt_no_ensemble": {"stage.timestep_ensemble": False},
     "digits_apt_small_batch": {"batch_size": 8},
+    "digits_apt_low_rates": {
+        "optimizer.learning_rate": 3e-5,
+        "stage.discriminator_learning_rate": 1e-4,
+    },
+    "digits_apt_high_rates": {
+        "optimizer.learning_rate": 3e-4,
+        "stage.discriminator_learning_rate": 9e-4,
+    },
 }
-LATENT = (
-    "digits_codec",
-    "digits_latent_pretrain",
-    "digits_latent_distill",
-    "digits_latent_apt",
-)
+STAGES = ("codec", "pretrain", "distill", "apt")
+PIXEL_STAGES = STAGES[1:]
+ROWS = ("digits", "digits_pixels", "digits_gpu", "digits_ablations", "walks")
 PUBLIC = ("wan_distill", "apt_image_wan", "apt_video_wan", "sd35_distill", "apt_image_sd35")
 # What an ablation may say of itself: its name, its place, how long it runs and what it keeps.
 OWN = {"name", "run_dir", "num_updates", "snapshot_at", "optimizer.decay_updates"}
@@ -70,13 +77,10 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 def test_all_recipes() -> None:
     assert set(list_recipes()) == {
-        "digits",
-        "digits_pretrain",
-        "digits_distill",
-        "digits_apt",
-        *LATENT,
-        "digits_latent",
-        "walks",
+        *ROWS,
+        *(f"digits_{stage}" for stage in STAGES),
+        *(f"digits_pixels_{stage}" for stage in PIXEL_STAGES),
+        "digits_apt_paper",
         "apt_image_1024",
         "apt_video_720p",
         *PUBLIC,
@@ -137,6 +141,8 @@ PAPER_BOTH: dict[str, Any] = {
     "stage.head": "attention",
     "stage.layers": (),
     "stage.freeze_discriminator_backbone": False,
+    "stage.discriminator_backbone_rate": 1.0,
+    "stage.timestep_ensemble": True,
     "stage.discriminator": "",
     "stage.generator_trains": "all",
     "stage.r1.normalize": None,
@@ -180,54 +186,93 @@ def test_ablations_differ_in_what_they_name_alone(name: str) -> None:
     assert changed["run_dir"] != base["run_dir"]
 
 
-def test_ablations_have_folders_of_their_own() -> None:
-    folders = [recipe(name).run_dir for name in [*ABLATIONS, "digits_apt"]]
-    assert len(set(folders)) == len(folders)
+def test_runs_have_folders_of_their_own() -> None:
+    names = [*ABLATIONS, "digits_apt", "digits_apt_paper"]
+    assert len({recipe(name).run_dir for name in names}) == len(names)
+    assert stages("digits_ablations") == [recipe(name) for name in ABLATIONS]
+
+
+def test_all_ablations_meet_the_first_updates_of_the_long_run() -> None:
+    lengths = {recipe(name).num_updates for name in ABLATIONS}
+    assert lengths <= set(recipe("digits_apt_long").snapshot_at)
+    assert recipe("digits_apt_long").snapshot_at == recipe("digits_apt_no_r1").snapshot_at
 
 
 def test_ablated_layers_fit_the_digits_model() -> None:
     with torch.device("meta"):
-        depth = create_model("mmdit_digits").depth
+        depth = create_model("mmdit_digits_latent").depth
     layers = paper_layers(depth)
     assert recipe("digits_apt_one_head").stage.layers == layers[-1:]  # type: ignore[union-attr]
     shallow = recipe("digits_apt_shallow").stage.layers  # type: ignore[union-attr]
     assert shallow == paper_layers(depth // 2)
 
 
-def test_digits_is_its_three_stages_in_a_row() -> None:
-    pretrain, distill, apt = stages("digits")
-    assert [pretrain, distill, apt] == [
-        recipe(f"digits_{stage}") for stage in ("pretrain", "distill", "apt")
-    ]
-    assert isinstance(pretrain.stage, PretrainConfig)
-    assert isinstance(distill.stage, DistillConfig)
-    assert isinstance(apt.stage, AdversarialConfig)
-    # Each starts from what the one before exports; D from the diffusion model.
-    assert distill.stage.teacher == f"{pretrain.run_dir}/export"
-    assert apt.stage.generator == f"{distill.run_dir}/export"
-    assert apt.stage.discriminator == f"{pretrain.run_dir}/export"
-    assert distill.stage.loss.cfg_scale == pretrain.stage.cfg_scale
+def test_pixels_are_three_stages_in_a_row() -> None:
+    pretrain, distill, apt = stages("digits_pixels")
+    assert [pretrain, distill, apt] == [recipe(f"digits_pixels_{x}") for x in PIXEL_STAGES]
+    check_chain(pretrain, distill, apt)
 
 
-def test_digits_latent_is_a_codec_and_three_stages_in_its_latents() -> None:
-    made = stages("digits_latent")
-    assert made == [recipe(name) for name in LATENT]
+def test_digits_are_a_codec_and_three_stages_in_its_latents() -> None:
+    made = stages("digits")
+    assert made == [recipe(f"digits_{stage}") for stage in STAGES]
     codec, pretrain, distill, apt = made
+    check_codec(codec, pretrain)
+    check_chain(pretrain, distill, apt)
+    assert apt.stage.generator_trains == "all", "as in the paper"  # type: ignore[union-attr]
+    assert {config.data.setting for config in made} == {"free"}
+    assert check_grid(codec, pretrain) == (3, 4, 4)
+
+
+def test_digits_on_a_gpu_are_the_same_stages_on_larger_clips() -> None:
+    codec, *rest = stages("digits_gpu")
+    check_codec(codec, rest[0])
+    check_chain(*rest)
+    assert check_grid(codec, rest[0]) == (5, 8, 8)
+    assert {(c.data.clip.frames, c.data.clip.height) for c in (codec, *rest)} == {(17, 64)}
+    assert all(config.batch_size >= 512 for config in rest)
+    ours, shipped = flat(rest[-1]), flat(recipe("digits_apt"))
+    method = [key for key in ours if key.startswith("stage.") and "runs/" not in str(ours[key])]
+    assert all(ours[key] == shipped[key] for key in method)
+
+
+def test_the_papers_way_has_the_papers_values() -> None:
+    ours, paper = flat(recipe("digits_apt_paper")), flat(recipe("apt_video_720p"))
+    same = [
+        *(key for key in ours if key.startswith(("stage.r1.", "stage.terms."))),
+        *("stage.objective", "stage.head", "stage.generator_trains"),
+        *(key for key in ours if key.startswith("optimizer.") and key != "optimizer.learning_rate"),
+    ]
+    assert {key: ours[key] for key in same} == {key: paper[key] for key in same}
+    start, shipped = ("stage.generator", "stage.discriminator"), flat(recipe("digits_apt"))
+    assert [ours[key] for key in start] == [shipped[key] for key in start]
+
+
+def check_codec(codec: TrainConfig, pretrain: TrainConfig) -> None:
     assert isinstance(codec.stage, AutoencoderConfig)
     assert isinstance(pretrain.stage, PretrainConfig)
+    assert pretrain.stage.codec == f"{codec.run_dir}/export"
+
+
+def check_grid(codec: TrainConfig, pretrain: TrainConfig) -> tuple[int, int, int]:
+    """The tokens of a clip."""
+    latents, clip = create_codec(codec.model.codec, **codec.model.codec_options), codec.data.clip
+    with torch.device("meta"):
+        backbone = create_model(pretrain.model.name, **pretrain.model.options)
+    assert backbone.in_channels == latents.channels
+    size = latents.latent_shape(clip.frames, clip.height, clip.width)
+    return backbone.token_grid(size)
+
+
+def check_chain(pretrain: TrainConfig, distill: TrainConfig, apt: TrainConfig) -> None:
+    """Each starts from what the one before exports; D from the diffusion model."""
+    assert isinstance(pretrain.stage, PretrainConfig)
     assert isinstance(distill.stage, DistillConfig)
     assert isinstance(apt.stage, AdversarialConfig)
-    assert pretrain.stage.codec == f"{codec.run_dir}/export"
     assert distill.stage.teacher == f"{pretrain.run_dir}/export"
     assert apt.stage.generator == f"{distill.run_dir}/export"
     assert apt.stage.discriminator == f"{pretrain.run_dir}/export"
-    assert apt.stage.generator_trains == "all", "as in the paper"
     assert distill.stage.loss.cfg_scale == pretrain.stage.cfg_scale
-    assert {config.data.setting for config in made} == {"free"}
-    latents = create_codec(codec.model.codec, **codec.model.codec_options)
-    backbone = create_model(pretrain.model.name, **pretrain.model.options)
-    assert backbone.in_channels == latents.channels
-    assert backbone.token_grid(latents.latent_shape(9, 32, 32)) == (3, 4, 4)
 
 
 def test_walks_are_the_latent_stages_on_a_folder() -> None:
@@ -251,7 +296,7 @@ def test_walks_are_the_latent_stages_on_a_folder() -> None:
 
 
 def test_the_digits_models_fit_each_other() -> None:
-    config = recipe("digits_pretrain")
+    config = recipe("digits_pixels_pretrain")
     bundle = initial_bundle(config)
     assert bundle.info.stage == "diffusion"
     assert bundle.backbone.in_channels == bundle.codec.channels

@@ -78,7 +78,16 @@ def test_an_error_is_told_once(
     if "cuda" in options and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (tmp_path / "script.py").write_text(FAULTY)
-    train = ["script.py", fault, "train", "digits_pretrain", "--run-dir", "run", *TINY, *options]
+    train = [
+        "script.py",
+        fault,
+        "train",
+        "digits_pixels_pretrain",
+        "--run-dir",
+        "run",
+        *TINY,
+        *options,
+    ]
     done = launch(tmp_path, *train)
     assert done.returncode != 0
     assert len([x for x in done.stderr.splitlines() if x.startswith(message)]) == 1, done.stderr
@@ -92,7 +101,7 @@ def test_an_error_is_told_once(
 
 
 def test_three_stages_in_a_row_with_two_ranks(tmp_path: Path):
-    command = ["-m", "apt", "train", "digits", "--run-dir", str(tmp_path / "run"), *TINY]
+    command = ["-m", "apt", "train", "digits_pixels", "--run-dir", str(tmp_path / "run"), *TINY]
     done = launch(tmp_path, *command)
     assert done.returncode == 0, done.stderr[-4000:]
     for stage in ("pretrain", "distill", "apt"):

@@ -1,0 +1,138 @@
+"""Ablations of `digits_apt`: its first updates, from the same start, with one thing changed.
+
+`long` is `digits_apt` at constant rates past its peak, with snapshots. Its first updates are those
+that each other run is compared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from apt.losses import ApproximateR1
+from apt.methods.apt import AdversarialConfig
+from apt.methods.terms import Terms
+from apt.train.config import TrainConfig
+from apt.train.recipes_digits import digits_apt
+from apt.train.registry import RECIPES
+
+UPDATES = 100
+"""Of each short run."""
+
+_LONG = (50, UPDATES, 150, 200, 300, 400)
+
+
+def _ablation(
+    name: str,
+    *,
+    snapshot_at: tuple[int, ...] = (),
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    **stage: Any,
+) -> TrainConfig:
+    """`digits_apt` at constant rates, in a folder of its own; `stage` are fields to change."""
+    base = digits_apt()
+    assert isinstance(base.stage, AdversarialConfig)
+    rate = base.optimizer.learning_rate if learning_rate is None else learning_rate
+    return dataclasses.replace(
+        base,
+        name=f"digits_apt_{name}",
+        run_dir=f"runs/digits/ablations/{name}",
+        stage=dataclasses.replace(base.stage, **stage),
+        optimizer=dataclasses.replace(base.optimizer, learning_rate=rate, decay_updates=0),
+        batch_size=base.batch_size if batch_size is None else batch_size,
+        num_updates=max(snapshot_at, default=UPDATES),
+        snapshot_at=snapshot_at,
+    )
+
+
+@RECIPES.register("digits_apt_long")
+def digits_apt_long() -> TrainConfig:
+    """`digits_apt` past its peak, at constant rates: what the ablations are compared with."""
+    return _ablation("long", snapshot_at=_LONG)
+
+
+@RECIPES.register("digits_apt_no_r1")
+def digits_apt_no_r1() -> TrainConfig:
+    """Ablation: no regulariser, as long (APT Fig. 5)."""
+    return _ablation("no_r1", snapshot_at=_LONG, r1=ApproximateR1(weight=0.0), terms=Terms())
+
+
+@RECIPES.register("digits_apt_no_r2")
+def digits_apt_no_r2() -> TrainConfig:
+    """Ablation: the regulariser on real samples alone, as in the paper."""
+    return _ablation("no_r2", terms=Terms())
+
+
+@RECIPES.register("digits_apt_shallow")
+def digits_apt_shallow() -> TrainConfig:
+    """Ablation: a discriminator of half the depth (APT Fig. 6)."""
+    return _ablation("shallow", layers=(1, 2, 3))
+
+
+@RECIPES.register("digits_apt_one_head")
+def digits_apt_one_head() -> TrainConfig:
+    """Ablation: one head, on the last block (APT Fig. 7)."""
+    return _ablation("one_head", layers=(6,))
+
+
+@RECIPES.register("digits_apt_frozen")
+def digits_apt_frozen() -> TrainConfig:
+    """Ablation: D's backbone frozen, only its heads train (APT App. F)."""
+    return _ablation("frozen", freeze_discriminator_backbone=True)
+
+
+@RECIPES.register("digits_apt_slow_backbone")
+def digits_apt_slow_backbone() -> TrainConfig:
+    """Ablation: D's backbone at a tenth of its heads' rate (APT App. F)."""
+    return _ablation("slow_backbone", discriminator_backbone_rate=0.1)
+
+
+@RECIPES.register("digits_apt_distilled_d")
+def digits_apt_distilled_d() -> TrainConfig:
+    """Ablation: D initialised from the distilled instead of the diffusion weights (Sec. 3.3)."""
+    return _ablation("distilled_d", discriminator="runs/digits/distill/export")
+
+
+@RECIPES.register("digits_apt_no_ensemble")
+def digits_apt_no_ensemble() -> TrainConfig:
+    """Ablation: D sees t = 0 in place of an ensemble of timesteps (Sec. 3.3)."""
+    return _ablation("no_ensemble", timestep_ensemble=False)
+
+
+@RECIPES.register("digits_apt_small_batch")
+def digits_apt_small_batch() -> TrainConfig:
+    """Ablation: a quarter of the batch (APT App. E)."""
+    return _ablation("small_batch", batch_size=8)
+
+
+@RECIPES.register("digits_apt_low_rates")
+def digits_apt_low_rates() -> TrainConfig:
+    """Ablation: both rates at a third (APT App. F)."""
+    return _ablation("low_rates", learning_rate=3e-5, discriminator_learning_rate=1e-4)
+
+
+@RECIPES.register("digits_apt_high_rates")
+def digits_apt_high_rates() -> TrainConfig:
+    """Ablation: both rates three times as high (APT App. F)."""
+    return _ablation("high_rates", learning_rate=3e-4, discriminator_learning_rate=9e-4)
+
+
+@RECIPES.register("digits_ablations")
+def digits_ablations() -> Sequence[TrainConfig]:
+    """All ablations of `digits_apt`, in a row."""
+    return (
+        digits_apt_long(),
+        digits_apt_no_r1(),
+        digits_apt_no_r2(),
+        digits_apt_shallow(),
+        digits_apt_one_head(),
+        digits_apt_frozen(),
+        digits_apt_slow_backbone(),
+        digits_apt_distilled_d(),
+        digits_apt_no_ensemble(),
+        digits_apt_small_batch(),
+        digits_apt_low_rates(),
+        digits_apt_high_rates(),
+    )
