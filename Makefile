@@ -2,6 +2,7 @@
 # make test     install with development tools and run the default tests
 # make check    ruff, formatting and types
 # make format   let ruff mend what it can
+# make docs     the pages of docs/ and the API reference, in build/docs/; a warning is an error
 # make bench    benchmarks of all that this machine can run: records in benchmarks/results/, gates
 # make clean    remove the environment, caches and build outputs
 #
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -29,6 +30,10 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The variable silences an advertisement.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -38,7 +38,7 @@ def contact_sheet(
     """Draw a table of videos: for instance one row per prompt, one column per sampler.
 
     Args:
-        cells: cells[row][column], each uint8 (T, H, W, 3), all of one shape; the T frames of a
+        cells: `cells[row][column]`, each uint8 (T, H, W, 3), all of one shape; the T frames of a
             cell stand side by side. One column alone shows one video per row, frame by frame.
         rows: captions on the left, wrapped to fit.
         columns: captions above; what follows a newline is drawn fainter below.
