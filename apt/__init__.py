@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from apt.version import __version__
 
 if TYPE_CHECKING:
+    from apt.checkpoints.bundle import ModelBundle, save_bundle, save_codec
+    from apt.checkpoints.export import export_model
+    from apt.checkpoints.load import load_bundle, load_codec, load_model
+    from apt.checkpoints.source import list_pretrained
     from apt.errors import AptError
-    from apt.hub import list_pretrained
     from apt.hub.push import push_to_hub
     from apt.losses import create_loss, list_losses
     from apt.methods.apt import generate
@@ -25,14 +28,14 @@ if TYPE_CHECKING:
         create_text_encoder,
         list_models,
     )
-    from apt.models.bundle import ModelBundle, load_pretrained, save_pretrained
-    from apt.models.exporting import export_model
-    from apt.models.loading import from_pretrained
     from apt.pipeline import OneStepPipeline
 
 _SOURCES = {
+    "apt.checkpoints.bundle": ("ModelBundle", "save_bundle", "save_codec"),
+    "apt.checkpoints.export": ("export_model",),
+    "apt.checkpoints.load": ("load_bundle", "load_codec", "load_model"),
+    "apt.checkpoints.source": ("list_pretrained",),
     "apt.errors": ("AptError",),
-    "apt.hub": ("list_pretrained",),
     "apt.hub.push": ("push_to_hub",),
     "apt.losses": ("create_loss", "list_losses"),
     "apt.methods.apt": ("generate",),
@@ -45,9 +48,6 @@ _SOURCES = {
         "create_text_encoder",
         "list_models",
     ),
-    "apt.models.bundle": ("ModelBundle", "load_pretrained", "save_pretrained"),
-    "apt.models.exporting": ("export_model",),
-    "apt.models.loading": ("from_pretrained",),
     "apt.pipeline": ("OneStepPipeline",),
 }
 _MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
@@ -65,14 +65,16 @@ __all__ = [
     "create_model",
     "create_text_encoder",
     "export_model",
-    "from_pretrained",
     "generate",
     "list_losses",
     "list_models",
     "list_pretrained",
-    "load_pretrained",
+    "load_bundle",
+    "load_codec",
+    "load_model",
     "push_to_hub",
-    "save_pretrained",
+    "save_bundle",
+    "save_codec",
 ]
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from apt.checkpoints.info import ComponentInfo
 from apt.data.buckets import Bucket
 from apt.data.folder import VideoFolder
 from apt.data.latents import (
@@ -29,7 +30,6 @@ from apt.data.latents import (
 )
 from apt.data.sample import Sample
 from apt.errors import DataError
-from apt.hub import ComponentInfo
 from apt.models.protocols import LatentCodec, TextEncoder
 
 T = TypeVar("T")

@@ -73,11 +73,11 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
     import torch
 
+    from apt.checkpoints.info import ModelInfo
+    from apt.checkpoints.load import describe, load_codec, load_prompt_check, load_text_encoder
     from apt.data.captions import CaptionRule
     from apt.data.folder import VideoFolder
     from apt.encode import encode_clips, encode_texts, open_cache, plan_cache, ranks
-    from apt.hub import ModelInfo
-    from apt.models.bundle import describe, load_codec, load_prompt_check, load_text_encoder
     from apt.train.config import DataConfig
     from apt.train.datasets import clip_buckets
     from apt.train.parallel import pick_device

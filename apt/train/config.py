@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from apt.checkpoints.info import SampleInfo
 from apt.checks import check_finite, check_positive, check_range
 from apt.data.captions import LongCaptions
 from apt.errors import ConfigError
-from apt.hub import SampleInfo
 from apt.methods.base import StageConfig
 from apt.train.monitor import MonitorConfig
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from apt.models.bundle import ModelBundle
+from apt.checkpoints.bundle import ModelBundle
 from apt.models.protocols import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 from apt.train.adapters import add_adapters

@@ -20,10 +20,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from apt.errors import ConfigError, InputError
+from apt.flow import FlowAdapter
 from apt.kernels import attention, modulated_norm, qk_norm_rope, residual_modulated_norm
 from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
-from apt.models.families import FlowAdapter
 from apt.models.tokens import FeedForward, joint_mask, pooled_text, timestep_sinusoids, token_grid
 from apt.models.transformer import Context, DiffusionTransformer, Tokens, TransformerBlock
 

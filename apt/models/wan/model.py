@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from apt.errors import ConfigError, InputError
+from apt.flow import FlowAdapter
 from apt.kernels import (
     attention,
     modulated_norm,
@@ -34,7 +35,6 @@ from apt.kernels import (
 )
 from apt.kernels.rows import take_rows
 from apt.models.conditions import TextCondition
-from apt.models.families import FlowAdapter
 from apt.models.tokens import (
     FeedForward,
     check_rotary_heads,
