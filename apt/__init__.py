@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from apt import models as models
     from apt import sampling as sampling
     from apt import train as train
+    from apt.checkpoints.bundle import ModelBundle, save_bundle, save_codec
+    from apt.checkpoints.export import export_model
+    from apt.checkpoints.load import load_bundle, load_codec, load_model
+    from apt.checkpoints.source import list_pretrained
     from apt.condition import Condition, EncodedText
     from apt.errors import AptError
     from apt.generate_options import GenerateOptions
-    from apt.hub import list_pretrained
     from apt.hub.push import push_to_hub
     from apt.losses import create_loss, list_losses
     from apt.methods.apt import generate
@@ -40,9 +43,6 @@ if TYPE_CHECKING:
         create_text_encoder,
         list_models,
     )
-    from apt.models.bundle import ModelBundle, load_pretrained, save_pretrained
-    from apt.models.exporting import export_model
-    from apt.models.loading import from_pretrained
     from apt.pipeline import OneStepPipeline
 
 _MODULES = (
@@ -61,10 +61,13 @@ _MODULES = (
     "train",
 )
 _SOURCES = {
+    "apt.checkpoints.bundle": ("ModelBundle", "save_bundle", "save_codec"),
+    "apt.checkpoints.export": ("export_model",),
+    "apt.checkpoints.load": ("load_bundle", "load_codec", "load_model"),
+    "apt.checkpoints.source": ("list_pretrained",),
     "apt.errors": ("AptError",),
     "apt.condition": ("Condition", "EncodedText"),
     "apt.generate_options": ("GenerateOptions",),
-    "apt.hub": ("list_pretrained",),
     "apt.hub.push": ("push_to_hub",),
     "apt.losses": ("create_loss", "list_losses"),
     "apt.methods.apt": ("generate",),
@@ -76,9 +79,6 @@ _SOURCES = {
         "create_text_encoder",
         "list_models",
     ),
-    "apt.models.bundle": ("ModelBundle", "load_pretrained", "save_pretrained"),
-    "apt.models.exporting": ("export_model",),
-    "apt.models.loading": ("from_pretrained",),
     "apt.pipeline": ("OneStepPipeline",),
 }
 _MODULE_OF = {name: module for module, names in _SOURCES.items() for name in names}
@@ -98,14 +98,16 @@ __all__ = [
     "create_model",
     "create_text_encoder",
     "export_model",
-    "from_pretrained",
     "generate",
     "list_losses",
     "list_models",
     "list_pretrained",
-    "load_pretrained",
+    "load_bundle",
+    "load_codec",
+    "load_model",
     "push_to_hub",
-    "save_pretrained",
+    "save_bundle",
+    "save_codec",
 ]
 
 

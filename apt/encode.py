@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from apt.checkpoints.info import ComponentInfo
 from apt.condition import EncodedText
 from apt.data.buckets import Bucket
 from apt.data.folder import VideoFolder
@@ -28,7 +29,6 @@ from apt.data.latents import (
 )
 from apt.data.sample import Sample
 from apt.errors import DataError
-from apt.hub import ComponentInfo
 from apt.models.protocols import LatentCodec, TextEncoder
 
 T = TypeVar("T")

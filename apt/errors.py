@@ -10,6 +10,11 @@ what was expected, and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+LISTED = 5
+"""Names in a message before the rest is only counted."""
+
 
 class AptError(Exception):
     """The root of all errors of this package."""
@@ -49,3 +54,10 @@ class MissingPackageError(InputError, ImportError):
 
 class MissingDecoderError(DataError, MissingPackageError):
     """A file of a data set that needs an optional package."""
+
+
+def listed(items: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(items)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

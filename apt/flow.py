@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -89,3 +90,27 @@ def euler_sample(predict: Predict, z: Tensor, timesteps: Tensor | Sequence[float
 def classifier_free_guidance(v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
     """v_uncond + scale (v_cond - v_uncond); scale 1 is the conditional prediction."""
     return torch.lerp(v_uncond, v_cond, scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowAdapter:
+    """How a family's time and velocity differ from t in [0, 1], 0 is data, v = z - x.
+
+    Attributes:
+        time_scale: the family's number for t = 1.
+        reversed_time: its time runs from noise to data.
+        negated_velocity: it predicts x - z.
+    """
+
+    time_scale: float = 1000.0
+    reversed_time: bool = False
+    negated_velocity: bool = False
+
+    def time(self, t: Tensor) -> Tensor:
+        """Our t (...) in [0, 1] in the family's scale, fp32."""
+        t = t.float()
+        return (1 - t if self.reversed_time else t) * self.time_scale
+
+    def velocity(self, v: Tensor) -> Tensor:
+        """The family's prediction as our velocity."""
+        return -v if self.negated_velocity else v

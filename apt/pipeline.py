@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from apt.checkpoints.bundle import ModelBundle
+from apt.checkpoints.info import ModelInfo
+from apt.checkpoints.load import load_bundle
+from apt.checkpoints.lora import find_lora, load_lora, merge_lora
 from apt.condition import Condition, EncodedText
 from apt.device import find_device
 from apt.errors import InputError
 from apt.flow import sampling_timesteps
 from apt.generate_options import GenerateOptions, OptionNames
-from apt.hub import ModelInfo
 from apt.memory import explained_memory, require_memory
-from apt.models.bundle import ModelBundle, load_pretrained
-from apt.models.lora import find_lora, merge_lora, read_lora
 from apt.models.registry import untrained_timesteps
 from apt.output_types import (
     OutputType,
@@ -101,7 +102,7 @@ class OneStepPipeline:
         dtype: torch.dtype = torch.float32,
         offload: bool = False,
     ) -> OneStepPipeline:
-        """Load a built-in name, a folder, or a Hub id; see `apt.models.bundle.load_pretrained`.
+        """Load a built-in name, a folder, or a Hub id; see `apt.checkpoints.load.load_bundle`.
 
         Args:
             name_or_folder: see there.
@@ -121,7 +122,7 @@ class OneStepPipeline:
         with explained_memory(
             f"loading {str(name_or_folder)!r}", "try bfloat16, or offload on a GPU"
         ):
-            bundle = load_pretrained(name_or_folder, device=kept, dtype=dtype)
+            bundle = load_bundle(name_or_folder, device=kept, dtype=dtype)
         return cls(bundle, offload_to=device if offload else None)
 
     def load_lora(self, name_or_file: str | Path, *, scale: float = 1.0) -> OneStepPipeline:
@@ -129,7 +130,7 @@ class OneStepPipeline:
 
         Args:
             name_or_file: a .safetensors file, or a folder or Hub id ("owner/name[@revision]") with
-                one, in any of the spellings that `apt.models.lora` reads.
+                one, in any of the spellings that `apt.checkpoints.lora.files` reads.
             scale: of the change; merging again with the negative takes it off, to rounding.
 
         Raises:
@@ -139,7 +140,7 @@ class OneStepPipeline:
         """
         backbone = self.bundle.backbone
         with explained_memory(f"merging {str(name_or_file)!r}", "load the model in bfloat16"):
-            merge_lora(backbone, read_lora(find_lora(name_or_file), backbone), scale=scale)
+            merge_lora(backbone, load_lora(find_lora(name_or_file), backbone), scale=scale)
         return self
 
     def to(

@@ -9,12 +9,18 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from apt.errors import ConfigError, InputError
 
 T = TypeVar("T")
 B = TypeVar("B", bound=Callable[..., Any])
+
+
+class Buildable(Protocol):
+    """A frozen config dataclass."""
+
+    def build(self) -> Any: ...
 
 
 class Registry(Generic[T]):

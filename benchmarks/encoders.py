@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from apt.bench.records import Measurement
 from apt.bench.timing import Clock, Work, median, time_interleaved
+from apt.checkpoints.external import import_hub_extra
 from apt.errors import InputError
-from apt.models.external import import_hub_extra
 from benchmarks.training import peak_gb, reset_peak
 
 PROMPT_TOKENS = 512

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apt.hub import list_pretrained, locate
+from apt.checkpoints.source import list_pretrained, locate
 from apt.pipeline import OneStepPipeline
 
 SHIPPED: dict[str, tuple[str, int]] = {

@@ -13,8 +13,8 @@ pytest.importorskip("av")
 import av
 from PIL import Image
 
-from apt.hub import SamplingInfo
-from apt.models.bundle import save_pretrained
+from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.info import SamplingInfo
 from tests.tiny import tiny_bundle
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.py"
@@ -30,9 +30,9 @@ def run_demo(monkeypatch: pytest.MonkeyPatch, *args: str) -> int | str | None:
 def test_demo_writes_all_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_pretrained(tmp_path / "apt", tiny_bundle())
+    save_bundle(tmp_path / "apt", tiny_bundle())
     sampling = SamplingInfo(num_steps=3, cfg_scale=2.0)
-    save_pretrained(tmp_path / "diffusion", tiny_bundle("diffusion", sampling))
+    save_bundle(tmp_path / "diffusion", tiny_bundle("diffusion", sampling))
     out = tmp_path / "demo"
     models = ("--model", str(tmp_path / "apt"), "--diffusion", str(tmp_path / "diffusion"))
     assert run_demo(monkeypatch, "--out", str(out), *models) == 0

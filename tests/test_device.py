@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import apt
+from apt.checkpoints.load import load_bundle
 from apt.device import find_device
 from apt.errors import InputError
-from apt.models.bundle import load_pretrained
 from apt.pipeline import OneStepPipeline
 from tests.tiny import tiny_bundle
 
@@ -35,8 +35,8 @@ def test_every_way_to_a_device_that_is_not_there() -> None:
         lambda: pipeline.to(ABSENT),
         lambda: offloading.to(ABSENT),
         lambda: OneStepPipeline.from_pretrained("digits", device=ABSENT),
-        lambda: load_pretrained("digits", device=ABSENT),
-        lambda: apt.from_pretrained("digits", device=ABSENT),
+        lambda: load_bundle("digits", device=ABSENT),
+        lambda: apt.load_model("digits", device=ABSENT),
         lambda: apt.create_model("mmdit_digits", device=ABSENT),
     ):
         with pytest.raises(InputError, match=f"there is no device '{ABSENT}'"):

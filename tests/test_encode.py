@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from apt.checkpoints.bundle import ModelBundle, component_info, save_bundle
+from apt.checkpoints.info import ModelInfo, SampleInfo, read_info
+from apt.checkpoints.load import load_bundle
 from apt.data.latents import CLIPS_PER_SHARD, LatentFolder, read_cache_info
 from apt.errors import ConfigError, InputError
-from apt.hub import ModelInfo, SampleInfo, read_info
 from apt.losses import Consistency
 from apt.methods.consistency import DistillConfig
 from apt.models import create_codec, create_model, create_text_encoder
-from apt.models.bundle import ModelBundle, component_info, load_pretrained, save_pretrained
 from apt.models.cached import CachedCodec, CachedTextEncoder
 from apt.train.cached import cached_codec, cached_text_encoder
 from apt.train.config import DataConfig, OptimizerConfig, TrainConfig
@@ -67,7 +68,7 @@ def make_model(folder: Path, peer: Path, **vae: Any) -> ModelBundle:
         sample=SampleInfo(frames=9, height=16, width=32, fps=8.0),
     )
     bundle = ModelBundle(backbone, text, codec, info)
-    save_pretrained(folder, bundle, external_text_encoder=True)
+    save_bundle(folder, bundle, external_text_encoder=True)
     return bundle
 
 
@@ -88,7 +89,7 @@ def test_latents_are_those_of_the_codec(root: Path, cache: Path) -> None:
     from apt.data.folder import VideoFolder
 
     folder = LatentFolder(cache)
-    bundle = load_pretrained(root / "model")
+    bundle = load_bundle(root / "model")
     videos = VideoFolder(root / "videos", buckets=[(9, 16, 32), (1, 16, 32)], fps=8)
     expected = {
         videos.caption(i): bundle.codec.encode(videos[i].pixels[None])[0]
@@ -101,7 +102,7 @@ def test_latents_are_those_of_the_codec(root: Path, cache: Path) -> None:
 
 
 def test_texts_are_those_of_the_encoder_in_any_batch(root: Path, cache: Path) -> None:
-    bundle = load_pretrained(root / "model")
+    bundle = load_bundle(root / "model")
     folder = LatentFolder(cache)
     assert set(folder.texts) == {*CAPTIONS, "a still", "", "blurry"}
     cached = cached_text_encoder(folder, bundle.info.text_encoder)
@@ -159,14 +160,14 @@ def test_training_on_the_cache_is_training_on_the_videos_without_the_peers(
     before, after = (read_info(root / n / "export") for n in ("from_videos", "from_cache"))
     assert after.codec == before.codec and after.text_encoder == before.text_encoder
     assert after.sample == SampleInfo(frames=9, height=16, width=32, fps=8.0)
-    load_pretrained(root / "from_cache" / "export")  # whole, now that the peers are back
+    load_bundle(root / "from_cache" / "export")  # whole, now that the peers are back
 
 
 def test_an_interruption_loses_one_shard_at_most(root: Path, tmp_path: Path) -> None:
     from apt.data.folder import VideoFolder
     from apt.encode import encode_clips, open_cache, plan_cache
 
-    bundle = load_pretrained(root / "model")
+    bundle = load_bundle(root / "model")
     videos = VideoFolder(root / "videos", buckets=[(1, 16, 16)])
     plan, _ = plan_cache(
         videos, bundle.info.codec, bundle.codec, None, size=(1, 16, 16), fps=0.0, clips_per_item=40
@@ -290,7 +291,7 @@ def test_a_model_with_an_encoder_of_its_own_needs_no_stored_texts(tmp_path: Path
     from apt.data.write import write_video_folder
     from tests.tiny import tiny_bundle
 
-    save_pretrained(tmp_path / "model", tiny_bundle("diffusion"))
+    save_bundle(tmp_path / "model", tiny_bundle("diffusion"))
     write_video_folder(MovingDigits(0), tmp_path / "videos", 3, FPS)
     encode(tmp_path, tmp_path / "cache", "--images", "none")
     assert read_cache_info(tmp_path / "cache").text_encoder is None

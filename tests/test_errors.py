@@ -14,11 +14,12 @@ import pytest
 
 import apt
 import apt.errors
+from apt.checkpoints.bundle import ModelBundle, component_info, save_bundle
+from apt.checkpoints.info import INFO_FILE
+from apt.checkpoints.load import load_bundle
 from apt.data.decode import read_image
 from apt.data.doom import DoomClips
-from apt.hub import INFO_FILE
 from apt.kernels import attention_backend, kernel_backend
-from apt.models.bundle import ModelBundle, component_info, load_pretrained, save_pretrained
 from apt.train.adapters import add_adapters
 from apt.train.config import LoRAConfig
 from apt.train.trainer import run
@@ -31,7 +32,7 @@ from tests.train.small_runs import config
 
 def load_with_umt5(folder: Path) -> None:
     """A model whose text encoder is another library's: all that refuses it is the library."""
-    save_pretrained(folder, tiny_bundle())
+    save_bundle(folder, tiny_bundle())
     document = json.loads((folder / INFO_FILE).read_text())
     document["text_encoder"] = {
         "architecture": "umt5",
@@ -39,7 +40,7 @@ def load_with_umt5(folder: Path) -> None:
         "weights": None,
     }
     (folder / INFO_FILE).write_text(json.dumps(document))
-    load_pretrained(folder)
+    load_bundle(folder)
 
 
 def read_heic(folder: Path) -> None:
@@ -128,7 +129,7 @@ def save_wan(folder: Path) -> None:
     backbone = apt.create_model("wan2.1_t2v_1.3b", in_channels=tiny.codec.channels, **size)
     part = component_info("wan2.1_t2v_1.3b", backbone)
     info = dataclasses.replace(tiny.info, model=part, codec=component_info("patchify", tiny.codec))
-    save_pretrained(folder, ModelBundle(backbone, tiny.text_encoder, tiny.codec, info))
+    save_bundle(folder, ModelBundle(backbone, tiny.text_encoder, tiny.codec, info))
 
 
 def test_divergence_is_a_runtime_error(tmp_path: Path) -> None:

@@ -20,17 +20,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.export import export_model
+from apt.checkpoints.info import TRANSFORMER_FILE, read_info
+from apt.checkpoints.load import load_bundle, load_model
+from apt.checkpoints.lora import find_lora, load_lora
 from apt.data.latents import LatentFolder, read_cache_info
 from apt.data.scan import scan_folder
 from apt.errors import CheckpointError, DataError, InputError
-from apt.hub import TRANSFORMER_FILE, read_info
 from apt.hub.push import push_to_hub
 from apt.media import write_mp4
 from apt.models import create_codec, create_text_encoder
-from apt.models.bundle import load_pretrained, save_pretrained
-from apt.models.exporting import export_model
-from apt.models.loading import from_pretrained
-from apt.models.lora import find_lora, read_lora
 from tests.cli.shell import invoke
 from tests.hub.tiny_pipelines import wan_folder
 from tests.tiny import tiny_bundle
@@ -153,7 +153,7 @@ def test_a_pipeline_that_names_code(
 ) -> None:
     edit(wan / file, **changes)
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_pretrained(wan)
+        load_bundle(wan)
     text = str(caught.value)
     assert str(wan) in text and "\n" not in text
 
@@ -182,7 +182,7 @@ def test_what_chooses_an_implementation_or_another_place_is_not_seen(
         init_inputs=["/etc/passwd"],
     )
     edit(wan / "vae" / "config.json", attention_backend="flash")
-    found, expected = load_pretrained(wan), load_pretrained(pipeline)
+    found, expected = load_bundle(wan), load_bundle(pipeline)
     chosen = [b.text_encoder.model.config._attn_implementation for b in (found, expected)]  # type: ignore[attr-defined]
     assert chosen[0] == chosen[1]
     with torch.no_grad():
@@ -197,15 +197,15 @@ def test_pickles_in_the_place_of_weights(wan: Path, mark: Path, part: str) -> No
         file.unlink()
     torch.save(Pickled(mark), wan / part / bin_name)
     with pytest.raises(CheckpointError, match=r"pickles|no \.safetensors") as caught:
-        load_pretrained(wan)
-    assert "save_pretrained" in str(caught.value)
+        load_bundle(wan)
+    assert "save_bundle" in str(caught.value)
     name = bin_name.replace(
         "pytorch_model.bin",
         "model.safetensors" if part == "text_encoder" else "pytorch_model.safetensors",
     )
     (wan / part / bin_name).rename(wan / part / name)
     with pytest.raises(CheckpointError, match="is a pickle"):
-        load_pretrained(wan)
+        load_bundle(wan)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vae", "transformer"])
@@ -219,7 +219,7 @@ def test_an_index_that_leads_elsewhere(wan: Path, part: str) -> None:
         index = {"metadata": {}, "weight_map": {"a": name}}
         (wan / part / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(CheckpointError, match="names a file that is not beside it"):
-            load_pretrained(wan)
+            load_bundle(wan)
 
 
 def test_deep_and_damaged_json(wan: Path) -> None:
@@ -235,15 +235,15 @@ def test_deep_and_damaged_json(wan: Path) -> None:
         sound = (wan / file).read_text()
         (wan / file).write_text('{"a":' * 100_000)
         with pytest.raises(CheckpointError, match="nested deeper than 64 levels"):
-            load_pretrained(wan)
+            load_bundle(wan)
         (wan / file).write_text(sound)
-    load_pretrained(wan)
+    load_bundle(wan)
 
 
 def test_a_tokenizer_that_its_parser_refuses(wan: Path) -> None:
     edit(wan / "tokenizer" / "tokenizer.json", normalizer={"type": "Evil"})
     with pytest.raises(CheckpointError, match=f"no usable tokenizer in {wan}") as caught:
-        load_pretrained(wan)
+        load_bundle(wan)
     assert "apt-" not in str(caught.value)
 
 
@@ -269,7 +269,7 @@ def test_a_folder_named_like_a_file(wan: Path, tmp_path: Path, pipeline: Path, f
     (wan / file).unlink()
     (wan / file).mkdir()
     with pytest.raises(CheckpointError, match=rf"cannot read '{wan / file}': Is a directory"):
-        load_pretrained(wan)
+        load_bundle(wan)
     if file.split("/")[0] in ("vae", "text_encoder"):
         with pytest.raises(CheckpointError, match=f"{wan / file}.*(Is a directory|is a folder)"):
             export_model(pipeline, tmp_path / "out", format="diffusers", base=str(wan))
@@ -295,12 +295,12 @@ def test_an_encoder_alone(wan: Path) -> None:
 def test_our_own_description(
     tmp_path: Path, mark: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    folder = save_pretrained(tmp_path / "model", tiny_bundle())
+    folder = save_bundle(tmp_path / "model", tiny_bundle())
     document = json.loads((folder / "apt.json").read_text())
     change(document)
     (folder / "apt.json").write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match=message):
-        load_pretrained(folder)
+        load_bundle(folder)
     (folder / "apt.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="nested deeper"):
         read_info(folder)
@@ -310,10 +310,10 @@ def test_single_files(tmp_path: Path, mark: Path) -> None:
     for name in ("model.safetensors", "model.ckpt", "model.bin", "model.pt"):
         torch.save(Pickled(mark), tmp_path / name)
         with pytest.raises(CheckpointError, match="pickle"):
-            from_pretrained(tmp_path / name)
+            load_model(tmp_path / name)
         (tmp_path / name).write_bytes(pickle.dumps(Pickled(mark)))
         with pytest.raises(CheckpointError, match="pickle"):
-            from_pretrained(tmp_path / name)
+            load_model(tmp_path / name)
 
 
 def test_loras(tmp_path: Path, mark: Path) -> None:
@@ -321,12 +321,12 @@ def test_loras(tmp_path: Path, mark: Path) -> None:
     path = tmp_path / "pytorch_lora_weights.safetensors"
     torch.save(Pickled(mark), path)
     with pytest.raises(CheckpointError, match="pickle"):
-        read_lora(find_lora(tmp_path), model)
+        load_lora(find_lora(tmp_path), model)
     bomb = {"lora_adapter_metadata": "[" * 100_000}
     name = "blocks.0.streams.0.mlp_out.lora_A.weight"
     save_file({name: torch.zeros(1, 1)}, path, metadata=bomb)
     with pytest.raises(CheckpointError, match="nested deeper"):
-        read_lora(path, model)
+        load_lora(path, model)
 
 
 def test_latent_caches(tmp_path: Path, mark: Path) -> None:
@@ -413,7 +413,7 @@ def test_an_export_copies_no_code_and_nothing_from_elsewhere(
 
 
 def test_a_push_sends_nothing_from_elsewhere(tmp_path: Path) -> None:
-    folder = save_pretrained(tmp_path / "model", tiny_bundle())
+    folder = save_bundle(tmp_path / "model", tiny_bundle())
     (secret := tmp_path / "id_rsa").write_text("secret")
     for name in ("README.md", "LICENSE", "vocab.txt", "more.safetensors"):
         (folder / name).symlink_to(secret)

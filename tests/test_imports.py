@@ -18,6 +18,12 @@ BASE = {
     "pixels",
     "registry", "rng", "untrusted", "version",
 }  # fmt: skip
+# Files of a room that lie above its others: what a model is, above the models that files fill.
+UPPER_FLOORS = {
+    "hub": {"card", "pull", "push"},
+    "checkpoints": {"bundle", "export", "find", "load"},
+}
+MODELS = {"models", "checkpoints", "checkpoints, upper floor"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "checks": {"errors"},
@@ -33,23 +39,26 @@ ARROWS: dict[str, set[str]] = {
     "output_types": {"errors", "pixels"},
     "memory": {"errors"},
     "outputs": {"errors"},
-    "untrusted": set(),
+    "untrusted": {"errors"},
     "device": {"errors"},
     "distributed": {"errors"},
     "kernels": {"errors", "rng", "philox", "distributed"},
     "media": {"errors", "memory"},
-    "hub": {"errors", "registry", "version", "files", "untrusted", "distributed"},
-    "models": {"kernels", "hub"} | BASE,
+    "hub": {"distributed", "errors", "untrusted"},
+    "checkpoints": {"hub"} | BASE,
+    "hub, upper floor": {"hub", "checkpoints"} | BASE,
+    "models": {"kernels", "checkpoints"} | BASE,
+    "checkpoints, upper floor": {"models", "checkpoints"} | BASE,
     "losses": {"kernels"} | BASE,
     "data": {"media"} | BASE,
     "metrics": BASE,
     "bench": {"kernels", "models"} | BASE,
     "sampling": {"models"} | BASE,
-    "pipeline": {"models", "hub", "sampling", "generate_options", "output_types"} | BASE,
-    "methods": {"kernels", "models", "hub", "sampling", "losses", "metrics"} | BASE,
-    "train": {"kernels", "models", "hub", "methods", "losses", "data", "metrics", "media"} | BASE,
-    "encode": {"models", "hub", "data"} | BASE,
-    "evaluate": {"models", "hub", "sampling", "pipeline", "data", "metrics", "media"} | BASE,
+    "pipeline": {"sampling", "generate_options", "output_types"} | MODELS | BASE,
+    "methods": {"kernels", "sampling", "losses", "metrics"} | MODELS | BASE,
+    "train": {"kernels", "methods", "losses", "data", "metrics", "media"} | MODELS | BASE,
+    "encode": {"data"} | MODELS | BASE,
+    "evaluate": {"sampling", "pipeline", "data", "metrics", "media"} | MODELS | BASE,
 }
 # `train` and `pipeline` together are for the CLI alone; the public API names both, and loads none.
 ARROWS["__init__"] = set(ARROWS) - {"encode", "bench"}
@@ -76,8 +85,9 @@ LATE_PACKAGES = ("av", "huggingface_hub", "matplotlib", "sklearn", "tensorboard"
 
 
 def part_of(module: str) -> str:
-    """`apt.models.mmdit` -> `models`, `apt` -> `__init__`."""
-    return [*module.split("."), "__init__"][1]
+    """`apt.models.mmdit` -> `models`, `apt.hub.push` -> its upper floor, `apt` -> `__init__`."""
+    _, part, file = [*module.split("."), "__init__", ""][:3]
+    return f"{part}, upper floor" if file in UPPER_FLOORS.get(part, ()) else part
 
 
 def module_name(path: Path) -> str:
@@ -101,6 +111,8 @@ def imported_modules(tree: ast.AST, importer: str, *, is_package: bool) -> Itera
                     yield f"apt.{alias.name}" if alias.name in ARROWS else "apt"
             elif is_apt(base):
                 yield base
+                if base.removeprefix("apt.") in UPPER_FLOORS:
+                    yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def is_apt(module: str) -> bool:
@@ -137,6 +149,11 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("apt.losses.r1", "from ..train import trainer", ["apt.train"]),
         ("apt.train.trainer", "def f():\n    from apt import pipeline", ["apt.pipeline"]),
         ("apt.models.wan.model", "from apt import OneStepPipeline", ["apt"]),
+        ("apt.models.lora", "from apt.checkpoints.load import x", ["apt.checkpoints.load"]),
+        ("apt.models.lora", "from apt.checkpoints import load", ["apt.checkpoints.load"]),
+        ("apt.checkpoints.info", "from .find import find_model", ["apt.checkpoints.find"]),
+        ("apt.hub.client", "from apt.hub import push", ["apt.hub.push"]),
+        ("apt.checkpoints.load", "from apt.checkpoints import info\nimport apt.models", []),
         ("apt.models.wan.model", "from apt.kernels import rms_norm\nfrom ..tokens import x", []),
         ("apt.losses.r1", "import aptly\nfrom torch import apt", []),
     ],

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.info import SamplingInfo
+from apt.checkpoints.lora import LORA_FILE, LoRALayer, save_lora
 from apt.condition import Condition
 from apt.errors import CheckpointError, InputError
 from apt.generate_options import GenerateOptions
-from apt.hub import SamplingInfo
-from apt.models.bundle import save_pretrained
-from apt.models.lora import LORA_FILE, LoRALayer, save_lora
 from apt.pipeline import OneStepPipeline
 from apt.rng import Draw, sample_noise
 from tests.tiny import tiny_bundle
@@ -261,7 +261,7 @@ def test_output_types_are_one_video(pipeline: OneStepPipeline) -> None:
 
 
 def test_from_pretrained_and_to(tmp_path: Any, pipeline: OneStepPipeline) -> None:
-    save_pretrained(tmp_path, pipeline.bundle)
+    save_bundle(tmp_path, pipeline.bundle)
     loaded = OneStepPipeline.from_pretrained(tmp_path, device="cpu")
     assert (loaded.stage, loaded.device.type, loaded.dtype) == ("apt", "cpu", torch.float32)
     exact = loaded(PROMPT)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt.checkpoints.bundle import save_bundle
 from apt.condition import Condition
 from apt.distributed.parallel import Parallel
 from apt.errors import InputError
@@ -39,7 +40,6 @@ from apt.losses import R1, ApproximateR1, ApproximateR2, create_loss
 from apt.methods.apt import AdversarialConfig, AdversarialPostTraining
 from apt.methods.base import MicroBatch
 from apt.methods.terms import Terms
-from apt.models.bundle import save_pretrained
 from apt.models.discriminator import paper_layers
 from apt.rng import Draw
 from apt.train.config import OptimizerConfig, TrainConfig
@@ -73,7 +73,7 @@ class Seen(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pretrained(tmp_path_factory.mktemp("tiny"), tiny_bundle("diffusion"))
+    return save_bundle(tmp_path_factory.mktemp("tiny"), tiny_bundle("diffusion"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from apt.hub import read_info
+from apt.checkpoints.info import read_info
 from apt.rng import Draw, sample_noise
 from apt.train.logs import read_log
 from tests.data.media import noise, write_image, write_video
@@ -43,10 +43,10 @@ np.save(out, made.frames[0] if int(frames) > 1 else made.images)
 OURS = """
 import sys, dataclasses, numpy as np, torch
 from apt.models import create_text_encoder
-from apt.models.bundle import load_pretrained
+from apt.checkpoints.load import load_bundle
 from apt.pipeline import OneStepPipeline
 repo, out, frames = sys.argv[1:]
-bundle = load_pretrained(repo)
+bundle = load_bundle(repo)
 part = bundle.info.text_encoder
 bundle.text_encoder = create_text_encoder(part.architecture, **{**part.config, "dtype": "float32"})
 pixels = OneStepPipeline(bundle).sample_pixels(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from apt.hub import ModelInfo, SampleInfo, SamplingInfo
+from apt.checkpoints.bundle import ModelBundle, component_info
+from apt.checkpoints.info import ModelInfo, SampleInfo, SamplingInfo
 from apt.models import create_codec, create_model, create_text_encoder
-from apt.models.bundle import ModelBundle, component_info
 
 
 def tiny_bundle(stage: str = "apt", sampling: SamplingInfo | None = None) -> ModelBundle:

@@ -41,8 +41,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
     captions = None
     if options.model is not None:
+        from apt.checkpoints.load import load_prompt_check
         from apt.data.captions import CaptionRule
-        from apt.models.bundle import load_prompt_check
 
         captions = CaptionRule(load_prompt_check(options.model))
     with progress_bar("checking") as update:

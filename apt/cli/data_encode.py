@@ -73,14 +73,14 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
     import torch
 
+    from apt.checkpoints.info import ModelInfo
+    from apt.checkpoints.load import describe, load_codec, load_prompt_check, load_text_encoder
     from apt.data.builtin_sources import Folder
     from apt.data.captions import CaptionRule
     from apt.data.source import ClipRequest
     from apt.distributed.device import pick_device
     from apt.distributed.launch import launch_rank, launch_world_size
     from apt.encode import encode_clips, encode_texts, open_cache, plan_cache
-    from apt.hub import ModelInfo
-    from apt.models.bundle import describe, load_codec, load_prompt_check, load_text_encoder
 
     info = describe(options.model)
     rule = None

@@ -55,7 +55,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
     import torch
 
-    from apt.models.exporting import export_model
+    from apt.checkpoints.export import export_model
 
     with explained_memory(f"exporting {str(source)!r}", "export on a machine with more memory"):
         written = export_model(

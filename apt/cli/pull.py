@@ -35,7 +35,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     """Download, and say where it is."""
     options = tyro.cli(Pull, args=args, prog=prog)
 
-    from apt.hub.folders import split_hub_id
+    from apt.checkpoints.source import split_hub_id
     from apt.hub.pull import pull
 
     repo, revision = split_hub_id(options.name) or published(options.name)

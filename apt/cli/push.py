@@ -38,8 +38,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
     """Upload, and say where it is."""
     options = tyro.cli(Push, args=args, prog=prog)
 
-    from apt.hub import CodecInfo, read_description
-    from apt.hub.folders import split_hub_id
+    from apt.checkpoints.info import CodecInfo, read_description
+    from apt.checkpoints.source import split_hub_id
 
     if not options.folder.is_dir():
         raise InputError(f"there is no folder {str(options.folder)!r}; pass that of a model")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt.checkpoints.info import read_info
 from apt.data.digits import TRAIN_LABELS
 from apt.errors import CheckpointError, ConfigError
 from apt.evaluate import plots
@@ -46,7 +47,6 @@ from apt.evaluate.samples import (
     real_reference,
     to_frames,
 )
-from apt.hub import read_info
 from apt.media import write_contact_sheet
 from apt.metrics import Diversity, power_spectrum
 

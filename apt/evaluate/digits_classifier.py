@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt.checkpoints.weights import load_weights, save_weights
 from apt.data.digits import (
     ALL_LABELS,
     COLOURS,
@@ -32,7 +33,6 @@ from apt.data.digits import (
     Split,
 )
 from apt.errors import CheckpointError, ConfigError, InputError
-from apt.hub import load_weights, save_weights
 from apt.pixels import to_uint8
 from apt.rng import generator_for
 

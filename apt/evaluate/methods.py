@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from apt.hub import INFO_FILE, ModelInfo, read_info
+from apt.checkpoints.info import INFO_FILE, ModelInfo, read_info
 
 EXPORT, SNAPSHOTS, LOG = "export", "snapshots", "log.jsonl"
 

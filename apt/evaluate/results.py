@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from apt.checkpoints.info import ModelInfo
 from apt.evaluate.digits_classifier import Accuracy
 from apt.evaluate.measure import Measurement, Spread, spread, summarise
 from apt.evaluate.methods import Group, Method, updates_of
-from apt.hub import ModelInfo
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apt.hub.folders import PIPELINE_FILE, split_hub_id
-from apt.hub.info import CodecInfo, ModelInfo
+from apt.checkpoints.info import CodecInfo, ModelInfo
+from apt.checkpoints.source import PIPELINE_FILE, split_hub_id
 
 CARD_FILE = "README.md"
 LIBRARY = "diffusion-apt"
@@ -111,8 +111,8 @@ def _link(repo_id: str) -> str:
 def _snippets(info: ModelInfo | CodecInfo, repo_id: str, in_diffusers: bool) -> str:
     if isinstance(info, CodecInfo):
         return (
-            "```python\nfrom apt.models.bundle import load_codec  # pip install diffusion-apt\n\n"
-            f'codec = load_codec("{repo_id}")\n'
+            "```python\nimport apt  # pip install diffusion-apt\n\n"
+            f'codec = apt.load_codec("{repo_id}")\n'
             "latents = codec.encode(pixels)  # (B, 3, T, H, W) in [-1, 1]\n```"
         )
     ours = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from apt.checkpoints.documents import read_json, read_pipeline
+from apt.checkpoints.info import INFO_FILE
+from apt.checkpoints.source import DESCRIPTIONS, PIPELINE_FILE
 from apt.errors import CheckpointError
 from apt.hub.download import download
-from apt.hub.folders import DESCRIPTIONS, PIPELINE_FILE
-from apt.hub.inert import read_json, read_pipeline
-from apt.hub.info import INFO_FILE
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 _EXTRAS = ["*.md", "LICENSE*"]

@@ -5,22 +5,22 @@ from __future__ import annotations
 import fnmatch
 from pathlib import Path
 
-from apt.errors import CheckpointError
-from apt.hub.card import CARD_FILE, make_card
-from apt.hub.client import explained, quiet_client, require_token, with_retries
-from apt.hub.folders import PIPELINE_FILE
-from apt.hub.info import (
+from apt.checkpoints.info import (
     INFO_FILE,
     CodecInfo,
     ComponentInfo,
     ModelInfo,
     info_text,
     read_description,
+    without_folders,
 )
-from apt.hub.links import check_links
+from apt.checkpoints.safetensors import read_header
+from apt.checkpoints.source import PIPELINE_FILE
+from apt.errors import CheckpointError
+from apt.hub.card import CARD_FILE, make_card
+from apt.hub.client import explained, quiet_client, require_token, with_retries
 from apt.hub.reach import PUSH_PATIENCE, bounded_waits
-from apt.hub.shared import without_folders
-from apt.hub.stored import read_header
+from apt.untrusted import check_links
 
 _PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md", "LICENSE*", "*.png", "*.mp4")
 """What a model consists of. Pickles are not among them."""

@@ -15,11 +15,13 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from apt.checkpoints.bundle import ModelBundle
+from apt.checkpoints.info import ModelInfo, SamplingInfo
+from apt.checkpoints.load import describe_model, load_model
 from apt.checks import check_positive
 from apt.condition import Condition
 from apt.errors import ConfigError, InputError
 from apt.flow import to_sample
-from apt.hub import ModelInfo, SamplingInfo
 from apt.kernels import (
     attention_backend,
     kernel_backend,
@@ -36,7 +38,6 @@ from apt.losses import (
 )
 from apt.methods.base import Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean_logs
 from apt.methods.terms import DiscriminatorTerm, FeatureMatching, Terms
-from apt.models.bundle import ModelBundle, load_backbone
 from apt.models.discriminator import (
     Discriminator,
     LogitNetwork,
@@ -214,8 +215,8 @@ class AdversarialPostTraining(Method):
         self.config = config
         self.objective = _objective(config.objective)
 
-        backbone, info = load_backbone(config.source("discriminator"))
-        _check_same_latents(start.info, info)
+        backbone = load_model(config.source("discriminator"))
+        _check_same_latents(start.info, describe_model(config.source("discriminator")))
         torch.manual_seed(host.seed)
         discriminator = Discriminator(backbone, head=config.head, layers=config.layers or None)
         host.adapt(backbone, discriminator=True)

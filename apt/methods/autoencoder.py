@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from apt.checkpoints.bundle import component_info, save_codec
+from apt.checkpoints.info import CODEC_STAGE, CodecInfo, SampleInfo
 from apt.checks import check_range
 from apt.errors import ConfigError
-from apt.hub import CodecInfo, SampleInfo
-from apt.hub.info import CODEC_STAGE
 from apt.methods.base import (
     Host,
     Metrics,
@@ -35,7 +35,6 @@ from apt.methods.base import (
     mean_logs,
 )
 from apt.metrics.detail import patch_frequencies
-from apt.models.bundle import component_info, save_codec
 from apt.models.codec_causal import CausalCodec
 from apt.rng import sample_noise
 

@@ -19,13 +19,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from apt.checkpoints.bundle import ModelBundle, save_bundle
+from apt.checkpoints.info import SampleInfo, SamplingInfo
+from apt.checkpoints.lora import LoRA, LoRALayer, merge_lora, save_lora
 from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
-from apt.hub import SampleInfo, SamplingInfo
-from apt.models.bundle import ModelBundle, save_pretrained
 from apt.models.create import create_model, create_text_encoder
-from apt.models.lora import LoRA, merge_lora, save_lora
-from apt.models.lora_layers import LoRALayer
 from apt.models.protocols import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 from apt.rng import Draw, sample_noise, sample_uniform
@@ -424,7 +423,7 @@ class Method(Stage):
         )
         bundle = ModelBundle(backbone, text_encoder, self.start.codec, described)
         external = info.text_encoder.weights is None and not text_state
-        save_pretrained(folder, bundle, dtype=outcome.dtype, external_text_encoder=external)
+        save_bundle(folder, bundle, dtype=outcome.dtype, external_text_encoder=external)
         if outcome.adapters:
             save_lora(folder, outcome.adapters)
 

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from apt.checkpoints.bundle import ModelBundle
+from apt.checkpoints.info import SamplingInfo
 from apt.checks import check_range
 from apt.condition import Condition
-from apt.hub import SamplingInfo
 from apt.losses import Consistency
 from apt.methods.apt import generate, one_step_sampling
 from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
-from apt.models.bundle import ModelBundle
 from apt.models.registry import untrained_timesteps
 from apt.models.transformer import DiffusionTransformer
 from apt.rng import sample_noise

@@ -11,14 +11,14 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
+from apt.checkpoints.bundle import ModelBundle
+from apt.checkpoints.info import SamplingInfo
 from apt.checks import check_positive
 from apt.condition import Condition
 from apt.errors import ConfigError
 from apt.flow import sampling_timesteps, shift_timesteps
-from apt.hub import SamplingInfo
 from apt.losses import FlowMatching
 from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
-from apt.models.bundle import ModelBundle
 from apt.rng import sample_noise
 from apt.sampling import bind_guided, sample
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from apt.checkpoints.layouts import FAMILIES
 from apt.models import (
     codec_causal,
     codec_diffusers,
@@ -16,7 +17,6 @@ from apt.models import (
 )
 from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.models.discriminator import Discriminator, create_discriminator
-from apt.models.families import FAMILIES
 from apt.models.registry import CODECS, HEADS, MODELS, TEXT_ENCODERS, list_models
 
 __all__ = [

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from apt.hub.pretrained import PretrainedEntry
-from apt.models.layouts import family_of
-from apt.models.registry import MODELS
+from apt.checkpoints.layouts import family_of
+from apt.models.registry import MODELS, PretrainedEntry
 
 
 @dataclass(frozen=True)

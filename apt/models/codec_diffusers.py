@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.errors import CheckpointError, ConfigError, InputError
-from apt.models.external import (
+from apt.checkpoints.external import (
     DType,
     import_hub_extra,
     load_complete,
@@ -20,6 +19,7 @@ from apt.models.external import (
     read_config,
     torch_dtype,
 )
+from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models.protocols import LatentCodec
 from apt.models.registry import CODECS
 from apt.models.sizes import causal_latent_shape

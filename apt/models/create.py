@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from apt.checkpoints.checkpoint import Checkpoint
+from apt.checkpoints.safetensors import find_weights
+from apt.checkpoints.source import locate
 from apt.device import find_device
 from apt.errors import InputError
-from apt.models.loading import load_registered
 from apt.models.protocols import LatentCodec, TextEncoder
 from apt.models.registry import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.transformer import DiffusionTransformer
@@ -38,7 +40,7 @@ def create_model(
     Raises:
         InputError: an unknown name, tag or field, with close matches, no published weights, or no
             such device.
-        CheckpointError: weights that cannot be fetched or do not fit; see `from_pretrained`.
+        CheckpointError: weights that cannot be fetched or do not fit; see `apt.load_model`.
     """
     if device is not None:
         device = find_device(device)
@@ -47,15 +49,17 @@ def create_model(
         if pretrained not in (False, True, tag):
             raise InputError(f"{name}.{tag} and pretrained={pretrained!r} name two tags; name one")
         pretrained = tag
+    config = replace_typed(MODELS.get(name)(), overrides)
     if pretrained is not False:
-        return load_registered(
-            name,
-            find_tag(name, pretrained),
-            overrides,
-            dtype=dtype or torch.get_default_dtype(),
-            device=device or torch.get_default_device(),
+        entry = MODELS.pretrained(name)[find_tag(name, pretrained)]
+        source = locate(entry.repo, entry.revision)
+        source.fetch_component(entry.subfolder)
+        weights = find_weights(source.folder / entry.subfolder)
+        model: DiffusionTransformer = Checkpoint(weights, name, config).load(
+            dtype=dtype or torch.get_default_dtype(), device=device or torch.get_default_device()
         )
-    module = replace_typed(MODELS.get(name)(), overrides).build()
+        return model
+    module = config.build()
     return module.to(device=device, dtype=dtype)
 
 

@@ -7,20 +7,53 @@ replace its fields. A model's identity in a file is its registered name and its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
 
+from apt.checkpoints.info import SampleInfo, SamplingInfo
 from apt.errors import InputError
-from apt.hub.pretrained import PretrainedEntry
 from apt.models.protocols import PromptCheck
-from apt.registry import B, Registry
+from apt.registry import B, Buildable, Registry
 
 
-class Buildable(Protocol):
-    """A frozen config dataclass."""
+@dataclass(frozen=True, kw_only=True)
+class PretrainedEntry:
+    """Published weights of one registered model.
 
-    def build(self) -> Any: ...
+    Attributes:
+        repo: Hub id of a diffusers folder.
+        revision: commit, tag or branch; None is the newest.
+        subfolder: of the transformer in it.
+        license: SPDX identifier, or the Hub's name of another licence.
+        source: who published it, and the paper or page.
+        gated: whether the licence must be accepted on the Hub first.
+        codec, text_encoder: registered names of the parts that go with it.
+        compression: pixels per latent of that codec along time (after the first frame), height and
+            width.
+        text_tokens: the length of the sequence that the model reads for any prompt.
+        sample: the size of what it makes best.
+        sampling: how its authors sample it; a shift that the folder's scheduler gives is taken
+            instead of this one.
+        lowest_t: the least t in [0, 1] that it was trained at; above 0 for an expert of several.
+        note: what a user has to know before they choose it.
+    """
+
+    repo: str
+    license: str
+    source: str
+    codec: str
+    text_encoder: str
+    compression: tuple[int, int, int]
+    text_tokens: int
+    sample: SampleInfo
+    sampling: SamplingInfo
+    revision: str | None = None
+    subfolder: str = "transformer"
+    gated: bool = False
+    lowest_t: float = 0.0
+    note: str = ""
 
 
 class BuildableText(Buildable, Protocol):
@@ -81,7 +114,7 @@ def find_tag(name: str, tag: bool | str) -> str:
         published = [other for other in MODELS.names() if MODELS.pretrained(other)]
         raise InputError(
             f"no weights are published for {name!r}; there are for {', '.join(published)}, and "
-            "apt.from_pretrained loads folders and Hub repositories"
+            "apt.load_model loads folders and Hub repositories"
         )
     if tag is True:
         return tags[0]

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from apt.checkpoints.external import DType
 from apt.condition import EncodedText
 from apt.errors import CheckpointError
-from apt.models.external import DType
 from apt.models.protocols import PromptCheck, TextEncoder
 from apt.models.registry import TEXT_ENCODERS
 from apt.models.text_transformers import TransformersTextConfig

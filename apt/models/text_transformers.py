@@ -16,20 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt.condition import EncodedText
-from apt.errors import CheckpointError, InputError, PromptLengthError
-from apt.models.external import (
+from apt.checkpoints.external import (
     DType,
     first_line,
     import_hub_extra,
     load_complete,
     local_folder,
     read_config,
+    staged_tokenizer,
     torch_dtype,
 )
+from apt.condition import EncodedText
+from apt.errors import CheckpointError, InputError, PromptLengthError
 from apt.models.protocols import PromptCheck, TextEncoder
 from apt.models.registry import TEXT_ENCODERS
-from apt.models.staging import staged_tokenizer
 
 # model_type values in config.json that each architecture loads; a whole CLIP holds a text part
 _MODEL_TYPES = {"t5": ("t5",), "umt5": ("umt5",), "clip": ("clip_text_model", "clip")}

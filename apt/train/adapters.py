@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from apt.checkpoints.lora import LoRALayer
 from apt.errors import ConfigError, MissingPackageError
-from apt.models.lora import LoRALayer
 from apt.models.transformer import DiffusionTransformer
 from apt.train.config import LoRAConfig
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from apt.checkpoints.info import ComponentInfo
 from apt.data.latents import LatentFolder
 from apt.errors import ConfigError
-from apt.hub import ComponentInfo
 from apt.models.cached import CachedCodec, CachedTextEncoder
-from apt.models.registry import CODECS, TEXT_ENCODERS, Buildable
-from apt.registry import Registry, replace_typed
+from apt.models.registry import CODECS, TEXT_ENCODERS
+from apt.registry import Buildable, Registry, replace_typed
 
 C = TypeVar("C", bound=Buildable)
 

@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from apt.checkpoints.info import SampleInfo
 from apt.checks import check_finite, check_positive, check_range
 from apt.data.builtin_sources import DATASETS, DIGITS
 from apt.data.captions import CaptionRule, LongCaptions
 from apt.data.digits import Setting, clip_size
 from apt.data.source import ClipRequest, DataSource
 from apt.errors import ConfigError
-from apt.hub import SampleInfo
 from apt.methods.base import StageConfig
 from apt.train.monitor import MonitorConfig
 

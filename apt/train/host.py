@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from apt.checkpoints.bundle import ModelBundle
 from apt.distributed.parallel import Parallel
-from apt.models.bundle import ModelBundle
 from apt.models.protocols import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 from apt.train.adapters import add_adapters

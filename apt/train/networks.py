@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt.checkpoints.bundle import ModelBundle, component_info
+from apt.checkpoints.info import ComponentInfo, ModelInfo, SamplingInfo
+from apt.checkpoints.load import (
+    describe,
+    describe_model,
+    load_bundle,
+    load_codec,
+    load_model,
+    load_text_encoder,
+)
 from apt.data.latents import LatentFolder
 from apt.distributed.tensors import whole
 from apt.errors import ConfigError
-from apt.hub import ComponentInfo, ModelInfo, SamplingInfo
 from apt.kernels import FusedRMSprop
 from apt.methods.base import MethodConfig
-from apt.models.bundle import (
-    ModelBundle,
-    component_info,
-    find_codec,
-    load_backbone,
-    load_codec,
-    load_pretrained,
-    load_text_encoder,
-)
 from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.models.protocols import LatentCodec
 from apt.train.cached import cached_codec, cached_text_encoder
@@ -146,12 +146,12 @@ def initial_bundle(config: TrainConfig) -> ModelBundle:
     cache = config.data.make_source().latent_cache()
     if cache is not None:
         return _bundle_on_cache(source, LatentFolder(cache))
-    return load_pretrained(source)
+    return load_bundle(source)
 
 
 def _bundle_on_cache(source: str, cache: LatentFolder) -> ModelBundle:
     """The model without what its latents and embeddings were made by."""
-    backbone, info = load_backbone(source)
+    backbone, info = load_model(source), describe_model(source)
     codec: LatentCodec = cached_codec(cache, info.codec)
     if info.codec.weights is not None:
         codec = load_codec(source)  # it is small, and goes into the model that comes out
@@ -211,7 +211,8 @@ def _codec(config: TrainConfig) -> tuple[LatentCodec, ComponentInfo]:
     """The codec of a new model: one that was trained, or one without weights of its own."""
     model, source = config.model, config.stage.trained_codec()
     if source:
-        codec, info = find_codec(source)
+        codec, found = load_codec(source), describe(source).codec
+        info = component_info(found.architecture, codec, found.weights)
     else:
         codec = create_codec(model.codec, **model.codec_options)
         info = component_info(model.codec, codec)

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from apt.checkpoints.info import SampleInfo
+from apt.checkpoints.load import load_prompt_check
 from apt.data.latents import read_cache_info
-from apt.hub import SampleInfo
-from apt.models.bundle import load_prompt_check
 from apt.models.protocols import PromptCheck
 from apt.models.registry import TEXT_ENCODERS
 from apt.registry import replace_typed

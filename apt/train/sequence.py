@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from apt.hub import INFO_FILE, read_description
+from apt.checkpoints.info import INFO_FILE, read_description
 from apt.train.config import TrainConfig
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from apt.checkpoints.load import describe
 from apt.distributed.parallel import Parallel
 from apt.errors import InputError
 from apt.methods.base import Stage
-from apt.models.bundle import describe
 from apt.models.cached import CachedCodec
 from apt.train import checkpoint
 from apt.train.config import TrainConfig

@@ -22,11 +22,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import apt.media
+from apt.checkpoints.bundle import ModelBundle, component_info, save_bundle
+from apt.checkpoints.info import ModelInfo, SampleInfo
+from apt.checkpoints.load import load_bundle
 from apt.cli.generate import output_paths, read_prompts, what_ran
-from apt.hub import ModelInfo, SampleInfo
 from apt.kernels.attention_choice import AttentionUse
 from apt.models import create_codec, create_model, create_text_encoder
-from apt.models.bundle import ModelBundle, component_info, load_pretrained, save_pretrained
 from apt.rng import generator_for
 from tests.cli.shell import ROOT, Result, error_line, invoke, run_cli
 
@@ -56,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sample=SampleInfo(frames=5, height=16, width=16, fps=8),
     )
     folder = tmp_path_factory.mktemp("model")
-    return save_pretrained(folder, ModelBundle(backbone, encoder, codec, info))
+    return save_bundle(folder, ModelBundle(backbone, encoder, codec, info))
 
 
 def num_frames(path: Path) -> int:
@@ -317,7 +318,7 @@ def test_one_file_needs_no_record(model: Path, tmp_path: Path) -> None:
 
 def test_no_black_file_from_a_lora_beyond_the_type(model: Path, tmp_path: Path) -> None:
     name = "transformer.blocks.0.streams.0.mlp_out"
-    backbone = load_pretrained(model).backbone
+    backbone = load_bundle(model).backbone
     assert isinstance(backbone, torch.nn.Module)
     out_, in_ = backbone.get_parameter("blocks.0.streams.0.mlp_out.weight").shape
     pair = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from apt.hub import read_info
+from apt.checkpoints.info import read_info
 from apt.train.logs import read_log
 from apt.train.recipes_digits import digits_apt, digits_codec
 from apt.train.run_state import exit_status

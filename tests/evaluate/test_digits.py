@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from apt.checkpoints.bundle import ModelBundle, component_info, save_bundle
+from apt.checkpoints.info import ModelInfo, SampleInfo, SamplingInfo
 from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, MovingDigits
 from apt.errors import CheckpointError, ConfigError
 from apt.evaluate import ClassifierConfig, EvaluateConfig, evaluate_digits
@@ -20,8 +22,6 @@ from apt.evaluate.samples import (
     real_for_captions,
     real_reference,
 )
-from apt.hub import ModelInfo, SampleInfo, SamplingInfo
-from apt.models.bundle import ModelBundle, component_info, save_pretrained
 from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.pixels import to_uint8
 
@@ -55,7 +55,7 @@ def save_tiny_model(folder: Path, stage: str, seed: int, updates: int = 200) -> 
         sampling=SamplingInfo(num_steps=1, cfg_scale=2.0),
         training={"updates": updates},
     )
-    save_pretrained(folder, ModelBundle(backbone, text_encoder, codec, info))
+    save_bundle(folder, ModelBundle(backbone, text_encoder, codec, info))
 
 
 def write_log(run: Path, losses: list[float]) -> None:

@@ -17,9 +17,9 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+import apt.checkpoints.load
 import apt.cli.app
 import apt.hub
-import apt.models.bundle
 import apt.pipeline
 
 
@@ -49,7 +49,7 @@ def run(request: dict[str, Any]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    assert apt.cli.app and apt.hub and apt.models.bundle and apt.pipeline
+    assert apt.cli.app and apt.hub and apt.checkpoints.load and apt.pipeline
     assert "huggingface_hub" not in sys.modules
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the children
     for line in sys.stdin:

@@ -25,7 +25,7 @@ DOWNLOAD = (
 import sys
 from pathlib import Path
 from apt.errors import InputError
-from apt.hub import download
+from apt.hub.download import download
 for name in sys.argv[1:]:
     repo, _, rest = name.partition("@")
     revision, _, local_dir = rest.partition(">")
@@ -149,7 +149,7 @@ def test_a_hub_that_is_silent_is_not_waited_for(hub: HubServer, tmp_path: Path) 
     """A proxy that takes the connection and never answers; the test ends, or hangs."""
     sha = hub.repos["owner/model"].sha(0)
     download(hub, tmp_path, "owner/model")
-    impatient = 'import apt.hub, sys; sys.modules["apt.hub.download"].PATIENCE = 0.1\n'
+    impatient = "import apt.hub.download; apt.hub.download.PATIENCE = 0.1\n"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         result = run_python(

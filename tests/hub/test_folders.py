@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from apt.checkpoints.bundle import component_info, save_bundle
+from apt.checkpoints.info import INFO_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE, read_info
+from apt.checkpoints.load import load_bundle
+from apt.checkpoints.source import locate
+from apt.checkpoints.weights import check_safetensors, load_weights, save_weights
 from apt.condition import Condition
 from apt.errors import CheckpointError, InputError
-from apt.hub import INFO_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE, locate, read_info
-from apt.hub.weights import check_safetensors, load_weights, save_weights
-from apt.models.bundle import component_info, load_pretrained, save_pretrained
 from apt.models.create import create_model
 from tests.tiny import tiny_bundle
 
@@ -27,7 +29,7 @@ from tests.tiny import tiny_bundle
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model; tests that spoil it take a copy."""
-    return save_pretrained(tmp_path_factory.mktemp("hub") / "model", tiny_bundle())
+    return save_bundle(tmp_path_factory.mktemp("hub") / "model", tiny_bundle())
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 
 
 def test_a_saved_model_comes_back_exactly(saved: Path) -> None:
-    original, loaded = tiny_bundle(), load_pretrained(saved)
+    original, loaded = tiny_bundle(), load_bundle(saved)
     assert {file.name for file in saved.iterdir()} == {
         INFO_FILE,
         TRANSFORMER_FILE,
@@ -80,24 +82,24 @@ def test_a_saved_model_comes_back_exactly(saved: Path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 def test_types_are_cast_on_the_way(tmp_path: Path, stored: torch.dtype) -> None:
-    save_pretrained(tmp_path, tiny_bundle(), dtype=stored)
+    save_bundle(tmp_path, tiny_bundle(), dtype=stored)
     tensors = load_file(tmp_path / TRANSFORMER_FILE)
     assert {tensor.dtype for tensor in tensors.values()} == {stored}
     for wanted in (torch.float32, torch.bfloat16):
-        module = load_pretrained(tmp_path, dtype=wanted).backbone
+        module = load_bundle(tmp_path, dtype=wanted).backbone
         assert isinstance(module, torch.nn.Module)
         for key, tensor in module.state_dict().items():
             assert torch.equal(tensor, tensors[key].to(wanted)), key
 
 
 def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    save_pretrained(tmp_path, tiny_bundle())
-    save_pretrained(tmp_path, tiny_bundle("diffusion"), external_text_encoder=True)
+    save_bundle(tmp_path, tiny_bundle())
+    save_bundle(tmp_path, tiny_bundle("diffusion"), external_text_encoder=True)
     assert {file.name for file in tmp_path.iterdir()} == {INFO_FILE, TRANSFORMER_FILE}
     info = read_info(tmp_path)
     assert info.stage == "diffusion"
     assert info.text_encoder.weights is None
-    assert load_pretrained(tmp_path).info == info
+    assert load_bundle(tmp_path).info == info
 
 
 def test_files_have_the_mode_that_the_umask_asks_for(saved: Path) -> None:
@@ -139,7 +141,7 @@ def test_a_truncated_model_says_which_file_and_how_much(folder: Path, name: str)
         rf"{name}' is truncated: it has {len(data) - 1} bytes, its header promises {len(data)}"
     )
     with pytest.raises(CheckpointError, match=message):
-        load_pretrained(folder)
+        load_bundle(folder)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_a_truncated_model_says_which_file_and_how_much(folder: Path, name: str)
 def test_files_of_other_kinds_are_named(folder: Path, content: bytes, message: str) -> None:
     (folder / TRANSFORMER_FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
-        load_pretrained(folder)
+        load_bundle(folder)
 
 
 @pytest.mark.parametrize("length", [0x80, 0x280, 0x4B50])
@@ -174,13 +176,13 @@ def test_bytes_after_the_end_are_damage(folder: Path) -> None:
     with (folder / TRANSFORMER_FILE).open("ab") as stream:
         stream.write(b"\0")
     with pytest.raises(CheckpointError, match="is damaged"):
-        load_pretrained(folder)
+        load_bundle(folder)
 
 
 def test_a_missing_weight_file_is_named(folder: Path) -> None:
     (folder / TEXT_ENCODER_FILE).unlink()
     with pytest.raises(CheckpointError, match=rf"{TEXT_ENCODER_FILE}' is missing"):
-        load_pretrained(folder)
+        load_bundle(folder)
 
 
 def test_missing_unexpected_and_reshaped_keys_are_all_listed(folder: Path) -> None:
@@ -190,7 +192,7 @@ def test_missing_unexpected_and_reshaped_keys_are_all_listed(folder: Path) -> No
 
     rewrite(folder, spoil)
     with pytest.raises(CheckpointError) as caught:
-        load_pretrained(folder)
+        load_bundle(folder)
     text = str(caught.value)
     assert "1 missing: patch_in.bias" in text
     assert "1 unexpected: patch_input.bias" in text
@@ -201,7 +203,7 @@ def test_missing_unexpected_and_reshaped_keys_are_all_listed(folder: Path) -> No
 def test_a_long_list_of_keys_is_cut_and_counted(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({f"x{i}": torch.zeros(1) for i in range(12)}))
     with pytest.raises(CheckpointError, match=r"12 unexpected: x0, x1, x10, x11, x2 and 7 more"):
-        load_pretrained(folder)
+        load_bundle(folder)
 
 
 def test_a_wrapped_checkpoint_is_recognised(folder: Path) -> None:
@@ -211,7 +213,7 @@ def test_a_wrapped_checkpoint_is_recognised(folder: Path) -> None:
 
     rewrite(folder, wrap)
     with pytest.raises(CheckpointError, match=r"fits once the prefix 'module\.' is taken off"):
-        load_pretrained(folder)
+        load_bundle(folder)
 
 
 def test_another_size_of_the_same_model_is_recognised(folder: Path, tmp_path: Path) -> None:
@@ -221,7 +223,7 @@ def test_another_size_of_the_same_model_is_recognised(folder: Path, tmp_path: Pa
     assert isinstance(wider, torch.nn.Module)
     save_weights(folder / TRANSFORMER_FILE, wider)
     with pytest.raises(CheckpointError, match="another size of the same model"):
-        load_pretrained(folder)
+        load_bundle(folder)
 
 
 def test_a_foreign_checkpoint_is_recognised(folder: Path) -> None:
@@ -233,7 +235,7 @@ def test_a_foreign_checkpoint_is_recognised(folder: Path) -> None:
     )
     save_weights(folder / TRANSFORMER_FILE, wan)
     with pytest.raises(CheckpointError, match="look like a checkpoint of the wan family"):
-        load_pretrained(folder)
+        load_bundle(folder)
 
 
 def test_an_untouched_module_when_keys_do_not_fit(folder: Path) -> None:
@@ -254,20 +256,20 @@ def test_an_untouched_module_when_keys_do_not_fit(folder: Path) -> None:
 def test_weights_that_are_not_finite_are_named(folder: Path, value: float) -> None:
     rewrite(folder, lambda tensors: tensors["patch_in.weight"][0, :3].fill_(value))
     with pytest.raises(CheckpointError, match=r"3 of \d+ values of 'patch_in.weight' are NaN"):
-        load_pretrained(folder)
+        load_bundle(folder)
 
 
 def test_nothing_that_is_not_finite_is_saved(tmp_path: Path) -> None:
     bundle = tiny_bundle()
-    save_pretrained(tmp_path, bundle)
+    save_bundle(tmp_path, bundle)
     before = (tmp_path / TRANSFORMER_FILE).read_bytes()
     assert isinstance(bundle.backbone, torch.nn.Module)
     with torch.no_grad():
         bundle.backbone.get_parameter("patch_in.bias")[0] = 70_000.0
     with pytest.raises(CheckpointError, match=r"float16; .* too narrow"):
-        save_pretrained(tmp_path, bundle, dtype=torch.float16)
+        save_bundle(tmp_path, bundle, dtype=torch.float16)
     assert (tmp_path / TRANSFORMER_FILE).read_bytes() == before
-    save_pretrained(tmp_path, bundle, dtype=torch.bfloat16)
+    save_bundle(tmp_path, bundle, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -295,14 +297,14 @@ def test_a_wrong_description_is_explained(
 ) -> None:
     edit(folder, change)
     with pytest.raises(CheckpointError, match=message):
-        load_pretrained(folder)
+        load_bundle(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null"])
 def test_a_damaged_description_is_explained(folder: Path, content: str) -> None:
     (folder / INFO_FILE).write_text(content)
     with pytest.raises(CheckpointError, match=r"damaged|no format number"):
-        load_pretrained(folder)
+        load_bundle(folder)
 
 
 @pytest.mark.parametrize(
@@ -311,17 +313,17 @@ def test_a_damaged_description_is_explained(folder: Path, content: str) -> None:
         ("config.json", "diffusers or transformers"),
         ("model.ckpt", "pickles"),
         ("step_00000100", "training run"),
-        ("notes.txt", "save_pretrained wrote"),
+        ("notes.txt", "save_bundle wrote"),
     ],
 )
 def test_a_folder_of_something_else_is_recognised(tmp_path: Path, file: str, message: str) -> None:
     (tmp_path / file).write_text("{}")
     with pytest.raises(CheckpointError, match=f"has no {INFO_FILE}.*{message}"):
-        load_pretrained(tmp_path)
+        load_bundle(tmp_path)
 
 
 def test_names_that_are_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("apt.hub.folders.ASSETS", tmp_path)
+    monkeypatch.setattr("apt.checkpoints.source.ASSETS", tmp_path)
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / INFO_FILE).write_text("{}")
     assert locate("digits").folder == tmp_path / "digits"
@@ -349,7 +351,7 @@ def test_a_revision_of_what_has_none_and_two_of_one(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="cannot save to"):
-        save_pretrained(tmp_path / "file" / "model", tiny_bundle())
+        save_bundle(tmp_path / "file" / "model", tiny_bundle())
 
 
 def test_a_description_of_other_parts_is_not_saved(tmp_path: Path) -> None:
@@ -357,7 +359,7 @@ def test_a_description_of_other_parts_is_not_saved(tmp_path: Path) -> None:
     other = create_model("mmdit_digits", depth=3)
     bundle.info = dataclasses.replace(bundle.info, model=component_info("mmdit_digits", other))
     with pytest.raises(CheckpointError, match=r"info\.model\.config differs"):
-        save_pretrained(tmp_path, bundle)
+        save_bundle(tmp_path, bundle)
 
 
 def test_a_folder_older_than_an_option_is_saved_anew_with_its_default(
@@ -369,5 +371,5 @@ def test_a_folder_older_than_an_option_is_saved_anew_with_its_default(
 
     full = read_info(folder)
     edit(folder, forget)
-    loaded = load_pretrained(folder)
-    assert read_info(save_pretrained(tmp_path / "again", loaded)) == full
+    loaded = load_bundle(folder)
+    assert read_info(save_bundle(tmp_path / "again", loaded)) == full

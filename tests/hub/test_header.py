@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from apt.errors import CheckpointError
-from apt.hub.header import read_entries
+from apt.untrusted import read_entries
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

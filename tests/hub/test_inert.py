@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from apt.checkpoints.documents import inert, read_json, read_pipeline
 from apt.errors import CheckpointError
-from apt.hub.inert import inert, read_json, read_pipeline
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,19 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import apt
-from apt.hub import CodecInfo, SampleInfo, SamplingInfo, read_info, write_info
+from apt.checkpoints.bundle import component_info, save_bundle, save_codec
+from apt.checkpoints.export import export_model
+from apt.checkpoints.info import (
+    CodecInfo,
+    ModelInfo,
+    SampleInfo,
+    SamplingInfo,
+    read_info,
+    write_info,
+)
+from apt.checkpoints.load import load_bundle
 from apt.hub.card import make_card
-from apt.hub.info import ModelInfo
 from apt.models import create_codec
-from apt.models.bundle import component_info, load_pretrained, save_codec, save_pretrained
-from apt.models.exporting import export_model
 from tests.cli.shell import error_line, invoke
 from tests.hub.processes import QUICK, run_cli, run_python
 from tests.hub.server import STRANGER, TOKEN, HubServer
@@ -43,7 +50,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pretrained(tmp_path_factory.mktemp("own") / "model", tiny_bundle())
+    return save_bundle(tmp_path_factory.mktemp("own") / "model", tiny_bundle())
 
 
 def training() -> dict[str, object]:
@@ -109,7 +116,7 @@ def test_a_codec_alone_goes_the_same_way(hub: HubServer, tmp_path: Path) -> None
     assert "A video autoencoder" in card and "one-step" not in card
     assert 'load_codec("me/codec")' in card and "Built-in moving digits" in card
     code = (
-        "from apt.models.bundle import load_codec; c = load_codec('me/codec'); "
+        "import apt; c = apt.load_codec('me/codec'); "
         "print(c.config.latents_std, sum(p.sum().item() for p in c.parameters()))"
     )
     result = run_python(hub, tmp_path / "b", code)
@@ -177,7 +184,7 @@ def test_who_may_not_push_is_told(hub: HubServer, own: Path, tmp_path: Path) -> 
 def test_what_others_could_not_load_is_not_pushed(wan: Path, own: Path, tmp_path: Path) -> None:
     line = error_line(invoke("push", tmp_path, "me/x"))
     assert "has no apt.json" in line
-    local = save_pretrained(tmp_path / "l", load_pretrained(wan), external_text_encoder=True)
+    local = save_bundle(tmp_path / "l", load_bundle(wan), external_text_encoder=True)
     line = error_line(invoke("push", local, "me/x"))
     assert "which others do not have" in line and "--format diffusers" in line
     for file in own.iterdir():
@@ -199,7 +206,7 @@ def test_pull_a_pipeline_and_use_it(hub: HubServer, wan: Path, tmp_path: Path) -
     # By its id, without a connection, and pinned to the commit.
     code = """
 import sys, apt
-bundle = apt.load_pretrained("owner/wan")
+bundle = apt.load_bundle("owner/wan")
 print(bundle.info.codec.config["repo"], bundle.info.codec.config["revision"])
 print(apt.OneStepPipeline(bundle)(sys.argv[1], num_steps=1, frames=5, height=16, width=16).shape)
 """
@@ -218,7 +225,7 @@ print(apt.OneStepPipeline(bundle)(sys.argv[1], num_steps=1, frames=5, height=16,
 
 def test_by_its_id_only_the_transformer_comes(hub: HubServer, wan: Path, tmp_path: Path) -> None:
     hub.add("owner/wan", wan)
-    code = "import apt; print(type(apt.from_pretrained('owner/wan')).__name__)"
+    code = "import apt; print(type(apt.load_model('owner/wan')).__name__)"
     result = run_python(hub, tmp_path, code)
     assert result.stdout.strip() == "Wan", result.stderr
     assert hub.requests("/transformer/diffusion")
@@ -227,7 +234,7 @@ def test_by_its_id_only_the_transformer_comes(hub: HubServer, wan: Path, tmp_pat
 
 def test_the_whole_way_of_an_export(hub: HubServer, wan: Path, tmp_path: Path) -> None:
     """Pull, train (here: scale), export, push; a fresh process generates from the pushed id."""
-    bundle = load_pretrained(wan)
+    bundle = load_bundle(wan)
     bundle.info = dataclasses.replace(
         bundle.info,
         stage="apt",
@@ -235,7 +242,7 @@ def test_the_whole_way_of_an_export(hub: HubServer, wan: Path, tmp_path: Path) -
         sample=dataclasses.replace(bundle.info.sample, frames=5, height=16, width=16),
         training=training(),
     )
-    save_pretrained(tmp_path / "run", bundle, external_text_encoder=True)
+    save_bundle(tmp_path / "run", bundle, external_text_encoder=True)
     export_model(tmp_path / "run", tmp_path / "out", format="diffusers")
     result = run_cli(hub, tmp_path / "a", "push", tmp_path / "out", "me/one-step", token=TOKEN)
     assert result.returncode == 0, result.stderr
@@ -287,7 +294,7 @@ def test_published_weights_by_name(hub: HubServer, wan: Path, tmp_path: Path) ->
         QUICK
         + """
 import apt, dataclasses, json
-from apt.hub import locate
+from apt.checkpoints.source import locate
 from apt.models import FAMILIES
 repo = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 config = json.loads((locate(repo).folder / "transformer" / "config.json").read_text())
@@ -298,9 +305,9 @@ for name in ("wan2.2_t2v_a14b", "wan2.2_t2v_a14b.low_noise"):
 """
     )
     code += """
-from apt.models.bundle import load_backbone
+from apt.checkpoints.load import describe_model, load_model
 for name in ("wan2.2_t2v_a14b", "wan2.2_t2v_a14b.low_noise", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"):
-    backbone, info = load_backbone(name)
+    backbone, info = load_model(name), describe_model(name)
     value = float(next(backbone.parameters()).double().sum())
     print(value, info.model.architecture, info.sample.height)
 """
@@ -315,7 +322,7 @@ for name in ("wan2.2_t2v_a14b", "wan2.2_t2v_a14b.low_noise", "Wan-AI/Wan2.2-T2V-
 
 
 def info(own: Path, **changes: object) -> ModelInfo:
-    return dataclasses.replace(load_pretrained(own).info, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(load_bundle(own).info, **changes)  # type: ignore[arg-type]
 
 
 def test_the_card_carries_the_record(own: Path, tmp_path: Path) -> None:
@@ -327,7 +334,7 @@ def test_the_card_carries_the_record(own: Path, tmp_path: Path) -> None:
     assert "one-step" in data.tags
     assert text.index("| distil | 500 |") < text.index("| apt_video | 300 | 64 | 1 | ema |")
     assert "| FVD | 12.5 |" in text
-    assert 'from_pretrained("me/model")' in text
+    assert 'load_model("me/model")' in text
     assert "secret" not in text, "paths of the machine are nobody's business"
     assert "from diffusers import" not in text
     (tmp_path / "model_index.json").write_text("{}")

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.info import TEXT_ENCODER_FILE
+from apt.checkpoints.load import load_bundle
 from apt.condition import Condition
 from apt.errors import ConfigError, InputError
-from apt.hub import TEXT_ENCODER_FILE
 from apt.kernels import perturbed_batch, sample_shifted_timesteps
 from apt.losses import (
     R1,
@@ -23,7 +25,6 @@ from apt.losses import (
 )
 from apt.methods.apt import AdversarialConfig, AdversarialPostTraining
 from apt.methods.terms import Terms
-from apt.models.bundle import load_pretrained, save_pretrained
 from apt.models.discriminator import Discriminator
 from apt.rng import Draw, sample_noise
 from apt.train.config import OptimizerConfig
@@ -448,7 +449,7 @@ def test_discriminator_starts_from_its_own_model(tmp_path: Path) -> None:
     stage = adversarial(tmp_path)
     generator, discriminator = networks(stage)
     for module, name in ((generator, "generator"), (discriminator, "discriminator")):
-        saved = weights(load_pretrained(tmp_path / name).backbone)  # type: ignore[arg-type]
+        saved = weights(load_bundle(tmp_path / name).backbone)  # type: ignore[arg-type]
         ours = weights(module.backbone)
         assert unchanged(ours, saved) == ours.keys()
     ours = weights(discriminator.backbone)
@@ -482,7 +483,7 @@ def test_models_that_do_not_fit_each_other(tmp_path: Path) -> None:
         codec=dataclasses.replace(start.info.codec, config={**start.info.codec.config, "std": 1.0}),
     )
     codec = type(start.codec)(dataclasses.replace(start.codec.config, std=1.0))
-    save_pretrained(tmp_path / "discriminator", dataclasses.replace(start, info=other, codec=codec))
+    save_bundle(tmp_path / "discriminator", dataclasses.replace(start, info=other, codec=codec))
     config = train_config(
         AdversarialConfig(
             generator=str(tmp_path / "generator"), discriminator=str(tmp_path / "discriminator")

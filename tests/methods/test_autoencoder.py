@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from scipy.fft import dctn
 
+from apt.checkpoints.info import CODEC_FILE, CodecInfo, read_description
+from apt.checkpoints.load import load_bundle, load_codec
 from apt.data.digits import MovingDigits
 from apt.data.sample import Batch
 from apt.data.write import write_video_folder
 from apt.errors import ConfigError, InputError
-from apt.hub import CODEC_FILE, CodecInfo, read_description
 from apt.methods.autoencoder import (
     AutoencoderConfig,
     AutoencoderTraining,
@@ -25,7 +26,6 @@ from apt.methods.autoencoder import (
 )
 from apt.methods.base import MicroBatch
 from apt.metrics.detail import patch_frequencies
-from apt.models.bundle import load_codec, load_pretrained
 from apt.models.codec_causal import CausalCodec
 from apt.train.config import DataConfig, LoRAConfig, ModelConfig, TrainConfig
 from apt.train.host import RunHost
@@ -247,7 +247,7 @@ def test_a_model_is_trained_in_its_latents(whole: Path, tmp_path: Path) -> None:
         )
     )
     assert (made / "samples" / "00000002.png").is_file()
-    bundle = load_pretrained(made / "export")
+    bundle = load_bundle(made / "export")
     assert bundle.info.codec.weights == CODEC_FILE
     clip = MovingDigits(setting="free")[0].pixels[None]
     assert torch.equal(bundle.codec.encode(clip), codec.encode(clip))

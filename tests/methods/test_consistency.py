@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from apt.checkpoints.load import load_bundle
 from apt.errors import ConfigError
 from apt.losses import Consistency
-from apt.models.bundle import load_pretrained
 from apt.rng import Draw, sample_noise, sample_uniform
 from tests.train.tiny_stages import (
     CAPTIONS,
@@ -44,7 +44,7 @@ def test_it_minimises_the_consistency_loss(tmp_path: Path) -> None:
     metrics = stage.update(micro_batches(first=FIRST), UPDATE)
     ours = gradients(student)
 
-    teacher: Any = load_pretrained(tmp_path / "generator").backbone
+    teacher: Any = load_bundle(tmp_path / "generator").backbone
     c, negative = stage.encode(CAPTIONS), stage.encode(["blurry"] * len(CAPTIONS))
     draw = Draw(0, UPDATE, FIRST)
     x = micro_batches()[0].x

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.info import SampleInfo
 from apt.condition import Condition
 from apt.data.sample import Batch, Sample
 from apt.errors import InputError
-from apt.hub import SampleInfo
 from apt.kernels.rows import take_rows
 from apt.losses import ApproximateR1, ApproximateR2, FeatureMatching, MismatchedCondition
 from apt.methods.apt import AdversarialConfig, generate
@@ -27,8 +28,7 @@ from apt.methods.consistency import DistillConfig
 from apt.methods.flow_matching import PretrainConfig
 from apt.methods.terms import Terms
 from apt.models import MODELS, create_discriminator, create_model
-from apt.models.bundle import save_pretrained
-from apt.models.discriminator import judge_groups
+from apt.models.discriminator import discriminate_groups
 from apt.models.mmdit import MMDiT, MMDiTConfig
 from apt.models.tokens import extra_condition
 from apt.models.transformer import Context, Tokens
@@ -98,7 +98,7 @@ def stages(folder: Path) -> Iterator[Method]:
     bundles = [initial_bundle(config(PretrainConfig(), seed=seed)) for seed in range(2)]
     for seed, bundle in enumerate(bundles):
         randomize(bundle.backbone, seed)
-    starts = [str(save_pretrained(folder / str(i), bundle)) for i, bundle in enumerate(bundles)]
+    starts = [str(save_bundle(folder / str(i), bundle)) for i, bundle in enumerate(bundles)]
     models = {"generator": starts[0], "discriminator": starts[1]}
     yield build(config(PretrainConfig()), bundles[0])
     yield build(config(DistillConfig(teacher=starts[0])))
@@ -179,15 +179,16 @@ def test_the_discriminator_shares_rows_without_copies(tmp_path: Path) -> None:
 
 
 def test_a_mismatched_condition_is_another_samples_text_and_frame(c: Condition) -> None:
-    judge = create_discriminator(tiny(), layers=[1, 2])
-    randomize(judge.project, 1)
-    assert not hasattr(judge.backbone, "patch_out"), "cut behind the last head"
+    discriminator = create_discriminator(tiny(), layers=[1, 2])
+    randomize(discriminator.project, 1)
+    assert not hasattr(discriminator.backbone, "patch_out"), "cut behind the last head"
     x, t = torch.randn(NUM, *LATENT_SHAPE), torch.rand(NUM)
     own, other = torch.arange(NUM), (torch.arange(NUM) + 1) % NUM
-    found = judge_groups(judge, torch.cat([x, x]), t, c, {"real": own, "mismatched": other})
-    alone = judge(x, t[other], c.select(other)).logits
+    groups = {"real": own, "mismatched": other}
+    found = discriminate_groups(discriminator, torch.cat([x, x]), t, c, groups)
+    alone = discriminator(x, t[other], c.select(other)).logits
     torch.testing.assert_close(found["mismatched"].logits, alone, rtol=1e-4, atol=1e-5)
-    only_text = judge(x, t[other], c.with_text(c.select(other).text)).logits
+    only_text = discriminator(x, t[other], c.with_text(c.select(other).text)).logits
     assert not torch.allclose(only_text, alone, atol=1e-3)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apt.hub import read_info
+from apt.checkpoints.info import read_info
 from tests.cli.shell import error_line, run_cli
 
 MODULE = Path(__file__).with_name("regression.py")

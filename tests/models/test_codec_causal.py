@@ -11,19 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from apt.checkpoints.bundle import component_info, save_bundle, save_codec
+from apt.checkpoints.export import export_model
+from apt.checkpoints.info import CODEC_FILE, CodecInfo, SampleInfo, read_info
+from apt.checkpoints.load import describe, load_bundle, load_codec
 from apt.errors import CheckpointError, ConfigError, InputError
-from apt.hub import CODEC_FILE, CodecInfo, SampleInfo, read_info
 from apt.models import create_codec
-from apt.models.bundle import (
-    component_info,
-    find_codec,
-    load_codec,
-    load_pretrained,
-    save_codec,
-    save_pretrained,
-)
 from apt.models.codec_causal import CausalCodec, CausalCodecConfig, Memory
-from apt.models.exporting import export_model
 from apt.models.protocols import LatentCodec
 from tests.memory import peak_bytes
 from tests.tiny import tiny_bundle
@@ -231,9 +225,9 @@ def codec_info(codec: CausalCodec) -> CodecInfo:
 def test_a_codec_to_its_folder_and_back(tmp_path: Path) -> None:
     codec = small(**STATISTICS)
     save_codec(tmp_path, codec, codec_info(codec))
-    loaded, info = find_codec(tmp_path)
+    loaded, info = load_codec(tmp_path), describe(tmp_path)
     assert isinstance(loaded, CausalCodec) and loaded.config == codec.config
-    assert info.weights == CODEC_FILE and not loaded.training
+    assert info.codec.weights == CODEC_FILE and not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     clip = pixels(1, 3, 5, 8, 8)
     assert torch.equal(loaded.encode(clip), codec.encode(clip))
@@ -242,7 +236,7 @@ def test_a_codec_to_its_folder_and_back(tmp_path: Path) -> None:
     ):
         read_info(tmp_path)
     with pytest.raises(CheckpointError, match="is a latent codec, not a whole model"):
-        load_pretrained(tmp_path)
+        load_bundle(tmp_path)
     with pytest.raises(CheckpointError, match=r"info\.codec\.config differs"):
         save_codec(tmp_path, small(), codec_info(codec))
 
@@ -252,10 +246,10 @@ def test_a_model_has_its_codec_with_it(tmp_path: Path) -> None:
     bundle = tiny_bundle()
     described = dataclasses.replace(component_info("digits_ae", codec), weights=CODEC_FILE)
     bundle.codec, bundle.info = codec, dataclasses.replace(bundle.info, codec=described)
-    save_pretrained(tmp_path / "model", bundle)
+    save_bundle(tmp_path / "model", bundle)
     again = export_model(tmp_path / "model", tmp_path / "again")
     for folder in (tmp_path / "model", again):
-        loaded = load_pretrained(folder).codec
+        loaded = load_bundle(folder).codec
         clip = pixels(1, 3, 5, 8, 8)
         assert torch.equal(loaded.encode(clip), codec.encode(clip))
     (again / CODEC_FILE).unlink()

@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from apt.checkpoints.layouts import family_of, original_layout
+from apt.checkpoints.load import load_model
+from apt.checkpoints.safetensors import WEIGHTS_STEM
 from apt.condition import Condition, EncodedText
 from apt.errors import InputError
 from apt.kernels import attention_backend, kernel_backend
 from apt.models import create_discriminator
 from apt.models.discriminator import paper_layers
-from apt.models.layouts import family_of, original_layout
-from apt.models.loading import WEIGHTS_STEM, from_pretrained
 from apt.models.transformer import Tokens
 from tests.memory import peak_bytes
 from tests.models.backbones import CASES, CHANNELS, DEPTH, TEXT_DIM, Case
@@ -404,7 +405,7 @@ def test_public_layouts_there_and_back(case: Case, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(written))
     save_file(state, folder / f"{WEIGHTS_STEM}.safetensors")
-    assert_same(from_pretrained(folder).state_dict(), state)
+    assert_same(load_model(folder).state_dict(), state)
 
     original = {}
     for theirs, made_of in original_layout(state, family.rules_for(case.config)).items():
@@ -415,9 +416,7 @@ def test_public_layouts_there_and_back(case: Case, tmp_path: Path) -> None:
     assert original.keys() != state.keys()
     save_file(original, tmp_path / "original.safetensors")
     options = dataclasses.asdict(case.config)
-    again = from_pretrained(
-        tmp_path / "original.safetensors", architecture=case.name, options=options
-    )
+    again = load_model(tmp_path / "original.safetensors", architecture=case.name, options=options)
     assert again.config == case.config
     assert_same(again.state_dict(), state)
 

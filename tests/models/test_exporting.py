@@ -16,11 +16,12 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file
 
 import apt
+from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.export import Format, export_model
+from apt.checkpoints.info import SamplingInfo, read_info, write_info
+from apt.checkpoints.load import load_bundle
 from apt.errors import CheckpointError, InputError
-from apt.hub import SamplingInfo, read_info, write_info
 from apt.methods.apt import generate
-from apt.models.bundle import load_pretrained, save_pretrained
-from apt.models.exporting import Format, export_model
 from apt.pipeline import OneStepPipeline
 from tests.cli.shell import error_line, invoke
 from tests.hub.tiny_pipelines import PROMPT, sd3_folder, wan_folder
@@ -36,7 +37,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A one-step model of ours that started from the pipeline, as a run exports it."""
-    bundle = load_pretrained(wan)
+    bundle = load_bundle(wan)
     bundle.info = dataclasses.replace(
         bundle.info,
         stage="apt",
@@ -48,7 +49,7 @@ def trained(wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for value in state(bundle.backbone).values():
             value.mul_(0.9)
     folder = tmp_path_factory.mktemp("trained") / "export"
-    return save_pretrained(folder, bundle, external_text_encoder=True)
+    return save_bundle(folder, bundle, external_text_encoder=True)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,8 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_weights_come_back_bit_for_bit(trained: Path, exported: Path) -> None:
     assert len(list((exported / "transformer").glob("*.safetensors"))) > 1
-    assert_same(stored(exported / "transformer"), state(load_pretrained(trained).backbone))
-    assert_same(state(load_pretrained(exported).backbone), state(load_pretrained(trained).backbone))
+    assert_same(stored(exported / "transformer"), state(load_bundle(trained).backbone))
+    assert_same(state(load_bundle(exported).backbone), state(load_bundle(trained).backbone))
 
 
 def test_it_is_a_pipeline_of_one_expert_with_the_base_s_parts(wan: Path, exported: Path) -> None:
@@ -74,7 +75,7 @@ def test_it_is_a_pipeline_of_one_expert_with_the_base_s_parts(wan: Path, exporte
 
 
 def test_it_remembers_how_it_was_trained_and_is_sampled(exported: Path) -> None:
-    info = load_pretrained(exported).info
+    info = load_bundle(exported).info
     assert info.stage == "apt" and info.sampling.num_steps == 1
     assert info.training == {"recipe": "test"}
     assert info.codec.config["repo"] == info.text_encoder.config["repo"] == str(exported)
@@ -156,7 +157,7 @@ def test_stock_diffusers_makes_what_ours_makes(exported: Path) -> None:
         guidance_scale=1,
         output_type="latent",
     ).frames
-    bundle = load_pretrained(exported)
+    bundle = load_bundle(exported)
     # The stock pipeline runs its text encoder in fp32 here, ours in bf16 unless told otherwise.
     text = apt.create_text_encoder(
         "umt5", **{**bundle.info.text_encoder.config, "dtype": "float32"}
@@ -180,19 +181,19 @@ def test_comfyui_s_file_is_the_authors_layout(trained: Path, tmp_path: Path) -> 
     file = export_model(trained, tmp_path / "out" / "wan.safetensors", format="comfyui")
     tensors = load_file(file)
     assert all(key.startswith("model.diffusion_model.") for key in tensors)
-    backbone = load_pretrained(trained).backbone
+    backbone = load_bundle(trained).backbone
     assert_same(convert_wan_transformer_to_diffusers(dict(tensors)), state(backbone))
-    again = apt.from_pretrained(file, architecture="wan2.1_t2v_1.3b", options=vars(backbone.config))
+    again = apt.load_model(file, architecture="wan2.1_t2v_1.3b", options=vars(backbone.config))
     assert_same(state(again), state(backbone))
 
 
 def test_sd3_goes_to_diffusers_and_comfyui_and_back(tmp_path: Path) -> None:
     source = sd3_folder(tmp_path / "sd3")
-    backbone = load_pretrained(source).backbone
+    backbone = load_bundle(source).backbone
     out = export_model(source, tmp_path / "out", format="diffusers")
-    assert_same(state(load_pretrained(out).backbone), state(backbone))
+    assert_same(state(load_bundle(out).backbone), state(backbone))
     file = export_model(out, tmp_path / "one.safetensors", format="comfyui")
-    again = apt.from_pretrained(file, architecture="sd3.5_medium", options=vars(backbone.config))
+    again = apt.load_model(file, architecture="sd3.5_medium", options=vars(backbone.config))
     assert_same(state(again), state(backbone))
 
 
@@ -222,7 +223,7 @@ def test_the_command_line(trained: Path, wan: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_exported_says_why(trained: Path, wan: Path, tmp_path: Path) -> None:
-    own = save_pretrained(tmp_path / "own", tiny_bundle())
+    own = save_bundle(tmp_path / "own", tiny_bundle())
     with pytest.raises(CheckpointError, match="no model of a public family"):
         export_model(own, tmp_path / "out", format="diffusers")
     with pytest.raises(InputError, match=r"must end in \.safetensors"):

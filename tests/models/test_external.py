@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
+from apt.checkpoints.external import load_complete, local_folder
 from apt.errors import CheckpointError
-from apt.models.external import load_complete, local_folder
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 

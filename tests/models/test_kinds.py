@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from apt.checkpoints.export import export_model
+from apt.checkpoints.layouts import FAMILIES
+from apt.checkpoints.load import load_model
 from apt.errors import CheckpointError
 from apt.models import MODELS, create_model
-from apt.models.exporting import export_model
-from apt.models.families import FAMILIES
-from apt.models.loading import from_pretrained
 from tests.cli.shell import error_line, invoke
 from tests.hub.tiny_pipelines import sd3_folder, wan_folder
 
@@ -80,7 +80,7 @@ def save(path: Path, tensors: Tensors, header: dict[str, str] | None = None) -> 
 def assert_loads(
     path: Path, expected: Tensors, tolerance: float = 0.0, architecture: str | None = "wan_tiny"
 ) -> None:
-    loaded = state(from_pretrained(path, architecture=architecture))
+    loaded = state(load_model(path, architecture=architecture))
     assert loaded.keys() == expected.keys()
     for key, value in loaded.items():
         torch.testing.assert_close(value, expected[key], rtol=tolerance, atol=tolerance, msg=key)
@@ -98,7 +98,7 @@ def test_prefixes(
     originals: dict[str, Tensors],
     tmp_path: Path,
 ) -> None:
-    expected = state(from_pretrained(folders[family]))
+    expected = state(load_model(folders[family]))
     path = tmp_path / "x.safetensors"
     for tensors in (originals[family], expected):
         save(path, {prefix + key: value for key, value in tensors.items()})
@@ -116,7 +116,7 @@ def test_wrappers_inside_of_names(
         for key, value in originals["wan"].items()
     }
     path = save(tmp_path / "x.safetensors", tensors)
-    assert_loads(path, state(from_pretrained(folders["wan"])))
+    assert_loads(path, state(load_model(folders["wan"])))
 
 
 def test_an_all_in_one_file(
@@ -132,7 +132,7 @@ def test_an_all_in_one_file(
     }
     path = save(tmp_path / "x.safetensors", tensors)
     # The size is found by the tensors.
-    assert_loads(path, state(from_pretrained(folders[family])), architecture=None)
+    assert_loads(path, state(load_model(folders[family])), architecture=None)
 
 
 def test_two_models_in_one_file(wan: None, originals: dict[str, Tensors], tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_two_models_in_one_file(wan: None, originals: dict[str, Tensors], tmp_pa
         for key, value in originals["wan"].items()
     }
     with pytest.raises(CheckpointError, match=r"behind generator\. and generator_ema\."):
-        from_pretrained(save(tmp_path / "x.safetensors", tensors))
+        load_model(save(tmp_path / "x.safetensors", tensors))
 
 
 def test_sd3_with_everything_at_once(
@@ -156,7 +156,7 @@ def test_sd3_with_everything_at_once(
     prefix = "model.diffusion_model."
     stored, by_module, values = in_8_bits(originals["sd3"], of_tensor, FP8)
     path = save(tmp_path / "values.safetensors", values)
-    expected = state(from_pretrained(path, architecture="sd3_tiny"))
+    expected = state(load_model(path, architecture="sd3_tiny"))
     tensors = {f"{prefix}{key}": value for key, value in stored.items()}
     tensors |= {f"{prefix}{module}.scale_weight": scale for module, scale in by_module.items()}
     tensors |= {
@@ -232,7 +232,7 @@ def test_8_bits_with_scales(
     stored, by_module, values = in_8_bits(originals[family], scales, dtype)
     name = f"{family}_tiny"
     path = save(tmp_path / "values.safetensors", values)
-    expected = state(from_pretrained(path, architecture=name))
+    expected = state(load_model(path, architecture=name))
     tensors = {f"{prefix}{key}": value for key, value in stored.items()}
     for module, scale in by_module.items():
         tensors[f"{prefix}{module}.{ending}"] = scale
@@ -251,7 +251,7 @@ def test_8_bits_without_scales(
     values = {key: value.float() for key, value in tensors.items()}
     name = f"{family}_tiny"
     path = save(tmp_path / "values.safetensors", values)
-    expected = state(from_pretrained(path, architecture=name))
+    expected = state(load_model(path, architecture=name))
     assert_loads(save(tmp_path / "x.safetensors", tensors), expected, architecture=name)
 
 
@@ -262,7 +262,7 @@ def described(description: object) -> Tensor:
 def test_descriptions_of_comfyui(wan: None, originals: dict[str, Tensors], tmp_path: Path) -> None:
     stored, by_module, values = in_8_bits(originals["wan"], of_tensor, FP8)
     path = save(tmp_path / "values.safetensors", values)
-    expected = state(from_pretrained(path, architecture="wan_tiny"))
+    expected = state(load_model(path, architecture="wan_tiny"))
     tensors = {**stored, **{f"{m}.weight_scale": s for m, s in by_module.items()}}
     module, *_ = by_module
     note = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
@@ -278,10 +278,10 @@ def test_descriptions_of_comfyui(wan: None, originals: dict[str, Tensors], tmp_p
         ({"format": "float8_e4m3fn", "params": {"convrot": True}}, "ConvRot"),
     ):
         with pytest.raises(CheckpointError, match=f"is quantised: .*{name}"):
-            from_pretrained(save(path, {**tensors, f"{module}.comfy_quant": described(bad)}))
+            load_model(save(path, {**tensors, f"{module}.comfy_quant": described(bad)}))
         header = {"_quantization_metadata": json.dumps({"layers": {module: bad}})}
         with pytest.raises(CheckpointError, match=f"is quantised: .*{name}"):
-            from_pretrained(save(path, tensors, header))
+            load_model(save(path, tensors, header))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_other_quantisations_are_named(
     path = save(tmp_path / "x.safetensors", tensors)
     for arguments in ({}, {"architecture": "wan_tiny"}):
         with pytest.raises(CheckpointError, match=f"is quantised: .*{name}"):
-            from_pretrained(path, **arguments)  # type: ignore[arg-type]
+            load_model(path, **arguments)  # type: ignore[arg-type]
 
 
 def test_whole_numbers_without_a_scale_are_no_weights(
@@ -315,17 +315,17 @@ def test_whole_numbers_without_a_scale_are_no_weights(
     key = "blocks.0.self_attn.q.weight"
     tensors = {**originals["wan"], key: torch.ones_like(originals["wan"][key], dtype=torch.int8)}
     with pytest.raises(CheckpointError, match=f"'{key}' is I8 and no scale lies beside it"):
-        from_pretrained(save(tmp_path / "x.safetensors", tensors))
+        load_model(save(tmp_path / "x.safetensors", tensors))
     for scale in (torch.ones(5), torch.ones(3, 5)):
         bad = {**tensors, "blocks.0.self_attn.q.weight_scale": scale}
         with pytest.raises(CheckpointError, match="and its scale"):
-            from_pretrained(save(tmp_path / "x.safetensors", bad))
+            load_model(save(tmp_path / "x.safetensors", bad))
     alone = {**originals["wan"], "blocks.0.norm9.weight_scale": torch.ones(())}
     with pytest.raises(CheckpointError, match=r"no 'blocks.0.norm9.weight' that it could be"):
-        from_pretrained(save(tmp_path / "x.safetensors", alone))
+        load_model(save(tmp_path / "x.safetensors", alone))
     nan = {**tensors, "blocks.0.self_attn.q.weight_scale": torch.tensor(float("nan"))}
     with pytest.raises(CheckpointError, match=f"'{key}' are NaN"):
-        from_pretrained(save(tmp_path / "x.safetensors", nan))
+        load_model(save(tmp_path / "x.safetensors", nan))
 
 
 def test_a_value_beyond_fp16_is_no_silent_infinity(
@@ -335,9 +335,9 @@ def test_a_value_beyond_fp16_is_no_silent_infinity(
     tensors = {**originals["wan"], key: originals["wan"][key].clone()}
     tensors[key][0, 0] = 1e6
     path = save(tmp_path / "x.safetensors", tensors)
-    from_pretrained(path, dtype=torch.bfloat16)
+    load_model(path, dtype=torch.bfloat16)
     with pytest.raises(CheckpointError, match=f"1 of .*'{key}' are NaN or infinite in float16"):
-        from_pretrained(path, dtype=torch.float16)
+        load_model(path, dtype=torch.float16)
 
 
 OTHER_WANS = [
@@ -376,7 +376,7 @@ def test_other_wans_are_named(
     path = save(tmp_path / "x.safetensors", {prefix + k: v for k, v in tensors.items()})
     for arguments in ({}, {"architecture": "wan_tiny"}):
         with pytest.raises(CheckpointError, match=f"is .*{kind}.*only the plain text-to-video"):
-            from_pretrained(path, **arguments)  # type: ignore[arg-type]
+            load_model(path, **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_files_that_are_no_transformer_are_named(
 ) -> None:
     path = save(tmp_path / "x.safetensors", {key: torch.ones(2) for key in keys})
     with pytest.raises(CheckpointError, match=f"is .*{kind}"):
-        from_pretrained(path)
+        load_model(path)
     # The command line, and one line.
     assert str(path) in error_line(invoke("generate", "--model", path, "--prompt", "x"))
 
@@ -430,7 +430,7 @@ def test_files_that_are_no_safetensors_are_named(
     path.write_bytes(content)
     for arguments in ({}, {"architecture": "wan2.1_t2v_1.3b"}):
         with pytest.raises(CheckpointError, match=message):
-            from_pretrained(path, **arguments)  # type: ignore[arg-type]
+            load_model(path, **arguments)  # type: ignore[arg-type]
     assert message in error_line(invoke("generate", "--model", path, "--prompt", "x"))
     assert message in error_line(invoke("generate", "--prompt", "a red one", "--lora", path))
 
@@ -440,7 +440,7 @@ def test_a_size_that_is_not_registered_is_described(
 ) -> None:
     path = save(tmp_path / "x.safetensors", originals["wan"])
     with pytest.raises(CheckpointError, match="it has 2 blocks and is 24 wide"):
-        from_pretrained(path)
+        load_model(path)
 
 
 @pytest.mark.slow

@@ -18,13 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import apt
+from apt.checkpoints.checkpoint import empty_module, shapes_of
+from apt.checkpoints.export import export_model
+from apt.checkpoints.layouts import FAMILIES, KeyRule, map_keys, original_layout
+from apt.checkpoints.load import load_bundle, load_model
 from apt.errors import CheckpointError, InputError
-from apt.models.bundle import load_pretrained
 from apt.models.create import create_model
-from apt.models.exporting import export_model
-from apt.models.families import FAMILIES, KeyRule
-from apt.models.layouts import map_keys, original_layout
-from apt.models.loading import empty_module, from_pretrained, shapes_of
 from apt.models.registry import MODELS
 from tests.hub.tiny_pipelines import sd3_folder, wan_folder
 from tests.tiny import tiny_bundle
@@ -69,10 +68,10 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def test_a_sharded_folder_of_diffusers(wan: Path) -> None:
     assert len(list((wan / "transformer").glob("*.safetensors"))) > 1
     for model in (
-        from_pretrained(wan),
-        from_pretrained(wan / "transformer"),
-        from_pretrained(wan, subfolder="transformer"),
-        from_pretrained(
+        load_model(wan),
+        load_model(wan / "transformer"),
+        load_model(wan, subfolder="transformer"),
+        load_model(
             wan / "transformer" / "diffusion_pytorch_model.safetensors.index.json",
             architecture="wan2.1_t2v_1.3b",
             options=shape_options(wan),
@@ -89,8 +88,8 @@ def shape_options(folder: Path) -> dict[str, Any]:
 
 
 def test_types_are_cast_on_the_way_and_islands_stay(wan: Path) -> None:
-    model = from_pretrained(wan, dtype=torch.bfloat16)
-    expected = from_pretrained(wan)
+    model = load_model(wan, dtype=torch.bfloat16)
+    expected = load_model(wan)
     assert isinstance(expected, nn.Module)
     assert_same(state(model), expected.to(torch.bfloat16).state_dict())
     assert {value.dtype for value in state(model).values()} == {torch.float32, torch.bfloat16}
@@ -110,10 +109,10 @@ def test_original_layouts_of_one_file(
     if prefix:
         tensors["first_stage_model.decoder.conv.weight"] = torch.zeros(3)
     save_file(tensors, file)
-    ours = from_pretrained(folder)
+    ours = load_model(folder)
     options = vars(ours.config)
     name = {"wan": "wan2.1_t2v_1.3b", "sd3": "sd3.5_medium"}[family]
-    model = from_pretrained(file, architecture=name, options=options)
+    model = load_model(file, architecture=name, options=options)
     assert_same(state(model), state(ours))
 
 
@@ -126,16 +125,16 @@ def test_a_registered_size_is_recognised_by_its_tensors(
     tiny = type(MODELS.get("wan2.1_t2v_1.3b")())(**shape_options(wan))
     monkeypatch.setitem(MODELS._builders, "wan_tiny", lambda: tiny)
     monkeypatch.setitem(MODELS._pretrained, "wan_tiny", {})
-    assert_same(state(from_pretrained(tmp_path)), stored(wan / "transformer"))
+    assert_same(state(load_model(tmp_path)), stored(wan / "transformer"))
 
 
 def test_a_size_that_nobody_registered_is_asked_for(wan: Path, tmp_path: Path) -> None:
     file = export_model(wan, tmp_path / "one.safetensors", format="comfyui")
     with pytest.raises(CheckpointError, match=r"looks like the wan family.*pass architecture"):
-        from_pretrained(file)
+        load_model(file)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="belong to no family known here"):
-        from_pretrained(tmp_path / "x.safetensors")
+        load_model(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS.names() if MODELS.pretrained(n)])
@@ -191,7 +190,7 @@ def test_rules_that_cannot_be_turned_round() -> None:
 
 
 def test_one_tensor_twice_is_refused(tmp_path: Path) -> None:
-    from apt.hub.stored import read_stored
+    from apt.checkpoints.safetensors import read_stored
 
     save_file({"a.x": torch.zeros(1), "b.x": torch.zeros(1)}, tmp_path / "f.safetensors")
     rules = [KeyRule(theirs=r"(?:a|b)\.x", ours=("c",))]
@@ -200,7 +199,7 @@ def test_one_tensor_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_is_a_bundle(wan: Path) -> None:
-    bundle = load_pretrained(wan)
+    bundle = load_bundle(wan)
     assert_same(state(bundle.backbone), stored(wan / "transformer"))
     info = bundle.info
     assert info.stage == "diffusion"
@@ -213,10 +212,10 @@ def test_a_pipeline_is_a_bundle(wan: Path) -> None:
 
 
 def test_a_pipeline_trains_on_in_our_own_folders(wan: Path, tmp_path: Path) -> None:
-    bundle = load_pretrained(wan)
-    apt.save_pretrained(tmp_path, bundle, external_text_encoder=True)
-    again = load_pretrained(tmp_path)
-    assert again.info == load_pretrained(tmp_path).info
+    bundle = load_bundle(wan)
+    apt.save_bundle(tmp_path, bundle, external_text_encoder=True)
+    again = load_bundle(tmp_path)
+    assert again.info == load_bundle(tmp_path).info
     assert_same(state(again.backbone), state(bundle.backbone))
     assert_same(state(again.codec), state(bundle.codec))
 
@@ -270,28 +269,28 @@ def test_a_truncated_shard(copy: Path) -> None:
     shard = sorted((copy / "transformer").glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match=f"{shard.name}' is truncated"):
-        from_pretrained(copy)
+        load_model(copy)
 
 
 def test_a_missing_shard(copy: Path) -> None:
     shard = sorted((copy / "transformer").glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"{shard.name}' is missing"):
-        from_pretrained(copy)
+        load_model(copy)
 
 
 def test_a_shard_of_another_checkpoint(copy: Path) -> None:
     first, second = sorted((copy / "transformer").glob("*.safetensors"))[:2]
     shutil.copy(first, second)
     with pytest.raises(CheckpointError, match="does not agree with its shard"):
-        from_pretrained(copy)
+        load_model(copy)
 
 
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"a": "../a.safetensors"}}'])
 def test_a_damaged_index(copy: Path, index: str) -> None:
     (copy / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=r"JSON|weight_map"):
-        from_pretrained(copy)
+        load_model(copy)
 
 
 def test_a_weight_that_is_nan(copy: Path) -> None:
@@ -301,7 +300,7 @@ def test_a_weight_that_is_nan(copy: Path) -> None:
     tensors[key].view(-1)[0] = float("nan")
     save_file(tensors, shard)
     with pytest.raises(CheckpointError, match=f"1 of .* values of '{key}' are NaN"):
-        from_pretrained(copy)
+        load_model(copy)
 
 
 def test_pickles_are_never_read(copy: Path) -> None:
@@ -309,16 +308,16 @@ def test_pickles_are_never_read(copy: Path) -> None:
         file.unlink()
     (copy / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(CheckpointError, match=r"holds pickles and no \.safetensors file"):
-        from_pretrained(copy)
+        load_model(copy)
 
 
 def test_another_size_and_another_family(copy: Path, sd3: Path) -> None:
     edit_config(copy, lambda config: config.update(num_layers=3))
     with pytest.raises(CheckpointError, match=r"missing: blocks\.2\.attn1"):
-        from_pretrained(copy)
+        load_model(copy)
     shutil.copy(sd3 / "transformer" / "config.json", copy / "transformer" / "config.json")
     with pytest.raises(CheckpointError, match="look like a checkpoint of the wan family"):
-        from_pretrained(copy)
+        load_model(copy)
 
 
 def test_a_class_that_is_not_known(copy: Path) -> None:
@@ -327,38 +326,38 @@ def test_a_class_that_is_not_known(copy: Path) -> None:
     save_file({"x": torch.zeros(1)}, copy / "transformer" / "model.safetensors")
     edit_config(copy, lambda config: config.update(_class_name="FluxTransformer2DModel"))
     with pytest.raises(CheckpointError, match=r"'FluxTransformer2DModel'.*WanTransformer3DModel"):
-        from_pretrained(copy)
+        load_model(copy)
 
 
 def test_a_pipeline_without_its_vae(copy: Path) -> None:
     shutil.rmtree(copy / "vae")
     with pytest.raises(CheckpointError, match=r"vae.config\.json is missing"):
-        load_pretrained(copy)
+        load_bundle(copy)
 
 
 def test_places_that_hold_nothing(tmp_path: Path, wan: Path) -> None:
     with pytest.raises(CheckpointError, match="has no folder 'unet'"):
-        from_pretrained(wan, subfolder="unet")
+        load_model(wan, subfolder="unet")
     with pytest.raises(CheckpointError, match=r"has no apt\.json"):
-        from_pretrained(tmp_path)
+        load_model(tmp_path)
     with pytest.raises(InputError, match="are for a single file"):
-        from_pretrained(wan, architecture="wan2.1_t2v_1.3b")
+        load_model(wan, architecture="wan2.1_t2v_1.3b")
     with pytest.raises(InputError, match="need an architecture"):
-        from_pretrained(next((wan / "vae").glob("*.safetensors")), options={"depth": 1})
+        load_model(next((wan / "vae").glob("*.safetensors")), options={"depth": 1})
     with pytest.raises(CheckpointError, match="an image or video autoencoder"):
-        from_pretrained(next((wan / "vae").glob("*.safetensors")))
+        load_model(next((wan / "vae").glob("*.safetensors")))
 
 
 def test_our_own_folder_as_a_backbone(tmp_path: Path) -> None:
     bundle = tiny_bundle()
-    apt.save_pretrained(tmp_path, bundle)
-    assert_same(state(from_pretrained(tmp_path)), state(bundle.backbone))
+    apt.save_bundle(tmp_path, bundle)
+    assert_same(state(load_model(tmp_path)), state(bundle.backbone))
 
 
 MEASURE = """
 import sys, torch
-from apt.hub import save_weights
-from apt.models.loading import Checkpoint
+from apt.checkpoints.weights import save_weights
+from apt.checkpoints.checkpoint import Checkpoint
 from apt.models.registry import MODELS
 from apt.registry import replace_typed
 from pathlib import Path

@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apt.errors import CheckpointError, InputError
-from apt.models import create_model
-from apt.models.families import FAMILIES
-from apt.models.lora import (
+from apt.checkpoints.layouts import FAMILIES
+from apt.checkpoints.lora import (
     LORA_FILE,
     LoRA,
     LoRALayer,
     find_lora,
+    load_lora,
     merge_lora,
-    read_lora,
     save_lora,
 )
+from apt.errors import CheckpointError, InputError
+from apt.models import create_model
 from tests.models.wan_nets import ours_of, tiny_peer, wan_inputs
 
 diffusers = pytest.importorskip("diffusers")
@@ -59,7 +59,7 @@ def factors(model: nn.Module, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]
 
 def merged(model: nn.Module, path: Path, scale: float = 1.0) -> dict[str, Tensor]:
     changed = copy.deepcopy(model)
-    merge_lora(changed, read_lora(path, model), scale=scale)
+    merge_lora(changed, load_lora(path, model), scale=scale)
     return changed.state_dict()
 
 
@@ -119,7 +119,7 @@ def test_the_output_is_that_of_diffusers_own_loader(tmp_path: Path, style: str) 
     peer = tiny_peer(0, num_layers=2)
     model = ours_of(peer)
     path = write(tmp_path / LORA_FILE, model, style)
-    merge_lora(model, read_lora(path, model))
+    merge_lora(model, load_lora(path, model))
     state, _ = diffusers.WanPipeline.lora_state_dict(
         tmp_path, weight_name=LORA_FILE, return_lora_metadata=True
     )
@@ -145,7 +145,7 @@ def test_alpha_in_the_metadata_of_diffusers(tmp_path: Path, model: nn.Module) ->
         metadata = json.dumps(options | {"transformer.use_rslora": rslora})
         path = tmp_path / "lora.safetensors"
         save_file(tensors, path, metadata={"lora_adapter_metadata": metadata})
-        lora = read_lora(path, model)
+        lora = load_lora(path, model)
         assert lora.layers[name].scale == pytest.approx(6 / divisor)
         assert lora.layers[other].scale == pytest.approx(12 / divisor)
 
@@ -184,7 +184,7 @@ def test_a_convolution(tmp_path: Path, model: nn.Module) -> None:
 
 def test_merging_rounds_once_and_is_taken_off_again(tmp_path: Path, model: nn.Module) -> None:
     path = write(tmp_path / "lora.safetensors", model, "diffusers")
-    lora, before = read_lora(path, model), copy.deepcopy(model.state_dict())
+    lora, before = load_lora(path, model), copy.deepcopy(model.state_dict())
     merge_lora(model, lora, scale=0.7)
     merge_lora(model, lora, scale=-0.7)
     assert_same(model.state_dict(), before)
@@ -220,7 +220,7 @@ def test_our_own_models_have_no_other_names(tmp_path: Path) -> None:
     down, up = torch.randn(2, 24), torch.randn(72, 2)
     save_lora(tmp_path, {"blocks.0.streams.0.qkv": LoRALayer(down, up)})
     before = model.get_parameter("blocks.0.streams.0.qkv.weight").clone()
-    merge_lora(model, read_lora(tmp_path, model))
+    merge_lora(model, load_lora(tmp_path, model))
     torch.testing.assert_close(
         model.get_parameter("blocks.0.streams.0.qkv.weight"), before + up @ down
     )
@@ -236,7 +236,7 @@ def test_a_fused_projection_of_sd3_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, path)
     before = copy.deepcopy(model.state_dict())
-    merge_lora(model, read_lora(path, model))
+    merge_lora(model, load_lora(path, model))
     for name, part in zip(("to_q", "to_k", "to_v"), up.chunk(3), strict=True):
         weight = f"transformer_blocks.0.attn.{name}.weight"
         torch.testing.assert_close(model.state_dict()[weight], before[weight] + part @ down)
@@ -257,7 +257,7 @@ def test_keys_of_something_else(
     path = tmp_path / "lora.safetensors"
     save_file({key: torch.zeros(2, 2) for key in keys}, path)
     with pytest.raises(CheckpointError, match=message):
-        read_lora(path, model)
+        load_lora(path, model)
 
 
 def test_half_a_pair_wrong_shapes_and_nothing(tmp_path: Path, model: nn.Module) -> None:
@@ -265,18 +265,18 @@ def test_half_a_pair_wrong_shapes_and_nothing(tmp_path: Path, model: nn.Module) 
     down, up = factors(model)["blocks.0.attn1.to_q"]
     save_file({f"{name}.lora_A.weight": down}, path)
     with pytest.raises(CheckpointError, match="incomplete"):
-        read_lora(path, model)
+        load_lora(path, model)
     save_file({f"{name}.lora_A.weight": down[:, 1:].clone(), f"{name}.lora_B.weight": up}, path)
     with pytest.raises(CheckpointError, match="does not fit"):
-        read_lora(path, model)
+        load_lora(path, model)
     save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up[:, 1:].clone()}, path)
     with pytest.raises(CheckpointError, match="do not fit each other"):
-        read_lora(path, model)
+        load_lora(path, model)
     save_file({}, path)
     with pytest.raises(CheckpointError, match="holds no LoRA"):
-        read_lora(path, model)
+        load_lora(path, model)
     with pytest.raises(CheckpointError, match="missing"):
-        read_lora(tmp_path / "nowhere.safetensors", model)
+        load_lora(tmp_path / "nowhere.safetensors", model)
     for name in (tmp_path / "nowhere", "folder/nowhere.safetensors"):
         with pytest.raises(CheckpointError, match="there is no LoRA"):
             find_lora(name)

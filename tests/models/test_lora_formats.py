@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from apt.checkpoints.lora import load_lora, merge_lora
 from apt.errors import CheckpointError, InputError
 from apt.models import create_model
-from apt.models.lora import merge_lora, read_lora
 
 peft = pytest.importorskip("peft")
 
@@ -46,7 +46,7 @@ def base() -> nn.Module:
 
 def merged(base: nn.Module, path: Path, scale: float = 1.0) -> nn.Module:
     model = copy.deepcopy(base)
-    merge_lora(model, read_lora(path, model), scale=scale)
+    merge_lora(model, load_lora(path, model), scale=scale)
     return model
 
 
@@ -306,7 +306,7 @@ def test_dora_of_rows_and_of_columns(base: nn.Module, tmp_path: Path, axis: int)
         merged(base, path, scale=-1)
     path = save(tmp_path / "x.safetensors", {**tensors, f"{name}.dora_scale": random(5, 1)})
     with pytest.raises(CheckpointError, match="DoRA norms"):
-        read_lora(path, base)
+        load_lora(path, base)
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +381,7 @@ def test_what_cannot_be_merged_is_named(
 ) -> None:
     path = save(tmp_path / "x.safetensors", {key: torch.zeros(2, 2) for key in keys})
     with pytest.raises(CheckpointError, match=message) as caught:
-        read_lora(path, base)
+        load_lora(path, base)
     assert "belong to nothing" in str(caught.value) and str(path) in str(caught.value)
 
 
@@ -413,7 +413,7 @@ def test_damaged_adapters(
         {f"{name}.{part}": torch.ones(shape) for part, shape in parts.items()},
     )
     with pytest.raises(CheckpointError, match=message):
-        read_lora(path, base)
+        load_lora(path, base)
 
 
 SHAPES = st.lists(st.integers(0, 4), max_size=5)
@@ -439,7 +439,7 @@ def test_no_shape_is_a_traceback(
     path = tmp_path_factory.mktemp("x") / "x.safetensors"
     save(path, {f"{name}.{part}": torch.ones(shape) for part, shape in parts.items()})
     with contextlib.suppress(CheckpointError):
-        read_lora(path, sd3)
+        load_lora(path, sd3)
 
 
 def test_a_lora_of_a_table(base: nn.Module, tmp_path: Path) -> None:
@@ -449,13 +449,13 @@ def test_a_lora_of_a_table(base: nn.Module, tmp_path: Path) -> None:
         f"{name}.lora_B.weight": torch.ones(6, 2),
     }
     with pytest.raises(CheckpointError, match="which is a table and no layer"):
-        read_lora(save(tmp_path / "x.safetensors", tensors), base)
+        load_lora(save(tmp_path / "x.safetensors", tensors), base)
 
 
 def test_whole_numbers_are_no_lora(base: nn.Module, tmp_path: Path) -> None:
     tensors = {"diffusion_model.blocks.0.self_attn.q.diff": torch.ones(48, 48, dtype=torch.int8)}
     with pytest.raises(CheckpointError, match="is int8, expected floating-point"):
-        read_lora(save(tmp_path / "x.safetensors", tensors), base)
+        load_lora(save(tmp_path / "x.safetensors", tensors), base)
 
 
 def test_two_adapters_in_one_file(base: nn.Module, tmp_path: Path) -> None:
@@ -466,13 +466,13 @@ def test_two_adapters_in_one_file(base: nn.Module, tmp_path: Path) -> None:
         for x, shape in (("A", (2, 48)), ("B", (48, 2)))
     }
     with pytest.raises(CheckpointError, match="several adapters"):
-        read_lora(save(tmp_path / "x.safetensors", pair), base)
+        load_lora(save(tmp_path / "x.safetensors", pair), base)
     twice = {
         "transformer.blocks.0.attn1.to_q.diff_b": torch.ones(48),
         "diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(48),
     }
     with pytest.raises(CheckpointError, match="twice, under two names"):
-        read_lora(save(tmp_path / "x.safetensors", twice), base)
+        load_lora(save(tmp_path / "x.safetensors", twice), base)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -491,7 +491,7 @@ def test_values_that_are_not_finite_are_refused_by_name(
     tensors[part].view(-1)[0] = value
     path = save(tmp_path / "x.safetensors", {f"{name}.{k}": v for k, v in tensors.items()})
     with pytest.raises(CheckpointError, match=rf"1 of .* values of '{name}.{part}' are NaN or inf"):
-        read_lora(path, base)
+        load_lora(path, base)
 
 
 def test_a_sum_beyond_the_type_is_refused_and_changes_nothing(
@@ -505,7 +505,7 @@ def test_a_sum_beyond_the_type_is_refused_and_changes_nothing(
         f"{bad}.lora_down.weight": torch.full((2, 48), 1e3),
         f"{bad}.lora_up.weight": torch.full((48, 2), 1e3),
     }
-    lora = read_lora(save(tmp_path / "x.safetensors", tensors), half)
+    lora = load_lora(save(tmp_path / "x.safetensors", tensors), half)
     with pytest.raises(CheckpointError, match=r"'blocks.0.attn1.to_q.weight' are NaN or infinite"):
         merge_lora(half, lora)
     for name, value in half.state_dict().items():
@@ -517,10 +517,10 @@ def test_a_sum_beyond_the_type_is_refused_and_changes_nothing(
 def test_the_only_file_of_a_folder_is_its_lora(base: nn.Module, tmp_path: Path) -> None:
     tensors = {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(48)}
     save(tmp_path / "style.safetensors", tensors)
-    assert read_lora(tmp_path, base).differences.keys() == {"blocks.0.attn1.to_q.bias"}
+    assert load_lora(tmp_path, base).differences.keys() == {"blocks.0.attn1.to_q.bias"}
     save(tmp_path / "other.safetensors", tensors)
     with pytest.raises(CheckpointError, match="several files"):
-        read_lora(tmp_path, base)
+        load_lora(tmp_path, base)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     save(tmp_path / "adapter_model.safetensors", tensors)
-    read_lora(tmp_path, base)
+    load_lora(tmp_path, base)

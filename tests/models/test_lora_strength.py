@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apt.checkpoints.lora.files import Strength, read_strength
 from apt.errors import CheckpointError
-from apt.models.lora_strength import Strength, read_strength
 
 NAME = "blocks.0.attn1.to_q"
 KEYS = [f"base_model.model.{NAME}.lora_A.weight"]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from apt.checkpoints.load import describe, load_model
+from apt.checkpoints.lora import LORA_FILE, load_lora, merge_lora
 from apt.errors import ConfigError
 from apt.methods.base import Method
 from apt.methods.flow_matching import PretrainConfig
-from apt.models.bundle import load_backbone
-from apt.models.lora import LORA_FILE, merge_lora, read_lora
 from apt.train.config import LoRAConfig, OptimizerConfig
 from tests.train.tiny_stages import (
     adversarial,
@@ -105,12 +105,11 @@ def test_the_model_is_merged_and_the_adapters_alone_make_it_from_the_start(
     for update in range(3):
         stage.update(micro_batches(), update)
     export_method(stage, tmp_path / "out", updates=3, weights=weights)
-    result, info = load_backbone(tmp_path / "out")
-    assert info.stage == "consistency"
-    start, _ = load_backbone(tmp_path / "generator")
+    result, start = load_model(tmp_path / "out"), load_model(tmp_path / "generator")
+    assert describe(tmp_path / "out").stage == "consistency"
     assert isinstance(start, torch.nn.Module) and isinstance(result, torch.nn.Module)
     before = {name: value.clone() for name, value in start.state_dict().items()}
-    merge_lora(start, read_lora(tmp_path / "out" / LORA_FILE, start))
+    merge_lora(start, load_lora(tmp_path / "out" / LORA_FILE, start))
     for name, value in result.state_dict().items():
         torch.testing.assert_close(start.state_dict()[name], value, msg=name)
     assert any(not torch.equal(before[name], v) for name, v in result.state_dict().items())

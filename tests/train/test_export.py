@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from apt.checkpoints.info import SamplingInfo
+from apt.checkpoints.load import load_bundle
 from apt.condition import Condition
-from apt.hub import SamplingInfo
 from apt.methods.apt import generate
 from apt.methods.base import Method
 from apt.methods.consistency import DistillConfig
 from apt.methods.flow_matching import PretrainConfig
-from apt.models.bundle import load_pretrained
 from tests.train.tiny_stages import (
     CAPTIONS,
     adversarial,
@@ -57,7 +57,7 @@ def expected_weights(stage: Method, which: str) -> dict[str, torch.Tensor]:
 def test_what_is_loaded_is_what_was_trained(kind: str, which: str, tmp_path: Path) -> None:
     stage = trained(kind, tmp_path)
     export_method(stage, tmp_path / "out", updates=1, weights=which)
-    bundle: Any = load_pretrained(tmp_path / "out")
+    bundle: Any = load_bundle(tmp_path / "out")
     expected = expected_weights(stage, which)
     assert unchanged(weights(bundle.backbone), expected) == expected.keys()
     other = expected_weights(stage, "raw" if which == "ema" else "ema")
@@ -82,7 +82,7 @@ def test_what_is_loaded_is_what_was_trained(kind: str, which: str, tmp_path: Pat
 def test_it_says_how_to_sample(kind: str, tmp_path: Path) -> None:
     stage = trained(kind, tmp_path)
     export_method(stage, tmp_path / "out", updates=1)
-    info = load_pretrained(tmp_path / "out").info
+    info = load_bundle(tmp_path / "out").info
     if kind == "diffusion":
         assert info.sampling == SamplingInfo(
             num_steps=7,
@@ -103,7 +103,7 @@ def test_provenance_tells_the_stages_before(tmp_path: Path) -> None:
     export_method(first, tmp_path / "generator", updates=11)
     second = distill_from(tmp_path)
     export_method(second, tmp_path / "out", updates=5)
-    training = load_pretrained(tmp_path / "out").info.training
+    training = load_bundle(tmp_path / "out").info.training
     assert training["updates"] == 5
     assert training["config"]["stage"]["teacher"] == str(tmp_path / "generator")
     before = training["started_from"]
@@ -124,7 +124,7 @@ def test_half_precision_on_request(tmp_path: Path) -> None:
     export_method(stage, tmp_path / "half", updates=1, dtype=torch.bfloat16)
     sizes = [(tmp_path / d / "transformer.safetensors").stat().st_size for d in ("whole", "half")]
     assert sizes[1] < 0.7 * sizes[0]
-    half: Any = load_pretrained(tmp_path / "half").backbone
+    half: Any = load_bundle(tmp_path / "half").backbone
     for name, value in expected_weights(stage, "ema").items():
         torch.testing.assert_close(weights(half)[name], value.bfloat16().float())
 

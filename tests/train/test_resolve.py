@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.info import SampleInfo
 from apt.errors import ConfigError
-from apt.hub import SampleInfo
 from apt.methods import AdversarialConfig, DistillConfig, MethodConfig, PretrainConfig
-from apt.models.bundle import save_pretrained
 from apt.train.config import DataConfig, OptimizerConfig, TrainConfig
 from apt.train.recipes import RECIPES, list_recipes
 from apt.train.resolve import advice, prompt_check, resolve
@@ -105,7 +105,7 @@ def test_averages_of_shipped_pretraining_are_what_they_were() -> None:
 
 
 def test_captions_are_checked_by_the_encoder_that_will_read_them(tmp_path: Path) -> None:
-    save_pretrained(tmp_path / "model", random_bundle())
+    save_bundle(tmp_path / "model", random_bundle())
     for stage in (PretrainConfig(), DistillConfig(teacher=str(tmp_path / "model"))):
         check = prompt_check(config(stage))
         assert check is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt.hub import read_info
+from apt.checkpoints.info import read_info
 from apt.train.logs import read_log
 
 ROOT = Path(__file__).parents[2]

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from apt.checkpoints.bundle import ModelBundle, save_bundle
 from apt.distributed.parallel import Parallel
 from apt.methods.apt import AdversarialConfig, AdversarialPostTraining
 from apt.methods.base import MethodConfig, MicroBatch
 from apt.methods.consistency import ConsistencyDistillation, DistillConfig
 from apt.methods.flow_matching import FlowMatchingPretraining, PretrainConfig
-from apt.models.bundle import ModelBundle, save_pretrained
 from apt.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from apt.train.export import export
 from apt.train.host import RunHost
@@ -75,9 +75,9 @@ def randomize(module: torch.nn.Module, seed: int) -> None:
 def save_start(folder: Path) -> dict[str, str]:
     """Two models with the same text encoder: where a generator and a discriminator start."""
     start = random_bundle(0)
-    generator = save_pretrained(folder / "generator", start)
+    generator = save_bundle(folder / "generator", start)
     other = dataclasses.replace(start, backbone=random_bundle(1).backbone)
-    discriminator = save_pretrained(folder / "discriminator", other)
+    discriminator = save_bundle(folder / "discriminator", other)
     return {"generator": str(generator), "discriminator": str(discriminator)}
 
 

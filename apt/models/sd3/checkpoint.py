@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apt.checkpoints.layouts import FAMILIES, Family, KeyRule, first_kind
 from apt.errors import CheckpointError, ConfigError
-from apt.models.families import FAMILIES, Family, KeyRule, first_kind
 from apt.models.sd3.model import FLOW, SD3Config
 from apt.registry import replace_typed
 

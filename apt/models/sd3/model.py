@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from apt.condition import Condition
 from apt.errors import ConfigError, InputError
+from apt.flow import FlowAdapter
 from apt.kernels import attention, modulated_norm, qk_norm_rope, residual_modulated_norm
 from apt.kernels.rows import take_rows
-from apt.models.families import FlowAdapter
 from apt.models.tokens import (
     FeedForward,
     joint_mask,

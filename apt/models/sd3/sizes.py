@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from apt.hub.info import SampleInfo, SamplingInfo
-from apt.hub.pretrained import PretrainedEntry
-from apt.models.registry import MODELS
+from apt.checkpoints.info import SampleInfo, SamplingInfo
+from apt.models.registry import MODELS, PretrainedEntry
 from apt.models.sd3.model import SD3Config
 
 

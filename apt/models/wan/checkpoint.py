@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from apt.checkpoints.layouts import FAMILIES, Family, KeyRule, first_kind
 from apt.errors import CheckpointError, ConfigError
-from apt.models.families import FAMILIES, Family, KeyRule, first_kind
 from apt.models.wan.model import FLOW, WanConfig
 from apt.registry import replace_typed
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from apt.condition import Condition
 from apt.errors import ConfigError, InputError
+from apt.flow import FlowAdapter
 from apt.kernels import (
     attention,
     modulated_norm,
@@ -34,7 +35,6 @@ from apt.kernels import (
     residual_modulated_norm,
 )
 from apt.kernels.rows import take_rows
-from apt.models.families import FlowAdapter
 from apt.models.tokens import (
     FeedForward,
     check_rotary_heads,

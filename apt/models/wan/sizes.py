@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from apt.hub.info import SampleInfo, SamplingInfo
-from apt.hub.pretrained import PretrainedEntry
-from apt.models.registry import MODELS
+from apt.checkpoints.info import SampleInfo, SamplingInfo
+from apt.models.registry import MODELS, PretrainedEntry
 from apt.models.wan.model import WanConfig
 
 NEGATIVE_PROMPT = (

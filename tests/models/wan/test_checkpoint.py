@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from apt.checkpoints.layouts import Family
 from apt.errors import CheckpointError
 from apt.models import FAMILIES, MODELS, create_model
-from apt.models.families import Family
 from apt.models.wan import WanConfig
 
 diffusers = pytest.importorskip("diffusers")

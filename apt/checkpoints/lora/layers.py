@@ -1,13 +1,17 @@
-"""The arithmetic of adapters: the change of one weight from what a file keeps of it."""
+"""The arithmetic of adapters: changes of weights from what a file keeps of them, and their sum."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from apt.errors import CheckpointError, InputError
 
 
 class Layer(Protocol):
@@ -177,6 +181,75 @@ def magnitude_of(value: Tensor, rows: int, columns: int) -> Tensor | None:
     if value.numel() == columns and value.ndim > 1 and value.shape[:2] == (1, columns):
         return value.reshape(1, columns)
     return None
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """What a file changes, in the names of our modules.
+
+    Attributes:
+        layers: by module name.
+        differences: whole changes of parameters, by parameter name.
+        magnitudes: DoRA's norms, (out, 1) or (1, in), by the name of a module in `layers`.
+    """
+
+    layers: Mapping[str, Layer]
+    differences: dict[str, Tensor]
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, lora: LoRA, *, scale: float = 1.0) -> None:
+    """Add a LoRA to a model's weights, in place; a negative scale takes it off (to rounding).
+
+    Sums are made in fp32 and rounded once to the weight's type.
+
+    Raises:
+        InputError: a scale that is not finite, or a negative one of a DoRA, whose change depends on
+            the weights and is not taken off by it.
+        CheckpointError: a sum that is not finite in the weight's type. The model is as it was.
+    """
+    if not math.isfinite(scale):
+        raise InputError(f"the scale of a LoRA must be finite, got {scale}")
+    if scale < 0 and lora.magnitudes:
+        raise InputError(
+            f"a DoRA cannot be taken off again, so its scale must not be negative, got {scale}; "
+            "load the model anew"
+        )
+    # All sums are looked at before the first is kept: half a LoRA would be a model of nobody.
+    for keep in (False, True):
+        for name in _parameters(lora):
+            parameter = model.get_parameter(name)
+            value = _merged(parameter, name, lora, scale).to(parameter.dtype)
+            if keep:
+                parameter.copy_(value)
+            elif not bool(torch.isfinite(value).all()):
+                raise CheckpointError(
+                    f"with the LoRA at scale {scale:g}, values of {name!r} are NaN or infinite in "
+                    f"{str(parameter.dtype).removeprefix('torch.')}; lower the scale, or load the "
+                    "model in a type of a wider range, such as bfloat16"
+                )
+
+
+def _parameters(lora: LoRA) -> list[str]:
+    """Names of the parameters that change, each once."""
+    return list(dict.fromkeys([*(f"{name}.weight" for name in lora.layers), *lora.differences]))
+
+
+def _merged(parameter: Tensor, name: str, lora: LoRA, scale: float) -> Tensor:
+    """The new value of a parameter, in fp32."""
+    weight = parameter.float()
+    value = weight
+    module = name.removesuffix(".weight")
+    layer = lora.layers.get(module) if module != name else None
+    if layer is not None:
+        change = layer.delta().to(parameter.device).reshape(parameter.shape)
+        if module in lora.magnitudes:
+            change = decomposed(weight, change, lora.magnitudes[module].to(parameter.device))
+        value = value + scale * change
+    if name in lora.differences:
+        value = value + scale * lora.differences[name].to(parameter.device, torch.float32)
+    return value
 
 
 def _product(factors: tuple[Tensor, ...]) -> Tensor:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from apt.errors import CheckpointError
+from apt.checkpoints.safetensors import StoredTensor, read_header, read_stored
+from apt.errors import LISTED, CheckpointError, listed
 from apt.files import write_safetensors
-from apt.hub.mismatch import Marks, check_keys
-from apt.hub.stored import StoredTensor, read_header, read_stored
+
+Shapes = Mapping[str, tuple[int, ...]]
+Marks = Mapping[str, Sequence[str]]
+"""Names of families, each with fragments of keys that all occur in its files."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def fill(
             untouched), or a value is not finite.
     """
     targets = module.state_dict(keep_vars=True)
-    check_keys(
+    _check_keys(
         source,
         {key: piece.shape for key, piece in pieces.items()},
         {key: tuple(target.shape) for key, target in targets.items()},
@@ -174,3 +178,110 @@ def check_finite(path: str, key: str, value: Tensor) -> None:
             f"{str(value.dtype).removeprefix('torch.')}; the training run diverged or the type is "
             "too narrow: use an earlier checkpoint or a wider type"
         )
+
+
+def _check_keys(source: str, stored: Shapes, expected: Shapes, marks: Marks) -> None:
+    """Raise CheckpointError unless `stored` has exactly the keys and shapes of `expected`.
+
+    Args:
+        source: where the tensors come from, for the message.
+        stored, expected: shapes by key.
+        marks: of the families that a foreign checkpoint may belong to.
+    """
+    missing = sorted(expected.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - expected.keys())
+    reshaped = [
+        f"{key} is {_shape(stored[key])}, expected {_shape(expected[key])}"
+        for key in sorted(expected.keys() & stored.keys())
+        if stored[key] != expected[key]
+    ]
+    if not (missing or unexpected or reshaped):
+        return
+    problems = [
+        f"{len(items)} {label}: {listed(items)}"
+        for label, items in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrongly shaped", reshaped),
+        )
+        if items
+    ]
+    guess = _guess(missing, unexpected, stored, expected, marks)
+    raise CheckpointError(
+        f"{source!r} does not fit the model that it is loaded into: {'; '.join(problems)}. {guess}"
+    )
+
+
+def looks_like(keys: Collection[str], marks: Marks) -> str | None:
+    """What a checkpoint with these keys probably is: a family of `marks`, or a known other kind."""
+    for name, fragments in (*_ADAPTERS, *marks.items(), *_OTHERS):
+        if fragments and all(any(fragment in key for key in keys) for fragment in fragments):
+            return name
+    return None
+
+
+def _guess(
+    missing: list[str], unexpected: list[str], stored: Shapes, expected: Shapes, marks: Marks
+) -> str:
+    for prefix in _WRAPPER_PREFIXES:
+        if {key.removeprefix(prefix): shape for key, shape in stored.items()} == dict(expected):
+            return f"It fits once the prefix {prefix!r} is taken off its keys."
+    if not missing and not unexpected:
+        return "The keys agree, so the config is of another size of the same model."
+    family = looks_like(stored.keys(), marks)
+    if family is not None and family != looks_like(expected.keys(), marks):
+        return f"Its keys look like {family}; load it as that."
+    pairs = [
+        f"{key} (for {close[0]}?)"
+        for key in unexpected[:LISTED]
+        if (close := difflib.get_close_matches(key, missing[:2000], n=1, cutoff=0.8))
+    ]
+    if pairs:
+        return f"Similar names: {', '.join(pairs)}."
+    return f"It shares {len(expected.keys() & stored.keys())} of {len(expected)} keys with it."
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
+
+
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "transformer.")
+"""What wrapping a module adds to its keys."""
+
+_ADAPTERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("a LoKr adapter, not a whole model", (".lokr_w",)),
+    ("a LoHa adapter, not a whole model", (".hada_w",)),
+    ("a LoRA, not a whole model", (".lora_A.",)),
+    ("a LoRA of another naming, not a whole model", (".lora_down.",)),
+    ("a LoRA of an old naming, not a whole model", ("lora.down.",)),
+    ("differences from a model (a LoRA cut from a fine-tune), not a whole model", (".diff_b",)),
+)
+"""They change a model, and their keys have the marks of its family."""
+
+_OTHERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("a ControlNet, which guides a model and is none itself", ("controlnet_blocks.",)),
+    ("a ControlNet, which guides a model and is none itself", ("control_model.",)),
+    ("an IP-Adapter, which adds to a model and is none itself", ("image_proj.", "to_k_ip")),
+    ("an IP-Adapter, which adds to a model and is none itself", ("image_proj.", "ip_adapter.")),
+    ("the module that makes a Wan a VACE, without the Wan", ("vace_blocks.",)),
+    (
+        "FLUX or another model of two kinds of blocks, which this package has no model of",
+        ("double_blocks.", "single_blocks."),
+    ),
+    (
+        "FLUX, which this package has no model of",
+        ("single_transformer_blocks.", "transformer_blocks."),
+    ),
+    ("a T5 or UMT5 text encoder", ("shared.weight", "encoder.block.")),
+    ("a T5 or UMT5 text encoder", ("encoder.block.", ".SelfAttention.")),
+    ("a UMT5 text encoder in the layout of Wan's authors", ("token_embedding.", ".ffn.gate.")),
+    ("a CLIP text encoder", ("text_model.encoder.layers.",)),
+    ("a CLIP text encoder", ("transformer.resblocks.", "token_embedding.")),
+    ("an image encoder (CLIP or SigLIP)", ("vision_model.encoder.",)),
+    ("an image encoder (CLIP), as image-to-video models use it", ("visual.transformer.",)),
+    ("an image or video autoencoder (VAE)", ("encoder.", "decoder.")),
+    ("the decoder of an image or video autoencoder (VAE)", ("decoder.", "up_blocks.")),
+    ("a U-Net such as Stable Diffusion 1.5 or XL", ("input_blocks.", "output_blocks.")),
+    ("a U-Net such as Stable Diffusion 1.5 or XL", ("down_blocks.", "up_blocks.")),
+)
+"""Kinds of checkpoints that are no family of ours: each with fragments that all occur."""

@@ -12,36 +12,20 @@ from typing import Any, Literal
 
 import torch
 
+from apt.checkpoints.bundle import save_bundle, save_codec
+from apt.checkpoints.documents import read_json, read_pipeline
+from apt.checkpoints.external import COMPONENT_FILES, is_component_file
+from apt.checkpoints.info import CodecInfo, ComponentInfo, ModelInfo, without_folders, write_info
+from apt.checkpoints.layouts import COMFYUI_PREFIX, Family, all_families, family_of, original_layout
+from apt.checkpoints.load import describe, describe_model, load_bundle, load_codec, load_model
+from apt.checkpoints.safetensors import INDEX_SUFFIX, WEIGHTS_STEM
+from apt.checkpoints.source import PIPELINE_FILE, Source, locate
+from apt.checkpoints.weights import cast_type, save_tensors
 from apt.errors import CheckpointError, InputError
 from apt.files import write_text
-from apt.hub import (
-    PIPELINE_FILE,
-    CodecInfo,
-    ComponentInfo,
-    ModelInfo,
-    Source,
-    locate,
-    write_info,
-)
-from apt.hub.inert import read_json, read_pipeline
-from apt.hub.links import check_links
-from apt.hub.shared import without_folders
-from apt.hub.stored import INDEX_SUFFIX
-from apt.hub.weights import cast_type, save_tensors
-from apt.models.bundle import (
-    describe,
-    load_backbone,
-    load_codec,
-    load_pretrained,
-    save_codec,
-    save_pretrained,
-)
-from apt.models.external import COMPONENT_FILES, is_component_file
-from apt.models.families import Family
-from apt.models.layouts import COMFYUI_PREFIX, all_families, family_of, original_layout
-from apt.models.loading import WEIGHTS_STEM
 from apt.models.transformer import DiffusionTransformer
 from apt.outputs import check_folder, check_place
+from apt.untrusted import check_links
 
 Format = Literal["apt", "diffusers", "comfyui"]
 
@@ -70,10 +54,10 @@ def export_model(
     Its apt.json names no folder of this machine in the record of training.
 
     Args:
-        model: its folder, built-in name or Hub id, as `load_pretrained` takes it; for "apt" also
+        model: its folder, built-in name or Hub id, as `load_bundle` takes it; for "apt" also
             the folder of a codec alone.
         out: a folder, which is made; for "comfyui" a file that ends in .safetensors.
-        format: "apt": as `save_pretrained`. "diffusers": a whole pipeline, whose text encoders and
+        format: "apt": as `save_bundle`. "diffusers": a whole pipeline, whose text encoders and
             VAE are copies of those in `base`; with num_inference_steps=1 and guidance_scale=1 the
             stock pipeline makes what ours makes. "comfyui": the diffusion model alone, in the
             layout of its authors.
@@ -96,12 +80,12 @@ def export_model(
         alone = describe(model)
         if isinstance(alone, CodecInfo):
             return save_codec(path, load_codec(model), without_folders(alone), dtype=dtype)
-        bundle = load_pretrained(model)
+        bundle = load_bundle(model)
         bundle.info = without_folders(bundle.info)
         external = bundle.info.text_encoder.weights is None
-        return save_pretrained(path, bundle, dtype=dtype, external_text_encoder=external)
+        return save_bundle(path, bundle, dtype=dtype, external_text_encoder=external)
     # Text encoder and VAE are copied as files, never loaded.
-    backbone, info = load_backbone(model)
+    backbone, info = load_model(model), describe_model(model)
     family = family_of(backbone.config)
     if family is None:
         known = ", ".join(family.name for family in all_families())

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from apt.checkpoints.info import INFO_FILE
+from apt.checkpoints.safetensors import WEIGHTS_STEM
 from apt.errors import CheckpointError, InputError
 from apt.hub.download import download
-from apt.hub.info import INFO_FILE
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -39,6 +40,17 @@ class Source:
         """Have the files that match these patterns too. Raises CheckpointError; see `download`."""
         if self.repo is not None:
             download(self.repo, self.revision, patterns)
+
+    def fetch_component(self, subfolder: str) -> None:
+        """Have configuration and weights of one component; "" is the top, and no other component.
+
+        Raises CheckpointError; see `download`.
+        """
+        if subfolder:
+            self.fetch([f"{subfolder}/*.json", f"{subfolder}/*.safetensors"])
+        else:
+            # "*" also stands for "/" in these patterns, so "*.safetensors" would be all components.
+            self.fetch(["*.json", f"{WEIGHTS_STEM}*.safetensors"])
 
     @property
     def name(self) -> str:

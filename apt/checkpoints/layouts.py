@@ -1,17 +1,22 @@
-"""Layouts of public checkpoints: which tensor of a file is which of ours, and the way back."""
+"""Families of public checkpoints and their layouts: which tensor of a file is which of ours.
+
+A family is a folder of `apt.models`: a model with its sizes, a `FlowAdapter`, and one table of key
+rules, which turns the layout that its authors published into ours. Parameters of our modules are
+named as in diffusers, so that layout needs none.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from apt.checkpoints.safetensors import StoredTensor, with_scales
+from apt.checkpoints.weights import Piece
 from apt.errors import CheckpointError
-from apt.hub.quantized import with_scales
-from apt.hub.stored import StoredTensor
-from apt.hub.weights import Piece
-from apt.models.families import FAMILIES, Family, KeyRule
+from apt.flow import FlowAdapter
+from apt.registry import Buildable, Registry
 
 COMFYUI_PREFIX = "model.diffusion_model."
 
@@ -29,13 +34,89 @@ _COMPANIONS = (
 """Beside a prefixed diffusion model: other models in an all-in-one file, which are not read."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeyRule:
+    """One line of a conversion table: a tensor of the original layout, and ours.
+
+    Attributes:
+        theirs: pattern that must match a whole original key; groups are numbers of blocks and such.
+        ours: our keys, with `\\1` for groups. Several: the original is cut in as many equal parts
+            along its first dimension (a fused projection).
+        swap_halves: the two halves along the first dimension trade places (shift before scale).
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    swap_halves: bool = False
+
+    def match(self, key: str) -> tuple[str, ...] | None:
+        """Our keys for an original key; None if the rule is not for it."""
+        found = re.fullmatch(self.theirs, key)
+        return None if found is None else tuple(found.expand(ours) for ours in self.ours)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of public checkpoints.
+
+    Attributes:
+        name: in messages and on the command line.
+        makes: what our module of it does, such as "text-to-video".
+        adapter: time and velocity.
+        config_class: the dataclass that its registered sizes are made of.
+        diffusers_class: the transformer's class name there; its configs and keys are understood.
+        from_diffusers, to_diffusers: between that class's config.json and `config_class`.
+            The first raises CheckpointError for a config that our module cannot be built from.
+        rules: from the original layout to ours; each original key meets exactly one. A function of
+            the config where they depend on it, as when only the last block differs; `rules_for`
+            gives them either way.
+        marks: fragments of original or diffusers keys that together occur in no other family.
+        anchors: keys that each layout has one of: what stands before one in a file is a prefix.
+        relative: what a checkpoint or LoRA of the family is if it is none that our module can take,
+            such as image-to-video; None if it can. Called with shapes by key, without prefix, in
+            any layout, also with underscores for dots.
+        pipeline_class: diffusers' pipeline that runs an export in one step.
+    """
+
+    name: str
+    makes: str
+    adapter: FlowAdapter
+    config_class: type
+    diffusers_class: str
+    from_diffusers: Callable[[Mapping[str, Any]], Buildable]
+    to_diffusers: Callable[[Any], dict[str, Any]]
+    rules: Sequence[KeyRule] | Callable[[Any], Sequence[KeyRule]]
+    marks: Sequence[str]
+    anchors: Sequence[str]
+    relative: Callable[[Mapping[str, tuple[int, ...]]], str | None]
+    pipeline_class: str
+
+    def rules_for(self, config: Any) -> Sequence[KeyRule]:
+        """The key rules of a model of this config, an instance of `config_class`."""
+        return self.rules(config) if callable(self.rules) else self.rules
+
+
+def first_kind(keys: Iterable[str], kinds: Iterable[tuple[str, Sequence[str]]]) -> str | None:
+    """The first of `kinds` with a fragment that occurs in a key, whether dots or underscores part
+    the names."""
+    text = "\n".join(key.replace(".", "_") for key in keys)
+    return next(
+        (name for name, marks in kinds if any(mark.replace(".", "_") in text for mark in marks)),
+        None,
+    )
+
+
+FAMILIES: Registry[Family] = Registry("family")
+"""Functions without arguments that return a `Family`, under its name."""
+
+
 def all_families() -> list[Family]:
     """Every registered family."""
     return [FAMILIES.get(name)() for name in FAMILIES.names()]
 
 
 def family_marks() -> dict[str, Sequence[str]]:
-    """How to tell the families by their keys, for messages; see `apt.hub.mismatch`."""
+    """How to tell the families by their keys, for messages; see `apt.checkpoints.mismatch`."""
     return {f"a checkpoint of the {f.name} family": f.marks for f in all_families()}
 
 

@@ -1,8 +1,9 @@
-"""How strong an adapter is: alpha over rank, from wherever its file keeps alpha.
+"""Files of LoRAs in the spellings that people have: found, loaded with their strength, written.
 
-In this order: a tensor `NAME.alpha`; what PEFT writes, in the header (diffusers'
-`lora_adapter_metadata`) or in `adapter_config.json` beside the file; a number in the header
-(`lora_alpha`, `alpha`, kohya's `ss_network_alpha`). With none of them alpha is the rank.
+Spellings of keys: see `apt.checkpoints.lora.keys`. The strength is alpha over rank. Alpha is in one
+of these places, looked at in this order: a tensor `NAME.alpha`; what PEFT writes, in the header
+(diffusers' `lora_adapter_metadata`) or in `adapter_config.json` beside the file; a number in the
+header (`lora_alpha`, `alpha`, kohya's `ss_network_alpha`). With none of them alpha is the rank.
 """
 
 from __future__ import annotations
@@ -14,12 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from apt.errors import CheckpointError
-from apt.hub.inert import read_json
+from apt.checkpoints.documents import read_json
+from apt.checkpoints.layouts import Family, family_of
+from apt.checkpoints.lora.assembly import assemble
+from apt.checkpoints.lora.keys import KIND_OF_PART, Names, describe_unknown, split_key
+from apt.checkpoints.lora.layers import LoRA, LoRALayer
+from apt.checkpoints.safetensors import read_stored
+from apt.checkpoints.source import split_hub_id
+from apt.checkpoints.weights import check_finite, save_tensors
+from apt.errors import CheckpointError, listed
+from apt.hub.download import download
 from apt.untrusted import parse_json
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PEFT_FILE = "adapter_model.safetensors"
 
@@ -31,6 +42,115 @@ _KOHYA_ALPHA = "ss_network_alpha"
 _PEFT_TYPES = ("LORA", "LOKR", "LOHA")
 _CHANGED_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Ways to begin that take a part out of the base model's weights, so the rest fits no other."""
+
+
+def load_lora(path: str | Path, model: nn.Module, family: Family | None = None) -> LoRA:
+    """Read a LoRA of a model.
+
+    Args:
+        path: a safetensors file, or a folder with one; see `find_lora`.
+        model: the backbone that it belongs to.
+        family: the model's, for files in its authors' names; None finds it by the config.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, values that are not finite, keys that belong
+            to nothing in the model, or shapes that do not fit it. Nothing is changed, and nothing
+            is left out.
+    """
+    file = _file_in(Path(path)) if Path(path).is_dir() else Path(path)
+    read_stored(file)
+    with safe_open(file, framework="pt") as stored:
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        header = stored.metadata() or {}
+    if family is None:
+        family = family_of(model.config)
+    names = Names(model, () if family is None else family.rules_for(model.config))
+    parts: dict[str, dict[str, Tensor]] = {}
+    unknown: list[str] = []
+    for key, value in tensors.items():
+        check_finite(str(file), key, value)
+        name, part = split_key(key)
+        if part != "alpha" and not value.is_floating_point():
+            raise CheckpointError(
+                f"{str(file)!r}: {key!r} is {str(value.dtype).removeprefix('torch.')}, expected "
+                "floating-point numbers; a quantised LoRA is not read"
+            )
+        if part is None or not names.find(name, KIND_OF_PART.get(part, "weight"))[0]:
+            unknown.append(key)
+        elif part in parts.setdefault(name, {}):
+            raise CheckpointError(
+                f"{str(file)!r} has {part!r} of {name!r} twice: it holds several adapters; save "
+                "one of them alone"
+            )
+        else:
+            parts[name][part] = value
+    if unknown:
+        raise CheckpointError(describe_unknown(file, unknown, len(tensors), family))
+    if not parts:
+        raise CheckpointError(
+            f"{str(file)!r} holds no LoRA; expected keys such as NAME.lora_A.weight"
+        )
+    strength = read_strength(file, header, tensors.keys())
+    return assemble(file, parts, names, strength.scale, model)
+
+
+def save_lora(folder: str | Path, layers: Mapping[str, LoRALayer]) -> Path:
+    """Write `pytorch_lora_weights.safetensors` as diffusers names it; returns the file.
+
+    Raises:
+        CheckpointError: values that are not finite, or a disk that refuses.
+    """
+    file = Path(folder) / LORA_FILE
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        # The scale goes into the weights: loaders disagree on where alpha is.
+        up = layer.up if layer.scale == 1 else layer.up * layer.scale
+        tensors[f"transformer.{name}.lora_A.weight"] = layer.down
+        tensors[f"transformer.{name}.lora_B.weight"] = up
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {str(file)!r}: {error.strerror or error}") from error
+    save_tensors(file, tensors)
+    return file
+
+
+def find_lora(name: str | Path) -> Path:
+    """The file of a LoRA: a file, a folder that has one, or a Hub repository of one.
+
+    In a folder it is diffusers' or PEFT's file, or else the only safetensors file.
+
+    Raises CheckpointError if there is none, or several to choose from.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    hub_id = None if path.is_dir() or path.suffix == ".safetensors" else split_hub_id(str(name))
+    if hub_id is not None:
+        path = download(*hub_id, [LORA_FILE, PEFT_FILE, CONFIG_FILE])
+    if not path.is_dir():
+        raise CheckpointError(
+            f"there is no LoRA {str(name)!r}: expected a .safetensors file, or a folder or Hub "
+            f"repository with {LORA_FILE} or {PEFT_FILE}"
+        )
+    return _file_in(path)
+
+
+def _file_in(folder: Path) -> Path:
+    for name in (LORA_FILE, PEFT_FILE):
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"{str(folder)!r} holds several files ({listed(file.name for file in found)}); name one"
+        )
+    raise CheckpointError(
+        f"there is no LoRA in {str(folder)!r}: expected {LORA_FILE}, {PEFT_FILE} or one other "
+        ".safetensors file"
+    )
 
 
 @dataclass(frozen=True)
@@ -95,7 +215,7 @@ def read_strength(file: Path, header: Mapping[str, str], keys: Collection[str]) 
     for entry in _DOCUMENTS:
         if entry in header:
             origin = f"{entry!r} in the header of {str(file)!r}"
-            options = _parse(header[entry], origin)
+            options = _read_object(header[entry], origin)
             if any(key in _PEFT_FIELDS for key in options):
                 return _from_peft(options, origin)
     config = file.with_name(CONFIG_FILE)
@@ -148,7 +268,7 @@ def _from_peft(options: Mapping[str, Any], origin: str) -> Strength:
     )
 
 
-def _parse(text: str, origin: str) -> dict[str, Any]:
+def _read_object(text: str, origin: str) -> dict[str, Any]:
     """A JSON object; of several components, or with their names before keys, the transformer's."""
     try:
         document = parse_json(text)

@@ -3,48 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from apt.errors import CheckpointError
-from apt.hub.mismatch import listed
-from apt.models.lora_keys import KIND_OF_PART, Kind, Names, bare_names
-from apt.models.lora_layers import (
+from apt.checkpoints.lora.keys import KIND_OF_PART, Kind, Names, bare_names
+from apt.checkpoints.lora.layers import (
     Layer,
     LoHaLayer,
     LoKrLayer,
+    LoRA,
     LoRALayer,
     RowsOf,
     cut_rows,
     delta_shape,
     magnitude_of,
 )
-from apt.models.lora_strength import Strength
+from apt.errors import CheckpointError, listed
 
-
-@dataclass(frozen=True)
-class LoRA:
-    """What a file changes, in the names of our modules.
-
-    Attributes:
-        layers: by module name.
-        differences: whole changes of parameters, by parameter name.
-        magnitudes: DoRA's norms, (out, 1) or (1, in), by the name of a module in `layers`.
-    """
-
-    layers: Mapping[str, Layer]
-    differences: dict[str, Tensor]
-    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+Scale = Callable[[str, int | None, Tensor | None], float]
 
 
 def assemble(
     file: Path,
     parts: Mapping[str, Mapping[str, Tensor]],
     names: Names,
-    strength: Strength,
+    scale: Scale,
     model: nn.Module,
 ) -> LoRA:
     """The adapter whose parts these are.
@@ -53,14 +38,15 @@ def assemble(
         file: where they are from, for messages.
         parts: by the name of a module in the file, and by part.
         names: finds the modules in the model.
-        strength: what the file says of it.
+        scale: what multiplies a layer's change, by its name in the file, the rank of its factors,
+            and the tensor alpha beside them.
         model: that it is for.
 
     Raises:
         CheckpointError: a part without its others, a weight that changes twice, or shapes that do
             not fit each other or the model.
     """
-    lora = _Assembly(file, names, strength).assemble(parts)
+    lora = _Assembly(file, names, scale).assemble(parts)
     _check_shapes(file, lora, model)
     return lora
 
@@ -68,8 +54,8 @@ def assemble(
 class _Assembly:
     """Puts the parts of a file together."""
 
-    def __init__(self, file: Path, names: Names, strength: Strength) -> None:
-        self._file, self._names, self._strength = file, names, strength
+    def __init__(self, file: Path, names: Names, scale: Scale) -> None:
+        self._file, self._names, self._scale = file, names, scale
         self._layers: dict[str, Layer] = {}
         self._differences: dict[str, Tensor] = {}
         self._magnitudes: dict[str, Tensor] = {}
@@ -153,7 +139,7 @@ class _Assembly:
             """By the rank of a factor, which is its first dimension."""
             (*_, bare) = bare_names(name)
             rank = None if factor is None else factor.shape[0]
-            return self._strength.scale(bare, rank, alpha)
+            return self._scale(bare, rank, alpha)
 
         def factors(part: str) -> tuple[Tensor, ...] | None:
             """A matrix, or the two that it is the product of."""

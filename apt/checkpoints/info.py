@@ -1,17 +1,18 @@
-"""What a model folder says about itself: `apt.json`."""
+"""What a model folder says about itself: `apt.json`, and what of it others get to read."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
-from apt.errors import CheckpointError, InputError
+from apt.checkpoints.documents import inert, read_document
+from apt.errors import CheckpointError, InputError, listed
 from apt.files import write_text
-from apt.hub.inert import inert, read_document
-from apt.hub.mismatch import listed
 from apt.registry import check_options
 from apt.untrusted import check_name
 
@@ -21,6 +22,13 @@ TRANSFORMER_FILE = "transformer.safetensors"
 TEXT_ENCODER_FILE = "text_encoder.safetensors"
 CODEC_FILE = "codec.safetensors"
 CODEC_STAGE = "codec"
+
+# Of records that do not say which of their fields are what, from before they did.
+_FOLDERS = ("run_dir", "data.path")
+_MODELS = ("stage.teacher", "stage.generator", "stage.discriminator")
+
+_PLACE = re.compile(r"[~./\\]|[A-Za-z]:[\\/]|file:")
+"""How a place on a machine begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +120,9 @@ class CodecInfo:
     summary: str = ""
 
 
+Info = TypeVar("Info", bound=ModelInfo | CodecInfo)
+
+
 def read_info(folder: str | Path) -> ModelInfo:
     """Read and check `apt.json` of a model.
 
@@ -178,6 +189,51 @@ def info_text(info: ModelInfo | CodecInfo) -> str:
     return json.dumps(document, indent=2) + "\n"
 
 
+def without_folders(info: Info) -> Info:
+    """The same with an empty text where the record of training names a folder of this machine.
+
+    A record says which fields of its configuration hold folders, and which hold models, as the
+    method declares them. Whatever the field, a text that looks like a path is taken for one. A name
+    of one slash that is no folder here is taken for a Hub id, and stays.
+    """
+    return dataclasses.replace(info, training=_cleared_stage(info.training))
+
+
+def _cleared_stage(record: Mapping[str, Any]) -> dict[str, Any]:
+    """One stage of training, and those before it."""
+    folders, models = record.get("folders", _FOLDERS), record.get("models", _MODELS)
+    cleared = {
+        key: _cleared(value, (), ("source",), key)
+        for key, value in record.items()
+        if key not in ("config", "started_from")
+    }
+    if "config" in record:
+        cleared["config"] = _cleared(record["config"], folders, models, "")
+    before = record.get("started_from")
+    return cleared if before is None else {**cleared, "started_from": _cleared_stage(before)}
+
+
+def _cleared(value: Any, folders: Collection[str], models: Collection[str], name: str) -> Any:
+    """`value` of the option `name`, such as "stage.teacher"."""
+    if isinstance(value, Mapping):
+        inside = f"{name}." if name else ""
+        return {k: _cleared(v, folders, models, f"{inside}{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_cleared(entry, folders, models, name) for entry in value]
+    if isinstance(value, str) and (name in folders or _is_place(value, is_model=name in models)):
+        return ""
+    return value
+
+
+def _is_place(value: str, *, is_model: bool) -> bool:
+    """Whether a text names a place on this machine."""
+    if value.startswith(("https://", "http://")):
+        return False
+    slashes = value.count("/") + value.count("\\")
+    path_like = bool(_PLACE.match(value)) and slashes > 0
+    return path_like or slashes > 1 or (is_model and slashes > 0 and Path(value).is_dir())
+
+
 def _describe_foreign_folder(folder: Path) -> str:
     start = f"{str(folder)!r} has no {INFO_FILE}, so it is not a model of this package"
     try:
@@ -190,7 +246,7 @@ def _describe_foreign_folder(folder: Path) -> str:
     if "config.json" in names:
         return (
             f"{start}; config.json says that it is a diffusers or transformers model: pass the "
-            "folder of the whole pipeline, or load a transformer alone with apt.from_pretrained"
+            "folder of the whole pipeline, or load a transformer alone with apt.load_model"
         )
     if any(name.endswith((".pt", ".pth", ".ckpt", ".bin")) for name in names):
         return f"{start}; it holds pickles, which are never loaded"
@@ -199,7 +255,7 @@ def _describe_foreign_folder(folder: Path) -> str:
             f"{start}; it looks like the checkpoints of a training run: pass the folder that the "
             "run exported, or resume the run"
         )
-    return f"{start}; pass the folder that save_pretrained wrote, or a pipeline of diffusers"
+    return f"{start}; pass the folder that save_bundle wrote, or a pipeline of diffusers"
 
 
 def _parse(kind: Any, document: Any, where: str) -> Any:

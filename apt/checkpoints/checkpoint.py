@@ -1,0 +1,102 @@
+"""The checkpoint of a backbone: where its weights are, of what, and a module filled from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from apt.checkpoints.info import ComponentInfo
+from apt.checkpoints.layouts import Family, diffusion_model, family_marks, family_of, map_keys
+from apt.checkpoints.safetensors import StoredTensor, read_stored
+from apt.checkpoints.weights import fill
+from apt.errors import CheckpointError, InputError
+from apt.registry import Buildable, Registry, replace_typed
+
+C = TypeVar("C", bound=Buildable)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a backbone's weights are, and what they are weights of.
+
+    Attributes:
+        weights: a safetensors file, or the index of shards.
+        architecture: registered name; `config` may differ from what is registered.
+        config: to build from.
+    """
+
+    weights: Path
+    architecture: str
+    config: Buildable
+
+    def load(
+        self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Any:
+        """Build and load, strictly; the backbone is in evaluation mode.
+
+        Peak memory is that of the loaded model and one tensor: it is built without memory, and
+        each tensor is cast on its way from the mapped file.
+        """
+        module = empty_module(self.config, dtype)
+        stored = diffusion_model(read_stored(self.weights))
+        family = family_of(self.config)
+        if family is not None:
+            check_kind(self.weights, family, stored)
+        rules = () if family is None else family.rules_for(self.config)
+        pieces = map_keys(stored, module.state_dict().keys(), rules)
+        fill(module, pieces, source=str(self.weights), device=device, marks=family_marks())
+        return module.to(device).eval()
+
+
+def check_kind(path: Path, family: Family, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise CheckpointError that says what a checkpoint of the family is, if it is none of those
+    that our module takes."""
+    relative = family.relative({key: tensor.shape for key, tensor in stored.items()})
+    if relative is not None:
+        raise CheckpointError(
+            f"{str(path)!r} is {relative}; of the family {family.name!r} only the plain "
+            f"{family.makes} models are here: use the checkpoint of one"
+        )
+
+
+def empty_module(config: Buildable, dtype: torch.dtype | None = None) -> Any:
+    """The module of a config on the meta device, for `apt.checkpoints.weights.fill`.
+
+    `dtype` casts it as `module.to` does, so layers that keep fp32 keep it.
+
+    Raises InputError for a module with buffers that no checkpoint would hold.
+    """
+    with torch.device("meta"):
+        module = config.build()
+    lost = [name for name, _ in module.named_buffers() if name not in module.state_dict()]
+    if lost:
+        raise InputError(
+            f"{type(module).__name__} has buffers that no checkpoint holds ({', '.join(lost)}); "
+            "register them with persistent=True, or compute them where they are used"
+        )
+    return module if dtype is None else module.to(dtype)
+
+
+def shapes_of(config: Buildable) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's state, without building it in memory."""
+    return {key: tuple(value.shape) for key, value in empty_module(config).state_dict().items()}
+
+
+def configured(registry: Registry[C], part: ComponentInfo, origin: Path) -> C:
+    """The config of a part as a folder describes it; what it refuses is the folder's fault."""
+    try:
+        return replace_typed(registry.get(part.architecture)(), part.config)
+    except InputError as error:
+        raise unbuildable(origin, error) from error
+
+
+def unbuildable(origin: Path, error: InputError) -> CheckpointError:
+    """The error for a description that a part refuses."""
+    return CheckpointError(
+        f"{str(origin)!r} describes a model that cannot be built: {error}; it may come from a "
+        "newer version of this package"
+    )

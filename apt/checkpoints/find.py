@@ -1,0 +1,308 @@
+"""What a folder, a file or a name holds: the checkpoint of its backbone, and the parts around it.
+
+A checkpoint is a folder of ours (apt.json), a folder of diffusers (a pipeline, or its transformer),
+or one safetensors file in the layout of its authors or of ComfyUI. A pipeline of diffusers, which
+has transformer, text encoders and VAE, is one of our models: the transformer becomes our module;
+text encoders and VAE stay where they are, as external parts whose configs name the folder, or the
+repository and its commit.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from apt.checkpoints.checkpoint import Checkpoint, check_kind, configured, shapes_of
+from apt.checkpoints.documents import read_json, read_pipeline
+from apt.checkpoints.info import (
+    INFO_FILE,
+    CodecInfo,
+    ComponentInfo,
+    ModelInfo,
+    read_description,
+    read_info,
+)
+from apt.checkpoints.layouts import Family, all_families, diffusion_model, map_keys
+from apt.checkpoints.safetensors import StoredTensor, find_weights, read_stored
+from apt.checkpoints.source import PIPELINE_FILE, Source, list_pretrained, locate
+from apt.checkpoints.weights import looks_like
+from apt.errors import CheckpointError, InputError, listed
+from apt.models.registry import (
+    CODECS,
+    MODELS,
+    TEXT_ENCODERS,
+    BuildableText,
+    PretrainedEntry,
+    find_tag,
+    split_tag,
+)
+from apt.registry import Buildable, Registry, replace_typed
+
+
+def find_model(
+    name_or_folder: str | Path, revision: str | None = None
+) -> tuple[Source, ModelInfo, Checkpoint]:
+    """Where a whole model is, what it is, and the checkpoint of its backbone; see `load_bundle`."""
+    path = Path(name_or_folder).expanduser()
+    if path.is_file() and str(name_or_folder) not in list_pretrained():
+        if revision is not None:
+            raise InputError(f"{str(path)!r} is a file, so it has no revision {revision!r}")
+        return Source(path.parent), *describe_file(path)
+    source, subfolder = locate_model(name_or_folder, revision)
+    if is_pipeline(source):
+        return source, *describe_pipeline(source, subfolder)
+    info = read_info(source.folder)
+    return source, info, find_checkpoint(source)
+
+
+def find_codec(name_or_folder: str | Path) -> tuple[Source, CodecInfo] | None:
+    """A folder that holds a codec and no model; None for anything else."""
+    path = Path(name_or_folder).expanduser()
+    if path.is_file() and str(name_or_folder) not in list_pretrained():
+        return None
+    source, _ = locate_model(name_or_folder)
+    if is_pipeline(source):
+        return None
+    info = read_description(source.folder)
+    return (source, info) if isinstance(info, CodecInfo) else None
+
+
+def locate_model(
+    name_or_folder: str | Path, revision: str | None = None
+) -> tuple[Source, str | None]:
+    """As `locate`, for names of registered models ("arch" or "arch.tag") too.
+
+    The second value is where in the folder their transformer is; None leaves that to the folder.
+    """
+    name = str(name_or_folder)
+    if isinstance(name_or_folder, str) and not Path(name).exists():
+        architecture, tag = split_tag(name)
+        if architecture in MODELS.names():
+            entry = MODELS.pretrained(architecture)[find_tag(architecture, tag or True)]
+            return locate(entry.repo, revision or entry.revision), entry.subfolder
+    return locate(name_or_folder, revision), None
+
+
+def find_checkpoint(source: Source, subfolder: str | None = None) -> Checkpoint:
+    """The backbone's checkpoint in a folder, fetched if the folder is of the Hub.
+
+    Raises CheckpointError that says what the folder is, if it is none that can be loaded.
+    """
+    folder = source.folder
+    if subfolder is None and (folder / PIPELINE_FILE).is_file():
+        subfolder = "transformer"
+    if subfolder is None and (folder / INFO_FILE).is_file():
+        info = read_info(folder).model
+        if info.weights is None:
+            raise CheckpointError(f"{str(folder / INFO_FILE)!r} names no weights of its model")
+        source.fetch([info.weights])
+        config = configured(MODELS, info, folder / INFO_FILE)
+        return Checkpoint(folder / info.weights, info.architecture, config)
+    source.fetch_component(subfolder or "")
+    part = folder / (subfolder or "")
+    if not part.is_dir():
+        raise CheckpointError(f"{str(folder)!r} has no folder {subfolder!r}")
+    if not (part / "config.json").exists():
+        if any(part.glob("*.safetensors")):
+            return single_file(find_weights(part), None, None)
+        read_info(part)  # raises, and says what the folder is
+    config_file = read_json(part / "config.json")
+    class_name = config_file.get("_class_name")
+    weights = find_weights(part)
+    for family in all_families():
+        if family.diffusers_class == class_name:
+            config = family.from_diffusers(config_file)
+            experts = len(list(folder.glob("transformer*/config.json")))
+            return Checkpoint(weights, nearest_architecture(config, experts), config)
+    if looks_like_original(weights):
+        # Authors also put a config.json of their own beside their layout.
+        return single_file(weights, None, None)
+    known = ", ".join(family.diffusers_class for family in all_families())
+    raise CheckpointError(
+        f"{str(part)!r} holds a {class_name or config_file.get('model_type') or 'model'!r}, which "
+        f"is no transformer that this package knows ({known})"
+    )
+
+
+def single_file(
+    path: Path, architecture: str | None, options: Mapping[str, Any] | None
+) -> Checkpoint:
+    """The checkpoint in one file; see `load_model`.
+
+    Raises CheckpointError if no registered model has just these tensors.
+    """
+    if architecture is not None:
+        config = replace_typed(MODELS.get(architecture)(), options or {})
+        return Checkpoint(path, architecture, config)
+    if options:
+        raise InputError("options need an architecture to be options of")
+    stored = diffusion_model(read_stored(path))
+    kind = looks_like(stored.keys(), {f.name: f.marks for f in all_families()})
+    for family in all_families():
+        if family.name == kind:
+            check_kind(path, family, stored)
+            for name in MODELS.names():
+                config = MODELS.get(name)()
+                if type(config) is family.config_class and _fits(stored, config, family):
+                    return Checkpoint(path, name, config)
+            raise CheckpointError(
+                f"{str(path)!r} looks like the {family.name} family, but no registered size of it "
+                f"has just these tensors: {_shape_of_blocks(stored)}; pass architecture and "
+                "options, such as the depth"
+            )
+    if kind is not None:
+        raise CheckpointError(
+            f"{str(path)!r} is {kind}; expected a diffusion transformer of the families "
+            f"{', '.join(family.name for family in all_families())}"
+        )
+    raise CheckpointError(
+        f"cannot tell what {str(path)!r} holds: its keys ({listed(sorted(stored))}) belong to no "
+        f"family known here; pass architecture, one of {', '.join(MODELS.names())}"
+    )
+
+
+def _shape_of_blocks(stored: Mapping[str, StoredTensor]) -> str:
+    """How many blocks there are and how wide, as far as the keys tell."""
+    numbers = {int(found[1]) for key in stored if (found := re.search(r"blocks\.(\d+)\.", key))}
+    widths = collections.Counter(t.shape[-1] for t in stored.values() if len(t.shape) == 2)
+    width = widths.most_common(1)[0][0] if widths else 0
+    return f"it has {len(numbers)} blocks and is {width} wide"
+
+
+def looks_like_original(path: Path) -> bool:
+    """Whether the keys of a checkpoint are those of a family, in one layout or the other."""
+    marks = {family.name: family.marks for family in all_families()}
+    return looks_like(diffusion_model(read_stored(path)).keys(), marks) in marks
+
+
+def nearest_architecture(config: Buildable, experts: int = 1) -> str:
+    """The registered model of this config's class that differs from it in the fewest fields.
+
+    `experts` is the number of transformers in the pipeline, which decides between models of one
+    shape.
+    """
+    mine = dataclasses.asdict(cast(Any, config))
+
+    def distance(name: str) -> tuple[int, int]:
+        other = dataclasses.asdict(cast(Any, MODELS.get(name)()))
+        folders = {entry.subfolder for entry in MODELS.pretrained(name).values()}
+        return sum(mine[field] != other[field] for field in mine), abs(len(folders) - experts)
+
+    same_class = [name for name in MODELS.names() if type(MODELS.get(name)()) is type(config)]
+    return min(same_class, key=distance)
+
+
+@functools.lru_cache
+def _kept_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """As `shapes_of`: every size of a family is built for each file that may be of it."""
+    return shapes_of(config)
+
+
+def _fits(stored: Mapping[str, StoredTensor], config: Buildable, family: Family) -> bool:
+    expected = _kept_shapes(cast(Any, config))
+    if len(stored) > len(expected):
+        return False
+    pieces = map_keys(stored, expected.keys(), family.rules_for(config))
+    return {key: piece.shape for key, piece in pieces.items()} == expected
+
+
+def is_pipeline(source: Source) -> bool:
+    """Whether the folder is a pipeline of diffusers."""
+    return (source.folder / PIPELINE_FILE).is_file()
+
+
+def describe_pipeline(source: Source, subfolder: str | None = None) -> tuple[ModelInfo, Checkpoint]:
+    """What a pipeline's folder holds, and its transformer's checkpoint.
+
+    An export of ours has an apt.json beside, which adds how it was trained and is sampled; a
+    pipeline without one is a diffusion model.
+
+    Raises CheckpointError for a transformer of no family, parts that are not there, or code.
+    """
+    read_pipeline(source.folder / PIPELINE_FILE)
+    checkpoint = find_checkpoint(source, subfolder)
+    return _describe(source, checkpoint), checkpoint
+
+
+def describe_file(path: Path) -> tuple[ModelInfo, Checkpoint]:
+    """What one file of a public transformer is, with the other parts of the model it belongs to.
+
+    The file has the transformer alone; text encoder and VAE are those of the first published
+    weights of its size, in the Hub's cache or fetched. It counts as a diffusion model.
+
+    Raises CheckpointError for a file that no registered model fits, saying what it is.
+    """
+    checkpoint = single_file(path, None, None)
+    entry = pretrained_entry(checkpoint.architecture)
+    info = _describe(locate(entry.repo, entry.revision), checkpoint)
+    training = {**info.training, "source": path.name, "revision": None}
+    return dataclasses.replace(info, stage="diffusion", training=training), checkpoint
+
+
+def _describe(source: Source, checkpoint: Checkpoint) -> ModelInfo:
+    """A model with this transformer, and the other parts of a pipeline."""
+    entry = pretrained_entry(checkpoint.architecture)
+    source.fetch(["scheduler/*.json"])
+    model = ComponentInfo(
+        architecture=checkpoint.architecture,
+        config=dataclasses.asdict(cast(Any, checkpoint.config)),
+    )
+    text_encoder = external_part(TEXT_ENCODERS, entry.text_encoder, source)
+    codec = external_part(CODECS, entry.codec, source)
+    if (source.folder / INFO_FILE).is_file():
+        info = read_info(source.folder)
+        return dataclasses.replace(info, model=model, text_encoder=text_encoder, codec=codec)
+    shift = _scheduler_shift(source)
+    sampling = entry.sampling
+    if shift is not None:
+        sampling = dataclasses.replace(sampling, timestep_shift=shift)
+    return ModelInfo(
+        stage="diffusion",
+        model=model,
+        text_encoder=text_encoder,
+        codec=codec,
+        sample=entry.sample,
+        sampling=sampling,
+        training={"source": source.name, "revision": source.revision, "license": entry.license},
+    )
+
+
+def pretrained_entry(architecture: str) -> PretrainedEntry:
+    """The first published weights of a registered model, whose parts go with it.
+
+    Raises CheckpointError for a model without any.
+    """
+    entries = MODELS.pretrained(architecture)
+    if not entries:
+        raise CheckpointError(
+            f"{architecture!r} has no published weights, so it is unknown which text encoder and "
+            "VAE go with it; load the backbone alone with apt.load_model"
+        )
+    return next(iter(entries.values()))
+
+
+def external_part(
+    registry: Registry[Buildable] | Registry[BuildableText], name: str, source: Source
+) -> ComponentInfo:
+    """A registered text encoder or codec, taken from this source."""
+    registered = registry.get(name)()
+    try:
+        config = replace_typed(registered, {"repo": source.name, "revision": source.revision})
+    except InputError as error:
+        raise CheckpointError(f"{name!r} cannot be taken from {source.name!r}: {error}") from error
+    return ComponentInfo(architecture=name, config=dataclasses.asdict(cast(Any, config)))
+
+
+def _scheduler_shift(source: Source) -> float | None:
+    path = source.folder / "scheduler" / "scheduler_config.json"
+    if not path.exists():
+        return None
+    config = read_json(path)
+    # UniPC and FlowMatchEuler spell it differently.
+    shift = config.get("flow_shift", config.get("shift"))
+    return float(shift) if isinstance(shift, (int, float)) and shift > 0 else None
