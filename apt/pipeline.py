@@ -85,7 +85,7 @@ class OneStepPipeline:
         dtype: torch.dtype = torch.float32,
         offload: bool = False,
     ) -> OneStepPipeline:
-        """Load a built-in name, a folder, or a Hub id; see `apt.models.bundle.load_pretrained`.
+        """Load a built-in name, a folder, or a Hub id; see `apt.load_bundle`.
 
         Args:
             name_or_folder: see there.
