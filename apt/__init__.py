@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from apt.checkpoints.load import load_bundle, load_codec, load_model
     from apt.checkpoints.source import list_pretrained
     from apt.errors import AptError
+    from apt.hub.pull import pull_from_hub
     from apt.hub.push import push_to_hub
     from apt.losses import create_loss, list_losses
     from apt.methods.apt import generate
@@ -36,6 +37,7 @@ _SOURCES = {
     "apt.checkpoints.load": ("load_bundle", "load_codec", "load_model"),
     "apt.checkpoints.source": ("list_pretrained",),
     "apt.errors": ("AptError",),
+    "apt.hub.pull": ("pull_from_hub",),
     "apt.hub.push": ("push_to_hub",),
     "apt.losses": ("create_loss", "list_losses"),
     "apt.methods.apt": ("generate",),
@@ -72,6 +74,7 @@ __all__ = [
     "load_bundle",
     "load_codec",
     "load_model",
+    "pull_from_hub",
     "push_to_hub",
     "save_bundle",
     "save_codec",
