@@ -166,7 +166,7 @@ def test_a_header_length_that_looks_like_a_pickle_is_none(tmp_path: Path, length
     header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
     data = length.to_bytes(8, "little") + header.ljust(length).encode() + bytes(4)
     (tmp_path / "x.safetensors").write_bytes(data)
-    check_safetensors(tmp_path / "x.safetensors")
+    read_header(tmp_path / "x.safetensors")
     assert load_file(tmp_path / "x.safetensors")["x"].item() == 0
 
 
