@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from apt.condition import Condition, EncodedText
     from apt.errors import AptError
     from apt.generate_options import GenerateOptions
+    from apt.hub.pull import pull_from_hub
     from apt.hub.push import push_to_hub
     from apt.losses import create_loss, list_losses
     from apt.methods.apt import generate
@@ -68,6 +69,7 @@ _SOURCES = {
     "apt.errors": ("AptError",),
     "apt.condition": ("Condition", "EncodedText"),
     "apt.generate_options": ("GenerateOptions",),
+    "apt.hub.pull": ("pull_from_hub",),
     "apt.hub.push": ("push_to_hub",),
     "apt.losses": ("create_loss", "list_losses"),
     "apt.methods.apt": ("generate",),
@@ -105,6 +107,7 @@ __all__ = [
     "load_bundle",
     "load_codec",
     "load_model",
+    "pull_from_hub",
     "push_to_hub",
     "save_bundle",
     "save_codec",

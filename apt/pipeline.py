@@ -102,7 +102,7 @@ class OneStepPipeline:
         dtype: torch.dtype = torch.float32,
         offload: bool = False,
     ) -> OneStepPipeline:
-        """Load a built-in name, a folder, or a Hub id; see `apt.checkpoints.load.load_bundle`.
+        """Load a built-in name, a folder, or a Hub id; see `apt.load_bundle`.
 
         Args:
             name_or_folder: see there.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import apt
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -240,6 +243,16 @@ assert apt.list_models() and apt.list_losses()
 def test_public_api_needs_no_optional_package() -> None:
     result = run_python(BLOCK + USE_PUBLIC_API, *OPTIONAL_PACKAGES)
     assert result.returncode == 0, result.stderr
+
+
+VERBS = ("create", "export", "generate", "list", "load", "pull", "push", "save")
+
+
+def test_public_functions_have_one_verb_for_one_thing() -> None:
+    for name in apt.__all__:
+        if isinstance(getattr(apt, name), types.FunctionType):
+            assert name.split("_")[0] in VERBS, name
+            assert getattr(apt, name).__doc__, name
 
 
 def test_blocked_packages_are_really_blocked() -> None:

@@ -99,7 +99,7 @@ def save_bundle(
         if getattr(parts, name) != getattr(bundle.info, name):
             raise CheckpointError(
                 f"cannot save to {str(folder)!r}: info.{name}.config differs from the config of "
-                "the part itself; describe it with apt.models.bundle.component_info"
+                "the part itself; describe it with apt.checkpoints.bundle.component_info"
             )
     text_weights = None if external_text_encoder else TEXT_ENCODER_FILE
     codec_weights = None if bundle.info.codec.weights is None else CODEC_FILE
@@ -146,7 +146,7 @@ def save_codec(
     if component_info(info.codec.architecture, codec).config != info.codec.config:
         raise CheckpointError(
             f"cannot save to {str(folder)!r}: info.codec.config differs from the codec's config; "
-            "describe it with apt.models.bundle.component_info"
+            "describe it with apt.checkpoints.bundle.component_info"
         )
     info = dataclasses.replace(info, codec=dataclasses.replace(info.codec, weights=CODEC_FILE))
     try:

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 
 from apt.checkpoints.documents import inert, read_document, read_json
-from apt.checkpoints.safetensors import INDEX_SUFFIX, shard_names
+from apt.checkpoints.safetensors import shard_names
+from apt.checkpoints.source import INDEX_SUFFIX
 from apt.checkpoints.weights import check_finite
 from apt.errors import CheckpointError, MissingPackageError, listed
 from apt.hub.download import VARIANTS, download

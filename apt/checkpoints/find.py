@@ -28,8 +28,8 @@ from apt.checkpoints.info import (
     read_info,
 )
 from apt.checkpoints.layouts import Family, all_families, diffusion_model, map_keys
-from apt.checkpoints.safetensors import StoredTensor, find_weights, read_stored
-from apt.checkpoints.source import PIPELINE_FILE, Source, list_pretrained, locate
+from apt.checkpoints.safetensors import StoredTensor, read_stored
+from apt.checkpoints.source import PIPELINE_FILE, Source, find_weights, list_pretrained, locate
 from apt.checkpoints.weights import looks_like
 from apt.errors import CheckpointError, InputError, listed
 from apt.models.registry import (

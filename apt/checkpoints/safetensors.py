@@ -25,13 +25,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apt.checkpoints.documents import read_document
+from apt.checkpoints.source import INDEX_SUFFIX
 from apt.errors import CheckpointError
 from apt.untrusted import check_name, read_entries
-
-INDEX_SUFFIX = ".index.json"
-WEIGHTS_STEM = "diffusion_pytorch_model"
-"""How diffusers names the weights of a transformer."""
-PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 _BEGINNINGS: dict[bytes, str] = {
     b"GGUF": "is a GGUF file, whose quantised blocks are not read here; use the safetensors file "
@@ -160,29 +156,6 @@ def _check_file_kind(path: Path) -> None:
     for beginning, kind in _BEGINNINGS.items():
         if start[: len(beginning)].lower() == beginning.lower():
             raise CheckpointError(f"{str(path)!r} {kind}")
-
-
-def find_weights(folder: Path) -> Path:
-    """A transformer's file or index of shards in its folder: diffusers' name, or the only one.
-
-    Raises CheckpointError for none, several to choose from, or pickles alone.
-    """
-    for name in (f"{WEIGHTS_STEM}.safetensors{INDEX_SUFFIX}", f"{WEIGHTS_STEM}.safetensors"):
-        if (folder / name).is_file():
-            return folder / name
-    indices = sorted(folder.glob(f"*.safetensors{INDEX_SUFFIX}"))
-    found = indices or sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(path.name for path in found)
-        raise CheckpointError(f"{str(folder)!r} holds several checkpoints ({names}); name one")
-    if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
-        raise CheckpointError(
-            f"{str(folder)!r} holds pickles and no .safetensors file; pickles can run code and are "
-            "never loaded: convert them with save_pretrained(safe_serialization=True)"
-        )
-    raise CheckpointError(f"{str(folder)!r} holds no .safetensors file; copy or download it again")
 
 
 def shard_names(index: Path) -> dict[str, str]:

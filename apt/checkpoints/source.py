@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apt.checkpoints.info import INFO_FILE
-from apt.checkpoints.safetensors import WEIGHTS_STEM
 from apt.errors import CheckpointError, InputError
 from apt.hub.download import download
 
@@ -17,6 +16,12 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 PIPELINE_FILE = "model_index.json"
 """What makes a folder a diffusers pipeline."""
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+"""How diffusers names the weights of a transformer."""
+INDEX_SUFFIX = ".index.json"
+"""Of a list of shards, behind the name that one file would have."""
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 DESCRIPTIONS = [INFO_FILE, PIPELINE_FILE, "config.json", "*/config.json", "*.index.json"]
 """Small files that tell what a repository is, before anything large is fetched."""
@@ -108,3 +113,26 @@ def split_hub_id(name: str) -> tuple[str, str | None] | None:
     """ "owner/name@revision" in two, the latter None if it is not there; None for another text."""
     found = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", name)
     return None if found is None else (found[1], found[2])
+
+
+def find_weights(folder: Path) -> Path:
+    """A transformer's file or index of shards in its folder: diffusers' name, or the only one.
+
+    Raises CheckpointError for none, several to choose from, or pickles alone.
+    """
+    for name in (f"{WEIGHTS_STEM}.safetensors{INDEX_SUFFIX}", f"{WEIGHTS_STEM}.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    indices = sorted(folder.glob(f"*.safetensors{INDEX_SUFFIX}"))
+    found = indices or sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(path.name for path in found)
+        raise CheckpointError(f"{str(folder)!r} holds several checkpoints ({names}); name one")
+    if any(path.suffix in _PICKLES for path in folder.iterdir()):
+        raise CheckpointError(
+            f"{str(folder)!r} holds pickles and no .safetensors file; pickles can run code and are "
+            "never loaded: convert them with save_pretrained(safe_serialization=True)"
+        )
+    raise CheckpointError(f"{str(folder)!r} holds no .safetensors file; copy or download it again")

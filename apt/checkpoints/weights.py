@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.safetensors import StoredTensor, read_header, read_stored
+from apt.checkpoints.safetensors import StoredTensor, read_stored
 from apt.errors import LISTED, CheckpointError, listed
 from apt.files import write_safetensors
 
@@ -121,11 +121,6 @@ def _materialise(module: nn.Module, key: str, device: torch.device | str) -> Ten
         new = nn.Parameter(new, requires_grad=old.requires_grad)
     setattr(owner, name, new)
     return new
-
-
-def check_safetensors(path: Path) -> None:
-    """Raise CheckpointError unless the file is safetensors and as long as its header says."""
-    read_header(path)
 
 
 def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None) -> None:

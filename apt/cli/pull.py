@@ -36,7 +36,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     options = tyro.cli(Pull, args=args, prog=prog)
 
     from apt.checkpoints.source import split_hub_id
-    from apt.hub.pull import pull
+    from apt.hub.pull import pull_from_hub
 
     repo, revision = split_hub_id(options.name) or published(options.name)
     if options.revision is not None and "@" in options.name:
@@ -44,7 +44,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     if options.local_dir is not None:
         check_folder(options.local_dir)
     print(
-        pull(
+        pull_from_hub(
             repo,
             options.revision or revision,
             local_dir=options.local_dir,

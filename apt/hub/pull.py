@@ -16,7 +16,7 @@ _CONFIGURATIONS = ("*config.json", PIPELINE_FILE, INFO_FILE)
 """What others may load the folder by: refused at once if it names code."""
 
 
-def pull(
+def pull_from_hub(
     repo_id: str,
     revision: str | None = None,
     *,

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from apt.checkpoints.checkpoint import Checkpoint
-from apt.checkpoints.safetensors import find_weights
-from apt.checkpoints.source import locate
+from apt.checkpoints.source import find_weights, locate
 from apt.device import find_device
 from apt.errors import InputError
 from apt.models.protocols import LatentCodec, TextEncoder

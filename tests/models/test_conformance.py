@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from apt.checkpoints.layouts import family_of, original_layout
 from apt.checkpoints.load import load_model
-from apt.checkpoints.safetensors import WEIGHTS_STEM
+from apt.checkpoints.source import WEIGHTS_STEM
 from apt.condition import Condition, EncodedText
 from apt.errors import InputError
 from apt.kernels import attention_backend, kernel_backend

@@ -23,9 +23,9 @@ from apt.checkpoints.load import load_bundle
 from apt.errors import CheckpointError, InputError
 from apt.methods.apt import generate
 from apt.pipeline import OneStepPipeline
+from tests.checkpoints.test_load import assert_same, state, stored
 from tests.cli.shell import error_line, invoke
 from tests.hub.tiny_pipelines import PROMPT, sd3_folder, wan_folder
-from tests.models.test_loading import assert_same, state, stored
 from tests.tiny import tiny_bundle
 
 
