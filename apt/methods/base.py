@@ -444,14 +444,17 @@ class Method(Stage):
     def encode(
         self, prompts: Sequence[str], extra: Mapping[str, Tensor] = MappingProxyType({})
     ) -> Condition:
-        """Prompts through the frozen text encoder, with what is given beside them.
+        """Prompts, encoded, with what is given beside them, in the type of the trained weights.
 
-        In the type of the trained weights: a public text encoder is in bf16 whatever the networks
-        compute in.
+        A public text encoder is in bf16 whatever the networks compute in.
         """
+        c = Condition(self.encode_text(prompts), extra)
+        return c.to(dtype=next(self.generator.module.parameters()).dtype)
+
+    def encode_text(self, prompts: Sequence[str]) -> EncodedText:
+        """Prompts through the frozen text encoder."""
         with torch.no_grad():
-            text = self.start.text_encoder(prompts)
-        return Condition(text, extra).to(dtype=next(self.generator.module.parameters()).dtype)
+            return self.start.text_encoder(prompts)
 
 
 def mean(values: Sequence[Tensor]) -> Tensor:
