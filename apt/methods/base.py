@@ -377,7 +377,8 @@ class Method(Stage):
     ) -> Preview | None:
         """One sample of each prompt, always from the same noise.
 
-        What data give beside captions is that of the update's samples, in turn, and so is the size.
+        If data give more than captions, a prompt takes that of one of the update's samples, and
+        its size.
         """
         if not prompts:
             return None
