@@ -157,12 +157,12 @@ class Condition:
     def concatenate(conditions: Sequence[Condition]) -> Condition:
         """Stack rows, padding text to the longest.
 
-        Raises InputError unless all have the same parts.
+        Raises InputError unless the same is given in all.
         """
         names = {frozenset(c.extra) for c in conditions}
         if len(names) > 1:
             given = " and ".join(sorted(", ".join(sorted(some)) or "text alone" for some in names))
-            raise InputError(f"cannot join conditions with different parts: {given}")
+            raise InputError(f"cannot join conditions in which different things are given: {given}")
         return Condition(
             EncodedText.concatenate([c.text for c in conditions]),
             {name: torch.cat([c.extra[name] for c in conditions]) for name in conditions[0].extra},

@@ -102,7 +102,7 @@ def test_concatenate_joins_everything_that_is_given() -> None:
     assert same(joined.text, EncodedText.concatenate([left.text, right.text]))
     assert joined.extra["kind"].tolist() == [0, 1, 0]
     assert torch.equal(joined.extra["frames"][2:], right.extra["frames"])
-    with pytest.raises(InputError, match="different parts: frames, kind and text alone"):
+    with pytest.raises(InputError, match="different things are given: frames, kind and text alone"):
         Condition.concatenate([left, Condition(text(1, 3))])
 
 

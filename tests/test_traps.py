@@ -176,8 +176,8 @@ def test_trap_1_the_objective_is_minimised_and_its_signs_are_back(make_stage) ->
     batch = real_batch()
     c = stage.encode(batch.captions)
     with recorded(stage) as (seen, _):
-        x_fake = stage.generate(batch, c, 0, "test")
-        loss, _log = stage.discriminator_loss(batch, x_fake, torch.rand(NUM), c, 0)
+        x_fake = stage.draw_fake(batch, c, 0, "test")
+        loss, _log = stage.loss_of_discriminator(batch, x_fake, torch.rand(NUM), c, 0)
     real, perturbed, fake = seen[0].logits.chunk(3)
     penalty = 100.0 * (real - perturbed).square().mean()
     assert penalty > 0.01
@@ -291,7 +291,7 @@ def test_trap_4_gradient_flows_through_both_branches_and_through_d(make_stage) -
     after = discriminator(stage).state_dict()
     assert all(torch.equal(after[name], value) for name, value in weights.items())
     c = before.encode(batch.captions)
-    x_fake = before.generate(batch, c, 0, "generator/noise")
+    x_fake = before.draw_fake(batch, c, 0, "generator/noise")
     torch.testing.assert_close(x_fake, seen[0].x)
     before.generator.zero_grad()
     F.softplus(-discriminator(before)(x_fake, seen[0].t, c).logits).mean().backward()
@@ -401,10 +401,10 @@ def test_trap_8_exact_r1_runs_on_reference_ops_only(make_stage, monkeypatch) -> 
     stage, batch = make_stage(**EXACT), real_batch(2)
     c = stage.encode(batch.captions)
     t = torch.tensor([0.3, 0.8])
-    x_fake = stage.generate(batch, c, 0, "test").detach()
+    x_fake = stage.draw_fake(batch, c, 0, "test").detach()
     # torch's fused attention has no double backward, and says so instead of dropping a term.
     with attention_backend("_native_flash"), pytest.raises(RuntimeError, match="derivative"):
-        stage.discriminator_loss(batch, x_fake, t, c, 0)[0].backward()
+        stage.loss_of_discriminator(batch, x_fake, t, c, 0)[0].backward()
     # The stage takes the reference by itself, whatever was chosen for everything else.
     monkeypatch.setenv("APT_KERNEL_BACKEND", "triton")
     with stage.double_backward():

@@ -1,8 +1,14 @@
-"""Adversarial post-training (APT Secs. 3.3-3.5): the objective, and below it the method.
+"""Adversarial post-training (APT Sec. 3): the objective, and below it the method.
+
+    generate              Eqs. 3-5      from noise to a sample in one step
+    timestep_ensemble     Eqs. 6-7      the timesteps that D is asked at
+    discriminator_loss    Eqs. 1, 9, 10 what D minimises, approximated R1 included
+    generator_loss        Eq. 2         what G minimises
 
 x are real latents (B, C, T, H, W), z is noise of their shape, c are B conditions, t (B,) is in
-[0, 1]. Networks are any callables, G(z, t, c) -> velocity and D(x, t, c, rows=) -> logits, and c is
-whatever they take.
+[0, 1], where the paper has [0, T]. Networks are any callables, G(z, t, c) -> velocity and
+D(x, t, c, rows=) -> logits, and c is whatever they take. Eq. 8, exact R1, which the paper does
+without, is in `apt.methods.terms`.
 """
 
 from __future__ import annotations
@@ -52,7 +58,7 @@ def generate(network: Any, z: Tensor, c: Any) -> Tensor:
     """G(z, c), one sample per noise (Eqs. 3-5), with gradients to the network and z."""
     t = torch.ones(len(z), device=z.device)
     v = network(z, t, c)  # Eq. 3: the velocity at pure noise
-    return to_sample(z, v, t)  # Eqs. 4-5: x = z - v
+    return to_sample(z, v, t)  # Eqs. 4-5: z - v
 
 
 def timestep_ensemble(num: int, shift: float, draw: Draw) -> Tensor:
@@ -78,13 +84,15 @@ def discriminator_loss(
         discriminator: takes clean latents; sample i of every group has row i of t and c.
         x_fake: G's samples for the same c, detached.
         draw: the key of the perturbation.
+        objective: the paper's is softplus(-D(x, c)) + softplus(D(G(z, c), c)).
+        r1: lambda (D(x, c) - D(x + sigma epsilon, c))^2.
         terms: what the paper does not have.
     """
     rows = torch.arange(len(x), device=x.device)
-    moved = r1.num_perturbed(len(x)) if r1.weight else 0
-    # The moved copies share t and c with their samples, or Eq. 9 would measure those too.
-    samples = [perturbed_batch(x, x_fake, r1.sigma, draw, num_perturbed=moved)]
-    groups = {"real": rows, "perturbed": rows[:moved], "fake": rows}
+    num_perturbed = r1.num_perturbed(len(x)) if r1.weight else 0
+    # Perturbed copies share t and c with their samples, or Eq. 9 would measure those too.
+    samples = [perturbed_batch(x, x_fake, r1.sigma, draw, num_perturbed=num_perturbed)]
+    groups = {"real": rows, "perturbed": rows[:num_perturbed], "fake": rows}
     for term in terms:
         samples += term.samples
         groups |= term.groups
@@ -93,7 +101,7 @@ def discriminator_loss(
 
     loss = objective.discriminator(logits["real"], logits["fake"])  # Eq. 1
     penalties: Logs = {}
-    if moved:
+    if num_perturbed:
         penalties["approximate_r1"] = r1(logits["real"], logits["perturbed"])  # lambda x Eq. 9
     penalties |= {term.name: term(logits) for term in terms}
     total = loss + sum(penalties.values())  # Eq. 10
@@ -116,9 +124,9 @@ def generator_loss(
     objective: AdversarialObjective = NonSaturating(),
     matching: FeatureMatching | None = None,
 ) -> tuple[Tensor, Logs]:
-    """What G minimises (Eq. 2), and its parts; D sees x too where a term compares with it.
+    """What G minimises (Eq. 2; the paper's is softplus(-D(G(z, c)))), and its parts.
 
-    Raises InputError if one does, and there is no x.
+    D sees x too where a term compares with it; InputError if one does, and there is no x.
     """
     rows = torch.arange(len(x_fake), device=x_fake.device)
     groups = {"fake": rows}
@@ -156,9 +164,9 @@ class AdversarialConfig(MethodConfig):
         freeze_discriminator_backbone: train D's heads only (APT App. F: worse).
         timestep_ensemble: D sees each sample at a timestep of its own (Eq. 6); otherwise at t = 0,
             that of clean input.
-        timestep_shift: s of Eq. 7 for D's timestep input.
+        timestep_shift: s of Eq. 7 for D's timestep input; 1 for images, 12 for videos.
         objective: registered adversarial objective.
-        r1: the approximated R1 (Eq. 9).
+        r1: the approximated R1 (Eq. 9); lambda is its weight.
         terms: what the paper does not have, each with weight 0 unless asked for.
     """
 
@@ -208,7 +216,10 @@ class AdversarialConfig(MethodConfig):
 
 
 class AdversarialPostTraining(Method):
-    """Alternates one update of the discriminator and one of the generator."""
+    """One update of the discriminator, then one of the generator, in turns (Sec. 3.1).
+
+    G starts from the distilled model, D's backbone from the diffusion model (Sec. 3.3).
+    """
 
     def __init__(self, config: AdversarialConfig, start: ModelBundle, host: Host) -> None:
         super().__init__(start, host)
@@ -256,18 +267,18 @@ class AdversarialPostTraining(Method):
         for batch in batches:
             c = self.condition(batch)
             with torch.no_grad():
-                x_fake = self.generate(batch, c, update, "discriminator/noise")
+                x_fake = self.draw_fake(batch, c, update, "discriminator/noise")
             t = self.timesteps(batch, update, "discriminator/timestep")
             # Checkpointed blocks are computed again in the backward pass, with the same attention.
             with self.double_backward():
                 with self.host.autocast():
-                    loss, log = self.discriminator_loss(batch, x_fake, t, c, update)
+                    loss, log = self.loss_of_discriminator(batch, x_fake, t, c, update)
                 (loss / len(batches)).backward()
             logs.append({f"discriminator/{name}": value for name, value in log.items()})
         norm = trained.step(update)
         return {**mean_logs(logs), "discriminator/grad_norm": norm}
 
-    def discriminator_loss(
+    def loss_of_discriminator(
         self, batch: MicroBatch, x_fake: Tensor, t: Tensor, c: Condition, update: int
     ) -> tuple[Tensor, Logs]:
         """Eq. 10 on one micro-batch, with the terms that have a weight."""
@@ -291,7 +302,7 @@ class AdversarialPostTraining(Method):
         logs = []
         for batch in batches:
             c = self.condition(batch)
-            x_fake = self.generate(batch, c, update, "generator/noise")
+            x_fake = self.draw_fake(batch, c, update, "generator/noise")
             t = self.timesteps(batch, update, "generator/timestep")
             with self.host.autocast():
                 loss, log = generator_loss(
@@ -319,7 +330,7 @@ class AdversarialPostTraining(Method):
     def preview(self, z: Tensor, c: Condition) -> Tensor:
         return generate(self.generator.module, z, c)
 
-    def generate(self, batch: MicroBatch, c: Condition, update: int, stream: str) -> Tensor:
+    def draw_fake(self, batch: MicroBatch, c: Condition, update: int, stream: str) -> Tensor:
         """One-step samples (b, C, T, H, W) in fp32, under the batch's conditions."""
         z = sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, update, stream))
         with self.host.autocast():

@@ -381,7 +381,8 @@ class Method(Stage):
     ) -> Preview | None:
         """One sample of each prompt, always from the same noise.
 
-        What data give beside captions is that of the update's samples, in turn, and so is the size.
+        If data give more than captions, a prompt takes that of one of the update's samples, and
+        its size.
         """
         if not prompts:
             return None
@@ -448,14 +449,17 @@ class Method(Stage):
     def encode(
         self, prompts: Sequence[str], extra: Mapping[str, Tensor] = MappingProxyType({})
     ) -> Condition:
-        """Prompts through the frozen text encoder, with what is given beside them.
+        """Prompts, encoded, with what is given beside them, in the type of the trained weights.
 
-        In the type of the trained weights: a public text encoder is in bf16 whatever the networks
-        compute in.
+        A public text encoder is in bf16 whatever the networks compute in.
         """
+        c = Condition(self.encode_text(prompts), extra)
+        return c.to(dtype=next(self.generator.module.parameters()).dtype)
+
+    def encode_text(self, prompts: Sequence[str]) -> EncodedText:
+        """Prompts through the frozen text encoder."""
         with torch.no_grad():
-            text = self.start.text_encoder(prompts)
-        return Condition(text, extra).to(dtype=next(self.generator.module.parameters()).dtype)
+            return self.start.text_encoder(prompts)
 
 
 def mean(values: Sequence[Tensor]) -> Tensor:

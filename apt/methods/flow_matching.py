@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import SamplingInfo
 from apt.checks import check_positive
-from apt.condition import Condition
+from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
 from apt.flow import sampling_timesteps, shift_timesteps
 from apt.losses import FlowMatching
@@ -92,13 +91,11 @@ class FlowMatchingPretraining(Method):
         host.adapt(start.backbone)
         self.trained = {"generator": self.train_generator(text if self.trains_text else None)}
 
-    def encode(
-        self, prompts: Sequence[str], extra: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> Condition:
-        """As in `Method`, with gradients if the text encoder trains."""
+    def encode_text(self, prompts: Sequence[str]) -> EncodedText:
+        """Encoded prompts, with gradients if the text encoder trains."""
         if not self.trains_text:
-            return super().encode(prompts, extra)
-        return Condition(cast("Denoiser", self.generator.module).encode(prompts), extra)
+            return super().encode_text(prompts)
+        return cast("Denoiser", self.generator.module).encode(prompts)
 
     def prompts(self) -> list[str]:
         return [self.host.negative_prompt]
@@ -107,7 +104,7 @@ class FlowMatchingPretraining(Method):
         return {"generator": self.generator_step}
 
     def generator_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
-        """Minimise the flow-matching loss."""
+        """Minimise the MSE of the velocity z - x at x_t = (1 - t) x + t z."""
         self.generator.zero_grad()
         losses = []
         for batch in batches:

@@ -46,7 +46,8 @@ class Terms:
         exact_r1: R1 by double backward (Eq. 8); reference ops only.
         logit_centring: keeps logits around 0 (Adversarial Flow Models).
         feature_matching: for G, in D's features (SeedVR2).
-        mismatched: real samples under another sample's caption count as generated (GigaGAN).
+        mismatched: real samples under another sample's condition count as generated (GigaGAN, and
+            App. J, where it brought little).
     """
 
     r2: ApproximateR2 = ApproximateR2(weight=0.0)
@@ -89,7 +90,7 @@ def approximate_r2(loss: ApproximateR2, x_fake: Tensor, draw: Draw) -> Discrimin
 
 
 def exact_r1(loss: R1, x: Tensor) -> DiscriminatorTerm:
-    """Eq. 8; x (B, ...) must require gradients, and be what D sees as real."""
+    """Eq. 8, ||grad_x D(x, c)||^2; x (B, ...) requires gradients, and is what D sees as real."""
     return DiscriminatorTerm("r1", lambda logits: loss(logits["real"], x))
 
 
@@ -101,7 +102,7 @@ def logit_centring(loss: LogitCentring) -> DiscriminatorTerm:
 def mismatched_condition(
     loss: MismatchedCondition, x: Tensor, captions: Sequence[str]
 ) -> DiscriminatorTerm:
-    """Real samples under their neighbour's caption, where it differs from their own."""
+    """Real samples under their neighbour's condition, where its caption is another (App. J)."""
     num = len(captions)
     others = [i for i in range(num) if captions[i] != captions[(i + 1) % num]]
     chosen = torch.tensor(others, dtype=torch.int64, device=x.device)

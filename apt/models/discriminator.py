@@ -36,9 +36,10 @@ class LogitNetwork(Protocol):
 
 
 class Discriminator(nn.Module):
-    """D(x, t, c): one fp32 logit per sample, for clean latents x.
+    """D(x, t, c), the paper's D-hat of Eq. 6: one fp32 logit per sample, for clean latents x.
 
-    Head features are concatenated, normalised and projected. Heads, norm and projection run in
+    A head reads the visual tokens after each of some blocks; their features are concatenated,
+    normalised and projected (Sec. 3.3). Heads, norm and projection run in
     fp32 whatever autocast says: at |logit| = 2 one bf16 ulp is 0.016, as large as the difference
     that the approximated R1 squares. Tokens reach a head in the backbone's type, autocast off, and
     the head widens them: the attention head on the way, without a copy of all tokens in fp32.

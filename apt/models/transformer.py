@@ -1,5 +1,8 @@
 """The diffusion transformer, written once: embed, walk the blocks, un-embed.
 
+G is one, and so is D's backbone (APT Sec. 3.1, Fig. 1): `forward` gives G's velocity (Eq. 3),
+`hidden_states` the tokens that D's heads read (Sec. 3.3).
+
 A family of models is a folder beside this file. It gives the parts: how latents, timesteps and text
 become tokens, one block, and how tokens become a velocity. What is the same for all is here: which
 layers are read and kept, recomputation of blocks, cutting behind the last layer that is read, and

@@ -212,7 +212,7 @@ def test_guidance_leads_away_from_text_alone_and_every_sampler_is_told(c: Condit
                 for predict in pair
             )
             assert not torch.allclose(ours, other, atol=1e-3)
-    with pytest.raises(InputError, match="different parts: first_frame and text alone"):
+    with pytest.raises(InputError, match="different things are given: first_frame and text alone"):
         bind_guided(model, c, Condition(negative.text), 2.5)
 
 
