@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from apt.data.buckets import Bucket
+from apt.data.dataset import Sample
 from apt.data.folder import VideoFolder
 from apt.data.latents import (
     CLIPS_PER_SHARD,
@@ -27,7 +28,6 @@ from apt.data.latents import (
     write_clips,
     write_texts,
 )
-from apt.data.sample import Sample
 from apt.errors import DataError
 from apt.hub import ComponentInfo
 from apt.models.protocols import LatentCodec, TextEncoder

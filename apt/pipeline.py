@@ -19,10 +19,10 @@ from apt.flow import sampling_timesteps
 from apt.generate_options import GenerateOptions, OptionNames
 from apt.hub import ModelInfo
 from apt.memory import explained_memory, require_memory
+from apt.models.architectures import untrained_timesteps
 from apt.models.bundle import ModelBundle, load_pretrained
 from apt.models.conditions import TextCondition
 from apt.models.lora import find_lora, merge_lora, read_lora
-from apt.models.registry import untrained_timesteps
 from apt.output_types import (
     OutputType,
     check_output_type,

@@ -29,6 +29,7 @@ from apt.hub import (
     save_weights,
     write_info,
 )
+from apt.models.architectures import CODECS, TEXT_ENCODERS
 from apt.models.loading import (
     Checkpoint,
     configured,
@@ -39,7 +40,6 @@ from apt.models.loading import (
 )
 from apt.models.pipelines import describe_file, describe_pipeline, is_pipeline
 from apt.models.protocols import LatentCodec, PromptCheck, TextEncoder
-from apt.models.registry import CODECS, TEXT_ENCODERS
 from apt.models.transformer import DiffusionTransformer
 
 

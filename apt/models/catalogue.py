@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from apt.hub.pretrained import PretrainedEntry
+from apt.models.architectures import MODELS
 from apt.models.layouts import family_of
-from apt.models.registry import MODELS
 
 
 @dataclass(frozen=True)

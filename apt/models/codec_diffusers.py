@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.errors import CheckpointError, ConfigError, InputError
+from apt.models.architectures import CODECS
 from apt.models.external import (
     DType,
     import_hub_extra,
@@ -21,7 +22,6 @@ from apt.models.external import (
     torch_dtype,
 )
 from apt.models.protocols import LatentCodec
-from apt.models.registry import CODECS
 from apt.models.sizes import causal_latent_shape
 
 

@@ -8,9 +8,9 @@ import torch
 
 from apt.device import find_device
 from apt.errors import InputError
+from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.loading import load_registered
 from apt.models.protocols import LatentCodec, TextEncoder
-from apt.models.registry import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.transformer import DiffusionTransformer
 from apt.registry import replace_typed
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from apt.errors import ConfigError, InputError
+from apt.models.architectures import HEADS
 from apt.models.conditions import TextCondition
-from apt.models.registry import HEADS
 from apt.models.transformer import DiffusionTransformer, described_weights
 
 # Blocks 16, 26 and 36 of the paper's 36, counted from 1.

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from apt.models.registry import Buildable
+from apt.models.architectures import Buildable
 from apt.registry import Registry
 
 

@@ -24,6 +24,7 @@ from apt.hub.inert import read_json
 from apt.hub.mismatch import listed, looks_like
 from apt.hub.stored import StoredTensor, find_weights, read_stored
 from apt.hub.weights import fill
+from apt.models.architectures import MODELS, Buildable, find_tag, split_tag
 from apt.models.families import Family
 from apt.models.layouts import (
     all_families,
@@ -32,7 +33,6 @@ from apt.models.layouts import (
     family_of,
     map_keys,
 )
-from apt.models.registry import MODELS, Buildable, find_tag, split_tag
 from apt.models.transformer import DiffusionTransformer
 from apt.registry import Registry, replace_typed
 

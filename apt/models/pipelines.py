@@ -22,8 +22,8 @@ from apt.hub import (
 )
 from apt.hub.inert import read_json, read_pipeline
 from apt.hub.pretrained import PretrainedEntry
+from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, Buildable, BuildableText
 from apt.models.loading import Checkpoint, find_checkpoint, single_file
-from apt.models.registry import CODECS, MODELS, TEXT_ENCODERS, Buildable, BuildableText
 from apt.registry import Registry, replace_typed
 
 

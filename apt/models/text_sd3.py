@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from apt.errors import CheckpointError
+from apt.models.architectures import TEXT_ENCODERS
 from apt.models.conditions import TextCondition
 from apt.models.external import DType
 from apt.models.protocols import PromptCheck, TextEncoder
-from apt.models.registry import TEXT_ENCODERS
 from apt.models.text_transformers import TransformersTextConfig
 
 _CLIP_LENGTH = 77

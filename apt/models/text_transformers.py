@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt.errors import CheckpointError, InputError, PromptLengthError
+from apt.models.architectures import TEXT_ENCODERS
 from apt.models.conditions import TextCondition
 from apt.models.external import (
     DType,
@@ -28,7 +29,6 @@ from apt.models.external import (
     torch_dtype,
 )
 from apt.models.protocols import PromptCheck, TextEncoder
-from apt.models.registry import TEXT_ENCODERS
 from apt.models.staging import staged_tokenizer
 
 # model_type values in config.json that each architecture loads; a whole CLIP holds a text part

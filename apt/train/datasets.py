@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from apt.data.buckets import Bucket, make_buckets
 from apt.data.captions import CaptionRule
+from apt.data.dataset import TrainingData
 from apt.data.digits import FRAMES, SIZE, MovingDigits
 from apt.data.folder import VideoFolder
 from apt.data.latents import LatentFolder
-from apt.data.sample import TrainingData
 from apt.errors import ConfigError
 from apt.models.protocols import PromptCheck
 from apt.train.config import DataConfig

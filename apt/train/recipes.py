@@ -17,7 +17,7 @@ from apt.methods.flow_matching import PretrainConfig
 from apt.methods.terms import Terms
 from apt.train import recipes_paper, recipes_public
 from apt.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from apt.train.registry import RECIPES, list_recipes
+from apt.train.recipe_names import RECIPES, list_recipes
 from apt.train.sequence import move_runs
 
 __all__ = ["RECIPES", "list_recipes", "recipes_paper", "recipes_public"]
@@ -81,7 +81,7 @@ def digits_distill() -> TrainConfig:
         run_dir="runs/digits/distill",
         stage=DistillConfig(
             teacher="runs/digits/pretrain/export",
-            loss=Consistency(num_timesteps=25, cfg_scale=_DIGITS_CFG, shift=_DIGITS_SHIFT),
+            loss=Consistency(num_timesteps=25, cfg_scale=_DIGITS_CFG, timestep_shift=_DIGITS_SHIFT),
         ),
         optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_updates=50),
         # Short: it gives G a start. After 800 updates the samples are sharper, but adversarial
@@ -207,7 +207,9 @@ def digits_latent_distill() -> TrainConfig:
         stage=dataclasses.replace(
             base.stage,
             teacher="runs/digits_latent/pretrain/export",
-            loss=dataclasses.replace(base.stage.loss, cfg_scale=_LATENT_CFG, shift=_LATENT_SHIFT),
+            loss=dataclasses.replace(
+                base.stage.loss, cfg_scale=_LATENT_CFG, timestep_shift=_LATENT_SHIFT
+            ),
         ),
         data=_FREE_DIGITS,
         num_updates=250,

@@ -9,9 +9,9 @@ from typing import Any
 
 from apt.data.latents import read_cache_info
 from apt.hub import SampleInfo
+from apt.models.architectures import TEXT_ENCODERS
 from apt.models.bundle import load_prompt_check
 from apt.models.protocols import PromptCheck
-from apt.models.registry import TEXT_ENCODERS
 from apt.registry import replace_typed
 from apt.train.config import DataConfig, TrainConfig
 from apt.train.datasets import check_path

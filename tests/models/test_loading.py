@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import apt
 from apt.errors import CheckpointError, InputError
+from apt.models.architectures import MODELS
 from apt.models.bundle import load_pretrained
 from apt.models.create import create_model
 from apt.models.exporting import export_model
 from apt.models.families import FAMILIES, KeyRule
 from apt.models.layouts import map_keys, original_layout
 from apt.models.loading import empty_module, from_pretrained, shapes_of
-from apt.models.registry import MODELS
 from tests.hub.tiny_pipelines import sd3_folder, wan_folder
 from tests.tiny import tiny_bundle
 
@@ -359,7 +359,7 @@ MEASURE = """
 import sys, torch
 from apt.hub import save_weights
 from apt.models.loading import Checkpoint
-from apt.models.registry import MODELS
+from apt.models.architectures import MODELS
 from apt.registry import replace_typed
 from pathlib import Path
 

@@ -15,9 +15,9 @@ from apt.methods.consistency import ConsistencyDistillation, DistillConfig
 from apt.methods.flow_matching import FlowMatchingPretraining, PretrainConfig
 from apt.models.bundle import ModelBundle, save_pretrained
 from apt.train.config import ModelConfig, OptimizerConfig, TrainConfig
-from apt.train.export import export
 from apt.train.host import RunHost
 from apt.train.networks import initial_bundle
+from apt.train.outcome import save_outcome
 from apt.train.parallel import Parallel
 
 # 12 channels: a frame's 2x2 pixels in colour.
@@ -121,7 +121,7 @@ def adversarial(
 
 def export_method(method: Any, folder: Path, **options: Any) -> None:
     """Export a method that `build` put to work."""
-    export(method, method.host.config, method.host.parallel, folder, **options)
+    save_outcome(method, method.host.config, method.host.parallel, folder, **options)
 
 
 def micro_batches(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from apt.hub.info import SampleInfo, SamplingInfo
 from apt.hub.pretrained import PretrainedEntry
-from apt.models.registry import MODELS
+from apt.models.architectures import MODELS
 from apt.models.sd3.model import SD3Config
 
 

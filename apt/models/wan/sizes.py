@@ -7,7 +7,7 @@ from typing import Any
 
 from apt.hub.info import SampleInfo, SamplingInfo
 from apt.hub.pretrained import PretrainedEntry
-from apt.models.registry import MODELS
+from apt.models.architectures import MODELS
 from apt.models.wan.model import WanConfig
 
 NEGATIVE_PROMPT = (

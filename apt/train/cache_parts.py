@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from apt.data.latents import LatentFolder, TextFolder
 from apt.errors import ConfigError
 from apt.hub import ComponentInfo
+from apt.models.architectures import CODECS, TEXT_ENCODERS, Buildable
 from apt.models.cached import CachedCodec, CachedTextEncoder
 from apt.models.conditions import TextCondition
-from apt.models.registry import CODECS, TEXT_ENCODERS, Buildable
 from apt.registry import Registry, replace_typed
 
 C = TypeVar("C", bound=Buildable)
