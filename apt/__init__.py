@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from apt.version import __version__
 
 if TYPE_CHECKING:
+    from apt import checkpoints as checkpoints
     from apt import data as data
+    from apt import distributed as distributed
     from apt import errors as errors
     from apt import evaluate as evaluate
     from apt import flow as flow
@@ -47,7 +49,9 @@ if TYPE_CHECKING:
     from apt.pipeline import OneStepPipeline
 
 _MODULES = (
+    "checkpoints",
     "data",
+    "distributed",
     "errors",
     "evaluate",
     "flow",

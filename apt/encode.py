@@ -14,6 +14,7 @@ import torch
 from apt.checkpoints.info import ComponentInfo
 from apt.condition import EncodedText
 from apt.data.buckets import Bucket
+from apt.data.dataset import Sample
 from apt.data.folder import VideoFolder
 from apt.data.latents import (
     CLIPS_PER_SHARD,
@@ -27,7 +28,6 @@ from apt.data.latents import (
     write_clips,
     write_texts,
 )
-from apt.data.sample import Sample
 from apt.errors import DataError
 from apt.models.protocols import LatentCodec, TextEncoder
 

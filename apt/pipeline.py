@@ -23,7 +23,7 @@ from apt.errors import InputError
 from apt.flow import sampling_timesteps
 from apt.generate_options import GenerateOptions, OptionNames
 from apt.memory import explained_memory, require_memory
-from apt.models.registry import untrained_timesteps
+from apt.models.architectures import untrained_timesteps
 from apt.output_types import (
     OutputType,
     check_output_type,

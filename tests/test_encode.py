@@ -21,7 +21,7 @@ from apt.losses import Consistency
 from apt.methods.consistency import DistillConfig
 from apt.models import create_codec, create_model, create_text_encoder
 from apt.models.cached import CachedCodec, CachedTextEncoder
-from apt.train.cached import cached_codec, cached_text_encoder
+from apt.train.cache_parts import cached_codec, cached_text_encoder
 from apt.train.config import DataConfig, OptimizerConfig, TrainConfig
 from apt.train.logs import read_log
 from apt.train.trainer import run

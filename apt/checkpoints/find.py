@@ -32,7 +32,7 @@ from apt.checkpoints.safetensors import StoredTensor, read_stored
 from apt.checkpoints.source import PIPELINE_FILE, Source, find_weights, list_pretrained, locate
 from apt.checkpoints.weights import looks_like
 from apt.errors import CheckpointError, InputError, listed
-from apt.models.registry import (
+from apt.models.architectures import (
     CODECS,
     MODELS,
     TEXT_ENCODERS,

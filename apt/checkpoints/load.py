@@ -17,8 +17,8 @@ from apt.checkpoints.source import Source
 from apt.checkpoints.weights import load_weights
 from apt.device import find_device
 from apt.errors import CheckpointError, InputError, MissingPackageError
+from apt.models.architectures import CODECS, TEXT_ENCODERS
 from apt.models.protocols import LatentCodec, PromptCheck, TextEncoder
-from apt.models.registry import CODECS, TEXT_ENCODERS
 from apt.models.transformer import DiffusionTransformer
 
 

@@ -55,7 +55,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 def published(name: str) -> tuple[str, str | None]:
     """Repository and revision of a registered model's weights. Raises InputError for none."""
-    from apt.models.registry import MODELS, find_tag, split_tag
+    from apt.models.architectures import MODELS, find_tag, split_tag
 
     architecture, tag = split_tag(name)
     entry = MODELS.pretrained(architecture)[find_tag(architecture, tag or True)]

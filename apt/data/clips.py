@@ -11,8 +11,8 @@ from torch import Tensor
 
 from apt.data.buckets import Bucket
 from apt.data.captions import Refused
+from apt.data.dataset import Sample, VideoDataset
 from apt.data.order import BucketOrder
-from apt.data.sample import Sample, VideoDataset
 from apt.data.source import ClipRequest
 from apt.errors import DataError
 
@@ -35,7 +35,7 @@ class MapStyle(Protocol):
 
 @runtime_checkable
 class _Ordered(Protocol):
-    """A data set that gives its own batches, as `apt.data.sample.VideoDataset` does."""
+    """A data set that gives its own batches, as `apt.data.dataset.VideoDataset` does."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -52,7 +52,7 @@ def check_clips(dataset: Any, request: ClipRequest) -> VideoDataset:
         dataset: map-style, where item i is a pair of pixels (3, T, H, W) float32 in [-1, 1] and a
             caption, or a `Sample`; pixels alone will do where captions are not read. Items must not
             change, or a resumed run does not continue where it stopped. One with `batches` and
-            `fingerprint` (`apt.data.sample.VideoDataset`) keeps its own order, and may have several
+            `fingerprint` (`apt.data.dataset.VideoDataset`) keeps its own order, and may have several
             sizes.
         request: the size of clips, and what becomes of captions.
 

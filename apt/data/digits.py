@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from apt.data.sample import Sample
+from apt.data.dataset import Sample
 from apt.errors import InputError
 
 FRAMES, SIZE, FPS = 9, 32, 8

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from apt.data.sample import Sample
+from apt.data.dataset import Sample
 from apt.errors import ConfigError, DataError, MissingPackageError
 
 TICS_PER_SECOND = 35

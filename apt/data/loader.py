@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from apt.data.dataset import Batch, EncodedSample, Sample, TrainingData
 from apt.data.report import DataReport, Problem
-from apt.data.sample import Batch, EncodedSample, Sample, TrainingData
 from apt.errors import ConfigError, DataError
 
 

@@ -70,7 +70,7 @@ class DataSource(ABC):
 
     @abstractmethod
     def open(self, request: ClipRequest) -> Any:
-        """The data set: `apt.data.sample.TrainingData`, or what `check_clips` makes it of.
+        """The data set: `apt.data.dataset.TrainingData`, or what `check_clips` makes it of.
 
         Raises:
             ConfigError: it does not have such clips.

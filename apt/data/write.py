@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
 
+from apt.data.dataset import Sample
 from apt.data.decode import read_clip
 from apt.data.folder import exact_rate
 from apt.data.metadata import METADATA_NAMES, read_metadata
-from apt.data.sample import Sample
 from apt.errors import ConfigError, DataError
 from apt.pixels import to_uint8
 

@@ -23,6 +23,15 @@ from apt.checkpoints.info import read_info
 from apt.data.digits import TRAIN_LABELS
 from apt.errors import CheckpointError, ConfigError
 from apt.evaluate import plots
+from apt.evaluate.clips import (
+    CaptionSet,
+    Precision,
+    caption_set,
+    generate,
+    real_for_captions,
+    real_reference,
+    to_frames,
+)
 from apt.evaluate.digits_classifier import ClassifierConfig, load_classifier
 from apt.evaluate.measure import Judge, Measurement, pixel_diversity
 from apt.evaluate.methods import (
@@ -38,15 +47,6 @@ from apt.evaluate.report import Pictures, report_text
 from apt.evaluate.results import LossCurve, MethodResult, Results
 from apt.evaluate.results import Progress as ProgressPoint
 from apt.evaluate.runs import read_loss_curve, snapshot_folders
-from apt.evaluate.samples import (
-    CaptionSet,
-    Precision,
-    caption_set,
-    generate,
-    real_for_captions,
-    real_reference,
-    to_frames,
-)
 from apt.media import write_contact_sheet
 from apt.metrics import Diversity, power_spectrum
 

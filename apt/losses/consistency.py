@@ -30,19 +30,19 @@ class Consistency:
     Attributes:
         num_timesteps: N, the intervals of [0, 1]. Training pairs are neighbours on the grid.
         cfg_scale: guidance scale of the teacher; 1 is its conditional prediction.
-        shift: s of Eq. 7, applied to the uniform grid.
+        timestep_shift: s of Eq. 7, applied to the uniform grid.
     """
 
     num_timesteps: int = 50
     cfg_scale: float = 7.5
-    shift: float = 1.0
+    timestep_shift: float = 1.0
 
     def __post_init__(self) -> None:
         n = self.num_timesteps
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ConfigError(f"Consistency: num_timesteps must be an integer >= 1, got {n!r}")
         check_number("Consistency", "cfg_scale", self.cfg_scale)
-        check_number("Consistency", "shift", self.shift, positive=True)
+        check_number("Consistency", "timestep_shift", self.timestep_shift, positive=True)
 
     def timesteps(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The pair (t, t_next), t > t_next, of each interval; both (B,) fp32 in [0, 1].
@@ -62,7 +62,7 @@ class Consistency:
             raise InputError(f"index must lie in [0, {self.num_timesteps})")
         # fp64 before the shift, so that the grid's ends are exactly 0 and 1 in fp32.
         uniform = torch.linspace(0, 1, self.num_timesteps + 1, dtype=torch.float64)
-        grid = shift_timesteps(uniform, self.shift).to(index.device, torch.float32)
+        grid = shift_timesteps(uniform, self.timestep_shift).to(index.device, torch.float32)
         return grid[index + 1], grid[index]
 
     def __call__(

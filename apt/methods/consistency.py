@@ -18,7 +18,7 @@ from apt.condition import Condition
 from apt.losses import Consistency
 from apt.methods.apt import generate, one_step_sampling
 from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
-from apt.models.registry import untrained_timesteps
+from apt.models.architectures import untrained_timesteps
 from apt.models.transformer import DiffusionTransformer
 from apt.rng import sample_noise
 from apt.sampling import bind

@@ -15,9 +15,9 @@ from apt.models import (
     text_transformers,
     wan,
 )
+from apt.models.architectures import CODECS, HEADS, MODELS, TEXT_ENCODERS, list_models
 from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.models.discriminator import Discriminator, create_discriminator
-from apt.models.registry import CODECS, HEADS, MODELS, TEXT_ENCODERS, list_models
 
 __all__ = [
     "CODECS",

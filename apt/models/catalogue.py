@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from apt.checkpoints.layouts import family_of
-from apt.models.registry import MODELS, PretrainedEntry
+from apt.models.architectures import MODELS, PretrainedEntry
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from apt.errors import ConfigError, InputError
+from apt.models.architectures import CODECS
 from apt.models.protocols import LatentCodec
-from apt.models.registry import CODECS
 from apt.models.sizes import causal_latent_shape
 
 Conv = TypeVar("Conv", bound=nn.Conv3d)

@@ -20,8 +20,8 @@ from apt.checkpoints.external import (
     torch_dtype,
 )
 from apt.errors import CheckpointError, ConfigError, InputError
+from apt.models.architectures import CODECS
 from apt.models.protocols import LatentCodec
-from apt.models.registry import CODECS
 from apt.models.sizes import causal_latent_shape
 
 

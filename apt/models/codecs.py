@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor
 
 from apt.errors import ConfigError, InputError
+from apt.models.architectures import CODECS
 from apt.models.protocols import LatentCodec
-from apt.models.registry import CODECS
 from apt.models.sizes import causal_latent_shape
 
 _CPU = torch.device("cpu")

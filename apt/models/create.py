@@ -10,8 +10,8 @@ from apt.checkpoints.checkpoint import Checkpoint
 from apt.checkpoints.source import find_weights, locate
 from apt.device import find_device
 from apt.errors import InputError
+from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.protocols import LatentCodec, TextEncoder
-from apt.models.registry import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.transformer import DiffusionTransformer
 from apt.registry import replace_typed
 

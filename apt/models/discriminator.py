@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apt.condition import Condition
 from apt.errors import ConfigError, InputError
-from apt.models.registry import HEADS
+from apt.models.architectures import HEADS
 from apt.models.transformer import DiffusionTransformer, described_weights
 
 # Blocks 16, 26 and 36 of the paper's 36, counted from 1.
@@ -53,7 +53,7 @@ class Discriminator(nn.Module):
             and 36 of 36 to the backbone's depth.
 
     Raises:
-        ConfigError: layers outside 1..depth, or not rising.
+        ConfigError: layers outside 1..depth, not rising, or no whole numbers.
         InputError: an unknown head. The backbone is then as it was, as after a ConfigError.
     """
 
@@ -66,10 +66,10 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         chosen = paper_layers(backbone.depth) if layers is None else tuple(layers)
-        if not chosen or list(chosen) != sorted(set(chosen)):
-            raise ConfigError(f"discriminator layers must be rising, got {list(chosen)}")
         if not all(isinstance(layer, int) for layer in chosen):
             raise ConfigError(f"discriminator layers must be whole numbers, got {list(chosen)}")
+        if not chosen or list(chosen) != sorted(set(chosen)):
+            raise ConfigError(f"discriminator layers must be rising, got {list(chosen)}")
         if chosen[0] < 1 or chosen[-1] > backbone.depth:
             raise ConfigError(
                 f"discriminator layers {list(chosen)} must lie in 1..{backbone.depth}, "
@@ -77,7 +77,7 @@ class Discriminator(nn.Module):
             )
         width = backbone.hidden_size
         heads = nn.ModuleList(HEADS.create(head, hidden_size=width) for _ in chosen)
-        # Now that nothing can be wrong any more.
+        # Only now, when no argument can be wrong any more.
         backbone.keep_hidden_states(chosen[-1])
         self.backbone = backbone
         self.layers = chosen

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apt.errors import ConfigError
 from apt.kernels import query_pooling
-from apt.models.registry import HEADS
+from apt.models.architectures import HEADS
 
 _HEAD_DIM = 64
 _NORM_EPS = 1e-6

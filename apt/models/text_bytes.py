@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from apt.condition import EncodedText
 from apt.errors import InputError, PromptLengthError
 from apt.kernels import attention
+from apt.models.architectures import TEXT_ENCODERS
 from apt.models.protocols import PromptCheck, TextEncoder
-from apt.models.registry import TEXT_ENCODERS
 
 _NGRAM = 3
 

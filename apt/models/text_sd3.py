@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from apt.checkpoints.external import DType
 from apt.condition import EncodedText
 from apt.errors import CheckpointError
+from apt.models.architectures import TEXT_ENCODERS
 from apt.models.protocols import PromptCheck, TextEncoder
-from apt.models.registry import TEXT_ENCODERS
 from apt.models.text_transformers import TransformersTextConfig
 
 _CLIP_LENGTH = 77

@@ -28,8 +28,8 @@ from apt.checkpoints.external import (
 )
 from apt.condition import EncodedText
 from apt.errors import CheckpointError, InputError, PromptLengthError
+from apt.models.architectures import TEXT_ENCODERS
 from apt.models.protocols import PromptCheck, TextEncoder
-from apt.models.registry import TEXT_ENCODERS
 
 # model_type values in config.json that each architecture loads; a whole CLIP holds a text part
 _MODEL_TYPES = {"t5": ("t5",), "umt5": ("umt5",), "clip": ("clip_text_model", "clip")}

@@ -95,6 +95,8 @@ class TransformerBlock(nn.Module):
 def described_weights(module: nn.Module) -> str:
     """How many, of which type and where, as "5.8 M parameters, float32 on cpu"."""
     parameters = list(module.parameters())
+    if not parameters:
+        return "no parameters"
     first = parameters[0]
     number = count_words(sum(parameter.numel() for parameter in parameters))
     return f"{number} parameters, {str(first.dtype).removeprefix('torch.')} on {first.device}"
@@ -215,7 +217,7 @@ class DiffusionTransformer(nn.Module):
         return self.config.token_grid(latent_shape)
 
     def __repr__(self) -> str:
-        """In a line; `print(list(model.named_modules()))` shows what is inside."""
+        """In a line; `torch.nn.Module.__repr__(model)` shows what is inside."""
         return (
             f"{type(self).__name__}(depth={self.depth}, hidden_size={self.hidden_size}, "
             f"in_channels={self.in_channels}, {described_weights(self)})"

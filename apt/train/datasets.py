@@ -6,10 +6,10 @@ from typing import Any
 
 from apt.data.captions import CaptionRule
 from apt.data.clips import check_clips
+from apt.data.dataset import TrainingData
 from apt.data.digits import MovingDigits
 from apt.data.folder import VideoFolder
 from apt.data.latents import LatentFolder
-from apt.data.sample import TrainingData
 from apt.models.protocols import PromptCheck
 from apt.train.config import DataConfig
 

@@ -64,8 +64,8 @@ class RunLog:
 
     Args:
         run_dir: folder of the run; created if missing.
-        total_steps: number of updates of the whole run.
-        resume_step: updates already done; later lines of an earlier attempt are removed.
+        num_updates: of the whole run.
+        done: updates already done; later lines of an earlier attempt are removed.
         enabled: whether this rank writes (rank 0).
         title: what the progress line calls the run.
         interval: seconds between progress lines where stderr is no terminal.
@@ -78,8 +78,8 @@ class RunLog:
     def __init__(
         self,
         run_dir: Path,
-        total_steps: int,
-        resume_step: int,
+        num_updates: int,
+        done: int,
         enabled: bool = True,
         *,
         title: str = "training",
@@ -88,17 +88,17 @@ class RunLog:
         self.enabled = enabled
         if not enabled:
             return
-        self._total = total_steps
-        self._first = resume_step
+        self._total = num_updates
+        self._first = done
         self._title = title
         self._interval = interval
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / LOG_NAME
-        self._file = _open_after(self._path, resume_step)
+        self._file = _open_after(self._path, done)
         self._hook = threading.excepthook
         threading.excepthook = self._thread_failed
         self._progress: Progress | None = None
-        self._board = self._open_board(run_dir / "tensorboard", resume_step)
+        self._board = self._open_board(run_dir / "tensorboard", done)
         self._start = time.monotonic()
         self._printed = -math.inf
         self._last_line = (-1, "")
@@ -106,12 +106,12 @@ class RunLog:
             self._start_bar()
 
     def write(
-        self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float] | None = None
+        self, update: int, metrics: Mapping[str, float], timing: Mapping[str, float] | None = None
     ) -> None:
         """Record the metrics of an update.
 
         Args:
-            step: number of updates done, counted from 1.
+            update: number of updates done, counted from 1.
             metrics: finite or not; a non-finite value becomes null in the JSONL file.
             timing: what depends on the clock (seconds, samples per second): TensorBoard only.
         """
@@ -120,13 +120,13 @@ class RunLog:
         entry = {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
         # Not buffered, so that a killed process loses at most the line it was writing, and a full
         # disk is met here.
-        line = json.dumps({"step": step, **entry}) + "\n"
+        line = json.dumps({"step": update, **entry}) + "\n"
         _write_all(self._file, line.encode(), self._path)
         if self._board is not None:
             for key, value in {**metrics, **(timing or {})}.items():
-                self._board.add_scalar(key, float(value), step)
+                self._board.add_scalar(key, float(value), update)
         shown = "  ".join(f"{key} {float(value):.4g}" for key, value in metrics.items())
-        self._show(step, shown)
+        self._show(update, shown)
 
     def message(self, text: str) -> None:
         """Print a line for the user above the progress bar."""
@@ -171,7 +171,7 @@ class RunLog:
         if not issubclass(failure.exc_type, OSError):
             self._hook(failure)
 
-    def _open_board(self, folder: Path, resume_step: int) -> SummaryWriter | None:
+    def _open_board(self, folder: Path, done: int) -> SummaryWriter | None:
         # Imported here: it takes seconds, and the other ranks and commands never need it.
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -181,7 +181,7 @@ class RunLog:
                 "tensorboard` brings them"
             )
             return None
-        return SummaryWriter(str(folder), purge_step=resume_step + 1)
+        return SummaryWriter(str(folder), purge_step=done + 1)
 
     def _start_bar(self) -> None:
         try:
@@ -209,22 +209,21 @@ class RunLog:
         )
         self._progress.start()
 
-    def _show(self, step: int, shown: str) -> None:
+    def _show(self, update: int, shown: str) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, metrics=shown)
+            self._progress.update(self._task, completed=update, metrics=shown)
         elif time.monotonic() - self._printed >= self._interval:
-            self._print_line(step, shown)
+            self._print_line(update, shown)
         else:
-            self._last_line = (step, shown)
+            self._last_line = (update, shown)
 
-    def _print_line(self, step: int, shown: str) -> None:
+    def _print_line(self, update: int, shown: str) -> None:
         self._printed = time.monotonic()
         self._last_line = (-1, "")
-        per_step = (self._printed - self._start) / max(step - self._first, 1)
-        left = timedelta(seconds=round(per_step * (self._total - step)))
-        self.message(
-            f"{self._title}: {step}/{self._total}  {per_step:.2f} s/update, {left} left  {shown}"
-        )
+        per_update = (self._printed - self._start) / max(update - self._first, 1)
+        left = timedelta(seconds=round(per_update * (self._total - update)))
+        speed = f"{per_update:.2f} s/update, {left} left"
+        self.message(f"{self._title}: {update}/{self._total}  {speed}  {shown}")
 
 
 def _write_all(file: io.RawIOBase, data: bytes, path: Path) -> None:
@@ -235,11 +234,11 @@ def _write_all(file: io.RawIOBase, data: bytes, path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _open_after(file: Path, resume_step: int) -> io.RawIOBase:
-    """Open the log for appending behind the line of `resume_step`, dropping what is later."""
+def _open_after(file: Path, done: int) -> io.RawIOBase:
+    """Open the log for appending behind the line of `done`, dropping what is later."""
     if file.exists():
         lines = _whole_lines(file)
-        kept = "".join(line for line in lines if json.loads(line)["step"] <= resume_step)
+        kept = "".join(line for line in lines if json.loads(line)["step"] <= done)
         temporary = file.with_name(f".{file.name}.tmp")
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(kept)

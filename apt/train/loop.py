@@ -13,26 +13,26 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from apt.data.dataset import Batch, TrainingData
 from apt.data.loader import make_loader
-from apt.data.sample import Batch, TrainingData
 from apt.distributed.parallel import Parallel
 from apt.errors import ConfigError
 from apt.files import write_text
 from apt.methods.base import MicroBatch, Stage
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
-from apt.train.export import export
 from apt.train.failures import explained
 from apt.train.latent_statistics import LatentStatistics
 from apt.train.lock import FolderInUse, RunLock
 from apt.train.logs import RunLog
 from apt.train.monitor import CollapseMonitor, TrainingStopped, sample_statistics
+from apt.train.outcome import save_outcome
+from apt.train.parts_done import PartsDone
 from apt.train.plots import plot_losses
-from apt.train.progress import Progress
 from apt.train.resume import CHECKPOINTS, CONFIG_NAME, plain
 from apt.train.retention import Retention
 from apt.train.run_state import State, write_state
-from apt.train.samples import decode_samples, draw_samples, write_sheet
+from apt.train.sample_sheets import decode_samples, draw_samples, write_sheet
 from apt.train.signals import StopRequest
 
 __all__ = ["Run", "micro_batches"]
@@ -50,7 +50,7 @@ class Run:
         parallel: Parallel,
         dataset: TrainingData,
         state: dict[str, Any],
-        progress: Progress,
+        progress: PartsDone,
         lock: RunLock,
         stop: StopRequest,
     ) -> None:
@@ -272,7 +272,9 @@ class Run:
 
     def export(self, folder: Path, *, updates: int, weights: str = "ema") -> None:
         """Write what the stage trains as a folder; every rank must call it."""
-        export(self.stage, self.config, self.parallel, folder, updates=updates, weights=weights)
+        save_outcome(
+            self.stage, self.config, self.parallel, folder, updates=updates, weights=weights
+        )
 
     def _plot(self) -> None:
         """Draw the curves; a finished run does not fail for want of matplotlib."""

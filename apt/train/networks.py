@@ -26,7 +26,7 @@ from apt.kernels import FusedRMSprop
 from apt.methods.base import MethodConfig
 from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.models.protocols import LatentCodec
-from apt.train.cached import cached_codec, cached_text_encoder
+from apt.train.cache_parts import cached_codec, cached_text_encoder
 from apt.train.config import OptimizerConfig, TrainConfig
 from apt.train.ema import EMA
 from apt.train.state import model_state, optimizer_state

@@ -14,7 +14,7 @@ from apt.train import (
     recipes_public,
     recipes_walks,
 )
-from apt.train.registry import RECIPES, list_recipes
+from apt.train.recipe_names import RECIPES, list_recipes
 
 __all__ = [
     "RECIPES",

@@ -14,8 +14,8 @@ from apt.losses import ApproximateR1
 from apt.methods.apt import AdversarialConfig
 from apt.methods.terms import Terms
 from apt.train.config import TrainConfig
+from apt.train.recipe_names import RECIPES
 from apt.train.recipes_digits import digits_apt
-from apt.train.registry import RECIPES
 
 UPDATES = 100
 """Of each short run."""

@@ -12,8 +12,8 @@ from apt.methods.consistency import DistillConfig
 from apt.methods.flow_matching import PretrainConfig
 from apt.methods.terms import Terms
 from apt.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from apt.train.recipe_names import RECIPES
 from apt.train.recipes_paper import apt_video_720p
-from apt.train.registry import RECIPES
 
 DIGITS_PROMPTS = (
     "a red seven moving left",
@@ -97,7 +97,7 @@ def digits_distill() -> TrainConfig:
         run_dir="runs/digits/distill",
         stage=DistillConfig(
             teacher="runs/digits/pretrain/export",
-            loss=Consistency(num_timesteps=25, cfg_scale=_CFG, shift=_SHIFT),
+            loss=Consistency(num_timesteps=25, cfg_scale=_CFG, timestep_shift=_SHIFT),
         ),
         data=_FREE,
         optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_updates=50),

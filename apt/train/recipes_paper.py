@@ -7,7 +7,7 @@ import dataclasses
 from apt.losses import ApproximateR1
 from apt.methods.apt import AdversarialConfig
 from apt.train.config import DataConfig, OptimizerConfig, TrainConfig
-from apt.train.registry import RECIPES
+from apt.train.recipe_names import RECIPES
 
 
 @RECIPES.register("apt_image_1024")

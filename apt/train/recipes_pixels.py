@@ -10,8 +10,8 @@ from apt.methods.consistency import DistillConfig
 from apt.methods.flow_matching import PretrainConfig
 from apt.methods.terms import Terms
 from apt.train.config import ModelConfig, OptimizerConfig, TrainConfig
+from apt.train.recipe_names import RECIPES
 from apt.train.recipes_digits import DIGITS_PROMPTS
-from apt.train.registry import RECIPES
 
 _CFG = 1.5
 _SHIFT = 12.0
@@ -61,7 +61,7 @@ def digits_pixels_distill() -> TrainConfig:
         run_dir="runs/digits_pixels/distill",
         stage=DistillConfig(
             teacher="runs/digits_pixels/pretrain/export",
-            loss=Consistency(num_timesteps=25, cfg_scale=_CFG, shift=_SHIFT),
+            loss=Consistency(num_timesteps=25, cfg_scale=_CFG, timestep_shift=_SHIFT),
         ),
         optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_updates=50),
         # Short: it gives G a start. After 800 updates the samples are sharper, but adversarial

@@ -15,8 +15,8 @@ from apt.methods.apt import AdversarialConfig
 from apt.methods.consistency import DistillConfig
 from apt.models.wan import NEGATIVE_PROMPT
 from apt.train.config import DataConfig, OptimizerConfig, TrainConfig
+from apt.train.recipe_names import RECIPES
 from apt.train.recipes_paper import apt_image_1024, apt_video_720p
-from apt.train.registry import RECIPES
 
 _WAN = "wan2.1_t2v_1.3b"
 _SD35 = "sd3.5_medium"
@@ -35,7 +35,7 @@ def wan_distill() -> TrainConfig:
                 cfg_scale=5.0,
                 num_timesteps=50,
                 # The shift of the scheduler in its repository; the paper does not tell its grid.
-                shift=3.0,
+                timestep_shift=3.0,
             ),
         ),
         data=_cache("data/wan", "mix"),
@@ -110,7 +110,7 @@ def sd35_distill() -> TrainConfig:
         stage=dataclasses.replace(
             wan.stage,
             teacher=_SD35,
-            loss=dataclasses.replace(wan.stage.loss, cfg_scale=4.5, shift=3.0),
+            loss=dataclasses.replace(wan.stage.loss, cfg_scale=4.5, timestep_shift=3.0),
         ),
         data=_cache("data/sd35", "only"),
         negative_prompt="",  # its pipeline's default

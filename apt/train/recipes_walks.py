@@ -8,7 +8,7 @@ from typing import Any
 
 from apt.train import recipes_digits
 from apt.train.config import DataConfig, ModelConfig, TrainConfig
-from apt.train.registry import RECIPES
+from apt.train.recipe_names import RECIPES
 from apt.train.sequence import move_runs
 
 _WALKS = DataConfig(

@@ -9,8 +9,8 @@ from typing import Any
 from apt.checkpoints.info import SampleInfo
 from apt.checkpoints.load import load_prompt_check
 from apt.data.latents import read_cache_info
+from apt.models.architectures import TEXT_ENCODERS
 from apt.models.protocols import PromptCheck
-from apt.models.registry import TEXT_ENCODERS
 from apt.registry import replace_typed
 from apt.train.config import DataConfig, TrainConfig
 from apt.train.networks import starts_from

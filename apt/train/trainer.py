@@ -20,7 +20,7 @@ from apt.train.host import RunHost
 from apt.train.lock import RunLock
 from apt.train.loop import Run
 from apt.train.networks import starts_from
-from apt.train.progress import Progress
+from apt.train.parts_done import PartsDone
 from apt.train.resolve import advice, prompt_check, resolve
 from apt.train.resume import Resume, check_resumable, find_start, plain
 from apt.train.signals import StopRequest
@@ -107,7 +107,7 @@ def _prepare(
     state = _state(stage)
     if found is not None:
         checkpoint.load(found, state, verified=True)
-    made = Run(config, stage, parallel, dataset, state, Progress.from_meta(meta), lock, stop)
+    made = Run(config, stage, parallel, dataset, state, PartsDone.from_meta(meta), lock, stop)
     if found is not None and meta is not None:
         made.retention.trust(found)
         if meta["data"] != dataset.fingerprint:

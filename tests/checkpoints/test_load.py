@@ -23,8 +23,8 @@ from apt.checkpoints.export import export_model
 from apt.checkpoints.layouts import FAMILIES, KeyRule, map_keys, original_layout
 from apt.checkpoints.load import load_bundle, load_model
 from apt.errors import CheckpointError, InputError
+from apt.models.architectures import MODELS
 from apt.models.create import create_model
-from apt.models.registry import MODELS
 from tests.hub.tiny_pipelines import sd3_folder, wan_folder
 from tests.tiny import tiny_bundle
 
@@ -358,7 +358,7 @@ MEASURE = """
 import sys, torch
 from apt.checkpoints.weights import save_weights
 from apt.checkpoints.checkpoint import Checkpoint
-from apt.models.registry import MODELS
+from apt.models.architectures import MODELS
 from apt.registry import replace_typed
 from pathlib import Path
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from apt.data.dataset import Sample
 from apt.data.decode import read_clip
 from apt.data.folder import VideoFolder, exact_rate
-from apt.data.sample import Sample
 from apt.errors import ConfigError, DataError
 from tests.data.media import (
     corner_colours,

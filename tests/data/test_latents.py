@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from apt.condition import EncodedText
 from apt.data.buckets import Bucket
+from apt.data.dataset import Batch, EncodedSample
 from apt.data.latents import (
     CacheInfo,
     Clip,
@@ -23,7 +24,6 @@ from apt.data.latents import (
     write_texts,
 )
 from apt.data.loader import make_loader
-from apt.data.sample import Batch, EncodedSample
 from apt.errors import DataError
 from apt.files import write_safetensors
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from apt.data.dataset import Batch, Sample
 from apt.data.folder import VideoFolder
 from apt.data.loader import make_loader
-from apt.data.sample import Batch, Sample
 from apt.errors import ConfigError, DataError
 from tests.data.media import noise, truncate, write_image, write_video
 

@@ -15,9 +15,9 @@ import av
 import numpy as np
 import torch
 
+from apt.data.dataset import Sample
 from apt.data.digits import FPS, MovingDigits
 from apt.data.folder import VideoFolder
-from apt.data.sample import Sample
 from apt.data.write import encode_video, write_video_folder
 from apt.errors import ConfigError, DataError
 from tests.test_files import full_disk

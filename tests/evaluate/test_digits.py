@@ -14,14 +14,14 @@ from apt.checkpoints.info import ModelInfo, SampleInfo, SamplingInfo
 from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, MovingDigits
 from apt.errors import CheckpointError, ConfigError
 from apt.evaluate import ClassifierConfig, EvaluateConfig, evaluate_digits
-from apt.evaluate.digits_classifier import real_clips
-from apt.evaluate.methods import APT, MAIN_METHODS, ablation_methods
-from apt.evaluate.samples import (
+from apt.evaluate.clips import (
     caption_set,
     generate,
     real_for_captions,
     real_reference,
 )
+from apt.evaluate.digits_classifier import real_clips
+from apt.evaluate.methods import APT, MAIN_METHODS, ablation_methods
 from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.pixels import to_uint8
 

@@ -49,7 +49,7 @@ def exact_teacher(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gaussian_loss(num_timesteps: int, shift: float, student: object = None) -> float:
-    loss = Consistency(num_timesteps=num_timesteps, cfg_scale=1.0, shift=shift)
+    loss = Consistency(num_timesteps=num_timesteps, cfg_scale=1.0, timestep_shift=shift)
     generator = torch.Generator().manual_seed(0)
     x = MEAN + STD * torch.randn(num_timesteps, 512, generator=generator, dtype=F64)
     z = torch.randn(num_timesteps, 512, generator=generator, dtype=F64)
@@ -85,7 +85,7 @@ def test_a_network_that_is_not_consistent_is_seen() -> None:
 @settings(max_examples=60, deadline=None)
 @given(num=st.integers(1, 300), shift=st.floats(0.05, 20.0))
 def test_the_grid_runs_from_data_to_noise_without_gaps(num: int, shift: float) -> None:
-    loss = Consistency(num_timesteps=num, shift=shift)
+    loss = Consistency(num_timesteps=num, timestep_shift=shift)
     t, t_next = loss.timesteps(torch.arange(num))
     assert t.dtype == t_next.dtype == torch.float32
     assert t_next[0] == 0 and t[-1] == 1

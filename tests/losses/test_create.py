@@ -59,7 +59,7 @@ def test_the_papers_values_are_the_defaults() -> None:
     r1 = create_loss("approximate_r1")
     assert (r1.weight, r1.sigma, r1.normalize, r1.fraction) == (100.0, 0.1, None, 1.0)
     consistency = create_loss("consistency")
-    assert (consistency.cfg_scale, consistency.shift) == (7.5, 1.0)
+    assert (consistency.cfg_scale, consistency.timestep_shift) == (7.5, 1.0)
 
 
 def test_unknown_names_and_options_are_refused() -> None:
@@ -92,7 +92,7 @@ def test_unknown_names_and_options_are_refused() -> None:
         ("consistency", {"num_timesteps": 0}),
         ("consistency", {"num_timesteps": 10.0}),
         ("consistency", {"cfg_scale": -1.0}),
-        ("consistency", {"shift": 0.0}),
+        ("consistency", {"timestep_shift": 0.0}),
     ],
 )
 def test_options_out_of_range_are_refused(name: str, options: dict[str, object]) -> None:

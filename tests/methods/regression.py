@@ -25,7 +25,7 @@ from apt.methods.base import Metrics, Part, mean
 from apt.rng import sample_noise
 from apt.sampling import bind
 from apt.train.config import TrainConfig
-from apt.train.registry import RECIPES
+from apt.train.recipe_names import RECIPES
 
 
 @dataclass(frozen=True, kw_only=True)

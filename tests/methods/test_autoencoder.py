@@ -13,8 +13,8 @@ from scipy.fft import dctn
 
 from apt.checkpoints.info import CODEC_FILE, CodecInfo, read_description
 from apt.checkpoints.load import load_bundle, load_codec
+from apt.data.dataset import Batch
 from apt.data.digits import MovingDigits
-from apt.data.sample import Batch
 from apt.data.write import write_video_folder
 from apt.errors import ConfigError, InputError
 from apt.methods.autoencoder import (

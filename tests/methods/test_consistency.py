@@ -32,7 +32,7 @@ def test_it_minimises_the_consistency_loss(tmp_path: Path) -> None:
     stage = distill(
         tmp_path,
         train={"optimizer": FROZEN, "negative_prompt": "blurry"},
-        loss=Consistency(num_timesteps=STEPS, cfg_scale=4.0, shift=2.0),
+        loss=Consistency(num_timesteps=STEPS, cfg_scale=4.0, timestep_shift=2.0),
     )
     target: Any = stage.target
     # Teacher, target and student must not be mistaken for each other.

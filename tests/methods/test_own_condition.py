@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.info import SampleInfo
 from apt.condition import Condition
-from apt.data.sample import Batch, Sample
+from apt.data.dataset import Batch, Sample
 from apt.errors import InputError
 from apt.kernels.rows import take_rows
 from apt.losses import ApproximateR1, ApproximateR2, FeatureMatching, MismatchedCondition

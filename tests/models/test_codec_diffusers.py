@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from apt.errors import CheckpointError, ConfigError, InputError
+from apt.models.architectures import CODECS
 from apt.models.codec_diffusers import DiffusersCodecConfig
 from apt.models.create import create_codec
 from apt.models.protocols import LatentCodec
-from apt.models.registry import CODECS
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -224,6 +224,7 @@ def test_heads_and_logits_are_fp32_under_autocast(head: str) -> None:
         ({"layers": (1, 1)}, "rising"),
         ({"layers": ()}, "rising"),
         ({"layers": (1, 2.5)}, "whole numbers"),
+        ({"layers": (1, "last")}, "whole numbers"),
     ],
 )
 def test_bad_layers(options: dict[str, Any], message: str) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from apt.errors import CheckpointError, ConfigError, InputError
+from apt.models.architectures import TEXT_ENCODERS
 from apt.models.create import create_text_encoder
 from apt.models.protocols import TextEncoder
-from apt.models.registry import TEXT_ENCODERS
 from apt.models.text_transformers import TransformersTextConfig, clean_prompt
 from tests.models.tiny_tokenizers import clip_tokenizer, unigram_tokenizer
 

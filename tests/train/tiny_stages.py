@@ -16,9 +16,9 @@ from apt.methods.base import MethodConfig, MicroBatch
 from apt.methods.consistency import ConsistencyDistillation, DistillConfig
 from apt.methods.flow_matching import FlowMatchingPretraining, PretrainConfig
 from apt.train.config import ModelConfig, OptimizerConfig, TrainConfig
-from apt.train.export import export
 from apt.train.host import RunHost
 from apt.train.networks import initial_bundle
+from apt.train.outcome import save_outcome
 
 # 12 channels: a frame's 2x2 pixels in colour.
 TINY_MODEL = ModelConfig(
@@ -121,7 +121,7 @@ def adversarial(
 
 def export_method(method: Any, folder: Path, **options: Any) -> None:
     """Export a method that `build` put to work."""
-    export(method, method.host.config, method.host.parallel, folder, **options)
+    save_outcome(method, method.host.config, method.host.parallel, folder, **options)
 
 
 def micro_batches(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from apt.models.architectures import MODELS
 from apt.models.mmdit.model import MMDiTConfig
-from apt.models.registry import MODELS
 
 
 @MODELS.register("mmdit_digits")

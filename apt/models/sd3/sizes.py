@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from apt.checkpoints.info import SampleInfo, SamplingInfo
-from apt.models.registry import MODELS, PretrainedEntry
+from apt.models.architectures import MODELS, PretrainedEntry
 from apt.models.sd3.model import SD3Config
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from apt.checkpoints.info import SampleInfo, SamplingInfo
-from apt.models.registry import MODELS, PretrainedEntry
+from apt.models.architectures import MODELS, PretrainedEntry
 from apt.models.wan.model import WanConfig
 
 NEGATIVE_PROMPT = (

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Progress"]
+__all__ = ["PartsDone"]
 
 
 @dataclass
-class Progress:
+class PartsDone:
     """The parts of the update under way that have moved weights, and what they measured.
 
     Attributes:
@@ -23,7 +23,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def from_meta(cls, meta: Mapping[str, Any] | None) -> Progress:
+    def from_meta(cls, meta: Mapping[str, Any] | None) -> PartsDone:
         """What a checkpoint says; nothing, if it was saved between updates."""
         under_way = (meta or {}).get("under_way")
         if under_way is None:

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from apt.checkpoints.info import ComponentInfo
 from apt.data.latents import LatentFolder
 from apt.errors import ConfigError
+from apt.models.architectures import CODECS, TEXT_ENCODERS
 from apt.models.cached import CachedCodec, CachedTextEncoder
-from apt.models.registry import CODECS, TEXT_ENCODERS
 from apt.registry import Buildable, Registry, replace_typed
 
 C = TypeVar("C", bound=Buildable)

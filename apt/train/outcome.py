@@ -16,7 +16,7 @@ from apt.train.config import TrainConfig
 from apt.train.state import model_state
 
 
-def export(
+def save_outcome(
     stage: Stage,
     config: TrainConfig,
     parallel: Parallel,

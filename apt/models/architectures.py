@@ -1,4 +1,4 @@
-"""Registries of model configurations; `apt.models.create` builds from them.
+"""Architectures by name: the configurations that `apt.models.create` builds from.
 
 A builder takes no argument and returns a frozen config dataclass with a `build()` method; overrides
 replace its fields. A model's identity in a file is its registered name and its config.

@@ -1,4 +1,4 @@
-"""The registry of recipes."""
+"""Recipes by name."""
 
 from __future__ import annotations
 
