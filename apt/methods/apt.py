@@ -35,7 +35,7 @@ from apt.losses import (
 )
 from apt.methods.base import Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean_logs
 from apt.methods.terms import DiscriminatorTerm, FeatureMatching, Terms
-from apt.models.bundle import ModelBundle, load_backbone
+from apt.models.bundle import ModelBundle
 from apt.models.conditions import TextCondition
 from apt.models.discriminator import Discriminator, Judge, judge_groups
 from apt.rng import Draw, sample_noise
@@ -205,7 +205,7 @@ class AdversarialPostTraining(Method):
         self.config = config
         self.objective = _objective(config.objective)
 
-        backbone, info = load_backbone(config.source("discriminator"))
+        backbone, info = host.backbone("discriminator")
         _check_same_latents(start.info, info)
         torch.manual_seed(host.seed)
         discriminator = Discriminator(backbone, head=config.head, layers=config.layers or None)

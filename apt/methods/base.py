@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from apt.errors import ConfigError
-from apt.hub import SampleInfo, SamplingInfo
+from apt.hub import ModelInfo, SampleInfo, SamplingInfo
 from apt.models.bundle import ModelBundle, save_pretrained
 from apt.models.conditions import TextCondition
-from apt.models.create import create_model, create_text_encoder
 from apt.models.lora import LoRA, merge_lora, save_lora
 from apt.models.lora_layers import LoRALayer
 from apt.models.protocols import LatentCodec
@@ -166,6 +165,11 @@ class Host(Protocol):
 
     def model(self) -> ModelBundle:
         """The model that the generator starts from."""
+        ...
+
+    def backbone(self, field: str) -> tuple[DiffusionTransformer, ModelInfo]:
+        """The backbone of the model that a field of the stage names, in fp32 on the CPU, and what
+        is said of that model."""
         ...
 
     def codec(self) -> tuple[str, LatentCodec]:
@@ -383,16 +387,14 @@ class Method(Stage):
         """Write the generator as a model folder, and adapters by themselves too."""
         info, config = self.start.info, outcome.config
         assert isinstance(config, MethodConfig)
-        backbone = create_model(info.model.architecture, **info.model.config)
+        # New ones, because those in training may be sharded.
+        backbone = self.start.backbone.config.build()
         backbone.load_state_dict(_inside(outcome.weights, "backbone."))
         merge_lora(backbone, LoRA(outcome.adapters, {}))
         text_encoder = self.start.text_encoder
         text_state = _inside(outcome.weights, "text_encoder.")
         if text_state:
-            # A new one, because the one in training may be sharded.
-            text_encoder = create_text_encoder(
-                info.text_encoder.architecture, **info.text_encoder.config
-            )
+            text_encoder = text_encoder.config.build()
             text_encoder.load_state_dict(text_state)
         before = {"started_from": dict(info.training)} if info.training else {}
         described = dataclasses.replace(

@@ -19,7 +19,7 @@ from apt.hub import SamplingInfo
 from apt.methods import Host, Method, MethodConfig, MicroBatch
 from apt.methods.apt import generate, one_step_sampling
 from apt.methods.base import Metrics, Part, mean
-from apt.models.bundle import ModelBundle, load_backbone
+from apt.models.bundle import ModelBundle
 from apt.rng import sample_noise
 from apt.sampling import bind
 from apt.train.config import TrainConfig
@@ -48,7 +48,7 @@ class RegressionConfig(MethodConfig):
 class Regression(Method):
     def __init__(self, config: RegressionConfig, start: ModelBundle, host: Host) -> None:
         super().__init__(start, host)
-        self.teacher, _ = load_backbone(config.source("pupil"))
+        self.teacher, _ = host.backbone("pupil")
         self.grid = sampling_timesteps(config.steps)
         host.adapt(start.backbone)
         self.trained = {"generator": self.train_generator()}
