@@ -95,6 +95,7 @@ def run(
         dataset=dataset,
     )
     objects.check(config)
+    config.data.make_source()
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         if parallel is None:
