@@ -26,7 +26,7 @@ from apt.models import TextCondition
 from apt.models.bundle import load_pretrained, save_pretrained
 from apt.models.discriminator import Discriminator
 from apt.rng import Draw, sample_noise
-from tests.train.tiny_stages import (
+from tests.train.tiny_methods import (
     CAPTIONS,
     FROZEN,
     LATENT_SHAPE,

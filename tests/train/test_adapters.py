@@ -15,7 +15,7 @@ from apt.methods.flow_matching import PretrainConfig
 from apt.models.bundle import load_backbone
 from apt.models.lora import LORA_FILE, merge_lora, read_lora
 from apt.train.config import LoRAConfig, OptimizerConfig
-from tests.train.tiny_stages import (
+from tests.train.tiny_methods import (
     adversarial,
     distill,
     export_method,

@@ -33,7 +33,7 @@ from tests.train.own_classes import (
     Words,
     WordsConfig,
 )
-from tests.train.tiny_stages import LATENT_SHAPE, save_start
+from tests.train.tiny_methods import LATENT_SHAPE, save_start
 
 
 def config(run_dir: Path, stage: Any = None, **changes: Any) -> TrainConfig:

@@ -14,6 +14,8 @@ from apt.hub import read_info
 from apt.hub.shared import without_folders
 from apt.train.logs import read_log
 from tests.cli.shell import ROOT, error_line, invoke
+from tests.hub.processes import run_cli as from_hub
+from tests.hub.server import TOKEN, HubServer
 
 MODULE = "tests.train.own_parts"
 
@@ -87,6 +89,21 @@ def test_without_the_module_it_is_asked_for(folder: Path) -> None:
     line = error_line(invoke("generate", "--model", model, "--prompt", "a", "--out", out))
     assert "'own_mixer', which is not registered here" in line
     assert "--import MODULE" in line
+
+
+def test_it_is_pushed_and_sampled_from_the_hub(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    out = tmp_path / "x.png"
+    with HubServer() as hub:
+        pushed = from_hub(hub, tmp_path / "a", "push", folder / "model", "me/own", token=TOKEN)
+        assert pushed.returncode == 0, pushed.stderr
+        files = hub.repos["me/own"].files
+        assert not any(str(folder).encode() in content for content in files.values())
+        sample = ["generate", "--model", "me/own", "--prompt", "a bar", "--out", str(out)]
+        assert "not registered here" in error_line(from_hub(hub, tmp_path / "b", *sample))
+        made = from_hub(hub, tmp_path / "c", *sample, "--import", MODULE)
+    assert made.returncode == 0, made.stderr
+    assert out.is_file()
 
 
 BAD = {
