@@ -166,7 +166,7 @@ def _checked(item: Any, where: str, request: ClipRequest) -> Sample:
             )
         caption = used
     problems = item.problems if isinstance(item, Sample) else ()
-    return Sample(pixels=pixels, caption=caption, problems=problems)
+    return Sample(pixels=pixels.detach(), caption=caption, problems=problems)
 
 
 def _pixels_and_caption(item: Any, where: str, *, captioned: bool) -> tuple[Tensor, str]:
@@ -185,6 +185,8 @@ def _pixels_and_caption(item: Any, where: str, *, captioned: bool) -> tuple[Tens
     if pixels.dtype != torch.float32:
         hint = ": uint8 is pixels / 127.5 - 1" if pixels.dtype == torch.uint8 else ""
         raise DataError(f"{where} is {str(pixels.dtype).removeprefix('torch.')}; {_EXPECTED}{hint}")
+    if pixels.device.type != "cpu":
+        raise DataError(f"{where} is on {pixels.device}; {_EXPECTED}, on the CPU")
     if pixels.ndim != 4 or pixels.shape[0] != 3 or 0 in pixels.shape:
         raise DataError(f"{where} has the shape {tuple(pixels.shape)}; {_EXPECTED}")
     if not isinstance(caption, str):

@@ -163,7 +163,9 @@ def _new_bundle(config: TrainConfig, objects: Objects) -> ModelBundle:
     text_encoder, text_info = _text_encoder(config, objects)
     codec, codec_info = _codec(config, objects)
     options: dict[str, Any] = model.options
-    backbone = objects.model or create_model(model.name, **options)
+    backbone = objects.model
+    if backbone is None:
+        backbone = create_model(model.name, **options)
     if backbone.in_channels != codec.channels:
         raise ConfigError(
             f"model {model.name!r} takes {backbone.in_channels} channels, but codec "
@@ -208,10 +210,8 @@ def _codec(config: TrainConfig, objects: Objects) -> tuple[LatentCodec, Componen
     """The codec of a new model: one that was trained, or one without weights of its own."""
     model, source = config.model, config.stage.trained_codec()
     if objects.codec is not None:
-        codec, info = (
-            objects.codec.requires_grad_(False).eval(),
-            objects.info("codec", objects.codec),
-        )
+        codec = objects.codec.requires_grad_(False).eval()
+        info = objects.info("codec", codec)
     elif source:
         codec, info = find_codec(source)
     else:

@@ -94,8 +94,8 @@ class Objects:
                 )
             if not isinstance(bundle, ModelBundle):
                 raise ConfigError(
-                    f"bundles: {name} is a {type(bundle).__name__}, expected an apt.ModelBundle, "
-                    "as apt.load_pretrained gives one"
+                    f"bundles: {name} is of type {type(bundle).__name__}; expected an "
+                    "apt.ModelBundle, as apt.load_pretrained gives one"
                 )
             _check_weights(f"the backbone of {name}", bundle.backbone)
 
@@ -166,8 +166,8 @@ def check_same_objects(now: Kinds, before: Kinds, place: str) -> None:
 def _check_part(name: str, part: Any, expected: _Part) -> None:
     if not isinstance(part, expected.kind):
         raise ConfigError(
-            f"{name} is a {type(part).__name__}, expected an {expected.kind.__name__} "
-            f"({expected.kind.__module__})"
+            f"{name} is a {type(part).__name__}; expected "
+            f"{expected.kind.__module__}.{expected.kind.__name__}"
         )
     config = getattr(part, "config", None)
     if not dataclasses.is_dataclass(config) or not callable(getattr(config, "build", None)):

@@ -95,6 +95,7 @@ def run(
         dataset=dataset,
     )
     objects.check(config)
+    kinds = objects.kinds()
     config.data.make_source()
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as stack:
@@ -106,8 +107,8 @@ def run(
         lock = stack.enter_context(_locked(run_dir, parallel, resume, take_over))
         found = find_start(run_dir, resume, start_over=start_over)
         if resume:
-            check_same_objects(objects.kinds(), recorded_objects(run_dir, found), config.run_dir)
-        _prepare(config, objects, found, parallel, lock, stop).train()
+            check_same_objects(kinds, recorded_objects(run_dir, found), config.run_dir)
+        _prepare(config, objects, kinds, found, parallel, lock, stop).train()
     return run_dir
 
 
@@ -127,12 +128,16 @@ def _locked(
 def _prepare(
     config: TrainConfig,
     objects: Objects,
+    kinds: Mapping[str, Mapping[str, Any]],
     found: Path | None,
     parallel: Parallel,
     lock: RunLock,
     stop: StopRequest,
 ) -> Run:
-    """Everything that a run needs, at the state of its checkpoint if there is one."""
+    """Everything that a run needs, at the state of its checkpoint if there is one.
+
+    `kinds` are those of the objects as they were handed over: adapters change them.
+    """
     meta = checkpoint.read_meta(found) if found is not None else None
     start = _start(config, objects)
     config = resolve(objects.named(config), start, None if meta is None else meta["config"])
@@ -151,7 +156,7 @@ def _prepare(
     if found is not None:
         checkpoint.load(found, state, verified=True)
     progress = Progress.from_meta(meta)
-    made = Run(config, stage, parallel, dataset, state, progress, lock, stop, objects.kinds())
+    made = Run(config, stage, parallel, dataset, state, progress, lock, stop, kinds)
     if found is not None and meta is not None:
         made.retention.trust(found)
         if meta["data"] != dataset.fingerprint:

@@ -77,6 +77,7 @@ def test_a_bad_clip_later_on_is_named_also_by_a_worker() -> None:
         ((PIXELS.byte(), "a"), "is uint8; expected"),
         ((PIXELS.byte(), "a"), "uint8 is pixels / 127.5 - 1"),
         ((PIXELS.double(), "a"), "is float64; expected"),
+        ((PIXELS.to("meta"), "a"), "is on meta; expected"),
         ((PIXELS[:1], "a"), "has the shape (1, 5, 4, 6)"),
         ((PIXELS[:, 0], "a"), "has the shape (3, 4, 6)"),
         ((PIXELS[:, :0], "a"), "has the shape (3, 0, 4, 6)"),

@@ -19,7 +19,7 @@ from apt.methods import AdversarialConfig, AutoencoderConfig, DistillConfig, Pre
 from apt.models import CODECS, MODELS, TEXT_ENCODERS
 from apt.models.bundle import load_pretrained
 from apt.pipeline import OneStepPipeline
-from apt.train.config import DataConfig, TrainConfig
+from apt.train.config import DataConfig, LoRAConfig, TrainConfig
 from apt.train.logs import read_log
 from tests.cli.shell import error_line, invoke
 from tests.train.own_classes import (
@@ -189,6 +189,17 @@ def test_bundles_train_as_the_folders_that_they_come_from(stage: str, tmp_path: 
     assert LATENT_SHAPE[0] == loaded["generator"].codec.channels
 
 
+def test_adapters_on_a_bundle_are_continued(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    folder = save_start(tmp_path / "starts")["generator"]
+    lora = LoRAConfig(rank=2)
+    for updates in (1, 2):
+        one = config(tmp_path / "run", DistillConfig(), lora=lora, num_updates=updates)
+        bundles = {"teacher": load_pretrained(folder)}
+        apt.train.run(one, bundles=bundles, dataset=Bars(4), resume=updates > 1)
+    assert [entry["step"] for entry in read_log(tmp_path / "run")] == [1, 2]
+
+
 def test_one_bundle_may_stand_for_both(tmp_path: Path) -> None:
     bundle = load_pretrained(save_start(tmp_path / "starts")["generator"])
     both = {"generator": bundle, "discriminator": bundle}
@@ -211,7 +222,7 @@ def broken(name: str) -> Mixer:
 @pytest.mark.parametrize(
     ("stage", "given", "message"),
     [
-        (PretrainConfig(), {"model": torch.nn.Linear(2, 2)}, "expected an DiffusionTransformer"),
+        (PretrainConfig(), {"model": torch.nn.Linear(2, 2)}, "expected apt.models.transformer.Dif"),
         (PretrainConfig(), {"codec": Words(WordsConfig())}, "codec is a Words"),
         (PretrainConfig(), {"model": broken("nan")}, "NaN or infinite, in out.weight"),
         (PretrainConfig(), {"model": broken("half")}, "is float16; hand it over as module.float()"),
@@ -219,7 +230,7 @@ def broken(name: str) -> Mixer:
         (PretrainConfig(codec="c"), {"codec": Fold(FoldConfig())}, "leave one of them out"),
         (PretrainConfig(), {"bundles": {"teacher": 1}}, "no model 'teacher'; choose from: nothing"),
         (DistillConfig(), {"model": Mixer(MixerConfig())}, "bundles={'teacher': apt.ModelBundle"),
-        (DistillConfig(), {"bundles": {"teacher": 1}}, "teacher is a int, expected an apt.Mode"),
+        (DistillConfig(), {"bundles": {"teacher": 1}}, "teacher is of type int; expected an apt"),
         (DistillConfig(), {}, "--stage.teacher is empty"),
         (AutoencoderConfig(), {"model": Mixer(MixerConfig())}, "trains a codec, and has no model"),
     ],
