@@ -60,10 +60,19 @@ class Registry(Generic[T]):
         return (inspect.getdoc(self.get(name)) or "").partition("\n")[0]
 
     def create(self, name: str, /, **options: Any) -> T:
-        """Call the builder. Options that it does not take, or of a wrong type, raise InputError."""
+        """Call the builder.
+
+        Options that it does not take, of a wrong type, or that it needs, raise InputError.
+        """
         builder = self.get(name)
-        hints = _parameter_types(builder)
-        check_options(f"{self.kind} {name!r}", hints, options)
+        check_options(f"{self.kind} {name!r}", _parameter_types(builder), options)
+        missing = [
+            parameter.name
+            for parameter in inspect.signature(builder).parameters.values()
+            if parameter.default is parameter.empty and parameter.name not in options
+        ]
+        if missing:
+            raise ConfigError(f"{self.kind} {name!r} needs the option {missing[0]!r}")
         return builder(**options)
 
 

@@ -88,6 +88,12 @@ def shapes_of(config: Buildable) -> dict[str, tuple[int, ...]]:
 
 def configured(registry: Registry[C], part: ComponentInfo, origin: Path) -> C:
     """The config of a part as a folder describes it; what it refuses is the folder's fault."""
+    if part.architecture not in registry.names():
+        raise CheckpointError(
+            f"{str(origin)!r} describes the {registry.kind} {part.architecture!r}, which is not "
+            "registered here: import the module that registers it (diffusion-apt --import MODULE), "
+            "or use a newer version of this package, if it is one of that"
+        )
     try:
         return replace_typed(registry.get(part.architecture)(), part.config)
     except InputError as error:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from apt.registry import Registry
 
 Section = Literal[
-    "all", "models", "text_encoders", "codecs", "heads", "losses", "recipes",
+    "all", "models", "text_encoders", "codecs", "heads", "losses", "datasets", "recipes",
     "kernels", "attention",
 ]  # fmt: skip
 
@@ -25,7 +25,8 @@ class ListCommand:
     """What can be chosen by name and, for kernels and attention, what runs on this machine."""
 
     section: Annotated[tyro.conf.Positional[Section], tyro.conf.arg(metavar="SECTION")] = "all"
-    """all, or: models, text_encoders, codecs, heads, losses, recipes, kernels, attention."""
+    """all, or: models, text_encoders, codecs, heads, losses, datasets, recipes, kernels,
+    attention."""
     pattern: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATTERN")] = "*"
     """Only names that match this shell-style pattern; put it in quotes."""
 
@@ -125,6 +126,12 @@ def _losses() -> list[Row]:
     return _registered(LOSSES)
 
 
+def _datasets() -> list[Row]:
+    from apt.data.builtin_sources import DATASETS
+
+    return _registered(DATASETS)
+
+
 def _recipes() -> list[Row]:
     from apt.train.recipes import RECIPES
 
@@ -150,6 +157,7 @@ SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "codecs": _codecs,
     "heads": _heads,
     "losses": _losses,
+    "datasets": _datasets,
     "recipes": _recipes,
     "kernels": _kernels,
     "attention": _attention,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -79,13 +80,14 @@ def main(args: Sequence[str], *, prog: str) -> int:
                 Train,
                 args=args[1:],
                 prog=f"{prog} {args[0]}",
-                default=Train(config=stage),
+                default=Train(config=_without_options(stage)),
                 # A recipe's stage is of one kind; its fields are options, not a choice of kinds.
                 config=(tyro.conf.AvoidSubcommands,),
             )
             for stage in stages
         ]
-    configs, options = [one.config for one in parsed], parsed[0]
+    configs = [_with_options(one.config, stage) for one, stage in zip(parsed, stages, strict=True)]
+    options = parsed[0]
     if options.resume and options.continue_:
         raise InputError(
             "--resume and --continue exclude each other: --resume needs a run to continue, "
@@ -102,6 +104,24 @@ def main(args: Sequence[str], *, prog: str) -> int:
         configs, resume=resume, start_over=options.start_over, take_over=options.take_over
     )
     return exit_status(finished)
+
+
+def _without_options(stage: TrainConfig) -> TrainConfig:
+    """Options of a source as the parser needs them: of a dict with entries it takes no others."""
+    return dataclasses.replace(stage, data=dataclasses.replace(stage.data, options={}))
+
+
+def _with_options(config: TrainConfig, stage: TrainConfig) -> TrainConfig:
+    """The recipe's options of its source, unless another source or other values were asked for.
+
+    Raises ConfigError for options that the source does not take.
+    """
+    if config.data.source == stage.data.source:
+        options = {**stage.data.options, **config.data.options}
+        data = dataclasses.replace(config.data, options=options)
+        config = dataclasses.replace(config, data=data)
+    config.data.make_source()
+    return config
 
 
 def train_stages(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 from apt.data.digits import MovingDigits, Setting, clip_size
 from apt.data.folder import VideoFolder
@@ -62,6 +62,8 @@ class Folder(DataSource):
 @dataclass(frozen=True, kw_only=True)
 class Latents(DataSource):
     """What `diffusion-apt data encode` made of a folder (--data.path); its size and rate hold."""
+
+    gives_latents: ClassVar[bool] = True
 
     path: str = ""
 

@@ -52,8 +52,8 @@ def check_clips(dataset: Any, request: ClipRequest) -> VideoDataset:
         dataset: map-style, where item i is a pair of pixels (3, T, H, W) float32 in [-1, 1] and a
             caption, or a `Sample`; pixels alone will do where captions are not read. Items must not
             change, or a resumed run does not continue where it stopped. One with `batches` and
-            `fingerprint` (`apt.data.dataset.VideoDataset`) keeps its own order, and may have several
-            sizes.
+            `fingerprint` (`apt.data.dataset.VideoDataset`) keeps its own order, and may have
+            several sizes.
         request: the size of clips, and what becomes of captions.
 
     Raises:
@@ -107,9 +107,10 @@ class _CheckedItems:
         item = index % self._length
         where = self.file_name(index)
         sample = _checked(self._dataset[item], where, self._request)
-        if sample.pixels.shape[1:] != self._request.size:
+        size = Bucket(*sample.pixels.shape[1:])
+        if size != self._request.size:
             raise DataError(
-                f"{where} is {Bucket(*sample.pixels.shape[1:])}, and the run asks for "
+                f"{where} is {size}, and the run asks for "
                 f"{self._request.size} (--data.frames, --data.height, --data.width): clips of a "
                 "data set without batches of its own have one size"
             )
@@ -166,7 +167,7 @@ def _checked(item: Any, where: str, request: ClipRequest) -> Sample:
             )
         caption = used
     problems = item.problems if isinstance(item, Sample) else ()
-    return Sample(pixels=pixels, caption=caption, problems=problems)
+    return Sample(pixels=pixels.detach(), caption=caption, problems=problems)
 
 
 def _pixels_and_caption(item: Any, where: str, *, captioned: bool) -> tuple[Tensor, str]:
@@ -185,6 +186,8 @@ def _pixels_and_caption(item: Any, where: str, *, captioned: bool) -> tuple[Tens
     if pixels.dtype != torch.float32:
         hint = ": uint8 is pixels / 127.5 - 1" if pixels.dtype == torch.uint8 else ""
         raise DataError(f"{where} is {str(pixels.dtype).removeprefix('torch.')}; {_EXPECTED}{hint}")
+    if pixels.device.type != "cpu":
+        raise DataError(f"{where} is on {pixels.device}; {_EXPECTED}, on the CPU")
     if pixels.ndim != 4 or pixels.shape[0] != 3 or 0 in pixels.shape:
         raise DataError(f"{where} has the shape {tuple(pixels.shape)}; {_EXPECTED}")
     if not isinstance(caption, str):

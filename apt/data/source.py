@@ -64,9 +64,11 @@ class DataSource(ABC):
     Class attributes:
         names_folders: options that name folders or files of this machine, which nobody else gets to
             read; `path`, which is --data.path, always is one.
+        gives_latents: whether it is a cache of latents that stand for clips.
     """
 
     names_folders: ClassVar[tuple[str, ...]] = ()
+    gives_latents: ClassVar[bool] = False
 
     @abstractmethod
     def open(self, request: ClipRequest) -> Any:
@@ -78,10 +80,7 @@ class DataSource(ABC):
         """
 
     def latent_cache(self) -> Path | None:
-        """The folder, if it is a cache of latents that stand for clips.
-
-        Raises ConfigError if it is one, and no folder is named.
-        """
+        """The folder of a source that gives latents; raises ConfigError if none is named."""
         return None
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import ModelInfo, SamplingInfo
-from apt.checkpoints.load import describe_model, load_model
 from apt.checks import check_positive
 from apt.condition import Condition
 from apt.errors import ConfigError, InputError
@@ -226,8 +225,8 @@ class AdversarialPostTraining(Method):
         self.config = config
         self.objective = _objective(config.objective)
 
-        backbone = load_model(config.source("discriminator"))
-        _check_same_latents(start.info, describe_model(config.source("discriminator")))
+        backbone, info = host.backbone("discriminator")
+        _check_same_latents(start.info, info)
         torch.manual_seed(host.seed)
         discriminator = Discriminator(backbone, head=config.head, layers=config.layers or None)
         host.adapt(backbone, discriminator=True)

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.bundle import ModelBundle, save_bundle
-from apt.checkpoints.info import SampleInfo, SamplingInfo
+from apt.checkpoints.info import ModelInfo, SampleInfo, SamplingInfo
 from apt.checkpoints.lora import LoRA, LoRALayer, merge_lora, save_lora
 from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
-from apt.models.create import create_model, create_text_encoder
 from apt.models.protocols import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 from apt.rng import Draw, sample_noise, sample_uniform
@@ -170,6 +169,11 @@ class Host(Protocol):
 
     def model(self) -> ModelBundle:
         """The model that the generator starts from."""
+        ...
+
+    def backbone(self, field: str) -> tuple[DiffusionTransformer, ModelInfo]:
+        """The backbone of the model that a field of the stage names, in fp32 on the CPU, and what
+        is said of that model."""
         ...
 
     def codec(self) -> tuple[str, LatentCodec]:
@@ -402,16 +406,14 @@ class Method(Stage):
         """Write the generator as a model folder, and adapters by themselves too."""
         info, config = self.start.info, outcome.config
         assert isinstance(config, MethodConfig)
-        backbone = create_model(info.model.architecture, **info.model.config)
+        # New ones, because those in training may be sharded.
+        backbone = self.start.backbone.config.build()
         backbone.load_state_dict(_inside(outcome.weights, "backbone."))
         merge_lora(backbone, LoRA(outcome.adapters, {}))
         text_encoder = self.start.text_encoder
         text_state = _inside(outcome.weights, "text_encoder.")
         if text_state:
-            # A new one, because the one in training may be sharded.
-            text_encoder = create_text_encoder(
-                info.text_encoder.architecture, **info.text_encoder.config
-            )
+            text_encoder = text_encoder.config.build()
             text_encoder.load_state_dict(text_state)
         before = {"started_from": dict(info.training)} if info.training else {}
         described = dataclasses.replace(

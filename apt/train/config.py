@@ -246,8 +246,9 @@ class TrainConfig:
         for name in ("micro_batch_size", "sample_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        source = self.data.make_source()
-        if not self.stage.takes_latents and source.latent_cache() is not None:
+        # A class; whether its options are right is asked when all of them are known.
+        gives_latents = getattr(DATASETS.get(self.data.source), "gives_latents", False)
+        if gives_latents and not self.stage.takes_latents:
             raise ConfigError(
                 f"this stage is trained on pixels, and --data.source {self.data.source} has "
                 "latents; set it to folder"

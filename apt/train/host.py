@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.bundle import ModelBundle
+from apt.checkpoints.info import ModelInfo
+from apt.checkpoints.load import describe_model, load_model
 from apt.distributed.parallel import Parallel
 from apt.models.protocols import LatentCodec
 from apt.models.transformer import DiffusionTransformer
@@ -17,6 +20,7 @@ from apt.train.adapters import add_adapters
 from apt.train.config import TrainConfig
 from apt.train.ema import EMA
 from apt.train.networks import Trained, initial_bundle, initial_codec, make_optimizer
+from apt.train.objects import NO_OBJECTS, Objects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,7 @@ class RunHost:
 
     config: TrainConfig
     parallel: Parallel
+    objects: Objects = NO_OBJECTS
 
     @property
     def seed(self) -> int:
@@ -39,10 +44,18 @@ class RunHost:
         return self.config.negative_prompt
 
     def model(self) -> ModelBundle:
-        return initial_bundle(self.config)
+        return initial_bundle(self.config, self.objects)
+
+    def backbone(self, field: str) -> tuple[DiffusionTransformer, ModelInfo]:
+        bundle = self.objects.bundles.get(field)
+        if bundle is None:
+            source = self.config.stage.source(field)
+            return load_model(source), describe_model(source)
+        # Of its own: one bundle may stand for two models.
+        return copy.deepcopy(bundle.backbone), bundle.info
 
     def codec(self) -> tuple[str, LatentCodec]:
-        return initial_codec(self.config)
+        return initial_codec(self.config, self.objects)
 
     def over_ranks(self, values: Tensor) -> Tensor:
         flat = {str(i): value for i, value in enumerate(values.flatten().tolist())}

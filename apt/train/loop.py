@@ -29,7 +29,7 @@ from apt.train.monitor import CollapseMonitor, TrainingStopped, sample_statistic
 from apt.train.outcome import save_outcome
 from apt.train.parts_done import PartsDone
 from apt.train.plots import plot_losses
-from apt.train.resume import CHECKPOINTS, CONFIG_NAME, plain
+from apt.train.resume import CHECKPOINTS, CONFIG_NAME, OBJECTS, plain
 from apt.train.retention import Retention
 from apt.train.run_state import State, write_state
 from apt.train.sample_sheets import decode_samples, draw_samples, write_sheet
@@ -53,6 +53,7 @@ class Run:
         progress: PartsDone,
         lock: RunLock,
         stop: StopRequest,
+        objects: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.config = config
         self.stage = stage
@@ -62,6 +63,7 @@ class Run:
         self.progress = progress
         self.lock = lock
         self.stop = stop
+        self.objects = objects
         self.run_dir = Path(config.run_dir)
         self.retention = Retention(self.run_dir / CHECKPOINTS, config.keep_checkpoints)
         codec = stage.codec
@@ -248,6 +250,7 @@ class Run:
         self.parallel.on_main(lambda: self.log.sync(tensorboard=tensorboard))
         meta = {
             "config": plain(self.config),
+            OBJECTS: self.objects,
             "data": self.dataset.fingerprint,
             **self.progress.as_meta(),
         }
@@ -294,7 +297,8 @@ class Run:
         return logs[-1]
 
     def _write_config(self) -> None:
-        text = json.dumps(plain(self.config), indent=2) + "\n"
+        given = {OBJECTS: self.objects} if self.objects else {}
+        text = json.dumps({**plain(self.config), **given}, indent=2) + "\n"
         write_text(self.run_dir / CONFIG_NAME, text)
 
     def _write_state(self, state: State, reason: str = "") -> None:

@@ -25,10 +25,11 @@ from apt.errors import ConfigError
 from apt.kernels import FusedRMSprop
 from apt.methods.base import MethodConfig
 from apt.models.create import create_codec, create_model, create_text_encoder
-from apt.models.protocols import LatentCodec
+from apt.models.protocols import LatentCodec, TextEncoder
 from apt.train.cache_parts import cached_codec, cached_text_encoder
 from apt.train.config import OptimizerConfig, TrainConfig
 from apt.train.ema import EMA
+from apt.train.objects import NO_OBJECTS, Objects
 from apt.train.state import model_state, optimizer_state
 
 
@@ -131,19 +132,25 @@ def make_optimizer(
     )
 
 
-def initial_bundle(config: TrainConfig) -> ModelBundle:
+def initial_bundle(config: TrainConfig, objects: Objects = NO_OBJECTS) -> ModelBundle:
     """The generator that a run starts from.
 
     Pre-training: random weights from `config.seed`. Later stages: the model that they start from,
-    in fp32, whose text encoder and codec they keep.
+    in fp32, whose text encoder and codec they keep. `objects` are in place of what they name.
 
     Raises:
         ConfigError: parts that do not fit each other, or no model to start from.
     """
-    source = starts_from(config)
-    if source is None:
-        return _new_bundle(config)
+    field = config.stage.starts_from
+    if field is None:
+        return _new_bundle(config, objects)
     cache = config.data.make_source().latent_cache()
+    if field in objects.bundles:
+        bundle = objects.bundles[field]
+        if cache is not None:
+            cached_codec(LatentFolder(cache), bundle.info.codec)  # raises if another one made it
+        return bundle
+    source = config.stage.source(field)
     if cache is not None:
         return _bundle_on_cache(source, LatentFolder(cache))
     return load_bundle(source)
@@ -160,23 +167,16 @@ def _bundle_on_cache(source: str, cache: LatentFolder) -> ModelBundle:
     return ModelBundle(backbone, load_text_encoder(source), codec, info)
 
 
-def starts_from(config: TrainConfig) -> str | None:
-    """The model whose weights the generator has at first; None for random ones.
-
-    Raises ConfigError if the stage needs one and names none.
-    """
-    field = config.stage.starts_from
-    return None if field is None else config.stage.source(field)
-
-
-def _new_bundle(config: TrainConfig) -> ModelBundle:
+def _new_bundle(config: TrainConfig, objects: Objects) -> ModelBundle:
     model, stage = config.model, config.stage
     assert isinstance(stage, MethodConfig), "only a generator is built anew"
     torch.manual_seed(config.seed)
-    text_encoder = create_text_encoder(model.text_encoder, **model.text_encoder_options)
-    codec, codec_info = _codec(config)
+    text_encoder, text_info = _text_encoder(config, objects)
+    codec, codec_info = _codec(config, objects)
     options: dict[str, Any] = model.options
-    backbone = create_model(model.name, **options)
+    backbone = objects.model
+    if backbone is None:
+        backbone = create_model(model.name, **options)
     if backbone.in_channels != codec.channels:
         raise ConfigError(
             f"model {model.name!r} takes {backbone.in_channels} channels, but codec "
@@ -192,7 +192,7 @@ def _new_bundle(config: TrainConfig) -> ModelBundle:
     info = ModelInfo(
         stage=stage.exports_as,
         model=component_info(model.name, backbone),
-        text_encoder=component_info(model.text_encoder, text_encoder),
+        text_encoder=text_info,
         codec=codec_info,
         sample=config.data.clip,
         sampling=stage.sampling(SamplingInfo(negative_prompt=config.negative_prompt)),
@@ -200,17 +200,30 @@ def _new_bundle(config: TrainConfig) -> ModelBundle:
     return ModelBundle(backbone, text_encoder, codec, info)
 
 
-def initial_codec(config: TrainConfig) -> tuple[str, LatentCodec]:
-    """A codec with random weights from `config.seed`, and its registered name."""
+def initial_codec(config: TrainConfig, objects: Objects) -> tuple[str, LatentCodec]:
+    """A codec with random weights from `config.seed`, or the given one, and its name."""
+    if objects.codec is not None:
+        return config.model.codec, objects.codec
     torch.manual_seed(config.seed)
     model = config.model
     return model.codec, create_codec(model.codec, **model.codec_options)
 
 
-def _codec(config: TrainConfig) -> tuple[LatentCodec, ComponentInfo]:
+def _text_encoder(config: TrainConfig, objects: Objects) -> tuple[TextEncoder, ComponentInfo]:
+    given, model = objects.text_encoder, config.model
+    if given is not None:
+        return given, objects.info("text_encoder", given)
+    text_encoder = create_text_encoder(model.text_encoder, **model.text_encoder_options)
+    return text_encoder, component_info(model.text_encoder, text_encoder)
+
+
+def _codec(config: TrainConfig, objects: Objects) -> tuple[LatentCodec, ComponentInfo]:
     """The codec of a new model: one that was trained, or one without weights of its own."""
     model, source = config.model, config.stage.trained_codec()
-    if source:
+    if objects.codec is not None:
+        codec = objects.codec.requires_grad_(False).eval()
+        info = objects.info("codec", codec)
+    elif source:
         codec, found = load_codec(source), describe(source).codec
         info = component_info(found.architecture, codec, found.weights)
     else:

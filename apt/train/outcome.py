@@ -65,6 +65,11 @@ def provenance(config: TrainConfig, updates: int, weights: str) -> dict[str, Any
         "batch_size": config.batch_size,
         "weights": weights,
         "config": dataclasses.asdict(config),
-        "folders": ["run_dir", "data.path", *(f"stage.{f}" for f in config.stage.names_folders)],
+        "folders": [
+            "run_dir",
+            "data.path",
+            *(f"data.options.{name}" for name in config.data.make_source().names_folders),
+            *(f"stage.{name}" for name in config.stage.names_folders),
+        ],
         "models": [f"stage.{field}" for field in config.stage.names_models],
     }

@@ -13,7 +13,7 @@ from apt.models.architectures import TEXT_ENCODERS
 from apt.models.protocols import PromptCheck
 from apt.registry import replace_typed
 from apt.train.config import DataConfig, TrainConfig
-from apt.train.networks import starts_from
+from apt.train.objects import NO_OBJECTS, Objects
 
 __all__ = ["advice", "prompt_check", "resolve"]
 
@@ -46,19 +46,23 @@ def resolve(
     return dataclasses.replace(config, data=_with_size(config.data, start), ema_warmup=warmup)
 
 
-def prompt_check(config: TrainConfig) -> PromptCheck | None:
+def prompt_check(config: TrainConfig, objects: Objects = NO_OBJECTS) -> PromptCheck | None:
     """What the run's text encoder checks captions with.
 
-    None if a cache has its embeddings, or captions do not matter.
+    None if a cache has its embeddings, or captions do not matter. `objects` are in place of names.
     """
     if not config.stage.reads_captions:
         return None
-    source = starts_from(config)
+    field = config.stage.starts_from
     cache = config.data.make_source().latent_cache()
     if cache is not None and read_cache_info(cache).text_encoder:
         return None
-    if source is not None:
-        return load_prompt_check(source)
+    if field is not None and field in objects.bundles:
+        return objects.bundles[field].text_encoder.check
+    if objects.text_encoder is not None:
+        return objects.text_encoder.check
+    if field is not None:
+        return load_prompt_check(config.stage.source(field))
     model = config.model
     encoder = TEXT_ENCODERS.get(model.text_encoder)()
     return replace_typed(encoder, model.text_encoder_options).prompt_check()

@@ -14,10 +14,15 @@ from apt.train import checkpoint
 from apt.train.config import TrainConfig
 from apt.train.logs import LOG_NAME, read_log
 
-__all__ = ["CHECKPOINTS", "CONFIG_NAME", "Resume", "check_resumable", "find_start", "plain"]
+__all__ = [
+    "CHECKPOINTS", "CONFIG_NAME", "OBJECTS", "Resume", "check_resumable", "find_start", "plain",
+    "recorded_objects",
+]  # fmt: skip
 
 CHECKPOINTS = "checkpoints"
 CONFIG_NAME = "config.json"
+OBJECTS = "objects"
+"""Where a checkpoint, and config.json, say what a run was given in Python: `Objects.kinds`."""
 
 Resume = bool | Literal["auto"]
 """Start a run; continue one; or continue if there is something to continue, and else start."""
@@ -108,6 +113,18 @@ def check_resumable(config: TrainConfig, before: Mapping[str, Any], path: Path, 
             f"the configuration does not fit the checkpoint {path}: {'; '.join(changed)}. Resume "
             "with the same configuration, or start a new run in another --run-dir"
         )
+
+
+def recorded_objects(run_dir: Path, found: Path | None) -> dict[str, Any]:
+    """What the run was given in Python, as its checkpoint says, or config.json before there is one.
+
+    Runs of earlier versions were given nothing.
+    """
+    if found is not None:
+        return dict(checkpoint.read_meta(found).get(OBJECTS, {}))
+    file = run_dir / CONFIG_NAME
+    written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return dict(written.get(OBJECTS, {}))
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from apt.checkpoints.bundle import ModelBundle
+from apt.checkpoints.info import SampleInfo
 from apt.checkpoints.load import describe
 from apt.distributed.parallel import Parallel
 from apt.errors import InputError
 from apt.methods.base import Stage
 from apt.models.cached import CachedCodec
+from apt.models.protocols import LatentCodec, TextEncoder
+from apt.models.transformer import DiffusionTransformer
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
 from apt.train.datasets import make_dataset
@@ -19,10 +23,10 @@ from apt.train.failures import explained
 from apt.train.host import RunHost
 from apt.train.lock import RunLock
 from apt.train.loop import Run
-from apt.train.networks import starts_from
+from apt.train.objects import NO_OBJECTS, Objects, check_same_objects
 from apt.train.parts_done import PartsDone
 from apt.train.resolve import advice, prompt_check, resolve
-from apt.train.resume import Resume, check_resumable, find_start, plain
+from apt.train.resume import Resume, check_resumable, find_start, plain, recorded_objects
 from apt.train.signals import StopRequest
 
 __all__ = ["make_stage", "plain", "run"]
@@ -31,6 +35,11 @@ __all__ = ["make_stage", "plain", "run"]
 def run(
     config: TrainConfig,
     *,
+    model: DiffusionTransformer | None = None,
+    text_encoder: TextEncoder | None = None,
+    codec: LatentCodec | None = None,
+    bundles: Mapping[str, ModelBundle] | None = None,
+    dataset: Any = None,
     resume: Resume = False,
     start_over: bool = False,
     take_over: bool = False,
@@ -48,8 +57,21 @@ def run(
     middle of an update, which is then finished when the run goes on. What continues is the newest
     checkpoint that verifies; on the CPU the result equals an uninterrupted run bit for bit.
 
+    Objects stand in for what the configuration names, and are trained as they are, from the weights
+    that they have; several ranks must be handed the same. Their parts are in the exported folder,
+    which others load once the module that registers such parts is imported. Only Python can
+    continue such a run, with objects of the same class and shapes, and as many clips.
+
     Args:
         config: what to train.
+        model: a backbone for a stage that begins anew, in place of `config.model.name`.
+        text_encoder, codec: likewise. A text encoder trains if any of its parameters does; a codec
+            only in a stage for codecs.
+        bundles: models in place of those that fields of the stage name, by the field:
+            `{"generator": bundle, "discriminator": bundle}`.
+        dataset: clips in place of `config.data.source`: map-style, item i a pair of pixels
+            (3, T, H, W) float32 in [-1, 1] and a caption; see `apt.data.clips.check_clips`. Where
+            the configuration leaves the size open, it is that of the first clip.
         resume: continue the run in the folder; "auto": if there is one.
         start_over: begin again where all checkpoints are damaged or gone.
         take_over: take the folder from another process that still has it.
@@ -58,13 +80,24 @@ def run(
         stop: likewise.
 
     Raises:
-        ConfigError: the configuration is wrong, does not fit the checkpoint, or the folder holds a
-            run and `resume` is off.
+        ConfigError: the configuration or an object is wrong or does not fit the checkpoint, or the
+            folder holds a run and `resume` is off.
+        DataError: clips that cannot be trained on.
         CheckpointError: nothing to resume, or a checkpoint cannot be written.
         FolderInUse: another process trains in the folder.
         TrainingStopped: a loss is not finite, or the collapse monitor was told to stop.
         InputError: the disk or the memory does not suffice.
     """
+    objects = Objects(
+        model=model,
+        text_encoder=text_encoder,
+        codec=codec,
+        bundles=bundles or {},
+        dataset=dataset,
+    )
+    objects.check(config)
+    kinds = objects.kinds()
+    config.data.make_source()
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         if parallel is None:
@@ -74,7 +107,9 @@ def run(
         stack.enter_context(explained(config.run_dir))
         lock = stack.enter_context(_locked(run_dir, parallel, resume, take_over))
         found = find_start(run_dir, resume, start_over=start_over)
-        _prepare(config, found, parallel, lock, stop).train()
+        if resume:
+            check_same_objects(kinds, recorded_objects(run_dir, found), config.run_dir)
+        _prepare(config, objects, kinds, found, parallel, lock, stop).train()
     return run_dir
 
 
@@ -92,22 +127,37 @@ def _locked(
 
 
 def _prepare(
-    config: TrainConfig, found: Path | None, parallel: Parallel, lock: RunLock, stop: StopRequest
+    config: TrainConfig,
+    objects: Objects,
+    kinds: Mapping[str, Mapping[str, Any]],
+    found: Path | None,
+    parallel: Parallel,
+    lock: RunLock,
+    stop: StopRequest,
 ) -> Run:
-    """Everything that a run needs, at the state of its checkpoint if there is one."""
+    """Everything that a run needs, at the state of its checkpoint if there is one.
+
+    `kinds` are those of the objects as they were handed over: adapters change them.
+    """
     meta = checkpoint.read_meta(found) if found is not None else None
-    source = starts_from(config)
-    start = None if source is None else describe(source).sample
-    config = resolve(config, start, None if meta is None else meta["config"])
+    start = _start(config, objects)
+    config = resolve(objects.named(config), start, None if meta is None else meta["config"])
     if found is not None and meta is not None:
         check_resumable(config, meta["config"], found, checkpoint.step_of(found))
-    dataset = make_dataset(config.data, seed=config.seed, check=prompt_check(config))
-    stage = make_stage(config, parallel)
+    dataset = make_dataset(
+        config.data,
+        seed=config.seed,
+        check=prompt_check(config, objects),
+        captioned=config.stage.reads_captions,
+        dataset=objects.dataset,
+    )
+    stage = make_stage(config, parallel, objects)
     _check_prompts(config, stage)
     state = _state(stage)
     if found is not None:
         checkpoint.load(found, state, verified=True)
-    made = Run(config, stage, parallel, dataset, state, PartsDone.from_meta(meta), lock, stop)
+    done = PartsDone.from_meta(meta)
+    made = Run(config, stage, parallel, dataset, state, done, lock, stop, kinds)
     if found is not None and meta is not None:
         made.retention.trust(found)
         if meta["data"] != dataset.fingerprint:
@@ -124,12 +174,21 @@ def _prepare(
     return made
 
 
-def make_stage(config: TrainConfig, parallel: Parallel) -> Stage:
+def make_stage(config: TrainConfig, parallel: Parallel, objects: Objects = NO_OBJECTS) -> Stage:
     """The networks of a run, on this rank's device."""
-    stage = config.stage.begin(RunHost(config, parallel))
+    stage = config.stage.begin(RunHost(config, parallel, objects))
     for part in stage.frozen:
         part.to(parallel.device)
     return stage
+
+
+def _start(config: TrainConfig, objects: Objects) -> SampleInfo | None:
+    """What the model that the stage starts from was trained on; None for random weights."""
+    field = config.stage.starts_from
+    if field is None:
+        return None
+    bundle = objects.bundles.get(field)
+    return (describe(config.stage.source(field)) if bundle is None else bundle.info).sample
 
 
 def _state(stage: Stage) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import SamplingInfo
-from apt.checkpoints.load import load_model
 from apt.condition import Condition
 from apt.flow import euler_sample, sampling_timesteps
 from apt.methods import Host, Method, MethodConfig, MicroBatch
@@ -50,7 +49,7 @@ class RegressionConfig(MethodConfig):
 class Regression(Method):
     def __init__(self, config: RegressionConfig, start: ModelBundle, host: Host) -> None:
         super().__init__(start, host)
-        self.teacher = load_model(config.source("pupil"))
+        self.teacher, _ = host.backbone("pupil")
         self.grid = sampling_timesteps(config.steps)
         host.adapt(start.backbone)
         self.trained = {"generator": self.train_generator()}

@@ -28,7 +28,7 @@ from apt.methods.terms import Terms
 from apt.models.discriminator import Discriminator
 from apt.rng import Draw, sample_noise
 from apt.train.config import OptimizerConfig
-from tests.train.tiny_stages import (
+from tests.train.tiny_methods import (
     CAPTIONS,
     FROZEN,
     LATENT_SHAPE,

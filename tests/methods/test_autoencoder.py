@@ -35,7 +35,7 @@ from apt.train.recipes import RECIPES
 from apt.train.sequence import is_finished
 from apt.train.trainer import make_stage, run
 from tests.cli.shell import error_line, invoke
-from tests.train.tiny_stages import single
+from tests.train.tiny_methods import single
 
 OPTIONS: dict[str, Any] = {"widths": (6, 8), "channels": 4, "decoder_blocks": 1}
 SMALL_MODEL = {

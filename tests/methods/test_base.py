@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apt.sampling import bind
-from tests.train.tiny_stages import CAPTIONS, adversarial, distill, micro_batches
+from tests.train.tiny_methods import CAPTIONS, adversarial, distill, micro_batches
 
 
 @pytest.mark.parametrize("make", [distill, adversarial])

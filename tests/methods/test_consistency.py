@@ -11,7 +11,7 @@ from apt.checkpoints.load import load_bundle
 from apt.errors import ConfigError
 from apt.losses import Consistency
 from apt.rng import Draw, sample_noise, sample_uniform
-from tests.train.tiny_stages import (
+from tests.train.tiny_methods import (
     CAPTIONS,
     FROZEN,
     LATENT_SHAPE,

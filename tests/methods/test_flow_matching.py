@@ -15,7 +15,7 @@ from apt.methods.flow_matching import FlowMatchingPretraining, PretrainConfig
 from apt.rng import Draw, sample_noise, sample_uniform
 from apt.train.config import ModelConfig, OptimizerConfig
 from apt.train.networks import initial_bundle
-from tests.train.tiny_stages import (
+from tests.train.tiny_methods import (
     CAPTIONS,
     FROZEN,
     LATENT_SHAPE,
@@ -42,7 +42,7 @@ def draw(stage: FlowMatchingPretraining, num: int) -> Tensor:
 
 def test_it_minimises_flow_matching_with_the_text_encoder() -> None:
     options = PretrainConfig(timestep_shift=3.0, caption_dropout=0.0)
-    stage = pretrain(stage=options, optimizer=FROZEN)
+    stage = pretrain(method=options, optimizer=FROZEN)
     module: Any = stage.generator.module
     metrics = stage.update(micro_batches(first=FIRST), UPDATE)
     ours = gradients(module)
@@ -77,7 +77,7 @@ def test_captions_are_dropped_at_the_rate_asked_for() -> None:
     captions = [f"caption {i}" for i in range(2000)]
     batch = MicroBatch(x=torch.zeros(2000, 1), captions=captions, offset=0)
     for rate in (0.0, 0.1, 1.0):
-        stage = pretrain(stage=PretrainConfig(caption_dropout=rate), negative_prompt="bad")
+        stage = pretrain(method=PretrainConfig(caption_dropout=rate), negative_prompt="bad")
         seen = stage.captions(batch, 0)
         dropped = [new == "bad" for new in seen]
         assert all(
@@ -85,7 +85,7 @@ def test_captions_are_dropped_at_the_rate_asked_for() -> None:
         )
         assert sum(dropped) / 2000 == pytest.approx(rate, abs=0.02)
     # Whether a caption is dropped has nothing to do with its timestep.
-    stage = pretrain(stage=PretrainConfig(caption_dropout=0.5), negative_prompt="bad")
+    stage = pretrain(method=PretrainConfig(caption_dropout=0.5), negative_prompt="bad")
     drops = torch.tensor([text == "bad" for text in stage.captions(batch, 0)]).float()
     correlation = torch.corrcoef(torch.stack([drops, stage.timesteps(batch, 0)]))[0, 1]
     assert correlation.abs() < 0.08
@@ -95,12 +95,12 @@ def test_timesteps_are_uniform_then_shifted() -> None:
     t = draw(pretrain(), 2000)
     assert t.min() >= 0 and t.max() < 1
     assert (t.sort().values - torch.linspace(0, 1, 2000)).abs().max() < 0.04
-    shifted = draw(pretrain(stage=PretrainConfig(timestep_shift=12.0)), 2000)
+    shifted = draw(pretrain(method=PretrainConfig(timestep_shift=12.0)), 2000)
     torch.testing.assert_close(shifted, 12 * t / (1 + 11 * t))
 
 
 def test_logit_normal_timesteps_are_normal_before_the_sigmoid() -> None:
-    t = draw(pretrain(stage=PretrainConfig(timestep_sampling="logit_normal")), 2000)
+    t = draw(pretrain(method=PretrainConfig(timestep_sampling="logit_normal")), 2000)
     normal = t.double().logit()
     assert normal.isfinite().all()
     assert normal.mean().abs() < 0.08

@@ -36,7 +36,7 @@ from apt.rng import Draw, sample_noise
 from apt.sampling import SamplerName, bind, bind_guided, sample
 from apt.train.loop import micro_batches
 from apt.train.networks import initial_bundle
-from tests.train.tiny_stages import (
+from tests.train.tiny_methods import (
     CAPTIONS,
     LATENT_SHAPE,
     TINY_MODEL,

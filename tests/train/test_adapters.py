@@ -15,7 +15,7 @@ from apt.errors import ConfigError
 from apt.methods.base import Method
 from apt.methods.flow_matching import PretrainConfig
 from apt.train.config import LoRAConfig, OptimizerConfig
-from tests.train.tiny_stages import (
+from tests.train.tiny_methods import (
     adversarial,
     distill,
     export_method,

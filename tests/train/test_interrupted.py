@@ -28,7 +28,7 @@ from apt.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConf
 from apt.train.logs import LOG_NAME
 from apt.train.networks import Trained
 from apt.train.trainer import run
-from tests.train.tiny_stages import save_start
+from tests.train.tiny_methods import save_start
 
 UPDATES, FAILS_AT = 3, 2
 PROMPTS = ("a red seven moving left", "a blue one moving up")

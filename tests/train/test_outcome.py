@@ -14,7 +14,7 @@ from apt.methods.apt import generate
 from apt.methods.base import Method
 from apt.methods.consistency import DistillConfig
 from apt.methods.flow_matching import PretrainConfig
-from tests.train.tiny_stages import (
+from tests.train.tiny_methods import (
     CAPTIONS,
     adversarial,
     build,
@@ -35,7 +35,7 @@ def trained(kind: str, folder: Path) -> Method:
     stage: Method
     if kind == "diffusion":
         options = PretrainConfig(cfg_scale=3.0, num_steps=7, sampling_shift=5.0)
-        stage = pretrain(stage=options, negative_prompt="bad")
+        stage = pretrain(method=options, negative_prompt="bad")
     elif kind == "consistency":
         stage = distill(folder)
     else:

@@ -14,7 +14,7 @@ from apt.train.config import DataConfig, OptimizerConfig, TrainConfig
 from apt.train.recipes import RECIPES, list_recipes
 from apt.train.resolve import advice, prompt_check, resolve
 from apt.train.trainer import plain
-from tests.train.tiny_stages import random_bundle
+from tests.train.tiny_methods import random_bundle
 
 TEACHER = SampleInfo(frames=17, height=64, width=96, fps=16.0)
 STAGES = (DistillConfig(teacher="t"), AdversarialConfig(generator="g", discriminator="d"))

@@ -19,7 +19,7 @@ from apt.train.config import DataConfig, TrainConfig
 from apt.train.logs import LOG_NAME
 from apt.train.signals import StopRequest
 from apt.train.trainer import run
-from tests.train.tiny_stages import train_config
+from tests.train.tiny_methods import train_config
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 

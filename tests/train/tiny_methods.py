@@ -1,4 +1,4 @@
-"""Stages over networks that are small enough for tests, random in every layer."""
+"""Methods at work on networks that are small enough for tests, random in every layer."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ CAPTIONS = (
 FROZEN = OptimizerConfig(learning_rate=1e-12)
 
 
-def train_config(stage: MethodConfig, **changes: Any) -> TrainConfig:
-    """A run of `stage` on the tiny model."""
+def train_config(method: MethodConfig, **changes: Any) -> TrainConfig:
+    """A run of a method on the tiny model."""
     defaults: dict[str, Any] = {
         "name": "tiny",
         "run_dir": "unused",
@@ -55,7 +55,7 @@ def train_config(stage: MethodConfig, **changes: Any) -> TrainConfig:
         "ema_decay": 0.5,
         "device": "cpu",
     }
-    return TrainConfig(stage=stage, **{**defaults, **changes})
+    return TrainConfig(stage=method, **{**defaults, **changes})
 
 
 def random_bundle(seed: int = 0) -> ModelBundle:
@@ -91,9 +91,9 @@ def build(config: TrainConfig, start: ModelBundle | None = None) -> Any:
     return config.stage.build(start or initial_bundle(config), RunHost(config, single()))
 
 
-def pretrain(*, stage: PretrainConfig | None = None, **changes: Any) -> FlowMatchingPretraining:
-    """The first stage, from the tiny model's random weights."""
-    config = train_config(stage or PretrainConfig(), **changes)
+def pretrain(*, method: PretrainConfig | None = None, **changes: Any) -> FlowMatchingPretraining:
+    """Flow matching from the tiny model's random weights."""
+    config = train_config(method or PretrainConfig(), **changes)
     bundle = initial_bundle(config)
     randomize(bundle.backbone, 0)  # type: ignore[arg-type]
     return build(config, bundle)
@@ -102,7 +102,7 @@ def pretrain(*, stage: PretrainConfig | None = None, **changes: Any) -> FlowMatc
 def distill(
     folder: Path, *, train: dict[str, Any] | None = None, **options: Any
 ) -> ConsistencyDistillation:
-    """The second stage; `options` are fields of its config, `train` those of the run's."""
+    """Distillation; `options` are fields of the method's config, `train` those of the run's."""
     teacher = save_start(folder)["generator"]
     config = train_config(DistillConfig(**{"teacher": teacher, **options}), **(train or {}))
     return build(config)
@@ -111,12 +111,12 @@ def distill(
 def adversarial(
     folder: Path, *, train: dict[str, Any] | None = None, **options: Any
 ) -> AdversarialPostTraining:
-    """The third stage, with D's new layers random too; arguments as in `distill`."""
+    """Adversarial post-training, D's new layers random too; arguments as in `distill`."""
     config = train_config(AdversarialConfig(**{**save_start(folder), **options}), **(train or {}))
-    stage = build(config)
-    module: Any = stage.trained["discriminator"].module
+    method = build(config)
+    module: Any = method.trained["discriminator"].module
     randomize(module.project, 2)
-    return stage
+    return method
 
 
 def export_method(method: Any, folder: Path, **options: Any) -> None:

@@ -1,0 +1,237 @@
+"""Objects that a run is given in Python, in place of what its configuration names."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from apt.checkpoints.bundle import ModelBundle, component_info
+from apt.checkpoints.checkpoint import shapes_of
+from apt.checkpoints.info import CODEC_FILE, TEXT_ENCODER_FILE, ComponentInfo
+from apt.data.builtin_sources import OBJECT
+from apt.data.clips import clip_size
+from apt.errors import ConfigError, InputError
+from apt.methods.base import MethodConfig
+from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS
+from apt.models.protocols import LatentCodec, TextEncoder
+from apt.models.transformer import DiffusionTransformer
+from apt.registry import Buildable, Registry
+from apt.train.config import DataConfig, TrainConfig
+
+__all__ = ["NO_OBJECTS", "Objects", "check_same_objects"]
+
+Kinds = Mapping[str, Mapping[str, Any]]
+"""What each object is, as a checkpoint records it."""
+
+
+class _Part(NamedTuple):
+    """What an object of a name has to be."""
+
+    kind: type[nn.Module]
+    registry: Registry[Any]
+    weights: str | None
+
+
+_PARTS = {
+    "model": _Part(DiffusionTransformer, MODELS, None),
+    "text_encoder": _Part(TextEncoder, TEXT_ENCODERS, TEXT_ENCODER_FILE),
+    "codec": _Part(LatentCodec, CODECS, CODEC_FILE),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objects:
+    """Objects in place of names; see `apt.train.run`.
+
+    Attributes:
+        model: a backbone, in place of `config.model.name`.
+        text_encoder, codec: in place of those in `config.model`.
+        bundles: models, by the field of the stage that would name them.
+        dataset: in place of `config.data.source`.
+    """
+
+    model: DiffusionTransformer | None = None
+    text_encoder: TextEncoder | None = None
+    codec: LatentCodec | None = None
+    bundles: Mapping[str, ModelBundle] = field(default_factory=dict)
+    dataset: Any = None
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Those of a new model that are given, by name."""
+        found = {name: getattr(self, name) for name in _PARTS}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def check(self, config: TrainConfig) -> None:
+        """Raise ConfigError, with the argument's name, for an object that cannot be used."""
+        stage = config.stage
+        for name, part in self.parts.items():
+            _check_part(name, part, _PARTS[name])
+            if stage.starts_from is not None:
+                raise ConfigError(
+                    f"this stage takes its {name} from the model that it starts from: hand over "
+                    f"that model, bundles={{{stage.starts_from!r}: apt.ModelBundle(...)}}"
+                )
+            if name != "codec" and not isinstance(stage, MethodConfig):
+                raise ConfigError(f"this stage trains a codec, and has no {name}; leave it out")
+        if self.codec is not None and stage.trained_codec():
+            raise ConfigError(
+                f"--stage.codec names the codec {stage.trained_codec()!r}, and another was handed "
+                "over; leave one of them out"
+            )
+        for name, bundle in self.bundles.items():
+            if name not in stage.names_models or name == "codec":
+                known = [other for other in stage.names_models if other != "codec"]
+                raise ConfigError(
+                    f"bundles: the stage has no model {name!r}; choose from: "
+                    f"{', '.join(known) or 'nothing, it begins anew: hand over model=...'}"
+                )
+            if not isinstance(bundle, ModelBundle):
+                raise ConfigError(
+                    f"bundles: {name} is of type {type(bundle).__name__}; expected an "
+                    "apt.ModelBundle, as apt.load_pretrained gives one"
+                )
+            _check_weights(f"the backbone of {name}", bundle.backbone)
+
+    def named(self, config: TrainConfig) -> TrainConfig:
+        """The configuration with the objects' names in it, and the size of the data set's clips
+        where it leaves that open.
+
+        Raises DataError if the data set's first clip cannot be used.
+        """
+        changes: dict[str, Any] = {}
+        for name, part in self.parts.items():
+            prefix = "" if name == "model" else f"{name}_"
+            changes["name" if name == "model" else name] = self.info(name, part).architecture
+            changes[f"{prefix}options"] = {}
+        data = config.data if self.dataset is None else _of_object(config.data, self.dataset)
+        model = dataclasses.replace(config.model, **changes)
+        return dataclasses.replace(config, model=model, data=data)
+
+    def info(self, name: str, part: Any) -> ComponentInfo:
+        """How a part of a new model is described; weights of its own go where the model goes."""
+        known = _PARTS[name]
+        described = component_info(_architecture(known.registry, part), part)
+        weights = known.weights if part.state_dict() else None
+        return dataclasses.replace(described, weights=weights)
+
+    def kinds(self) -> dict[str, dict[str, Any]]:
+        """What each object is: its class, and its parameters' names and shapes or its length."""
+        kinds = {name: _module_kind(part) for name, part in self.parts.items()}
+        for name, bundle in self.bundles.items():
+            kinds[f"bundles.{name}"] = _module_kind(bundle.backbone)
+        if self.dataset is not None:
+            length = len(self.dataset) if hasattr(self.dataset, "__len__") else None
+            kinds["dataset"] = {"class": type(self.dataset).__qualname__, "length": length}
+        return kinds
+
+
+NO_OBJECTS = Objects()
+
+
+def check_same_objects(now: Kinds, before: Kinds, place: str) -> None:
+    """Raise ConfigError unless a run is continued with objects like those that it began with.
+
+    Args:
+        now, before: see `Objects.kinds`.
+        place: the run's folder, for the message.
+    """
+    if missing := sorted(before.keys() - now.keys()):
+        began = ", ".join(f"{name} ({before[name]['class']})" for name in sorted(before))
+        raise ConfigError(
+            f"{place} was begun in Python with objects that have no name here: {began}; continue "
+            f"it in Python and hand over {' and '.join(missing)} again: "
+            "apt.train.run(config, ..., resume=True)"
+        )
+    if added := sorted(now.keys() - before.keys()):
+        raise ConfigError(
+            f"{place} was begun without {' and '.join(added)}; leave that out, or start a new run "
+            "in another --run-dir"
+        )
+    for name in sorted(now):
+        if now[name] != before[name]:
+            raise ConfigError(
+                f"{place} was begun with another {name}: {_words(before[name])}, this one is "
+                f"{_words(now[name])}; hand over one like it, or start a new run in another "
+                "--run-dir"
+            )
+
+
+def _check_part(name: str, part: Any, expected: _Part) -> None:
+    if not isinstance(part, expected.kind):
+        raise ConfigError(
+            f"{name} is a {type(part).__name__}; expected "
+            f"{expected.kind.__module__}.{expected.kind.__name__}"
+        )
+    config = getattr(part, "config", None)
+    if not dataclasses.is_dataclass(config) or not callable(getattr(config, "build", None)):
+        raise ConfigError(
+            f"{name} {type(part).__qualname__} has no config that it can be built from again: "
+            "expected a frozen dataclass with build(), which an export records"
+        )
+    try:
+        built = shapes_of(cast(Buildable, config))
+    except InputError as error:
+        raise ConfigError(f"{name} cannot be built from its config: {error}") from error
+    own = {key: tuple(value.shape) for key, value in part.state_dict().items()}
+    differing = sorted(key for key in built.keys() | own.keys() if built.get(key) != own.get(key))
+    if differing:
+        key = differing[0]
+        raise ConfigError(
+            f"{name} {type(part).__qualname__} is not what its config builds: {key} is "
+            f"{own.get(key)}, and {built.get(key)} when it is built"
+        )
+    _check_weights(name, part)
+
+
+def _check_weights(name: str, module: nn.Module) -> None:
+    for key, value in module.named_parameters():
+        if not bool(value.isfinite().all()):
+            raise ConfigError(f"{name} has weights that are NaN or infinite, in {key}")
+        if value.requires_grad and value.dtype != torch.float32:
+            raise ConfigError(
+                f"{name} trains in fp32, and {key} is {str(value.dtype).removeprefix('torch.')}; "
+                "hand it over as module.float()"
+            )
+
+
+def _of_object(data: DataConfig, dataset: Any) -> DataConfig:
+    size = clip_size(dataset)
+    named = dataclasses.replace(data, source=OBJECT, path="", options={})
+    if size is None:
+        return named
+    return dataclasses.replace(
+        named,
+        frames=size.frames if data.frames is None else data.frames,
+        height=size.height if data.height is None else data.height,
+        width=size.width if data.width is None else data.width,
+    )
+
+
+def _architecture(registry: Registry[Any], part: Any) -> str:
+    """The name that a part's kind is registered under, or else that of its class."""
+    configs = {name: registry.get(name)() for name in registry.names()}
+    same = [name for name, config in configs.items() if type(config) is type(part.config)]
+    equal = [name for name in same if configs[name] == part.config]
+    return [*equal, *same, f"{type(part).__module__}.{type(part).__qualname__}"][0]
+
+
+def _module_kind(module: nn.Module) -> dict[str, Any]:
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    return {
+        "class": type(module).__qualname__,
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "shapes": hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest(),
+    }
+
+
+def _words(kind: Mapping[str, Any]) -> str:
+    if "length" in kind:
+        return f"{kind['class']} of {kind['length']} clips"
+    return f"{kind['class']} with {kind['parameters']:,} parameters"
