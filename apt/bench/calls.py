@@ -12,7 +12,8 @@ from torch.optim.rmsprop import rmsprop as rmsprop_functional
 from apt.bench.inputs import Inputs
 from apt.errors import InputError
 from apt.kernels import StreamQKV, joint_qk_norm_rope
-from apt.kernels.fused_rmsprop import RMSpropOptions, RMSpropStep, rmsprop_reference
+from apt.kernels.fused_rmsprop import rmsprop_reference
+from apt.kernels.signatures import RMSpropOptions, RMSpropStep
 
 # A block of a DiT has about as many parameters: one launch for all, or one for each, shows.
 _TENSORS = 16

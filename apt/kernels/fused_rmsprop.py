@@ -19,30 +19,11 @@ from torch.optim.optimizer import ParamsT
 
 from apt.errors import CheckpointError, InputError
 from apt.kernels.backends import check_backend, resolve_backend, why_not_tensors
+from apt.kernels.signatures import RMSpropOptions, RMSpropStep
 
 OP = "fused_rmsprop"
 # Options of torch's RMSprop that change its arithmetic or where it keeps its state.
 UNSUPPORTED = ("momentum", "centered", "maximize", "capturable", "differentiable")
-
-
-class RMSpropOptions(NamedTuple):
-    """What the parameters of a group have in common."""
-
-    lr: float
-    alpha: float
-    eps: float
-    weight_decay: float
-
-
-class RMSpropStep(NamedTuple):
-    """What the op takes: contiguous tensors, fp32 square_avgs, fp32 averages or none at all."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    square_avgs: list[Tensor]
-    averages: list[Tensor]
-    options: RMSpropOptions
-    ema_decay: float
 
 
 class FusedRMSprop(torch.optim.RMSprop):

@@ -16,7 +16,6 @@ Shapes: B samples, L tokens of a stream, H heads, Dh channels per head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
 from apt.kernels.norm_rope import (
     Layout,
-    RopeOptions,
     check_heads,
     check_table,
     check_weight,
@@ -33,26 +31,9 @@ from apt.kernels.norm_rope import (
     norm_rope_reference,
     why_not_triton,
 )
+from apt.kernels.signatures import RopeOptions, StreamQKV
 
 OP = "joint_qk_norm_rope"
-
-
-class StreamQKV(NamedTuple):
-    """A stream's projection, and what to do with it.
-
-    Attributes:
-        qkv: (B, L, 3, H, Dh) queries, keys and values, or (B, L, 2, H, Dh) keys and values of a
-            stream that is only attended to; floating point, Dh even. Views of a projection's
-            output, or of a part of it, are taken as they are if channels are adjacent.
-        q_weight, k_weight: (Dh,) of the norms, or (H Dh,) across heads; None for 1.
-        cos, sin: (L, Dh/2) of the angle of each pair at each position; None for both: no rotation.
-    """
-
-    qkv: Tensor
-    q_weight: Tensor | None = None
-    k_weight: Tensor | None = None
-    cos: Tensor | None = None
-    sin: Tensor | None = None
 
 
 def joint_qk_norm_rope(

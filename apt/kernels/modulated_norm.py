@@ -7,7 +7,7 @@ Shapes: B samples, L tokens, D channels, R rows of conditions.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +16,9 @@ from torch import Tensor
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
 from apt.kernels.rows import take_rows
+from apt.kernels.signatures import ModulatedNorm
 
 Norm = Literal["rms", "layer"]
-
-
-class ModulatedNorm(NamedTuple):
-    """What the op takes; a layer norm, or an RMS norm."""
-
-    x: Tensor
-    scale: Tensor
-    shift: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    rows: Tensor | None
-    eps: float
-    layer: bool
 
 
 def modulated_norm(

@@ -14,7 +14,7 @@ Shapes: B samples, L tokens, H heads, Dh channels per head.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,28 +22,9 @@ from torch import Tensor
 
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
+from apt.kernels.signatures import NormRope, RopeOptions
 
 Layout = Literal["interleaved", "half"]
-
-
-class RopeOptions(NamedTuple):
-    """What all rows have in common; pairs lie half a head apart, or side by side."""
-
-    eps: float
-    across_heads: bool
-    half: bool
-
-
-class NormRope(NamedTuple):
-    """What the op takes: q and k, or one of the two as q."""
-
-    q: Tensor
-    k: Tensor | None
-    q_weight: Tensor | None
-    k_weight: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
-    options: RopeOptions
 
 
 def norm_rope(

@@ -12,7 +12,7 @@ Shapes: B real samples, P of them perturbed, F generated samples.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +20,10 @@ from torch import Tensor
 from apt import philox
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
-from apt.kernels.draws import PhiloxKey, key_of
+from apt.kernels.draws import key_of
 from apt.kernels.fused_op import FusedOp
+from apt.kernels.signatures import PerturbedBatch
 from apt.rng import Draw
-
-
-class PerturbedBatch(NamedTuple):
-    """What the op takes."""
-
-    x_real: Tensor
-    x_fake: Tensor
-    sigma: float
-    num_perturbed: int
-    key: PhiloxKey
-    backend: str
 
 
 def perturbed_batch(

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
+from apt.kernels.signatures import Pooling
 
 OP = "query_pooling"
 
@@ -45,14 +46,6 @@ class QueryPooling(NamedTuple):
     value_weight: Tensor
     value_bias: Tensor | None
     norm_weight: Tensor | None
-
-
-class Pooling(NamedTuple):
-    """What the op takes, the core: x (B, L, D), folded queries a (H, D) in at least fp32."""
-
-    x: Tensor
-    folded: Tensor
-    eps: float
 
 
 def query_pooling(

@@ -8,15 +8,12 @@ Shapes: B samples, L tokens, D channels, R rows of conditions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
 from apt.kernels.modulated_norm import (
-    ModulatedNorm,
     Norm,
     accumulation_dtype,
     check,
@@ -25,14 +22,7 @@ from apt.kernels.modulated_norm import (
     per_sample,
     why_not_triton,
 )
-
-
-class ResidualModulatedNorm(NamedTuple):
-    """What the op takes; x of the norm is the residual stream, to which the update is added."""
-
-    norm: ModulatedNorm
-    update: Tensor
-    gate: Tensor
+from apt.kernels.signatures import ModulatedNorm, ResidualModulatedNorm
 
 
 def residual_modulated_norm(

@@ -8,7 +8,6 @@ Draw and shift are one launch; 4 bytes a sample are written and nothing is read.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,19 +15,10 @@ from torch import Tensor
 from apt import philox
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
-from apt.kernels.draws import PhiloxKey, key_of
+from apt.kernels.draws import key_of
 from apt.kernels.fused_op import FusedOp
+from apt.kernels.signatures import ShiftedTimesteps
 from apt.rng import Draw
-
-
-class ShiftedTimesteps(NamedTuple):
-    """What the op takes."""
-
-    num: int
-    shift: float
-    key: PhiloxKey
-    backend: str
-    device: torch.device
 
 
 def sample_shifted_timesteps(

@@ -23,13 +23,17 @@ from apt.kernels._triton.residual_modulated_norm import residual_modulated_norm
 from apt.kernels._triton.sample_shifted_timesteps import shifted_timesteps
 from apt.kernels._triton.segment_sum import segment_sum
 from apt.kernels.draws import PhiloxKey
-from apt.kernels.fused_rmsprop import RMSpropOptions, RMSpropStep
-from apt.kernels.modulated_norm import ModulatedNorm
-from apt.kernels.norm_rope import NormRope, RopeOptions
-from apt.kernels.perturbed_batch import PerturbedBatch
-from apt.kernels.query_pooling import Pooling
-from apt.kernels.residual_modulated_norm import ResidualModulatedNorm
-from apt.kernels.sample_shifted_timesteps import ShiftedTimesteps
+from apt.kernels.signatures import (
+    ModulatedNorm,
+    NormRope,
+    PerturbedBatch,
+    Pooling,
+    ResidualModulatedNorm,
+    RMSpropOptions,
+    RMSpropStep,
+    RopeOptions,
+    ShiftedTimesteps,
+)
 
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
 

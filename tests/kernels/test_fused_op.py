@@ -21,7 +21,7 @@ from apt.kernels import fused_op as module
 from apt.kernels.backends import HOST_BOUND
 from apt.kernels.backends import OPS as BACKENDS
 from apt.kernels.fused_op import FusedOp, LibraryOp, keep, kept
-from apt.kernels.modulated_norm import ModulatedNorm
+from apt.kernels.signatures import ModulatedNorm
 
 pytest.importorskip("triton")
 from apt.kernels._triton.modulated_norm import modulated_norm_op

@@ -19,7 +19,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from apt.errors import CheckpointError, InputError
 from apt.kernels import FusedRMSprop, kernel_backend
 from apt.kernels.backends import interpreted
-from apt.kernels.fused_rmsprop import RMSpropOptions, RMSpropStep, rmsprop_reference
+from apt.kernels.fused_rmsprop import rmsprop_reference
+from apt.kernels.signatures import RMSpropOptions, RMSpropStep
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(3,), (40, 30), (1025,), (0,), (), (2, 3, 4)]

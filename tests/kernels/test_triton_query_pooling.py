@@ -14,7 +14,8 @@ from torch import Tensor
 from apt.errors import InputError
 from apt.kernels import kernel_backend, query_pooling
 from apt.kernels.backends import interpreted
-from apt.kernels.query_pooling import Pooling, pool_reference
+from apt.kernels.query_pooling import pool_reference
+from apt.kernels.signatures import Pooling
 from tests.memory import peak_bytes, saved_bytes
 
 pytest.importorskip("triton")

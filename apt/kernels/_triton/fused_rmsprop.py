@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from apt.kernels.fused_op import LibraryOp
-from apt.kernels.fused_rmsprop import RMSpropStep
+from apt.kernels.signatures import RMSpropStep
 
 CHUNK = 2**15
 BLOCK = 1024

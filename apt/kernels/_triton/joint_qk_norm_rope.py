@@ -20,8 +20,7 @@ from apt.kernels._triton.norm_rope import (
     readable,
 )
 from apt.kernels.fused_op import FusedOp, backward_op, keep, kept
-from apt.kernels.joint_qk_norm_rope import StreamQKV
-from apt.kernels.norm_rope import RopeOptions
+from apt.kernels.signatures import RopeOptions, StreamQKV
 
 
 class JointQKNormRope(NamedTuple):

@@ -23,7 +23,7 @@ from apt.kernels._triton.norm_kernels import (
 from apt.kernels._triton.processors import num_processors
 from apt.kernels._triton.segment_sum import segment_sum
 from apt.kernels.fused_op import FusedOp, backward_op
-from apt.kernels.modulated_norm import ModulatedNorm
+from apt.kernels.signatures import ModulatedNorm
 
 
 class ModulatedNormBackward(NamedTuple):

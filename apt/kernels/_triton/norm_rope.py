@@ -24,7 +24,7 @@ from apt.kernels._triton.rope_kernels import (
 )
 from apt.kernels._triton.segment_sum import segment_sum
 from apt.kernels.fused_op import FusedOp, backward_op, keep, kept
-from apt.kernels.norm_rope import NormRope, RopeOptions
+from apt.kernels.signatures import NormRope, RopeOptions
 
 
 class Parts(NamedTuple):

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from apt.kernels._triton.philox import to_normal, words4
-from apt.kernels.perturbed_batch import PerturbedBatch
+from apt.kernels.signatures import PerturbedBatch
 
 GROUPS = 256  # of four elements per program of PERTURB_WARPS: 8 values per thread
 PERTURB_WARPS = 4

@@ -37,7 +37,7 @@ from apt.kernels._triton.processors import num_processors
 from apt.kernels._triton.segment_sum import segment_sum
 from apt.kernels.backends import interpreted
 from apt.kernels.fused_op import FusedOp, backward_op
-from apt.kernels.query_pooling import Pooling
+from apt.kernels.signatures import Pooling
 
 # What tokens are padded to where their scores are stored: so their rows begin at whole vectors,
 # and no kernel asks whether a token's score is there.

@@ -15,7 +15,7 @@ from apt.kernels._triton.modulated_norm import (
     spread,
 )
 from apt.kernels.fused_op import FusedOp
-from apt.kernels.residual_modulated_norm import ResidualModulatedNorm
+from apt.kernels.signatures import ResidualModulatedNorm
 
 
 def _forward(inputs: ResidualModulatedNorm) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from apt.kernels._triton.philox import to_uniform, words4
-from apt.kernels.sample_shifted_timesteps import ShiftedTimesteps
+from apt.kernels.signatures import ShiftedTimesteps
 
 TIMESTEPS = 128  # per program
 
