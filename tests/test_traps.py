@@ -458,7 +458,7 @@ FUSED = {
     ),
 }  # fmt: skip
 
-# Ops whose second derivative is right with any backend (tests/kernels/test_triton_sampling.py): one
+# Ops whose second derivative is right with any backend (tests/kernels/test_triton_draws.py): one
 # is linear in its inputs, one has none.
 LINEAR = ("perturbed_batch", "sample_shifted_timesteps")
 

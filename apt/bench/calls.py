@@ -13,6 +13,7 @@ from apt.bench.inputs import Inputs
 from apt.errors import InputError
 from apt.kernels import StreamQKV, joint_qk_norm_rope
 from apt.kernels.fused_rmsprop import rmsprop_reference
+from apt.kernels.signatures import RMSpropOptions, RMSpropStep
 
 # A block of a DiT has about as many parameters: one launch for all, or one for each, shows.
 _TENSORS = 16
@@ -33,15 +34,15 @@ def joint(inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
 
 def rmsprop(inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
     """One step of `FusedRMSprop` with the average of the weights, in place."""
-    columns = _columns(inputs)
+    params, grads, squares, averages = _columns(inputs)
+    options = RMSpropOptions(**_OPTIONS)
+    step = RMSpropStep(params, grads, squares, averages, options, _EMA_DECAY)
     if backend == "triton":
-        from apt.kernels._triton.rmsprop import rmsprop_op
+        from apt.kernels._triton.fused_rmsprop import fused_rmsprop_op
 
-        rmsprop_op(*columns, **_OPTIONS, ema_decay=_EMA_DECAY)
+        fused_rmsprop_op(step)
     else:
-        for row in zip(*columns[:3], strict=True):
-            rmsprop_reference(*row, **_OPTIONS)
-        _average(columns)
+        rmsprop_reference(step)
     return _state(inputs)
 
 

@@ -22,13 +22,14 @@ from apt.kernels.backends import (
     watch_kernels,
 )
 from apt.kernels.fused_rmsprop import FusedRMSprop
-from apt.kernels.joint_qk_norm_rope import StreamQKV, joint_qk_norm_rope
+from apt.kernels.joint_qk_norm_rope import joint_qk_norm_rope
 from apt.kernels.modulated_norm import modulated_norm
+from apt.kernels.norm_rope import norm_rope, qk_norm_rope
 from apt.kernels.perturbed_batch import perturbed_batch
-from apt.kernels.qk_norm_rope import norm_rope, qk_norm_rope
 from apt.kernels.query_pooling import query_pooling
 from apt.kernels.residual_modulated_norm import residual_modulated_norm
-from apt.kernels.timesteps import sample_shifted_timesteps
+from apt.kernels.sample_shifted_timesteps import sample_shifted_timesteps
+from apt.kernels.signatures import StreamQKV
 
 __all__ = [
     "BackendStatus",

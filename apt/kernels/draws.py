@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from apt.errors import InputError
 from apt.rng import Draw, hash_key
 
 
-def check_draw(op: str, draw: Draw, num: int) -> None:
-    """Raise InputError unless seed, step and the samples' global indices are 64-bit integers."""
+class PhiloxKey(NamedTuple):
+    """A `Draw` as an op takes it, without the device."""
+
+    seed: int
+    step: int
+    offset: int
+    stream: str
+
+    @property
+    def number(self) -> int:
+        """64 bits, as a signed integer, which is how Triton and torch take them."""
+        key = hash_key(self.seed, self.stream, self.step)
+        return key - 2**64 if key >= 2**63 else key
+
+
+def key_of(op: str, draw: Draw, num: int) -> PhiloxKey:
+    """The key of so many samples.
+
+    Raises InputError unless seed, step and the samples' global indices are 64-bit integers.
+    """
     for name, value in (("seed", draw.seed), ("step", draw.step)):
         if not -(2**63) <= value < 2**63:
             raise InputError(f"{op}: {name} must fit into 64 bits with its sign, got {value}")
@@ -15,9 +35,4 @@ def check_draw(op: str, draw: Draw, num: int) -> None:
         raise InputError(
             f"{op}: offset must be the global index of a sample, in [0, 2^63), got {draw.offset}"
         )
-
-
-def philox_key(seed: int, step: int, stream: str) -> int:
-    """64 bits, as a signed integer, which is how Triton and torch take them."""
-    key = hash_key(seed, stream, step)
-    return key - 2**64 if key >= 2**63 else key
+    return PhiloxKey(draw.seed, draw.step, draw.offset, draw.stream)

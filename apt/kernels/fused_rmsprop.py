@@ -20,6 +20,7 @@ from torch.optim.optimizer import ParamsT
 from apt.distributed.tensors import local
 from apt.errors import CheckpointError, InputError
 from apt.kernels.backends import check_backend, resolve_backend, why_not_tensors
+from apt.kernels.signatures import RMSpropOptions, RMSpropStep
 
 OP = "fused_rmsprop"
 # Options of torch's RMSprop that change its arithmetic or where it keeps its state.
@@ -119,7 +120,7 @@ class FusedRMSprop(torch.optim.RMSprop):
 
     def _parts(self, group: dict[str, Any]) -> list[_Part]:
         """The parameters that have gradients, by how each is updated."""
-        options = {name: float(group[name]) for name in ("lr", "alpha", "eps", "weight_decay")}
+        options = RMSpropOptions(*(float(group[name]) for name in RMSpropOptions._fields))
         alike: dict[tuple[torch.device, bool, str | None], list[_Row]] = {}
         for p in group["params"]:
             if p.grad is not None:
@@ -168,41 +169,39 @@ class _Part(NamedTuple):
 
     backend: str
     rows: list[_Row]
-    options: dict[str, float]
+    options: RMSpropOptions
 
     def update(self, ema_decay: float) -> None:
         torch._foreach_add_([row.step for row in self.rows], 1.0)
-        params, grads, square_avgs = (
+        step = RMSpropStep(
             [row.param for row in self.rows],
             [row.grad for row in self.rows],
             [row.square_avg for row in self.rows],
+            [row.average for row in self.rows if row.average is not None],
+            self.options,
+            ema_decay,
         )
-        averages = [row.average for row in self.rows if row.average is not None]
         if self.backend == "triton":
-            from apt.kernels._triton.rmsprop import rmsprop_op
+            from apt.kernels._triton.fused_rmsprop import fused_rmsprop_op
 
-            rmsprop_op(params, grads, square_avgs, averages, **self.options, ema_decay=ema_decay)
-            return
-        for row in self.rows:
-            rmsprop_reference(row.param, row.grad, row.square_avg, **self.options)
-        _average(params, averages, ema_decay)
+            fused_rmsprop_op(step)
+        else:
+            rmsprop_reference(step)
 
 
-def rmsprop_reference(
-    p: Tensor,
-    grad: Tensor,
-    square_avg: Tensor,
-    lr: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One step in torch, in place, with the operations of torch's own loop, in at least fp32."""
+def rmsprop_reference(step: RMSpropStep) -> None:
+    """The op in torch, with the operations of torch's own loop, in at least fp32."""
+    for row in zip(step.params, step.grads, step.square_avgs, strict=True):
+        _update(*row, step.options)
+    _average(step.params, step.averages, step.ema_decay)
+
+
+def _update(p: Tensor, grad: Tensor, square_avg: Tensor, options: RMSpropOptions) -> None:
     value, grad = p.to(_wide(p)), grad.to(_wide(p))
-    if weight_decay:
-        grad = grad.add(value, alpha=weight_decay)
-    square_avg.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
-    value.addcdiv_(grad, square_avg.sqrt().add_(eps), value=-lr)
+    if options.weight_decay:
+        grad = grad.add(value, alpha=options.weight_decay)
+    square_avg.mul_(options.alpha).addcmul_(grad, grad, value=1 - options.alpha)
+    value.addcdiv_(grad, square_avg.sqrt().add_(options.eps), value=-options.lr)
     if value is not p:
         p.copy_(value)
 

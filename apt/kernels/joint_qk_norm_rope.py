@@ -16,42 +16,24 @@ Shapes: B samples, L tokens of a stream, H heads, Dh channels per head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
-from apt.kernels.qk_norm_rope import (
+from apt.kernels.norm_rope import (
     Layout,
     check_heads,
-    check_layout,
     check_table,
     check_weight,
+    is_half,
     norm_rope_reference,
     why_not_triton,
 )
+from apt.kernels.signatures import RopeOptions, StreamQKV
 
 OP = "joint_qk_norm_rope"
-
-
-class StreamQKV(NamedTuple):
-    """A stream's projection, and what to do with it.
-
-    Attributes:
-        qkv: (B, L, 3, H, Dh) queries, keys and values, or (B, L, 2, H, Dh) keys and values of a
-            stream that is only attended to; floating point, Dh even. Views of a projection's
-            output, or of a part of it, are taken as they are if channels are adjacent.
-        q_weight, k_weight: (Dh,) of the norms, or (H Dh,) across heads; None for 1.
-        cos, sin: (L, Dh/2) of the angle of each pair at each position; None for both: no rotation.
-    """
-
-    qkv: Tensor
-    q_weight: Tensor | None = None
-    k_weight: Tensor | None = None
-    cos: Tensor | None = None
-    sin: Tensor | None = None
 
 
 def joint_qk_norm_rope(
@@ -76,24 +58,20 @@ def joint_qk_norm_rope(
         InputError: shapes or dtypes that do not fit, an unknown layout or backend, a backend that
             cannot run.
     """
-    check_layout(OP, layout)
+    options = RopeOptions(eps, across_heads, is_half(OP, layout))
     _check(streams, across_heads)
     tensors = [value for stream in streams for value in stream]
     limits = (why_not_triton(stream.qkv[:, :, 0], across_heads) for stream in streams)
     limit = next((reason for reason in limits if reason), None)
     if resolve_backend(OP, backend, tensors, limit) == "triton":
-        from apt.kernels._triton import qk_norm_rope as fused
+        from apt.kernels._triton import joint_qk_norm_rope as fused
 
-        tables = [(s.q_weight, s.k_weight, s.cos, s.sin) for s in streams]
-        qkvs = [stream.qkv for stream in streams]
-        return fused.joint_qk_norm_rope(qkvs, tables, eps, across_heads, layout == "half")
+        return fused.joint_qk_norm_rope(streams, options)
     qs, ks, vs = [], [], []
     for qkv, q_weight, k_weight, cos, sin in streams:
         *queries, k, v = qkv.unbind(2)
-        qs += [
-            norm_rope_reference(q, q_weight, cos, sin, eps, across_heads, layout) for q in queries
-        ]
-        ks.append(norm_rope_reference(k, k_weight, cos, sin, eps, across_heads, layout))
+        qs += [norm_rope_reference(q, q_weight, cos, sin, options) for q in queries]
+        ks.append(norm_rope_reference(k, k_weight, cos, sin, options))
         vs.append(v)
     q, k, v = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (qs, ks, vs))
     return q, k, v

@@ -16,6 +16,7 @@ from torch import Tensor
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
 from apt.kernels.rows import take_rows
+from apt.kernels.signatures import ModulatedNorm
 
 Norm = Literal["rms", "layer"]
 
@@ -55,37 +56,27 @@ def modulated_norm(
         InputError: shapes that do not fit, an unknown norm or backend, a backend that cannot run.
     """
     op = "modulated_norm"
-    check_modulation(op, x, {"scale": scale, "shift": shift}, rows)
-    check_norm(op, x, weight, bias, norm)
-    tensors = (x, scale, shift, weight, bias, rows)
-    if resolve_backend(op, backend, tensors, why_not_triton(x)) == "triton":
-        from apt.kernels._triton import norms
+    inputs = ModulatedNorm(x, scale, shift, weight, bias, rows, eps, is_layer(op, norm))
+    check(op, inputs)
+    if resolve_backend(op, backend, inputs[:6], why_not_triton(x)) == "triton":
+        from apt.kernels._triton import modulated_norm as fused
 
-        return norms.modulated_norm(x, scale, shift, weight, bias, norm == "layer", eps, rows)
-    return modulated_norm_reference(x, scale, shift, weight, bias, norm, eps, rows)
+        return fused.modulated_norm(inputs)
+    return modulated_norm_reference(inputs)
 
 
-def modulated_norm_reference(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: Norm,
-    eps: float,
-    rows: Tensor | None,
-) -> Tensor:
+def modulated_norm_reference(inputs: ModulatedNorm) -> Tensor:
     """The op in torch, without checks."""
-    dtype = accumulation_dtype(x)
+    x, dtype = inputs.x, accumulation_dtype(inputs.x)
     wide, shape = x.to(dtype), (x.shape[-1],)
-    weight = None if weight is None else weight.to(dtype)
-    if norm == "rms":
-        normed = F.rms_norm(wide, shape, weight, eps)
+    weight = None if inputs.weight is None else inputs.weight.to(dtype)
+    if inputs.layer:
+        bias = None if inputs.bias is None else inputs.bias.to(dtype)
+        normed = F.layer_norm(wide, shape, weight, bias, inputs.eps)
     else:
-        bias = None if bias is None else bias.to(dtype)
-        normed = F.layer_norm(wide, shape, weight, bias, eps)
-    scale = per_sample(scale, rows, dtype) + 1
-    return torch.addcmul(per_sample(shift, rows, dtype), normed, scale).to(x.dtype)
+        normed = F.rms_norm(wide, shape, weight, inputs.eps)
+    scale = per_sample(inputs.scale, inputs.rows, dtype) + 1
+    return torch.addcmul(per_sample(inputs.shift, inputs.rows, dtype), normed, scale).to(x.dtype)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -101,40 +92,44 @@ def per_sample(values: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tenso
     return take_rows(values, rows).unsqueeze(1)
 
 
-def check_modulation(
-    op: str, x: Tensor, modulation: dict[str, Tensor], rows: Tensor | None
-) -> None:
-    """Raise InputError unless modulation tensors fit x (B, L, D) and rows (B,)."""
+def is_layer(op: str, norm: str) -> bool:
+    """Whether a norm is a layer norm; raises InputError for one that does not exist."""
+    if norm not in ("rms", "layer"):
+        raise InputError(f"{op}: norm must be 'rms' or 'layer', got {norm!r}")
+    return norm == "layer"
+
+
+def check(op: str, inputs: ModulatedNorm, gate: Tensor | None = None) -> None:
+    """Raise InputError unless modulation fits x (B, L, D) and rows (B,), and weight and bias D."""
+    x, rows = inputs.x, inputs.rows
     if x.ndim != 3 or not x.is_floating_point():
         raise InputError(f"{op}: x must be (B, L, D) floating point, got {_describe(x)}")
-    samples = x.shape[0]
+    tokens = x.shape
+    samples, _, width = tokens
     if rows is not None and (rows.shape != (samples,) or rows.dtype != torch.int64):
         raise InputError(f"{op}: rows must be ({samples},) int64, got {_describe(rows)}")
-    for name, values in modulation.items():
-        if rows is None and values.shape == x.shape:
+    for name, values in (("gate", gate), ("scale", inputs.scale), ("shift", inputs.shift)):
+        if values is None:
             continue
-        if values.ndim == 2 and values.shape[1] == x.shape[2]:
-            if rows is not None or values.shape[0] == samples:
+        shape = values.shape
+        if rows is None and shape == tokens:
+            continue
+        if len(shape) == 2 and shape[1] == width:
+            if rows is not None or shape[0] == samples:
                 continue
             raise InputError(
-                f"{op}: {name} has {values.shape[0]} rows for {samples} samples; "
+                f"{op}: {name} has {shape[0]} rows for {samples} samples; "
                 "pass rows (B,) to say which row each sample uses"
             )
         raise InputError(
-            f"{op}: {name} must be (R, {x.shape[2]}), or per token and without rows "
-            f"{tuple(x.shape)}; got {_describe(values)}"
+            f"{op}: {name} must be (R, {width}), or per token and without rows "
+            f"{tuple(tokens)}; got {_describe(values)}"
         )
-
-
-def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str) -> None:
-    """Raise InputError unless the norm exists and its parameters are (D,)."""
-    if norm not in ("rms", "layer"):
-        raise InputError(f"{op}: norm must be 'rms' or 'layer', got {norm!r}")
-    if norm == "rms" and bias is not None:
+    if inputs.bias is not None and not inputs.layer:
         raise InputError(f"{op}: an RMS norm has no bias; drop it or use norm='layer'")
-    for name, values in (("weight", weight), ("bias", bias)):
-        if values is not None and values.shape != x.shape[-1:]:
-            raise InputError(f"{op}: {name} must be ({x.shape[-1]},), got {_describe(values)}")
+    for name, parameter in (("weight", inputs.weight), ("bias", inputs.bias)):
+        if parameter is not None and parameter.shape != (width,):
+            raise InputError(f"{op}: {name} must be ({width},), got {_describe(parameter)}")
 
 
 def why_not_triton(x: Tensor) -> str | None:

@@ -20,7 +20,9 @@ from torch import Tensor
 from apt import philox
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
-from apt.kernels.draws import check_draw, philox_key
+from apt.kernels.draws import key_of
+from apt.kernels.fused_op import FusedOp
+from apt.kernels.signatures import PerturbedBatch
 from apt.rng import Draw
 
 
@@ -74,60 +76,37 @@ def perturbed_batch(
     count = num_real if num_perturbed is None else num_perturbed
     if not 0 <= count <= num_real:
         raise InputError(f"{op}: num_perturbed must be in [0, {num_real}], got {count}")
-    check_draw(op, draw, num_real)
+    key = key_of(op, draw, num_real)
     chosen = resolve_backend(op, backend, (x_real, x_fake))
-    return perturbed_batch_op(
-        x_real, x_fake, sigma, count, draw.seed, draw.step, draw.offset, draw.stream, chosen
-    )
+    found: Tensor = perturbed_batch_op(PerturbedBatch(x_real, x_fake, sigma, count, key, chosen))
+    return found
 
 
-# The reference is in an op as well: a compiler that saw into it would fuse its roundings.
-@torch.library.custom_op("apt::perturbed_batch", mutates_args=())
-def perturbed_batch_op(
-    x_real: Tensor,
-    x_fake: Tensor,
-    sigma: float,
-    num_perturbed: int,
-    seed: int,
-    step: int,
-    offset: int,
-    stream: str,
-    backend: str,
-) -> Tensor:
-    key = philox_key(seed, step, stream)
-    if backend == "triton":
-        from apt.kernels._triton import sampling
+def _compute(inputs: PerturbedBatch) -> Tensor:
+    if inputs.backend == "triton":
+        from apt.kernels._triton import perturbed_batch as fused
 
-        return sampling.perturbed_batch(x_real, x_fake, sigma, num_perturbed, key=key, first=offset)
-    noisy = x_real[:num_perturbed]
+        return fused.perturbed_batch(inputs)
+    x_real, key, num = inputs.x_real, inputs.key, inputs.num_perturbed
+    noisy = x_real[:num]
     size = math.prod(x_real.shape[1:])
-    noise = philox.normal(key, num_perturbed, size, first=offset, device=x_real.device)
+    noise = philox.normal(key.number, num, size, first=key.offset, device=x_real.device)
     noise = noise.view(noisy.shape).to(torch.promote_types(x_real.dtype, torch.float32))
-    perturbed = noise.mul_(sigma).add_(noisy)
-    return torch.cat((x_real, perturbed.to(x_real.dtype), x_fake))
+    perturbed = noise.mul_(inputs.sigma).add_(noisy)
+    return torch.cat((x_real, perturbed.to(x_real.dtype), inputs.x_fake))
 
 
-@perturbed_batch_op.register_fake
-def _(
-    x_real: Tensor,
-    x_fake: Tensor,
-    sigma: float,
-    num_perturbed: int,
-    seed: int,
-    step: int,
-    offset: int,
-    stream: str,
-    backend: str,
-) -> Tensor:
-    return x_real.new_empty(x_real.shape[0] + num_perturbed + x_fake.shape[0], *x_real.shape[1:])
+def _fake(inputs: PerturbedBatch) -> Tensor:
+    x_real = inputs.x_real
+    num = x_real.shape[0] + inputs.num_perturbed + inputs.x_fake.shape[0]
+    return x_real.new_empty(num, *x_real.shape[1:])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_real, _, _, num_perturbed, *_ = inputs
-    ctx.num_real, ctx.num_perturbed = x_real.shape[0], num_perturbed
+def _save(ctx: Any, inputs: PerturbedBatch, output: Tensor) -> None:
+    ctx.num_real, ctx.num_perturbed = inputs.x_real.shape[0], inputs.num_perturbed
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """In torch: a view, and a sum, which for P = B moves no more bytes than a kernel would."""
     num_real, num_perturbed = ctx.num_real, ctx.num_perturbed
     grad_real = grad_fake = None
@@ -142,7 +121,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (grad_real, grad_fake, *[None] * 7)
 
 
-perturbed_batch_op.register_autograd(_backward, setup_context=_save)
+# The reference is in the op as well: a compiler that saw into it would fuse its roundings.
+perturbed_batch_op = FusedOp(
+    "apt::perturbed_batch", _compute, fake=_fake, save=_save, gradient=_gradients
+)
 
 
 def _describe(x: Tensor) -> str:

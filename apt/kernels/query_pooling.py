@@ -24,12 +24,28 @@ Shapes: B samples, L tokens, D channels, H heads of Dh.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
+from apt.kernels.signatures import Pooling
+
+OP = "query_pooling"
+
+
+class QueryPooling(NamedTuple):
+    """What `query_pooling` takes, without the sizes and types that are asked for."""
+
+    x: Tensor
+    query: Tensor
+    key_weight: Tensor
+    value_weight: Tensor
+    value_bias: Tensor | None
+    norm_weight: Tensor | None
 
 
 def query_pooling(
@@ -70,27 +86,24 @@ def query_pooling(
     Raises:
         InputError: shapes that do not fit, an unknown backend, a backend that cannot run.
     """
-    op = "query_pooling"
-    _check(x, query, key_weight, value_weight, value_bias, norm_weight, num_heads)
-    tensors = (x, query, key_weight, value_weight, value_bias, norm_weight)
-    chosen = resolve_backend(op, backend, tensors, _why_not_triton(x, num_heads))
+    inputs = QueryPooling(x, query, key_weight, value_weight, value_bias, norm_weight)
+    _check(inputs, num_heads)
+    chosen = resolve_backend(OP, backend, inputs, _why_not_triton(x, num_heads))
     with torch.autocast(x.device.type, enabled=False):
-        folded = _fold(x, query, key_weight, num_heads, norm_weight)
+        core = Pooling(x, _fold(inputs, num_heads), eps)
         if chosen == "triton":
             from apt.kernels._triton.query_pooling import pool
 
-            pooled = pool(x, folded, eps)
+            pooled = pool(core)
         else:
-            pooled = pool_reference(x, folded, eps)
-        y = _values(pooled, value_weight, value_bias, norm_weight)
+            pooled = pool_reference(core)
+        y = _values(pooled, inputs)
     return y.to(x.dtype if out_dtype is None else out_dtype)
 
 
-def pool_reference(x: Tensor, folded: Tensor, eps: float) -> Tensor:
-    """The core in torch, without checks: x (B, L, D), folded queries a (H, D); (B, H, D).
-
-    In the type of `folded`: at least fp32.
-    """
+def pool_reference(inputs: Pooling) -> Tensor:
+    """The core in torch, without checks: (B, H, D) in the type of the folded queries."""
+    x, folded, eps = inputs
     wide = x.to(folded.dtype)
     # Not `square().mean()`, whose square is as large as x
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[2]
@@ -99,27 +112,23 @@ def pool_reference(x: Tensor, folded: Tensor, eps: float) -> Tensor:
     return weights.transpose(1, 2) @ wide
 
 
-def _fold(
-    x: Tensor, query: Tensor, key_weight: Tensor, num_heads: int, norm_weight: Tensor | None
-) -> Tensor:
+def _fold(inputs: QueryPooling, num_heads: int) -> Tensor:
     """a (H, D) in at least fp32."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    q = query.to(dtype).view(num_heads, -1)
-    keys = key_weight.to(dtype).view(*q.shape, -1)
+    dtype = torch.promote_types(inputs.x.dtype, torch.float32)
+    q = inputs.query.to(dtype).view(num_heads, -1)
+    keys = inputs.key_weight.to(dtype).view(*q.shape, -1)
     folded = torch.einsum("he,hed->hd", q, keys) * q.shape[1] ** -0.5
-    return folded if norm_weight is None else folded * norm_weight.to(dtype)
+    return folded if inputs.norm_weight is None else folded * inputs.norm_weight.to(dtype)
 
 
-def _values(
-    pooled: Tensor, value_weight: Tensor, value_bias: Tensor | None, norm_weight: Tensor | None
-) -> Tensor:
+def _values(pooled: Tensor, inputs: QueryPooling) -> Tensor:
     """(B, H, D) to (B, E), in the type of `pooled`."""
     dtype = pooled.dtype
-    values = value_weight.to(dtype).view(pooled.shape[1], -1, pooled.shape[2])
-    if norm_weight is not None:
-        pooled = pooled * norm_weight.to(dtype)
+    values = inputs.value_weight.to(dtype).view(pooled.shape[1], -1, pooled.shape[2])
+    if inputs.norm_weight is not None:
+        pooled = pooled * inputs.norm_weight.to(dtype)
     y = torch.einsum("bhd,hed->bhe", pooled, values).flatten(1)
-    return y if value_bias is None else y + value_bias.to(dtype)
+    return y if inputs.value_bias is None else y + inputs.value_bias.to(dtype)
 
 
 def _why_not_triton(x: Tensor, num_heads: int) -> str | None:
@@ -133,32 +142,25 @@ def _why_not_triton(x: Tensor, num_heads: int) -> str | None:
     return None
 
 
-def _check(
-    x: Tensor,
-    query: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor | None,
-    norm_weight: Tensor | None,
-    num_heads: int,
-) -> None:
-    op = "query_pooling"
+def _check(inputs: QueryPooling, num_heads: int) -> None:
+    x, query, _, value_weight, *_ = inputs
     if x.ndim != 3 or x.shape[1] < 1 or not x.is_floating_point():
         raise InputError(
-            f"{op}: x must be (B, L, D) floating point with L at least 1, got {tuple(x.shape)} "
+            f"{OP}: x must be (B, L, D) floating point with L at least 1, got {tuple(x.shape)} "
             f"{str(x.dtype).removeprefix('torch.')}"
         )
     width = x.shape[2]
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "query": (query, query.shape[:1]),
-        "key_weight": (key_weight, (*query.shape[:1], width)),
-        "value_weight": (value_weight, (*value_weight.shape[:1], width)),
-        "value_bias": (value_bias, value_weight.shape[:1]),
-        "norm_weight": (norm_weight, (width,)),
+    expected: dict[str, tuple[int, ...]] = {
+        "query": query.shape[:1],
+        "key_weight": (*query.shape[:1], width),
+        "value_weight": (*value_weight.shape[:1], width),
+        "value_bias": value_weight.shape[:1],
+        "norm_weight": (width,),
     }
-    for name, (values, shape) in expected.items():
+    for name, shape in expected.items():
+        values = getattr(inputs, name)
         if values is not None and (values.shape != shape or not shape):
-            raise InputError(f"{op}: {name} must be {tuple(shape)}, got {tuple(values.shape)}")
+            raise InputError(f"{OP}: {name} must be {tuple(shape)}, got {tuple(values.shape)}")
     for name, size in (("query", query.shape[0]), ("value_weight", value_weight.shape[0])):
         if num_heads < 1 or size % num_heads:
-            raise InputError(f"{op}: the {size} rows of {name} must split into {num_heads} heads")
+            raise InputError(f"{OP}: the {size} rows of {name} must split into {num_heads} heads")

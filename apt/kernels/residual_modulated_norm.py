@@ -16,12 +16,13 @@ from apt.kernels.backends import resolve_backend
 from apt.kernels.modulated_norm import (
     Norm,
     accumulation_dtype,
-    check_modulation,
-    check_norm,
+    check,
+    is_layer,
     modulated_norm_reference,
     per_sample,
     why_not_triton,
 )
+from apt.kernels.signatures import ModulatedNorm, ResidualModulatedNorm
 
 
 def residual_modulated_norm(
@@ -54,19 +55,16 @@ def residual_modulated_norm(
         InputError: shapes that do not fit, an unknown norm or backend, a backend that cannot run.
     """
     op = "residual_modulated_norm"
-    check_modulation(op, x, {"gate": gate, "scale": scale, "shift": shift}, rows)
-    check_norm(op, x, weight, bias, norm)
+    inner = ModulatedNorm(x, scale, shift, weight, bias, rows, eps, is_layer(op, norm))
+    check(op, inner, gate)
     if update.shape != x.shape:
         raise InputError(
             f"{op}: update must have the shape of x, {tuple(x.shape)}; got {tuple(update.shape)}"
         )
-    tensors = (x, update, gate, scale, shift, weight, bias, rows)
-    if resolve_backend(op, backend, tensors, why_not_triton(x)) == "triton":
-        from apt.kernels._triton import norms
+    if resolve_backend(op, backend, (*inner[:6], update, gate), why_not_triton(x)) == "triton":
+        from apt.kernels._triton import residual_modulated_norm as fused
 
-        return norms.residual_modulated_norm(
-            x, update, gate, scale, shift, weight, bias, norm == "layer", eps, rows
-        )
+        return fused.residual_modulated_norm(ResidualModulatedNorm(inner, update, gate))
     dtype = accumulation_dtype(x)
     x_new = torch.addcmul(x.to(dtype), update.to(dtype), per_sample(gate, rows, dtype)).to(x.dtype)
-    return x_new, modulated_norm_reference(x_new, scale, shift, weight, bias, norm, eps, rows)
+    return x_new, modulated_norm_reference(ModulatedNorm(x_new, *inner[1:]))

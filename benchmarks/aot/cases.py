@@ -12,9 +12,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt.kernels._triton import norms, qk_norm_rope, query_pooling, sampling
-from apt.kernels._triton.rmsprop import rmsprop_op
+from apt.kernels import StreamQKV
+from apt.kernels._triton.fused_rmsprop import fused_rmsprop_op
+from apt.kernels._triton.joint_qk_norm_rope import joint_qk_norm_rope
+from apt.kernels._triton.modulated_norm import modulated_norm
+from apt.kernels._triton.norm_rope import norm_rope
+from apt.kernels._triton.perturbed_batch import perturbed_batch
+from apt.kernels._triton.query_pooling import pool
+from apt.kernels._triton.residual_modulated_norm import residual_modulated_norm
+from apt.kernels._triton.sample_shifted_timesteps import shifted_timesteps
 from apt.kernels._triton.segment_sum import segment_sum
+from apt.kernels.draws import PhiloxKey
+from apt.kernels.signatures import (
+    ModulatedNorm,
+    NormRope,
+    PerturbedBatch,
+    Pooling,
+    ResidualModulatedNorm,
+    RMSpropOptions,
+    RMSpropStep,
+    RopeOptions,
+    ShiftedTimesteps,
+)
 
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
 
@@ -33,12 +52,12 @@ SHARED = ("segment_sum.segment_sum",)
 NARROW_LOADS: dict[str, str] = {}
 NARROW_STORES = {
     "segment_sum.segment_sum": "128 threads store a row of 64 sums",
-    "sampling.timesteps": "one number for each thread",
+    "sample_shifted_timesteps.timesteps": "one number for each thread",
 }
 
 # (kernel, channels, dtype, chip): bytes of local memory that are accepted, and why
 ACCEPTED_SPILLS = {
-    ("norms.backward", 8192, "float32", "sm_100"): (
+    ("norm_kernels.backward", 8192, "float32", "sm_100"): (
         24,
         "a row of 8192 in fp32 takes 32 warps, which leaves 64 registers a thread; the assembler "
         "for sm_90 gets along with them, that for sm_100 does not, with fewer values kept either",
@@ -48,7 +67,7 @@ ACCEPTED_SPILLS = {
 # The same for one version of Triton alone.
 ACCEPTED_SPILLS_OF = {
     "3.6.0": {
-        ("norms.backward", 5120, "bfloat16", "sm_90"): (
+        ("norm_kernels.backward", 5120, "bfloat16", "sm_90"): (
             16,
             "a layer norm with weight and bias; later assemblers find registers for these two "
             "values, and a larger tiling would slow every version",
@@ -118,14 +137,13 @@ def _norm(
     weight = point.empty(point.width) if affine else None
     bias = point.empty(point.width) if affine and layer else None
     index = torch.zeros(_BATCH, dtype=torch.int64) if rows else None
+    norm = ModulatedNorm(x, scale, shift, weight, bias, index, 1e-6, layer)
     outputs: tuple[Tensor, ...]
     if residual:
-        update = point.empty(*tokens)
-        outputs = norms.residual_modulated_norm(
-            x, update, gate, scale, shift, weight, bias, layer, 1e-6, index
-        )
+        inputs = ResidualModulatedNorm(norm, point.empty(*tokens), gate)
+        outputs = residual_modulated_norm(inputs)
     else:
-        outputs = (norms.modulated_norm(x, scale, shift, weight, bias, layer, 1e-6, index),)
+        outputs = (modulated_norm(norm),)
     torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
 
 
@@ -134,16 +152,17 @@ def _segment_sum(point: Point, *, rows: bool) -> None:
     segment_sum(torch.empty(3, 4 * _BATCH, point.width, dtype=point.dtype), index, _BATCH)
 
 
-_KEY = {"key": 2**40 + 1, "first": 0}
+_KEY = PhiloxKey(seed=0, step=0, offset=0, stream="noise")
 
 
 def _timesteps(point: Point) -> None:
-    sampling.shifted_timesteps(num=point.width, shift=12.0, device=torch.device("cpu"), **_KEY)
+    inputs = ShiftedTimesteps(point.width, 12.0, _KEY, "triton", torch.device("cpu"))
+    shifted_timesteps(inputs)
 
 
 def _perturbed_batch(point: Point) -> None:
     x = torch.empty(_BATCH, point.width, dtype=point.dtype)
-    sampling.perturbed_batch(x, x, 0.1, _BATCH, **_KEY)
+    perturbed_batch(PerturbedBatch(x, x, 0.1, _BATCH, _KEY, "triton"))
 
 
 def _streams(
@@ -155,11 +174,11 @@ def _streams(
     text = point.empty(_BATCH, _LENGTH, 3 if text_queries else 2, *heads)
     weights = [point.empty(point.width) for _ in range(4)]
     cos, sin = torch.empty(2, _LENGTH, heads[1] // 2).unbind()
-    tables: list[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]] = [
-        (weights[0], weights[1], cos, sin),
-        (weights[2] if text_queries else None, weights[3], None, None),
+    streams = [
+        StreamQKV(visual, weights[0], weights[1], cos, sin),
+        StreamQKV(text, weights[2] if text_queries else None, weights[3]),
     ]
-    outputs = qk_norm_rope.joint_qk_norm_rope([visual, text], tables, 1e-6, across_heads, half)
+    outputs = joint_qk_norm_rope(streams, RopeOptions(1e-6, across_heads, half))
     torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
 
 
@@ -169,10 +188,11 @@ def _q_and_k(
 ) -> None:  # fmt: skip
     """q and k of projections of their own, as in Wan."""
     heads = (point.width // 128, 128) if across_heads else (2, point.width)
-    xs = [point.empty(_BATCH, _LENGTH, *heads) for _ in range(2)]
-    weights = [point.empty(point.width) if affine else None for _ in range(2)]
+    q, k = (point.empty(_BATCH, _LENGTH, *heads) for _ in range(2))
+    q_weight, k_weight = (point.empty(point.width) if affine else None for _ in range(2))
     cos, sin = torch.empty(2, _LENGTH, heads[1] // 2).unbind() if rope else (None, None)
-    outputs = qk_norm_rope.norm_rope(xs, weights, cos, sin, 1e-6, across_heads, half)
+    options = RopeOptions(1e-6, across_heads, half)
+    outputs = norm_rope(NormRope(q, k, q_weight, k_weight, cos, sin, options))
     torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
 
 
@@ -183,7 +203,8 @@ def _queries(
     heads = (point.width // 128, 128) if across_heads else (2, point.width)
     x, weight = point.empty(_BATCH, _LENGTH, *heads), point.empty(point.width)
     cos, sin = torch.empty(2, _LENGTH, heads[1] // 2).unbind() if rope else (None, None)
-    (output,) = qk_norm_rope.norm_rope([x], [weight], cos, sin, 1e-6, across_heads, half)
+    options = RopeOptions(1e-6, across_heads, half)
+    (output,) = norm_rope(NormRope(x, None, weight, None, cos, sin, options))
     output.backward(torch.empty_like(output))
 
 
@@ -191,7 +212,7 @@ def _pooling(point: Point) -> None:
     """Tokens of a discriminator's head; the folded queries are fp32 whatever the tokens are."""
     x = point.empty(_BATCH, _LENGTH, point.width)
     folded = torch.empty(point.width // 64, point.width).requires_grad_()
-    pooled = query_pooling.pool(x, folded, 1e-6)
+    pooled = pool(Pooling(x, folded, 1e-6))
     pooled.backward(torch.empty_like(pooled))
 
 
@@ -199,7 +220,8 @@ def _rmsprop(point: Point, *, ema: bool) -> None:
     param, grad = (torch.empty(point.width, dtype=point.dtype) for _ in range(2))
     square_avg, average = torch.empty(2, point.width)
     averages = [average] if ema else []
-    rmsprop_op([param], [grad], [square_avg], averages, 1e-3, 0.9, 1e-8, 0.0, 0.995)
+    options = RMSpropOptions(lr=1e-3, alpha=0.9, eps=1e-8, weight_decay=0.0)
+    fused_rmsprop_op(RMSpropStep([param], [grad], [square_avg], averages, options, 0.995))
 
 
 # The variants that hold most in registers are compiled at every width, the lighter ones at the

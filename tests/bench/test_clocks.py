@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from apt.bench.clocks import GpuState, GpuWatch, parse_nvidia_smi, read_gpu, summary
+from tests.waiting import wait_until
 
 GPU = torch.device("cuda", 0)
 LINE = "1755, 2619, 693.11, 700.00, 61\n"
@@ -89,15 +90,12 @@ def test_a_watch_reads_while_the_work_runs(nvidia_smi, monkeypatch):
     nvidia_smi("1755, 2619, 693.11, 700.00, 61\\n")
     monkeypatch.setattr("apt.bench.clocks.SECONDS_BETWEEN", 0.01)
     with GpuWatch(GPU) as watch:
-        deadline = time.monotonic() + 20
-        while watch.state().readings < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert watch.state().readings >= 2
+        wait_until(lambda: watch.state().readings >= 2)
     assert watch.state().sm_clock_mhz == 1755
 
 
 def test_a_cpu_has_none(monkeypatch):
     monkeypatch.setattr("apt.bench.clocks.SECONDS_BETWEEN", 0.001)
     with GpuWatch(torch.device("cpu")) as watch:
-        time.sleep(0.05)
+        wait_until(lambda: "gpu clocks" not in {thread.name for thread in threading.enumerate()})
     assert watch.state() == GpuState(reason="clocks are read of GPUs only")

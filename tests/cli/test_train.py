@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from apt.checkpoints.info import read_info
-from apt.train.logs import read_log
+from apt.train.logs import RunLog, read_log
 from apt.train.recipes_digits import digits_apt, digits_codec
 from apt.train.run_state import exit_status
 from apt.train.trainer import plain
 from tests.cli.shell import error_line, invoke, run_cli
+from tests.train.deaths import stopping
 
 TINY = (
     "--num-updates", "2", "--batch-size", "2", "--sample-every", "0", "--device", "cpu",
@@ -123,22 +120,14 @@ def test_a_stop_has_a_status_of_its_own_and_one_command_goes_on(
 ) -> None:
     run_dir = tmp_path / "run"
     command = ["train", "digits_pixels_pretrain", "--run-dir", run_dir, *TINY, "--continue"]
-
-    def stop_it() -> None:
-        log = run_dir / "log.jsonl"
-        while not (log.is_file() and log.read_bytes().count(b"\n")):
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    killer = threading.Thread(target=stop_it)
-    killer.start()
-    stopped = invoke(*command, "--num-updates", "10000")
-    killer.join()
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "write", stopping(2))
+        stopped = invoke(*command, "--num-updates", "10000")
     assert stopped.returncode == 75, stopped.stderr
     state = json.loads((run_dir / "state.json").read_text())
     assert state["state"] == "unfinished" and state["reason"] == "SIGTERM"
     done = state["update"]
-    assert len(read_log(run_dir)) == done >= 1
+    assert len(read_log(run_dir)) == done == 2
 
     line = error_line(invoke(*command, "--num-updates", str(done), "--start-over", "--resume"))
     assert "exclude each other" in line

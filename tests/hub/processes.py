@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from tests.hub.server import HubServer
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,13 +46,9 @@ class Running:
 
     def wait_for(self, timeout: float = 300) -> Result:
         """Wait for its end. A process that was killed has minus the signal as its code."""
-        until = time.monotonic() + timeout
-        while not (self.folder / "code").exists():
-            if not self.alive() and not (self.folder / "code").exists():
-                return self._result(-signal.SIGKILL)
-            assert time.monotonic() < until, "the process takes too long"
-            time.sleep(0.01)
-        return self._result(int((self.folder / "code").read_text()))
+        code = self.folder / "code"
+        wait_until(lambda: code.exists() or not self.alive(), timeout)
+        return self._result(int(code.read_text()) if code.exists() else -signal.SIGKILL)
 
     def alive(self) -> bool:
         try:
@@ -63,8 +59,7 @@ class Running:
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
-        while self.alive():
-            time.sleep(0.01)
+        wait_until(lambda: not self.alive())
 
     def _result(self, code: int) -> Result:
         out, err = ((self.folder / name).read_text() for name in ("stdout", "stderr"))

@@ -19,7 +19,6 @@ import json
 import os
 import re
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -57,6 +56,12 @@ class Repo:
         return self.commits[self.branches["main"]]
 
 
+def _open_gate() -> threading.Event:
+    gate = threading.Event()
+    gate.set()
+    return gate
+
+
 @dataclass
 class Faults:
     """What goes wrong. Counters run down as faults happen.
@@ -67,7 +72,7 @@ class Faults:
         failures: requests answered with `status`.
         status: for `failures`.
         altered: times that a large file comes with other content of the same length.
-        chunk_delay: seconds between pieces of a large file.
+        gate: large files stop after their first piece while it is not set.
         missing: names of files that are listed and not there.
         no_ranges: ask for a part and get the whole.
     """
@@ -77,7 +82,7 @@ class Faults:
     failures: int = 0
     status: int = 503
     altered: int = 0
-    chunk_delay: float = 0.0
+    gate: threading.Event = field(default_factory=_open_gate)
     missing: set[str] = field(default_factory=set)
     no_ranges: bool = False
 
@@ -454,8 +459,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         piece = 1 << 16
         for start in range(0, len(body), piece):
-            if self.hub.faults.chunk_delay:
-                time.sleep(self.hub.faults.chunk_delay)
+            if start:
+                self.hub.faults.gate.wait()
             self.wfile.write(body[start : start + piece])
 
 

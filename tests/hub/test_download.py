@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from tests.hub.processes import QUICK, Result, run_python, start_python
 from tests.hub.server import STRANGER, TOKEN, HubServer
+from tests.waiting import wait_until
 
 LARGE = os.urandom(3_000_000)
 FILES = {"config.json": b'{"a": 1}', "sub/model.safetensors": LARGE, "model.bin": b"pickle"}
@@ -330,23 +332,27 @@ def test_damage_in_the_cache_is_seen_and_mended(hub: HubServer, tmp_path: Path) 
 def test_a_process_that_is_killed_leaves_nothing_that_counts(
     hub: HubServer, tmp_path: Path
 ) -> None:
-    hub.faults.chunk_delay = 0.05
+    hub.faults.gate.clear()
     running = start_python(hub, tmp_path, DOWNLOAD, "owner/model")
-    while not list(tmp_path.rglob("*.incomplete")):
-        assert running.alive()
+    wait_until(lambda: list(tmp_path.rglob("*.incomplete")) or not running.alive())
     running.kill()
     running.wait_for()
     assert not [path for path in tmp_path.rglob("model.safetensors")]
     (offline,) = download(hub, tmp_path, "owner/model", HF_HUB_OFFLINE="1")
     assert "nor whole in the local cache" in offline
-    hub.faults.chunk_delay = 0
+    hub.faults.gate.set()
     (line,) = download(hub, tmp_path, "owner/model")
     assert line.endswith(WHOLE)
 
 
 def test_two_processes_at_once_share_one_download(hub: HubServer, tmp_path: Path) -> None:
-    hub.faults.chunk_delay = 0.01
-    both = [start_python(hub, tmp_path, DOWNLOAD, "owner/model") for _ in range(2)]
+    hub.faults.gate.clear()
+    patient = {"HF_HUB_DOWNLOAD_TIMEOUT": "300"}
+    both = [start_python(hub, tmp_path, DOWNLOAD, "owner/model", **patient) for _ in range(2)]
+    # Both have asked for the file, and neither has it
+    asked = re.compile("HEAD .*/model.safetensors")
+    wait_until(lambda: sum(bool(asked.match(line)) for line in list(hub.log)) == 2)
+    hub.faults.gate.set()
     for running in both:
         (line,) = lines_of(running.wait_for())
         assert line.endswith(WHOLE)

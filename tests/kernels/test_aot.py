@@ -84,7 +84,7 @@ CODE = Code(
     total=100,
 )
 ROW = Row(
-    kernel="norms.forward",
+    kernel="norm_kernels.forward",
     case="norm",
     width=64,
     dtype="bfloat16",

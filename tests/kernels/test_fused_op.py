@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,13 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from apt.bench.inputs import Inputs, Random
 from apt.bench.ops import OPS, variants_of
 from apt.bench.shapes import Shape
+from apt.kernels import fused_op as module
 from apt.kernels.backends import HOST_BOUND
+from apt.kernels.backends import OPS as BACKENDS
+from apt.kernels.fused_op import FusedOp, LibraryOp, keep, kept
+from apt.kernels.signatures import ModulatedNorm
 
 pytest.importorskip("triton")
-from apt.kernels._triton import fused_op as module
-from apt.kernels._triton import norms
-from apt.kernels._triton.fused_op import FusedOp, fused_op
+from apt.kernels._triton.modulated_norm import modulated_norm_op
 
+KERNELS = Path(module.__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Shape(name="small", batch=2, tokens=6, heads=2, head_dim=16, dtype=torch.float32)
 NAMES = [
@@ -85,7 +90,7 @@ def test_whoever_looks_sees_the_ops(name):
 
 
 def modulated(x: Tensor, scale: Tensor) -> Tensor:
-    return norms.modulated_norm_op(x, scale, scale, None, None, None, 1e-6, False)[0]
+    return modulated_norm_op(ModulatedNorm(x, scale, scale, None, None, None, 1e-6, False))[0]
 
 
 def test_tensors_without_data_take_the_op():
@@ -105,42 +110,90 @@ def test_a_transform_takes_the_op():
     )
 
 
+class Options(NamedTuple):
+    factor: float
+    sign: int
+
+
+class Lists(NamedTuple):
+    """Lists in and out, an absent tensor, and fields in fields."""
+
+    xs: list[Tensor]
+    y: Tensor
+    z: Tensor | None
+    options: Options
+
+
 @pytest.fixture(scope="module")
-def op() -> FusedOp:
-    """Lists in and out, an absent tensor, and a gradient that tells what it was asked for."""
-    asked: list[Any] = []
+def asked() -> list[Any]:
+    """Of which elements of xs gradients were asked for, call by call."""
+    return []
 
-    def function(xs: list[Tensor], y: Tensor, z: Tensor | None, factor: float) -> list[Tensor]:
-        return [x * y * factor for x in xs]
 
-    def save(ctx: Any, inputs: Any, output: Any) -> None:
-        xs, y, _, ctx.factor = inputs
-        ctx.save_for_backward(y, *xs)
+@pytest.fixture(scope="module")
+def op(asked: list[Any]) -> FusedOp[Lists]:
+    def function(inputs: Lists) -> list[Tensor]:
+        factor, sign = inputs.options
+        return [x * inputs.y * factor * sign for x in inputs.xs]
 
-    def backward(ctx: Any, grads: list[Tensor]) -> Any:
-        y, *xs = ctx.saved_tensors
+    def save(ctx: Any, inputs: Lists, output: Any) -> None:
+        keep(ctx, inputs)
+
+    def gradient(ctx: Any, grads: list[Tensor]) -> Any:
+        inputs: Lists = kept(ctx)
         asked.append(list(ctx.needs_input_grad[0]))
-        of_y = sum(g * x * ctx.factor for g, x in zip(grads, xs, strict=True))
-        return [g * y * ctx.factor for g in grads], of_y, None, None
+        factor = inputs.options.factor * inputs.options.sign
+        of_y = sum(g * x * factor for g, x in zip(grads, inputs.xs, strict=True))
+        return [g * inputs.y * factor for g in grads], of_y, None, None, None
 
-    made = fused_op("apt_test::lists")(function)
-    made.register_fake(lambda xs, y, z, factor: [torch.empty_like(x) for x in xs])
-    made.register_autograd(backward, setup_context=save)
-    made.asked = asked  # type: ignore[attr-defined]
-    return made
+    return FusedOp(
+        "apt_test::lists",
+        function,
+        fake=lambda inputs: [torch.empty_like(x) for x in inputs.xs],
+        save=save,
+        gradient=gradient,
+    )
 
 
-@pytest.mark.parametrize("way", [lambda op: op, lambda op: op.overload], ids=["short", "long"])
-def test_lists_and_what_is_absent(op: FusedOp, way: Callable[[FusedOp], Any]):
+def test_the_fields_are_the_schema(op: FusedOp[Lists]):
+    assert str(op.overload._schema) == (
+        "apt_test::lists(Tensor[] xs, Tensor y, Tensor? z, float factor, SymInt sign) -> Tensor[]"
+    )
+
+
+WAYS = [lambda op, inputs: op(inputs), lambda op, inputs: LibraryOp.__call__(op, inputs)]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["short", "long"])
+def test_lists_and_what_is_absent(op: FusedOp[Lists], asked: list[Any], way: Callable[..., Any]):
     xs = [torch.tensor(2.0, requires_grad=True), torch.tensor(3.0)]
     y = torch.tensor(5.0, requires_grad=True)
-    found = way(op)(xs, y, None, 10.0)
+    found = way(op, Lists(xs, y, None, Options(10.0, -1)))
     assert isinstance(found, list)
-    assert [v.item() for v in found] == [100.0, 150.0]
+    assert [v.item() for v in found] == [-100.0, -150.0]
     gradients = torch.autograd.grad(found, [xs[0], y], [torch.tensor(1.0), torch.tensor(2.0)])
-    assert [float(g) for g in gradients] == [50.0, 10 * (2 + 2 * 3)]
-    assert op.asked[-1] == [True, False]  # type: ignore[attr-defined]
+    assert [float(g) for g in gradients] == [-50.0, -10 * (2 + 2 * 3)]
+    assert asked[-1] == [True, False]
 
 
 def test_the_ops_under_test_are_those_that_are_host_bound():
     assert set(NAMES) == HOST_BOUND
+
+
+def test_a_kernels_file_has_its_ops_name():
+    """`apt/kernels/NAME.py` and `_triton/NAME.py`, one to one, and `apt::NAME` in torch.library."""
+    public, fused = (
+        {path.stem for path in folder.glob("*.py")} for folder in (KERNELS, KERNELS / "_triton")
+    )
+    ops = {name for name, backends in BACKENDS.items() if "triton" in backends}
+    ops -= {"qk_norm_rope"}  # two tensors for the op of `norm_rope`
+    assert ops <= public and ops <= fused
+    assert fused & public == ops | {"__init__"}
+    for name in ops:
+        importlib.import_module(f"apt.kernels._triton.{name}")
+    registered = {
+        name.removeprefix("apt::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("apt::")
+    }
+    assert {name.removesuffix("_backward") for name in registered} == ops

@@ -20,6 +20,7 @@ from apt.errors import CheckpointError, InputError
 from apt.kernels import FusedRMSprop, kernel_backend
 from apt.kernels.backends import interpreted
 from apt.kernels.fused_rmsprop import rmsprop_reference
+from apt.kernels.signatures import RMSpropOptions, RMSpropStep
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(3,), (40, 30), (1025,), (0,), (), (2, 3, 4)]
@@ -152,7 +153,7 @@ def test_sizes_types_and_alignments_may_be_mixed(sizes, dtypes, offset, with_ema
 
 
 def test_large_tensors_are_cut_into_chunks():
-    rmsprop = pytest.importorskip("apt.kernels._triton.rmsprop")
+    rmsprop = pytest.importorskip("apt.kernels._triton.fused_rmsprop")
     size = 2 * rmsprop.CHUNK + 5
     ours, theirs = parameters(shapes=[(size,), (7,)]), parameters(shapes=[(size,), (7,)])
     for params in (ours, theirs):
@@ -163,7 +164,7 @@ def test_large_tensors_are_cut_into_chunks():
 
 
 def test_one_launch_for_all_tensors_of_a_kind():
-    rmsprop = pytest.importorskip("apt.kernels._triton.rmsprop")
+    rmsprop = pytest.importorskip("apt.kernels._triton.fused_rmsprop")
     params = parameters() + parameters(torch.bfloat16)
     grads = [torch.zeros_like(p) for p in params]
     grads[1] = torch.zeros(1201, device=DEVICE)[1:].view(40, 30)  # begins off a 16-byte boundary
@@ -414,20 +415,22 @@ def test_autograd_sees_that_parameters_changed():
 
 
 def test_the_op_keeps_the_rules_of_torch_library():
-    rmsprop = pytest.importorskip("apt.kernels._triton.rmsprop")
+    rmsprop = pytest.importorskip("apt.kernels._triton.fused_rmsprop")
     params = [p.detach() for p in parameters(shapes=[(3,), (5, 2)])]
     grads = [torch.randn_like(p) for p in params]
     squares = [torch.rand_like(p) for p in params]
     ema = [p.clone() for p in params]
     for used in (ema, []):
         torch.library.opcheck(
-            rmsprop.rmsprop_op, (params, grads, squares, used, 0.1, 0.9, 1e-8, 0.0, 0.9)
+            rmsprop.fused_rmsprop_op.overload,
+            (params, grads, squares, used, 0.1, 0.9, 1e-8, 0.0, 0.9),
         )
 
 
 def test_the_reference_by_hand():
     p, grad, square_avg = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([4.0])
-    rmsprop_reference(p, grad, square_avg, lr=0.1, alpha=0.5, eps=1.0, weight_decay=0.0)
+    options = RMSpropOptions(lr=0.1, alpha=0.5, eps=1.0, weight_decay=0.0)
+    rmsprop_reference(RMSpropStep([p], [grad], [square_avg], [], options, ema_decay=0.0))
     assert square_avg.item() == 4.0  # 0.5 * 4 + 0.5 * 2^2
     torch.testing.assert_close(p.item(), 1 - 0.1 * 2 / (2 + 1))
 

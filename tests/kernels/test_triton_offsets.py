@@ -2,7 +2,7 @@
 
 Buffers are mapped, and pages that nobody touches take no memory. In the interpreter a launch of a
 few programs stands for the last ones of a large grid: their numbers are shifted. On a GPU
-`test_more_than_2_to_the_31_elements` in test_triton_norms.py runs the whole of it.
+`test_more_than_2_to_the_31_elements` in test_triton_modulated_norm.py runs the whole of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from apt.kernels.backends import interpreted
 
 pytest.importorskip("triton")
-from apt.kernels._triton import norms
+from apt.kernels._triton import norm_kernels as norms
 from apt.kernels._triton import query_pooling as pooling
 from apt.kernels._triton.segment_sum import segment_sum_kernel
 

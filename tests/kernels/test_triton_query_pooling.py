@@ -15,6 +15,7 @@ from apt.errors import InputError
 from apt.kernels import kernel_backend, query_pooling
 from apt.kernels.backends import interpreted
 from apt.kernels.query_pooling import pool_reference
+from apt.kernels.signatures import Pooling
 from tests.memory import peak_bytes, saved_bytes
 
 pytest.importorskip("triton")
@@ -158,7 +159,7 @@ def core_errors(
 
     def run(pool: Callable[..., Tensor], *values: Tensor) -> tuple[Tensor, ...]:
         inputs = [value.detach().requires_grad_() for value in values]
-        y = pool(*inputs, 1e-6)
+        y = pool(Pooling(*inputs, 1e-6))
         return y, *torch.autograd.grad(y, inputs, direction.to(y.dtype))
 
     exact_ones = run(pool_reference, x.double(), folded.double())
@@ -283,7 +284,7 @@ def test_the_ops_keep_the_rules_of_torch_library():
     x = torch.randn(2, 70, 24, device=DEVICE, requires_grad=True)
     folded = torch.randn(3, 24, device=DEVICE, requires_grad=True)
     torch.library.opcheck(fused.query_pooling_op.overload, (x, folded, 1e-6))
-    values = [v.detach() for v in (x, folded, *fused.query_pooling_op(x, folded, 1e-6))]
+    values = [v.detach() for v in (x, folded, *fused.query_pooling_op(Pooling(x, folded, 1e-6)))]
     grad = torch.randn(2, 3, 24, device=DEVICE)
     for wanted in (True, False):
         torch.library.opcheck(fused.query_pooling_backward_op.overload, (grad, *values, wanted))
@@ -326,14 +327,14 @@ def test_tokens_are_never_widened_in_memory():
     tokens = batch * length * width * 2
     per_token = 4 * batch * length
     kept = {
-        name: saved_bytes(lambda f=f: f(x, folded, 1e-6), without=x)  # type: ignore[misc]
+        name: saved_bytes(lambda f=f: f(Pooling(x, folded, 1e-6)), without=x)  # type: ignore[misc]
         for name, f in (("triton", fused.pool), ("reference", pool_reference))
     }
     assert kept["triton"] < (heads + 1) * per_token + 4 * heads * (2 * width + 8) * batch
     assert kept["reference"] > 2 * tokens
     if DEVICE == "cpu":  # by the allocator of the CPU
-        assert peak_bytes(lambda: fused.pool(x, folded, 1e-6)) < 0.2 * tokens
-        y = fused.pool(x, folded, 1e-6)
+        assert peak_bytes(lambda: fused.pool(Pooling(x, folded, 1e-6))) < 0.2 * tokens
+        y = fused.pool(Pooling(x, folded, 1e-6))
         backward = peak_bytes(lambda: torch.autograd.grad(y.sum(), x))
         assert backward < 1.2 * tokens  # the gradient itself
 
@@ -359,7 +360,7 @@ def test_more_than_2_to_the_31_elements():
     x = torch.randn(2, length, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
     folded = torch.randn(heads, width, device="cuda") * width**-0.5
     alone = x[1:].detach().requires_grad_()
-    found, expected = fused.pool(x, folded, 1e-6), fused.pool(alone, folded, 1e-6)
+    found, expected = (fused.pool(Pooling(values, folded, 1e-6)) for values in (x, alone))
     # not equal: another number of samples shares out tokens, and so sums, in another order
     torch.testing.assert_close(found[1:], expected, rtol=1e-4, atol=1e-5)
     (gradient,) = torch.autograd.grad(found, x, found.detach())

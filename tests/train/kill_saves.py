@@ -1,74 +1,79 @@
-"""Kills processes that save checkpoints, at random moments; test_checkpoint.py runs it.
+"""Kills processes that save checkpoints, before each change that they make on disk.
 
-One process that forks, so that torch is imported once for many kills.
+test_checkpoint.py runs it. One process that forks, so that torch is imported once for many kills.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import sys
-import time
+import traceback
 import warnings
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from apt.train import checkpoint
-
-KILLS = 25
+from tests.train.deaths import die_before
 
 
 def state(step: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(step)
     return {
-        "net": {f"layer{i}": torch.randn(64, 64, generator=generator) for i in range(12)},
+        "net": {f"layer{i}": torch.randn(16, 16, generator=generator) for i in range(4)},
         "step": step,
     }
 
 
-def save_for_ever(root: Path, first: int, ready: int) -> None:
-    step = first
-    while True:
+def save_and_prune(root: Path, step: int) -> None:
+    """Twice, so that it also replaces its own."""
+    for _ in range(2):
         checkpoint.save(root, step, state(step), {"step": step})
-        if step % 3 == 0:
-            checkpoint.save(root, step, state(step), {"step": step})  # replaces its own
-        checkpoint.prune(root, keep=2, always={4})
-        if step == first:
-            os.write(ready, b".")
-        step += 1
+        checkpoint.prune(root, keep=2, always={1})
+
+
+def child(root: Path, step: int, change: int) -> None:
+    """Save, and die before the so-manieth change."""
+    numbers = count()
+    try:
+        die_before(lambda event, path: next(numbers) == change)
+        save_and_prune(root, step)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def main(root: Path) -> None:
     warnings.simplefilter("error")  # `latest` must never have anything to skip
-    moments = random.Random(0)
-    interrupted, step = 0, 0
-    for _ in range(KILLS):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            save_for_ever(root, step + 1, writer)
-        os.read(reader, 1)
-        time.sleep(moments.uniform(0.0, 0.04))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(reader)
-        os.close(writer)
-        interrupted += any(entry.name.startswith(".tmp") for entry in root.iterdir())
+    for step in (1, 2, 3):
+        save_and_prune(root, step)
+    step, left = 3, []
+    for change in count():
+        pid = os.fork()
+        if pid == 0:
+            child(root, step + 1, change)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (0, -signal.SIGKILL)
+        left += [entry.name for entry in root.iterdir() if entry.name[0] == "."]
+        left += [entry.name for entry in root.glob("*.old")]
         newest = checkpoint.latest(root)
         assert newest is not None
         found = state(0)
         meta = checkpoint.load(newest, found)
-        assert found["step"] == checkpoint.step_of(newest) == meta["step"] > step
+        assert found["step"] == checkpoint.step_of(newest) == meta["step"] in (step, step + 1)
         step = found["step"]
         for name, tensor in state(step)["net"].items():
             assert torch.equal(found["net"][name], tensor), name
-    checkpoint.save(root, step + 1, state(step + 1), {})
-    checkpoint.prune(root, keep=2, always={4})
-    print(json.dumps({"interrupted": interrupted, "left": sorted(os.listdir(root)), "last": step}))
+        if code == 0:
+            break
+    kinds = sorted({"old" if name.endswith(".old") else "temporary" for name in left})
+    listing = sorted(os.listdir(root))
+    print(json.dumps({"kills": change, "left": kinds, "listing": listing, "last": step}))
 
 
 if __name__ == "__main__":

@@ -9,24 +9,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import resource
 import shutil
-import signal
 import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from apt.data.digits import MovingDigits
 from apt.errors import InputError
 from apt.train.config import ModelConfig, TrainConfig
-from apt.train.logs import LOG_NAME
+from apt.train.logs import LOG_NAME, RunLog
 from apt.train.monitor import MonitorConfig
 from apt.train.recipes import RECIPES
 from apt.train.trainer import run
+from tests.train.deaths import die_before, stopping
 
 UPDATES = 6
 STAGES = ("pretrain", "distill", "apt")
@@ -91,13 +91,14 @@ class Child:
         resume: bool = False,
         environment: dict[str, str] | None = None,
         file_limit: int | None = None,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self.log = Path(config.run_dir) / LOG_NAME
         self.output = Path(config.run_dir).with_suffix(f".{time.monotonic_ns()}.txt")
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(self._main(config, resume, environment or {}, file_limit))
+            os._exit(self._main(config, resume, environment or {}, file_limit, prepare))
 
     def _main(
         self,
@@ -105,6 +106,7 @@ class Child:
         resume: bool,
         environment: dict[str, str],
         file_limit: int | None,
+        prepare: Callable[[], None],
     ) -> int:
         output = os.open(self.output, os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
@@ -113,6 +115,7 @@ class Child:
         try:
             if file_limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+            prepare()
             run(config, resume=resume)
         except InputError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -125,57 +128,52 @@ class Child:
     def lines(self) -> int:
         return self.log.read_bytes().count(b"\n") if self.log.is_file() else 0
 
-    def ended(self) -> bool:
-        if self.pid:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.pid, self.code = 0, os.waitstatus_to_exitcode(status)
-        return not self.pid
-
     def wait(self) -> dict[str, Any]:
-        while not self.ended():
-            time.sleep(0.005)
-        return {"code": self.code, "output": self.output.read_text(), "lines": self.lines()}
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return {"code": code, "output": self.output.read_text(), "lines": self.lines()}
 
 
 def stop_and_resume(config: TrainConfig) -> list[dict[str, Any]]:
-    """SIGTERM once the log has a line; again from scratch if it came too early or too late."""
-    for _ in range(20):
-        child = Child(dataclasses.replace(config, num_updates=10_000))
-        while child.lines() < 1 and not child.ended():
-            time.sleep(0.002)
-        if not child.ended():  # pid 0 would be everybody in this process group
-            os.kill(child.pid, signal.SIGTERM)
-        stopped = child.wait()
-        assert stopped["code"] == 0, stopped["output"]
-        if 1 <= stopped["lines"] < UPDATES:
-            return [stopped, Child(config, resume=True).wait()]
-        shutil.rmtree(config.run_dir)
-    raise AssertionError("no SIGTERM fell between the first update and the last")
+    """SIGTERM once two updates are in the log."""
+
+    def prepare() -> None:
+        RunLog.write = stopping(2)  # type: ignore[method-assign]
+
+    return [Child(config, prepare=prepare).wait(), Child(config, resume=True).wait()]
 
 
 def kill_and_resume(config: TrainConfig) -> list[dict[str, Any]]:
-    """SIGKILL four times, each time resumed: when an update ends, and while a save goes on."""
+    """SIGKILL four times, each time resumed: once a save is whole, and in the midst of one."""
     config = dataclasses.replace(config, checkpoint_every=1)
     saves = Path(config.run_dir) / "checkpoints"
-    moments = random.Random(0)
     kills: list[dict[str, Any]] = []
     for number in range(4):
-        begun = (Path(config.run_dir) / "config.json").is_file()
-        child = Child(config, resume=begun)
-        known = set(saves.glob("step_*"))
-        while not child.ended():
-            saving = any(saves.glob(".tmp-*"))
-            if saving if number % 2 else set(saves.glob("step_*")) - known:
-                break
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0.0, 0.01))
-        if not child.ended():
-            os.kill(child.pid, signal.SIGKILL)
+        prepare = die_after_a_save if number % 2 == 0 else die_in_a_save
+        child = Child(config, resume=number > 0, prepare=prepare)
         kills.append({**child.wait(), "in_save": any(saves.glob(".tmp-*"))})
-        if kills[-1]["code"] == 0:  # it was faster than the kills
-            return kills
     return [*kills, Child(config, resume=True).wait()]
+
+
+def die_in_a_save() -> None:
+    """Everything is written but the new checkpoint's name."""
+    die_before(_publishes)
+
+
+def die_after_a_save() -> None:
+    """Before whatever comes after it."""
+    saved: list[str] = []
+
+    def chosen(event: str, path: str) -> bool:
+        if _publishes(event, path):
+            saved.append(path)
+            return False
+        return bool(saved)
+
+    die_before(chosen)
+
+
+def _publishes(event: str, path: str) -> bool:
+    return event == "os.rename" and Path(path).name.startswith(".tmp-step_")
 
 
 def two_ranks(config: TrainConfig) -> list[dict[str, Any]]:

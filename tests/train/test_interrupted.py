@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from apt.train.logs import LOG_NAME
 from apt.train.networks import Trained
 from apt.train.trainer import run
 from tests.train.tiny_methods import save_start
+from tests.waiting import wait_until
 
 UPDATES, FAILS_AT = 3, 2
 PROMPTS = ("a red seven moving left", "a blue one moving up")
@@ -180,8 +180,7 @@ class Deadly(VideoFolder):
     def __getitem__(self, index: int) -> Any:
         if self.file_name(index) == self.victim:
             # The trainer hears of a death at once, which must not be in the update before.
-            while not (self.log.is_file() and self.log.read_text()):
-                time.sleep(0.01)
+            wait_until(lambda: self.log.is_file() and self.log.read_text())
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 

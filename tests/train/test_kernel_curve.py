@@ -21,10 +21,11 @@ TINY = (
     "--snapshot-at",
 )  # fmt: skip
 KERNELS = (
-    "norms.forward_kernel", "norms.backward_kernel", "rope_kernels.forward_kernel",
-    "rope_kernels.backward_kernel", "rmsprop.rmsprop_kernel", "sampling.perturb_kernel",
-    "sampling.timesteps_kernel", "query_pooling.scores_kernel",
-    "query_pooling.weighted_sum_kernel", "query_pooling.tokens_backward_kernel",
+    "norm_kernels.forward_kernel", "norm_kernels.backward_kernel", "rope_kernels.forward_kernel",
+    "rope_kernels.backward_kernel", "fused_rmsprop.rmsprop_kernel",
+    "perturbed_batch.perturb_kernel", "sample_shifted_timesteps.timesteps_kernel",
+    "query_pooling.scores_kernel", "query_pooling.weighted_sum_kernel",
+    "query_pooling.tokens_backward_kernel",
 )  # fmt: skip
 # Reports what ran, at the end: the interpreter would also pass if nothing used it.
 COMMAND = """

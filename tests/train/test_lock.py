@@ -6,31 +6,23 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from apt.train.lock import AGE_LIMIT, LOCK_NAME, FolderInUse, RunLock
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from apt.train.lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(3600)
+    sys.stdin.read()  # for ever
 """
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def change(folder: Path, **content: Any) -> None:
@@ -65,7 +57,8 @@ def test_a_folder_is_one_runs_and_then_free(tmp_path: Path):
 def test_the_lock_of_a_killed_process_is_taken_at_once(tmp_path: Path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         with pytest.raises(FolderInUse, match=f"process {other.pid} "), RunLock(tmp_path):
@@ -118,7 +111,7 @@ def test_who_is_taken_over_notices_and_leaves_the_new_lock(tmp_path: Path):
     with RunLock(tmp_path, heartbeat=0.005) as first:
         assert not first.lost
         with RunLock(tmp_path, take_over=True) as second:
-            wait_for(lambda: first.lost)
+            wait_until(lambda: first.lost)
             with pytest.raises(FolderInUse, match="has taken over"):
                 first.check()
             first.__exit__()
@@ -130,7 +123,7 @@ def test_signs_of_life(tmp_path: Path):
     with RunLock(tmp_path, heartbeat=0.005):
         grow_old(tmp_path, 1000.0)
         old = (tmp_path / LOCK_NAME).stat().st_mtime
-        wait_for(lambda: (tmp_path / LOCK_NAME).stat().st_mtime > old + 500)
+        wait_until(lambda: (tmp_path / LOCK_NAME).stat().st_mtime > old + 500)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path):

@@ -136,15 +136,15 @@ def test_a_run_trains_everything(root: Path, report: dict[str, Any], stage: str)
 def test_stopped_and_resumed_equals_uninterrupted(root: Path, report: dict[str, Any], stage: str):
     stopped, resumed = report[f"stopped/{stage}"]
     assert stopped["code"] == resumed["code"] == 0, (stopped, resumed)
-    assert 1 <= stopped["lines"] < UPDATES
-    assert f"SIGTERM: saved after update {stopped['lines']}" in stopped["output"]
+    assert stopped["lines"] == 2
+    assert "SIGTERM: saved after update 2" in stopped["output"]
     assert_runs_equal(root / "stopped" / stage, root / "whole" / stage)
 
 
 def test_killed_and_resumed_equals_uninterrupted(root: Path, report: dict[str, Any]):
     *kills, last = report["killed/apt"]
-    assert kills and set(codes(kills)) == {-9} and last["code"] == 0, report["killed/apt"]
-    assert any(kill["in_save"] for kill in kills)
+    assert set(codes(kills)) == {-9} and last["code"] == 0, report["killed/apt"]
+    assert [kill["in_save"] for kill in kills] == [False, True, False, True]
     assert_runs_equal(root / "killed" / "apt", root / "whole" / "apt")
 
 

@@ -33,10 +33,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apt.kernels._triton.common import no_double_backward, num_processors, save_nothing
-from apt.kernels._triton.fused_op import fused_op
+from apt.kernels._triton.processors import num_processors
 from apt.kernels._triton.segment_sum import segment_sum
 from apt.kernels.backends import interpreted
+from apt.kernels.fused_op import FusedOp, backward_op
+from apt.kernels.signatures import Pooling
 
 # What tokens are padded to where their scores are stored: so their rows begin at whole vectors,
 # and no kernel asks whether a token's score is there.
@@ -367,8 +368,9 @@ def _blocks(length: int) -> int:
     return (length + PAD - 1) // PAD
 
 
-def _forward(x: Tensor, folded: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(inputs: Pooling) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """pooled (B, H, D), scores (B, H, N), lse (B, H), rstd (B, N), all fp32."""
+    x, folded = inputs.x.contiguous(), inputs.folded
     batch, length, _ = x.shape
     num_heads = folded.shape[0]
     blocks = _blocks(length)
@@ -378,7 +380,14 @@ def _forward(x: Tensor, folded: Tensor, eps: float) -> tuple[Tensor, Tensor, Ten
     if batch:
         with torch.cuda.device_of(x):
             scores_kernel[(batch * blocks * (PAD // constants["ROWS"]),)](
-                x, _parts(folded, _num_parts(x)), scores, rstd, length, blocks, eps, **constants
+                x,
+                _parts(folded, _num_parts(x)),
+                scores,
+                rstd,
+                length,
+                blocks,
+                inputs.eps,
+                **constants,
             )
     lse = scores.logsumexp(-1)
     return _weighted_sum(x, scores, lse, rstd, over_samples=False), scores, lse, rstd
@@ -413,51 +422,8 @@ def _share_out(device: torch.device, others: int, blocks: int) -> tuple[int, int
     return per_program, triton.cdiv(blocks, per_program)
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    folded: Tensor,
-    pooled: Tensor,
-    scores: Tensor,
-    lse: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of its products with the folded queries, du (B, H, N)."""
-    batch, length, _ = x.shape
-    grad_x, grad_products = torch.empty_like(x), torch.empty_like(scores)
-    if batch == 0:
-        return grad_x, grad_products
-    constants = _constants(x, folded.shape[0], backward_tiling)
-    blocks, number = _blocks(length), _num_parts(x)
-    delta = torch.linalg.vecdot(grad, pooled)
-    with torch.cuda.device_of(x):
-        tokens_backward_kernel[(batch * blocks * (PAD // constants["ROWS"]),)](
-            _parts(grad, number),
-            x,
-            _parts(folded, number),
-            scores,
-            lse,
-            delta,
-            rstd,
-            grad_x,
-            grad_products,
-            length,
-            blocks,
-            batch,
-            **constants,
-        )
-    return grad_x, grad_products
-
-
-@fused_op("apt::query_pooling")
-def query_pooling_op(
-    x: Tensor, folded: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward(x.contiguous(), folded, eps)
-
-
-@query_pooling_op.register_fake
-def _(x, folded, eps):
+def _fake(inputs: Pooling) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, folded, _ = inputs
     batch, heads = x.shape[0], folded.shape[0]
     padded = _blocks(x.shape[1]) * PAD
     return (
@@ -468,54 +434,91 @@ def _(x, folded, eps):
     )
 
 
-@fused_op("apt::query_pooling_backward")
-def query_pooling_backward_op(
-    grad: Tensor,
-    x: Tensor,
-    folded: Tensor,
-    pooled: Tensor,
-    scores: Tensor,
-    lse: Tensor,
-    rstd: Tensor,
-    folded_grad: bool,
-) -> tuple[Tensor, Tensor]:
+class PoolingBackward(NamedTuple):
+    """What the backward pass takes: what went in and what came out."""
+
+    grad: Tensor
+    x: Tensor
+    folded: Tensor
+    pooled: Tensor
+    scores: Tensor
+    lse: Tensor
+    rstd: Tensor
+    folded_grad: bool
+
+
+def _launch_backward(x: Tensor, inputs: PoolingBackward) -> tuple[Tensor, Tensor]:
+    """Gradients of x, contiguous, and of its products with the folded queries, du (B, H, N)."""
+    batch, length, _ = x.shape
+    grad_x, grad_products = torch.empty_like(x), torch.empty_like(inputs.scores)
+    if batch == 0:
+        return grad_x, grad_products
+    constants = _constants(x, inputs.folded.shape[0], backward_tiling)
+    blocks, number = _blocks(length), _num_parts(x)
+    grad = inputs.grad.contiguous()
+    delta = torch.linalg.vecdot(grad, inputs.pooled)
+    with torch.cuda.device_of(x):
+        tokens_backward_kernel[(batch * blocks * (PAD // constants["ROWS"]),)](
+            _parts(grad, number),
+            x,
+            _parts(inputs.folded, number),
+            inputs.scores,
+            inputs.lse,
+            delta,
+            inputs.rstd,
+            grad_x,
+            grad_products,
+            length,
+            blocks,
+            batch,
+            **constants,
+        )
+    return grad_x, grad_products
+
+
+def _backward(inputs: PoolingBackward) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the folded queries; (0,) for the latter if nobody wants it."""
-    x = x.contiguous()
-    grad_x, grad_products = _backward(grad.contiguous(), x, folded, pooled, scores, lse, rstd)
-    if not folded_grad:
-        return grad_x, folded.new_empty(0)
+    x, rstd = inputs.x.contiguous(), inputs.rstd
+    grad_x, grad_products = _launch_backward(x, inputs)
+    if not inputs.folded_grad:
+        return grad_x, inputs.folded.new_empty(0)
     of_folded = _weighted_sum(x, grad_products, None, None, over_samples=True)
     # Gradients of scores add up to 0, but for the rounding of delta and dp. What is left would
     # enter with the weights of the whole sum, and the true gradient may be far smaller.
     per_token = rstd.reciprocal().masked_fill(rstd == 0, 0.0)  # padding
     rest = torch.einsum("bhn,bn->bh", grad_products, per_token)
-    return grad_x, of_folded - torch.einsum("bh,bhd->hd", rest, pooled)
+    return grad_x, of_folded - torch.einsum("bh,bhd->hd", rest, inputs.pooled)
 
 
-@query_pooling_backward_op.register_fake
-def _(grad, x, folded, pooled, scores, lse, rstd, folded_grad):
-    return x.new_empty(x.shape), folded.new_empty(folded.shape if folded_grad else 0)
+def _fake_backward(inputs: PoolingBackward) -> tuple[Tensor, Tensor]:
+    x, folded = inputs.x, inputs.folded
+    return x.new_empty(x.shape), folded.new_empty(folded.shape if inputs.folded_grad else 0)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, folded, _ = inputs
-    ctx.save_for_backward(x, folded, *output)
+query_pooling_backward_op = backward_op(
+    "apt::query_pooling_backward", _backward, fake=_fake_backward, ops="query_pooling"
+)
+
+
+def _save(ctx: Any, inputs: Pooling, output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(inputs.x, inputs.folded, *output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor | None, None]:
     wanted = ctx.needs_input_grad[1]
-    of_x, of_folded = query_pooling_backward_op(grad, *ctx.saved_tensors, wanted)
+    inputs = PoolingBackward._make((grad, *ctx.saved_tensors, wanted))
+    of_x, of_folded = query_pooling_backward_op(inputs)
     return of_x, of_folded if wanted else None, None
 
 
-query_pooling_op.register_autograd(_gradients, setup_context=_save)
-query_pooling_backward_op.register_autograd(
-    no_double_backward("query_pooling"), setup_context=save_nothing
+query_pooling_op = FusedOp(
+    "apt::query_pooling", _forward, fake=_fake, save=_save, gradient=_gradients
 )
 
 
-def pool(x: Tensor, folded: Tensor, eps: float) -> Tensor:
-    """The op, without checks: x (B, L, D), folded (H, D) fp32; pooled (B, H, D) fp32."""
-    return query_pooling_op(x, folded, eps)[0]
+def pool(inputs: Pooling) -> Tensor:
+    """The op, without checks: pooled (B, H, D) fp32."""
+    pooled: Tensor = query_pooling_op(inputs)[0]
+    return pooled

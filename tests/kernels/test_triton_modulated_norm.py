@@ -15,7 +15,8 @@ from apt.kernels import kernel_backend, modulated_norm, residual_modulated_norm
 from apt.kernels.backends import interpreted
 
 pytest.importorskip("triton")
-from apt.kernels._triton import norms
+from apt.kernels._triton import modulated_norm as fused
+from apt.kernels._triton.residual_modulated_norm import residual_modulated_norm_op
 from apt.kernels._triton.segment_sum import segment_sum
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -294,15 +295,13 @@ def test_the_ops_keep_the_rules_of_torch_library(modulation):
     x, update, gate, scale, shift, weight, bias = (
         inputs[n] for n in ("x", "update", "gate", "scale", "shift", "weight", "bias")
     )
-    common = (weight, bias, rows, 1e-6, True)
-    torch.library.opcheck(norms.modulated_norm_op.overload, (x, scale, shift, *common))
-    torch.library.opcheck(
-        norms.residual_modulated_norm_op.overload, (x, update, gate, scale, shift, *common)
-    )
+    norm = (x, scale, shift, weight, bias, rows, 1e-6, True)
+    torch.library.opcheck(fused.modulated_norm_op.overload, norm)
+    torch.library.opcheck(residual_modulated_norm_op.overload, (*norm, update, gate))
     stats = torch.ones(2, 6, device=DEVICE)
     values = (x, x, x, update, gate, scale, weight, bias, rows, stats, True)
     torch.library.opcheck(
-        norms.backward_op.overload,
+        fused.modulated_norm_backward_op.overload,
         (*(v.detach() if isinstance(v, Tensor) else v for v in values), True),
     )
 

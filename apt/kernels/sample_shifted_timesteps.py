@@ -15,7 +15,9 @@ from torch import Tensor
 from apt import philox
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
-from apt.kernels.draws import check_draw, philox_key
+from apt.kernels.draws import key_of
+from apt.kernels.fused_op import FusedOp
+from apt.kernels.signatures import ShiftedTimesteps
 from apt.rng import Draw
 
 
@@ -43,43 +45,27 @@ def sample_shifted_timesteps(
         raise InputError(f"{op}: num must be at least 0, got {num}")
     if not 0 < shift < math.inf:
         raise InputError(f"{op}: shift must be above 0 and finite, got {shift}")
-    check_draw(op, draw, num)
+    key = key_of(op, draw, num)
     where = torch.get_default_device() if draw.device is None else torch.device(draw.device)
     chosen = resolve_backend(op, backend, [torch.empty(0, device=where)])
-    return timesteps_op(num, shift, draw.seed, draw.step, draw.offset, draw.stream, chosen, where)
+    found: Tensor = timesteps_op(ShiftedTimesteps(num, shift, key, chosen, where))
+    return found
 
 
-# The reference is in an op as well: a compiler that saw into it would fuse its roundings.
-@torch.library.custom_op("apt::sample_shifted_timesteps", mutates_args=())
-def timesteps_op(
-    num: int,
-    shift: float,
-    seed: int,
-    step: int,
-    offset: int,
-    stream: str,
-    backend: str,
-    device: torch.device,
-) -> Tensor:
-    key = philox_key(seed, step, stream)
-    if backend == "triton":
-        from apt.kernels._triton import sampling
+def _compute(inputs: ShiftedTimesteps) -> Tensor:
+    if inputs.backend == "triton":
+        from apt.kernels._triton import sample_shifted_timesteps as fused
 
-        return sampling.shifted_timesteps(key, num, first=offset, shift=shift, device=device)
-    u = philox.uniform(key, num, first=offset, device=device)
+        return fused.shifted_timesteps(inputs)
+    key, shift = inputs.key, inputs.shift
+    u = philox.uniform(key.number, inputs.num, first=key.offset, device=inputs.device)
     # Rounded to fp32, the quotient can be the number after 1.
     return (u * shift).div_((u * (shift - 1)).add_(1)).clamp_(max=1)
 
 
-@timesteps_op.register_fake
-def _(
-    num: int,
-    shift: float,
-    seed: int,
-    step: int,
-    offset: int,
-    stream: str,
-    backend: str,
-    device: torch.device,
-) -> Tensor:
-    return torch.empty(num, dtype=torch.float32, device=device)
+def _fake(inputs: ShiftedTimesteps) -> Tensor:
+    return torch.empty(inputs.num, dtype=torch.float32, device=inputs.device)
+
+
+# The reference is in the op as well: a compiler that saw into it would fuse its roundings.
+timesteps_op = FusedOp("apt::sample_shifted_timesteps", _compute, fake=_fake)

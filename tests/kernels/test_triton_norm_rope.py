@@ -23,7 +23,8 @@ from apt.kernels.backends import interpreted
 from apt.models.mmdit import MMDiTConfig
 
 pytest.importorskip("triton")
-from apt.kernels._triton import qk_norm_rope as fused
+from apt.kernels._triton import joint_qk_norm_rope as joint_fused
+from apt.kernels._triton import norm_rope as fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -342,19 +343,24 @@ def test_the_ops_keep_the_rules_of_torch_library():
     tables = [[inputs["cos"], absent], [inputs["sin"], absent]]
     options = (1e-6, False, False)
     given_ = (qkvs, q_weights, k_weights, *tables)
-    torch.library.opcheck(fused.joint_op.overload, (*given_, *options))
+    torch.library.opcheck(joint_fused.joint_qk_norm_rope_op.overload, (*given_, *options))
     detached = [[value.detach() for value in values] for values in given_]
     grads = [torch.randn(2, n, 3, 8, device=DEVICE) for n in (4, 7, 7)]
-    torch.library.opcheck(fused.joint_backward_op.overload, (*grads, *detached, *options, True))
+    torch.library.opcheck(
+        joint_fused.joint_qk_norm_rope_backward_op.overload, (*grads, *detached, *options, True)
+    )
     pair = [qkvs[0][:, :, 0], qkvs[0][:, :, 1]]
     weights = [q_weights[0], k_weights[0]]
     table = (inputs["cos"], inputs["sin"])
-    torch.library.opcheck(fused.norm_rope_op.overload, (pair, weights, *table, *options))
+    torch.library.opcheck(fused.norm_rope_op.overload, (*pair, *weights, *table, *options))
     grads = [torch.randn(2, 4, 3, 8, device=DEVICE) for _ in range(2)]
-    pair, weights = ([value.detach() for value in values] for values in (pair, weights))
-    torch.library.opcheck(
-        fused.norm_rope_backward_op.overload, (grads, pair, weights, *table, *options, True)
-    )
+    values = [value.detach() for value in (*pair, *weights, *table)]
+    torch.library.opcheck(fused.norm_rope_backward_op.overload, (grads, *values, *options, True))
+    # One tensor without weight or rotation
+    alone = (pair[0], *[None] * 5)
+    torch.library.opcheck(fused.norm_rope_op.overload, (*alone, *options))
+    alone = (pair[0].detach(), *[None] * 5)
+    torch.library.opcheck(fused.norm_rope_backward_op.overload, (grads[:1], *alone, *options, True))
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
+from apt.kernels.signatures import NormRope, RopeOptions
 
 Layout = Literal["interleaved", "half"]
 
@@ -60,17 +61,11 @@ def norm_rope(
         InputError: shapes that do not fit, an unknown layout or backend, a backend that cannot run.
     """
     op = "norm_rope"
-    check_layout(op, layout)
+    options = RopeOptions(eps, across_heads, is_half(op, layout))
     check_heads(op, "x", x)
     check_weight(op, "weight", weight, x, across_heads)
     check_table(op, cos, sin, x)
-    tensors = (x, weight, cos, sin)
-    if resolve_backend(op, backend, tensors, why_not_triton(x, across_heads)) == "triton":
-        from apt.kernels._triton import qk_norm_rope as fused
-
-        half = layout == "half"
-        return fused.norm_rope([x], [weight], cos, sin, eps, across_heads, half)[0]
-    return norm_rope_reference(x, weight, cos, sin, eps, across_heads, layout)
+    return _norm_rope(op, NormRope(x, None, weight, None, cos, sin, options), backend)[0]
 
 
 def qk_norm_rope(
@@ -101,7 +96,7 @@ def qk_norm_rope(
         InputError: shapes that do not fit, an unknown layout or backend, a backend that cannot run.
     """
     op = "qk_norm_rope"
-    check_layout(op, layout)
+    options = RopeOptions(eps, across_heads, is_half(op, layout))
     check_heads(op, "q", q)
     check_heads(op, "k", k)
     if (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
@@ -117,40 +112,38 @@ def qk_norm_rope(
     check_weight(op, "q_weight", q_weight, q, across_heads)
     check_weight(op, "k_weight", k_weight, k, across_heads)
     check_table(op, cos, sin, q)
-    tensors = (q, k, q_weight, k_weight, cos, sin)
-    limit = why_not_triton(q, across_heads) or why_not_triton(k, across_heads)
-    if resolve_backend(op, backend, tensors, limit) == "triton":
-        from apt.kernels._triton import qk_norm_rope as fused
+    q, k = _norm_rope(op, NormRope(q, k, q_weight, k_weight, cos, sin, options), backend)
+    return q, k
 
-        half = layout == "half"
-        q, k = fused.norm_rope([q, k], [q_weight, k_weight], cos, sin, eps, across_heads, half)
-        return q, k
-    return (
-        norm_rope_reference(q, q_weight, cos, sin, eps, across_heads, layout),
-        norm_rope_reference(k, k_weight, cos, sin, eps, across_heads, layout),
-    )
+
+def _norm_rope(op: str, inputs: NormRope, backend: str | None) -> list[Tensor]:
+    """q, and k if there is one."""
+    q, k, q_weight, k_weight, cos, sin, options = inputs
+    limit = why_not_triton(q, options.across_heads)
+    if k is not None:
+        limit = limit or why_not_triton(k, options.across_heads)
+    if resolve_backend(op, backend, inputs[:6], limit) == "triton":
+        from apt.kernels._triton import norm_rope as fused
+
+        return fused.norm_rope(inputs)
+    parts = [(q, q_weight)] if k is None else [(q, q_weight), (k, k_weight)]
+    return [norm_rope_reference(x, weight, cos, sin, options) for x, weight in parts]
 
 
 def norm_rope_reference(
-    x: Tensor,
-    weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    across_heads: bool,
-    layout: Layout,
+    x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, options: RopeOptions
 ) -> Tensor:
-    """The op in torch, without checks."""
+    """The op in torch for one tensor, without checks."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = None if weight is None else weight.to(dtype)
-    if across_heads:
+    if options.across_heads:
         wide = x.to(dtype).flatten(2)
-        y = F.rms_norm(wide, wide.shape[-1:], weight, eps).unflatten(2, x.shape[2:])
+        y = F.rms_norm(wide, wide.shape[-1:], weight, options.eps).unflatten(2, x.shape[2:])
     else:
-        y = F.rms_norm(x.to(dtype), x.shape[-1:], weight, eps)
+        y = F.rms_norm(x.to(dtype), x.shape[-1:], weight, options.eps)
     if cos is None or sin is None:
         return y.to(x.dtype)
-    rotate = _rotate if layout == "interleaved" else _rotate_halves
+    rotate = _rotate_halves if options.half else _rotate
     return rotate(y, cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)).to(x.dtype)
 
 
@@ -169,10 +162,11 @@ def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def check_layout(op: str, layout: str) -> None:
-    """Raise InputError unless the layout exists."""
+def is_half(op: str, layout: str) -> bool:
+    """Whether a layout is "half"; raises InputError for one that does not exist."""
     if layout not in ("interleaved", "half"):
         raise InputError(f"{op}: layout must be 'interleaved' or 'half', got {layout!r}")
+    return layout == "half"
 
 
 def check_heads(op: str, name: str, x: Tensor) -> None:

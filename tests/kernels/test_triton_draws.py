@@ -22,9 +22,9 @@ from apt import philox
 from apt.errors import InputError
 from apt.kernels import kernel_backend, perturbed_batch, sample_shifted_timesteps
 from apt.kernels.backends import interpreted
-from apt.kernels.draws import philox_key
+from apt.kernels.draws import PhiloxKey
 from apt.kernels.perturbed_batch import perturbed_batch_op
-from apt.kernels.timesteps import timesteps_op
+from apt.kernels.sample_shifted_timesteps import timesteps_op
 from apt.rng import Draw
 
 pytest.importorskip("triton")
@@ -200,11 +200,12 @@ def test_checkpointing_makes_the_same_noise_again(backend):
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_the_ops_keep_the_rules_of_torch_library(backend):
     key = (3, 5, 7, "noise", backend)
-    torch.library.opcheck(timesteps_op, (5, 12.0, *key, torch.device(DEVICE)))
+    torch.library.opcheck(timesteps_op.overload, (5, 12.0, *key, torch.device(DEVICE)))
     real, fake = torch.randn(2, 3, 2, 5, device=DEVICE).unbind()
     for x_real, x_fake in ((real, fake), (real.clone().requires_grad_(), fake.requires_grad_())):
         for num_perturbed in (0, 2, 3):
-            torch.library.opcheck(perturbed_batch_op, (x_real, x_fake, 0.1, num_perturbed, *key))
+            values = (x_real, x_fake, 0.1, num_perturbed, *key)
+            torch.library.opcheck(perturbed_batch_op.overload, values)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -259,11 +260,12 @@ COMPILE = """
 import re
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from apt.kernels._triton import sampling as s
+from apt.kernels._triton.perturbed_batch import GROUPS, perturb_kernel
+from apt.kernels._triton.sample_shifted_timesteps import TIMESTEPS, timesteps_kernel
 
 kernels = {
-    s.timesteps_kernel: ["*fp32", "i64", "i64", "i32", "fp32", "fp32", s.TIMESTEPS],
-    s.perturb_kernel: ["*bf16"] * 3 + ["i64", "i64", "fp32"] + ["i32"] * 4 + [s.GROUPS],
+    timesteps_kernel: ["*fp32", "i64", "i64", "i32", "fp32", "fp32", TIMESTEPS],
+    perturb_kernel: ["*bf16"] * 3 + ["i64", "i64", "fp32"] + ["i32"] * 4 + [GROUPS],
 }
 for kernel, kinds in kernels.items():
     names = kernel.arg_names
@@ -297,7 +299,7 @@ def test_more_than_2_to_the_31_elements():
     assert batch[0].count_nonzero() == 0
     groups = torch.arange(size // 4 - 256, size // 4)
     zero = torch.zeros((), dtype=torch.int64)
-    words = philox.philox((groups, zero, zero, zero), philox_key(3, 5, "noise"))
+    words = philox.philox((groups, zero, zero, zero), PhiloxKey(3, 5, 0, "noise").number)
     expected = philox.to_normal(torch.stack(words, dim=1).flatten()).half()
     last = batch[1, 4 * (size // 4 - 256) : 4 * (size // 4)].cpu()
     assert torch.equal(last, expected)

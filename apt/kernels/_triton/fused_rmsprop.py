@@ -23,6 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from apt.kernels.fused_op import LibraryOp
+from apt.kernels.signatures import RMSpropStep
+
 CHUNK = 2**15
 BLOCK = 1024
 TRITON_TYPES = {
@@ -128,21 +131,10 @@ def kinds(*columns: list[Tensor]) -> dict[Kind, list[int]]:
     return found
 
 
-@torch.library.custom_op("apt::rmsprop", mutates_args=("params", "square_avgs", "averages"))
-def rmsprop_op(
-    params: list[Tensor],
-    grads: list[Tensor],
-    square_avgs: list[Tensor],
-    averages: list[Tensor],
-    lr: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    ema_decay: float,
-) -> None:
-    """One step, in place. Contiguous tensors; fp32 square_avgs; fp32 averages, or none at all."""
-    grads = [grad.contiguous() for grad in grads]
-    columns = [params, grads, square_avgs, *([averages] if averages else [])]
+def _step(inputs: RMSpropStep) -> None:
+    params, averages, options = inputs.params, inputs.averages, inputs.options
+    grads = [grad.contiguous() for grad in inputs.grads]
+    columns = [params, grads, inputs.square_avgs, *([averages] if averages else [])]
     for kind, indices in kinds(*columns).items():
         sizes = tuple(params[i].numel() for i in indices)
         device = params[indices[0]].device
@@ -156,12 +148,12 @@ def rmsprop_op(
             rmsprop_kernel[(tensors.shape[0],)](
                 table.to(device, non_blocking=True),
                 tensors,
-                lr,
-                alpha,
-                1.0 - alpha,
-                eps,
-                weight_decay,
-                1.0 - ema_decay,
+                options.lr,
+                options.alpha,
+                1.0 - options.alpha,
+                options.eps,
+                options.weight_decay,
+                1.0 - inputs.ema_decay,
                 PARAM=TRITON_TYPES[kind.param],
                 GRAD=TRITON_TYPES[kind.grad],
                 EMA=bool(averages),
@@ -181,6 +173,9 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[list[int], Te
     return (counts.cumsum(0) - counts).tolist(), tensors.to(device)
 
 
-@rmsprop_op.register_fake
-def _(params, grads, square_avgs, averages, lr, alpha, eps, weight_decay, ema_decay):
-    return None
+fused_rmsprop_op = LibraryOp(
+    "apt::fused_rmsprop",
+    _step,
+    fake=lambda inputs: None,
+    mutates_args=("params", "square_avgs", "averages"),
+)
