@@ -1,8 +1,9 @@
 """One step against twenty-five, with the models that come with the package: `make demo`.
 
-Generates the same prompts from the same noise in one step, in two steps, and with the diffusion
-model that the one-step model was made from; writes videos, a contact sheet and a page that plays
-them side by side; prints the median time per video of each sampler.
+Generates the same prompts from the same noise with the consistency model in one step, after
+adversarial post-training in one step and in two, and with the diffusion model that both were made
+from; writes videos, a contact sheet and a page that plays them side by side; prints the median time
+per video of each sampler. `--picture FILE.webp` writes one moving picture of them too.
 """
 
 from __future__ import annotations
@@ -20,8 +21,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from apt.checkpoints.source import list_pretrained
 from apt.errors import InputError
-from apt.media import SamplerColumn, write_contact_sheet, write_html, write_mp4
+from apt.media import (
+    SamplerColumn,
+    moving_sheet,
+    write_contact_sheet,
+    write_html,
+    write_media,
+    write_mp4,
+)
 from apt.media.page import format_ratio, format_seconds
 from apt.pipeline import OneStepPipeline
 
@@ -33,7 +42,9 @@ PROMPTS = (
     "a magenta two moving left",
     "a white eight moving right",
 )
+CONSISTENCY = "digits-consistency" if "digits-consistency" in list_pretrained() else ""
 SEED = 0
+SCALE = 6
 ROUNDS = 3
 """How often every prompt is generated; the medians have that many values for each."""
 
@@ -46,6 +57,7 @@ class Run:
     name: str
     detail: str
     num_steps: int
+    folder: str
     videos: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -76,7 +88,7 @@ def write_results(runs: list[Run], folder: Path, fps: float) -> None:
     columns = []
     for run in runs:
         files = [
-            write_mp4(folder / _slug(run.name) / f"{_slug(prompt)}.mp4", video, fps=fps)
+            write_mp4(folder / run.folder / f"{_slug(prompt)}.mp4", video, fps=fps, scale=SCALE)
             for prompt, video in zip(PROMPTS, run.videos, strict=True)
         ]
         columns.append(
@@ -101,6 +113,18 @@ def write_results(runs: list[Run], folder: Path, fps: float) -> None:
     )
 
 
+def write_picture(runs: list[Run], file: Path, fps: float) -> None:
+    """Write one moving picture: prompts beside each other, many steps above one."""
+    shown = [runs[-1], *(run for run in runs[:-1] if run.num_steps == 1)]
+    frames = moving_sheet(
+        [[run.videos[column] for column in range(len(PROMPTS))] for run in shown],
+        rows=[f"{run.name}, {run.detail}" for run in shown],
+        columns=PROMPTS,
+        scale=4,
+    )
+    write_media(file, frames, fps=fps, scale=1)
+
+
 def print_results(runs: list[Run], folder: Path, console: Console) -> None:
     """Say how long each sampler took, and where the files are."""
     slowest = max(run.median for run in runs)
@@ -119,7 +143,7 @@ def print_results(runs: list[Run], folder: Path, console: Console) -> None:
     for path in (folder / "index.html", folder / "contact_sheet.png"):
         console.print(f"  {path}", highlight=False, soft_wrap=True)
     for run in runs:
-        console.print(f"  {folder / _slug(run.name)}/*.mp4", highlight=False, soft_wrap=True)
+        console.print(f"  {folder / run.folder}/*.mp4", highlight=False, soft_wrap=True)
 
 
 def main() -> int:
@@ -128,19 +152,29 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
     parser.add_argument("--model", default="digits", help="the one-step model")
     parser.add_argument("--diffusion", default="digits-diffusion", help="the many-step model")
+    parser.add_argument(
+        "--consistency", default=CONSISTENCY, help="the model before adversarial training"
+    )
+    parser.add_argument("--picture", type=Path, help="also write this .webp or .gif")
     args = parser.parse_args()
     try:
         one_step = OneStepPipeline.from_pretrained(args.model, device="cpu")
         diffusion = OneStepPipeline.from_pretrained(args.diffusion, device="cpu")
         sampling = diffusion.info.sampling
-        detail = f"diffusion, guidance {sampling.cfg_scale:g}"
+        guidance, steps = f"diffusion, guidance {sampling.cfg_scale:g}", sampling.num_steps
         runs = [
-            Run(one_step, "1 step", "adversarial post-training", 1),
-            Run(one_step, "2 steps", "adversarial post-training", 2),
-            Run(diffusion, f"{sampling.num_steps} steps", detail, sampling.num_steps),
+            Run(one_step, "1 step", "adversarial post-training", 1, "apt_1_step"),
+            Run(one_step, "2 steps", "adversarial post-training", 2, "apt_2_steps"),
+            Run(diffusion, f"{steps} steps", guidance, steps, f"diffusion_{steps}_steps"),
         ]
+        if args.consistency:
+            before = OneStepPipeline.from_pretrained(args.consistency, device="cpu")
+            runs.insert(0, Run(before, "1 step", "consistency", 1, "consistency_1_step"))
         generate(runs)
-        write_results(runs, args.out, one_step.info.sample.fps)
+        fps = one_step.info.sample.fps
+        write_results(runs, args.out, fps)
+        if args.picture:
+            write_picture(runs, args.picture, fps)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from apt.checkpoints.find import find_codec
+from apt.checkpoints.info import CODEC_FILE
 from apt.checkpoints.source import list_pretrained, locate
 from apt.pipeline import OneStepPipeline
 
@@ -14,13 +16,27 @@ SHIPPED: dict[str, tuple[str, int]] = {
 }
 
 
-def test_both_models_are_there() -> None:
-    assert list_pretrained() == sorted(SHIPPED)
+CODECS = [name for name in list_pretrained() if name.endswith("-codec")]
+
+
+def test_all_models_are_there_and_small() -> None:
+    assert list_pretrained() == sorted([*SHIPPED, *CODECS])
+    folders = [locate(name).folder for name in list_pretrained()]
+    sizes = [file.stat().st_size for folder in folders for file in folder.iterdir()]
+    assert max(sizes) <= 16 * 2**20 and sum(sizes) <= 32 * 2**20
+
+
+def test_models_were_made_in_the_latents_of_the_codec_that_they_share() -> None:
+    for codec in CODECS:
+        shared = find_codec(codec)[1]
+        family = [name for name in SHIPPED if name.startswith(codec.removesuffix("-codec"))]
+        for name in family:
+            assert not (locate(name).folder / CODEC_FILE).exists(), "it would lie there twice"
+            assert find_codec(name)[1].config == shared.config
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_model_is_small_and_says_where_it_is_from(name: str) -> None:
-    assert sum(file.stat().st_size for file in locate(name).folder.iterdir()) <= 16 * 2**20
+def test_a_shipped_model_says_where_it_is_from(name: str) -> None:
     info = OneStepPipeline.from_pretrained(name, device="cpu").info
     assert (info.stage, info.sampling.num_steps) == SHIPPED[name]
     assert {"recipe", "seed", "updates"} <= info.training.keys()

@@ -33,12 +33,15 @@ def test_demo_writes_all_it_names(
     save_bundle(tmp_path / "apt", tiny_bundle())
     sampling = SamplingInfo(num_steps=3, cfg_scale=2.0)
     save_bundle(tmp_path / "diffusion", tiny_bundle("diffusion", sampling))
-    out = tmp_path / "demo"
-    models = ("--model", str(tmp_path / "apt"), "--diffusion", str(tmp_path / "diffusion"))
-    assert run_demo(monkeypatch, "--out", str(out), *models) == 0
+    save_bundle(tmp_path / "consistency", tiny_bundle("consistency"))
+    out, picture = tmp_path / "demo", tmp_path / "demo.webp"
+    names = {"model": "apt", "diffusion": "diffusion", "consistency": "consistency"}
+    models = [part for name, run in names.items() for part in (f"--{name}", str(tmp_path / run))]
+    assert run_demo(monkeypatch, "--out", str(out), "--picture", str(picture), *models) == 0
 
     prompts = runpy.run_path(str(DEMO))["PROMPTS"]
-    for sampler in ("1_step", "2_steps", "3_steps"):
+    samplers = ("consistency_1_step", "apt_1_step", "apt_2_steps", "diffusion_3_steps")
+    for sampler in samplers:
         videos = sorted((out / sampler).iterdir())
         assert [video.stem.replace("_", " ") for video in videos] == sorted(prompts)
         with av.open(str(videos[0])) as container:
@@ -46,7 +49,10 @@ def test_demo_writes_all_it_names(
     with Image.open(out / "contact_sheet.png") as sheet:
         assert sheet.width > sheet.height > 400
     page = (out / "index.html").read_text(encoding="utf-8")
-    assert page.count("<video") == 3 * len(prompts)
+    assert page.count("<video") == 4 * len(prompts)
+    with Image.open(picture) as moving:
+        assert moving.n_frames == 9
+        assert moving.width > moving.height > 3 * 4 * 32
     printed = capsys.readouterr().out
     for text in ("1 step", "2 steps", "3 steps", "median", "ratio", "1.0×", str(out)):
         assert text in printed

@@ -24,6 +24,7 @@ from apt.media import (
     check_settings,
     contact_sheet,
     enlarge,
+    moving_sheet,
     write_contact_sheet,
     write_gif,
     write_html,
@@ -260,19 +261,35 @@ def test_page_is_whole_and_safe(tmp_path: Path) -> None:
     ).read_text(encoding="utf-8")
     videos = re.findall(r'<video ([^>]*) src="data:video/mp4;base64,([^"]+)">', page)
     assert len(videos) == 4
-    assert all(
-        word in flags
-        for flags, _ in videos
-        for word in ("autoplay", "loop", "muted", "playsinline")
-    )
+    assert all(word in flags for flags, _ in videos for word in ("muted", "playsinline"))
     assert not re.search(r'(src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
-    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "http" not in page and "url(" not in page
+    assert page.count("<script") == 1 and "&lt;script&gt;" in page
+    assert "prefers-reduced-motion" in page and page.count("<button") == 1
     assert "A &amp; B" in page and "On 2 &lt; 3 cores" in page
     assert "50× faster" in page and "20 ms" in page and "1 s per video · reference" in page
     # Row by row: the second video is the second sampler's of the first prompt.
     import base64
 
     assert base64.b64decode(videos[1][1]) == columns[1].files[0].read_bytes()
+
+
+def test_a_page_of_pictures_has_nothing_to_hold(tmp_path: Path) -> None:
+    file = write_webp(tmp_path / "a.webp", moving_square(1), fps=8)
+    column = SamplerColumn(name="1 step", detail="", seconds=1, files=[file])
+    page = write_html(tmp_path / "a.html", title="", prompts=["a"], columns=[column]).read_text()
+    assert page.count("<img") == 1 and "<button" not in page and "<script" not in page
+
+
+def test_a_moving_sheet_is_the_sheet_of_each_frame() -> None:
+    cells = [[moving_square(3), 255 - moving_square(3)]]
+    names = {"rows": ["x"], "columns": ["y", "z"]}
+    frames = moving_sheet(cells, **names, scale=2)
+    assert len(frames) == len(cells[0][0])
+    for t, frame in enumerate(frames):
+        still = contact_sheet([[cell[t : t + 1] for cell in cells[0]]], **names, scale=2)
+        assert np.array_equal(frame, np.asarray(still))
+    assert (frames[0] != frames[1]).any()
 
 
 def test_page_refuses_what_it_cannot_show(tmp_path: Path) -> None:

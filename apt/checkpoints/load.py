@@ -175,7 +175,7 @@ def _load_codec(source: Source, part: ComponentInfo) -> LatentCodec:
             return config.build()
         module: LatentCodec = empty_module(config)
     source.fetch([part.weights])
-    load_weights(source.folder / part.weights, module)
+    load_weights(source.file(part.weights), module)
     return module.requires_grad_(False).eval()
 
 

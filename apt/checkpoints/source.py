@@ -57,6 +57,18 @@ class Source:
             # "*" also stands for "/" in these patterns, so "*.safetensors" would be all components.
             self.fetch(["*.json", f"{WEIGHTS_STEM}*.safetensors"])
 
+    def file(self, name: str) -> Path:
+        """Where a file of the model is.
+
+        Built-in models of one family ("digits", "digits-diffusion") share its codec, which lies in
+        the folder of the built-in "digits-codec" alone.
+        """
+        path = self.folder / name
+        if path.exists() or self.folder.parent != ASSETS:
+            return path
+        shared = ASSETS / f"{self.folder.name.partition('-')[0]}-codec" / name
+        return shared if shared.exists() else path
+
     @property
     def name(self) -> str:
         """What others can load it by: the repository, or the absolute path of the folder."""

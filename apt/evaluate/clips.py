@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apt.checkpoints.load import load_codec
 from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, Label, MovingDigits, Setting, Split
 from apt.evaluate.digits_classifier import real_clips
 from apt.evaluate.methods import Method
@@ -43,7 +44,7 @@ class CaptionSet:
     trained: tuple[Label, ...]
     heldout: tuple[Label, ...]
     samples_per_caption: int
-    setting: Setting = "centred"
+    setting: Setting = "free"
 
     @property
     def labels(self) -> list[Label]:
@@ -52,7 +53,7 @@ class CaptionSet:
 
 
 def caption_set(
-    seed: int, num_samples: int, samples_per_caption: int, setting: Setting = "centred"
+    seed: int, num_samples: int, samples_per_caption: int, setting: Setting = "free"
 ) -> CaptionSet:
     """Choose ``num_samples`` trained captions, drawn without repetition, and all held-out ones.
 
@@ -74,7 +75,7 @@ def caption_set(
 
 
 def real_for_captions(captions: CaptionSet, split: Split) -> Tensor:
-    """Real clips (N, 3, 9, 32, 32) of those captions, in the handwriting of ``split``.
+    """Real clips (N, 3, T, H, W) of those captions, in the handwriting of ``split``.
 
     The clips of different seeds, and those of the reference, are different.
     """
@@ -87,7 +88,7 @@ def real_for_captions(captions: CaptionSet, split: Split) -> Tensor:
     return torch.cat(clips)
 
 
-def real_reference(num: int, setting: Setting = "centred") -> Tensor:
+def real_reference(num: int, setting: Setting = "free") -> Tensor:
     """Real clips of held-out handwriting that every method is compared with."""
     return real_clips(MovingDigits(_REFERENCE_SEED, "test", setting=setting), range(num))[0]
 
@@ -107,12 +108,16 @@ def generate(
     cache: Path,
     advance: Callable[[int], None],
 ) -> Tensor:
-    """Clips (N, 3, 9, 32, 32) in [-1, 1], one per label of ``captions``, through the pipeline.
+    """Clips (N, 3, T, H, W) in [-1, 1], one per label of ``captions``, through the pipeline.
+
+    Without steps: real clips of held-out handwriting through the codec and back.
 
     Samples of many-step methods are kept in ``cache`` under a hash of the weights, the settings
     and the captions. ``advance`` is told the number of network evaluations that are done.
     """
     labels = captions.labels
+    if not method.num_steps:
+        return _reconstruct(folder, captions, batch_size, advance)
     key = _key(method, folder, captions, precision)
     kept = cache / f"{method.name}-{captions.seed}-{key}.npy"
     if kept.is_file():
@@ -143,6 +148,19 @@ def generate(
             np.save(stream, clips.numpy())
         partial.replace(kept)
     return _to_float(clips)
+
+
+def _reconstruct(
+    folder: Path, captions: CaptionSet, batch_size: int, advance: Callable[[int], None]
+) -> Tensor:
+    codec = load_codec(folder)
+    clips = []
+    for chunk in real_for_captions(captions, "test").split(batch_size):
+        with torch.no_grad():
+            decoded = codec.decode(codec.encode(chunk))
+        clips.append(to_uint8(decoded).float() / 127.5 - 1)
+        advance(len(chunk))
+    return torch.cat(clips)
 
 
 def to_frames(clip: Tensor) -> np.ndarray:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,21 +25,19 @@ from apt.data.digits import (
     COLOURS,
     DIGITS,
     DIRECTIONS,
-    FRAMES,
-    SIZE,
     Label,
     MovingDigits,
     Setting,
     Split,
+    clip_size,
 )
 from apt.errors import CheckpointError, ConfigError, InputError
+from apt.evaluate.digits_networks import NETWORKS, seen
 from apt.pixels import to_uint8
 from apt.rng import generator_for
 
+_SMOOTHING = {"adamw": 0.0, "sgd": 0.1}
 _WORDS = (tuple(DIGITS), tuple(COLOURS), tuple(DIRECTIONS))
-_FRAME_STRIDE = 4
-_GLIMPSE = 20
-_COARSE = 4
 _EVAL_BATCH = 64
 
 
@@ -47,9 +45,16 @@ _EVAL_BATCH = 64
 class ClassifierConfig:
     """How the classifier is built and trained; equal configs give equal classifiers.
 
-    `setting` is that of the moving digits which are judged.
+    Attributes:
+        network: "glimpse" or "frames" (`apt.evaluate.digits_networks`).
+        blur: standard deviation, in pixels of 32, of the blur that it sees clips through.
+        optimizer: "adamw", or "sgd" with momentum.
+        setting: of the moving digits that are judged.
     """
 
+    network: Literal["glimpse", "frames"] = "glimpse"
+    blur: float = 0.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     width: int = 24
     features: int = 64
     steps: int = 600
@@ -58,9 +63,11 @@ class ClassifierConfig:
     weight_decay: float = 0.05
     seed: int = 0
     test_clips: int = 2048
-    setting: Setting = "centred"
+    setting: Setting = "free"
 
     def __post_init__(self) -> None:
+        if self.blur < 0:
+            raise ConfigError(f"classifier.blur is {self.blur}; it must not be negative.")
         for field in ("width", "features", "steps", "batch_size", "test_clips"):
             if getattr(self, field) < 1:
                 raise ConfigError(
@@ -79,52 +86,26 @@ class Accuracy:
 
 
 class DigitsClassifier(nn.Module):
-    """A CNN looks closely at what moves, a small network at the whole clip in low resolution.
+    """A network over what a config lets it see, and a head for each word of a caption.
 
-    The digit is what moves, so in some frames the 20x20 square with the most motion is cut out and
-    read; where the squares lie, and how the rest moves, the low resolution tells. That learns from
-    a tenth of the clips that a network on whole frames needs.
-
-    Input: pixels (N, 3, 9, 32, 32) in [-1, 1].
+    Input: pixels (N, 3, T, H, W) in [-1, 1], of the setting's size.
     """
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
-        w = config.width
-        self.look = nn.Sequential(
-            _convolution(6, w),
-            _convolution(w, 2 * w, stride=2),
-            _convolution(2 * w, 3 * w),
-            _convolution(3 * w, 4 * w, stride=2),
-            nn.Flatten(),
-            nn.Linear(4 * w * (_GLIMPSE // 4) ** 2, 4 * w, bias=False),
-            nn.BatchNorm1d(4 * w),
-            nn.ReLU(),
-        )
-        self.place = nn.Linear(6 * (SIZE // _COARSE) ** 2, w)
-        self.join = nn.Sequential(
-            nn.Linear(4 * w + FRAMES * w, 2 * config.features),
-            nn.ReLU(),
-            nn.Linear(2 * config.features, config.features),
-            nn.ReLU(),
-        )
+        self.config = config
+        self.network = NETWORKS[config.network](config.width, config.features)
         self.heads = nn.ModuleList(nn.Linear(config.features, len(words)) for words in _WORDS)
 
     def features(self, pixels: Tensor) -> Tensor:
         """The last hidden layer (N, features)."""
-        if pixels.shape[1:] != (3, FRAMES, SIZE, SIZE):
+        frames, side, _ = clip_size(self.config.setting)
+        if pixels.shape[1:] != (3, frames, side, side):
             raise InputError(
                 f"clips have shape {tuple(pixels.shape)}; the digits classifier takes "
-                f"(N, 3, {FRAMES}, {SIZE}, {SIZE})."
+                f"(N, 3, {frames}, {side}, {side})."
             )
-        # The background keeps still, so what moves stands out against the median over time.
-        motion = pixels - pixels.median(dim=2, keepdim=True).values
-        both = torch.cat([pixels, motion], dim=1).transpose(1, 2)
-        squares = _glimpses(both[:, ::_FRAME_STRIDE])
-        what = self.look(squares.flatten(0, 1)).unflatten(0, squares.shape[:2]).mean(dim=1)
-        coarse = F.avg_pool2d(both.flatten(0, 1), _COARSE).unflatten(0, both.shape[:2])
-        where = self.place(coarse.flatten(2)).flatten(1)
-        features: Tensor = self.join(torch.cat([what, where], dim=1))
+        features: Tensor = self.network(seen(pixels, self.config.blur))
         return features
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
@@ -151,7 +132,7 @@ class Judgement:
 
 @torch.no_grad()
 def judge(classifier: DigitsClassifier, clips: Tensor) -> Judgement:
-    """Classify clips (N, 3, 9, 32, 32) in [-1, 1]."""
+    """Classify clips (N, 3, T, H, W) in [-1, 1]."""
     classifier.eval()
     features, words = [], []
     for chunk in clips.split(_EVAL_BATCH):
@@ -183,9 +164,7 @@ def train_classifier(config: ClassifierConfig) -> DigitsClassifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator_for(config.seed, "digits classifier").initial_seed())
         classifier = DigitsClassifier(config)
-    optimizer = torch.optim.AdamW(
-        classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    optimizer = _optimizer(classifier, config)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=config.learning_rate, total_steps=config.steps + 1, pct_start=0.15
     )
@@ -197,7 +176,7 @@ def train_classifier(config: ClassifierConfig) -> DigitsClassifier:
         first = step * config.batch_size
         clips, labels = real_clips(dataset, range(first, first + config.batch_size))
         losses = [
-            F.cross_entropy(logits, target)
+            F.cross_entropy(logits, target, label_smoothing=_SMOOTHING[config.optimizer])
             for logits, target in zip(classifier(clips), label_words(labels).T, strict=True)
         ]
         optimizer.zero_grad(set_to_none=True)
@@ -205,6 +184,15 @@ def train_classifier(config: ClassifierConfig) -> DigitsClassifier:
         optimizer.step()
         schedule.step()
     return classifier.eval()
+
+
+def _optimizer(classifier: DigitsClassifier, config: ClassifierConfig) -> torch.optim.Optimizer:
+    parameters, decay = classifier.parameters(), config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, config.learning_rate, momentum=0.9, nesterov=True, weight_decay=decay
+        )
+    return torch.optim.AdamW(parameters, config.learning_rate, weight_decay=decay)
 
 
 def load_classifier(
@@ -260,29 +248,3 @@ def _fingerprint(config: ClassifierConfig) -> str:
         dataset = MovingDigits(config.seed, split, setting=config.setting)
         digest.update(dataset.fingerprint.encode())
     return digest.hexdigest()[:16]
-
-
-def _glimpses(frames: Tensor) -> Tensor:
-    """The square with the most motion of each frame: (N, F, 6, H, W) to (N, F, 6, 16, 16).
-
-    Channels 3 to 5 are the motion.
-    """
-    energy = frames[:, :, 3:].square().mean(dim=2)
-    sums = F.avg_pool2d(energy, _GLIMPSE, stride=1)
-    best = sums.flatten(2).argmax(dim=2)
-    top, left = best // sums.shape[-1], best % sums.shape[-1]
-    side = torch.arange(_GLIMPSE)
-    n = torch.arange(frames.shape[0])[:, None, None, None]
-    f = torch.arange(frames.shape[1])[None, :, None, None]
-    y = (top[..., None] + side)[..., :, None]
-    x = (left[..., None] + side)[..., None, :]
-    # Indexing puts the channels last.
-    return frames[n, f, :, y, x].movedim(-1, 2)
-
-
-def _convolution(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    )

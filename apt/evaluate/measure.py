@@ -1,10 +1,10 @@
-"""All figures of a set of clips, and their mean and spread over seeds."""
+"""All figures of a set of clips, and their mean and spread over trials."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +23,17 @@ from apt.metrics import (
 )
 
 
+@dataclass(frozen=True)
+class SecondOpinion:
+    """What an independent judge makes of the same clips."""
+
+    frechet: float
+    accuracy: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The figures of one method at one seed.
+    """The figures of one method in one trial.
 
     Attributes:
         frechet: squared Fréchet distance to real clips in the classifier's features.
@@ -36,7 +44,8 @@ class Measurement:
         heldout_accuracy: all three right, on captions that were never trained on.
         within, across: mean distance between samples of one caption and of two captions, in
             pixels, divided by that of real clips of the same captions.
-        radial_power: power in dB at 1..16 cycles per frame, for the plot.
+        radial_power: power in dB at the frequencies of a frame, for the plot.
+        opinions: of the independent judges, by name.
     """
 
     frechet: float
@@ -51,17 +60,29 @@ class Measurement:
     within: float
     across: float
     radial_power: list[float]
+    opinions: dict[str, SecondOpinion]
+
+    def figure(self, name: str, judge: str | None = None) -> float:
+        """One figure by name, of an independent judge if one is named."""
+        return float(getattr(self if judge is None else self.opinions[judge], name))
 
 
-FIGURES = tuple(f.name for f in dataclasses.fields(Measurement) if f.name != "radial_power")
+FIGURES = tuple(
+    f.name for f in dataclasses.fields(Measurement) if f.name not in ("radial_power", "opinions")
+)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation (nan for a single value) over seeds."""
+    """Mean and sample standard deviation (nan for a single value) over trials."""
 
     mean: float
     std: float
+
+    @property
+    def known(self) -> float:
+        """The deviation, or 0 where a single value has none."""
+        return self.std if math.isfinite(self.std) else 0.0
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -73,21 +94,37 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def summarise(measurements: Sequence[Measurement]) -> dict[str, Spread]:
-    """Every figure over seeds."""
+    """Every figure over trials."""
     return {name: spread([getattr(m, name) for m in measurements]) for name in FIGURES}
 
 
 class Judge:
-    """Holds the classifier and the real clips; measures clips against them."""
+    """Holds the classifiers and the real clips; measures clips against them.
 
-    def __init__(self, classifier: DigitsClassifier, reference: Tensor) -> None:
+    Args:
+        classifier: the main judge.
+        reference: real clips.
+        others: independent judges by name, who say less.
+    """
+
+    def __init__(
+        self,
+        classifier: DigitsClassifier,
+        reference: Tensor,
+        others: Mapping[str, DigitsClassifier] | None = None,
+    ) -> None:
         self._classifier = classifier
+        self._others = dict(others or {})
         self._features = gaussian_statistics(judge(classifier, reference).features)
+        self._other_features = {
+            name: gaussian_statistics(judge(other, reference).features)
+            for name, other in self._others.items()
+        }
         self._patches = PatchFrechet(reference)
         self._spectrum = power_spectrum(reference)
 
     def measure(self, clips: Tensor, captions: CaptionSet, real: Diversity) -> Measurement:
-        """Measure clips (N, 3, 9, 32, 32) made for ``captions``.
+        """Measure clips (N, 3, T, H, W) made for ``captions``.
 
         Distances and diversity use the trained captions alone: those held out are too few, and
         the reference has none of them.
@@ -100,7 +137,7 @@ class Judge:
         right = of_trained.accuracy(list(captions.trained))
         spectrum = power_spectrum(trained)
         gap = spectrum_distance(spectrum, self._spectrum)
-        assert gap.temporal is not None, "digits have nine frames"
+        assert gap.temporal is not None, "digits have several frames"
         diversity = pixel_diversity(clips, captions).relative_to(real)
         return Measurement(
             frechet=frechet_distance(gaussian_statistics(of_trained.features), self._features),
@@ -115,6 +152,14 @@ class Judge:
             within=diversity.within,
             across=diversity.across,
             radial_power=spectrum.spatial.tolist(),
+            opinions={name: self._opinion(name, trained, captions) for name in self._others},
+        )
+
+    def _opinion(self, name: str, trained: Tensor, captions: CaptionSet) -> SecondOpinion:
+        judged = judge(self._others[name], trained)
+        return SecondOpinion(
+            frechet_distance(gaussian_statistics(judged.features), self._other_features[name]),
+            judged.accuracy(list(captions.trained)).all,
         )
 
 

@@ -1,8 +1,7 @@
-"""What is compared: samplers of the three main models, and the ablations."""
+"""What is compared: samplers of the main models, and the ablations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +10,7 @@ from apt.checkpoints.info import INFO_FILE, ModelInfo, read_info
 
 EXPORT, SNAPSHOTS, LOG = "export", "snapshots", "log.jsonl"
 
-Group = Literal["main", "ablation"]
+Group = Literal["main", "extra", "ablation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +21,9 @@ class Method:
         name: key in the results, and in the names of its pictures.
         label: what tables and plots call it.
         run: folder of its run under the root.
-        num_steps: sampler steps.
+        num_steps: sampler steps; 0 takes real clips through the model's codec and back.
         guided: use the guidance scale that the model was saved with; False is no guidance.
-        group: main methods need their run; an ablation may not have been run.
+        group: main methods need their run; others may not have been run.
         model: model folder inside the run.
     """
 
@@ -36,13 +35,13 @@ class Method:
     group: Group = "main"
     model: str = EXPORT
 
-    def folder(self, runs: Path) -> Path:
+    def folder(self, root: Path) -> Path:
         """The model folder."""
-        return runs / self.run / self.model
+        return root / self.run / self.model
 
-    def was_run(self, runs: Path) -> bool:
+    def was_run(self, root: Path) -> bool:
         """Whether the model is there."""
-        return (self.folder(runs) / INFO_FILE).is_file()
+        return (self.folder(root) / INFO_FILE).is_file()
 
     @property
     def evaluations(self) -> int:
@@ -50,6 +49,7 @@ class Method:
         return self.num_steps * (2 if self.guided else 1)
 
 
+CODEC = Method(name="codec", label="the codec's reconstruction", run="pretrain", num_steps=0)
 DIFFUSION_GUIDED = Method(
     name="diffusion_25_cfg",
     label="diffusion, 25 steps, CFG",
@@ -59,29 +59,40 @@ DIFFUSION_GUIDED = Method(
 )
 CONSISTENCY = Method(name="consistency_1", label="consistency, 1 step", run="distill", num_steps=1)
 APT = Method(name="apt_1", label="APT, 1 step", run="apt", num_steps=1)
-
-MAIN_METHODS = (
-    DIFFUSION_GUIDED,
-    Method(name="diffusion_25", label="diffusion, 25 steps", run="pretrain", num_steps=25),
-    Method(name="diffusion_1", label="diffusion, 1 step", run="pretrain", num_steps=1),
-    CONSISTENCY,
-    Method(name="consistency_2", label="consistency, 2 steps", run="distill", num_steps=2),
-    Method(name="consistency_4", label="consistency, 4 steps", run="distill", num_steps=4),
-    APT,
-    Method(name="apt_2", label="APT, 2 steps", run="apt", num_steps=2),
+APT_TWO = Method(name="apt_2", label="APT, 2 steps", run="apt", num_steps=2)
+APT_PAPER = Method(
+    name="apt_paper_1",
+    label="APT as the paper writes it, 1 step",
+    run="apt_paper",
+    num_steps=1,
+    group="extra",
 )
 
-NO_REGULARISER = "no_r1"
-# The ablations of the recipe, by the name of their folder.
-ABLATION_LABELS = {
-    NO_REGULARISER: "no regulariser",
-    "no_r2": "approximated R1 alone",
-    "all_layers": "all of the generator trains",
-    "shallow": "shallower discriminator",
-    "one_head": "one discriminator head",
-    "frozen": "frozen discriminator backbone",
-    "distilled_d": "discriminator from the distilled weights",
-    "small_batch": "small batch",
+MAIN_METHODS = (
+    CODEC,
+    DIFFUSION_GUIDED,
+    Method(name="diffusion_1", label="diffusion, 1 step", run="pretrain", num_steps=1),
+    CONSISTENCY,
+    APT,
+    APT_TWO,
+    APT_PAPER,
+)
+
+LONG, NO_REGULARISER = "long", "no_r1"
+# The ablations of the recipe, by the name of their folder, and what the paper says of each: with it
+# samples are "worse", or nothing that could be compared.
+ABLATIONS: dict[str, tuple[str, str]] = {
+    NO_REGULARISER: ("no regulariser", "worse (Fig. 5)"),
+    "no_r2": ("approximated R1 alone, on real clips", "its own form"),
+    "shallow": ("D of half the depth", "worse (Fig. 6)"),
+    "one_head": ("one head, on the last block", "worse (Fig. 7)"),
+    "frozen": ("D's backbone frozen", "worse (App. F)"),
+    "slow_backbone": ("D's backbone at a tenth of the rate", "worse (App. F)"),
+    "distilled_d": ("D from the distilled weights", "worse (Sec. 3.3)"),
+    "no_ensemble": ("D sees t = 0 in place of the ensemble", "worse (Sec. 3.3)"),
+    "small_batch": ("a quarter of the batch", "worse (App. E)"),
+    "low_rates": ("both rates at a third", "slower (App. F)"),
+    "high_rates": ("both rates three times as high", "unstable (App. F)"),
 }
 
 
@@ -91,43 +102,31 @@ def updates_of(info: ModelInfo) -> int | None:
     return updates if isinstance(updates, int) else None
 
 
-def ablation_methods(runs: Path) -> tuple[Method, ...]:
-    """One-step sampling of every known ablation, run or not, and of any other under the root.
+def ablation_methods(root: Path) -> tuple[Method, ...]:
+    """One-step sampling of every ablation that was run, at the length of the shortest.
 
-    Ablations may be shorter than APT's own run: a snapshot of that after as many updates, where
-    there is one, comes first, for a fair comparison.
+    The reference comes first: the run of the whole method at constant rates, after as many updates.
     """
-    folder = runs / "ablations"
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    labels = ABLATION_LABELS | {
-        name: name.replace("_", " ") for name in found if name not in ABLATION_LABELS
-    }
-    ablations = [
-        Method(
-            name=f"ablation_{name}",
-            label=label,
-            run=f"ablations/{name}",
-            num_steps=1,
-            group="ablation",
-        )
-        for name, label in labels.items()
-    ]
-    return (*_equally_long(runs, ablations), *ablations)
+    names = [name for name in (LONG, *ABLATIONS) if _ablation(name).was_run(root)]
+    lengths = [updates_of(read_info(_ablation(name).folder(root))) for name in names]
+    known = [length for length in lengths if length is not None]
+    shortest = min(known, default=0)
+    methods = []
+    for name, length in zip(names, lengths, strict=True):
+        model = EXPORT if length == shortest else f"{SNAPSHOTS}/{shortest}/ema"
+        method = _ablation(name, model)
+        if method.was_run(root):
+            methods.append(method)
+    return tuple(methods)
 
 
-def _equally_long(runs: Path, ablations: Sequence[Method]) -> list[Method]:
-    lengths = {updates_of(read_info(m.folder(runs))) for m in ablations if m.was_run(runs)}
-    if APT.was_run(runs):
-        lengths.discard(updates_of(read_info(APT.folder(runs))))
-    snapshots = [
-        Method(
-            name=f"apt_1_at_{updates}",
-            label=f"APT after {updates} updates",
-            run=APT.run,
-            num_steps=1,
-            group="ablation",
-            model=f"{SNAPSHOTS}/{updates}/ema",
-        )
-        for updates in sorted(length for length in lengths if length is not None)
-    ]
-    return [method for method in snapshots if method.was_run(runs)]
+def _ablation(name: str, model: str = EXPORT) -> Method:
+    label = "the whole method" if name == LONG else ABLATIONS[name][0]
+    return Method(
+        name=f"ablation_{name}",
+        label=label,
+        run=f"ablations/{name}",
+        num_steps=1,
+        group="ablation",
+        model=model,
+    )

@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from apt.evaluate.bars import ZERO_LOSS
-from apt.evaluate.measure import spread, summarise
-from apt.evaluate.methods import APT, CONSISTENCY, DIFFUSION_GUIDED, NO_REGULARISER
-from apt.evaluate.results import LossCurve, MethodResult, Progress, Results
+from apt.evaluate.measure import spread
+from apt.evaluate.methods import (
+    APT,
+    CODEC,
+    CONSISTENCY,
+    DIFFUSION_GUIDED,
+    LONG,
+    NO_REGULARISER,
+)
+from apt.evaluate.results import MethodResult, Results, Snapshot
+from apt.evaluate.runs import CURVES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,16 +29,15 @@ _COLOURS = {
     "consistency": "#e39c37",
     "apt": "#2e8b57",
     "ablation": "#9cc7ac",
+    "codec": "#8a6fb0",
     "real": "#777777",
 }
 _DOTS_PER_INCH = 120
 
 
-def plot_methods(results: Results, path: Path) -> Path | None:
-    """Bars with error bars: both Fréchet distances and the accuracy of every method that ran."""
-    rows = [m for m in [*results.real, *results.methods] if m.was_run]
-    if not rows:
-        return None
+def plot_methods(results: Results, path: Path) -> Path:
+    """Bars with error bars: both Fréchet distances and the accuracy of every method."""
+    rows = [*results.real, *results.methods]
     figure = _figure(13, 0.36 * len(rows) + 1.4)
     axes = figure.subplots(1, 3, sharey=True)
     panels = (
@@ -42,7 +48,7 @@ def plot_methods(results: Results, path: Path) -> Path | None:
     summaries = [row.summary() for row in rows]
     for axis, (name, title) in zip(axes, panels, strict=True):
         means = [summary[name].mean for summary in summaries]
-        errors = np.nan_to_num([summary[name].std for summary in summaries])
+        errors = np.asarray([summary[name].known for summary in summaries])
         colours = [_COLOURS[_family(row)] for row in rows]
         axis.barh(range(len(rows)), means, xerr=errors, color=colours, height=0.7, capsize=2)
         axis.set_title(title, fontsize=10)
@@ -67,41 +73,55 @@ def plot_methods(results: Results, path: Path) -> Path | None:
     return _save(figure, path)
 
 
-def plot_discriminator_loss(curves: dict[str, LossCurve], path: Path) -> Path | None:
-    """APT Figure 5: D's loss with the regulariser (green) and without (black)."""
-    shown = [(curves[key], colour) for key, colour in _FIGURE_5 if key in curves]
-    if not shown:
+def plot_regulariser(results: Results, path: Path) -> Path | None:
+    """APT Figure 5: with the regulariser (green) and without (black), against updates."""
+    runs = [(f"ablations/{run}", label, colour) for run, label, colour in _FIGURE_5]
+    if any(run not in results.curves for run, _, _ in runs):
         return None
-    figure = _figure(7.5, 4)
-    axis = figure.subplots()
-    for curve, colour in shown:
-        axis.plot(curve.updates, curve.losses, color=colour, alpha=0.25, linewidth=0.8)
-        smooth = _running_mean(curve.losses, max(1, len(curve.losses) // 40))
-        axis.plot(curve.updates, smooth, color=colour, linewidth=1.8, label=curve.label)
-    start = 2 * float(np.log(2))
-    axis.axhline(start, color="#999999", linewidth=0.8, linestyle="--")
-    axis.annotate(
-        "2 log 2: D cannot tell",
-        (1, start),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        color="#666666",
+    figure = _figure(15, 3.4)
+    axes = figure.subplots(1, 5)
+    for run, label, colour in runs:
+        for axis, name in zip(axes[:2], CURVES, strict=True):
+            curve = results.curves[run].get(name)
+            if curve is None:
+                continue
+            axis.plot(curve.updates, curve.values, color=colour, alpha=0.2, linewidth=0.8)
+            smooth = _running_mean(curve.values, max(1, len(curve.values) // 40))
+            axis.plot(curve.updates, smooth, color=colour, linewidth=1.8, label=label)
+        for axis, name in zip(axes[2:], ("within", "frechet", "patch"), strict=True):
+            _plot_band(axis, results.of_run(run), name, label, colour)
+    axes[0].axhline(2 * float(np.log(2)), color="#999999", linewidth=0.8, linestyle="--")
+    axes[0].set_ylim(bottom=0)
+    axes[1].set_yscale("log")
+    titles = (
+        "D's loss (dashed: cannot tell)",
+        "D's gradient at its input (log)",
+        "diversity within a caption",
+        "Fréchet distance (log)",
+        "patch distance (log)",
     )
-    axis.axhline(ZERO_LOSS, color="#cc4444", linewidth=0.8, linestyle=":")
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("update")
-    axis.set_ylabel("discriminator loss, without the penalty")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="best", fontsize=9)
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3, which="both")
+    for axis in axes[3:]:
+        _logarithmic(axis, "y")
+    axes[0].legend(loc="best", fontsize=8)
     return _save(figure, path)
 
 
 def plot_progress(results: Results, path: Path) -> Path | None:
     """APT Figure 9: quality of EMA and raw weights after some updates, with the spread."""
-    if not results.progress:
+    return _plot_snapshots(results, APT.run, path)
+
+
+def plot_distillation(results: Results, path: Path) -> Path | None:
+    """One-step quality after some updates of distillation."""
+    return _plot_snapshots(results, CONSISTENCY.run, path)
+
+
+def _plot_snapshots(results: Results, run: str, path: Path) -> Path | None:
+    if not results.of_run(run):
         return None
     figure = _figure(13, 3.9)
     axes = figure.subplots(1, 3)
@@ -111,11 +131,11 @@ def plot_progress(results: Results, path: Path) -> Path | None:
         ("accuracy", "caption accuracy"),
     )
     for axis, (name, title) in zip(axes, panels, strict=True):
-        for weights, colour in (("ema", _COLOURS["apt"]), ("raw", "#b0483a")):
-            points = sorted(
-                (p for p in results.progress if p.weights == weights), key=lambda p: p.update
-            )
-            _plot_band(axis, points, name, weights, colour)
+        for weights, label, colour in (
+            ("ema", "EMA", _COLOURS["apt"]),
+            ("raw", "raw weights", "#b0483a"),
+        ):
+            _plot_band(axis, results.of_run(run, weights), name, label, colour)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("generator updates")
         if name != "accuracy":
@@ -127,7 +147,11 @@ def plot_progress(results: Results, path: Path) -> Path | None:
 
 def plot_spectrum(results: Results, path: Path) -> Path | None:
     """Radial power of the main methods relative to real clips: blur falls below the line."""
-    shown = [m for m in (results.method(x.name) for x in (DIFFUSION_GUIDED, CONSISTENCY, APT)) if m]
+    shown = [
+        m
+        for m in (results.method(x.name) for x in (CODEC, DIFFUSION_GUIDED, CONSISTENCY, APT))
+        if m
+    ]
     if not shown:
         return None
     figure = _figure(7.5, 4)
@@ -135,7 +159,7 @@ def plot_spectrum(results: Results, path: Path) -> Path | None:
     frequencies = np.arange(1, len(results.reference_power) + 1)
     reference = np.asarray(results.reference_power)
     for row in [*results.real[:1], *shown]:
-        power = np.asarray([m.radial_power for m in row.measurements]) - reference
+        power = np.asarray([m.radial_power for m in row.measurements.values()]) - reference
         mean, std = power.mean(axis=0), power.std(axis=0)
         colour = _COLOURS[_family(row)]
         axis.plot(frequencies, mean, color=colour, label=row.label, linewidth=1.8)
@@ -148,17 +172,19 @@ def plot_spectrum(results: Results, path: Path) -> Path | None:
     return _save(figure, path)
 
 
-_FIGURE_5 = (("apt", _COLOURS["apt"]), (NO_REGULARISER, "#000000"))
+_FIGURE_5 = (
+    (LONG, "with regulariser", _COLOURS["apt"]),
+    (NO_REGULARISER, "without regulariser", "#000000"),
+)
 
 
-def _plot_band(
-    axis: Axes, points: Sequence[Progress], name: str, weights: str, colour: str
-) -> None:
+def _plot_band(axis: Axes, points: Sequence[Snapshot], name: str, label: str, colour: str) -> None:
+    if not points:
+        return
     updates = [p.update for p in points]
-    found = [summarise(p.measurements)[name] for p in points]
+    found = [p.summary()[name] for p in points]
     mean = np.asarray([s.mean for s in found])
-    std = np.nan_to_num([s.std for s in found])
-    label = {"ema": "EMA", "raw": "raw weights"}[weights]
+    std = np.asarray([s.known for s in found])
     axis.plot(updates, mean, color=colour, marker="o", markersize=3.5, label=label)
     # On a log scale the band must not reach zero.
     axis.fill_between(

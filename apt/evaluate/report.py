@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from apt.evaluate.bars import PAPER, ZERO_LOSS, check_bars
-from apt.evaluate.measure import Spread, summarise
-from apt.evaluate.methods import APT, CONSISTENCY, DIFFUSION_GUIDED
-from apt.evaluate.results import MethodResult, Progress, Results
+from apt.evaluate.bars import PAPER, Bar, agrees
+from apt.evaluate.judges import BLURRED, DESCRIPTIONS, FRAMES
+from apt.evaluate.measure import Spread
+from apt.evaluate.methods import ABLATIONS, APT, APT_PAPER, CONSISTENCY, DIFFUSION_GUIDED, LONG
+from apt.evaluate.results import Cost, MethodResult, Results, Snapshot
+from apt.evaluate.tables import image, percent, plus_minus, table
+
+MAIN = "main"
 
 
 @dataclass(frozen=True)
@@ -17,75 +20,83 @@ class Pictures:
     """File names of the plots and sheets, beside the report; None where there is nothing."""
 
     methods: str | None
-    discriminator_loss: str | None
+    regulariser: str | None
     progress: str | None
+    distillation: str | None
     spectrum: str | None
-    comparison: str | None
+    comparison: str
     sheets: dict[str, str]
 
 
-def report_text(results: Results, pictures: Pictures, *, command: str, data_file: str) -> str:
-    """The whole page."""
+def report_text(
+    results: Results,
+    bars: Sequence[Bar],
+    causes: Mapping[str, str],
+    pictures: Pictures,
+    *,
+    data_file: str,
+) -> str:
+    """The whole page; `causes` say of a bar's key why it was missed."""
+    main = [*results.real, *(m for m in results.methods if m.group != "ablation")]
     parts = [
         "# Moving digits: results",
-        f"Made by `{command}`; the figures of every seed are in [{data_file}]({data_file}). "
-        f"Device: {results.machine}.",
+        "Made by `diffusion-apt evaluate digits`; the figures of every trial are in "
+        f"[{data_file}]({data_file}). Device: {results.machine}.",
         _how_measured(results),
         "## What it must show",
-        _bars_table(results),
+        _bars_table(bars, causes),
+        _left_out(bar.claim for bar in bars if bar.reached is None),
         _paper_note(),
+        image(pictures.comparison, "Methods side by side"),
         "## Methods",
-        _methods_table([*results.real, *_of_group(results, "main")]),
-        _image(pictures.methods, "Distances and accuracy of every method"),
-        _image(pictures.spectrum, "Radial power relative to real clips"),
+        _methods_table(main),
+        _not_run(results, (APT_PAPER.name,), "Not trained"),
+        image(pictures.methods, "Distances and accuracy of every method"),
+        image(pictures.spectrum, "Radial power relative to real clips"),
         "## Words and diversity",
-        _words_table([*results.real, *_of_group(results, "main")]),
-        "## Ablations",
-        "One step of the final EMA weights of each run, as for APT itself. Shorter runs are to be "
-        "compared with APT after as many updates, where that row is shown; the run without a "
-        "regulariser is longer, to show where it leads.",
-        _methods_table([m for m in results.methods if m.name == APT.name or m.group == "ablation"]),
-        _words_table([m for m in results.methods if m.group == "ablation" and m.was_run]),
-        "## Discriminator loss with and without the regulariser (APT Figure 5)",
-        _image(pictures.discriminator_loss, "Discriminator loss against updates")
-        or "not run: no log of these runs was found.",
-        f"The dotted line is {ZERO_LOSS:g}, where the collapse monitor says that the "
-        "discriminator has won. The penalty is not part of the loss shown."
-        if pictures.discriminator_loss
-        else "",
-        "## Quality against updates (APT Figure 9)",
-        _image(pictures.progress, "Quality against updates, EMA and raw weights")
-        or "not run: no snapshots were found.",
-        _progress_table(results),
+        _words_table(main),
+        *_judges(results),
+        *_regulariser(results, pictures),
+        *_ablations(results),
+        *_progress(results, pictures),
+        *_distillation(results, pictures),
+        "## What it took",
+        _costs(results.costs),
         "## Samples",
-        "First seed, first captions; the same noise for every method.",
-        _image(pictures.comparison, "Methods side by side"),
-        *(f"### {label}\n\n![{label}]({file})" for label, file in pictures.sheets.items()),
+        "First training run, first seed, first captions; the same noise for every method.",
+        *(f"### {label}\n\n{image(file, label)}" for label, file in pictures.sheets.items()),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _how_measured(r: Results) -> str:
-    test, held, train = (r.classifier[split] for split in ("test", "heldout", "train"))
+    test, held, train = (r.classifiers[MAIN][split] for split in ("test", "heldout", "train"))
     captions = r.num_samples // r.samples_per_caption
+    training = (
+        f"{r.runs} training runs of other seeds"
+        if r.runs > 1
+        else "one training run: the spread "
+        "is that of captions, noise and real clips, and not of training"
+    )
     return "\n".join(
         [
             "## How it is measured",
             "",
-            f"- **Samples**: {r.num_samples} per seed for every method ({captions} training "
-            f"captions, {r.samples_per_caption} of each), {len(r.seeds)} seeds "
-            f"({', '.join(map(str, r.seeds))}); captions, noise and real clips change with the "
-            f"seed. Networks compute in {r.precision}. Figures are mean ± standard deviation over "
-            "seeds, of one training run.",
-            f"- **Reference**: {r.num_reference} real clips of handwriting that no model has "
-            "seen. The rows of real clips are other clips, as many as of each method: what a "
-            "perfect generator would get.",
+            f"- **Samples**: {r.num_samples} per trial for every method ({captions} training "
+            f"captions, {r.samples_per_caption} of each); {len(r.seeds)} evaluation seeds "
+            f"({', '.join(map(str, r.seeds))}) of {training}. Captions, noise and real clips "
+            f"change with the seed. Networks compute in {r.precision}. Figures are mean ± standard "
+            "deviation over all trials.",
+            f"- **Clips**: the {r.setting} digits. **Reference**: {r.num_reference} real clips of "
+            "handwriting that no model has seen. The rows of real clips are other clips, as many "
+            "as of each method: what a perfect generator would get. The codec's reconstruction is "
+            "of real clips, and the floor of everything that is made in its latents.",
             "- **Fréchet distance**: in the last hidden layer of a small classifier trained on "
             "real clips of the training handwriting. Its own accuracy, digit, colour and "
-            f"direction all right: {_percent(test.all)} on held-out handwriting "
-            f"(digit {_percent(test.digit)}, colour {_percent(test.colour)}, direction "
-            f"{_percent(test.direction)}), {_percent(held.all)} on held-out captions too, "
-            f"{_percent(train.all)} on new clips of the training handwriting.",
+            f"direction all right: {percent(test.all)} on held-out handwriting "
+            f"(digit {percent(test.digit)}, colour {percent(test.colour)}, direction "
+            f"{percent(test.direction)}), {percent(held.all)} on held-out captions too, "
+            f"{percent(train.all)} on new clips of the training handwriting.",
             "- **Patch distance**: Fréchet distance of high-passed 8×8 pixel patches, as the "
             "paper's PFID sees detail without resizing. It sees blur, ghosting and half-grey "
             "pixels, which classifier features overlook.",
@@ -98,6 +109,30 @@ def _how_measured(r: Results) -> str:
             "different ones (across), divided by that of real clips of the same captions.",
         ]
     )
+
+
+def _bars_table(bars: Sequence[Bar], causes: Mapping[str, str]) -> str:
+    rows = []
+    for bar in bars:
+        if bar.reached is None:
+            continue
+        missed = causes.get(bar.key, "its cause is not known yet")
+        verdict = "pass" if bar.passed else f"**missed**: {missed}"
+        reached = plus_minus(bar.reached)
+        rows.append([bar.claim, bar.bar, bar.goal or "–", bar.paper or "–", reached, verdict])
+    return table(["", "bar", "goal", "paper", "reached", ""], rows)
+
+
+def _left_out(claims: Iterable[str]) -> str:
+    names = list(claims)
+    return f"Not run, so not judged: {'; '.join(names)}." if names else ""
+
+
+def _not_run(results: Results, names: Sequence[str], words: str) -> str:
+    labels = {APT_PAPER.name: APT_PAPER.label}
+    labels |= {f"ablation_{name}": label for name, (label, _) in ABLATIONS.items()}
+    missing = [labels[name] for name in names if results.method(name) is None]
+    return f"{words}: {'; '.join(missing)}." if missing else ""
 
 
 def _paper_note() -> str:
@@ -115,23 +150,10 @@ def _paper_note() -> str:
 
     return (
         "The paper's ratios are those of its Table 5 (COCO-5K, images): "
-        f"{line('frechet', 'FID')}; {line('patch', 'PFID')}. Ratios of ours are formed seed by "
-        "seed, since methods share captions and noise."
+        f"{line('frechet', 'FID')}; {line('patch', 'PFID')}. Ratios and differences of ours are "
+        "formed trial by trial, since methods share captions and noise; those without the "
+        "regulariser are of the ends of two runs, and their spreads add in quadrature."
     )
-
-
-def _bars_table(results: Results) -> str:
-    rows = [
-        [
-            bar.claim,
-            bar.bar,
-            "not run" if bar.reached is None else _plus_minus(bar.reached),
-            "" if bar.paper is None else f"{bar.paper:.2f}",
-            bar.verdict,
-        ]
-        for bar in check_bars(results)
-    ]
-    return _table(["", "bar", "reached", "paper", "pass/miss"], rows)
 
 
 def _methods_table(methods: Sequence[MethodResult]) -> str:
@@ -154,12 +176,10 @@ def _methods_table(methods: Sequence[MethodResult]) -> str:
         "accuracy",
         "heldout_accuracy",
     )
-    return _table(header, [_method_row(m, figures) for m in methods])
+    return table(header, [_method_row(m, figures) for m in methods])
 
 
 def _words_table(methods: Sequence[MethodResult]) -> str:
-    if not methods:
-        return ""
     header = [
         "method",
         "updates",
@@ -171,77 +191,186 @@ def _words_table(methods: Sequence[MethodResult]) -> str:
         "diversity across captions",
     ]
     figures = ("digit", "colour", "direction", "within", "across")
-    return _table(header, [_method_row(m, figures) for m in methods])
+    return table(header, [_method_row(m, figures) for m in methods])
 
 
 def _method_row(method: MethodResult, figures: Sequence[str]) -> list[str]:
     label = method.label if method.cfg_scale is None else f"{method.label} {method.cfg_scale:g}"
     counts = (method.updates, method.evaluations)
-    start = [label, *("" if count is None else str(count) for count in counts)]
-    if not method.was_run:
-        return [*start, "not run", *[""] * (len(figures) - 1)]
     summary = method.summary()
-    return [*start, *(_plus_minus(summary[name]) for name in figures)]
-
-
-def _progress_table(results: Results) -> str:
-    if not results.progress:
-        return ""
-    found: dict[tuple[int, str], Progress] = {(p.update, p.weights): p for p in results.progress}
-    rows = []
-    for update in sorted({p.update for p in results.progress}):
-        row = [str(update)]
-        for figure in ("frechet", "patch", "accuracy"):
-            for weights in ("ema", "raw"):
-                point = found.get((update, weights))
-                row.append(
-                    _plus_minus(summarise(point.measurements)[figure]) if point else "not run"
-                )
-        rows.append(row)
-    header = ["updates"] + [
-        f"{figure}, {weights}"
-        for figure in ("Fréchet", "patch", "accuracy")
-        for weights in ("EMA", "raw")
+    return [
+        label,
+        *("–" if count is None else str(count) for count in counts),
+        *(plus_minus(summary[name]) for name in figures),
     ]
-    note = (
-        f"{results.snapshot_samples} samples per seed; a Fréchet distance of fewer samples is "
-        "larger, so these compare among themselves only."
-        if results.snapshot_samples != results.num_samples
-        else f"{results.snapshot_samples} samples per seed, as in the tables above."
+
+
+_JUDGED = (("frechet", "Fréchet distance, ratio"), ("accuracy", "accuracy, difference"))
+
+
+def _judges(results: Results) -> list[str]:
+    names = [name for name in (FRAMES, BLURRED) if name in results.classifiers]
+    if not names:
+        return []
+    right = "; ".join(
+        f"*{name}*: {DESCRIPTIONS[name]}; it reads {percent(results.classifiers[name]['test'].all)}"
+        " of real held-out handwriting"
+        for name in names
     )
-    start = "0 updates is the consistency model, which the recipe starts from. "
-    return _table(header, rows) + "\n\n" + (start if rows[0][0] == "0" else "") + note
+    rows = []
+    for other in (CONSISTENCY, DIFFUSION_GUIDED):
+        for figure, words in _JUDGED:
+            form = results.ratio if figure == "frechet" else results.difference
+            zero = 1.0 if figure == "frechet" else 0.0
+            main = form(APT.name, other.name, figure)
+            if main is None:
+                continue
+            row = [f"{words} to {other.label}", plus_minus(main)]
+            for name in names:
+                found = form(APT.name, other.name, figure, name)
+                assert found is not None, "every judge has seen every trial"
+                same = agrees(main.mean - zero, found.mean - zero)
+                near = abs(main.mean - zero) <= main.known or abs(found.mean - zero) <= found.known
+                verdict = "agrees" if same else "differs"
+                row.append(f"{plus_minus(found)}, {verdict}{' (within the spread)' * near}")
+            rows.append(row)
+    if not rows:
+        return []
+    return [
+        "## Independent judges",
+        f"One-step APT against others. {right}.",
+        table(["one-step APT", "main judge", *names], rows),
+    ]
 
 
-def _of_group(results: Results, group: str) -> list[MethodResult]:
-    return [m for m in results.methods if m.group == group]
+def _regulariser(results: Results, pictures: Pictures) -> list[str]:
+    title = "## With and without the regulariser (APT Figure 5)"
+    if pictures.regulariser is None:
+        return [title, "Not run (`diffusion-apt train digits_ablations`)."]
+    return [
+        title,
+        image(pictures.regulariser, "D's loss, its input gradient, diversity and distances"),
+        "Constant rates, past the peak of quality. The penalty is not part of D's loss. At this "
+        "scale samples do not become plain colours without the regulariser: that needs a D much "
+        "stronger than a small one; `examples/minimal.py` shows, on a mixture in two dimensions, "
+        "the game that does not come to rest.",
+    ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    align = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
+def _ablations(results: Results) -> list[str]:
+    found = [m for m in results.methods if m.group == "ablation"]
+    reference = results.method(f"ablation_{LONG}")
+    if reference is None or len(found) < 2:
+        return ["## Ablations", "Not run (`diffusion-apt train digits_ablations`)."]
+    base = reference.summary()
+    header = [
+        "changed",
+        "updates",
+        "Fréchet ↓",
+        "patch ↓",
+        "accuracy ↑",
+        "diversity within",
+        "the paper",
+        "here",
+    ]
+    figures = ("frechet", "patch", "accuracy", "within")
+    rows = []
+    for method in found:
+        summary = method.summary()
+        said = "–" if method is reference else ABLATIONS[method.name.removeprefix("ablation_")][1]
+        verdict = "–" if method is reference else _compared(base, summary)
+        updates = str(method.updates) if method.updates else "–"
+        cells = (plus_minus(summary[name]) for name in figures)
+        rows.append([method.label, updates, *cells, said, verdict])
+    return [
+        "## Ablations",
+        "One step of EMA weights, all after as many updates from the same start at constant rates. "
+        "The last column is about both distances, and says nothing where they differ by less than "
+        "the spreads, added in quadrature.",
+        table(header, rows),
+        _not_run(results, [f"ablation_{name}" for name in ABLATIONS], "Not run"),
+    ]
 
 
-def _plus_minus(value: Spread) -> str:
-    if not math.isfinite(value.mean):
-        return "∞"
-    # Seeds that agree to rounding have no spread worth a column of zeros.
-    if not math.isfinite(value.std) or value.std <= 1e-6 * abs(value.mean):
-        return f"{value.mean:.{_decimals(value.mean, 3)}f}"
-    decimals = _decimals(value.std, 2)
-    return f"{value.mean:.{decimals}f} ± {value.std:.{decimals}f}"
+def _compared(base: Mapping[str, Spread], other: Mapping[str, Spread]) -> str:
+    """Whether both distances are worse than the base's."""
+    words = []
+    for figure, name in (("frechet", "Fréchet"), ("patch", "patch")):
+        change = other[figure].mean - base[figure].mean
+        limit = (base[figure].known ** 2 + other[figure].known ** 2) ** 0.5
+        if abs(change) <= limit:
+            words.append(f"{name} within the spread")
+        else:
+            words.append(f"{name} {'worse' if change > 0 else 'better'}")
+    return ", ".join(words)
 
 
-def _decimals(value: float, significant: int) -> int:
-    """Decimals that show a number with so many significant digits, at most 4."""
-    if value == 0:
-        return 0
-    return max(0, min(4, significant - 1 - math.floor(math.log10(abs(value)))))
+def _progress(results: Results, pictures: Pictures) -> list[str]:
+    title = "## Quality against updates, EMA and raw weights (APT Figure 9)"
+    rows = _snapshot_rows(results, APT.run)
+    if not rows:
+        return [title, "Not run: no snapshots were found."]
+    start = "0 updates is the consistency model, which APT starts from. "
+    return [
+        title,
+        image(pictures.progress, "Quality against updates, EMA and raw weights"),
+        table(_SNAPSHOT_HEADER, rows),
+        (start if rows[0][0] == "0" else "") + _snapshot_note(results),
+    ]
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def _distillation(results: Results, pictures: Pictures) -> list[str]:
+    rows = _snapshot_rows(results, CONSISTENCY.run)
+    if not rows:
+        return []
+    return [
+        "## The length of distillation",
+        "What APT gains over its start depends on how long that was distilled, so the length was "
+        "fixed before any ratio was measured.",
+        image(pictures.distillation, "One-step quality against updates of distillation"),
+        table(_SNAPSHOT_HEADER, rows),
+        _snapshot_note(results),
+    ]
 
 
-def _image(file: str | None, text: str) -> str:
-    return "" if file is None else f"![{text}]({file})"
+_SNAPSHOT_HEADER = ["updates", "weights", "Fréchet ↓", "patch ↓", "accuracy ↑", "diversity within"]
+
+
+def _snapshot_rows(results: Results, run: str) -> list[list[str]]:
+    found: list[Snapshot] = [*results.of_run(run, "ema"), *results.of_run(run, "raw")]
+    rows = []
+    for snapshot in sorted(found, key=lambda s: (s.update, s.weights)):
+        summary = snapshot.summary()
+        cells = (plus_minus(summary[name]) for name in ("frechet", "patch", "accuracy", "within"))
+        weights = "EMA" if snapshot.weights == "ema" else "raw"
+        rows.append([str(snapshot.update), weights, *cells])
+    return rows
+
+
+def _snapshot_note(results: Results) -> str:
+    if results.snapshot_samples == results.num_samples:
+        return f"{results.snapshot_samples} samples per trial, as in the tables above."
+    return (
+        f"{results.snapshot_samples} samples per trial; a Fréchet distance of fewer samples is "
+        "larger, so these compare among themselves only."
+    )
+
+
+def _costs(costs: Sequence[Cost]) -> str:
+    if not costs:
+        return "The runs have no TensorBoard files, which hold the times of updates."
+    rows = [
+        [str(c.run), c.stage, str(c.updates), f"{c.seconds / 60:.1f}"]
+        for c in costs
+        if not c.stage.startswith("ablations/")
+    ]
+    ablations = [c for c in costs if c.stage.startswith("ablations/")]
+    if ablations:
+        minutes = sum(c.seconds for c in ablations) / 60
+        updates = sum(c.updates for c in ablations)
+        rows.append(["all", f"{len(ablations)} ablations", str(updates), f"{minutes:.1f}"])
+    total = sum(c.seconds for c in costs) / 3600
+    return (
+        table(["training run", "stage", "updates", "minutes"], rows)
+        + f"\n\n{total:.1f} hours of training in all, as the clock ran."
+    )

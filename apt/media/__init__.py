@@ -14,7 +14,7 @@ from apt.media.files import (
     write_webp,
 )
 from apt.media.page import SamplerColumn, write_html
-from apt.media.sheet import contact_sheet, write_contact_sheet
+from apt.media.sheet import contact_sheet, moving_sheet, write_contact_sheet
 
 __all__ = [
     "SUFFIXES",
@@ -23,6 +23,7 @@ __all__ = [
     "check_settings",
     "contact_sheet",
     "enlarge",
+    "moving_sheet",
     "write_contact_sheet",
     "write_gif",
     "write_html",

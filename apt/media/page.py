@@ -42,9 +42,11 @@ def write_html(
 ) -> Path:
     """Write a page with one row per prompt and one column per sampler.
 
-    The videos are inside the page, so that it can be sent around by itself; they start and loop
-    without a click. Each heading gives the sampler's median time and how many times faster than
-    the slowest sampler that is. `note` is a line below the title.
+    The videos are inside the page, so that it can be sent around by itself. They start without a
+    click, all at once, and again when all have ended; a button and the space bar hold them. Who
+    asked for less motion finds them held. Pictures that move go on by themselves. Each heading
+    gives the sampler's median time and how many times faster than the slowest sampler that is.
+    `note` is a line below the title.
 
     Raises:
         InputError: if a column does not have one file per prompt, a file is of another type or
@@ -64,11 +66,14 @@ def write_html(
     page = _PAGE.substitute(
         title=html.escape(title),
         note=f"<p>{html.escape(note)}</p>" if note else "",
+        control=_CONTROL if _has_videos(columns) else "",
+        script=_SCRIPT if _has_videos(columns) else "",
         heads="".join(_heading(column, slowest) for column in columns),
         rows="\n".join(
             f"<tr><th scope=row>{html.escape(prompt)}</th>"
             + "".join(
-                f"<td>{_embed(column.files[row], f'{prompt}, {column.name}')}</td>"
+                f"<td><small>{_short(column)}</small>"
+                f"{_embed(column.files[row], f'{html.escape(prompt)}, {_short(column)}')}</td>"
                 for column in columns
             )
             + "</tr>"
@@ -104,6 +109,14 @@ def _heading(column: SamplerColumn, slowest: float) -> str:
     )
 
 
+def _short(column: SamplerColumn) -> str:
+    return html.escape(f"{column.name}, {column.detail}" if column.detail else column.name)
+
+
+def _has_videos(columns: Sequence[SamplerColumn]) -> bool:
+    return any(file.suffix.lower() in _VIDEO_TYPES for column in columns for file in column.files)
+
+
 def _embed(file: Path, label: str) -> str:
     suffix = file.suffix.lower()
     kind = _VIDEO_TYPES.get(suffix) or _IMAGE_TYPES.get(suffix)
@@ -113,11 +126,9 @@ def _embed(file: Path, label: str) -> str:
         data = base64.b64encode(file.read_bytes()).decode("ascii")
     except OSError as error:
         raise InputError(f"cannot read {str(file)!r}: {error.strerror}") from error
-    source, label = f"data:{kind};base64,{data}", html.escape(label, quote=True)
+    source = f"data:{kind};base64,{data}"
     if suffix in _VIDEO_TYPES:
-        return (
-            f'<video autoplay loop muted playsinline aria-label="{label}" src="{source}"></video>'
-        )
+        return f'<video muted playsinline controls aria-label="{label}" src="{source}"></video>'
     return f'<img alt="{label}" src="{source}">'
 
 
@@ -136,24 +147,88 @@ body { margin: 2.5rem auto; max-width: 62rem; padding: 0 1.25rem; background: va
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 }
 h1 + p { color: var(--faint); margin: .4rem 0 0 }
-.scroll { overflow-x: auto; margin-top: 1.75rem }
-table { border-collapse: collapse; width: 100% }
+table { border-collapse: collapse; margin-top: 1.5rem; width: 100% }
 th, td { padding: .6rem 1rem .6rem 0; text-align: left; vertical-align: middle }
 thead th { vertical-align: top; font-weight: normal; padding-bottom: 1rem }
 tbody tr { border-top: 1px solid var(--line) }
-th[scope=row] { font-weight: 500; min-width: 7rem; width: 22% }
+th[scope=row] { font-weight: 500; min-width: 7rem }
 h2 { font-size: 1.05rem; margin: 0 }
-span { color: var(--faint); display: block; font-size: .875rem }
+span, small { color: var(--faint); display: block; font-size: .875rem }
+td small { display: none }
 .time b { color: var(--good); font-weight: 600 }
-video, img { border-radius: 6px; display: block; max-width: 100%; min-width: 7rem }
+video, img { border-radius: 6px; display: block; width: 100%; image-rendering: pixelated }
+button { background: none; border: 1px solid var(--faint); border-radius: 6px; color: inherit;
+  cursor: pointer; font: inherit; margin-top: 1.25rem; min-width: 7rem; padding: .4rem .9rem }
+@media (max-width: 44rem) {
+  body { margin: 1.25rem auto; padding: 0 .9rem }
+  table, tbody { display: block }
+  thead tr { display: grid; gap: .75rem; grid-template-columns: 1fr 1fr }
+  thead td { display: none }
+  thead th { padding: 0 }
+  tbody tr { display: grid; gap: .75rem; grid-template-columns: 1fr 1fr; margin-top: 1rem;
+    padding-top: .75rem }
+  th[scope=row] { grid-column: 1 / -1; padding: 0 }
+  td { padding: 0 }
+  td small { display: block; margin-bottom: .2rem }
+}
 </style>
 <h1>$title</h1>
 $note
-<div class="scroll"><table>
+$control
+<table>
 <thead><tr><td></td>$heads</tr></thead>
 <tbody>
 $rows
 </tbody>
-</table></div>
+</table>
+$script
 </html>
 """)
+
+_CONTROL = '<button type="button" aria-keyshortcuts="Space" hidden>Pause</button>'
+
+# The videos are as long as each other, but browsers let them drift: they begin anew together.
+_SCRIPT = """<script>
+"use strict";
+const videos = [...document.querySelectorAll("video")];
+const button = document.querySelector("button");
+let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+let ended = new Set();
+let timer = 0;
+
+function begin() {
+  ended = new Set();
+  for (const video of videos) { video.currentTime = 0; video.play().catch(() => {}); }
+}
+
+function show() {
+  button.textContent = playing ? "Pause" : "Play";
+  clearTimeout(timer);
+  if (!playing) { for (const video of videos) video.pause(); }
+  else if (ended.size) begin();
+  else {
+    for (const video of videos) {
+      video.currentTime = videos[0].currentTime;
+      video.play().catch(() => {});
+    }
+  }
+}
+
+function toggle() { playing = !playing; show(); }
+
+for (const video of videos) {
+  video.controls = false;
+  video.addEventListener("ended", () => {
+    ended.add(video);
+    if (playing && ended.size === videos.length) timer = setTimeout(begin, 500);
+  });
+}
+button.hidden = false;
+button.addEventListener("click", toggle);
+document.addEventListener("keydown", (event) => {
+  if (event.key !== " " || event.target === button) return;
+  event.preventDefault();
+  toggle();
+});
+show();
+</script>"""

@@ -94,6 +94,32 @@ def write_contact_sheet(
     return write_png(path, np.asarray(sheet)[None], scale=1)
 
 
+def moving_sheet(
+    cells: Sequence[Sequence[Frames]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str = "",
+    scale: int | None = None,
+) -> NDArray[np.uint8]:
+    """A `contact_sheet` in which each cell plays: frames uint8 (T, H, W, 3) of the whole.
+
+    Arguments and errors are those of `contact_sheet`.
+    """
+    table = _check_table(cells, rows, columns)
+    stills = [
+        contact_sheet(
+            [[cell[t : t + 1] for cell in row] for row in table],
+            rows=rows,
+            columns=columns,
+            title=title,
+            scale=scale,
+        )
+        for t in range(len(table[0][0]))
+    ]
+    return np.stack([np.asarray(still) for still in stills])
+
+
 def _check_table(
     cells: Sequence[Sequence[Frames]], rows: Sequence[str], columns: Sequence[str]
 ) -> list[list[NDArray[np.uint8]]]:

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 from apt.checkpoints.bundle import ModelBundle, component_info, save_bundle
-from apt.checkpoints.info import ModelInfo, SampleInfo, SamplingInfo
+from apt.checkpoints.info import ModelInfo, SampleInfo, SamplingInfo, read_info, write_info
 from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, MovingDigits
-from apt.errors import CheckpointError, ConfigError
+from apt.errors import CheckpointError, ConfigError, DataError
 from apt.evaluate import ClassifierConfig, EvaluateConfig, evaluate_digits
+from apt.evaluate.bars import read_causes
 from apt.evaluate.clips import (
     caption_set,
     generate,
@@ -21,7 +25,9 @@ from apt.evaluate.clips import (
     real_reference,
 )
 from apt.evaluate.digits_classifier import real_clips
-from apt.evaluate.methods import APT, MAIN_METHODS, ablation_methods
+from apt.evaluate.measure import FIGURES
+from apt.evaluate.methods import APT, DIFFUSION_GUIDED
+from apt.evaluate.runs import DISCRIMINATOR_LOSS, INPUT_GRADIENT
 from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.pixels import to_uint8
 
@@ -29,7 +35,7 @@ TINY_CLASSIFIER = ClassifierConfig(width=4, features=8, steps=1, batch_size=4, t
 
 
 def save_tiny_model(folder: Path, stage: str, seed: int, updates: int = 200) -> None:
-    """A random model with the digits' real codec and sizes."""
+    """A random model that works in pixels, with the digits' sizes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = create_model(
@@ -61,73 +67,99 @@ def save_tiny_model(folder: Path, stage: str, seed: int, updates: int = 200) -> 
 def write_log(run: Path, losses: list[float]) -> None:
     run.mkdir(parents=True, exist_ok=True)
     lines = [
-        json.dumps({"step": i, "discriminator/loss": x, "generator/loss": 0.7})
+        json.dumps({"step": i, DISCRIMINATOR_LOSS: x, INPUT_GRADIENT: 1 / x, "generator/loss": 0.7})
         for i, x in enumerate(losses, start=1)
     ]
     (run / "log.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def save_run(root: Path, seed: int) -> None:
+    save_tiny_model(root / "pretrain" / "export", "diffusion", seed=seed)
+    save_tiny_model(root / "distill" / "export", "consistency", seed=seed + 1)
+    save_tiny_model(root / "apt" / "export", "apt", seed=seed + 2)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("digits")
-    save_tiny_model(root / "pretrain" / "export", "diffusion", seed=0)
-    save_tiny_model(root / "distill" / "export", "consistency", seed=1)
-    save_tiny_model(root / "apt" / "export", "apt", seed=2)
-    save_tiny_model(root / "ablations" / "no_r1" / "export", "apt", seed=3, updates=100)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two training runs, the first with what was trained once."""
+    root, second = tmp_path_factory.mktemp("digits"), tmp_path_factory.mktemp("second")
+    save_run(root, 0)
+    save_run(second, 10)
+    save_tiny_model(root / "distill" / "snapshots" / "40" / "ema", "consistency", seed=1)
     for weights in ("ema", "raw"):
         save_tiny_model(root / "apt" / "snapshots" / "50" / weights, "apt", seed=4)
     save_tiny_model(root / "apt" / "snapshots" / "100" / "ema", "apt", seed=5)
+    for name, seed in (("long", 6), ("no_r1", 7)):
+        ablation = root / "ablations" / name
+        save_tiny_model(ablation / "export", "apt", seed=seed, updates=200)
+        for update in (100, 200):
+            save_tiny_model(ablation / "snapshots" / str(update) / "ema", "apt", seed=seed + update)
+    save_tiny_model(root / "ablations" / "one_head" / "export", "apt", seed=8, updates=100)
     write_log(root / "apt", [1.386 - 0.01 * i for i in range(40)])
+    write_log(root / "ablations" / "long", [1.386 - 0.001 * i for i in range(40)])
     write_log(root / "ablations" / "no_r1", [1.386 * 0.8**i for i in range(40)])
-    return root
+    with SummaryWriter(str(root / "distill" / "tensorboard")) as board:
+        for step in (1, 2, 2, 3):  # the second update was made twice, before and after a kill
+            board.add_scalar("seconds_per_update", 20.0, step)
+    return root, second
 
 
-def tiny_config(runs: Path, out: Path, **options: object) -> EvaluateConfig:
-    defaults: dict[str, object] = {
+def tiny_config(out: Path, *runs: Path, **options: Any) -> EvaluateConfig:
+    defaults: dict[str, Any] = {
         "runs": runs,
         "out": out,
-        "seeds": (0, 1),
+        "seeds": (1, 2),
         "num_samples": 8,
         "num_reference": 16,
         "snapshot_samples": 8,
         "classifier": TINY_CLASSIFIER,
-        "methods": (
-            "diffusion_1",
-            "consistency_1",
-            "apt_1",
-            "ablation_no_r1",
-            "ablation_small_batch",
-        ),
+        "methods": ("codec", "diffusion_1", "consistency_1", "apt_1"),
     }
-    return EvaluateConfig(**(defaults | options))  # type: ignore[arg-type]
+    return EvaluateConfig(**(defaults | options))
 
 
 @pytest.fixture(scope="module")
-def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return evaluate_digits(tiny_config(runs, tmp_path_factory.mktemp("results")))
+def report(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("results")
+    (out / "digits_causes.json").write_text(json.dumps({"accuracy": "weights are random"}))
+    return evaluate_digits(tiny_config(out, *runs, methods=()))
 
 
-def test_report_shows_what_was_run_and_what_was_not(report: Path) -> None:
+def rows_of(report: Path) -> dict[str, list[str]]:
+    """The last row of each name, without it."""
+    lines = [line for line in report.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_report_shows_what_was_run_and_names_what_was_not(report: Path) -> None:
     text = report.read_text()
-    assert "APT, 1 step | 200 | 1 |" in text
-    assert "no regulariser | 100 | 1 |" in text
-    row = next(line for line in text.splitlines() if line.startswith("| small batch"))
-    assert "not run" in row
+    assert "| APT, 1 step | 200 | 1 |" in text
+    assert "2 training runs of other seeds" in text
+    assert "Not trained: APT as the paper writes it, 1 step." in text
+    assert "Not run: approximated R1 alone" in text and "D of half the depth" in text
     assert "27.9 / 119.6 = 0.23 and 27.9 / 26.9 = 1.04" in text
     assert "34.6 / 164.6 = 0.21 and 34.6 / 30.6 = 1.13" in text
     assert " nan" not in text
-    # 25 steps with CFG was left out, so its ratio cannot be judged.
-    bar = next(x for x in text.splitlines() if x.startswith("| Fréchet") and "diffusion" in x)
-    assert bar.endswith("not run |")
-    # The raw weights of update 100 were not kept.
-    assert next(x for x in text.splitlines() if x.startswith("| 100 |")).count("not run") == 3
+    assert not any("" in row for row in list(rows_of(report).values())[1:] if len(row) > 1), "empty"
+
+
+def test_ablations_meet_the_whole_method_at_equal_length(report: Path) -> None:
+    rows = rows_of(report)
+    assert {rows[name][0] for name in ("the whole method", "no regulariser")} == {"200"}
+    assert rows["one head, on the last block"][-2:-1] == ["worse (Fig. 7)"]
+    assert "Fréchet" in rows["one head, on the last block"][-1]
+
+
+def test_times_are_those_of_the_log_without_what_was_done_twice(report: Path) -> None:
+    assert "| 1 | distill | 3 | 1.0 |" in report.read_text()
 
 
 def test_every_picture_of_the_report_is_there_and_is_none_too_many(report: Path) -> None:
     text = report.read_text()
     shown = {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
     assert shown == {path.name for path in report.parent.glob("*.png")}
-    assert len(shown) == 5 + 5  # plots and comparison; sheets of real clips and four methods
+    assert len(shown) == 6 + 7  # plots and comparison; sheets of real clips and six methods
     for name in shown:
         pixels = np.asarray(Image.open(report.parent / name).convert("L"))
         assert pixels.std() > 5
@@ -136,40 +168,56 @@ def test_every_picture_of_the_report_is_there_and_is_none_too_many(report: Path)
 def test_raw_figures_give_the_table(report: Path) -> None:
     data = json.loads((report.parent / "digits.json").read_text())
     apt = next(m for m in data["methods"] if m["name"] == "apt_1")
-    assert len(apt["measurements"]) == 2
-    values = [m["frechet"] for m in apt["measurements"]]
+    trials = {f"run {run}, seed {seed}" for run in (1, 2) for seed in (1, 2)}
+    assert apt["measurements"].keys() == trials
+    values = [m["frechet"] for m in apt["measurements"].values()]
     mean, std = np.mean(values), np.std(values, ddof=1)
     decimals = max(0, min(4, 1 - math.floor(math.log10(std))))
     row = next(x for x in report.read_text().splitlines() if x.startswith("| APT, 1 step"))
     assert f"| {mean:.{decimals}f} ± {std:.{decimals}f} |" in row
-    assert data["curves"]["no_r1"]["losses"][-1] < 0.05
-    assert {p["update"] for p in data["progress"]} == {0, 50, 100}
-    real = data["real"][0]["measurements"][0]
+    assert data["curves"]["ablations/no_r1"][DISCRIMINATOR_LOSS]["values"][-1] < 0.05
+    apt_snapshots = {s["update"] for s in data["snapshots"] if s["run"] == "apt"}
+    assert apt_snapshots == {0, 50, 100}
+    real = data["real"][0]["measurements"]["run 1, seed 1"]
     assert (real["within"], real["across"]) == (1.0, 1.0)
+    assert set(real["opinions"]) == {"whole frames", "blurred"}
+    # A codec that loses nothing gives back the very clips.
+    codec = next(m for m in data["methods"] if m["name"] == "codec")
+    back = codec["measurements"]["run 2, seed 1"]
+    assert [back[name] for name in FIGURES] == pytest.approx([real[name] for name in FIGURES])
 
 
-def test_bars_are_judged(report: Path) -> None:
-    rows = [x.split(" | ") for x in report.read_text().splitlines() if x.startswith("| ")]
-    verdicts = {row[0]: row[-1].rstrip(" |") for row in rows if len(row) == 5}
-    assert verdicts["| caption accuracy, one-step APT"] == "**miss**"  # weights are random
-    assert verdicts["| D's loss at the end, with the regulariser"] == "pass"
-    assert verdicts["| D's loss at the end, without it"] == "pass"
+def test_bars_are_judged_and_causes_told(report: Path) -> None:
+    rows = rows_of(report)
+    assert rows["caption accuracy, one-step APT"][-1] == "**missed**: weights are random"
+    gone = "without the regulariser, past the peak: D's loss, less that with it"
+    assert rows[gone][-1] == "pass" and rows[gone][-2].startswith("-1.3")
+    assert sum("its cause is not known yet" in str(row) for row in rows.values()) > 0
+    assert len([name for name in rows if name.startswith("Fréchet distance, one-step APT")]) == 4
 
 
-def test_the_same_again_gives_the_same_figures(report: Path, runs: Path, tmp_path: Path) -> None:
+def test_the_same_again_gives_the_same_figures_and_one_run_is_enough(
+    report: Path, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
     methods = ("apt_1", "consistency_1")
-    again = evaluate_digits(tiny_config(runs, tmp_path, methods=methods))
+    again = evaluate_digits(tiny_config(tmp_path, runs[0], methods=methods))
     first, second = (
         {m["name"]: m for m in json.loads((x.parent / "digits.json").read_text())["methods"]}
         for x in (report, again)
     )
-    assert second == {name: first[name] for name in methods}
+    for name in methods:
+        found = second[name]["measurements"]
+        assert found == {key: first[name]["measurements"][key] for key in found}
+        assert len(found) == 2
+    text = again.read_text()
+    assert "one training run: the spread is that of captions, noise and real clips" in text
+    assert "Not run (`diffusion-apt train digits_ablations`)" in text and " nan" not in text
 
 
 def test_samples_of_many_steps_are_kept_and_belong_to_their_weights(
-    runs: Path, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    method = next(m for m in MAIN_METHODS if m.name == "diffusion_25")
+    method = DIFFUSION_GUIDED
     folder = tmp_path / "model"
     save_tiny_model(folder, "diffusion", seed=0)
     captions = caption_set(0, 4, 2)
@@ -190,15 +238,15 @@ def test_samples_of_many_steps_are_kept_and_belong_to_their_weights(
     assert first.shape == (len(captions.labels), 3, 9, 32, 32)
     assert len(list((tmp_path / "c").iterdir())) == 1
     assert torch.equal(sample(), first)
-    assert done == [25 * len(first)] * 2
+    assert done == [50 * len(first)] * 2
     save_tiny_model(folder, "diffusion", seed=1)
     assert not torch.equal(sample(), first)
     assert len(list((tmp_path / "c").iterdir())) == 2
 
 
-def test_batch_size_does_not_change_the_noise(runs: Path, tmp_path: Path) -> None:
+def test_batch_size_does_not_change_the_noise(runs: tuple[Path, Path], tmp_path: Path) -> None:
     captions = caption_set(3, 4, 2)
-    folder = APT.folder(runs)
+    folder = APT.folder(runs[0])
     clips = [
         generate(
             APT,
@@ -254,18 +302,45 @@ def test_real_clips_are_what_their_videos_in_8_bits_would_be() -> None:
 
 def test_a_missing_main_run_is_an_error_that_says_which(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"pretrain.*train"):
-        evaluate_digits(tiny_config(tmp_path, tmp_path / "out", methods=()))
+        evaluate_digits(tiny_config(tmp_path / "out", tmp_path, methods=()))
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_method(runs: Path, tmp_path: Path) -> None:
+def test_unknown_method(runs: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="apt_1"):
-        evaluate_digits(tiny_config(runs, tmp_path, methods=("apt_3",)))
+        evaluate_digits(tiny_config(tmp_path, runs[0], methods=("apt_3",)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample": SampleInfo(frames=17, height=64, width=64, fps=8)}, "makes 17 frames of 64x64"),
+        ({"data": {"source": "folder"}}, "was trained on the data source 'folder'"),
+        ({"data": {"source": "digits", "setting": "centred"}}, "--classifier.setting centred"),
+    ],
+)
+def test_runs_of_other_data(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    save_run(tmp_path, 0)
+    folder = tmp_path / "distill" / "export"
+    info = read_info(folder)
+    data = changes.pop("data", {"source": "digits", "setting": "free"})
+    write_info(folder, dataclasses.replace(info, training={"config": {"data": data}}, **changes))
+    with pytest.raises(CheckpointError, match=message):
+        evaluate_digits(tiny_config(tmp_path / "out", tmp_path))
+
+
+def test_causes_that_are_none(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    for text in ("[1]", "{", '{"accuracy": 1}'):
+        (tmp_path / "digits_causes.json").write_text(text)
+        with pytest.raises(DataError, match="does not hold causes"):
+            read_causes(tmp_path / "digits_causes.json")
 
 
 @pytest.mark.parametrize(
     "options",
     [
+        {"runs": ()},
+        {"runs": (Path("a"), Path("b/../a"))},
         {"seeds": ()},
         {"seeds": (1, 1)},
         {"num_samples": 17},
@@ -276,24 +351,16 @@ def test_unknown_method(runs: Path, tmp_path: Path) -> None:
         {"batch_size": 0},
     ],
 )
-def test_config_that_cannot_work(options: dict[str, object]) -> None:
+def test_config_that_cannot_work(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        tiny_config(Path("runs"), Path("out"), **options)
-
-
-def test_ablations_meet_a_snapshot_of_equal_length(runs: Path, tmp_path: Path) -> None:
-    first, *rest = ablation_methods(runs)
-    assert first.folder(runs) == runs / "apt" / "snapshots" / "100" / "ema"
-    assert [m.name for m in rest if m.was_run(runs)] == ["ablation_no_r1"]
-    (tmp_path / "ablations" / "new_idea").mkdir(parents=True)
-    assert [m.label for m in ablation_methods(tmp_path)][-1] == "new idea"
+        tiny_config(Path("out"), Path("runs"), **options)
 
 
 def test_real_clips_are_of_the_setting_that_is_judged() -> None:
-    captions = caption_set(1, 4, 2, "free")
+    captions = caption_set(1, 4, 2, "centred")
     clips = real_for_captions(captions, "test")
     plain = real_for_captions(caption_set(1, 4, 2), "test")
     assert clips.shape == plain.shape and not torch.equal(clips, plain)
     assert captions.labels == caption_set(1, 4, 2).labels
-    dataset = MovingDigits(700_000, "test", setting="free")
-    assert torch.equal(real_reference(2, "free"), real_clips(dataset, range(2))[0])
+    dataset = MovingDigits(700_000, "test", setting="centred")
+    assert torch.equal(real_reference(2, "centred"), real_clips(dataset, range(2))[0])

@@ -31,7 +31,7 @@ def test_training_is_deterministic_and_leaves_the_global_generator_alone() -> No
     second, other = train_classifier(TINY), train_classifier(replace(TINY, seed=1))
     pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert not torch.equal(first.place.weight, other.place.weight)
+    assert not torch.equal(first.heads[0].weight, other.heads[0].weight)
 
 
 def test_shapes_and_batch_independence() -> None:

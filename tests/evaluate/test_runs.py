@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from apt.errors import DataError
-from apt.evaluate.runs import read_loss_curve, snapshot_folders
+from apt.evaluate.results import Curve
+from apt.evaluate.runs import DISCRIMINATOR_LOSS, read_curves, snapshot_folders
 
 
 def test_reads_a_log_that_a_kill_cut_short(tmp_path: Path) -> None:
@@ -16,14 +17,21 @@ def test_reads_a_log_that_a_kill_cut_short(tmp_path: Path) -> None:
         '{"step": 4, "discriminator/loss": 0.5}\n'
         '{"step": 5, "discrim'
     )
-    curve = read_loss_curve(tmp_path, "x")
-    assert curve is not None
-    assert (curve.updates, curve.losses) == ([1, 4], [1.5, 0.5])
-    assert curve.final() == 0.5
+    curves = read_curves(tmp_path)
+    assert curves.keys() == {DISCRIMINATOR_LOSS}
+    curve = curves[DISCRIMINATOR_LOSS]
+    assert (curve.updates, curve.values) == ([1, 4], [1.5, 0.5])
+    assert curve.end().mean == 0.5
+
+
+def test_the_end_of_a_curve_is_that_of_blocks() -> None:
+    values = [9.0] * 60 + [1.0] * 10 + [3.0] * 10
+    end = Curve(updates=list(range(80)), values=values).end()
+    assert (end.mean, end.std) == (2.0, pytest.approx(2**0.5))
 
 
 def test_no_log_is_no_curve(tmp_path: Path) -> None:
-    assert read_loss_curve(tmp_path, "x") is None
+    assert read_curves(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -32,7 +40,7 @@ def test_no_log_is_no_curve(tmp_path: Path) -> None:
 def test_a_foreign_log_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(DataError):
-        read_loss_curve(tmp_path, "x")
+        read_curves(tmp_path)
 
 
 def test_snapshots_come_in_the_order_of_updates(tmp_path: Path) -> None:

@@ -257,6 +257,28 @@ def test_a_model_has_its_codec_with_it(tmp_path: Path) -> None:
         load_codec(again)
 
 
+def test_built_in_models_of_a_family_share_one_codec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets = tmp_path / "assets"
+    monkeypatch.setattr("apt.hub.folders.ASSETS", assets)
+    codec = small(channels=768, widths=(6,))
+    save_codec(assets / "tiny-codec", codec, codec_info(codec))
+    bundle = tiny_bundle()
+    described = dataclasses.replace(component_info("digits_ae", codec), weights=CODEC_FILE)
+    bundle.codec, bundle.info = codec, dataclasses.replace(bundle.info, codec=described)
+    for folder in (assets / "tiny", assets / "tiny-diffusion", assets / "other", tmp_path / "tiny"):
+        (save_bundle(folder, bundle) / CODEC_FILE).unlink()
+    for name in ("tiny", "tiny-diffusion"):
+        loaded = load_bundle(name)
+        clip = pixels(1, 3, 5, 8, 8)
+        assert torch.equal(loaded.codec.encode(clip), codec.encode(clip))
+        assert (export_model(name, tmp_path / "out" / name) / CODEC_FILE).is_file()
+    for lacking in ("other", tmp_path / "tiny"):
+        with pytest.raises(CheckpointError, match=CODEC_FILE):
+            load_bundle(lacking)
+
+
 def test_a_codec_is_exported_without_folders_of_this_machine(tmp_path: Path) -> None:
     codec = small(**STATISTICS)
     save_codec(tmp_path / "run", codec, codec_info(codec))

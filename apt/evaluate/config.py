@@ -1,0 +1,79 @@
+"""What to evaluate, and how thoroughly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from apt.data.digits import TRAIN_LABELS
+from apt.errors import ConfigError
+from apt.evaluate.clips import Precision
+from apt.evaluate.digits_classifier import ClassifierConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What to evaluate, and how thoroughly.
+
+    Attributes:
+        runs: roots of training runs of one recipe, which differ in their seeds; the first has what
+            was trained once only.
+        out: folder of the report, its plots and its raw figures.
+        seeds: evaluation seeds; each draws its own captions, noise and real clips.
+        num_samples: samples of each method and seed; Fréchet distances compare at equal numbers.
+            The default is every trained caption twice: fewer captions than the reference has
+            would count as a difference from it.
+        samples_per_caption: how many of them share a caption, for the diversity.
+        num_reference: real clips that everything is compared with.
+        snapshot_samples: samples of each snapshot and seed, for the curves.
+        methods: names of the methods to measure; empty is all, with the curves.
+        batch_size: samples per network call.
+        precision: that networks compute in. They are trained in bf16 autocast, and are saved in it.
+        cache: folder of the classifiers and of slow samples; None is ``evaluation`` in the first
+            root.
+        independent_judges: ask two more classifiers.
+        classifier: the main judge; its setting of the digits is that of all real clips.
+    """
+
+    runs: tuple[Path, ...] = (Path("runs/digits"),)
+    out: Path = Path("docs/results")
+    seeds: tuple[int, ...] = (1, 2, 3)
+    num_samples: int = 432
+    samples_per_caption: int = 2
+    num_reference: int = 2048
+    snapshot_samples: int = 216
+    methods: tuple[str, ...] = ()
+    batch_size: int = 32
+    precision: Precision = "bf16"
+    cache: Path | None = None
+    independent_judges: bool = True
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+
+    def __post_init__(self) -> None:
+        if not self.runs or len({run.resolve() for run in self.runs}) < len(self.runs):
+            named = " ".join(map(str, self.runs))
+            raise ConfigError(f"runs must be different folders, at least one; got {named!r}.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds must be different numbers, at least one; got {self.seeds}.")
+        if self.samples_per_caption < 2:
+            raise ConfigError(
+                f"samples_per_caption is {self.samples_per_caption}; diversity within a caption "
+                "needs at least 2."
+            )
+        most = self.samples_per_caption * len(TRAIN_LABELS)
+        least = self.samples_per_caption * 2
+        for name in ("num_samples", "snapshot_samples"):
+            number = getattr(self, name)
+            if number % self.samples_per_caption or not least <= number <= most:
+                raise ConfigError(
+                    f"{name} is {number}; with {self.samples_per_caption} samples per caption it "
+                    f"must be a multiple of that from {least} to {most}."
+                )
+        for name in ("num_reference", "batch_size"):
+            if getattr(self, name) < (2 if name == "num_reference" else 1):
+                raise ConfigError(f"{name} is {getattr(self, name)}, which is too small.")
+
+    @property
+    def kept(self) -> Path:
+        """The folder of the classifiers and of slow samples."""
+        return self.runs[0] / "evaluation" if self.cache is None else self.cache

@@ -1,0 +1,129 @@
+"""Writing the results page: Markdown, raw figures, plots and contact sheets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt.evaluate import plots
+from apt.evaluate.bars import check_bars, read_causes
+from apt.evaluate.clips import CaptionSet, to_frames
+from apt.evaluate.methods import APT, CONSISTENCY, DIFFUSION_GUIDED
+from apt.evaluate.report import Pictures, report_text
+from apt.evaluate.results import Results
+from apt.media import write_contact_sheet
+
+REPORT, DATA, CAUSES = "digits.md", "digits.json", "digits_causes.json"
+_SHEET_ROWS = 8
+_BESIDE = ("real", DIFFUSION_GUIDED.name, CONSISTENCY.name, APT.name)
+
+
+def write_page(
+    out: Path, results: Results, captions: CaptionSet, shown: Mapping[str, Tensor]
+) -> Path:
+    """Write everything to a folder; returns the path of the page.
+
+    Args:
+        out: the folder, made if need be.
+        results: all figures.
+        captions: of the clips that are shown.
+        shown: clips of the first trial by method, and "real" ones.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    causes = read_causes(out / CAUSES)
+    pictures = Pictures(
+        methods=_name(plots.plot_methods(results, out / "digits_methods.png")),
+        regulariser=_name(plots.plot_regulariser(results, out / "digits_regulariser.png")),
+        progress=_name(plots.plot_progress(results, out / "digits_progress.png")),
+        distillation=_name(plots.plot_distillation(results, out / "digits_distillation.png")),
+        spectrum=_name(plots.plot_spectrum(results, out / "digits_spectrum.png")),
+        comparison=_write_comparison(out, results, captions, shown),
+        sheets=_write_sheets(out, results, captions, shown),
+    )
+    document = json.dumps(_finite(dataclasses.asdict(results)), indent=1) + "\n"
+    (out / DATA).write_text(document, encoding="utf-8")
+    text = report_text(results, check_bars(results), causes, pictures, data_file=DATA)
+    report = out / REPORT
+    report.write_text(text, encoding="utf-8")
+    return report
+
+
+def machine() -> str:
+    """Processor, cores and torch, in words."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
+    return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def _rows(captions: CaptionSet) -> tuple[list[int], list[str]]:
+    """One sample of each of the first captions, and these."""
+    rows = list(range(0, len(captions.trained), captions.samples_per_caption))[:_SHEET_ROWS]
+    return rows, [captions.trained[i].caption for i in rows]
+
+
+def _write_sheets(
+    out: Path, results: Results, captions: CaptionSet, shown: Mapping[str, Tensor]
+) -> dict[str, str]:
+    rows, texts = _rows(captions)
+    labels = {m.name: m.label for m in results.methods} | {"real": "real clips"}
+    sheets = {}
+    for name, clips in shown.items():
+        file = out / f"digits_samples_{name}.png"
+        write_contact_sheet(
+            file,
+            [[to_frames(clips[i])[:: _stride(clips, 5)]] for i in rows],
+            rows=texts,
+            columns=[labels[name]],
+            scale=2,
+        )
+        sheets[labels[name]] = file.name
+    return sheets
+
+
+def _write_comparison(
+    out: Path, results: Results, captions: CaptionSet, shown: Mapping[str, Tensor]
+) -> str:
+    rows, texts = _rows(captions)
+    labels = {m.name: m.label for m in results.methods} | {"real": "real clips"}
+    names = [name for name in _BESIDE if name in shown]
+    file = out / "digits_comparison.png"
+    write_contact_sheet(
+        file,
+        [[to_frames(shown[name][i])[:: _stride(shown[name], 3)] for name in names] for i in rows],
+        rows=texts,
+        columns=[labels[name] for name in names],
+        scale=2,
+    )
+    return file.name
+
+
+def _stride(clips: Tensor, shown: int) -> int:
+    """Between frames, of which so many are shown from first to last."""
+    return (clips.shape[2] - 1) // (shown - 1)
+
+
+def _name(path: Path | None) -> str | None:
+    return None if path is None else path.name
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no nan: both become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

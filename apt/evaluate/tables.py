@@ -1,0 +1,42 @@
+"""Figures and tables in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from apt.evaluate.measure import Spread
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are figures."""
+    align = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
+
+
+def plus_minus(value: Spread) -> str:
+    """Mean ± deviation, with as many digits as the deviation warrants."""
+    if not math.isfinite(value.mean):
+        return "∞"
+    # Trials that agree to rounding have no spread worth a column of zeros.
+    if not math.isfinite(value.std) or value.std <= 1e-6 * abs(value.mean):
+        return f"{value.mean:.{_decimals(value.mean, 3)}f}"
+    decimals = _decimals(value.std, 2)
+    return f"{value.mean:.{decimals}f} ± {value.std:.{decimals}f}"
+
+
+def percent(value: float) -> str:
+    """A share of 1."""
+    return f"{100 * value:.1f} %"
+
+
+def image(file: str | None, text: str) -> str:
+    """A picture beside the page; nothing without one."""
+    return "" if file is None else f"![{text}]({file})"
+
+
+def _decimals(value: float, significant: int) -> int:
+    """Decimals that show a number with so many significant digits, at most 4."""
+    if value == 0:
+        return 0
+    return max(0, min(4, significant - 1 - math.floor(math.log10(abs(value)))))
