@@ -48,8 +48,7 @@ def find_model(
     name_or_folder: str | Path, revision: str | None = None
 ) -> tuple[Source, ModelInfo, Checkpoint]:
     """Where a whole model is, what it is, and the checkpoint of its backbone; see `load_bundle`."""
-    path = Path(name_or_folder).expanduser()
-    if path.is_file() and str(name_or_folder) not in list_pretrained():
+    if (path := as_file(name_or_folder)) is not None:
         if revision is not None:
             raise InputError(f"{str(path)!r} is a file, so it has no revision {revision!r}")
         return Source(path.parent), *describe_file(path)
@@ -62,14 +61,19 @@ def find_model(
 
 def find_codec(name_or_folder: str | Path) -> tuple[Source, CodecInfo] | None:
     """A folder that holds a codec and no model; None for anything else."""
-    path = Path(name_or_folder).expanduser()
-    if path.is_file() and str(name_or_folder) not in list_pretrained():
+    if as_file(name_or_folder) is not None:
         return None
     source, _ = locate_model(name_or_folder)
     if is_pipeline(source):
         return None
     info = read_description(source.folder)
     return (source, info) if isinstance(info, CodecInfo) else None
+
+
+def as_file(name_or_path: str | Path) -> Path | None:
+    """The path of one file; None for anything else. Built-in names win over files of that name."""
+    path = Path(name_or_path).expanduser()
+    return path if path.is_file() and str(name_or_path) not in list_pretrained() else None
 
 
 def locate_model(

@@ -11,7 +11,14 @@ import torch
 
 from apt.checkpoints.bundle import ModelBundle, described
 from apt.checkpoints.checkpoint import configured, empty_module, unbuildable
-from apt.checkpoints.find import find_checkpoint, find_codec, find_model, locate_model, single_file
+from apt.checkpoints.find import (
+    as_file,
+    find_checkpoint,
+    find_codec,
+    find_model,
+    locate_model,
+    single_file,
+)
 from apt.checkpoints.info import INFO_FILE, CodecInfo, ComponentInfo, ModelInfo
 from apt.checkpoints.source import Source
 from apt.checkpoints.weights import load_weights
@@ -95,8 +102,7 @@ def load_model(
             what is missing, unexpected and wrongly shaped.
     """
     device = find_device(device)
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
+    if (path := as_file(name_or_path)) is not None:
         checkpoint = single_file(path, architecture, options)
     else:
         source, published = locate_model(name_or_path, revision)

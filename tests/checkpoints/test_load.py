@@ -433,3 +433,13 @@ def test_loading_a_gigabyte_takes_little_more_memory(
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 1e9
     ratio, _ = measure(index, 1024, depth, wanted)
     assert 0.95 < ratio <= 1.2
+
+
+def test_a_built_in_name_wins_over_a_file_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digits").write_text("notes on digits")
+    assert_same(state(load_model("digits")), state(load_bundle("digits").backbone))
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        load_model("./digits")

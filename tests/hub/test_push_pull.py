@@ -334,7 +334,7 @@ def test_the_card_carries_the_record(own: Path, tmp_path: Path) -> None:
     assert "one-step" in data.tags
     assert text.index("| distil | 500 |") < text.index("| apt_video | 300 | 64 | 1 | ema |")
     assert "| FVD | 12.5 |" in text
-    assert 'load_model("me/model")' in text
+    assert 'from_pretrained("me/model")' in text
     assert "secret" not in text, "paths of the machine are nobody's business"
     assert "from diffusers import" not in text
     (tmp_path / "model_index.json").write_text("{}")
