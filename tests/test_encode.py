@@ -15,7 +15,10 @@ import torch
 from apt.checkpoints.bundle import ModelBundle, component_info, save_bundle
 from apt.checkpoints.info import ModelInfo, SampleInfo, read_info
 from apt.checkpoints.load import load_bundle
+from apt.data.dataset import Sample
+from apt.data.folder import VideoFolder
 from apt.data.latents import CLIPS_PER_SHARD, LatentFolder, read_cache_info
+from apt.encode import encode_clips, open_cache, plan_cache
 from apt.errors import ConfigError, InputError
 from apt.losses import Consistency
 from apt.methods.consistency import DistillConfig
@@ -86,8 +89,6 @@ def cache(root: Path) -> Path:
 
 
 def test_latents_are_those_of_the_codec(root: Path, cache: Path) -> None:
-    from apt.data.folder import VideoFolder
-
     folder = LatentFolder(cache)
     bundle = load_bundle(root / "model")
     videos = VideoFolder(root / "videos", buckets=[(9, 16, 32), (1, 16, 32)], fps=8)
@@ -99,6 +100,27 @@ def test_latents_are_those_of_the_codec(root: Path, cache: Path) -> None:
     for index in range(4):
         sample = folder[index]
         torch.testing.assert_close(sample.latents, expected[sample.caption])
+
+
+def test_what_a_data_set_gives_beside_captions_is_stored(root: Path, tmp_path: Path) -> None:
+    class WithFirstFrame(VideoFolder):
+        def __getitem__(self, index: int) -> Sample:
+            sample = super().__getitem__(index)
+            return dataclasses.replace(sample, extra={"first_frame": sample.pixels[:, :1]})
+
+    videos = WithFirstFrame(root / "videos", buckets=[(9, 16, 32), (1, 16, 32)], fps=8)
+    codec = create_codec("patchify", temporal=1, spatial=8)
+    part = component_info("patchify", codec)
+    info, _ = plan_cache(videos, part, codec, None, size=(9, 16, 32), fps=8.0)
+    open_cache(tmp_path, info)
+    encode_clips(tmp_path, info, videos, codec, batch_size=2, progress=lambda done, total: None)
+    stored = {
+        sample.caption: sample for sample in map(LatentFolder(tmp_path).__getitem__, range(4))
+    }
+    for index in range(len(videos)):
+        found = stored[videos.caption(index)]
+        assert torch.equal(found.latents, codec.encode(videos[index].pixels[None])[0])
+        assert torch.equal(found.extra["first_frame"], videos[index].pixels[:, :1])
 
 
 def test_texts_are_those_of_the_encoder_in_any_batch(root: Path, cache: Path) -> None:
