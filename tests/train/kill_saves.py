@@ -37,7 +37,7 @@ def save_and_prune(root: Path, step: int) -> None:
 
 
 def child(root: Path, step: int, change: int) -> None:
-    """Save, and die before the so-manieth change."""
+    """Save, and die before the change of that number, counted from 0."""
     numbers = count()
     try:
         die_before(lambda event, path: next(numbers) == change)
