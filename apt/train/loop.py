@@ -20,6 +20,7 @@ from apt.files import write_text
 from apt.methods.base import MicroBatch, Stage
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
+from apt.train.config_file import plain
 from apt.train.export import export
 from apt.train.failures import explained
 from apt.train.latent_statistics import LatentStatistics
@@ -29,7 +30,7 @@ from apt.train.monitor import CollapseMonitor, TrainingStopped, sample_statistic
 from apt.train.parallel import Parallel
 from apt.train.plots import plot_losses
 from apt.train.progress import Progress
-from apt.train.resume import CHECKPOINTS, CONFIG_NAME, plain
+from apt.train.resume import CHECKPOINTS, CONFIG_NAME, model_identities
 from apt.train.retention import Retention
 from apt.train.run_state import State, write_state
 from apt.train.samples import decode_samples, draw_samples, write_sheet
@@ -67,6 +68,7 @@ class Run:
         codec = stage.codec
         self.statistics = None if codec is None else LatentStatistics(codec.config, config)
         self.monitor = CollapseMonitor(config.monitor)
+        self.models = model_identities(config)
         self.notes: list[str] = []
         self.saved = self.position  # of the newest checkpoint
         self.moved = self._moves()
@@ -249,6 +251,7 @@ class Run:
         meta = {
             "config": plain(self.config),
             "data": self.dataset.fingerprint,
+            "models": self.models,
             **self.progress.as_meta(),
         }
         path = checkpoint.save(self.retention.root, self.done, self.state, meta)

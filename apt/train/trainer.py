@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apt.errors import InputError
+from apt.errors import ConfigError, InputError
 from apt.methods.base import Stage
 from apt.models.bundle import describe
 from apt.models.cached import CachedCodec
@@ -22,10 +22,10 @@ from apt.train.networks import starts_from
 from apt.train.parallel import Parallel
 from apt.train.progress import Progress
 from apt.train.resolve import advice, prompt_check, resolve
-from apt.train.resume import Resume, check_resumable, find_start, plain
+from apt.train.resume import Resume, check_resumable, find_start
 from apt.train.signals import StopRequest
 
-__all__ = ["make_stage", "plain", "run"]
+__all__ = ["make_stage", "run"]
 
 
 def run(
@@ -99,8 +99,9 @@ def _prepare(
     source = starts_from(config)
     start = None if source is None else describe(source).sample
     config = resolve(config, start, None if meta is None else meta["config"])
+    taken: list[str] = []
     if found is not None and meta is not None:
-        check_resumable(config, meta["config"], found, checkpoint.step_of(found))
+        taken = check_resumable(config, meta, found, checkpoint.step_of(found))
     dataset = make_dataset(config.data, seed=config.seed, check=prompt_check(config))
     stage = make_stage(config, parallel)
     _check_prompts(config, stage)
@@ -110,7 +111,10 @@ def _prepare(
     made = Run(config, stage, parallel, dataset, state, Progress.from_meta(meta), lock, stop)
     if found is not None and meta is not None:
         made.retention.trust(found)
+        if taken:
+            made.notes.append(f"goes on from {found.name} with other options: {'; '.join(taken)}")
         if meta["data"] != dataset.fingerprint:
+            _check_moved_data(config, meta["config"], found)
             made.notes.append(
                 f"warning: the data are not those of {found}: files or captions were added, "
                 "removed or changed, so samples do not continue where they stopped"
@@ -122,6 +126,17 @@ def _prepare(
         )
     made.notes += (f"warning: {text}" for text in [*stage.warnings(), *advice(config, start)])
     return made
+
+
+def _check_moved_data(config: TrainConfig, before: Mapping[str, Any], found: Path) -> None:
+    """Raise ConfigError for data at another path that are other data."""
+    was, now = before["data"]["path"], config.data.path
+    if was != now:
+        raise ConfigError(
+            f"the data of {found} were at {was!r}, and those at {now!r} are others: files, "
+            "captions or sizes differ. Resume with the same data, or start a new run in another "
+            "--run-dir"
+        )
 
 
 def make_stage(config: TrainConfig, parallel: Parallel) -> Stage:
