@@ -43,6 +43,7 @@ _FREE_FIELDS = (
     "snapshot_at",
     "sample_every",
     "sample_prompts",
+    "wandb_project",
     "monitor",
     "data.path",  # the fingerprint of the data tells whether they are others
     "data.num_workers",
@@ -110,8 +111,12 @@ def check_resumable(
             f"least --num-updates {done} (nothing was changed)"
         )
     before = meta["config"]
-    # Runs from before there was a warm-up have none, and earlier ones do not name their method.
-    given = {"ema_warmup": False, f"stage.{METHOD}": config.stage.exports_as}
+    # Runs of earlier versions had neither, and did not name their method.
+    given = {
+        "ema_warmup": False,
+        "wandb_project": "",
+        f"stage.{METHOD}": config.stage.exports_as,
+    }
     now, then = _by_option(plain(config)), given | _by_option(before)
     if gone := sorted(key for key in then if key in _EARLIER_OPTIONS):
         raise ConfigError(

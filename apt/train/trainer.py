@@ -39,10 +39,10 @@ def run(
 ) -> Path:
     """Train one stage to its end, or to a stop request, and return the run's folder.
 
-    The folder gets `config.json`, `state.json`, `log.jsonl` and TensorBoard files, `checkpoints/`,
-    `samples/`, `snapshots/<update>/{ema,raw}/`, `losses.png`, and the finished model in `export/`;
-    while the run lasts, a lock. TensorBoard files need tensorboard, `losses.png` matplotlib: a run
-    without them says so, and goes on.
+    The folder gets `config.json`, `state.json`, `log.jsonl`, `speed.jsonl` and TensorBoard files,
+    `checkpoints/`, `samples/`, `snapshots/<update>/{ema,raw}/`, `losses.png`, drawn anew as the run
+    goes on, and the finished model in `export/`; while the run lasts, a lock. TensorBoard files
+    need tensorboard, `losses.png` matplotlib: a run without them says so, and goes on.
 
     SIGTERM and Ctrl-C save a checkpoint and leave, and so does an error, if it can: also in the
     middle of an update, which is then finished when the run goes on. What continues is the newest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from apt.hub import read_info
 from apt.train.config_file import plain
-from apt.train.logs import read_log
+from apt.train.logs import SPEED_NAME, read_log
 from apt.train.recipes import digits_apt, digits_pretrain
 from apt.train.run_state import exit_status
 from tests.cli.shell import Result, error_line, invoke, run_cli
@@ -128,6 +129,8 @@ def test_a_stop_has_a_status_of_its_own_and_one_command_goes_on(
 ) -> None:
     run_dir = tmp_path / "run"
     command = ["train", "digits_pretrain", "--run-dir", run_dir, *TINY, "--continue"]
+    command += ["--checkpoint-every", "1"]
+    monkeypatch.setattr("apt.train.loop.PLOT_SECONDS", 0.0)
 
     def stop_it() -> None:
         log = run_dir / "log.jsonl"
@@ -144,6 +147,7 @@ def test_a_stop_has_a_status_of_its_own_and_one_command_goes_on(
     assert state["state"] == "unfinished" and state["reason"] == "SIGTERM"
     done = state["update"]
     assert len(read_log(run_dir)) == done >= 1
+    assert (run_dir / "losses.png").is_file()  # drawn while it goes on
 
     line = error_line(invoke(*command, "--num-updates", str(done), "--start-over", "--resume"))
     assert "exclude each other" in line
@@ -203,6 +207,17 @@ def test_a_run_alone_is_gone_on_with_where_it_is_now(tmp_path: Path) -> None:
     (said,) = (line for line in result.stderr.splitlines() if "goes on from" in line)
     assert "micro_batch_size (was 0, is 1)" in said and "data.path (was " in said
     assert len(read_log(run_dir)) == 3 and not (tmp_path / "run").exists()
+    header = result.stderr.splitlines()[:8]
+    assert header[0] == "digits_pretrain: 3 updates of 2 samples, on from update 2"
+    assert re.fullmatch(r"  generator: \d+\.\d k parameters", header[1])
+    assert header[3] == "  clips: 4 of 9x32x32 at 8 fps"
+    assert re.fullmatch(r"  device: cpu with \d+\.\d GiB, bf16", header[4])
+    assert header[6] == f"  folder: {run_dir}"
+    speed = read_log(run_dir, SPEED_NAME)
+    assert [entry["step"] for entry in speed] == [1, 2, 3]
+    assert all(value is not None and value >= 0 for entry in speed for value in entry.values())
+    rates = [entry["generator/learning_rate"] for entry in read_log(run_dir)]
+    assert rates == pytest.approx([1.5e-5, 3e-5, 4.5e-5])  # of a warm-up over 100 updates
 
     (tmp_path / "moved" / "000003.mp4").unlink()
     (tmp_path / "moved").rename(tmp_path / "others")
