@@ -143,14 +143,15 @@ def _from_run(name: str, rest: list[str]) -> _Begun:
     """A run as it was configured, in the folder where it is now."""
     folder = Path(name)
     file = folder / CONFIG_NAME
-    if not file.is_file():
-        stages = sorted(child.parent.name for child in folder.glob(f"*/{CONFIG_NAME}"))
+    if stages := sorted(child.parent.name for child in folder.glob(f"*/{CONFIG_NAME}")):
         raise InputError(
             f"{name} holds runs of several stages ({', '.join(stages)}); name one of them, or "
             "repeat the recipe with --resume, which goes on to the next stages too"
-            if stages
-            else f"{name} is no folder of a run, which has a {CONFIG_NAME}; with a recipe, the "
-            "recipe's name comes first: RECIPE --run-dir RUN --resume"
+        )
+    if not file.is_file():
+        raise InputError(
+            f"{name} is no folder of a run, which has a {CONFIG_NAME}; with a recipe, the recipe's "
+            "name comes first: RECIPE --run-dir RUN --resume"
         )
     (config,) = read_configs(file)
     moved = dataclasses.replace(config, run_dir=name)
