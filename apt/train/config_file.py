@@ -108,7 +108,7 @@ def _stage(document: Any, where: str) -> StageConfig:
     return _read((fitting or known)[0], options, where)
 
 
-def _kinds(base: type[StageConfig]) -> Iterator[type[StageConfig]]:
+def _kinds(base: type[Any]) -> Iterator[type[StageConfig]]:
     """Every stage that is there, those of imported modules too."""
     for kind in base.__subclasses__():
         if not inspect.isabstract(kind) and hasattr(kind, "exports_as"):
