@@ -18,8 +18,9 @@ from apt.distributed.parallel import Parallel
 from apt.distributed.spokesman import report
 from apt.errors import InputError
 from apt.train.config import TrainConfig
+from apt.train.config_file import plain, read_configs
 from apt.train.recipes import RECIPES
-from apt.train.resume import CONFIG_NAME, Resume, plain
+from apt.train.resume import CONFIG_NAME, Resume
 from apt.train.run_state import exit_status
 from apt.train.sequence import is_finished, move_runs
 from apt.train.signals import StopRequest
@@ -50,6 +51,10 @@ class Overview(Options):
 
     `diffusion-apt list recipes` shows the recipes, `diffusion-apt train RECIPE --help` the fields
     of one. Under torchrun: torchrun --nproc-per-node 8 -m apt train RECIPE ...
+
+    In place of RECIPE: `--config FILE` takes what --print-config printed, and `--resume RUN` goes
+    on with the run in that folder, as it was configured; any field can be changed after either,
+    when resuming those that do not change what is computed.
     """
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
@@ -69,18 +74,15 @@ class Train(Options):
 
 def main(args: Sequence[str], *, prog: str) -> int:
     """Resolve the recipe, then print it or train its stages one after the other."""
-    if not args or args[0].startswith("-"):
-        tyro.cli(Overview, args=args, prog=prog)
-        raise InputError(f"the recipe's name comes first: {prog} RECIPE [OPTIONS]")
-    made = RECIPES.get(args[0])()
-    stages = [made] if isinstance(made, TrainConfig) else list(made)
+    begun = _begin(args, prog)
+    stages = begun.stages
     with _one_usage_message():
         parsed = [
             tyro.cli(
                 Train,
-                args=args[1:],
-                prog=f"{prog} {args[0]}",
-                default=Train(config=_without_options(stage)),
+                args=begun.rest,
+                prog=f"{prog} {begun.words}",
+                default=Train(config=_without_options(stage), resume=begun.resume),
                 # A recipe's stage is of one kind; its fields are options, not a choice of kinds.
                 config=(tyro.conf.AvoidSubcommands,),
             )
@@ -122,6 +124,57 @@ def _with_options(config: TrainConfig, stage: TrainConfig) -> TrainConfig:
         config = dataclasses.replace(config, data=data)
     config.data.make_source()
     return config
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What the first words of the command name: stages, and the arguments that are left."""
+
+    stages: list[TrainConfig]
+    words: str
+    rest: list[str]
+    resume: bool = False
+
+
+def _begin(args: Sequence[str], prog: str) -> _Begun:
+    """A recipe, a file of configurations, or a run that is there."""
+    first, *rest = args or [""]
+    option, equals, value = first.partition("=")
+    if option in ("--config", "--resume"):
+        value, *rest = [value, *rest] if equals else (rest or [""])
+        if value and not value.startswith("-"):
+            return _from_file(Path(value), rest) if option == "--config" else _from_run(value, rest)
+        needed = "FILE" if option == "--config" else "RUN"
+        raise InputError(f"{option} needs a {needed}: {prog} {option} {needed} [OPTIONS]")
+    if not first or first.startswith("-"):
+        tyro.cli(Overview, args=args, prog=prog)
+        raise InputError(f"the recipe's name comes first: {prog} RECIPE [OPTIONS]")
+    made = RECIPES.get(first)()
+    stages = [made] if isinstance(made, TrainConfig) else list(made)
+    return _Begun(stages, first, rest)
+
+
+def _from_file(file: Path, rest: list[str]) -> _Begun:
+    return _Begun(read_configs(file), f"--config {file}", rest)
+
+
+def _from_run(name: str, rest: list[str]) -> _Begun:
+    """A run as it was configured, in the folder where it is now."""
+    folder = Path(name)
+    file = folder / CONFIG_NAME
+    if stages := sorted(child.parent.name for child in folder.glob(f"*/{CONFIG_NAME}")):
+        raise InputError(
+            f"{name} holds runs of several stages ({', '.join(stages)}); name one of them, or "
+            "repeat the recipe with --resume, which goes on to the next stages too"
+        )
+    if not file.is_file():
+        raise InputError(
+            f"{name} is no folder of a run, which has a {CONFIG_NAME}; with a recipe, the recipe's "
+            "name comes first: RECIPE --run-dir RUN --resume"
+        )
+    (config,) = read_configs(file)
+    moved = dataclasses.replace(config, run_dir=name)
+    return _Begun([moved], f"--resume {name}", rest, resume=True)
 
 
 def train_stages(

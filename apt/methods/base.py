@@ -144,6 +144,10 @@ class TrainedNetwork(Protocol):
         """Move weights and average; `update` counts from 0. Returns the gradient's norm."""
         ...
 
+    def rate(self, update: int) -> float:
+        """The learning rate of an update, counted from 0."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """All that training changes, as live tensors by name."""
         ...

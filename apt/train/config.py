@@ -212,6 +212,8 @@ class TrainConfig:
         snapshot_at: updates at which EMA and raw weights are exported to `snapshots/`.
         sample_every: updates between sample sheets; 0 for none.
         sample_prompts: what the sheets show, and the collapse monitor looks at.
+        wandb_project: of Weights & Biases, which then gets metrics and sheets too; empty: none
+            does. WANDB_MODE=offline keeps them in the run's folder.
     """
 
     name: str
@@ -237,6 +239,7 @@ class TrainConfig:
     snapshot_at: tuple[int, ...] = ()
     sample_every: int = 100
     sample_prompts: tuple[str, ...] = ()
+    wandb_project: str = ""
 
     def __post_init__(self) -> None:
         self._check_numbers()

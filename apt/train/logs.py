@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a JSONL file, TensorBoard, and a progress line."""
+"""What a run tells while it trains: JSONL files, TensorBoard, and a progress line."""
 
 from __future__ import annotations
 
@@ -15,28 +15,35 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from apt.errors import DataError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["LOG_NAME", "RunLog", "read_log"]
+    from apt.train.weights_and_biases import WandbLog
+
+__all__ = ["LOG_NAME", "SPEED_NAME", "RunLog", "read_log"]
 
 LOG_NAME = "log.jsonl"
+SPEED_NAME = "speed.jsonl"
+
+_COLUMNS = 80
 
 
-def read_log(run_dir: Path) -> list[dict[str, float | None]]:
-    """Read `log.jsonl` of a run: one dict per line, `step` and the metrics.
+def read_log(run_dir: Path, name: str = LOG_NAME) -> list[dict[str, float | None]]:
+    """Read `log.jsonl` of a run, or `speed.jsonl`: one dict per line, `step` and the metrics.
 
     Non-finite values were written as null and come back as `None`.
 
     Raises:
         DataError: the file is missing, or a line before the last is not JSON.
     """
-    file = run_dir / LOG_NAME
+    file = run_dir / name
     if not file.is_file():
-        raise DataError(f"{run_dir} has no {LOG_NAME}; expected the folder of a training run")
+        raise DataError(f"{run_dir} has no {name}; expected the folder of a training run")
     return [json.loads(line) for line in _whole_lines(file)]
 
 
@@ -57,8 +64,9 @@ class RunLog:
     """Writes metrics of a run; silent on ranks other than 0.
 
     `log.jsonl` holds nothing that depends on the clock or the machine's load, so that the file
-    of a resumed run equals the one of an uninterrupted run byte for byte. On a terminal a progress
-    bar shows the time left; elsewhere a plain line is printed from time to time. Where tensorboard
+    of a resumed run equals the one of an uninterrupted run byte for byte; what does is in
+    `speed.jsonl`. On a terminal a progress bar shows the time left; elsewhere a plain line is
+    printed from time to time. Both fit into 80 columns, with two figures. Where tensorboard
     is not installed there are no TensorBoard files, and without rich no bar: both are said at the
     start.
 
@@ -69,6 +77,7 @@ class RunLog:
         enabled: whether this rank writes (rank 0).
         title: what the progress line calls the run.
         interval: seconds between progress lines where stderr is no terminal.
+        also: gets everything too, and is closed with the log.
 
     Raises:
         DataError: an existing log is not one of ours.
@@ -84,8 +93,10 @@ class RunLog:
         *,
         title: str = "training",
         interval: float = 15.0,
+        also: WandbLog | None = None,
     ) -> None:
         self.enabled = enabled
+        self._also = also
         if not enabled:
             return
         self._total = num_updates
@@ -95,6 +106,8 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / LOG_NAME
         self._file = _open_after(self._path, done)
+        self._speed_path = run_dir / SPEED_NAME
+        self._speed = _open_after(self._speed_path, done)
         self._hook = threading.excepthook
         threading.excepthook = self._thread_failed
         self._progress: Progress | None = None
@@ -113,20 +126,35 @@ class RunLog:
         Args:
             update: number of updates done, counted from 1.
             metrics: finite or not; a non-finite value becomes null in the JSONL file.
-            timing: what depends on the clock (seconds, samples per second): TensorBoard only.
+            timing: what depends on the clock and the machine (seconds, memory): `speed.jsonl`.
         """
         if not self.enabled:
             return
-        entry = {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
         # Not buffered, so that a killed process loses at most the line it was writing, and a full
         # disk is met here.
-        line = json.dumps({"step": update, **entry}) + "\n"
-        _write_all(self._file, line.encode(), self._path)
+        _write_all(self._file, _line(update, metrics), self._path)
+        if timing:
+            _write_all(self._speed, _line(update, timing), self._speed_path)
+        scalars = {key: float(value) for key, value in {**metrics, **(timing or {})}.items()}
         if self._board is not None:
-            for key, value in {**metrics, **(timing or {})}.items():
-                self._board.add_scalar(key, float(value), update)
-        shown = "  ".join(f"{key} {float(value):.4g}" for key, value in metrics.items())
-        self._show(update, shown)
+            for key, value in scalars.items():
+                self._board.add_scalar(key, value, update)
+        if self._also is not None:
+            self._also.write(update, scalars)
+        self._show(update, _figures(metrics))
+
+    def picture(self, update: int, path: Path) -> None:
+        """Show a PNG of an update, such as a sample sheet, in TensorBoard too."""
+        if not self.enabled:
+            return
+        if self._board is not None:
+            from PIL import Image
+
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self._board.add_image("samples", pixels, update, dataformats="HWC")
+        if self._also is not None:
+            self._also.picture(update, path)
 
     def message(self, text: str) -> None:
         """Print a line for the user above the progress bar."""
@@ -154,6 +182,9 @@ class RunLog:
             self._print_line(*self._last_line)
         self.enabled = False
         self._file.close()
+        self._speed.close()
+        if self._also is not None:
+            self._also.close()
         if self._board is not None:
             self._board.close()
         threading.excepthook = self._hook
@@ -198,14 +229,14 @@ class RunLog:
             return
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[metrics]}"),
             console=Console(stderr=True),
         )
         self._task = self._progress.add_task(
-            self._title, total=self._total, completed=self._first, metrics=""
+            _cut(self._title, 18), total=self._total, completed=self._first, metrics=""
         )
         self._progress.start()
 
@@ -222,8 +253,32 @@ class RunLog:
         self._last_line = (-1, "")
         per_update = (self._printed - self._start) / max(update - self._first, 1)
         left = timedelta(seconds=round(per_update * (self._total - update)))
-        speed = f"{per_update:.2f} s/update, {left} left"
-        self.message(f"{self._title}: {update}/{self._total}  {speed}  {shown}")
+        rest = f": {update}/{self._total}  {left} left  {shown}"
+        self.message(_cut(self._title, _COLUMNS - len(rest)) + rest)
+
+
+def _figures(metrics: Mapping[str, float]) -> str:
+    """The two metrics that a progress line has room for: losses, if there are any."""
+    losses = [key for key in metrics if key.endswith("loss")]
+    chosen = [*losses, *(key for key in metrics if key not in losses)][:2]
+    return "  ".join(f"{_short(key)} {float(metrics[key]):.4g}" for key in chosen)
+
+
+def _short(key: str) -> str:
+    """A metric's name as the line has it: of G, of D, or its last part."""
+    part, _, kind = key.rpartition("/")
+    network = {"generator": "G ", "discriminator": "D "}.get(part, "")
+    return network + _cut(kind, 12)
+
+
+def _cut(text: str, size: int) -> str:
+    size = max(size, 6)
+    return text if len(text) <= size else f"{text[: size - 1]}…"
+
+
+def _line(update: int, values: Mapping[str, float]) -> bytes:
+    entry = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
+    return (json.dumps({"step": update, **entry}) + "\n").encode()
 
 
 def _write_all(file: io.RawIOBase, data: bytes, path: Path) -> None:

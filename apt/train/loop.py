@@ -18,10 +18,13 @@ from apt.data.loader import make_loader
 from apt.distributed.parallel import Parallel
 from apt.errors import ConfigError
 from apt.files import write_text
+from apt.memory import peak_memory
 from apt.methods.base import MicroBatch, Stage
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
+from apt.train.config_file import OBJECTS, plain
 from apt.train.failures import explained
+from apt.train.header import header
 from apt.train.latent_statistics import LatentStatistics
 from apt.train.lock import FolderInUse, RunLock
 from apt.train.logs import RunLog
@@ -29,13 +32,17 @@ from apt.train.monitor import CollapseMonitor, TrainingStopped, sample_statistic
 from apt.train.outcome import save_outcome
 from apt.train.parts_done import PartsDone
 from apt.train.plots import plot_losses
-from apt.train.resume import CHECKPOINTS, CONFIG_NAME, OBJECTS, plain
+from apt.train.resume import CHECKPOINTS, CONFIG_NAME, model_identities
 from apt.train.retention import Retention
 from apt.train.run_state import State, write_state
 from apt.train.sample_sheets import decode_samples, draw_samples, write_sheet
 from apt.train.signals import StopRequest
+from apt.train.weights_and_biases import WandbLog
 
 __all__ = ["Run", "micro_batches"]
+
+PLOT_SECONDS = 60.0
+"""Between drawings of `losses.png` while a run goes on, which are made with checkpoints."""
 
 T = TypeVar("T")
 
@@ -69,9 +76,12 @@ class Run:
         codec = stage.codec
         self.statistics = None if codec is None else LatentStatistics(codec.config, config)
         self.monitor = CollapseMonitor(config.monitor)
+        self.models = model_identities(config)
         self.notes: list[str] = []
         self.saved = self.position  # of the newest checkpoint
         self.moved = self._moves()
+        self.draws = True
+        self.drawn = time.monotonic()
 
     @property
     def done(self) -> int:
@@ -101,7 +111,10 @@ class Run:
         self.parallel.on_main(self._write_config)
         self.parallel.on_main(lambda: self._write_state("running"))
         with self._open_log() as self.log:
-            for note in self.notes:
+            about = header(
+                config, self.stage, self.dataset, self.state, self.parallel, done=self.done
+            )
+            for note in [*about, *self.notes]:
                 self.log.message(note)
             self.loader = make_loader(
                 self.dataset,
@@ -134,6 +147,7 @@ class Run:
         """One update, or the rest of one; False if the run is to stop instead."""
         begin, config = time.monotonic(), self.config
         batch = self.attempt(self._next_batch)
+        waited = time.monotonic() - begin
         if self.parallel.any(batch is None):
             return False
         assert batch is not None
@@ -146,24 +160,38 @@ class Run:
             _check_finite(means, self.done, self.saved[0])
             self.progress.finish(name, means)
             self.moved = self._moves()
-        metrics = self._record(begin, micro_batches if shows else None)
+        metrics = self._record(begin, waited, micro_batches if shows else None)
         self.state["update"] += 1
         self.progress.clear()
         if self.done % config.checkpoint_every == 0 or self.done == config.num_updates:
             self.save()
+            self.attempt_on_main(self._plot_now_and_then)
         self._watch(metrics)
         return True
 
-    def _record(self, begin: float, shown: Sequence[MicroBatch] | None) -> dict[str, float]:
+    def _record(
+        self, begin: float, waited: float, shown: Sequence[MicroBatch] | None
+    ) -> dict[str, float]:
         """Everything that is written of an update whose weights have moved; returns its metrics.
 
-        `shown` are the micro-batches of an update that has a sample sheet.
+        It began at `begin` and waited so many seconds for data. `shown` are the micro-batches of an
+        update that has a sample sheet.
         """
         config, update = self.config, self.done + 1
         metrics = dict(self.progress.metrics)
+        for name, trained in self.stage.trained.items():
+            metrics[f"{name}/learning_rate"] = trained.rate(self.done)
+        seconds = time.monotonic() - begin
         if shown is not None:
             metrics |= self._show(update, shown)
-        timing = {"seconds_per_update": time.monotonic() - begin}
+        timing = {
+            "speed/seconds_per_update": seconds,
+            "speed/samples_per_second": config.batch_size / max(seconds, 1e-9),
+            "speed/data_wait_seconds": waited,
+        }
+        memory = peak_memory(self.parallel.device)
+        if memory is not None:
+            timing["speed/peak_memory_gib"] = memory / 2**30
         self.attempt_on_main(partial(self.log.write, update, metrics, timing))
         if update in config.snapshot_at:
             for weights in ("ema", "raw"):
@@ -182,6 +210,7 @@ class Run:
             path = self.run_dir / "samples" / f"{update:08d}.png"
             title = f"{config.name}, update {update}"
             self.attempt_on_main(partial(write_sheet, path, pixels, preview.names, title))
+            self.attempt_on_main(partial(self.log.picture, update, path))
         return sample_statistics(preview.latents if pixels is None else pixels)
 
     def _watch(self, metrics: Mapping[str, float]) -> None:
@@ -252,6 +281,7 @@ class Run:
             "config": plain(self.config),
             OBJECTS: self.objects,
             "data": self.dataset.fingerprint,
+            "models": self.models,
             **self.progress.as_meta(),
         }
         path = checkpoint.save(self.retention.root, self.done, self.state, meta)
@@ -279,11 +309,20 @@ class Run:
             self.stage, self.config, self.parallel, folder, updates=updates, weights=weights
         )
 
+    def _plot_now_and_then(self) -> None:
+        """Draw the curves of a run under way, at most once a minute."""
+        if time.monotonic() - self.drawn >= PLOT_SECONDS:
+            self._plot()
+            self.drawn = time.monotonic()
+
     def _plot(self) -> None:
-        """Draw the curves; a finished run does not fail for want of matplotlib."""
+        """Draw the curves; a run does not fail for want of matplotlib, and says so once."""
+        if not self.draws:
+            return
         try:
             plot_losses(self.run_dir)
         except ImportError as error:
+            self.draws = False
             self.log.message(
                 f"no losses.png ({error}): `pip install matplotlib`, then "
                 "`apt.train.plots.plot_losses`"
@@ -293,8 +332,19 @@ class Run:
         """The log, which only rank 0 has."""
         run_dir, total, title = self.run_dir, self.config.num_updates, self.config.name
         logs = [RunLog(run_dir, total, self.done, enabled=False, title=title)]
-        self.parallel.on_main(lambda: logs.append(RunLog(run_dir, total, self.done, title=title)))
+
+        def open_here() -> None:
+            also = self._open_wandb()
+            logs.append(RunLog(run_dir, total, self.done, title=title, also=also))
+
+        self.parallel.on_main(open_here)
         return logs[-1]
+
+    def _open_wandb(self) -> WandbLog | None:
+        project = self.config.wandb_project
+        if not project:
+            return None
+        return WandbLog(self.run_dir, project, self.config.name, plain(self.config))
 
     def _write_config(self) -> None:
         given = {OBJECTS: self.objects} if self.objects else {}

@@ -59,13 +59,16 @@ class Trained:
                 if p.grad is not None:
                     p.grad.mul_(scale)
         for group in self.optimizer.param_groups:
-            rate = learning_rate(self.config, update, self.num_updates)
-            group["lr"] = rate * group["share"]
+            group["lr"] = self.rate(update) * group["share"]
         self.moves += 1
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.module, update)
         return norm
+
+    def rate(self, update: int) -> float:
+        """The learning rate of update number `update`, from 0."""
+        return learning_rate(self.config, update, self.num_updates)
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes, as live tensors by name."""

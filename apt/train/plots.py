@@ -14,7 +14,8 @@ __all__ = ["plot_losses"]
 def plot_losses(run_dir: Path) -> Path:
     """Draw every metric of `run_dir/log.jsonl` against the update into `losses.png`.
 
-    Metrics with a common prefix (`loss/d`, `loss/g`) share a panel.
+    Metrics of one kind, which their last part names (`discriminator/loss`, `generator/loss`), share
+    a panel. The file appears whole or not at all, so it can be looked at while the run goes on.
 
     Returns:
         Path of the PNG.
@@ -28,7 +29,7 @@ def plot_losses(run_dir: Path) -> Path:
     entries = read_log(run_dir)
     panels: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for entry in entries for name in entry if name != "step"):
-        panels.setdefault(name.split("/")[0], []).append(name)
+        panels.setdefault(name.split("/")[-1], []).append(name)
     if not panels:
         raise DataError(f"the log in {run_dir} holds no metrics to draw; train for an update first")
     columns = min(len(panels), 3)
@@ -38,7 +39,9 @@ def plot_losses(run_dir: Path) -> Path:
     for axis, (title, names) in zip(axes, panels.items(), strict=False):
         for name in names:
             points = [(e["step"], e[name]) for e in entries if e.get(name) is not None]
-            axis.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=1.2)
+            x, y = [step for step, _ in points], [value for _, value in points]
+            label = name.rpartition("/")[0] or name
+            axis.plot(x, y, label=label, linewidth=1.2, marker="." if len(points) == 1 else None)
         axis.set_title(title)
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
@@ -47,5 +50,7 @@ def plot_losses(run_dir: Path) -> Path:
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     path = run_dir / "losses.png"
-    figure.savefig(path, dpi=110)
+    partial = run_dir / f".{path.name}.partial"
+    figure.savefig(partial, dpi=110, format="png")
+    partial.replace(path)
     return path

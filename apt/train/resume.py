@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,17 +12,16 @@ from apt.distributed.collectives import everywhere, rank
 from apt.errors import CheckpointError, ConfigError
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
+from apt.train.config_file import METHOD, OBJECTS, plain
 from apt.train.logs import LOG_NAME, read_log
 
 __all__ = [
-    "CHECKPOINTS", "CONFIG_NAME", "OBJECTS", "Resume", "check_resumable", "find_start", "plain",
-    "recorded_objects",
+    "CHECKPOINTS", "CONFIG_NAME", "Resume", "check_resumable", "find_start",
+    "model_identities", "recorded_objects",
 ]  # fmt: skip
 
 CHECKPOINTS = "checkpoints"
 CONFIG_NAME = "config.json"
-OBJECTS = "objects"
-"""Where a checkpoint, and config.json, say what a run was given in Python: `Objects.kinds`."""
 
 Resume = bool | Literal["auto"]
 """Start a run; continue one; or continue if there is something to continue, and else start."""
@@ -40,7 +39,9 @@ _FREE_FIELDS = (
     "snapshot_at",
     "sample_every",
     "sample_prompts",
+    "wandb_project",
     "monitor",
+    "data.path",  # the fingerprint of the data tells whether they are others
     "data.num_workers",
     "data.long_captions",
     "data.strict",
@@ -89,30 +90,53 @@ def find_start(run_dir: Path, resume: Resume, *, start_over: bool = False) -> Pa
 _EARLIER_OPTIONS = ("stage.r1_weight", "stage.num_timesteps")
 
 
-def check_resumable(config: TrainConfig, before: Mapping[str, Any], path: Path, done: int) -> None:
-    """Raise ConfigError unless the checkpoint `path` of `before` can go on as `config`."""
+def check_resumable(
+    config: TrainConfig, meta: Mapping[str, Any], path: Path, done: int
+) -> list[str]:
+    """Compare a configuration with that of the checkpoint `path`, whose `meta` is given.
+
+    Returns:
+        What is other than it was, and does not change what is computed: "--option (was a, is b)".
+
+    Raises:
+        ConfigError: the checkpoint cannot go on so; every option that stands in the way is named.
+    """
     if done > config.num_updates:
         raise ConfigError(
             f"{path} has {done} updates, and the run is to have {config.num_updates}; ask for at "
             f"least --num-updates {done} (nothing was changed)"
         )
-    # Runs from before there was a warm-up have none.
-    now, then = _by_option(plain(config)), {"ema_warmup": False, **_by_option(before)}
+    before = meta["config"]
+    # Runs of earlier versions had neither, and did not name their method.
+    given = {
+        "ema_warmup": False,
+        "wandb_project": "",
+        f"stage.{METHOD}": config.stage.exports_as,
+    }
+    now, then = _by_option(plain(config)), given | _by_option(before)
     if gone := sorted(key for key in then if key in _EARLIER_OPTIONS):
         raise ConfigError(
             f"{path} was begun by an earlier version, whose options were others ({gone[0]}, ...); "
             "finish it with that version, or start a new run in another --run-dir"
         )
-    changed = [
-        f"{key} (was {then.get(key)!r}, is {now.get(key)!r})"
-        for key in sorted(now.keys() | then.keys())
-        if not {key, key.split(".")[0]} & set(_FREE_FIELDS) and now.get(key) != then.get(key)
+    differing = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+    models, models_then = model_identities(config), meta.get("models", {})
+    moved = {f"stage.{f}" for f in models if models[f] and models_then.get(f) == models[f]}
+    free = [key for key in differing if {key, key.split(".")[0]} & {*_FREE_FIELDS, *moved}]
+    said = {key: f"{key} (was {then.get(key)!r}, is {now.get(key)!r})" for key in differing}
+    changed = [said[key] for key in differing if key not in free]
+    changed += [
+        f"stage.{field} (at {str(getattr(config.stage, field))!r} is another model than it was)"
+        for field in models
+        if models_then.get(field, models[field]) != models[field]
+        and f"stage.{field}" not in differing
     ]
     if changed:
         raise ConfigError(
             f"the configuration does not fit the checkpoint {path}: {'; '.join(changed)}. Resume "
             "with the same configuration, or start a new run in another --run-dir"
         )
+    return [said[key] for key in free]
 
 
 def recorded_objects(run_dir: Path, found: Path | None) -> dict[str, Any]:
@@ -127,9 +151,33 @@ def recorded_objects(run_dir: Path, found: Path | None) -> dict[str, Any]:
     return dict(written.get(OBJECTS, {}))
 
 
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON holds it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def model_identities(config: TrainConfig) -> dict[str, str]:
+    """For each field of the stage that names a model: what tells it from others, wherever it is.
+
+    Of a folder its weights, by their names, sizes, and both ends of each file: training moves every
+    weight. What else lies there may change (it has the options of the run that it came of). Of a
+    built-in or Hub model its name.
+    """
+    stage = config.stage
+    return {field: _identity(str(getattr(stage, field))) for field in stage.names_models}
+
+
+_ENDS = 2**20
+
+
+def _identity(source: str) -> str:
+    folder = Path(source)
+    if not source or not folder.is_dir():
+        return source
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_ENDS))
+            file.seek(max(size - _ENDS, 0))
+            digest.update(file.read())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _by_option(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import SampleInfo
 from apt.checkpoints.load import describe
 from apt.distributed.parallel import Parallel
-from apt.errors import InputError
+from apt.errors import ConfigError, InputError
 from apt.methods.base import Stage
 from apt.models.cached import CachedCodec
 from apt.models.protocols import LatentCodec, TextEncoder
@@ -26,10 +26,10 @@ from apt.train.loop import Run
 from apt.train.objects import NO_OBJECTS, Objects, check_same_objects
 from apt.train.parts_done import PartsDone
 from apt.train.resolve import advice, prompt_check, resolve
-from apt.train.resume import Resume, check_resumable, find_start, plain, recorded_objects
+from apt.train.resume import Resume, check_resumable, find_start, recorded_objects
 from apt.train.signals import StopRequest
 
-__all__ = ["make_stage", "plain", "run"]
+__all__ = ["make_stage", "run"]
 
 
 def run(
@@ -48,10 +48,10 @@ def run(
 ) -> Path:
     """Train one stage to its end, or to a stop request, and return the run's folder.
 
-    The folder gets `config.json`, `state.json`, `log.jsonl` and TensorBoard files, `checkpoints/`,
-    `samples/`, `snapshots/<update>/{ema,raw}/`, `losses.png`, and the finished model in `export/`;
-    while the run lasts, a lock. TensorBoard files need tensorboard, `losses.png` matplotlib: a run
-    without them says so, and goes on.
+    The folder gets `config.json`, `state.json`, `log.jsonl`, `speed.jsonl` and TensorBoard files,
+    `checkpoints/`, `samples/`, `snapshots/<update>/{ema,raw}/`, `losses.png`, drawn anew as the run
+    goes on, and the finished model in `export/`; while the run lasts, a lock. TensorBoard files
+    need tensorboard, `losses.png` matplotlib: a run without them says so, and goes on.
 
     SIGTERM and Ctrl-C save a checkpoint and leave, and so does an error, if it can: also in the
     middle of an update, which is then finished when the run goes on. What continues is the newest
@@ -142,8 +142,9 @@ def _prepare(
     meta = checkpoint.read_meta(found) if found is not None else None
     start = _start(config, objects)
     config = resolve(objects.named(config), start, None if meta is None else meta["config"])
+    taken: list[str] = []
     if found is not None and meta is not None:
-        check_resumable(config, meta["config"], found, checkpoint.step_of(found))
+        taken = check_resumable(config, meta, found, checkpoint.step_of(found))
     dataset = make_dataset(
         config.data,
         seed=config.seed,
@@ -160,7 +161,10 @@ def _prepare(
     made = Run(config, stage, parallel, dataset, state, done, lock, stop, kinds)
     if found is not None and meta is not None:
         made.retention.trust(found)
+        if taken:
+            made.notes.append(f"goes on from {found.name} with other options: {'; '.join(taken)}")
         if meta["data"] != dataset.fingerprint:
+            _check_moved_data(config, meta["config"], found)
             made.notes.append(
                 f"warning: the data are not those of {found}: files or captions were added, "
                 "removed or changed, so samples do not continue where they stopped"
@@ -172,6 +176,17 @@ def _prepare(
         )
     made.notes += (f"warning: {text}" for text in [*stage.warnings(), *advice(config, start)])
     return made
+
+
+def _check_moved_data(config: TrainConfig, before: Mapping[str, Any], found: Path) -> None:
+    """Raise ConfigError for data at another path that are other data."""
+    was, now = before["data"]["path"], config.data.path
+    if was != now:
+        raise ConfigError(
+            f"the data of {found} were at {was!r}, and those at {now!r} are others: files, "
+            "captions or sizes differ. Resume with the same data, or start a new run in another "
+            "--run-dir"
+        )
 
 
 def make_stage(config: TrainConfig, parallel: Parallel, objects: Objects = NO_OBJECTS) -> Stage:

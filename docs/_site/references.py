@@ -7,8 +7,8 @@ from typing import Any
 
 import griffe
 
-# A file's name looks like one: `apt.json`.
-_NAME = re.compile(r"(?<![\[`])`(apt(?:\.\w+)+)`(?!\])")
+# A file's name looks like one: `apt.json`. In double backticks stands what only shows how.
+_NAME = re.compile(r"(?<![\[`])(?<!`` )`(apt(?:\.\w+)+)`(?!\]| ``)")
 _FILES = (".json",)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from apt.checkpoints.info import read_info
-from apt.train.logs import RunLog, read_log
+from apt.train.config_file import plain
+from apt.train.logs import SPEED_NAME, RunLog, read_log
 from apt.train.recipes_digits import digits_apt, digits_codec
 from apt.train.run_state import exit_status
-from apt.train.trainer import plain
-from tests.cli.shell import error_line, invoke, run_cli
+from tests.cli.shell import Result, error_line, invoke, run_cli
 from tests.train.deaths import stopping
 
 TINY = (
@@ -45,6 +46,12 @@ def test_stages_start_from_each_other_in_their_new_folder(trained: Path) -> None
     started = info.training["started_from"]
     assert started["recipe"] == "digits_pixels_distill"
     assert started["started_from"]["recipe"] == "digits_pixels_pretrain"
+
+
+def error_line_at_end(result: Result) -> str:
+    """The error of a run that had something to say before."""
+    assert result.returncode == 2, result.stderr
+    return result.stderr.splitlines()[-1].removeprefix("error: ")
 
 
 def test_a_finished_row_is_not_trained_again(trained: Path) -> None:
@@ -120,6 +127,8 @@ def test_a_stop_has_a_status_of_its_own_and_one_command_goes_on(
 ) -> None:
     run_dir = tmp_path / "run"
     command = ["train", "digits_pixels_pretrain", "--run-dir", run_dir, *TINY, "--continue"]
+    command += ["--checkpoint-every", "1"]
+    monkeypatch.setattr("apt.train.loop.PLOT_SECONDS", 0.0)
     with monkeypatch.context() as patched:
         patched.setattr(RunLog, "write", stopping(2))
         stopped = invoke(*command, "--num-updates", "10000")
@@ -128,6 +137,7 @@ def test_a_stop_has_a_status_of_its_own_and_one_command_goes_on(
     assert state["state"] == "unfinished" and state["reason"] == "SIGTERM"
     done = state["update"]
     assert len(read_log(run_dir)) == done == 2
+    assert (run_dir / "losses.png").is_file()  # drawn while it goes on
 
     line = error_line(invoke(*command, "--num-updates", str(done), "--start-over", "--resume"))
     assert "exclude each other" in line
@@ -156,6 +166,58 @@ def test_print_config_of_a_row_is_a_list() -> None:
         "digits_codec", "digits_pretrain", "digits_distill", "digits_apt",
     ]  # fmt: skip
     assert configs[0] == plain(digits_codec())
+
+
+def test_a_printed_configuration_can_be_read_back(tmp_path: Path) -> None:
+    for recipe in ("digits", "digits_gpu", "walks", "apt_video_wan"):
+        printed = invoke("train", recipe, "--print-config").stdout
+        (tmp_path / "config.json").write_text(printed)
+        again = invoke("train", f"--config={tmp_path / 'config.json'}", "--print-config")
+        assert again.stdout == printed, again.stderr
+    changed = ["--config", tmp_path / "config.json", "--seed", "5", "--print-config"]
+    expected = {**json.loads(printed), "seed": 5}
+    assert json.loads(invoke("train", *changed).stdout) == expected
+
+
+def test_a_run_alone_is_gone_on_with_where_it_is_now(tmp_path: Path) -> None:
+    data = ["--negative-prompt", "one", "--data.source", "folder", "--data.path"]
+    assert invoke("data", "digits", tmp_path / "clips", "--num", "4").returncode == 0
+    begun = ["--run-dir", tmp_path / "run", *TINY, *data, tmp_path / "clips"]
+    result = invoke("train", "digits_pixels_pretrain", *begun)
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "clips").rename(tmp_path / "moved")
+    run_dir = (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    on = ["train", "--resume", run_dir, "--num-updates", "3", "--data.path", tmp_path / "moved"]
+    assert "optimizer.learning_rate (was 0.0015, is 0.5)" in error_line(
+        invoke(*on, "--optimizer.learning-rate", "0.5")
+    )
+    result = invoke(*on, "--micro-batch-size", "1")
+    assert result.returncode == 0, result.stderr
+    (said,) = (line for line in result.stderr.splitlines() if "goes on from" in line)
+    assert "micro_batch_size (was 0, is 1)" in said and "data.path (was " in said
+    assert len(read_log(run_dir)) == 3 and not (tmp_path / "run").exists()
+    header = result.stderr.splitlines()[:8]
+    assert header[0] == "digits_pixels_pretrain: 3 updates of 2 samples, on from update 2"
+    assert re.fullmatch(r"  generator: \d+\.\d k parameters", header[1])
+    assert header[3] == "  clips: 4 of 9x32x32 at 8 fps"
+    assert re.fullmatch(r"  device: cpu with \d+\.\d GiB, bf16", header[4])
+    assert header[6] == f"  folder: {run_dir}"
+    speed = read_log(run_dir, SPEED_NAME)
+    assert [entry["step"] for entry in speed] == [1, 2, 3]
+    assert all(value is not None and value >= 0 for entry in speed for value in entry.values())
+    rates = [entry["generator/learning_rate"] for entry in read_log(run_dir)]
+    assert rates == pytest.approx([1.5e-5, 3e-5, 4.5e-5])  # of a warm-up over 100 updates
+
+    (tmp_path / "moved" / "000003.mp4").unlink()
+    (tmp_path / "moved").rename(tmp_path / "others")
+    other = error_line_at_end(invoke(*on[:-1], tmp_path / "others"))
+    assert "are others" in other and "start a new run" in other
+
+
+def test_a_row_is_not_one_run(trained: Path) -> None:
+    line = error_line(invoke("train", "--resume", trained))
+    assert "several stages (apt, distill, pretrain)" in line
 
 
 def test_any_field_can_be_changed() -> None:
@@ -189,7 +251,12 @@ def test_help_of_a_recipe_shows_its_fields_and_values() -> None:
     [
         (["digit_apt"], "unknown recipe 'digit_apt'; did you mean 'digits_apt'"),
         (["zzz"], "unknown recipe 'zzz'; choose from: "),
-        (["--resume", "digits_apt"], "the recipe's name comes first"),
+        (["--resume", "digits_apt"], "digits_apt is no folder of a run, which has a config.json"),
+        (["--resume"], "--resume needs a RUN: diffusion-apt train --resume RUN"),
+        (["--resume", "--take-over"], "--resume needs a RUN"),
+        (["--config"], "--config needs a FILE"),
+        (["--config", "none.json"], "cannot read 'none.json'"),
+        (["--take-over", "digits_apt"], "the recipe's name comes first"),
         (["digits_apt", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["digits_apt", "--num-updates", "70"], "--optimizer.decay-updates to at most 70"),
         (["digits_apt", "--optimizer.betas", "0.5", "nan"], "optimizer.betas must be a finite"),

@@ -8,10 +8,12 @@ import pytest
 
 from apt.errors import CheckpointError, ConfigError
 from apt.methods import PretrainConfig
+from apt.methods.consistency import DistillConfig
 from apt.train import checkpoint
 from apt.train.config import DataConfig, TrainConfig
+from apt.train.config_file import plain
 from apt.train.logs import LOG_NAME
-from apt.train.resume import Resume, check_resumable, find_start, plain
+from apt.train.resume import Resume, check_resumable, find_start, model_identities
 
 pytestmark = pytest.mark.filterwarnings("ignore:skipped a damaged checkpoint")
 CONFIG = TrainConfig(name="x", run_dir="x", stage=PretrainConfig(), checkpoint_every=2)
@@ -85,9 +87,9 @@ def test_one_command_for_the_first_attempt_and_all_later_ones(tmp_path: Path):
 def test_fewer_updates_than_are_done(tmp_path: Path):
     before = plain(CONFIG)
     shorter = dataclasses.replace(CONFIG, num_updates=8)
-    check_resumable(shorter, before, tmp_path, 8)
+    check_resumable(shorter, {"config": before}, tmp_path, 8)
     with pytest.raises(ConfigError, match="--num-updates 9"):
-        check_resumable(shorter, before, tmp_path, 9)
+        check_resumable(shorter, {"config": before}, tmp_path, 9)
 
 
 def test_what_helps_after_an_error_may_change(tmp_path: Path):
@@ -97,16 +99,39 @@ def test_what_helps_after_an_error_may_change(tmp_path: Path):
     )
     before = {**plain(CONFIG), "ema_warmup": False}
     helped = dataclasses.replace(helped, ema_warmup=False)
-    check_resumable(helped, before, tmp_path, 1)
+    taken = check_resumable(helped, {"config": before}, tmp_path, 1)
+    assert "micro_batch_size (was 0, is 1)" in taken and len(taken) == 5
     del before["ema_warmup"]  # a run of an earlier version
-    check_resumable(helped, before, tmp_path, 1)
+    check_resumable(helped, {"config": before}, tmp_path, 1)
     other = dataclasses.replace(CONFIG, data=dataclasses.replace(data, size_multiple=16))
     with pytest.raises(ConfigError, match=r"data\.size_multiple \(was 8, is 16\)"):
-        check_resumable(other, plain(CONFIG), tmp_path, 1)
+        check_resumable(other, {"config": plain(CONFIG)}, tmp_path, 1)
 
 
 def test_a_run_of_an_earlier_version_is_refused_in_one_sentence(tmp_path: Path):
     before = plain(CONFIG)
     before["stage"] = {"generator": "g", "r1_weight": 100.0, "r1_sigma": 0.1}
     with pytest.raises(ConfigError, match=r"begun by an earlier version.*\(stage\.r1_weight"):
-        check_resumable(CONFIG, before, tmp_path, 1)
+        check_resumable(CONFIG, {"config": before}, tmp_path, 1)
+
+
+def test_a_model_may_move_and_not_become_another(tmp_path: Path):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "apt.json").write_text("{}")
+        (tmp_path / place / "transformer.safetensors").write_bytes(b"1234")
+    here, there = (
+        dataclasses.replace(CONFIG, stage=DistillConfig(teacher=str(tmp_path / place)))
+        for place in ("here", "there")
+    )
+    meta = {"config": plain(here), "models": model_identities(here)}
+    (taken,) = check_resumable(there, meta, tmp_path, 1)
+    assert taken.startswith("stage.teacher (was ")
+    (tmp_path / "there" / "apt.json").write_text('{"seed": 1}')
+    assert check_resumable(there, meta, tmp_path, 1) == [taken]
+    (tmp_path / "there" / "transformer.safetensors").write_bytes(b"1235")
+    with pytest.raises(ConfigError, match=r"does not fit.*stage\.teacher \(was"):
+        check_resumable(there, meta, tmp_path, 1)
+    (tmp_path / "here" / "transformer.safetensors").write_bytes(b"12345")
+    with pytest.raises(ConfigError, match=r"stage\.teacher \(at .* is another model than it was"):
+        check_resumable(here, meta, tmp_path, 1)

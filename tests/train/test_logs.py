@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,11 +12,13 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
+import numpy as np
 from matplotlib.image import imread
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from apt.errors import DataError
-from apt.train.logs import LOG_NAME, RunLog, read_log
+from apt.train.logs import LOG_NAME, SPEED_NAME, RunLog, read_log
 from apt.train.plots import plot_losses
 
 
@@ -59,6 +62,41 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path):
     assert len(events.Scalars("time/step")) == 10
 
 
+def test_what_the_clock_says_has_a_file_of_its_own(tmp_path: Path):
+    write(tmp_path, 0, 8)
+    write(tmp_path, 5, 10)
+    speed = read_log(tmp_path, SPEED_NAME)
+    assert speed == [{"step": step, "time/step": 0.1} for step in range(1, 11)]
+    assert not any("time" in key for entry in read_log(tmp_path) for key in entry)
+
+
+def test_tensorboard_has_the_sheets(tmp_path: Path):
+    sheet = np.zeros((4, 6, 3), np.uint8)
+    sheet[1, 2] = (255, 0, 128)
+    Image.fromarray(sheet).save(tmp_path / "sheet.png")
+    with RunLog(tmp_path / "run", 10, 0) as log:
+        log.picture(3, tmp_path / "sheet.png")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    (shown,) = events.Images("samples")
+    assert shown.step == 3
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(shown.encoded_image_string))), sheet)
+
+
+def test_lines_have_room_in_eighty_columns(tmp_path: Path, capfd):
+    long = {
+        "discriminator/loss": 1.23456789,
+        "discriminator/r1_with_a_long_name": 1e-12,
+        "generator/loss": -123456.789,
+    }
+    with RunLog(tmp_path, 1_000_000, 0, title="a_recipe_of_a_very_long_name", interval=0.0) as log:
+        for step in (1, 999_999):
+            log.write(step, long)
+    for line in capfd.readouterr().err.splitlines():
+        assert len(line) <= 80
+        assert "D loss 1.235" in line and "G loss -1.235e+05" in line and "left" in line
+
+
 def test_values_that_are_not_finite_stay_valid_json(tmp_path: Path):
     with RunLog(tmp_path, 1, 0) as log:
         log.write(1, {"a": float("nan"), "b": float("inf"), "c": 1.0})
@@ -93,17 +131,18 @@ def test_without_a_terminal_lines_come_at_intervals(tmp_path: Path, capfd):
     assert lines[2].startswith("digits: 100/300")
 
 
-def test_on_a_terminal_a_bar_is_drawn(tmp_path: Path):
+def test_on_a_terminal_of_eighty_columns_a_bar_is_drawn(tmp_path: Path):
     pty = pytest.importorskip("pty")
     code = (
         "import sys; from pathlib import Path; from apt.train.logs import RunLog\n"
-        "log = RunLog(Path(sys.argv[1]), 20, 10, title='digits')\n"
-        "[log.write(step, {'loss': 0.25}) for step in range(11, 21)]; log.close()"
+        "log = RunLog(Path(sys.argv[1]), 20000, 19990, title='digits_latent_pretrain')\n"
+        "values = {'generator/grad_norm': 3.0, 'discriminator/loss': 0.5, 'generator/loss': 0.25}\n"
+        "[log.write(step, values) for step in range(19991, 20001)]; log.close()"
     )
     ours, theirs = pty.openpty()
     environment = os.environ | {
         "TERM": "xterm",
-        "COLUMNS": "120",
+        "COLUMNS": "80",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -112,7 +151,8 @@ def test_on_a_terminal_a_bar_is_drawn(tmp_path: Path):
     drawn = os.read(ours, 1 << 16).decode()
     os.close(ours)
     assert done.returncode == 0, drawn
-    assert "digits" in drawn and "20/20" in drawn and "loss 0.25" in drawn
+    for text in ("digits_latent", "20000/20000", "D loss 0.5", "G loss 0.25"):
+        assert text in drawn
 
 
 def test_a_foreign_log_is_refused(tmp_path: Path):
@@ -130,7 +170,8 @@ def test_losses_are_drawn(tmp_path: Path):
     with RunLog(tmp_path, 10, 9) as log:
         log.write(10, {"loss/d": float("nan"), "late": 3.0})
     image = imread(plot_losses(tmp_path))
-    assert image.shape[0] > 200 and image.shape[1] > 1000  # three panels in a row
+    assert image.shape[0] > 600 and image.shape[1] > 1000  # d, g and gradient in a row, late below
+    assert not list(tmp_path.glob(".losses*"))
     assert len({tuple(pixel) for pixel in image[::3, ::3].reshape(-1, image.shape[2])}) > 10
     (tmp_path / LOG_NAME).write_text("")
     with pytest.raises(DataError, match="no metrics"):

@@ -141,6 +141,9 @@ def test_the_command_line_cannot_continue_it_and_says_so(run_dir: Path) -> None:
     assert "begun in Python with objects that have no name here" in line
     assert "codec (Fold), dataset (Bars), model (Mixer), text_encoder (Words)" in line
     assert "apt.train.run(config, ..., resume=True)" in line
+    for alone in (["--resume", run_dir], ["--config", run_dir / "config.json"]):
+        line = error_line(invoke("train", *alone))
+        assert "which have no name here (codec, dataset, model, text_encoder)" in line
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from apt.checkpoints.info import SampleInfo
 from apt.errors import ConfigError
 from apt.methods import AdversarialConfig, DistillConfig, MethodConfig, PretrainConfig
 from apt.train.config import DataConfig, OptimizerConfig, TrainConfig
+from apt.train.config_file import plain
 from apt.train.recipes import RECIPES, list_recipes
 from apt.train.resolve import advice, prompt_check, resolve
-from apt.train.trainer import plain
 from tests.train.tiny_methods import random_bundle
 
 TEACHER = SampleInfo(frames=17, height=64, width=96, fps=16.0)
