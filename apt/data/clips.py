@@ -107,9 +107,10 @@ class _CheckedItems:
         item = index % self._length
         where = self.file_name(index)
         sample = _checked(self._dataset[item], where, self._request)
-        if sample.pixels.shape[1:] != self._request.size:
+        size = Bucket(*sample.pixels.shape[1:])
+        if size != self._request.size:
             raise DataError(
-                f"{where} is {Bucket(*sample.pixels.shape[1:])}, and the run asks for "
+                f"{where} is {size}, and the run asks for "
                 f"{self._request.size} (--data.frames, --data.height, --data.width): clips of a "
                 "data set without batches of its own have one size"
             )

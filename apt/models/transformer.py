@@ -41,6 +41,10 @@ class TransformerConfig(Protocol):
         """Tokens along (T, H, W) for a latent (T, H, W); raises InputError if it does not fit."""
         ...
 
+    def build(self) -> DiffusionTransformer:
+        """The module, with random weights."""
+        ...
+
 
 class Tokens(NamedTuple):
     """What a block takes and gives.

@@ -57,7 +57,7 @@ def prompt_check(config: TrainConfig, objects: Objects = NO_OBJECTS) -> PromptCh
     cache = config.data.make_source().latent_cache()
     if cache is not None and read_cache_info(cache).text_encoder:
         return None
-    if field in objects.bundles:
+    if field is not None and field in objects.bundles:
         return objects.bundles[field].text_encoder.check
     if objects.text_encoder is not None:
         return objects.text_encoder.check
