@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -176,7 +176,7 @@ def _check_part(name: str, part: Any, expected: _Part) -> None:
             "expected a frozen dataclass with build(), which an export records"
         )
     try:
-        built = shapes_of(part.config)
+        built = shapes_of(cast(Any, config))
     except InputError as error:
         raise ConfigError(f"{name} cannot be built from its config: {error}") from error
     own = {key: tuple(value.shape) for key, value in part.state_dict().items()}
