@@ -40,12 +40,12 @@ class TransformerConfig(Protocol):
     @property
     def text_dim(self) -> int: ...
 
-    def build(self) -> Any:
-        """The network, with new weights."""
-        ...
-
     def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """Tokens along (T, H, W) for a latent (T, H, W); raises InputError if it does not fit."""
+        ...
+
+    def build(self) -> DiffusionTransformer:
+        """The module, with random weights."""
         ...
 
 

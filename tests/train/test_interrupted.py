@@ -190,7 +190,7 @@ def test_a_file_that_kills_its_reader_is_named_and_nothing_is_lost(
 ) -> None:
     write_video_folder(MovingDigits(0), tmp_path / "clips", 4, FPS)
     settings = pretraining(tmp_path, "run", num_workers=1)
-    monkeypatch.setattr("apt.train.datasets.VideoFolder", Deadly)
+    monkeypatch.setattr("apt.data.builtin_sources.VideoFolder", Deadly)
     folder = Deadly(tmp_path / "clips", buckets=[(9, 32, 32)], fps=FPS, seed=0)
     second = next(folder.batches(2, seed=0, start=1))
     monkeypatch.setattr(Deadly, "victim", folder.file_name(second[1]))
