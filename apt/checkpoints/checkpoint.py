@@ -14,7 +14,7 @@ from apt.checkpoints.layouts import Family, diffusion_model, family_marks, famil
 from apt.checkpoints.safetensors import StoredTensor, read_stored
 from apt.checkpoints.weights import fill
 from apt.errors import CheckpointError, InputError
-from apt.registry import Buildable, Registry, replace_typed
+from apt.registry import Buildable, Registry, replace_typed, suggest
 
 C = TypeVar("C", bound=Buildable)
 
@@ -92,7 +92,8 @@ def configured(registry: Registry[C], part: ComponentInfo, origin: Path) -> C:
         raise CheckpointError(
             f"{str(origin)!r} describes the {registry.kind} {part.architecture!r}, which is not "
             "registered here: import the module that registers it (diffusion-apt --import MODULE), "
-            "or use a newer version of this package, if it is one of that"
+            "or use a newer version of this package, if it is one of that; otherwise "
+            f"{suggest(part.architecture, registry.names())}"
         )
     try:
         return replace_typed(registry.get(part.architecture)(), part.config)

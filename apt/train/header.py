@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from apt.data.builtin_sources import DIGITS
 from apt.data.dataset import TrainingData
 from apt.data.folder import VideoFolder
 from apt.distributed.parallel import Parallel
+from apt.distributed.tensors import local
 from apt.memory import total_memory
 from apt.methods.base import Stage
 from apt.train.config import TrainConfig
@@ -73,8 +74,8 @@ def _data(config: TrainConfig, dataset: TrainingData) -> list[str]:
     """The source, and how many clips there are in each bucket."""
     clip = config.data.clip
     rate = f" at {clip.fps:g} fps" if clip.fps else ""
-    place = config.data.path or "the built-in stream"
-    lines = [f"data: {config.data.source}, {place}"]
+    place = "the built-in stream" if config.data.source == DIGITS else config.data.path
+    lines = [f"data: {config.data.source}" + (f", {place}" if place else "")]
     if not isinstance(dataset, VideoFolder):
         return [*lines, f"clips: {clip.frames} frames of {clip.height}x{clip.width}{rate}"]
     sizes = sorted(dataset.bucket_sizes().items(), key=lambda item: -item[1])
@@ -89,6 +90,7 @@ def _size(state: Any) -> int:
     """Bytes of the tensors in a tree, as this rank has them."""
     if isinstance(state, Mapping):
         return sum(_size(value) for value in state.values())
-    if isinstance(state, DTensor):
-        state = state.to_local()
-    return state.numel() * state.element_size() if isinstance(state, Tensor) else 0
+    if not isinstance(state, Tensor):
+        return 0
+    part = local(state)
+    return part.numel() * part.element_size()

@@ -163,7 +163,7 @@ def test_stock_diffusers_makes_what_ours_makes(exported: Path) -> None:
         "umt5", **{**bundle.info.text_encoder.config, "dtype": "float32"}
     )
     with torch.no_grad():
-        ours = generate(bundle.backbone, z, text([PROMPT]))
+        ours = generate(bundle.backbone, z, apt.Condition(text([PROMPT])))
     error = (ours - expected).abs().max() / expected.abs().max()
     assert error < 1e-5
 

@@ -261,7 +261,7 @@ def test_built_in_models_of_a_family_share_one_codec(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assets = tmp_path / "assets"
-    monkeypatch.setattr("apt.hub.folders.ASSETS", assets)
+    monkeypatch.setattr("apt.checkpoints.source.ASSETS", assets)
     codec = small(channels=768, widths=(6,))
     save_codec(assets / "tiny-codec", codec, codec_info(codec))
     bundle = tiny_bundle()

@@ -50,12 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = commands(
         folder,
         ["train", "own", *run_dir],
-        ["train", "own", *run_dir, "--resume", "--num-updates", "3"],
+        # The last stage first: a stage is not continued on another teacher than it began with.
+        *(
+            ["train", "--resume", f"all/{stage}", "--num-updates", "3"]
+            for stage in ("apt", "distill", "pretrain")
+        ),
         ["export", "all/apt", "model"],
         ["generate", "--model", "model", "--prompt", "a bar moving up", "--out", "x.png"],
         ["list", "datasets"],
     )
-    assert said.count("exit code 0\n") == 5, said
+    assert said.count("exit code 0\n") == 7, said
     assert "own_bars  Moving bars." in said
     return folder
 
