@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import apt
 import apt.errors
@@ -74,6 +75,8 @@ def test_a_missing_package_is_an_import_error(
     package: str, use: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
+    # What an earlier test of this process has registered with Pillow would still be found.
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
     with pytest.raises(ImportError, match="pip install") as caught:
         use(tmp_path)
     assert isinstance(caught.value, apt.AptError)
