@@ -9,8 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip("av")
+
+import numpy as np
 from PIL import Image
 
 import apt

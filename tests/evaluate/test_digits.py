@@ -6,8 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+
+pytest.importorskip("tensorboard")
+
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
