@@ -116,7 +116,7 @@ def all_families() -> list[Family]:
 
 
 def family_marks() -> dict[str, Sequence[str]]:
-    """How to tell the families by their keys, for messages; see `apt.checkpoints.mismatch`."""
+    """How to tell the families by their keys, for messages; see `apt.checkpoints.weights`."""
     return {f"a checkpoint of the {f.name} family": f.marks for f in all_families()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -166,8 +167,8 @@ def _checked(item: Any, where: str, request: ClipRequest) -> Sample:
                 "captions (--data.long-captions cut)"
             )
         caption = used
-    problems = item.problems if isinstance(item, Sample) else ()
-    return Sample(pixels=pixels.detach(), caption=caption, problems=problems)
+    given = item if isinstance(item, Sample) else Sample(pixels, caption)
+    return dataclasses.replace(given, pixels=pixels.detach(), caption=caption)
 
 
 def _pixels_and_caption(item: Any, where: str, *, captioned: bool) -> tuple[Tensor, str]:

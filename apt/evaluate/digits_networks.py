@@ -130,7 +130,7 @@ def _motion(pixels: Tensor) -> Tensor:
 
 
 def _glimpses(frames: Tensor) -> Tensor:
-    """The square with the most motion of each frame: (N, F, 6, H, W) to (N, F, 6, 16, 16).
+    """The square with the most motion of each frame: (N, F, 6, H, W) to (N, F, 6, 20, 20).
 
     Channels 3 to 5 are the motion.
     """

@@ -56,7 +56,7 @@ def report_text(
         "## Words and diversity",
         _words_table(main),
         *_judges(results),
-        *_regulariser(results, pictures),
+        *_regulariser(pictures),
         *_ablations(results),
         *_progress(results, pictures),
         *_distillation(results, pictures),
@@ -243,7 +243,7 @@ def _judges(results: Results) -> list[str]:
     ]
 
 
-def _regulariser(results: Results, pictures: Pictures) -> list[str]:
+def _regulariser(pictures: Pictures) -> list[str]:
     title = "## With and without the regulariser (APT Figure 5)"
     if pictures.regulariser is None:
         return [title, "Not run (`diffusion-apt train digits_ablations`)."]

@@ -95,7 +95,7 @@ class Objects:
             if not isinstance(bundle, ModelBundle):
                 raise ConfigError(
                     f"bundles: {name} is of type {type(bundle).__name__}; expected an "
-                    "apt.ModelBundle, as apt.load_pretrained gives one"
+                    "apt.ModelBundle, as apt.load_bundle gives one"
                 )
             _check_weights(f"the backbone of {name}", bundle.backbone)
 

@@ -181,7 +181,7 @@ def _identity(source: str) -> str:
 
 
 def _by_option(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as {"stage.r1_weight": value}: the names of the command's options."""
+    """A nested configuration as {"stage.r1.weight": value}: the names of the command's options."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -52,6 +52,12 @@ def test_every_pass_has_every_clip_and_goes_on_anywhere(
     assert next(clips.batches(batch_size, seed=1, start=start)) == batches[start]
 
 
+def test_what_samples_are_conditioned_on_beside_captions_is_kept() -> None:
+    samples = [Sample(clip(0.5), "a", extra={"camera": torch.full((2,), 7.0)})]
+    batch = next(make_loader(check_clips(Items(*samples), REQUEST), batch_size=2))
+    assert torch.equal(batch.extra["camera"], torch.full((2, 2), 7.0))
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_loader_reads_them(num_workers: int) -> None:
     clips = check_clips(Items((clip(0.5), "a"), Sample(clip(-0.5), "b")), REQUEST)

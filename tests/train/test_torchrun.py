@@ -27,7 +27,7 @@ FAULTY = """
 import os, sys
 from apt.data.digits import MovingDigits
 from apt.errors import DataError
-from apt.train.pretrain import Pretrain
+from apt.methods.flow_matching import FlowMatchingPretraining
 
 def fail(owner, name, number, error):
     original, calls = getattr(owner, name), []
@@ -41,7 +41,7 @@ def fail(owner, name, number, error):
 if sys.argv[1] == "data":
     fail(MovingDigits, "__getitem__", 2, DataError("some.mp4 is broken"))
 if sys.argv[1] == "compute":
-    fail(Pretrain, "generator_step", 2, MemoryError("no memory on rank 1"))
+    fail(FlowMatchingPretraining, "generator_step", 2, MemoryError("no memory on rank 1"))
 from apt.__main__ import main
 sys.exit(main(sys.argv[2:]))
 """
