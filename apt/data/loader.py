@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from typing import Protocol, runtime_checkable
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -75,15 +77,27 @@ def make_loader(
     share = batch_size // world_size
     offset = rank * share
     plan = _Plan(dataset, batch_size, seed, start_batch, offset, share)
-    slices = _Slices(dataset, offset, num_workers)
+    context = _context()
+    slices = _Slices(dataset, offset, context, num_workers)
     loader = DataLoader(
         slices,
         sampler=plan,
         batch_size=None,
         num_workers=num_workers,
+        multiprocessing_context=context if num_workers else None,
         worker_init_fn=_start_worker if num_workers else None,
     )
     return _batches(loader, slices)
+
+
+def _context() -> BaseContext:
+    """How workers start: as usual, or afresh where this is not the main thread.
+
+    A process that is forked in a thread may hold a copy of a lock that another thread had taken,
+    and wait for it for ever.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return multiprocessing.get_context(None if in_main_thread else "spawn")
 
 
 @dataclass(frozen=True)
@@ -106,11 +120,13 @@ class _Plan(Iterable[tuple[int, list[int]]]):
 class _Slices(Dataset[Batch | DataError]):
     """Makes a whole slice at once: the unit of work of a worker."""
 
-    def __init__(self, dataset: TrainingData, offset: int, num_workers: int) -> None:
+    def __init__(
+        self, dataset: TrainingData, offset: int, context: BaseContext, num_workers: int
+    ) -> None:
         self.dataset = dataset
         self._offset = offset
         # Process and sample of each worker, for the one that dies over a file.
-        self._at_work = multiprocessing.Array("q", 2 * num_workers)
+        self._at_work = context.Array("q", 2 * num_workers)
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch | DataError:
         number, indices = key

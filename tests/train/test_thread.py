@@ -58,7 +58,7 @@ class Cell(io.StringIO):
         self.stop = stop
 
     def write(self, text: str) -> int:
-        if "s/update" in text:
+        if " left  " in text:
             self.stop.request("the notebook")
         return super().write(text)
 
