@@ -78,7 +78,9 @@ def test_a_missing_package_is_an_import_error(
     package: str, use: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    # What an earlier test of this process has registered with Pillow would still be found.
+    # What an earlier test of this process has registered with Pillow would still be found. All else
+    # is registered first: what came later would be lost with the patch, while Pillow holds it known.
+    Image.init()
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
     with pytest.raises(ImportError, match="pip install") as caught:
         use(tmp_path)
