@@ -78,8 +78,8 @@ def test_a_missing_package_is_an_import_error(
     package: str, use: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    # What an earlier test of this process has registered with Pillow would still be found. All else
-    # is registered first: what came later would be lost with the patch, while Pillow holds it known.
+    # What an earlier test of this process has registered with Pillow would still be found. All is
+    # registered before: what came later would be lost with the patch, and Pillow not look for it.
     Image.init()
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
     with pytest.raises(ImportError, match="pip install") as caught:

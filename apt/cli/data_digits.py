@@ -30,9 +30,9 @@ class DataDigits:
     """Another seed gives other clips."""
     split: Literal["train", "test", "heldout"] = "train"
     """train; test: handwriting held out; heldout: captions held out as well."""
-    setting: Literal["centred", "free", "large"] = "centred"
-    """centred: a caption tells where the digit is; free: places and backgrounds vary; large: free
-    ones of twice the size and rate."""
+    setting: Literal["centred", "near", "free", "large"] = "centred"
+    """centred: a caption tells where the digit is; free: places and backgrounds vary; near: places
+    vary less; large: free ones of twice the size and rate."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:

@@ -24,7 +24,8 @@ class Digits(DataSource):
     """The built-in stream of moving digits, 9 frames of 32x32.
 
     Attributes:
-        setting: "centred", "free" in place and background, or "large": 17 frames of 64x64.
+        setting: "centred", "free" in place and background, "near", whose places vary less, or
+            "large": 17 frames of 64x64.
     """
 
     setting: Setting = "centred"

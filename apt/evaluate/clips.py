@@ -44,7 +44,7 @@ class CaptionSet:
     trained: tuple[Label, ...]
     heldout: tuple[Label, ...]
     samples_per_caption: int
-    setting: Setting = "free"
+    setting: Setting = "near"
 
     @property
     def labels(self) -> list[Label]:
@@ -53,7 +53,7 @@ class CaptionSet:
 
 
 def caption_set(
-    seed: int, num_samples: int, samples_per_caption: int, setting: Setting = "free"
+    seed: int, num_samples: int, samples_per_caption: int, setting: Setting = "near"
 ) -> CaptionSet:
     """Choose ``num_samples`` trained captions, drawn without repetition, and all held-out ones.
 
@@ -88,7 +88,7 @@ def real_for_captions(captions: CaptionSet, split: Split) -> Tensor:
     return torch.cat(clips)
 
 
-def real_reference(num: int, setting: Setting = "free") -> Tensor:
+def real_reference(num: int, setting: Setting = "near") -> Tensor:
     """Real clips of held-out handwriting that every method is compared with."""
     return real_clips(MovingDigits(_REFERENCE_SEED, "test", setting=setting), range(num))[0]
 

@@ -63,7 +63,7 @@ class ClassifierConfig:
     weight_decay: float = 0.05
     seed: int = 0
     test_clips: int = 2048
-    setting: Setting = "free"
+    setting: Setting = "near"
 
     def __post_init__(self) -> None:
         if self.blur < 0:

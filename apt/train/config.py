@@ -26,8 +26,8 @@ class DataConfig:
         source: registered source (`diffusion-apt list datasets`): "digits", the built-in stream;
             "folder", your own videos and images; "latents", what `diffusion-apt data encode` made
             of such a folder, whose size and rate then hold; or one of your own (--import).
-        setting: of the built-in digits: "centred", "free" in place and background, or "large",
-            which are free ones of 17 frames of 64x64.
+        setting: of the built-in digits: "centred", "free" in place and background, "near", whose
+            places vary less, or "large", which are free ones of 17 frames of 64x64.
         path: the folder, for sources that read one.
         options: other options of a source of your own.
         frames, height, width: size of a clip; frames are 4k + 1. In a folder, height times width

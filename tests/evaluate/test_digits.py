@@ -326,7 +326,7 @@ def test_runs_of_other_data(tmp_path: Path, changes: dict[str, Any], message: st
     save_run(tmp_path, 0)
     folder = tmp_path / "distill" / "export"
     info = read_info(folder)
-    data = changes.pop("data", {"source": "digits", "setting": "free"})
+    data = changes.pop("data", {"source": "digits", "setting": "near"})
     write_info(folder, dataclasses.replace(info, training={"config": {"data": data}}, **changes))
     with pytest.raises(CheckpointError, match=message):
         evaluate_digits(tiny_config(tmp_path / "out", tmp_path))

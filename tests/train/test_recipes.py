@@ -220,7 +220,7 @@ def test_digits_are_a_codec_and_three_stages_in_its_latents() -> None:
     check_codec(codec, pretrain)
     check_chain(pretrain, distill, apt)
     assert apt.stage.generator_trains == "all", "as in the paper"  # type: ignore[union-attr]
-    assert {config.data.setting for config in made} == {"free"}
+    assert [config.data.setting for config in made] == ["free", "near", "near", "near"]
     assert check_grid(codec, pretrain) == (3, 4, 4)
 
 
