@@ -62,6 +62,7 @@ ARROWS: dict[str, set[str]] = {
     "train": {"kernels", "methods", "losses", "data", "metrics", "media"} | MODELS | BASE,
     "encode": {"data"} | MODELS | BASE,
     "evaluate": {"sampling", "pipeline", "data", "metrics", "media"} | MODELS | BASE,
+    "inside": {"sampling", "pipeline", "generate_options", "output_types", "media"} | MODELS | BASE,
 }
 # `train` and `pipeline` together are for the CLI alone; the public API names both, and loads none.
 ARROWS["__init__"] = set(ARROWS) - {"encode", "bench"}

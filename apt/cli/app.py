@@ -49,6 +49,8 @@ COMMANDS = {
     "data encode": Command("apt.cli.data_encode", "videos as latents, encoded once for all runs"),
     "data check": Command("apt.cli.data_check", "report what is in a folder of captioned videos"),
     "evaluate digits": Command("apt.cli.evaluate_digits", "measure the digits models"),
+    "probe": Command("apt.cli.probe", "what each layer of a model knows of the sample"),
+    "traverse": Command("apt.cli.traverse", "walk between noises, models side by side"),
     "bench dit": Command("apt.cli.bench_dit", "time one forward pass, or estimate it for a GPU"),
     "bench kernels": Command("apt.cli.bench_kernels", "time the fused ops on this machine"),
     "export": Command("apt.cli.export", "write a model for this package, diffusers or ComfyUI"),

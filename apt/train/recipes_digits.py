@@ -26,7 +26,7 @@ DIGITS_PROMPTS = (
 # The codec, to which places are no harder to learn, serves models of any.
 _FREE = DataConfig(setting="free")
 _NEAR = DataConfig(setting="near")
-_CFG = 2.0
+_CFG = 3.0
 _SHIFT = 3.0
 
 

@@ -1,0 +1,87 @@
+"""`diffusion-apt traverse`: from one noise to another, models side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from apt.errors import InputError
+from apt.outputs import check_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traverse:
+    """Walk along great circles between noises, models side by side (APT Appendix I, Fig. 8).
+
+    Writes the walk as traverse.mp4, some of it as traverse.png, and the size of every step as
+    traverse.json: a model that jumps between modes has a largest step far above the mean one.
+    """
+
+    prompt: str
+    """What to show, in quotes."""
+    model: tuple[str, ...] = ("digits", "digits-diffusion")
+    """Built-in names, folders or Hub ids; each with its own steps and guidance."""
+    out: Path = Path("traverse")
+    """Folder to write; made if need be."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """The noises to go through, in this order."""
+    num_between: int = 16
+    """Steps from one to the next."""
+    closed: bool = False
+    """Go back to the first at the end, for a video that loops."""
+    num_steps: int | None = None
+    """Network evaluations per sample; None is each model's own number."""
+    batch_size: int = 8
+    """Samples per network call."""
+    fps: float = 12.0
+    """Samples a second."""
+    scale: int | None = None
+    """Whole factor by which small frames are enlarged; None makes them easy to see."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; None takes a GPU if there is one."""
+
+
+def main(args: Sequence[str], *, prog: str) -> None:
+    """Walk, write, and say where."""
+    options = tyro.cli(Traverse, args=args, prog=prog)
+    if not options.model or len(set(options.model)) < len(options.model):
+        raise InputError(f"--model takes models, each once; got {', '.join(options.model)}")
+    check_folder(options.out)
+
+    from apt.generate_options import GenerateOptions
+    from apt.inside import traverse
+    from apt.inside.report import write_traversals
+    from apt.pipeline import OneStepPipeline
+
+    how = GenerateOptions(num_steps=options.num_steps, batch_size=options.batch_size)
+    pipelines = {
+        name: OneStepPipeline.from_pretrained(name, device=options.device) for name in options.model
+    }
+    sizes = {
+        (pipeline.info.sample.height, pipeline.info.sample.width) for pipeline in pipelines.values()
+    }
+    if len(sizes) > 1:
+        found = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
+        raise InputError(f"the models make {found}; compare models of one size")
+    ways = {
+        name: traverse(
+            pipeline,
+            options.prompt,
+            seeds=options.seeds,
+            num_between=options.num_between,
+            closed=options.closed,
+            options=how,
+        )
+        for name, pipeline in pipelines.items()
+    }
+    seeds = (*options.seeds, options.seeds[0]) if options.closed else options.seeds
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_traversals(
+        options.out, ways, prompt=options.prompt, seeds=seeds, fps=options.fps, scale=options.scale
+    )
+    for name, way in ways.items():
+        print(f"{name}: mean step {way.mean_step:.4f}, largest {way.peak:.2f} times that")
+    print(options.out)

@@ -1,0 +1,74 @@
+"""A pipeline's network on noise of one's own, and tokens as the latents that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from apt.condition import Condition, EncodedText
+from apt.errors import InputError
+from apt.pipeline import OneStepPipeline, SamplingPlan
+from apt.rng import Draw, sample_noise
+from apt.sampling import bind_guided, sample
+
+
+def encode(pipeline: OneStepPipeline, prompts: Sequence[str]) -> Condition:
+    """A condition of one row per prompt. Raises InputError for a prompt that is no text."""
+    pipeline.bundle.text_encoder.check(prompts)
+    encoded = {text: pipeline.bundle.text_encoder([text]) for text in dict.fromkeys(prompts)}
+    text = EncodedText.concatenate([encoded[prompt] for prompt in prompts])
+    return Condition(text).to(pipeline.device, pipeline.dtype)
+
+
+def noise_of(pipeline: OneStepPipeline, seeds: Sequence[int]) -> Tensor:
+    """The noise (B, C, T, H, W) fp32 that the pipeline starts from for these seeds."""
+    shape = pipeline.latent_shape()
+    draws = [sample_noise(1, shape, Draw(seed, 0, stream="generate")) for seed in seeds]
+    return torch.cat(draws).to(pipeline.device)
+
+
+def sample_from(pipeline: OneStepPipeline, c: Condition, z: Tensor, plan: SamplingPlan) -> Tensor:
+    """Latents (B, C, T, H, W) from noise z under c, of as many rows.
+
+    Samplers that go back to noise between steps take the same one for every sample: what differs
+    between two samples is then z alone.
+    """
+
+    def fresh(step: int) -> Tensor:
+        one = sample_noise(1, tuple(z.shape[1:]), Draw(0, step, stream="generate"))
+        return one.to(z.device).expand_as(z)
+
+    negative = encode(pipeline, [plan.negative_prompt]) if plan.cfg_scale != 1 else c
+    predict = bind_guided(pipeline.bundle.backbone, c, negative, plan.cfg_scale)
+    return sample(predict, z, plan.timesteps, sampler=plan.sampler, noise=fresh)
+
+
+def decode(pipeline: OneStepPipeline, x: Tensor) -> Tensor:
+    """Pixels (B, 3, T, H, W) fp32 in [-1, 1], one sample at a time."""
+    decoded = [pipeline.bundle.codec.decode(latent[None]).float().clamp(-1, 1) for latent in x]
+    return torch.cat(decoded)
+
+
+def to_tokens(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """Latents (B, C, T, H, W) as what each token of a grid stands for: (B, L, values).
+
+    Raises InputError for latents that the grid does not divide.
+    """
+    batch, channels, *size = x.shape
+    if any(length % tokens for length, tokens in zip(size, grid, strict=True)):
+        raise InputError(f"latents of {tuple(size)} do not divide into {tuple(grid)} tokens")
+    t, h, w = grid
+    pt, ph, pw = (length // tokens for length, tokens in zip(size, grid, strict=True))
+    parts = x.reshape(batch, channels, t, pt, h, ph, w, pw)
+    return parts.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, t * h * w, -1)
+
+
+def to_latents(tokens: Tensor, grid: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The inverse: tokens (B, L, values) as latents of `shape` (C, T, H, W)."""
+    t, h, w = grid
+    channels, *size = shape
+    pt, ph, pw = (length // tokens for length, tokens in zip(size, grid, strict=True))
+    parts = tokens.reshape(len(tokens), t, h, w, channels, pt, ph, pw)
+    return parts.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(tokens), *shape)

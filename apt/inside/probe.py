@@ -1,0 +1,178 @@
+"""What each layer of a one-step model knows of the sample (APT Appendix G, Fig. 12).
+
+The model is frozen. On every layer a linear projection takes the visual tokens to the final latent,
+with the least mean squared error. The paper trains it; the least squares have a solution, so here
+it is computed: no rate, no number of updates, and the same on every machine to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from apt.errors import InputError
+from apt.inside.latents import decode, encode, noise_of, to_latents, to_tokens
+from apt.models.transformer import DiffusionTransformer, Tokens
+from apt.pipeline import OneStepPipeline
+from apt.sampling import bind, one_step_sample
+
+_RIDGE = 1e-6
+"""Of the mean square of a layer's tokens: directions that they never take get no weight."""
+
+_HELD_OUT_SEED = 2**32
+"""From here on noise is measured on, or shown; smaller seeds are fitted on."""
+
+
+@dataclass(frozen=True)
+class LayerProbe:
+    """A layer's projection.
+
+    Attributes:
+        layer: its number, from 1.
+        weight, bias: (values, D) and (values,) fp32.
+        error: mean squared error on noise that it was not fitted on, divided by the variance of the
+            final latents' values: 1 is what their mean would have, 0 what the last layer may have.
+    """
+
+    layer: int
+    weight: Tensor
+    bias: Tensor
+    error: float
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """All layers, and pictures.
+
+    Attributes:
+        layers: in order.
+        pixels: for each prompt that is shown, (layers + 1, 3, T, H, W) fp32 in [-1, 1]: every
+            layer's sample, and the model's own.
+    """
+
+    layers: list[LayerProbe]
+    pixels: list[Tensor]
+
+
+@torch.inference_mode()
+def probe_layers(
+    pipeline: OneStepPipeline,
+    prompts: Sequence[str],
+    *,
+    shown: Sequence[str] = (),
+    num_samples: int = 512,
+    num_held_out: int = 128,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> ProbeResult:
+    """Fit a projection per layer on one-step samples of `prompts`, and show some prompts with it.
+
+    Args:
+        pipeline: a model of any stage; it is asked at t = 1 alone.
+        prompts: taken in turn for the samples.
+        shown: prompts of which every layer's sample is decoded.
+        num_samples: fitted on; with fewer tokens than the model is wide it is under-determined.
+        num_held_out: measured on, of other noise.
+        batch_size: samples per network call.
+        seed: of the noise.
+
+    Raises:
+        InputError: no prompt, or too few samples.
+    """
+    backbone = pipeline.bundle.backbone
+    if not prompts or min(num_samples, num_held_out, batch_size) < 1:
+        raise InputError("probing takes a prompt, and at least one sample of each kind")
+    if not 0 <= seed < _HELD_OUT_SEED:
+        raise InputError(f"seed must be in 0..{_HELD_OUT_SEED - 1}, got {seed}")
+    shape = pipeline.latent_shape()
+    grid = backbone.token_grid(shape[1:])
+    needed, tokens = backbone.hidden_size + 1, num_samples * grid[0] * grid[1] * grid[2]
+    if tokens < needed:
+        raise InputError(
+            f"{num_samples} samples have {tokens} tokens, and a projection {needed} unknowns a "
+            "value; ask for more samples"
+        )
+
+    sums = [_Sums() for _ in range(backbone.depth)]
+    for hidden, x in _samples(pipeline, prompts, range(seed, seed + num_samples), batch_size):
+        for layer, h_BLD in zip(sums, hidden, strict=True):
+            layer.add(h_BLD, to_tokens(x, grid))
+    fits = [layer.solve() for layer in sums]
+
+    unseen = range(_HELD_OUT_SEED + seed, _HELD_OUT_SEED + seed + num_held_out)
+    errors = torch.zeros(len(fits), dtype=torch.float64)
+    finals = []
+    for hidden, x in _samples(pipeline, prompts, unseen, batch_size):
+        target = to_tokens(x, grid)
+        finals.append(target)
+        for number, ((weight, bias), h_BLD) in enumerate(zip(fits, hidden, strict=True)):
+            errors[number] += (h_BLD.float() @ weight.T + bias - target).square().sum().double()
+    final = torch.cat(finals).double()
+    errors /= (final - final.mean(dim=(0, 1))).square().sum().clamp_min(1e-30)
+    layers = [
+        LayerProbe(number, weight, bias, float(error))
+        for number, ((weight, bias), error) in enumerate(zip(fits, errors, strict=True), start=1)
+    ]
+
+    pixels = []
+    for hidden, x in _samples(pipeline, shown, [_HELD_OUT_SEED + seed] * len(shown), 1):
+        each = [
+            to_latents(h_BLD.float() @ layer.weight.T + layer.bias, grid, shape)
+            for layer, h_BLD in zip(layers, hidden, strict=True)
+        ]
+        pixels.append(decode(pipeline, torch.cat([*each, x])))
+    return ProbeResult(layers, pixels)
+
+
+def _samples(
+    pipeline: OneStepPipeline, prompts: Sequence[str], seeds: Sequence[int], batch_size: int
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Batches of all layers' tokens (B, L, D), and the one-step samples (B, C, T, H, W) fp32."""
+    backbone = pipeline.bundle.backbone
+    for start in range(0, len(seeds), batch_size):
+        part = seeds[start : start + batch_size]
+        c = encode(pipeline, [prompts[(start + i) % len(prompts)] for i in range(len(part))])
+        with _kept_tokens(backbone) as hidden:
+            x = one_step_sample(bind(backbone, c), noise_of(pipeline, part))
+        yield hidden, x
+
+
+@contextmanager
+def _kept_tokens(backbone: DiffusionTransformer) -> Iterator[list[Tensor]]:
+    """The visual tokens after every block of the forward pass inside."""
+    hidden: list[Tensor] = []
+
+    def keep(block: nn.Module, args: tuple[object, ...], tokens: Tokens) -> None:
+        hidden.append(tokens.visual)
+
+    hooks = [block.register_forward_hook(keep) for block in backbone.block_list()]
+    try:
+        yield hidden
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Sums:
+    """The normal equations of one layer, gathered in fp64 batch by batch."""
+
+    def __init__(self) -> None:
+        self.square: Tensor | float = 0.0
+        self.cross: Tensor | float = 0.0
+
+    def add(self, h_BLD: Tensor, target: Tensor) -> None:
+        h = h_BLD.flatten(0, 1).double()
+        h = torch.cat([h, torch.ones_like(h[:, :1])], dim=1)
+        self.square = self.square + h.T @ h
+        self.cross = self.cross + h.T @ target.flatten(0, 1).double()
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.square, Tensor) and isinstance(self.cross, Tensor)
+        ridge = _RIDGE * self.square.diagonal()[:-1].mean()
+        damped = self.square + torch.diag(ridge.expand(len(self.square)))
+        solution = torch.linalg.solve(damped, self.cross).float()
+        return solution[:-1].T.contiguous(), solution[-1]
