@@ -17,8 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each part of the package, and the parts that it may import. Itself is always allowed.
 BASE = {
-    "checks", "condition", "device", "distributed", "errors", "files", "flow", "memory", "outputs",
-    "pixels",
+    "checks", "condition", "device", "distributed", "errors", "files", "flow", "outputs", "pixels",
     "registry", "rng", "untrusted", "version",
 }  # fmt: skip
 # Files of a room that lie above its others: what a model is, above the models that files fill.
@@ -39,14 +38,12 @@ ARROWS: dict[str, set[str]] = {
     "flow": {"errors"},
     "pixels": {"errors"},
     "generate_options": {"errors", "registry"},
-    "output_types": {"errors", "pixels"},
-    "memory": {"errors"},
     "outputs": {"errors"},
     "untrusted": {"errors"},
     "device": {"errors"},
     "distributed": {"errors"},
     "kernels": {"errors", "rng", "philox", "distributed"},
-    "media": {"errors", "memory"},
+    "media": {"errors", "device"},
     "hub": {"distributed", "errors", "untrusted"},
     "checkpoints": {"hub"} | BASE,
     "hub, upper floor": {"hub", "checkpoints"} | BASE,
@@ -57,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "metrics": BASE,
     "bench": {"kernels", "models"} | BASE,
     "sampling": {"models"} | BASE,
-    "pipeline": {"sampling", "generate_options", "output_types"} | MODELS | BASE,
+    "pipeline": {"sampling", "generate_options"} | MODELS | BASE,
     "methods": {"kernels", "sampling", "losses", "metrics"} | MODELS | BASE,
     "train": {"kernels", "methods", "losses", "data", "metrics", "media"} | MODELS | BASE,
     "encode": {"data"} | MODELS | BASE,

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from apt.device import explained_memory
 from apt.errors import InputError
 from apt.generate_options import GenerateOptions
-from apt.memory import explained_memory
 from apt.outputs import RECORD_SUFFIX, Output, OutputRecord, check_place
 
 if TYPE_CHECKING:

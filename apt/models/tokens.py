@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apt.condition import Condition
 from apt.errors import ConfigError, InputError
-from apt.kernels.rows import take_rows
+from apt.kernels.modulated_norm import take_rows
 
 
 def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from apt.checkpoints.info import SampleInfo
 from apt.condition import Condition
 from apt.data.dataset import Batch, Sample
 from apt.errors import InputError
-from apt.kernels.rows import take_rows
+from apt.kernels.modulated_norm import take_rows
 from apt.losses import ApproximateR1, ApproximateR2, FeatureMatching, MismatchedCondition
 from apt.methods.apt import AdversarialConfig, generate
 from apt.methods.base import Method, MethodConfig

@@ -30,7 +30,7 @@ from apt.kernels import (
     modulated_norm,
     residual_modulated_norm,
 )
-from apt.kernels.rows import take_rows
+from apt.kernels.modulated_norm import take_rows
 from apt.models.tokens import (
     check_rotary_heads,
     joint_mask,

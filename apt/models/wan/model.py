@@ -34,7 +34,7 @@ from apt.kernels import (
     qk_norm_rope,
     residual_modulated_norm,
 )
-from apt.kernels.rows import take_rows
+from apt.kernels.modulated_norm import take_rows
 from apt.models.tokens import (
     FeedForward,
     check_rotary_heads,
