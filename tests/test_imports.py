@@ -23,7 +23,7 @@ BASE = {
 # Files of a room that lie above its others: what a model is, above the models that files fill.
 UPPER_FLOORS = {
     "hub": {"card", "pull", "push"},
-    "checkpoints": {"bundle", "export", "find", "load"},
+    "checkpoints": {"bundle", "export", "load", "public"},
 }
 MODELS = {"models", "checkpoints", "checkpoints, upper floor"}
 ARROWS: dict[str, set[str]] = {
@@ -151,7 +151,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("apt.models.wan.model", "from apt import OneStepPipeline", ["apt"]),
         ("apt.models.lora", "from apt.checkpoints.load import x", ["apt.checkpoints.load"]),
         ("apt.models.lora", "from apt.checkpoints import load", ["apt.checkpoints.load"]),
-        ("apt.checkpoints.info", "from .find import find_model", ["apt.checkpoints.find"]),
+        ("apt.checkpoints.info", "from .load import find_model", ["apt.checkpoints.load"]),
         ("apt.hub.client", "from apt.hub import push", ["apt.hub.push"]),
         ("apt.checkpoints.load", "from apt.checkpoints import info\nimport apt.models", []),
         ("apt.models.wan.model", "from apt.kernels import rms_norm\nfrom ..tokens import x", []),
