@@ -20,7 +20,16 @@ from apt.checkpoints.lora import find_lora, load_lora, merge_lora
 from apt.condition import Condition, EncodedText
 from apt.device import explained_memory, find_device, require_memory
 from apt.errors import InputError
-from apt.flow import sampling_timesteps
+from apt.flow import (
+    SAMPLERS,
+    SamplerName,
+    bind,
+    bind_guided,
+    check_timesteps,
+    one_step_sample,
+    sample,
+    sampling_timesteps,
+)
 from apt.generate_options import GenerateOptions, OptionNames
 from apt.models.architectures import untrained_timesteps
 from apt.pixels import (
@@ -32,15 +41,6 @@ from apt.pixels import (
     to_unit,
 )
 from apt.rng import Draw, sample_noise
-from apt.sampling import (
-    SAMPLERS,
-    SamplerName,
-    bind,
-    bind_guided,
-    check_timesteps,
-    one_step_sample,
-    sample,
-)
 
 if TYPE_CHECKING:
     import numpy as np

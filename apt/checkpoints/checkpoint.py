@@ -12,7 +12,7 @@ from torch import nn
 
 from apt.checkpoints.info import ComponentInfo
 from apt.checkpoints.layouts import Family, diffusion_model, family_marks, family_of, map_keys
-from apt.checkpoints.safetensors import StoredTensor, read_stored, with_scales
+from apt.checkpoints.reading import StoredTensor, read_stored
 from apt.checkpoints.weights import Marks, Piece, fill
 from apt.errors import CheckpointError, InputError
 from apt.registry import Buildable, Registry, replace_typed, suggest
@@ -45,8 +45,9 @@ class Checkpoint:
         module = empty_module(self.config, dtype)
         stored = read_stored(self.weights)
         marks: Marks = {}
-        if {key: tensor.shape for key, tensor in stored.items()} == _shapes(module):
-            pieces = {key: Piece(tensor) for key, tensor in with_scales(stored).items()}
+        is_own = {key: tensor.shape for key, tensor in stored.items()} == _shapes(module)
+        if is_own and not any(tensor.may_need_scale for tensor in stored.values()):
+            pieces = {key: Piece(tensor) for key, tensor in stored.items()}
         else:
             pieces, marks = self._converted(stored, module), family_marks()
         fill(module, pieces, source=str(self.weights), device=device, marks=marks)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apt.checkpoints.safetensors import StoredTensor, with_scales
+from apt.checkpoints.reading import StoredTensor
+from apt.checkpoints.scales import with_scales
 from apt.checkpoints.weights import Piece
 from apt.errors import CheckpointError
 from apt.flow import FlowAdapter
