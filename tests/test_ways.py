@@ -13,9 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
-# Counts files with a function that runs, on any thread, once all is imported and warm.
+# Counts files with a function that runs on the main thread, once all is imported and warm.
 COUNT = """
-import sys, threading
+import sys
 from pathlib import Path
 import apt
 
@@ -29,7 +29,6 @@ def note(frame, event, arg):
             seen.add(code.co_filename.removeprefix(root + "/"))
 
 sys.setprofile(note)
-threading.setprofile(note)
 
 def count(do):
     global counting

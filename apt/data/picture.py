@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 """(h, w, 3), R'G'B', 8 bits, or 16 where 8 are too few."""
 
-
 UNSPECIFIED, PQ, HLG = 2, 16, 18
 
 BT2020, _DCI_P3, _DISPLAY_P3 = 9, 11, 12
