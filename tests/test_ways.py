@@ -20,23 +20,19 @@ from pathlib import Path
 import apt
 
 root = str(Path(apt.__file__).parent)
-seen, counting = set(), False
+seen = set()
 
 def note(frame, event, arg):
     code = frame.f_code
-    if counting and event == "call" and code.co_filename.startswith(root):
-        if code.co_name != "<module>":
-            seen.add(code.co_filename.removeprefix(root + "/"))
-
-sys.setprofile(note)
+    if event == "call" and code.co_filename.startswith(root) and code.co_name != "<module>":
+        seen.add(code.co_filename.removeprefix(root + "/"))
 
 def count(do):
-    global counting
     do()
     seen.clear()
-    counting = True
+    sys.setprofile(note)
     do()
-    counting = False
+    sys.setprofile(None)
     return sorted(seen)
 
 folder = sys.argv[1]
@@ -60,9 +56,8 @@ write_video_folder(MovingDigits(0), Path(folder) / "clips", 4, FPS)
 write = RunLog.write
 
 def once_per_update(log, *args, **figures):
-    global counting
     write(log, *args, **figures)
-    counting = not seen  # the second update alone
+    sys.setprofile(None if seen else note)  # the second update alone
 
 RunLog.write = once_per_update
 main(
