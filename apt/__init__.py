@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from apt import methods as methods
     from apt import metrics as metrics
     from apt import models as models
-    from apt import sampling as sampling
     from apt import train as train
     from apt.checkpoints.bundle import ModelBundle, save_bundle, save_codec
     from apt.checkpoints.export import export_model
@@ -62,7 +61,6 @@ _MODULES = (
     "methods",
     "metrics",
     "models",
-    "sampling",
     "train",
 )
 _SOURCES = {

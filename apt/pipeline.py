@@ -18,13 +18,21 @@ from apt.checkpoints.info import ModelInfo
 from apt.checkpoints.load import load_bundle
 from apt.checkpoints.lora import find_lora, load_lora, merge_lora
 from apt.condition import Condition, EncodedText
-from apt.device import find_device
+from apt.device import explained_memory, find_device, require_memory
 from apt.errors import InputError
-from apt.flow import sampling_timesteps
+from apt.flow import (
+    SAMPLERS,
+    SamplerName,
+    bind,
+    bind_guided,
+    check_timesteps,
+    one_step_sample,
+    sample,
+    sampling_timesteps,
+)
 from apt.generate_options import GenerateOptions, OptionNames
-from apt.memory import explained_memory, require_memory
 from apt.models.architectures import untrained_timesteps
-from apt.output_types import (
+from apt.pixels import (
     OutputType,
     check_output_type,
     to_array,
@@ -33,15 +41,6 @@ from apt.output_types import (
     to_unit,
 )
 from apt.rng import Draw, sample_noise
-from apt.sampling import (
-    SAMPLERS,
-    SamplerName,
-    bind,
-    bind_guided,
-    check_timesteps,
-    one_step_sample,
-    sample,
-)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -290,7 +289,7 @@ class OneStepPipeline:
 
         Returns:
             uint8 (B, T, H, W, 3) on the CPU, B being the number of prompts or of seeds; for other
-            output types see `apt.output_types.OutputType`.
+            output types see `apt.pixels.OutputType`.
 
         Raises:
             InputError: for a prompt, seed, size or option that does not fit, saying what does; for

@@ -11,10 +11,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from apt.condition import Condition
-from apt.flow import sampling_timesteps
+from apt.flow import SamplerName, bind, bind_guided, one_step_sample, sample, sampling_timesteps
 from apt.models import create_codec, create_model, create_text_encoder
 from apt.rng import Draw, sample_noise
-from apt.sampling import SamplerName, bind, bind_guided, one_step_sample, sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apt.checkpoints.find import find_codec
 from apt.checkpoints.info import CODEC_FILE
+from apt.checkpoints.load import find_codec
 from apt.checkpoints.source import list_pretrained, locate
 from apt.pipeline import OneStepPipeline
 

@@ -17,14 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each part of the package, and the parts that it may import. Itself is always allowed.
 BASE = {
-    "checks", "condition", "device", "distributed", "errors", "files", "flow", "memory", "outputs",
-    "pixels",
+    "checks", "condition", "device", "distributed", "errors", "files", "flow", "outputs", "pixels",
     "registry", "rng", "untrusted", "version",
 }  # fmt: skip
 # Files of a room that lie above its others: what a model is, above the models that files fill.
 UPPER_FLOORS = {
     "hub": {"card", "pull", "push"},
-    "checkpoints": {"bundle", "export", "find", "load"},
+    "checkpoints": {"bundle", "export", "load", "public"},
 }
 MODELS = {"models", "checkpoints", "checkpoints, upper floor"}
 ARROWS: dict[str, set[str]] = {
@@ -36,17 +35,15 @@ ARROWS: dict[str, set[str]] = {
     "registry": {"errors"},
     "rng": {"errors"},
     "philox": set(),
-    "flow": {"errors"},
+    "flow": {"condition", "errors"},
     "pixels": {"errors"},
     "generate_options": {"errors", "registry"},
-    "output_types": {"errors", "pixels"},
-    "memory": {"errors"},
     "outputs": {"errors"},
     "untrusted": {"errors"},
     "device": {"errors"},
     "distributed": {"errors"},
     "kernels": {"errors", "rng", "philox", "distributed"},
-    "media": {"errors", "memory"},
+    "media": {"errors", "device"},
     "hub": {"distributed", "errors", "untrusted"},
     "checkpoints": {"hub"} | BASE,
     "hub, upper floor": {"hub", "checkpoints"} | BASE,
@@ -56,13 +53,12 @@ ARROWS: dict[str, set[str]] = {
     "data": {"media"} | BASE,
     "metrics": BASE,
     "bench": {"kernels", "models"} | BASE,
-    "sampling": {"models"} | BASE,
-    "pipeline": {"sampling", "generate_options", "output_types"} | MODELS | BASE,
-    "methods": {"kernels", "sampling", "losses", "metrics"} | MODELS | BASE,
+    "pipeline": {"generate_options"} | MODELS | BASE,
+    "methods": {"kernels", "losses", "metrics"} | MODELS | BASE,
     "train": {"kernels", "methods", "losses", "data", "metrics", "media"} | MODELS | BASE,
     "encode": {"data"} | MODELS | BASE,
-    "evaluate": {"sampling", "pipeline", "data", "metrics", "media"} | MODELS | BASE,
-    "inside": {"sampling", "pipeline", "generate_options", "output_types", "media"} | MODELS | BASE,
+    "evaluate": {"pipeline", "data", "metrics", "media"} | MODELS | BASE,
+    "inside": {"pipeline", "generate_options", "media"} | MODELS | BASE,
 }
 # `train` and `pipeline` together are for the CLI alone; the public API names both, and loads none.
 ARROWS["__init__"] = set(ARROWS) - {"encode", "bench"}
@@ -155,7 +151,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("apt.models.wan.model", "from apt import OneStepPipeline", ["apt"]),
         ("apt.models.lora", "from apt.checkpoints.load import x", ["apt.checkpoints.load"]),
         ("apt.models.lora", "from apt.checkpoints import load", ["apt.checkpoints.load"]),
-        ("apt.checkpoints.info", "from .find import find_model", ["apt.checkpoints.find"]),
+        ("apt.checkpoints.info", "from .load import find_model", ["apt.checkpoints.load"]),
         ("apt.hub.client", "from apt.hub import push", ["apt.hub.push"]),
         ("apt.checkpoints.load", "from apt.checkpoints import info\nimport apt.models", []),
         ("apt.models.wan.model", "from apt.kernels import rms_norm\nfrom ..tokens import x", []),
@@ -200,7 +196,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
             for alias in node.names
         }
         wholes = set(imported_modules(tree, name, is_package=path.name == "__init__.py"))
-        # `from apt.models import heads` is of the module, not of the package that it is in.
+        # `from apt.models import codecs` is of the module, not of the package that it is in.
         packages = {member.rpartition(".")[0] for member in members & modules.keys()}
         targets[name] = (members | (wholes - packages)) & modules.keys()
 

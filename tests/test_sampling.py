@@ -15,15 +15,16 @@ from torch import Tensor
 
 from apt.condition import Condition
 from apt.errors import InputError
-from apt.flow import euler_sample, sampling_timesteps
-from apt.sampling import (
+from apt.flow import (
     SAMPLERS,
     bind,
     bind_guided,
     check_timesteps,
     consistency_sample,
+    euler_sample,
     one_step_sample,
     sample,
+    sampling_timesteps,
 )
 from tests.tiny import tiny_bundle
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from apt.checkpoints.info import ComponentInfo
 from apt.checkpoints.layouts import Family, diffusion_model, family_marks, family_of, map_keys
-from apt.checkpoints.safetensors import StoredTensor, read_stored
-from apt.checkpoints.weights import fill
+from apt.checkpoints.reading import StoredTensor, read_stored
+from apt.checkpoints.weights import Marks, Piece, fill
 from apt.errors import CheckpointError, InputError
 from apt.registry import Buildable, Registry, replace_typed, suggest
 
@@ -42,14 +43,24 @@ class Checkpoint:
         each tensor is cast on its way from the mapped file.
         """
         module = empty_module(self.config, dtype)
-        stored = diffusion_model(read_stored(self.weights))
+        stored = read_stored(self.weights)
+        marks: Marks = {}
+        is_own = {key: tensor.shape for key, tensor in stored.items()} == _shapes(module)
+        if is_own and not any(tensor.may_need_scale for tensor in stored.values()):
+            pieces = {key: Piece(tensor) for key, tensor in stored.items()}
+        else:
+            pieces, marks = self._converted(stored, module), family_marks()
+        fill(module, pieces, source=str(self.weights), device=device, marks=marks)
+        return module.to(device).eval()
+
+    def _converted(self, stored: Mapping[str, StoredTensor], module: nn.Module) -> dict[str, Piece]:
+        """Where each tensor of the module lies in a file that is not in our own layout."""
+        model = diffusion_model(stored)
         family = family_of(self.config)
         if family is not None:
-            check_kind(self.weights, family, stored)
+            check_kind(self.weights, family, model)
         rules = () if family is None else family.rules_for(self.config)
-        pieces = map_keys(stored, module.state_dict().keys(), rules)
-        fill(module, pieces, source=str(self.weights), device=device, marks=family_marks())
-        return module.to(device).eval()
+        return map_keys(model, module.state_dict().keys(), rules)
 
 
 def check_kind(path: Path, family: Family, stored: Mapping[str, StoredTensor]) -> None:
@@ -83,7 +94,11 @@ def empty_module(config: Buildable, dtype: torch.dtype | None = None) -> Any:
 
 def shapes_of(config: Buildable) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's state, without building it in memory."""
-    return {key: tuple(value.shape) for key, value in empty_module(config).state_dict().items()}
+    return _shapes(empty_module(config))
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
 
 
 def configured(registry: Registry[C], part: ComponentInfo, origin: Path) -> C:

@@ -19,9 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from apt.checkpoints.documents import inert, read_document, read_json
-from apt.checkpoints.safetensors import shard_names
-from apt.checkpoints.source import INDEX_SUFFIX
+from apt.checkpoints.reading import INDEX_SUFFIX, inert, read_document, read_json, shard_names
 from apt.checkpoints.weights import check_finite
 from apt.errors import CheckpointError, MissingPackageError, listed
 from apt.hub.download import VARIANTS, download

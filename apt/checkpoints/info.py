@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from apt.checkpoints.documents import inert, read_document
+from apt.checkpoints.reading import inert, read_document
 from apt.errors import CheckpointError, InputError, listed
 from apt.files import write_text
 from apt.registry import check_options

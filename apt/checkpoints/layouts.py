@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apt.checkpoints.safetensors import StoredTensor, with_scales
+from apt.checkpoints.reading import StoredTensor
+from apt.checkpoints.scales import with_scales
 from apt.checkpoints.weights import Piece
 from apt.errors import CheckpointError
 from apt.flow import FlowAdapter
@@ -104,6 +105,26 @@ def first_kind(keys: Iterable[str], kinds: Iterable[tuple[str, Sequence[str]]]) 
         (name for name, marks in kinds if any(mark.replace(".", "_") in text for mark in marks)),
         None,
     )
+
+
+def diffusers_options(
+    config: Mapping[str, Any], class_name: str, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of a config.json of diffusers, with those that it leaves out.
+
+    Raises CheckpointError for another class, or an option without a default, which is not known.
+    """
+    name = config.get("_class_name", class_name)
+    if name != class_name:
+        raise CheckpointError(f"the config describes a {name}, expected {class_name}")
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    unknown = sorted(given.keys() - defaults.keys())
+    if unknown:
+        raise CheckpointError(
+            f"the config of {class_name} has options that are not known here: "
+            f"{', '.join(unknown)}; the checkpoint is of another kind, or of a newer diffusers"
+        )
+    return {**defaults, **given}
 
 
 FAMILIES: Registry[Family] = Registry("family")

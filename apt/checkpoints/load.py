@@ -10,21 +10,26 @@ from typing import Any
 import torch
 
 from apt.checkpoints.bundle import ModelBundle, described
-from apt.checkpoints.checkpoint import configured, empty_module, unbuildable
-from apt.checkpoints.find import (
-    as_file,
-    find_checkpoint,
-    find_codec,
-    find_model,
-    locate_model,
+from apt.checkpoints.checkpoint import Checkpoint, configured, empty_module, unbuildable
+from apt.checkpoints.info import (
+    INFO_FILE,
+    CodecInfo,
+    ComponentInfo,
+    ModelInfo,
+    read_description,
+    read_info,
+)
+from apt.checkpoints.public import (
+    describe_file,
+    describe_pipeline,
+    public_checkpoint,
     single_file,
 )
-from apt.checkpoints.info import INFO_FILE, CodecInfo, ComponentInfo, ModelInfo
-from apt.checkpoints.source import Source
+from apt.checkpoints.source import PIPELINE_FILE, Source, list_pretrained, locate
 from apt.checkpoints.weights import load_weights
 from apt.device import find_device
 from apt.errors import CheckpointError, InputError, MissingPackageError
-from apt.models.architectures import CODECS, TEXT_ENCODERS
+from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.protocols import LatentCodec, PromptCheck, TextEncoder
 from apt.models.transformer import DiffusionTransformer
 
@@ -116,7 +121,11 @@ def load_model(
         elif architecture is not None or options:
             raise InputError("architecture and options are for a single file; name it too")
         else:
-            checkpoint = find_checkpoint(source, subfolder or published)
+            subfolder = subfolder or published
+            if subfolder is None and _is_own(source):
+                checkpoint = _own_checkpoint(source, read_info(source.folder))
+            else:
+                checkpoint = public_checkpoint(source, subfolder)
             with _building_from(source):
                 return checkpoint.load(dtype=dtype, device=device)
     return checkpoint.load(dtype=dtype, device=device)
@@ -158,6 +167,76 @@ def describe(name_or_folder: str | Path) -> ModelInfo | CodecInfo:
     """As `describe_model`, and what a codec alone is."""
     alone = find_codec(name_or_folder)
     return describe_model(name_or_folder) if alone is None else alone[1]
+
+
+def find_model(
+    name_or_folder: str | Path, revision: str | None = None
+) -> tuple[Source, ModelInfo, Checkpoint]:
+    """Where a whole model is, what it is, and the checkpoint of its backbone; see `load_bundle`."""
+    if (path := as_file(name_or_folder)) is not None:
+        if revision is not None:
+            raise InputError(f"{str(path)!r} is a file, so it has no revision {revision!r}")
+        return Source(path.parent), *describe_file(path)
+    source, subfolder = locate_model(name_or_folder, revision)
+    if is_pipeline(source):
+        return source, *describe_pipeline(source, subfolder)
+    info = read_info(source.folder)
+    return source, info, _own_checkpoint(source, info)
+
+
+def find_codec(name_or_folder: str | Path) -> tuple[Source, CodecInfo] | None:
+    """A folder that holds a codec and no model; None for anything else."""
+    if as_file(name_or_folder) is not None:
+        return None
+    source, _ = locate_model(name_or_folder)
+    if is_pipeline(source):
+        return None
+    info = read_description(source.folder)
+    return (source, info) if isinstance(info, CodecInfo) else None
+
+
+def as_file(name_or_path: str | Path) -> Path | None:
+    """The path of one file; None for anything else. Built-in names win over files of that name."""
+    path = Path(name_or_path).expanduser()
+    return path if path.is_file() and str(name_or_path) not in list_pretrained() else None
+
+
+def locate_model(
+    name_or_folder: str | Path, revision: str | None = None
+) -> tuple[Source, str | None]:
+    """As `locate`, for names of registered models ("arch" or "arch.tag") too.
+
+    The second value is where in the folder their transformer is; None leaves that to the folder.
+    """
+    name = str(name_or_folder)
+    is_folder = name in list_pretrained() or Path(name).exists()
+    if isinstance(name_or_folder, str) and not is_folder:
+        architecture, tag = split_tag(name)
+        if architecture in MODELS.names():
+            entry = MODELS.pretrained(architecture)[find_tag(architecture, tag or True)]
+            return locate(entry.repo, revision or entry.revision), entry.subfolder
+    return locate(name_or_folder, revision), None
+
+
+def is_pipeline(source: Source) -> bool:
+    """Whether the folder is a pipeline of diffusers."""
+    return (source.folder / PIPELINE_FILE).is_file()
+
+
+def _is_own(source: Source) -> bool:
+    """Whether the folder is one of ours, with the weights that its apt.json names."""
+    return not is_pipeline(source) and (source.folder / INFO_FILE).is_file()
+
+
+def _own_checkpoint(source: Source, info: ModelInfo) -> Checkpoint:
+    """The backbone's checkpoint in a folder of ours, fetched if the folder is of the Hub."""
+    path, part = source.folder / INFO_FILE, info.model
+    if part.weights is None:
+        raise CheckpointError(f"{str(path)!r} names no weights of its model")
+    source.fetch([part.weights])
+    return Checkpoint(
+        source.folder / part.weights, part.architecture, configured(MODELS, part, path)
+    )
 
 
 def _load_text_encoder(

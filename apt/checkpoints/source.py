@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apt.checkpoints.info import INFO_FILE
+from apt.checkpoints.reading import INDEX_SUFFIX
 from apt.errors import CheckpointError, InputError
 from apt.hub.download import download
 
@@ -19,8 +20,6 @@ PIPELINE_FILE = "model_index.json"
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 """How diffusers names the weights of a transformer."""
-INDEX_SUFFIX = ".index.json"
-"""Of a list of shards, behind the name that one file would have."""
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 DESCRIPTIONS = [INFO_FILE, PIPELINE_FILE, "config.json", "*/config.json", "*.index.json"]

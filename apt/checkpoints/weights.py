@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.safetensors import StoredTensor, read_stored
+from apt.checkpoints.reading import StoredTensor, read_stored
 from apt.errors import LISTED, CheckpointError, listed
 from apt.files import write_safetensors
 

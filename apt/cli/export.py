@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from apt.device import explained_memory
 from apt.errors import CheckpointError, InputError
-from apt.memory import explained_memory
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,17 @@ import itertools
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from apt.device import explained_memory
 from apt.errors import InputError
 from apt.generate_options import GenerateOptions
-from apt.memory import explained_memory
 from apt.outputs import RECORD_SUFFIX, Output, OutputRecord, check_place
 
 if TYPE_CHECKING:
@@ -93,7 +94,6 @@ def main(args: Sequence[str], *, prog: str) -> None:
     import torch
 
     from apt.device import find_device
-    from apt.kernels import watch_attention, watch_kernels
     from apt.media import check_settings, write_contact_sheet, write_media
     from apt.pipeline import OneStepPipeline
 
@@ -125,7 +125,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     )
     kept = []
     done = 0
-    with watch_attention() as attention, watch_kernels() as kernels:
+    with _watching(asked.verbose) as (attention, kernels):
         try:
             for output, video in zip(left, videos, strict=True):
                 with explained_memory(f"writing {str(output.path)!r}", "choose a smaller scale"):
@@ -211,6 +211,19 @@ def _description(name: str) -> str | None:
 
 _LINE_ENDS = re.compile(r"[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 """What Unicode counts among line ends and people do not: web pages have them in a sentence."""
+
+
+@contextmanager
+def _watching(wanted: bool) -> Iterator[tuple[Counter[AttentionUse], Counter[KernelUse]]]:
+    """Count the calls of attention and of the fused ops inside, if that is wanted: to know what
+    torch picks, it is asked anew at every call."""
+    if not wanted:
+        yield Counter(), Counter()
+        return
+    from apt.kernels import watch_attention, watch_kernels
+
+    with watch_attention() as attention, watch_kernels() as kernels:
+        yield attention, kernels
 
 
 def what_ran(

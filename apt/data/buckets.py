@@ -12,10 +12,6 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from apt.errors import ConfigError
 
 ASPECT_RATIOS: tuple[Fraction, ...] = tuple(
@@ -29,9 +25,6 @@ ASPECT_RATIOS: tuple[Fraction, ...] = tuple(
 
 MAX_UPSCALE = 1.1
 """Clips a little below a size are enlarged to it; below that they would only teach blur."""
-
-_BAND = 2**22
-"""Pixels that are scaled at once."""
 
 
 class Bucket(NamedTuple):
@@ -145,42 +138,6 @@ def best_bucket(
         if amount > most:
             best, most = bucket, amount
     return best
-
-
-def resize_and_crop(
-    frame: Tensor, size: tuple[int, int], *, display_size: tuple[int, int] | None = None
-) -> Tensor:
-    """Scale a frame to cover `size` (bicubic, antialiased) and crop the centre.
-
-    Rows are scaled in bands, so that a large photo is never held as floats.
-
-    Args:
-        frame: (3, h, w) in [0, 255], uint8 or float32.
-        size: wanted (height, width).
-        display_size: (height, width) at which the frame is to be seen if its pixels are not
-            square; None = its own.
-
-    Returns:
-        (3, height, width) float32 in [-1, 1]; exact, without resampling, where sizes agree.
-    """
-    height, width = size
-    shown_height, shown_width = display_size or (frame.shape[1], frame.shape[2])
-    scale = max(height / shown_height, width / shown_width)
-    scaled = (max(height, round(shown_height * scale)), max(width, round(shown_width * scale)))
-    if scaled == tuple(frame.shape[1:]):
-        pixels = frame.to(torch.float32)
-    else:
-        rows = max(1, _BAND // frame.shape[2])
-        bands = [_scale(band, (band.shape[1], scaled[1])) for band in frame.split(rows, dim=1)]
-        pixels = _scale(torch.cat(bands, dim=1), scaled)
-    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    pixels = pixels[:, top : top + height, left : left + width]
-    return (pixels / 127.5 - 1).clamp_(-1, 1)
-
-
-def _scale(frame: Tensor, size: tuple[int, int]) -> Tensor:
-    pixels = frame.to(torch.float32)[None]
-    return F.interpolate(pixels, size, mode="bicubic", antialias=True)[0]
 
 
 def _round_to(value: float, multiple: int) -> int:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from apt.data.captions import CaptionRule, Refused
 from apt.data.decode import probe, verify
-from apt.data.info import MediaInfo
-from apt.data.reading import reason
+from apt.data.reading import MediaInfo, reason
 from apt.data.report import Problem, problem_lines
 from apt.data.scan import looked_for, scan_folder
 from apt.errors import DataError

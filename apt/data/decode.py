@@ -19,14 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apt.data.buckets import resize_and_crop
-from apt.data.color import to_sdr
-from apt.data.info import MediaInfo
-from apt.data.picture import Picture
-from apt.data.reading import Source, name_of, reading
+from apt.data.picture import Picture, resize_and_crop, to_sdr
+from apt.data.reading import MediaInfo, Source, is_animated_webp, name_of, reading
 from apt.data.stills import look_still, read_still, verify_still
 from apt.data.suffixes import IMAGE_SUFFIXES
-from apt.data.webp import is_animated_webp, look_webp, webp_frames
+from apt.data.webp import look_webp, webp_frames
 from apt.errors import DataError
 
 

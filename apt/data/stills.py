@@ -15,9 +15,8 @@ import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
-from apt.data.buckets import resize_and_crop
-from apt.data.color import to_sdr
-from apt.data.info import MediaInfo
+from apt.data.picture import resize_and_crop, to_sdr
+from apt.data.reading import MediaInfo
 from apt.data.tags import color_tags, orientation
 from apt.errors import DataError, MissingDecoderError
 

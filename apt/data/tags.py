@@ -9,7 +9,7 @@ from typing import IO
 
 from PIL import Image
 
-from apt.data.color import ColorTags
+from apt.data.picture import ColorTags
 
 _ORIENTATION = 0x0112
 _LATE_TEXT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")

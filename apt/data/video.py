@@ -17,9 +17,8 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from apt.data.info import MediaInfo
 from apt.data.picture import Picture, picture_of
-from apt.data.reading import REMUX, Source, name_of
+from apt.data.reading import REMUX, MediaInfo, Source, name_of
 from apt.data.timeline import irregular_span, usual_rate, without_second_fields
 from apt.errors import DataError
 

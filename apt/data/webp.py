@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image
 
-from apt.data.color import ColorTags
-from apt.data.info import MediaInfo
-from apt.data.picture import Picture, Pixels
-from apt.data.reading import Source
+from apt.data.picture import ColorTags, Picture, Pixels
+from apt.data.reading import MediaInfo, Source, bytes_at, bytes_of
 from apt.data.timeline import irregular_span, usual_rate
 
 _TICK = Fraction(1, 1000)
 
 _SHORTEST, _INSTEAD = 10, 100
 """Milliseconds: browsers show a frame that is to last up to 10 for 100."""
-
-
-def is_animated_webp(source: Source) -> bool:
-    """Whether a file is one, by its first bytes. Raises OSError if it cannot be read."""
-    with _bytes_of(source) as file:
-        head = _at(file, 0, 21)
-    return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20:] and head[20] & 2)
 
 
 def look_webp(source: Source) -> MediaInfo:
@@ -67,28 +55,12 @@ def _same(pixels: Pixels) -> Pixels:
 def _durations(source: Source) -> list[int]:
     """Milliseconds of each frame."""
     found = []
-    with _bytes_of(source) as file:
+    with bytes_of(source) as file:
         at = 12
-        while len(head := _at(file, at, 24)) >= 8:
+        while len(head := bytes_at(file, at, 24)) >= 8:
             size = struct.unpack("<I", head[4:8])[0]
             if head[:4] == b"ANMF" and len(head) == 24:
                 duration = int.from_bytes(head[20:23], "little")
                 found.append(duration if duration > _SHORTEST else _INSTEAD)
             at += 8 + size + size % 2
     return found
-
-
-@contextmanager
-def _bytes_of(source: Source) -> Iterator[IO[bytes]]:
-    if isinstance(source, str | Path):
-        with Path(source).open("rb") as file:
-            yield file
-    else:
-        before = source.tell()
-        yield source
-        source.seek(before)
-
-
-def _at(file: IO[bytes], place: int, size: int) -> bytes:
-    file.seek(place)
-    return file.read(size)

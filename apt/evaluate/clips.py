@@ -163,12 +163,6 @@ def _reconstruct(
     return torch.cat(clips)
 
 
-def to_frames(clip: Tensor) -> np.ndarray:
-    """A clip (3, T, H, W) in [-1, 1] as uint8 frames (T, H, W, 3)."""
-    array: np.ndarray = to_uint8(clip.permute(1, 2, 3, 0)).numpy()
-    return array
-
-
 def _to_float(frames: Tensor) -> Tensor:
     return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from apt.evaluate import plots
 from apt.evaluate.bars import check_bars, read_causes
-from apt.evaluate.clips import CaptionSet, to_frames
+from apt.evaluate.clips import CaptionSet
 from apt.evaluate.methods import APT, CONSISTENCY, DIFFUSION_GUIDED
 from apt.evaluate.report import Pictures, report_text
 from apt.evaluate.results import Results
 from apt.media import write_contact_sheet
+from apt.pixels import to_frames
 
 REPORT, DATA, CAUSES = "digits.md", "digits.json", "digits_causes.json"
 _SHEET_ROWS = 8
@@ -83,7 +84,7 @@ def _write_sheets(
         file = out / f"digits_samples_{name}.png"
         write_contact_sheet(
             file,
-            [[to_frames(clips[i])[:: _stride(clips, 5)]] for i in rows],
+            [[video[:: _stride(clips, 5)]] for video in to_frames(clips[rows])],
             rows=texts,
             columns=[labels[name]],
             scale=2,
@@ -98,10 +99,11 @@ def _write_comparison(
     rows, texts = _rows(captions)
     labels = {m.name: m.label for m in results.methods} | {"real": "real clips"}
     names = [name for name in _BESIDE if name in shown]
+    frames = [to_frames(shown[name][rows])[:, :: _stride(shown[name], 3)] for name in names]
     file = out / "digits_comparison.png"
     write_contact_sheet(
         file,
-        [[to_frames(shown[name][i])[:: _stride(shown[name], 3)] for name in names] for i in rows],
+        [list(row) for row in zip(*frames, strict=True)],
         rows=texts,
         columns=[labels[name] for name in names],
         scale=2,

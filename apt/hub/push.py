@@ -14,7 +14,7 @@ from apt.checkpoints.info import (
     read_description,
     without_folders,
 )
-from apt.checkpoints.safetensors import read_header
+from apt.checkpoints.reading import read_header
 from apt.checkpoints.source import PIPELINE_FILE
 from apt.errors import CheckpointError
 from apt.hub.card import CARD_FILE, make_card

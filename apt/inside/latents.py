@@ -9,9 +9,9 @@ from torch import Tensor
 
 from apt.condition import Condition, EncodedText
 from apt.errors import InputError
+from apt.flow import bind_guided, sample
 from apt.pipeline import OneStepPipeline, SamplingPlan
 from apt.rng import Draw, sample_noise
-from apt.sampling import bind_guided, sample
 
 
 def encode(pipeline: OneStepPipeline, prompts: Sequence[str]) -> Condition:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from apt.errors import InputError
+from apt.flow import bind, one_step_sample
 from apt.inside.latents import decode, encode, noise_of, to_latents, to_tokens
 from apt.models.transformer import DiffusionTransformer, Tokens
 from apt.pipeline import OneStepPipeline
-from apt.sampling import bind, one_step_sample
 
 _RIDGE = 1e-6
 """Of the mean square of a layer's tokens: directions that they never take get no weight."""

@@ -10,7 +10,7 @@ from apt.files import write_text
 from apt.inside.probe import ProbeResult
 from apt.inside.traverse import Traversal
 from apt.media import moving_sheet, write_contact_sheet, write_mp4
-from apt.output_types import to_frames
+from apt.pixels import to_frames
 
 _SHOWN = 13
 """Samples of a way on its sheet: more would be too small to see."""

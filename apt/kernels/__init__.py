@@ -22,12 +22,10 @@ from apt.kernels.backends import (
     watch_kernels,
 )
 from apt.kernels.fused_rmsprop import FusedRMSprop
-from apt.kernels.joint_qk_norm_rope import joint_qk_norm_rope
-from apt.kernels.modulated_norm import modulated_norm
-from apt.kernels.norm_rope import norm_rope, qk_norm_rope
+from apt.kernels.modulated_norm import modulated_norm, residual_modulated_norm
+from apt.kernels.norm_rope import joint_qk_norm_rope, norm_rope, qk_norm_rope
 from apt.kernels.perturbed_batch import perturbed_batch
 from apt.kernels.query_pooling import query_pooling
-from apt.kernels.residual_modulated_norm import residual_modulated_norm
 from apt.kernels.sample_shifted_timesteps import sample_shifted_timesteps
 from apt.kernels.signatures import StreamQKV
 

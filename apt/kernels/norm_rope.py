@@ -6,14 +6,19 @@
 Pair i of a head is channels (2i, 2i + 1) in the layout "interleaved", (i, i + Dh/2) in "half". How
 time, height and width share the pairs (3D rotary positions) is the table's business.
 
+`joint_qk_norm_rope` takes the fused projections of several streams (visual tokens, text tokens),
+each with norms and a rotation of its own, and lays all of them in one sequence without a
+concatenation in between; the gradient of a projection is likewise written as one tensor.
+
 Bytes: each of q and k is read and written once, forward; read twice (x and dL/dy) and written once,
 backward. Everything before the last rounding is computed in at least fp32.
 
-Shapes: B samples, L tokens, H heads, Dh channels per head.
+Shapes: B samples, L tokens (of a stream), H heads, Dh channels per head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,9 +27,11 @@ from torch import Tensor
 
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
-from apt.kernels.signatures import NormRope, RopeOptions
+from apt.kernels.signatures import NormRope, RopeOptions, StreamQKV
 
 Layout = Literal["interleaved", "half"]
+
+_JOINT = "joint_qk_norm_rope"
 
 
 def norm_rope(
@@ -207,3 +214,73 @@ def why_not_triton(x: Tensor, across_heads: bool) -> str | None:
     if x.shape[0] * x.shape[1] * x.shape[2] > 2**30:  # rows are counted in 32 bits
         return f"takes up to 2^30 tokens times heads, got {x.shape[0] * x.shape[1] * x.shape[2]}"
     return None
+
+
+def joint_qk_norm_rope(
+    streams: Sequence[StreamQKV],
+    *,
+    eps: float = 1e-6,
+    across_heads: bool = False,
+    layout: Layout = "interleaved",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise and rotate q and k of each stream, and lay all streams out in one sequence.
+
+    Args:
+        streams: at least one, of one dtype; they agree in B, H and Dh.
+        eps, across_heads, layout, backend: as in `norm_rope`.
+
+    Returns:
+        q (B, Lq, H, Dh) of the streams that have queries, k and v (B, Lk, H, Dh) of all streams, in
+        the order of `streams`, in the dtype of the projections. The kernel's are contiguous.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit, an unknown layout or backend, a backend that
+            cannot run.
+    """
+    options = RopeOptions(eps, across_heads, is_half(_JOINT, layout))
+    _check_streams(streams, across_heads)
+    tensors = [value for stream in streams for value in stream]
+    limits = (why_not_triton(stream.qkv[:, :, 0], across_heads) for stream in streams)
+    limit = next((reason for reason in limits if reason), None)
+    if resolve_backend(_JOINT, backend, tensors, limit) == "triton":
+        from apt.kernels._triton import joint_qk_norm_rope as fused
+
+        return fused.joint_qk_norm_rope(streams, options)
+    qs, ks, vs = [], [], []
+    for qkv, q_weight, k_weight, cos, sin in streams:
+        *queries, k, v = qkv.unbind(2)
+        qs += [norm_rope_reference(q, q_weight, cos, sin, options) for q in queries]
+        ks.append(norm_rope_reference(k, k_weight, cos, sin, options))
+        vs.append(v)
+    q, k, v = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (qs, ks, vs))
+    return q, k, v
+
+
+def _check_streams(streams: Sequence[StreamQKV], across_heads: bool) -> None:
+    if not streams or all(stream.qkv.ndim == 5 and stream.qkv.shape[2] == 2 for stream in streams):
+        raise InputError(f"{_JOINT}: at least one stream must have queries, (B, L, 3, H, Dh)")
+    first = streams[0].qkv
+    for number, (qkv, q_weight, k_weight, cos, sin) in enumerate(streams):
+        name = f"streams[{number}]"
+        if qkv.ndim != 5 or qkv.shape[2] not in (2, 3):
+            raise InputError(
+                f"{_JOINT}: {name}.qkv must be (B, L, 3, H, Dh), or (B, L, 2, H, Dh) without "
+                f"queries; got {tuple(qkv.shape)}"
+            )
+        keys = qkv[:, :, -2]
+        check_heads(_JOINT, f"the keys of {name}.qkv", keys)
+        if (qkv.shape[0], *qkv.shape[3:]) != (first.shape[0], *first.shape[3:]):
+            raise InputError(
+                f"{_JOINT}: streams must agree in samples, heads and channels; got "
+                f"{tuple(first.shape)} and {tuple(qkv.shape)}"
+            )
+        if qkv.dtype != first.dtype:
+            raise InputError(
+                f"{_JOINT}: streams must have one dtype, got {first.dtype}, {qkv.dtype}"
+            )
+        if qkv.shape[2] == 2 and q_weight is not None:
+            raise InputError(f"{_JOINT}: {name} has no queries, so it takes no q_weight")
+        check_weight(_JOINT, f"{name}.q_weight", q_weight, keys, across_heads)
+        check_weight(_JOINT, f"{name}.k_weight", k_weight, keys, across_heads)
+        check_table(_JOINT, cos, sin, keys)

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from apt.device import require_memory
 from apt.errors import InputError
-from apt.memory import require_memory
 
 Frames = torch.Tensor | NDArray[np.uint8]
 

@@ -15,13 +15,13 @@ from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import SamplingInfo
 from apt.checks import check_range
 from apt.condition import Condition
+from apt.flow import bind
 from apt.losses import Consistency
 from apt.methods.apt import generate, one_step_sampling
 from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
 from apt.models.architectures import untrained_timesteps
 from apt.models.transformer import DiffusionTransformer
 from apt.rng import sample_noise
-from apt.sampling import bind
 
 
 @dataclass(frozen=True, kw_only=True)

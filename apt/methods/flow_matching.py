@@ -15,11 +15,10 @@ from apt.checkpoints.info import SamplingInfo
 from apt.checks import check_positive
 from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
-from apt.flow import sampling_timesteps, shift_timesteps
+from apt.flow import bind_guided, sample, sampling_timesteps, shift_timesteps
 from apt.losses import FlowMatching
 from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
 from apt.rng import sample_noise
-from apt.sampling import bind_guided, sample
 
 
 @dataclass(frozen=True, kw_only=True)

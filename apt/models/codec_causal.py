@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from apt.errors import ConfigError, InputError
 from apt.models.architectures import CODECS
+from apt.models.codecs import causal_latent_shape
 from apt.models.protocols import LatentCodec
-from apt.models.sizes import causal_latent_shape
 
 Conv = TypeVar("Conv", bound=nn.Conv3d)
 

@@ -21,8 +21,8 @@ from apt.checkpoints.external import (
 )
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models.architectures import CODECS
+from apt.models.codecs import causal_latent_shape
 from apt.models.protocols import LatentCodec
-from apt.models.sizes import causal_latent_shape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,19 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from apt.condition import Condition, EncodedText
-
-
-class VelocityNetwork(Protocol):
-    """What samplers and losses ask of a network: its velocity."""
-
-    def __call__(self, x: Tensor, t: Tensor, c: Condition, *, rows: Tensor | None = None) -> Tensor:
-        """Velocity (B, C, T, H, W) at latents x (B, C, T, H, W).
-
-        `t` (R,) in [0, 1] and `c` (R rows) are shared by samples through `rows` (B,) int64;
-        without `rows`, R = B.
-        """
-        ...
+from apt.condition import EncodedText
 
 
 class TextEncoder(nn.Module):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt.condition import Condition
-from apt.errors import ConfigError, InputError
-from apt.kernels.rows import take_rows
+from apt.errors import InputError
+from apt.kernels.modulated_norm import take_rows
 
 
 def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:
@@ -24,17 +24,6 @@ def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[
             raise InputError(f"latent {name} {size} is not a multiple of the patch, {patch}")
     t, h, w = (size // patch for size, patch in zip(latent_shape, patch_size, strict=True))
     return t, h, w
-
-
-def check_rotary_heads(hidden_size: int, num_heads: int) -> None:
-    """Raise ConfigError unless D splits into heads that rotary positions in 3D fit."""
-    if hidden_size % num_heads or (hidden_size // num_heads) % 2:
-        raise ConfigError(
-            f"hidden_size {hidden_size} must split into {num_heads} heads of an even size; change "
-            "one of them"
-        )
-    if hidden_size // num_heads < 6:
-        raise ConfigError("a head needs at least 6 dimensions for rotary positions in 3D")
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apt.condition import Condition
-from apt.errors import InputError
+from apt.errors import ConfigError, InputError
 from apt.models.tokens import check_extra, check_layers, check_rows
 
 
@@ -243,3 +243,14 @@ class DiffusionTransformer(nn.Module):
         self.block_list()[-1].drop_text_output()
         for name in self.output_names:
             delattr(self, name)
+
+
+def check_rotary_heads(hidden_size: int, num_heads: int) -> None:
+    """Raise ConfigError unless D splits into heads that rotary positions in 3D fit."""
+    if hidden_size % num_heads or (hidden_size // num_heads) % 2:
+        raise ConfigError(
+            f"hidden_size {hidden_size} must split into {num_heads} heads of an even size; change "
+            "one of them"
+        )
+    if hidden_size // num_heads < 6:
+        raise ConfigError("a head needs at least 6 dimensions for rotary positions in 3D")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from apt.data.builtin_sources import DIGITS
 from apt.data.dataset import TrainingData
 from apt.data.folder import VideoFolder
+from apt.device import total_memory
 from apt.distributed.parallel import Parallel
 from apt.distributed.tensors import local
-from apt.memory import total_memory
 from apt.methods.base import Stage
 from apt.train.config import TrainConfig
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from apt.data.dataset import Batch, TrainingData
 from apt.data.loader import make_loader
+from apt.device import peak_memory
 from apt.distributed.parallel import Parallel
 from apt.errors import ConfigError
 from apt.files import write_text
-from apt.memory import peak_memory
 from apt.methods.base import MicroBatch, Stage
 from apt.train import checkpoint
 from apt.train.config import TrainConfig

@@ -190,7 +190,7 @@ def test_rules_that_cannot_be_turned_round() -> None:
 
 
 def test_one_tensor_twice_is_refused(tmp_path: Path) -> None:
-    from apt.checkpoints.safetensors import read_stored
+    from apt.checkpoints.reading import read_stored
 
     save_file({"a.x": torch.zeros(1), "b.x": torch.zeros(1)}, tmp_path / "f.safetensors")
     rules = [KeyRule(theirs=r"(?:a|b)\.x", ours=("c",))]

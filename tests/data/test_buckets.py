@@ -3,21 +3,16 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from apt.data import buckets
 from apt.data.buckets import (
     ASPECT_RATIOS,
     Bucket,
     best_bucket,
     check_buckets,
     make_buckets,
-    resize_and_crop,
 )
 from apt.errors import ConfigError
 
@@ -112,63 +107,3 @@ def test_best_bucket_follows_shape_and_length() -> None:
     assert best_bucket(buckets, frames=200, height=360, width=640) is None
     # A few missing rows are no reason to drop a file.
     assert best_bucket(buckets, frames=49, height=718, width=1278) == (49, 720, 1280)
-
-
-def test_a_frame_of_the_right_size_is_untouched() -> None:
-    frame = torch.randint(0, 256, (3, 17, 23), dtype=torch.uint8)
-    pixels = resize_and_crop(frame, (17, 23))
-    assert pixels.dtype == torch.float32
-    assert ((pixels + 1) * 127.5).round().to(torch.uint8).equal(frame)
-    assert pixels.min() >= -1
-    assert pixels.max() <= 1
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    source=st.tuples(st.integers(5, 60), st.integers(5, 60)),
-    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-)
-def test_any_size_is_filled(source: tuple[int, int], size: tuple[int, int]) -> None:
-    frame = torch.full((3, *source), 200, dtype=torch.uint8)
-    pixels = resize_and_crop(frame, size)
-    assert pixels.shape == (3, *size)
-    assert torch.allclose(pixels, torch.tensor(200 / 127.5 - 1), atol=1e-5)
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("scale", [0.4, 0.5, 0.75, 1.3])
-def test_resizing_agrees_with_pillow(scale: float, seed: int) -> None:
-    picture = np.random.default_rng(seed).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    size = (round(40 * scale), round(60 * scale))
-    ours = resize_and_crop(torch.from_numpy(picture).permute(2, 0, 1), size)
-    for channel, plane in enumerate(ours.numpy()):
-        # In floats: on bytes Pillow also rounds and clips between its two passes.
-        grey = Image.fromarray(picture[..., channel].astype(np.float32))
-        theirs = np.asarray(grey.resize(size[::-1], Image.Resampling.BICUBIC))
-        assert np.abs((plane + 1) * 127.5 - theirs.clip(0, 255)).max() < 0.05
-
-
-@pytest.mark.parametrize(("source", "size"), [((20, 60), (20, 20)), ((60, 20), (20, 20))])
-def test_the_crop_is_central(source: tuple[int, int], size: tuple[int, int]) -> None:
-    frame = torch.zeros(3, *source, dtype=torch.uint8)
-    long = source.index(60)
-    frame.narrow(long + 1, 20, 20).fill_(255)
-    assert (resize_and_crop(frame, size) == 1).all()
-
-
-def test_oblong_pixels_are_stretched() -> None:
-    frame = torch.zeros(3, 20, 20, dtype=torch.uint8)
-    frame[:, :, 10:] = 255
-    pixels = resize_and_crop(frame, (20, 40), display_size=(20, 40))
-    assert (pixels[:, :, :17] < -0.9).all()
-    assert (pixels[:, :, 23:] > 0.9).all()
-
-
-def test_bands_of_a_large_picture_are_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    frame = torch.randint(0, 256, (3, 97, 131), dtype=torch.uint8)
-    for size in ((30, 41), (97, 60), (120, 131), (97, 131)):
-        whole = resize_and_crop(frame, size)
-        with monkeypatch.context() as patch:
-            patch.setattr(buckets, "_BAND", 131 * 10)
-            assert torch.equal(resize_and_crop(frame, size), whole)
-    assert torch.equal(resize_and_crop(frame.float(), (30, 41)), resize_and_crop(frame, (30, 41)))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from apt.data.decode import is_image, probe, read_clip, read_image, verify
-from apt.data.info import MediaInfo
+from apt.data.reading import MediaInfo
 from apt.data.video import Video
 from apt.errors import DataError
 from tests.data.media import (

@@ -20,7 +20,7 @@ from PIL import Image, ImageCms
 
 from apt.data import stills
 from apt.data.decode import is_image, probe, read_clip, read_image, verify
-from apt.data.info import MediaInfo
+from apt.data.reading import MediaInfo
 from apt.errors import DataError
 from tests.data.heic import write_heic
 from tests.data.media import corner_colours, noise, numbered, numbers, quadrants

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apt.data.info import MediaInfo
+from apt.data.reading import MediaInfo
 from apt.data.timeline import irregular_span, usual_rate, without_second_fields
 
 MS = Fraction(1, 1000)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from apt.data.decode import probe, read_clip, verify
-from apt.data.info import MediaInfo
+from apt.data.reading import MediaInfo
 from apt.data.video import frames_from, look, open_video
 from apt.errors import DataError
 from tests.data.media import (

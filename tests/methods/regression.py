@@ -17,12 +17,11 @@ from torch import Tensor
 from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import SamplingInfo
 from apt.condition import Condition
-from apt.flow import euler_sample, sampling_timesteps
+from apt.flow import bind, euler_sample, sampling_timesteps
 from apt.methods import Host, Method, MethodConfig, MicroBatch
 from apt.methods.apt import generate, one_step_sampling
 from apt.methods.base import Metrics, Part, mean
 from apt.rng import sample_noise
-from apt.sampling import bind
 from apt.train.config import TrainConfig
 from apt.train.recipe_names import RECIPES
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from apt.sampling import bind
+from apt.flow import bind
 from tests.train.tiny_methods import CAPTIONS, adversarial, distill, micro_batches
 
 

@@ -20,7 +20,8 @@ from apt.checkpoints.info import SampleInfo
 from apt.condition import Condition
 from apt.data.dataset import Batch, Sample
 from apt.errors import InputError
-from apt.kernels.rows import take_rows
+from apt.flow import SamplerName, bind, bind_guided, sample
+from apt.kernels.modulated_norm import take_rows
 from apt.losses import ApproximateR1, ApproximateR2, FeatureMatching, MismatchedCondition
 from apt.methods.apt import AdversarialConfig, generate
 from apt.methods.base import Method, MethodConfig
@@ -33,7 +34,6 @@ from apt.models.mmdit import MMDiT, MMDiTConfig
 from apt.models.tokens import extra_condition
 from apt.models.transformer import Context, Tokens
 from apt.rng import Draw, sample_noise
-from apt.sampling import SamplerName, bind, bind_guided, sample
 from apt.train.loop import micro_batches
 from apt.train.networks import initial_bundle
 from tests.train.tiny_methods import (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from apt.errors import ConfigError, InputError
 from apt.models import HEADS
-from apt.models.heads import AttentionHead, Conv3DHead
+from apt.models.discriminator import AttentionHead, Conv3DHead
 
 GRID = (2, 3, 4)
 

@@ -18,12 +18,11 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from apt.checkpoints.documents import read_json
 from apt.checkpoints.layouts import Family, family_of
 from apt.checkpoints.lora.assembly import assemble
 from apt.checkpoints.lora.keys import KIND_OF_PART, Names, describe_unknown, split_key
 from apt.checkpoints.lora.layers import LoRA, LoRALayer
-from apt.checkpoints.safetensors import read_stored
+from apt.checkpoints.reading import read_json, read_stored
 from apt.checkpoints.source import split_hub_id
 from apt.checkpoints.weights import check_finite, save_tensors
 from apt.errors import CheckpointError, listed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,4 +112,26 @@ class Counter:
             + self.linear(tokens, hidden, self.width),
             # tanh as one of about 8 operations
             elementwise=elementwise_cost(values, values, 8 * values, dtype=self.sizes.dtype),
+        )
+
+    def ends(
+        self, length: int, *, patch: int, text: int, text_dim: int, embedded: Sequence[int]
+    ) -> LayerCost:
+        """Patches in and out, text in, two layers for each vector of a row, and the last norm.
+
+        Args:
+            length: L.
+            patch: values of a patch.
+            text, text_dim: tokens of a row, and their channels.
+            embedded: sizes of the vectors, such as 256 for the sinusoids of a timestep.
+        """
+        rows, d = self.sizes.rows, self.width
+        tokens = self.sizes.batch * length
+        products = self.linear(tokens, patch, d) + self.linear(tokens, d, patch)
+        products += self.linear(rows * text, text_dim, d)
+        for size in embedded:
+            products += self.linear(rows, size, d) + self.linear(rows, d, d)
+        # The boundary before the last norm belongs to the last block once all is fused
+        return LayerCost(
+            linear=products, elementwise=self.modulated_norm(length), elementwise_fused=OpCost()
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from apt.kernels.costs import OpCost
 from apt.models.costs import counts
 from apt.models.costs.counting import Counter, Sizes
 from apt.models.costs.forward import DiTCost, LayerCost
@@ -74,18 +73,14 @@ def _stream(
 
 
 def _ends(counter: Counter, config: MMDiTConfig, length: int) -> LayerCost:
-    sizes, d = counter.sizes, config.hidden_size
-    patch = config.in_channels * math.prod(config.patch_size)
-    tokens, rows, linear = sizes.batch * length, sizes.rows, counter.linear
-    products = linear(tokens, patch, d) + linear(tokens, d, patch)
-    products += linear(rows * sizes.text_tokens, config.text_dim, d)
-    products += linear(rows, 256, d) + linear(rows, d, d)
-    if config.pooled_dim:
-        products += linear(rows, config.pooled_dim, d) + linear(rows, d, d)
+    rows, d = counter.sizes.rows, config.hidden_size
+    modulation = counter.linear(rows, d, 2 * d)
     if config.modulation == "shared":
-        products += linear(rows, d, 6 * d)
-    products += linear(rows, d, 2 * d)
-    # The boundary before the last norm belongs to the last block once all is fused
-    return LayerCost(
-        linear=products, elementwise=counter.modulated_norm(length), elementwise_fused=OpCost()
+        modulation += counter.linear(rows, d, 6 * d)
+    return LayerCost(linear=modulation) + counter.ends(
+        length,
+        patch=config.in_channels * math.prod(config.patch_size),
+        text=counter.sizes.text_tokens,
+        text_dim=config.text_dim,
+        embedded=(256, config.pooled_dim) if config.pooled_dim else (256,),
     )

@@ -30,16 +30,21 @@ from apt.kernels import (
     modulated_norm,
     residual_modulated_norm,
 )
-from apt.kernels.rows import take_rows
+from apt.kernels.modulated_norm import take_rows
 from apt.models.tokens import (
-    check_rotary_heads,
     joint_mask,
     pooled_text,
     rope_table,
     text_tokens,
     token_grid,
 )
-from apt.models.transformer import Context, DiffusionTransformer, Tokens, TransformerBlock
+from apt.models.transformer import (
+    Context,
+    DiffusionTransformer,
+    Tokens,
+    TransformerBlock,
+    check_rotary_heads,
+)
 
 # Below this noise level a predicted sample is not divided further: 1 / t would only amplify errors.
 _MIN_TIMESTEP = 0.05

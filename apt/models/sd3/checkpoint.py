@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apt.checkpoints.layouts import FAMILIES, Family, KeyRule, first_kind
+from apt.checkpoints.layouts import FAMILIES, Family, KeyRule, diffusers_options, first_kind
 from apt.errors import CheckpointError, ConfigError
 from apt.models.sd3.model import FLOW, SD3Config
 from apt.registry import replace_typed
@@ -38,17 +38,7 @@ def config_from_diffusers(config: Mapping[str, Any]) -> SD3Config:
 
     Raises CheckpointError for another class, or values that `SD3` is not made for.
     """
-    name = config.get("_class_name", CLASS_NAME)
-    if name != CLASS_NAME:
-        raise CheckpointError(f"the config describes a {name}, expected {CLASS_NAME}")
-    given = {key: value for key, value in config.items() if not key.startswith("_")}
-    unknown = sorted(given.keys() - _DEFAULTS.keys())
-    if unknown:
-        raise CheckpointError(
-            f"the config of {CLASS_NAME} has options that are not known here: "
-            f"{', '.join(unknown)}; the checkpoint is of a newer diffusers, or of another model"
-        )
-    options = {**_DEFAULTS, **given}
+    options = diffusers_options(config, CLASS_NAME, _DEFAULTS)
     try:
         ours = replace_typed(
             SD3Config(),

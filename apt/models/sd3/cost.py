@@ -92,18 +92,16 @@ def _norms(counter: Counter, length: int, tensors: int) -> OpCost:
 
 def _ends(counter: Counter, config: SD3Config, length: int) -> LayerCost:
     sizes, d = counter.sizes, config.hidden_size
-    patch = config.in_channels * config.patch_size**2
-    tokens, rows, linear = sizes.batch * length, sizes.rows, counter.linear
-    products = linear(tokens, patch, d) + linear(tokens, d, patch)
-    products += linear(rows * sizes.text_tokens, config.text_dim, d)
-    for inputs in (256, config.pooled_dim):  # sinusoids of the timestep, and pooled text
-        products += linear(rows, inputs, d) + linear(rows, d, d)
-    products += linear(rows, d, 2 * d)
-    values = tokens * d
+    values = sizes.batch * length * d
     positions = elementwise_cost(values + length * d, values, values, dtype=sizes.dtype)
-    # The boundary before the last norm belongs to the last block once all is fused
-    return LayerCost(
-        linear=products,
-        elementwise=positions + counter.modulated_norm(length),
+    return counter.ends(
+        length,
+        patch=config.in_channels * config.patch_size**2,
+        text=sizes.text_tokens,
+        text_dim=config.text_dim,
+        embedded=(256, config.pooled_dim),  # sinusoids of the timestep, and pooled text
+    ) + LayerCost(
+        linear=counter.linear(sizes.rows, d, 2 * d),
+        elementwise=positions,
         elementwise_fused=OpCost(),
     )

@@ -23,7 +23,7 @@ from apt.condition import Condition
 from apt.errors import ConfigError, InputError
 from apt.flow import FlowAdapter
 from apt.kernels import attention, modulated_norm, qk_norm_rope, residual_modulated_norm
-from apt.kernels.rows import take_rows
+from apt.kernels.modulated_norm import take_rows
 from apt.models.tokens import (
     FeedForward,
     joint_mask,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from apt.checkpoints.layouts import FAMILIES, Family, KeyRule, first_kind
+from apt.checkpoints.layouts import FAMILIES, Family, KeyRule, diffusers_options, first_kind
 from apt.errors import CheckpointError, ConfigError
 from apt.models.wan.model import FLOW, WanConfig
 from apt.registry import replace_typed
@@ -48,17 +48,7 @@ def config_from_diffusers(config: Mapping[str, Any]) -> WanConfig:
 
     Raises CheckpointError for another class, or a Wan that is no plain text-to-video transformer.
     """
-    name = config.get("_class_name", CLASS_NAME)
-    if name != CLASS_NAME:
-        raise CheckpointError(f"the config describes a {name}, expected {CLASS_NAME}")
-    given = {key: value for key, value in config.items() if not key.startswith("_")}
-    unknown = sorted(given.keys() - _DEFAULTS.keys())
-    if unknown:
-        raise CheckpointError(
-            f"the config of {CLASS_NAME} has options that are not known here: {', '.join(unknown)};"
-            " the checkpoint is of another kind of Wan, or of a newer diffusers"
-        )
-    options = {**_DEFAULTS, **given}
+    options = diffusers_options(config, CLASS_NAME, _DEFAULTS)
     for key, meaning in _FIXED.items():
         if options[key] != _DEFAULTS[key]:
             raise CheckpointError(

@@ -84,14 +84,12 @@ def _mlp(counter: Counter, length: int, hidden: int) -> LayerCost:
 
 
 def _ends(counter: Counter, config: WanConfig, length: int) -> LayerCost:
-    sizes, d = counter.sizes, config.hidden_size
-    patch = config.in_channels * math.prod(config.patch_size)
-    tokens, text, linear = sizes.batch * length, sizes.rows * config.text_length, counter.linear
-    products = linear(tokens, patch, d) + linear(tokens, d, patch)
-    products += linear(text, config.text_dim, d) + linear(text, d, d)
-    products += linear(sizes.rows, config.time_dim, d) + linear(sizes.rows, d, d)
-    products += linear(sizes.rows, d, 6 * d)
-    # The boundary before the last norm belongs to the last block once all is fused
-    return LayerCost(
-        linear=products, elementwise=counter.modulated_norm(length), elementwise_fused=OpCost()
+    rows, d = counter.sizes.rows, config.hidden_size
+    products = counter.linear(rows * config.text_length, d, d) + counter.linear(rows, d, 6 * d)
+    return LayerCost(linear=products) + counter.ends(
+        length,
+        patch=config.in_channels * math.prod(config.patch_size),
+        text=config.text_length,
+        text_dim=config.text_dim,
+        embedded=(config.time_dim,),
     )

@@ -34,16 +34,21 @@ from apt.kernels import (
     qk_norm_rope,
     residual_modulated_norm,
 )
-from apt.kernels.rows import take_rows
+from apt.kernels.modulated_norm import take_rows
 from apt.models.tokens import (
     FeedForward,
-    check_rotary_heads,
     rope_table,
     text_tokens,
     timestep_sinusoids,
     token_grid,
 )
-from apt.models.transformer import Context, DiffusionTransformer, Tokens, TransformerBlock
+from apt.models.transformer import (
+    Context,
+    DiffusionTransformer,
+    Tokens,
+    TransformerBlock,
+    check_rotary_heads,
+)
 
 FLOW = FlowAdapter(time_scale=1000.0)
 """Wan's time is 1000 t, and its prediction is our velocity."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
 from apt.flow import to_sample
-from apt.kernels.rows import take_rows
+from apt.kernels.modulated_norm import take_rows
 from apt.methods.apt import generate
 from apt.models import create_model
 from apt.models.mmdit import MMDiT, MMDiTConfig

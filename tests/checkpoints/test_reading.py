@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from apt.checkpoints.documents import inert, read_json, read_pipeline
+from apt.checkpoints.reading import inert, read_json, read_pipeline
 from apt.errors import CheckpointError
 
 

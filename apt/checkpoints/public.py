@@ -1,10 +1,10 @@
-"""What a folder, a file or a name holds: the checkpoint of its backbone, and the parts around it.
+"""Checkpoints in the layouts of others: which of our models they are, and the parts around them.
 
-A checkpoint is a folder of ours (apt.json), a folder of diffusers (a pipeline, or its transformer),
-or one safetensors file in the layout of its authors or of ComfyUI. A pipeline of diffusers, which
-has transformer, text encoders and VAE, is one of our models: the transformer becomes our module;
-text encoders and VAE stay where they are, as external parts whose configs name the folder, or the
-repository and its commit.
+A checkpoint is a folder of diffusers (a pipeline, or its transformer), or one safetensors file in
+the layout of its authors or of ComfyUI. A pipeline of diffusers, which has transformer, text
+encoders and VAE, is one of our models: the transformer becomes our module; text encoders and VAE
+stay where they are, as external parts whose configs name the folder, or the repository and its
+commit.
 """
 
 from __future__ import annotations
@@ -17,19 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from apt.checkpoints.checkpoint import Checkpoint, check_kind, configured, shapes_of
-from apt.checkpoints.documents import read_json, read_pipeline
-from apt.checkpoints.info import (
-    INFO_FILE,
-    CodecInfo,
-    ComponentInfo,
-    ModelInfo,
-    read_description,
-    read_info,
-)
+from apt.checkpoints.checkpoint import Checkpoint, check_kind, shapes_of
+from apt.checkpoints.info import INFO_FILE, ComponentInfo, ModelInfo, read_info
 from apt.checkpoints.layouts import Family, all_families, diffusion_model, map_keys
-from apt.checkpoints.safetensors import StoredTensor, read_stored
-from apt.checkpoints.source import PIPELINE_FILE, Source, find_weights, list_pretrained, locate
+from apt.checkpoints.reading import StoredTensor, read_json, read_pipeline, read_stored
+from apt.checkpoints.source import PIPELINE_FILE, Source, find_weights, locate
 from apt.checkpoints.weights import looks_like
 from apt.errors import CheckpointError, InputError, listed
 from apt.models.architectures import (
@@ -38,75 +30,18 @@ from apt.models.architectures import (
     TEXT_ENCODERS,
     BuildableText,
     PretrainedEntry,
-    find_tag,
-    split_tag,
 )
 from apt.registry import Buildable, Registry, replace_typed
 
 
-def find_model(
-    name_or_folder: str | Path, revision: str | None = None
-) -> tuple[Source, ModelInfo, Checkpoint]:
-    """Where a whole model is, what it is, and the checkpoint of its backbone; see `load_bundle`."""
-    if (path := as_file(name_or_folder)) is not None:
-        if revision is not None:
-            raise InputError(f"{str(path)!r} is a file, so it has no revision {revision!r}")
-        return Source(path.parent), *describe_file(path)
-    source, subfolder = locate_model(name_or_folder, revision)
-    if is_pipeline(source):
-        return source, *describe_pipeline(source, subfolder)
-    info = read_info(source.folder)
-    return source, info, find_checkpoint(source)
-
-
-def find_codec(name_or_folder: str | Path) -> tuple[Source, CodecInfo] | None:
-    """A folder that holds a codec and no model; None for anything else."""
-    if as_file(name_or_folder) is not None:
-        return None
-    source, _ = locate_model(name_or_folder)
-    if is_pipeline(source):
-        return None
-    info = read_description(source.folder)
-    return (source, info) if isinstance(info, CodecInfo) else None
-
-
-def as_file(name_or_path: str | Path) -> Path | None:
-    """The path of one file; None for anything else. Built-in names win over files of that name."""
-    path = Path(name_or_path).expanduser()
-    return path if path.is_file() and str(name_or_path) not in list_pretrained() else None
-
-
-def locate_model(
-    name_or_folder: str | Path, revision: str | None = None
-) -> tuple[Source, str | None]:
-    """As `locate`, for names of registered models ("arch" or "arch.tag") too.
-
-    The second value is where in the folder their transformer is; None leaves that to the folder.
-    """
-    name = str(name_or_folder)
-    if isinstance(name_or_folder, str) and not Path(name).exists():
-        architecture, tag = split_tag(name)
-        if architecture in MODELS.names():
-            entry = MODELS.pretrained(architecture)[find_tag(architecture, tag or True)]
-            return locate(entry.repo, revision or entry.revision), entry.subfolder
-    return locate(name_or_folder, revision), None
-
-
-def find_checkpoint(source: Source, subfolder: str | None = None) -> Checkpoint:
-    """The backbone's checkpoint in a folder, fetched if the folder is of the Hub.
+def public_checkpoint(source: Source, subfolder: str | None = None) -> Checkpoint:
+    """The backbone's checkpoint in a folder of others, fetched if the folder is of the Hub.
 
     Raises CheckpointError that says what the folder is, if it is none that can be loaded.
     """
     folder = source.folder
     if subfolder is None and (folder / PIPELINE_FILE).is_file():
         subfolder = "transformer"
-    if subfolder is None and (folder / INFO_FILE).is_file():
-        info = read_info(folder).model
-        if info.weights is None:
-            raise CheckpointError(f"{str(folder / INFO_FILE)!r} names no weights of its model")
-        source.fetch([info.weights])
-        config = configured(MODELS, info, folder / INFO_FILE)
-        return Checkpoint(folder / info.weights, info.architecture, config)
     source.fetch_component(subfolder or "")
     part = folder / (subfolder or "")
     if not part.is_dir():
@@ -215,11 +150,6 @@ def _fits(stored: Mapping[str, StoredTensor], config: Buildable, family: Family)
     return {key: piece.shape for key, piece in pieces.items()} == expected
 
 
-def is_pipeline(source: Source) -> bool:
-    """Whether the folder is a pipeline of diffusers."""
-    return (source.folder / PIPELINE_FILE).is_file()
-
-
 def describe_pipeline(source: Source, subfolder: str | None = None) -> tuple[ModelInfo, Checkpoint]:
     """What a pipeline's folder holds, and its transformer's checkpoint.
 
@@ -229,7 +159,7 @@ def describe_pipeline(source: Source, subfolder: str | None = None) -> tuple[Mod
     Raises CheckpointError for a transformer of no family, parts that are not there, or code.
     """
     read_pipeline(source.folder / PIPELINE_FILE)
-    checkpoint = find_checkpoint(source, subfolder)
+    checkpoint = public_checkpoint(source, subfolder)
     return _describe(source, checkpoint), checkpoint
 
 

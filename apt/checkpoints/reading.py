@@ -1,33 +1,41 @@
-"""Safetensors on disk: headers read and checked, tensors mapped one at a time, scales applied.
+"""Files of models, read: JSON made inert, and safetensors, mapped one tensor at a time.
 
-A checkpoint is one file, or shards with an `.index.json` that says which key is where, as diffusers
-and transformers write them. Weights of 8 bits have scales beside them:
+The configurations of transformers and diffusers can name Python modules, repositories of code, and
+implementations that are fetched from one: CVE-2026-4372, CVE-2026-5241 and CVE-2026-44513 are three
+ways in which such code ran though nobody had allowed it. The models here need none of that: what
+names code is refused, what chooses it is dropped.
 
-    weight = stored number * scale
-
-Spellings: ComfyUI's `NAME.scale_weight` with a marker `scaled_fp8`; its newer `NAME.weight_scale`
-with `NAME.comfy_quant`, or with a description in the header; musubi-tuner's `NAME.scale_weight` for
-rows and for parts of rows; LightX2V's `NAME.weight_scale` for the rows of fp8 or int8. Scales of
-activations (`scale_input`, `input_scale`) are for 8-bit products and change no weight.
+A checkpoint is one safetensors file, or shards with an `.index.json` that says which key is where,
+as diffusers and transformers write them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from apt.checkpoints.documents import read_document
-from apt.checkpoints.source import INDEX_SUFFIX
 from apt.errors import CheckpointError
-from apt.untrusted import check_name, read_entries
+from apt.untrusted import check_name, read_entries, read_json_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_SUFFIX = ".index.json"
+"""Of a list of shards, behind the name that one file would have."""
+
+_CODE = re.compile(r"_*(auto_map|trust_remote_code|custom_(pipeline|generate|code|module|class)s?)")
+"""Keys that name code, or allow it."""
+
+_IMPLEMENTATION = re.compile(r"implementation|kernel|att(entio)?n_backend")
+"""Keys that choose which code computes. That is chosen here."""
+
+_LIBRARIES = ("diffusers", "transformers")
+"""Where the classes of a pipeline's parts may come from."""
 
 _BEGINNINGS: dict[bytes, str] = {
     b"GGUF": "is a GGUF file, whose quantised blocks are not read here; use the safetensors file "
@@ -38,29 +46,99 @@ _BEGINNINGS: dict[bytes, str] = {
     "download it again",
 }
 
-_SCALES = ("scale_weight", "weight_scale")
-_OF_ACTIVATIONS = (".scale_input", ".input_scale")
-_SCALED_MARKER = "scaled_fp8"
-_DESCRIPTION = ".comfy_quant"
-_HEADER_ENTRY = "_quantization_metadata"
 
-_READABLE = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON object, as it is.
 
-_OTHER_QUANTISATIONS: dict[str, str] = {
-    ".wscales": "Nunchaku (SVDQuant)",
-    ".smooth_factor": "Nunchaku (SVDQuant)",
-    ".quant_state.bitsandbytes__nf4": "bitsandbytes (nf4)",
-    ".quant_state.bitsandbytes__fp4": "bitsandbytes (fp4)",
-    ".absmax": "bitsandbytes",
-    ".SCB": "bitsandbytes (int8)",
-    ".qzeros": "GPTQ or AWQ",
-    ".qweight": "GPTQ, AWQ or Nunchaku",
-    ".weight_scale_2": "NVFP4",
-    ".weight_scale_inv": "fp8 in blocks",
-    "._data": "optimum-quanto",
-    ".weight_codebook": "4 bits with a codebook",
-}
-"""Endings of keys that only this quantisation has; the first that occurs names it."""
+    Raises CheckpointError for a file that is missing, unreadable, damaged, too large or too deep,
+    or another value.
+    """
+    try:
+        document = read_json_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{str(path)!r} is missing; copy or download the folder") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{str(path)!r} is not valid JSON ({error}); the file is damaged, copy it again"
+        ) from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{str(path)!r} must hold a JSON object, got {document!r:.80}")
+    return document
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration, without the keys that choose an implementation.
+
+    Raises CheckpointError as `read_document`, and for one that names code or a repository of code.
+    """
+    return inert(read_document(path), str(path))
+
+
+def inert(document: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """A configuration without the keys that choose an implementation.
+
+    Raises CheckpointError, which names the file and the key, for one that names code.
+    """
+    return _inert(document, file, "")
+
+
+def read_pipeline(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """A `model_index.json`, and the names of its parts, which are folders beside it.
+
+    Raises CheckpointError as `read_json`; also for a part whose name can be no such folder, or
+    whose class is of another library than diffusers and transformers.
+    """
+    index = read_json(path)
+    parts = []
+    for name, value in index.items():
+        if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)):
+            continue
+        if value[0] not in _LIBRARIES:
+            raise refusal(str(path), name, value)
+        if not name.isidentifier():
+            raise CheckpointError(
+                f"{str(path)!r} has a part {name!r}, which is no name of a folder beside it"
+            )
+        parts.append(name)
+    return index, parts
+
+
+def refusal(file: str, key: str, value: Any) -> CheckpointError:
+    """The error for a file that names code."""
+    return CheckpointError(
+        f"{file!r} names code, or a repository of code, under {key!r} ({json.dumps(value)[:80]}); "
+        "code of models is never run: use a model without, or delete that key if you have read it"
+    )
+
+
+def _inert(value: Any, file: str, place: str) -> Any:
+    if isinstance(value, list):
+        return [_inert(entry, file, place) for entry in value]
+    if not isinstance(value, Mapping):
+        return value
+    kept = {}
+    for key, entry in value.items():
+        where, name = f"{place}.{key}" if place else key, key.lower()
+        chooses = _IMPLEMENTATION.search(name) is not None and not _is_size(entry)
+        if _names_code(name, entry) or (chooses and "/" in json.dumps(entry)):
+            raise refusal(file, where, entry)
+        if not chooses and not _CODE.fullmatch(name):
+            kept[key] = _inert(entry, file, where)
+    return kept
+
+
+def _names_code(name: str, entry: Any) -> bool:
+    if name == "_class_name":
+        # A list of two is a module beside the file, and a class in it.
+        return entry is not None and not (isinstance(entry, str) and entry.isidentifier())
+    return _CODE.fullmatch(name) is not None and bool(entry)
+
+
+def _is_size(entry: Any) -> bool:
+    """Convolutions have kernels too."""
+    return re.fullmatch(r"[\d\s.,\[\]-]+", json.dumps(entry)) is not None
 
 
 @dataclass(frozen=True)
@@ -81,6 +159,11 @@ class StoredTensor:
     scale: StoredTensor | None = None
 
     @property
+    def may_need_scale(self) -> bool:
+        """Whether its numbers have 8 bits or fewer; see `apt.checkpoints.scales`."""
+        return self.dtype.startswith(("F8", "F4", "I8", "U8"))
+
+    @property
     def is_floating_point(self) -> bool:
         """Whether its values are real numbers: stored so, or with a scale beside them."""
         return self.scale is not None or self.dtype.startswith(("F", "BF"))
@@ -95,6 +178,8 @@ class StoredTensor:
 
         Raises CheckpointError if the file is damaged, or the scale does not fit.
         """
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(self.file, framework="pt") as stored:
                 value = stored.get_tensor(self.key)
@@ -192,84 +277,3 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
             )
         stored.update(shard)
     return stored
-
-
-def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors of a model, each of 8 bits with its scale; what is no weight is left out.
-
-    Args:
-        stored: of one model, without the prefix of an all-in-one file.
-
-    Raises:
-        CheckpointError: another quantisation, by its name; a scale of no weight.
-    """
-    for ending, name in _OTHER_QUANTISATIONS.items():
-        for key, tensor in stored.items():
-            if key.endswith(ending):
-                raise _unreadable(tensor.file, key, name)
-    _check_descriptions(stored)
-    weights: dict[str, StoredTensor] = {}
-    scales: dict[str, StoredTensor] = {}
-    for key, tensor in stored.items():
-        module, _, part = key.rpartition(".")
-        if part in _SCALES:
-            scales[f"{module}.weight"] = tensor
-        elif key != _SCALED_MARKER and not key.endswith((*_OF_ACTIVATIONS, _DESCRIPTION)):
-            weights[key] = tensor
-    for key, scale in scales.items():
-        if key not in weights:
-            raise CheckpointError(
-                f"{str(scale.file)!r} has {scale.key!r} and no {key!r} that it could be a scale "
-                "of; download it again"
-            )
-        if not scale.dtype.startswith(("F", "BF")) or scale.dtype.startswith(("F8", "F4")):
-            raise _unreadable(scale.file, scale.key, f"scales in {scale.dtype} (such as MXFP8)")
-        weights[key] = dataclasses.replace(weights[key], scale=scale)
-    return weights
-
-
-def _check_descriptions(stored: Mapping[str, StoredTensor]) -> None:
-    """Raise CheckpointError if ComfyUI's descriptions of layers name what cannot be read."""
-    # A header also describes the other models of an all-in-one file.
-    ours = {*stored, *(tensor.key for tensor in stored.values())}
-    for file in {tensor.file for tensor in stored.values()}:
-        with safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get(_HEADER_ENTRY)
-        whole = {} if text is None else _parse_json(file, _HEADER_ENTRY, text)
-        layers = whole.get("layers") if isinstance(whole, dict) else None
-        for name, description in (layers if isinstance(layers, dict) else {}).items():
-            if f"{name}.weight" in ours:
-                _check_description(file, name, description)
-    for key, tensor in stored.items():
-        if key.endswith(_DESCRIPTION):
-            with tensor.mapped() as characters:
-                text = bytes(characters.flatten().tolist()).decode("utf-8", "replace")
-            _check_description(tensor.file, key, _parse_json(tensor.file, key, text))
-
-
-def _check_description(file: Path, name: str, description: object) -> None:
-    options = {"format": description} if isinstance(description, str) else description
-    if not isinstance(options, dict):
-        raise CheckpointError(f"{str(file)!r}: the quantisation of {name!r} is no JSON object")
-    nested = options.get("params")
-    rotated = options.get("convrot") or (isinstance(nested, dict) and nested.get("convrot"))
-    if options.get("format") not in _READABLE or rotated:
-        shown = f"{options.get('format')}{' with rotated channels (ConvRot)' if rotated else ''}"
-        raise _unreadable(file, name, shown)
-
-
-def _parse_json(file: Path, name: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{str(file)!r}: {name!r} is not valid JSON ({error}); download it again"
-        ) from error
-
-
-def _unreadable(file: Path, key: str, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{str(file)!r} is quantised: {name} (see {key!r}), which is not read here; fp8 and int8 "
-        "with one scale for a tensor or row are: use such a file, or the bf16 or fp16 file of the "
-        "same model"
-    )
