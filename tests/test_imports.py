@@ -42,6 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "output_types": {"errors", "pixels"},
     "memory": {"errors"},
     "outputs": {"errors"},
+    "samples": {"errors", "outputs", "untrusted"},
     "untrusted": {"errors"},
     "device": {"errors"},
     "distributed": {"errors"},
@@ -61,7 +62,18 @@ ARROWS: dict[str, set[str]] = {
     "methods": {"kernels", "sampling", "losses", "metrics"} | MODELS | BASE,
     "train": {"kernels", "methods", "losses", "data", "metrics", "media"} | MODELS | BASE,
     "encode": {"data"} | MODELS | BASE,
-    "evaluate": {"sampling", "pipeline", "data", "metrics", "media"} | MODELS | BASE,
+    "evaluate": {
+        "generate_options",
+        "sampling",
+        "pipeline",
+        "data",
+        "metrics",
+        "media",
+        "samples",
+    }
+    | MODELS
+    | BASE,
+    "study": {"samples", "metrics", "media"} | BASE,
 }
 # `train` and `pipeline` together are for the CLI alone; the public API names both, and loads none.
 ARROWS["__init__"] = set(ARROWS) - {"encode", "bench"}
@@ -81,6 +93,7 @@ OPTIONAL_PACKAGES = (
     "transformers",
     "triton",
     "vizdoom",
+    "waitress",
     "xformers",
 )
 # Too slow to load for people who only look for a name; functions that need them import them.
