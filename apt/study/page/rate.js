@@ -303,8 +303,8 @@ function chosen() {
 function chooseByKey(index) {
   const all = groups();
   const current = all.find((group) => group.contains(document.activeElement))
-    ?? all.find((group) => group.querySelector("input:checked") === null);
-  if (current === undefined) return;
+    ?? all.find((group) => group.querySelector("input:checked") === null)
+    ?? all[0];
   current.querySelectorAll("input")[index].click();
   const next = all[all.indexOf(current) + 1];
   if (next === undefined) byId("save").focus();
