@@ -15,6 +15,7 @@ from apt.study.make import MakeConfig, make_study
 
 PROMPTS = ("a red seven", "a <b>blue</b> nine", "x" * 30)
 KEYS: tuple[SampleKey, ...] = tuple((prompt, seed) for prompt in PROMPTS for seed in (0, 3))
+DEFAULTS = MakeConfig()
 
 
 def write_samples(
@@ -38,7 +39,7 @@ def small_study(
     keys: Sequence[SampleKey] = KEYS,
     *,
     suffix: str = ".mp4",
-    config: MakeConfig = MakeConfig(),
+    config: MakeConfig = DEFAULTS,
 ) -> Study:
     """A study in `folder`, of models whose samples lie beside it."""
     folders = {
