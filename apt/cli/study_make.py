@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from apt.checkpoints.source import locate
 from apt.cli.generate import read_prompts
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
@@ -19,6 +21,7 @@ from apt.errors import InputError
 from apt.generate_options import GenerateOptions
 from apt.samples import SampleFolder, read_samples
 from apt.study.make import MakeConfig, make_study
+from apt.study.pairs import choose_comparisons, choose_keys
 
 # What the paper rates (APT Section 4.2): prompts, and samples of each.
 _SETS = {"images": (300, 3), "videos": (96, 1)}
@@ -79,10 +82,22 @@ def main(args: Sequence[str], *, prog: str) -> None:
     seeds = 1 if seeds is None else seeds
     if seeds < 1:
         raise InputError(f"each prompt needs at least 1 sample, got {seeds}")
+    # Nothing of this may come up only after the time that generating takes.
+    choose_comparisons(names, comparisons)
     folders = {name: read_samples(Path(folder).expanduser()) for name, folder in given}
-    prompts = list(dict.fromkeys(read_prompts(asked.prompts)))
-    for name, model, options in models:
-        folders[name] = _generate(asked, name, model, options, prompts, range(seeds))
+    if models:
+        for _, model, _ in models:
+            locate(model)
+        lines = list(dict.fromkeys(read_prompts(asked.prompts)))
+        keys = choose_keys(
+            list(itertools.product(lines, range(seeds))),
+            config.num_prompts,
+            config.seeds_per_prompt,
+            config.seed,
+        )
+        prompts = list(dict.fromkeys(prompt for prompt, _ in keys))
+        for name, model, options in models:
+            folders[name] = _generate(asked, name, model, options, prompts, range(seeds))
     with progress_bar("checking samples") as update:
         study = make_study(asked.directory, folders, comparisons, config, progress=update)
     with printing():

@@ -67,10 +67,15 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red one\n")
-    unknown = ["--model", "a=digitz", "--model", "b=digits", "--prompts", prompts]
-    assert "there is no model 'digitz'" in error_line(
-        invoke("study", "make", tmp_path / "new", *unknown)
-    )
+    known = ["--model", "a=digits", "--prompts", prompts]
+    for options, message in (
+        (["--model", "b=digitz"], "there is no model 'digitz'"),
+        (["--model", "b=digits", "--compare", "a:c"], "no model 'c' to compare"),
+        (["--model", "b=digits", "--paper-set", "videos"], "96 prompts were asked for"),
+    ):
+        made = invoke("study", "make", tmp_path / "new", *known, *options)
+        assert message in error_line(made)
+    assert not (tmp_path / "new").exists()
     for command, message in (
         (["serve", tmp_path / "nowhere"], "holds no study"),
         (["serve", tmp_path / "study", "--port", "99999"], "a port is 0 to 65535"),

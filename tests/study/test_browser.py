@@ -32,15 +32,18 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def served(folder: Path, port: int = 0, raters: int = 3) -> Iterator[list[str]]:
+    from waitress.wasyncore import close_all
+
     with study_server(folder, ServeConfig(port=port, raters=raters)) as (server, links):
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
             yield links
         finally:
-            server.trigger.pull_trigger(server.close)  # in the server's own loop
+            # In the server's own loop, and every connection, as when a process ends.
+            server.trigger.pull_trigger(lambda: close_all(server._map, ignore_all=True))
+            thread.join()
             server.task_dispatcher.shutdown()
-            thread.join(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +119,7 @@ def test_videos_go_in_step_and_hold(browser: Browser, videos: tuple[Path, list[s
             """() => { window.begun = []; for (const v of document.querySelectorAll("video"))
                 v.addEventListener("play", () => begun.push([v.parentNode.id, v.currentTime])) }"""
         )
-        page.wait_for_function("begun.length >= 4")
+        page.wait_for_function("() => begun.length >= 4")
         begun = page.evaluate("begun.slice(0, 4)")
         assert [side for side, _ in begun] in (
             ["left", "right"] * 2,
@@ -126,7 +129,7 @@ def test_videos_go_in_step_and_hold(browser: Browser, videos: tuple[Path, list[s
         )
         assert all(at < 0.1 for _, at in begun)
         page.keyboard.press("Space")
-        paused = "[...document.querySelectorAll('video')].every((v) => v.paused || v.ended)"
+        paused = "() => [...document.querySelectorAll('video')].every((v) => v.paused || v.ended)"
         page.wait_for_function(paused)
         assert page.text_content("#play") == "Play"
     with open_page(browser, videos[1][1], reduced_motion="reduce") as page:
@@ -134,7 +137,7 @@ def test_videos_go_in_step_and_hold(browser: Browser, videos: tuple[Path, list[s
         wait_for_pair(page, 1)
         assert page.evaluate(paused) and page.text_content("#play") == "Play"
         page.click("#play")
-        page.wait_for_function(f"!({paused})")
+        page.wait_for_function(f"() => !({paused})()")
 
 
 def test_two_windows_keep_one_answer(browser: Browser, videos: tuple[Path, list[str]]) -> None:

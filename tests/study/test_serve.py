@@ -60,9 +60,8 @@ def test_a_killed_server_loses_nothing_and_its_links_stay(tmp_path: Path) -> Non
     # The answer whose acknowledgement was lost comes once more.
     assert ask(new_link, "tasks/2", {"version": 1, "choices": LEFT})["next"] == 3
     again.send_signal(signal.SIGTERM)
-    out, err = again.communicate(timeout=120)
+    _, err = again.communicate(timeout=120)
     assert (again.returncode, err) == (0, "")
-    assert out.count("rater ") == 4
     kept = [one for one in AnswerStore(tmp_path / "study", study).everything() if one.version]
     assert [(one.position, one.version, one.choices) for one in kept] == [
         (position, 1, LEFT) for position in range(3)
