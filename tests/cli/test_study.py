@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("tyro")
+
 from apt.checkpoints.bundle import save_bundle
 from apt.cli.study_make import split_comparison, split_model, split_name
 from apt.errors import InputError

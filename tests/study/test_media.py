@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("av")
+
 import av
 import numpy as np
-import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 

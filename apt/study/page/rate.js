@@ -142,8 +142,15 @@ function loadSamples() {
       sample.alt = "";
       sample.addEventListener("load", ready, { once: true });
     }
-    sample.addEventListener("error", () => {
+    let tried = false;
+    sample.addEventListener("error", async () => {
       if (task !== shown) return;
+      if (!tried) { // perhaps the server went away in between
+        tried = true;
+        await insist("study").catch(() => {});
+        if (task === shown) sample.src = `media/${shown.position}/${side}`;
+        return;
+      }
       tell(`The ${side} sample cannot be shown here. Reload the page, or skip this pair.`);
       byId("skip").hidden = false;
     });
