@@ -255,14 +255,15 @@ def _read(file: Path, first: int, last: int) -> Iterator[bytes]:
     return blocks()
 
 
-def _json(document: Any, status: HTTPStatus = HTTPStatus.OK, **headers: str) -> Response:
-    return _text(status, json.dumps(document).encode(), "application/json", headers)
+def _json(document: Any) -> Response:
+    return _text(HTTPStatus.OK, json.dumps(document).encode(), "application/json")
 
 
 def _problem(
     status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None
 ) -> Response:
-    return _json({"error": message}, status, **(headers or {}))
+    body = json.dumps({"error": message}).encode()
+    return _text(status, body, "application/json", headers)
 
 
 def _text(

@@ -55,10 +55,12 @@ def plan_tasks(
         side = hash_key(study.seed, "side", pair.name) + planned.get(pair.name, 0)
         task = Task(kind="pair", pair=pair.name, flipped=bool(side & 1))
         placed.append((place, task))
-        again = study.repeat_every and place % study.repeat_every == _slot(
-            draw("repeated", place // study.repeat_every), study.repeat_every
-        )
-        if again and place + MIN_GAP < len(chosen):
+        if (
+            study.repeat_every
+            and draw("repeated", place // study.repeat_every) % study.repeat_every
+            == place % study.repeat_every
+            and place + MIN_GAP < len(chosen)
+        ):
             later = place + MIN_GAP + _share(draw("later", place)) * study.repeat_every
             repeat = Task(kind="repeat", pair=pair.name, flipped=not task.flipped)
             placed.append((later, repeat))
@@ -78,7 +80,3 @@ def plan_tasks(
 def _share(draw: int) -> float:
     """In [0, 1), from 64 bits."""
     return draw / 2**64
-
-
-def _slot(draw: int, size: int) -> int:
-    return draw % size
