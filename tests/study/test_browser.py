@@ -36,7 +36,7 @@ def served(folder: Path, port: int = 0, raters: int = 3) -> Iterator[list[str]]:
     from waitress.wasyncore import close_all
 
     with study_server(folder, ServeConfig(port=port, raters=raters)) as (server, links):
-        thread = threading.Thread(target=server.run)
+        thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         try:
             yield links
