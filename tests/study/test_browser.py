@@ -121,7 +121,7 @@ def test_videos_go_in_step_and_hold(browser: Browser, videos: tuple[Path, list[s
                 for (const kind of ["ended", "play"])
                     v.addEventListener(kind, () => seen.push([kind, v.parentNode.id])) }"""
         )
-        page.wait_for_function("() => seen.length >= 12")
+        page.wait_for_function("() => seen.length >= 8")
         twos = list(zip(*[iter(page.evaluate("seen"))] * 2, strict=False))
         # The listeners may have come between the two of a kind.
         if len({kind for kind, _ in twos[0]}) == 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.study.document import DEGRADED, INTACT, Pair, Study
@@ -32,6 +32,7 @@ def study(
     )
 
 
+@settings(max_examples=40)
 @given(
     pairs=st.integers(1, 60),
     check_every=st.integers(0, 9),
