@@ -14,7 +14,7 @@ from typing import Any
 from apt.errors import InputError
 
 RECORD_SUFFIX = ".jsonl"
-_BEGINNING = '{"settings": '
+RECORD_BEGINNING = '{"settings": '
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class OutputRecord:
         self._lines: list[dict[str, Any]] = []
         self._done: dict[tuple[str, str, int], tuple[int, str]] = {}
         text = self._text()
-        if text and not text.startswith(_BEGINNING):
+        if text and not text.startswith(RECORD_BEGINNING):
             raise InputError(
                 f"{str(path)!r} is no record of outputs; move it away, or write elsewhere"
             )
@@ -93,14 +93,14 @@ class OutputRecord:
         """Whether the file is there as it was made."""
         made = self._done.get((output.path.name, output.prompt, output.seed))
         try:
-            return made is not None and made == _content(output.path)
+            return made is not None and made == file_content(output.path)
         except OSError:
             return False
 
     def add(self, output: Output) -> None:
         """Note that the file is whole. Raises InputError if the disk refuses."""
         try:
-            size, digest = _content(output.path)
+            size, digest = file_content(output.path)
             line = {
                 "file": output.path.name,
                 "prompt": output.prompt,
@@ -141,7 +141,7 @@ class OutputRecord:
     def _read(self, text: str) -> None:
         # A line that was cut off has no end, and did not happen.
         *whole, _ = text.split("\n")
-        lines = [_parse(self._path, line) for line in whole]
+        lines = [parse_line(self._path, line) for line in whole]
         if not lines:
             return
         self._check_settings(lines[0])
@@ -174,7 +174,8 @@ class OutputRecord:
             )
 
 
-def _parse(path: Path, line: str) -> dict[str, Any]:
+def parse_line(path: Path, line: str) -> dict[str, Any]:
+    """A line of a record at `path`: the settings, or a file. Raises InputError for others."""
     try:
         document = json.loads(line)
         if isinstance(document, dict) and (
@@ -190,7 +191,7 @@ def _parse(path: Path, line: str) -> dict[str, Any]:
     )
 
 
-def _content(path: Path) -> tuple[int, str]:
+def file_content(path: Path) -> tuple[int, str]:
     """Size and digest of a file. Raises OSError."""
     digest = hashlib.sha256()
     size = 0

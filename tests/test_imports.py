@@ -39,6 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "pixels": {"errors"},
     "generate_options": {"errors", "registry"},
     "outputs": {"errors"},
+    "samples": {"errors", "outputs", "untrusted"},
     "untrusted": {"errors"},
     "device": {"errors"},
     "distributed": {"errors"},
@@ -57,7 +58,17 @@ ARROWS: dict[str, set[str]] = {
     "methods": {"kernels", "losses", "metrics"} | MODELS | BASE,
     "train": {"kernels", "methods", "losses", "data", "metrics", "media"} | MODELS | BASE,
     "encode": {"data"} | MODELS | BASE,
-    "evaluate": {"pipeline", "data", "metrics", "media"} | MODELS | BASE,
+    "evaluate": {
+        "generate_options",
+        "pipeline",
+        "data",
+        "metrics",
+        "media",
+        "samples",
+    }
+    | MODELS
+    | BASE,
+    "study": {"samples", "metrics", "media"} | BASE,
     "inside": {"pipeline", "generate_options", "media"} | MODELS | BASE,
 }
 # `train` and `pipeline` together are for the CLI alone; the public API names both, and loads none.
@@ -78,6 +89,7 @@ OPTIONAL_PACKAGES = (
     "transformers",
     "triton",
     "vizdoom",
+    "waitress",
     "xformers",
 )
 # Too slow to load for people who only look for a name; functions that need them import them.

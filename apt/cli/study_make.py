@@ -1,0 +1,168 @@
+"""`diffusion-apt study make`: pairs of samples for raters."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from apt.checkpoints.source import locate
+from apt.cli.generate import read_prompts
+from apt.cli.output import printing
+from apt.cli.progress import progress_bar
+from apt.errors import InputError
+from apt.generate_options import GenerateOptions
+from apt.samples import SampleFolder, read_samples
+from apt.study.make import MakeConfig, make_study
+from apt.study.pairs import choose_comparisons, choose_keys
+
+# What the paper rates (APT Section 4.2): prompts, and samples of each.
+_SETS = {"images": (300, 3), "videos": (96, 1)}
+
+Many = tyro.conf.UseAppendAction[tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyMake:
+    """Make a preference study of two or more models: pairs of samples of one prompt and seed.
+
+    Samples come from folders, or are generated. An interrupted call can be repeated.
+    """
+
+    directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """Folder of the study; made if need be."""
+    samples: Many = ()
+    """A folder of samples with its manifest, as `generate` writes it for several prompts, perhaps
+    with a name for the model: --samples apt=out/apt --samples base=out/base."""
+    model: Many = ()
+    """A model to generate with, perhaps with a name and options: --model digits --model
+    two=digits,num_steps=2. Needs --prompts."""
+    prompts: Path | None = None
+    """Text with one prompt per line, for --model."""
+    seeds: int | None = None
+    """Samples of each prompt, for --model: seeds 0, 1, ... None is 1, or the paper's number."""
+    compare: Many = ()
+    """Two models that meet, by name: --compare apt:base. Without it all meet all."""
+    paper_set: Literal["images", "videos"] | None = None
+    """The paper's numbers: images are 300 prompts drawn at random with 3 samples each, videos 96
+    with one; 3 raters for each pair."""
+    device: str | None = None
+    """cpu, cuda or cuda:N for --model; None takes a GPU if there is one."""
+    config: Annotated[MakeConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=MakeConfig
+    )
+
+
+def main(args: Sequence[str], *, prog: str) -> None:
+    """Generate what is missing, make the pairs, and say where they are."""
+    asked = tyro.cli(StudyMake, args=args, prog=prog)
+    given = [split_name(text) for text in asked.samples]
+    models = [split_model(text) for text in asked.model]
+    names = [name for name, *_ in (*given, *models)]
+    if len(set(names)) < len(names):
+        raise InputError(f"models need different names, got {names}; name them with NAME=...")
+    if models and asked.prompts is None:
+        raise InputError("--model generates, and needs --prompts FILE with one prompt per line")
+    comparisons = [split_comparison(text) for text in asked.compare]
+    config = asked.config
+    seeds = asked.seeds
+    if asked.paper_set is not None:
+        num_prompts, per_prompt = _SETS[asked.paper_set]
+        config = dataclasses.replace(
+            config, num_prompts=num_prompts, seeds_per_prompt=per_prompt, votes=3
+        )
+        seeds = per_prompt if seeds is None else seeds
+    seeds = 1 if seeds is None else seeds
+    if seeds < 1:
+        raise InputError(f"each prompt needs at least 1 sample, got {seeds}")
+    # Nothing of this may come up only after the time that generating takes.
+    choose_comparisons(names, comparisons)
+    folders = {name: read_samples(Path(folder).expanduser()) for name, folder in given}
+    if models:
+        for _, model, _ in models:
+            locate(model)
+        lines = list(dict.fromkeys(read_prompts(asked.prompts)))
+        keys = choose_keys(
+            list(itertools.product(lines, range(seeds))),
+            config.num_prompts,
+            config.seeds_per_prompt,
+            config.seed,
+        )
+        prompts = list(dict.fromkeys(prompt for prompt, _ in keys))
+        for name, model, options in models:
+            folders[name] = _generate(asked, name, model, options, prompts, range(seeds))
+    with progress_bar("checking samples") as update:
+        study = make_study(asked.directory, folders, comparisons, config, progress=update)
+    with printing():
+        print(
+            f"{len(study.pairs)} pairs and {len(study.checks)} attention checks in "
+            f"{asked.directory}; next: diffusion-apt study serve {asked.directory}"
+        )
+
+
+def _generate(
+    asked: StudyMake,
+    name: str,
+    model: str,
+    options: GenerateOptions,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+) -> SampleFolder:
+    from apt.device import find_device
+    from apt.evaluate.generate import generate_samples
+
+    device = None if asked.device is None else find_device(asked.device)
+    folder = asked.directory / "samples" / name
+    with progress_bar(f"generating with {name}") as update:
+        generate_samples(
+            folder, model, prompts, seeds, options=options, device=device, progress=update
+        )
+    return read_samples(folder)
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """The name and the place of NAME=PLACE; without a name, the last part of the place.
+
+    Raises InputError for a name that could not be a folder's.
+    """
+    name, sign, place = text.partition("=")
+    if not sign or "/" in name:
+        name, place = Path(text).name, text
+    if not re.fullmatch(r"[\w.@+-]+", name) or name in (".", ".."):
+        raise InputError(
+            f"{name!r} is no name of a model here; name it with letters, digits and -, as in "
+            f"apt={place}"
+        )
+    return name, place
+
+
+def split_model(text: str) -> tuple[str, str, GenerateOptions]:
+    """The name, model and options of NAME=MODEL,option=value,...
+
+    Raises InputError for an option that does not exist.
+    """
+    options: dict[str, object] = {}
+    rest = text
+    while found := re.fullmatch(r"(.+),(\w+)=([^,=]*)", rest):
+        try:
+            options[found[2]] = ast.literal_eval(found[3])
+        except (ValueError, SyntaxError):
+            options[found[2]] = found[3]
+        rest = found[1]
+    name, model = split_name(rest)
+    return name, model, GenerateOptions().replace(options)
+
+
+def split_comparison(text: str) -> tuple[str, str]:
+    """The two names of A:B. Raises InputError for other texts."""
+    first, sign, second = text.partition(":")
+    if not (first and sign and second) or ":" in second:
+        raise InputError(f"a comparison is two names, as in --compare apt:base; got {text!r}")
+    return first, second

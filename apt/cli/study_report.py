@@ -1,0 +1,62 @@
+"""`diffusion-apt study report`: scores from what raters answered."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from apt.cli.output import printing
+from apt.errors import InputError
+from apt.study.report import ReportConfig, report_study
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyReport:
+    """Write report.md and report.json of a study, at any time: raters may go on.
+
+    Preference scores by criterion with their intervals, scores relative to base models, agreement
+    of raters with each other and themselves, and a ranking where more than two models met.
+    """
+
+    directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """Folder of the study."""
+    out: Path | None = None
+    """Folder for the report; None is DIR/report."""
+    base: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """The base model of a model, both in the study: --base apt=diffusion. With it scores are
+    adjusted by the comparison of the bases."""
+    config: Annotated[ReportConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=ReportConfig
+    )
+
+
+def main(args: Sequence[str], *, prog: str) -> None:
+    """Write the report, and print it."""
+    asked = tyro.cli(StudyReport, args=args, prog=prog)
+    page = report_study(
+        asked.directory,
+        asked.directory / "report" if asked.out is None else asked.out,
+        bases=split_bases(asked.base),
+        config=asked.config,
+        command=shlex.join([*prog.split(), *args]),
+    )
+    with printing():
+        print(page.read_text(encoding="utf-8"))
+        print(page)
+
+
+def split_bases(texts: Sequence[str]) -> dict[str, str]:
+    """Base models by model, from NAME=BASE. Raises InputError for other texts."""
+    bases: dict[str, str] = {}
+    for text in texts:
+        name, sign, base = text.partition("=")
+        if not (name and sign and base) or name in bases:
+            raise InputError(f"a base is given once, as in --base apt=diffusion; got {text!r}")
+        bases[name] = base
+    return bases

@@ -1,0 +1,56 @@
+"""One scale from comparisons of pairs: the model of Bradley and Terry (1952)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apt.errors import InputError
+
+_MOST_ROUNDS = 10_000
+_CLOSE = 1e-10
+
+
+def bradley_terry(wins: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log-strengths of models, of mean 0: log(p_i / p_j) is the log-odds that i beats j.
+
+    The maximum of the likelihood, by Hunter's MM algorithm (2004).
+
+    Args:
+        wins: (..., N, N), how often the row's model beat the column's; a draw is half a win for
+            each. The diagonal is not looked at.
+
+    Returns (..., N); nan where no finite strengths are the most likely, because some group of
+    models was never beaten by one outside it, or never met one.
+
+    Raises InputError for counts that are no such table, or negative.
+    """
+    table = np.asarray(wins, dtype=np.float64)
+    if table.ndim < 2 or table.shape[-1] != table.shape[-2] or not (table >= 0).all():
+        raise InputError(f"a ranking needs wins of models over models; got shape {table.shape}")
+    number = table.shape[-1]
+    table = np.where(np.eye(number, dtype=bool), 0, table)
+    known = _connected(table)
+    # A table that is not is replaced by one that converges at once.
+    table = np.where(known[..., None, None], table, 1 - np.eye(number))
+    total, met = table.sum(axis=-1), table + np.swapaxes(table, -1, -2)
+    strength = np.ones(table.shape[:-1])
+    for _ in range(_MOST_ROUNDS):
+        expected = met / (strength[..., :, None] + strength[..., None, :])
+        better = total / expected.sum(axis=-1)
+        better /= np.exp(np.log(better).mean(axis=-1, keepdims=True))
+        change = np.abs(np.log(better / strength)).max(initial=0)
+        strength = better
+        if change < _CLOSE:
+            break
+    return np.where(known[..., None], np.log(strength), np.nan)
+
+
+def _connected(wins: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether every model beat every other one, at least by way of others (Ford, 1957)."""
+    number = wins.shape[-1]
+    reach = (wins > 0) | np.eye(number, dtype=bool)
+    for _ in range(max(1, number.bit_length())):
+        reach = (reach.astype(np.int64) @ reach.astype(np.int64)) > 0
+    found: NDArray[np.bool_] = reach.all(axis=(-1, -2))
+    return found

@@ -1,0 +1,181 @@
+"""From folders of samples to a study: `study.json`, and files whose names give nothing away."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apt.errors import DataError, InputError
+from apt.outputs import check_folder, file_content
+from apt.rng import hash_key
+from apt.samples import Sample, SampleFolder
+from apt.study.document import (
+    DEGRADED,
+    INTACT,
+    MEDIA,
+    STUDY_FILE,
+    Pair,
+    Study,
+    read_study,
+    write_study,
+)
+from apt.study.media import clean_suffix, write_clean, write_degraded
+from apt.study.pairs import check_models, choose_comparisons, choose_keys, pair_up
+
+_MOST_CHECKS = 12
+"""Different attention checks; a rater who meets more meets them again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeConfig:
+    """What a study is made of, besides samples."""
+
+    title: str = "Which one is better?"
+    """Shown to raters; it should not name a model."""
+    note: str = ""
+    """Printed in the report: who rates, and how."""
+    votes: int = 3
+    """Raters for each pair; 3 in the paper."""
+    num_prompts: int | None = None
+    """So many prompts, drawn at random from those of the samples; None takes all."""
+    seeds_per_prompt: int | None = None
+    """So many samples of each prompt; None takes all."""
+    check_every: int = 20
+    """One attention check in so many pairs: a sample beside a wrecked copy of it. 0 for none."""
+    repeat_every: int = 10
+    """One pair in so many comes again later, sides changed: raters' agreement with themselves. 0
+    for none."""
+    seed: int = 0
+    """Decides the prompts that are drawn, the sides and the order."""
+
+
+def make_study(
+    folder: Path,
+    folders: Mapping[str, SampleFolder],
+    comparisons: Sequence[tuple[str, str]] = (),
+    config: MakeConfig = MakeConfig(),
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Study:
+    """Write a study. An interrupted call can be repeated; one that is whole is left as it is.
+
+    Args:
+        folder: made if need be.
+        folders: samples by the model's name in this study.
+        comparisons: the models that meet; empty for all.
+        config: how many, and how shown.
+        progress: called with the number of files that are ready, and of all.
+
+    Raises:
+        InputError: models, prompts or numbers that do not fit; a folder that cannot be written, or
+            that has another study in it.
+        DataError: a sample that is missing, broken, not what it was when it was made, or of a kind
+            that raters cannot be shown.
+    """
+    check_models(folders)
+    met = choose_comparisons(list(folders), comparisons)
+    shared = list(next(iter(folders.values())).samples)
+    keys = choose_keys(shared, config.num_prompts, config.seeds_per_prompt, config.seed)
+    found = pair_up(folders, met, keys)
+    checked = _samples_to_check(folders, [pair.samples[0] for pair in found], config)
+
+    def name(sample: Sample, kind: str = INTACT) -> str:
+        suffix = clean_suffix(sample.path)
+        if kind == DEGRADED and suffix == ".webm":
+            suffix = ".mp4"
+        return _file_name(config.seed, sample.sha256, kind) + suffix
+
+    study = Study(
+        title=config.title,
+        note=config.note,
+        seed=config.seed,
+        votes=config.votes,
+        check_every=config.check_every,
+        repeat_every=config.repeat_every,
+        models={model: dict(samples.settings) for model, samples in folders.items()},
+        pairs=tuple(
+            Pair(
+                name=f"p{number}",
+                first=pair.first,
+                second=pair.second,
+                prompt=pair.samples[0].prompt,
+                seed=pair.samples[0].seed,
+                files=(name(pair.samples[0]), name(pair.samples[1])),
+            )
+            for number, pair in enumerate(found)
+        ),
+        checks=tuple(
+            Pair(
+                name=f"c{number}",
+                first=INTACT,
+                second=DEGRADED,
+                prompt=sample.prompt,
+                seed=sample.seed,
+                files=(name(sample), name(sample, DEGRADED)),
+            )
+            for number, sample in enumerate(checked)
+        ),
+    )
+    check_folder(folder)
+    if (folder / STUDY_FILE).exists() and read_study(folder).digest() != study.digest():
+        raise InputError(
+            f"{str(folder)!r} has another study in it, whose answers belong to its pairs; choose "
+            "another folder"
+        )
+    jobs = {name(sample): (sample, INTACT) for pair in found for sample in pair.samples}
+    jobs |= {name(sample): (sample, INTACT) for sample in checked}
+    jobs |= {name(sample, DEGRADED): (sample, DEGRADED) for sample in checked}
+    media = folder / MEDIA
+    try:
+        media.mkdir(parents=True, exist_ok=True)
+        for done, (file, (sample, kind)) in enumerate(jobs.items()):
+            progress(done, len(jobs))
+            if not (media / file).exists():
+                _write(media / file, sample, kind)
+        write_study(folder, study)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the study to {str(folder)!r}: {error.strerror or error}; free some "
+            "space, and make it again: what is there is kept"
+        ) from error
+    return study
+
+
+def _samples_to_check(
+    folders: Mapping[str, SampleFolder], samples: Sequence[Sample], config: MakeConfig
+) -> list[Sample]:
+    """Different samples for attention checks, as many as a rater meets, up to a dozen."""
+    if config.check_every < 1:
+        return []
+    drawn = sorted(
+        {sample.sha256: sample for sample in samples}.values(),
+        key=lambda sample: hash_key(config.seed, "check", sample.sha256),
+    )
+    return drawn[: min(_MOST_CHECKS, math.ceil(len(samples) / config.check_every))]
+
+
+def _file_name(seed: int, sha256: str, kind: str) -> str:
+    """Of a file: from its content alone, so that it says nothing of its model."""
+    return hashlib.blake2b(f"{seed}\x1f{sha256}\x1f{kind}".encode(), digest_size=16).hexdigest()
+
+
+def _write(target: Path, sample: Sample, kind: str) -> None:
+    try:
+        content = file_content(sample.path)[1]
+    except OSError as error:
+        raise DataError(
+            f"cannot read the sample {str(sample.path)!r}: {error.strerror or error}; make its "
+            "folder again"
+        ) from error
+    if content != sample.sha256:
+        raise DataError(
+            f"{str(sample.path)!r} is not what its manifest says: it was cut off or changed since "
+            "it was made; make its folder again"
+        )
+    if kind == INTACT:
+        write_clean(target, sample.path)
+    else:
+        write_degraded(target, sample.path, hash_key(target.stem))

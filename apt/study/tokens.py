@@ -1,0 +1,62 @@
+"""Links of raters: each has a token that nobody can guess, and that stays the same.
+
+The tokens follow from a key beside the study, so that the answers, which are passed on for a
+report, hold none of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from apt.errors import DataError
+
+KEY_FILE = "links.key"
+_KEY_BYTES = 32
+
+
+def read_key(folder: Path) -> bytes:
+    """The key of a study's links, made if there is none, for its owner's eyes alone.
+
+    Raises DataError if it cannot be written or read, or is damaged.
+    """
+    path = folder / KEY_FILE
+    try:
+        if not path.exists():
+            _make(path)
+        key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    except OSError as error:
+        raise DataError(
+            f"the key of the links, {str(path)!r}, cannot be read or written: "
+            f"{error.strerror or error}"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{str(path)!r} is damaged; remove it, and send new links to all raters"
+        ) from error
+    if len(key) != _KEY_BYTES:
+        raise DataError(f"{str(path)!r} is damaged; remove it, and send new links to all raters")
+    return key
+
+
+def token(key: bytes, rater: int) -> str:
+    """The token of a rater: 128 bits, safe in an address."""
+    digest = hmac.digest(key, f"rater {rater}".encode(), "sha256")[:16]
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def _make(path: Path) -> None:
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as stream:
+            stream.write(secrets.token_hex(_KEY_BYTES) + "\n")
+        # Of two servers that start at once, the first one's key stands.
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    finally:
+        partial.unlink(missing_ok=True)
