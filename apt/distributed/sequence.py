@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["SequenceGroup", "TokenSplit", "gather_heads", "scatter_keys", "scatter_queries"]
 
@@ -99,6 +100,7 @@ class _Alike(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = functional.all_reduce(grads[0].contiguous(), "sum", ctx.group.group)
         return functional.wait_tensor(total) / ctx.group.size, None

@@ -99,6 +99,9 @@ class RunHost:
         forward_methods: Sequence[str] = (),
     ) -> None:
         network.to(self.device)
+        for module in network.modules():
+            if isinstance(module, DiffusionTransformer):
+                module.split_tokens(self.parallel.sequence)
         self.parallel.shard(network, blocks, forward_methods=forward_methods)
 
     def average(self, network: nn.Module, decay: float) -> EMA:
