@@ -80,8 +80,8 @@ def plan_cache(
     return info, wanted
 
 
-def open_cache(out: Path, info: CacheInfo, *, rank: int = 0) -> None:
-    """Begin a cache, or go on with one of the same plan. Every rank calls it; rank 0 writes.
+def open_cache(out: Path, info: CacheInfo) -> None:
+    """Begin a cache, or go on with one of the same plan. Of several ranks, one calls it first.
 
     Raises:
         DataError: the folder holds a cache of something else, or other files, or cannot be written.
@@ -100,10 +100,9 @@ def open_cache(out: Path, info: CacheInfo, *, rank: int = 0) -> None:
                 "repeat the options of then, or choose another folder"
             )
         info = dataclasses.replace(info, num_prompts=max(info.num_prompts, before.num_prompts))
-    elif rank == 0 and out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(out.iterdir()):
         raise DataError(f"{out} is neither empty nor a latent cache; choose another folder")
-    if rank == 0:
-        write_cache_info(out, info)
+    write_cache_info(out, info)
 
 
 def encode_texts(
