@@ -89,7 +89,7 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
     from apt.data.builtin_sources import Folder
     from apt.data.captions import CaptionRule
     from apt.data.source import ClipRequest
-    from apt.encode import encode_clips, encode_texts, open_cache, plan_cache
+    from apt.encode import encode_clips, encode_texts, open_cache, plan_cache, plan_texts
 
     info = describe(options.model)
     rule = None
@@ -130,13 +130,15 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
     )
     # Rank 0 first: it would take what others have written already for another folder's files.
     parallel.on_main(lambda: open_cache(options.out, plan))
-    if text is not None and parallel.is_main:
-        encoder = load_text_encoder(options.model).to(parallel.device)
-        with progress_bar("embedding prompts") as update:
-            encode_texts(
-                options.out, prompts, encoder, batch_size=options.batch_size, progress=update
-            )
-        del encoder  # it may be larger than the VAE and all that the VAE needs
+    if text is not None:
+        shards = list(plan_texts(options.out, prompts).items())
+        parallel.barrier()  # all have looked at what is there before one adds to it
+        mine = dict(shards[parallel.rank :: parallel.world_size])
+        if mine:
+            encoder = load_text_encoder(options.model).to(parallel.device)
+            with progress_bar("embedding prompts") as update:
+                encode_texts(mine, encoder, batch_size=options.batch_size, progress=update)
+            del encoder  # it may be larger than the VAE and all that the VAE needs
     with progress_bar("encoding clips") as update:
         encode_clips(
             options.out,

@@ -45,6 +45,8 @@ def work(parallel: Parallel, folder: Path, kind: str) -> None:
     if kind == "all":
         for name, case in CASES.items():
             found[f"velocity/{name}"] = velocity_apart(group, case)
+        for name in ONE_OF_EACH:
+            found[f"compiled/{name}"] = velocity_apart(group, CASES[name], compiled=True)
     else:
         for heads in HEADS:
             found[f"attention/{heads}"] = attention_apart(group, heads)
@@ -157,7 +159,12 @@ def pooling_apart(group: SequenceGroup, backend: str) -> Distances:
 
 
 def velocity_apart(
-    group: SequenceGroup, case: Case, *, checkpointing: bool = False, lengths: tuple[int, ...] = ()
+    group: SequenceGroup,
+    case: Case,
+    *,
+    checkpointing: bool = False,
+    compiled: bool = False,
+    lengths: tuple[int, ...] = (),
 ) -> Distances:
     """Velocity, and the gradients of x and of all parameters, with rows that samples share."""
     x, t, c = case.inputs(2, GRID, lengths=lengths)
@@ -168,6 +175,9 @@ def velocity_apart(
         model = case.build()
         model.split_tokens(sequence)
         model.set_checkpointing(checkpointing)
+        if compiled and sequence is not None:
+            for block in model.block_list():
+                block.compile(backend="aot_eager", fullgraph=True)
         leaf = x.clone().requires_grad_()
         velocity = model(leaf, t, c, rows=rows)
         velocity.sin().sum().backward()
