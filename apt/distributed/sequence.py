@@ -170,11 +170,14 @@ def gather_heads(attended: Tensor, split: TokenSplit, num_heads: int) -> Tensor:
     """The way back of `scatter_queries`: this rank's tokens with all heads, (B, l, H, Dh)."""
     row = _row(split, num_heads)
     size = _numbers_per_token(attended)
-    pieces = attended.split([split.lengths[rank] for rank in row], dim=1)
     given, taken = [0] * split.group.size, [0] * split.group.size
     for rank in row:
         given[rank], taken[rank] = size * split.lengths[rank], size * split.length
-    sent = torch.cat([piece.flatten() for piece in pieces])
+    if attended.shape[0] == 1:
+        sent = attended.flatten()
+    else:
+        pieces = attended.split([split.lengths[rank] for rank in row], dim=1)
+        sent = torch.cat([piece.flatten() for piece in pieces])
     received = split.group.exchange(sent, given, taken)
     heads = received.view(len(row), attended.shape[0], split.length, *attended.shape[2:])
     return heads.movedim(0, 2).flatten(2, 3)
@@ -204,6 +207,8 @@ def _scatter(x: Tensor, split: TokenSplit, partners: range) -> Tensor:
 
 def _put_together(received: Tensor, lengths: Sequence[int], like: Tensor) -> Tensor:
     """The tokens of each rank, flat, as one tensor (B, -, ...) of the shape of `like`."""
+    if like.shape[0] == 1:  # they are in place
+        return received.view(1, sum(lengths), *like.shape[2:])
     size = _numbers_per_token(like)
     pieces = received.split([size * length for length in lengths])
     shaped = [

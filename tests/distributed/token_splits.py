@@ -45,19 +45,19 @@ def work(parallel: Parallel, folder: Path, kind: str) -> None:
     if kind == "all":
         for name, case in CASES.items():
             found[f"velocity/{name}"] = velocity_apart(group, case)
+            found[f"discriminator/{name}"] = discriminator_apart(group, case, "attention")
         for name in ONE_OF_EACH:
             found[f"compiled/{name}"] = velocity_apart(group, CASES[name], compiled=True)
     else:
         for heads in HEADS:
             found[f"attention/{heads}"] = attention_apart(group, heads)
             found[f"traffic/{heads}"] = traffic(group, heads)
-        found["query_pooling/reference"] = pooling_apart(group, "reference")
-        if group.size == 2:
-            found["query_pooling/triton"] = pooling_apart(group, "triton")
+        found["query_pooling"] = pooling_apart(group)
         for name in ONE_OF_EACH:
             found[f"velocity/{name}"] = velocity_apart(
                 group, CASES[name], checkpointing=True, lengths=(2, 5)
             )
+        for name in ONE_OF_EACH[::3]:
             found[f"discriminator/{name}"] = discriminator_apart(group, CASES[name], "attention")
         found["discriminator/conv3d"] = discriminator_apart(group, CASES["apt_8b"], "conv3d")
     (folder / f"{group.size}-{group.rank}.json").write_text(json.dumps(found))
@@ -128,7 +128,7 @@ def joint_order(group: SequenceGroup, visual: int, text: int) -> Tensor:
     return group.split(visual).order(places, group.split(text))[0]
 
 
-def pooling_apart(group: SequenceGroup, backend: str) -> Distances:
+def pooling_apart(group: SequenceGroup) -> Distances:
     """Large scores, so that maxima of ranks differ."""
     draw = torch.Generator().manual_seed(0)
     split = group.split(13)
@@ -139,9 +139,7 @@ def pooling_apart(group: SequenceGroup, backend: str) -> Distances:
 
     def pool(x: Tensor, weights: Iterable[Tensor], sequence: SequenceGroup | None) -> Tensor:
         query, keys, values = weights
-        return query_pooling(
-            x, query, keys, values, num_heads=2, backend=backend, sequence=sequence
-        )
+        return query_pooling(x, query, keys, values, num_heads=2, sequence=sequence)
 
     def leaves(x: Tensor) -> list[Tensor]:
         return [value.detach().clone().requires_grad_() for value in (x, *weights)]

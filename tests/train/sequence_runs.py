@@ -14,10 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.load import load_bundle
 from apt.data.digits import MovingDigits
 from apt.distributed.mesh import ParallelConfig
 from apt.losses import ApproximateR2
 from apt.methods.apt import AdversarialConfig
+from apt.methods.consistency import DistillConfig
 from apt.methods.terms import Terms
 from apt.train.config import TrainConfig
 from tests.train import small_runs
@@ -41,10 +46,27 @@ def config(root: Path, stage: str, name: str, **changes: Any) -> TrainConfig:
         made.optimizer, learning_rate=1e-3, eps=1e-2, warmup_updates=0, decay_updates=0
     )
     stage_config = made.stage
+    if isinstance(stage_config, DistillConfig):
+        stage_config = dataclasses.replace(stage_config, teacher=str(root / "teacher"))
     if isinstance(stage_config, AdversarialConfig):
         terms = Terms(r2=ApproximateR2(weight=50.0, sigma=0.1))
-        stage_config = dataclasses.replace(stage_config, terms=terms)
+        stage_config = dataclasses.replace(
+            stage_config, terms=terms, discriminator=str(root / "teacher")
+        )
     return dataclasses.replace(made, optimizer=optimizer, stage=stage_config)
+
+
+def draw_teacher(root: Path) -> None:
+    """A model whose velocities are of the size of real ones: three updates make none of zeros."""
+    child = os.fork()
+    if child == 0:
+        bundle = load_bundle(root / "whole" / "pretrain" / "export")
+        generator = torch.Generator().manual_seed(0)
+        for parameter in bundle.backbone.parameters():
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+        save_bundle(root / "teacher", bundle)
+        os._exit(0)
+    os.waitpid(child, 0)
 
 
 def run_ranks(config: TrainConfig, layout: ParallelConfig, *, resume: bool = False) -> list[Any]:
@@ -79,6 +101,8 @@ def main(root: Path, kind: str) -> None:
         for name in layouts:
             made = config(root, stage, name)
             report[f"{name}/{stage}"] = run_ranks(made, LAYOUTS[name])
+        if stage == "pretrain":
+            draw_teacher(root)
     report |= other_layouts(root, kind)
     (root / "report.json").write_text(json.dumps(report))
 
