@@ -90,7 +90,7 @@ class SequenceGroup:
         """Values that are the same on all ranks, as they are; their gradient is the mean."""
         if not (torch.is_grad_enabled() and values.requires_grad):
             return values
-        return _Alike.apply(values, self)  # type: ignore[no-any-return]
+        return _Alike.apply(values, self)
 
 
 class _Alike(torch.autograd.Function):
@@ -100,7 +100,7 @@ class _Alike(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = functional.all_reduce(grads[0].contiguous(), "sum", ctx.group.group)
         return functional.wait_tensor(total) / ctx.group.size, None

@@ -53,13 +53,12 @@ def work(parallel: Parallel, folder: Path, kind: str) -> None:
             found[f"attention/{heads}"] = attention_apart(group, heads)
             found[f"traffic/{heads}"] = traffic(group, heads)
         found["query_pooling"] = pooling_apart(group)
-        for name in ONE_OF_EACH:
+        for name in ONE_OF_EACH[::3]:
             found[f"velocity/{name}"] = velocity_apart(
                 group, CASES[name], checkpointing=True, lengths=(2, 5)
             )
-        for name in ONE_OF_EACH[::3]:
-            found[f"discriminator/{name}"] = discriminator_apart(group, CASES[name], "attention")
-        found["discriminator/conv3d"] = discriminator_apart(group, CASES["apt_8b"], "conv3d")
+        for name, head in zip(ONE_OF_EACH[::2], ("attention", "conv3d"), strict=True):
+            found[f"discriminator/{name}"] = discriminator_apart(group, CASES[name], head)
     (folder / f"{group.size}-{group.rank}.json").write_text(json.dumps(found))
 
 

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 
 from apt.checkpoints.bundle import save_bundle
-from apt.checkpoints.load import load_bundle
 from apt.data.digits import MovingDigits
 from apt.distributed.mesh import ParallelConfig
-from apt.losses import ApproximateR2
+from apt.losses import ApproximateR1, ApproximateR2
 from apt.methods.apt import AdversarialConfig
+from apt.methods.base import StageConfig
 from apt.methods.consistency import DistillConfig
 from apt.methods.terms import Terms
 from apt.train.config import TrainConfig
+from apt.train.networks import initial_bundle
 from tests.train import small_runs
 from tests.train.small_runs import STAGES, Child
 
@@ -36,7 +37,8 @@ LAYOUTS = {
     "two of two": ParallelConfig(sequence=2, shard=2),
     "copies": ParallelConfig(sequence=2, replicate=2),
 }
-QUICK = ("two",)
+PENALTIES = {"discriminator/approximate_r1": 100.0, "discriminator/approximate_r2": 50.0}
+"""The weight of each by its name in the log."""
 
 
 def config(root: Path, stage: str, name: str, **changes: Any) -> TrainConfig:
@@ -45,26 +47,32 @@ def config(root: Path, stage: str, name: str, **changes: Any) -> TrainConfig:
     optimizer = dataclasses.replace(
         made.optimizer, learning_rate=1e-3, eps=1e-2, warmup_updates=0, decay_updates=0
     )
-    stage_config = made.stage
-    if isinstance(stage_config, DistillConfig):
-        stage_config = dataclasses.replace(stage_config, teacher=str(root / "teacher"))
-    if isinstance(stage_config, AdversarialConfig):
-        terms = Terms(r2=ApproximateR2(weight=50.0, sigma=0.1))
-        stage_config = dataclasses.replace(
-            stage_config, terms=terms, discriminator=str(root / "teacher")
+    teacher, student = str(root / "teacher"), str(root / "student")
+    options: StageConfig = made.stage
+    if isinstance(options, DistillConfig):
+        options = dataclasses.replace(options, teacher=teacher)
+    if isinstance(options, AdversarialConfig):
+        r1, r2 = PENALTIES.values()
+        options = dataclasses.replace(
+            options,
+            generator=student,
+            discriminator=teacher,
+            r1=ApproximateR1(weight=r1, sigma=0.1),
+            terms=Terms(r2=ApproximateR2(weight=r2, sigma=0.1)),
         )
-    return dataclasses.replace(made, optimizer=optimizer, stage=stage_config)
+    return dataclasses.replace(made, optimizer=optimizer, stage=options)
 
 
-def draw_teacher(root: Path) -> None:
-    """A model whose velocities are of the size of real ones: three updates make none of zeros."""
+def draw_models(root: Path) -> None:
+    """Models whose velocities are of the size of real ones: new ones give zeros."""
     child = os.fork()
     if child == 0:
-        bundle = load_bundle(root / "whole" / "pretrain" / "export")
-        generator = torch.Generator().manual_seed(0)
-        for parameter in bundle.backbone.parameters():
-            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
-        save_bundle(root / "teacher", bundle)
+        bundle = initial_bundle(config(root, "pretrain", "unused"))
+        for seed, name in enumerate(("teacher", "student")):
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in bundle.backbone.parameters():
+                torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+            save_bundle(root / name, bundle)
         os._exit(0)
     os.waitpid(child, 0)
 
@@ -94,29 +102,25 @@ def main(root: Path, kind: str) -> None:
 
     MovingDigits(0)[0]
     matplotlib.figure.Figure().savefig(os.devnull, format="png")
+    draw_models(root)
     report: dict[str, list[Any]] = {}
-    layouts = QUICK if kind == "quick" else tuple(LAYOUTS)
-    for stage in STAGES:
+    for stage in STAGES if kind == "all" else ("apt",):
         report[f"whole/{stage}"] = [Child(config(root, stage, "whole")).wait()]
-        for name in layouts:
-            made = config(root, stage, name)
-            report[f"{name}/{stage}"] = run_ranks(made, LAYOUTS[name])
-        if stage == "pretrain":
-            draw_teacher(root)
-    report |= other_layouts(root, kind)
+        for name in LAYOUTS if kind == "all" else ("two",):
+            report[f"{name}/{stage}"] = run_ranks(config(root, stage, name), LAYOUTS[name])
+    if kind == "all":
+        report |= other_layouts(root)
     (root / "report.json").write_text(json.dumps(report))
 
 
-def other_layouts(root: Path, kind: str) -> dict[str, list[Any]]:
-    """The checkpoint that two ranks wrote goes on with one, and its next with four."""
+def other_layouts(root: Path) -> dict[str, list[Any]]:
+    """The checkpoint that two ranks wrote goes on with one process, and then with four ranks."""
     begun, moved = (config(root, "apt", name) for name in ("two", "moved"))
     folder = Path(moved.run_dir)
     folder.parent.mkdir(parents=True)
     shutil.copytree(begun.run_dir, folder)
     shutil.rmtree(folder / "checkpoints" / f"step_{UPDATES:08d}")
     alone = Child(moved, resume=True).wait()
-    if kind == "quick":
-        return {"moved/apt": [alone]}
     longer = dataclasses.replace(moved, num_updates=UPDATES + 2)
     four = run_ranks(longer, LAYOUTS["four"], resume=True)
     whole = dataclasses.replace(config(root, "apt", "longer"), num_updates=UPDATES + 2)

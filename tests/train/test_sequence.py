@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from apt.train.logs import read_log
-from tests.train.sequence_runs import LAYOUTS, QUICK, UPDATES
+from tests.train.sequence_runs import LAYOUTS, PENALTIES, UPDATES
 from tests.train.small_runs import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -27,43 +28,44 @@ def runs(root: Path, kind: str) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return runs(tmp_path_factory.mktemp("quick"), "quick")
-
-
-@pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return runs(tmp_path_factory.mktemp("everything"), "everything")
+    return runs(tmp_path_factory.mktemp("everything"), "all")
 
 
 def assert_logs_equal(made: tuple[Path, dict[str, Any]], name: str, expected: str) -> None:
+    """To 1e-5 of each value; of a penalty, the difference of logits to what rounds logits."""
     root, report = made
     for run in (name, expected):
         for outcome in report[run]:
             assert outcome["code"] == 0, outcome["output"]
-    found, wanted = read_log(root / name), read_log(root / expected)
+    found, wanted = (list(map(unsquared, read_log(root / run))) for run in (name, expected))
     assert len(found) == len(wanted) >= UPDATES
     for entry, other in zip(found, wanted, strict=True):
-        # Differences of logits are of their size.
-        assert entry == pytest.approx(other, rel=1e-5, abs=1e-6)
+        assert entry == pytest.approx(other, rel=1e-5, abs=2e-6)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_that_share_samples_train_as_one(quick, stage: str) -> None:
-    assert_logs_equal(quick, f"{QUICK[0]}/{stage}", f"whole/{stage}")
+def unsquared(entry: dict[str, float]) -> dict[str, float]:
+    """With the root of each penalty, which is the square of a small difference of large numbers."""
+    roots = {name: math.sqrt(entry[name] / PENALTIES[name]) for name in PENALTIES if name in entry}
+    return {**entry, **roots}
 
 
-def test_one_process_goes_on_where_two_ranks_stopped(quick) -> None:
-    assert_logs_equal(quick, "moved/apt", "whole/apt")
+def test_two_ranks_that_share_samples_train_as_one(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    made = runs(tmp_path_factory.mktemp("quick"), "quick")
+    assert_logs_equal(made, "two/apt", "whole/apt")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in QUICK])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("stage", STAGES)
-def test_four_ranks_train_as_one(everything, stage: str, layout: str) -> None:
+def test_ranks_in_any_layout_train_as_one(
+    everything: tuple[Path, dict[str, Any]], stage: str, layout: str
+) -> None:
     assert_logs_equal(everything, f"{layout}/{stage}", f"whole/{stage}")
 
 
 @pytest.mark.slow
-def test_two_ranks_then_one_then_four(everything) -> None:
+def test_two_ranks_then_one_then_four(everything: tuple[Path, dict[str, Any]]) -> None:
     assert_logs_equal(everything, "moved/apt", "longer/apt")
