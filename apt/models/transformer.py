@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from apt.condition import Condition
 from apt.distributed.sequence import SequenceGroup, TokenSplit
 from apt.errors import ConfigError, InputError
+from apt.models.checkpointing import Checkpointing
 from apt.models.tokens import check_extra, check_layers, check_rows
 
 
@@ -113,6 +114,26 @@ class TransformerBlock(nn.Module):
         """Delete what only text behind this block needs. Nothing, if blocks do not change text."""
 
 
+def _apply(block: TransformerBlock, context: Context, visual: Tensor, text: Tensor) -> Tokens:
+    return block(Tokens(visual, text), context)
+
+
+@torch.no_grad()
+def keep_rows(layer: nn.Linear, *rows: slice) -> nn.Linear:
+    """A linear layer with some of another's outputs, in this order, on its device.
+
+    It says which, in `stored_rows`, for weights that are yet to come from a file.
+    """
+    weight = torch.cat([layer.weight[part] for part in rows])
+    kept = nn.Linear(layer.in_features, len(weight), bias=layer.bias is not None, device="meta")
+    kept.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    if layer.bias is not None:
+        bias = torch.cat([layer.bias[part] for part in rows])
+        kept.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
+    kept.stored_rows = rows
+    return kept
+
+
 def described_weights(module: nn.Module) -> str:
     """How many, of which type and where, as "5.8 M parameters, float32 on cpu"."""
     parameters = list(module.parameters())
@@ -141,7 +162,11 @@ class DiffusionTransformer(nn.Module):
         hidden_size: D.
         depth: number of blocks.
         in_channels: latent channels C.
-        checkpointing: whether blocks are computed again in the backward pass.
+        checkpointing: what is kept of blocks that are computed again in the backward pass; None
+            keeps all.
+        narrow_residual: tokens between blocks stay in the type that they are embedded in. Under
+            autocast that is bf16, which fp32 gates would widen.
+        origin: where the weights are that a module on the meta device will have.
         blocks_name: of the `nn.ModuleList` of `TransformerBlock`s.
         output_names: of the layers and parameters that only `unembed` uses.
         token_timesteps: whether timesteps may be (R, L), one for each token.
@@ -159,6 +184,7 @@ class DiffusionTransformer(nn.Module):
     text_stream: ClassVar[Literal["joint", "cross"] | None] = None
 
     config: TransformerConfig
+    origin: Any
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -166,7 +192,9 @@ class DiffusionTransformer(nn.Module):
         self.hidden_size = config.hidden_size
         self.depth = config.depth
         self.in_channels = config.in_channels
-        self.checkpointing = False
+        self.checkpointing: Checkpointing | None = None
+        self.narrow_residual = False
+        self.origin = None
         self.sequence: SequenceGroup | None = None
 
     def embed(
@@ -231,11 +259,14 @@ class DiffusionTransformer(nn.Module):
             x, t = split.group.alike(x), t if t.ndim == 1 else split.own(t)
             tokens, context = self._split(*self.embed(x, t, c, rows), split)
         kept: dict[int, Tensor] = {}
+        dtype = tokens.visual.dtype
         for number, block in enumerate(self.block_list()[: max(layers)], start=1):
             if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, context, use_reentrant=False)
+                tokens = self.checkpointing.run(partial(_apply, block, context), *tokens)
             else:
                 tokens = block(tokens, context)
+            if self.narrow_residual:
+                tokens = Tokens(tokens.visual.to(dtype), tokens.text.to(dtype))
             # Only these: all 40 layers of Wan 14B at 720p would be 31 GB.
             if number in layers:
                 kept[number] = tokens.visual
@@ -299,9 +330,9 @@ class DiffusionTransformer(nn.Module):
         blocks: Any = getattr(self, self.blocks_name)
         return list(blocks)
 
-    def set_checkpointing(self, enabled: bool) -> None:
+    def set_checkpointing(self, how: bool | Checkpointing) -> None:
         """Compute blocks again in the backward pass instead of keeping their activations."""
-        self.checkpointing = enabled
+        self.checkpointing = (Checkpointing() if how else None) if isinstance(how, bool) else how
 
     def split_tokens(self, sequence: SequenceGroup | None) -> None:
         """Share the tokens of each sample with other ranks, or no longer.

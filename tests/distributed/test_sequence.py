@@ -55,7 +55,7 @@ def test_ranks_compute_what_one_does(found: Any, part: str) -> None:
 
 
 def test_traffic_of_a_block_is_as_documented(found: Any) -> None:
-    """docs/parallel.md: D numbers of a token are H Dh."""
+    """docs/sequence.md: D numbers of a token are H Dh."""
     for rank, of_rank in found.items():
         size = int(rank.partition("-")[0])
         for heads in (2, 6):
