@@ -49,9 +49,9 @@ class _Awaited(NamedTuple):
     piece: Piece
 
 
-def begin_at(module: nn.Module, origin: Origin) -> None:
+def begin_at(module: Any, origin: Origin) -> None:
     """Say where the weights of a module on the meta device are, which it has in full as yet."""
-    setattr(module, "origin", origin)  # noqa: B010  (no attribute of every module)
+    module.origin = origin
     for layer in module.modules():
         # Rows that it was built without are not in the files either.
         if hasattr(layer, "stored_rows"):
