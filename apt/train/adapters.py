@@ -87,7 +87,7 @@ class BaseWeights(Mapping[str, Tensor]):
             piece = stored_piece(self._network, ours)
             if piece is not None:
                 with piece.stored.mapped() as stored:
-                    return piece.take(stored).float()
+                    return piece.take(stored).to(torch.float32, copy=True)
         return self._state[ours]
 
     def __iter__(self) -> Iterator[str]:
