@@ -12,8 +12,9 @@ from torch import nn
 
 from apt.checkpoints.info import ComponentInfo
 from apt.checkpoints.layouts import Family, diffusion_model, family_marks, family_of, map_keys
+from apt.checkpoints.origin import Origin, begin_at
 from apt.checkpoints.reading import StoredTensor, read_stored
-from apt.checkpoints.weights import Marks, Piece, fill
+from apt.checkpoints.weights import Marks, Piece, check_fit, fill
 from apt.errors import CheckpointError, InputError
 from apt.registry import Buildable, Registry, replace_typed, suggest
 
@@ -40,7 +41,8 @@ class Checkpoint:
         """Build and load, strictly; the backbone is in evaluation mode.
 
         Peak memory is that of the loaded model and one tensor: it is built without memory, and
-        each tensor is cast on its way from the mapped file.
+        each tensor is cast on its way from the mapped file. On the meta device it has no weights
+        yet, and an `origin` that they can be had from, which fits it.
         """
         module = empty_module(self.config, dtype)
         stored = read_stored(self.weights)
@@ -50,7 +52,12 @@ class Checkpoint:
             pieces = {key: Piece(tensor) for key, tensor in stored.items()}
         else:
             pieces, marks = self._converted(stored, module), family_marks()
-        fill(module, pieces, source=str(self.weights), device=device, marks=marks)
+        source = str(self.weights)
+        if torch.device(device).type == "meta":
+            check_fit(module, pieces, source=source, marks=marks)
+            begin_at(module, Origin(pieces, source))
+            return module.eval()
+        fill(module, pieces, source=source, device=device, marks=marks)
         return module.to(device).eval()
 
     def _converted(self, stored: Mapping[str, StoredTensor], module: nn.Module) -> dict[str, Piece]:

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from apt.condition import Condition
+from apt.distributed.sequence import SequenceGroup, TokenSplit
 from apt.errors import ConfigError, InputError
 from apt.kernels import query_pooling
 from apt.models.architectures import HEADS
@@ -105,9 +106,10 @@ class Discriminator(nn.Module):
         """
         hidden = self.backbone.hidden_states(x, t, c, layers=self.layers, rows=rows)
         grid = self.backbone.token_grid(x.shape[2:])
+        split = self.backbone.token_split(x.shape[2:])
         with torch.autocast(x.device.type, enabled=False):
             pairs = zip(self.heads, hidden, strict=True)
-            features = [head(tokens, grid) for head, tokens in pairs]
+            features = [_read(head, tokens, grid, split) for head, tokens in pairs]
             logits = self.project(self.norm(torch.cat(features, dim=-1)))[:, 0]
         return DiscriminatorOutput(logits, features)
 
@@ -122,8 +124,27 @@ class Discriminator(nn.Module):
         return [*self.heads.parameters(), *self.norm.parameters(), *self.project.parameters()]
 
 
+def _read(
+    head: nn.Module, tokens: Tensor, grid: tuple[int, int, int], split: TokenSplit | None
+) -> Tensor:
+    """A head's features (B, D); of split tokens, those of all ranks, the same on each."""
+    if split is None:
+        features: Tensor = head(tokens, grid)
+    elif isinstance(head, AttentionHead):
+        features = head(tokens, grid, split.group)
+    else:  # it needs to see them all
+        features = head(split.whole(tokens), grid)
+    return features
+
+
 def discriminate_groups(
-    discriminator: LogitNetwork, x: Tensor, t: Tensor, c: Any, groups: Mapping[str, Tensor]
+    discriminator: LogitNetwork,
+    x: Tensor,
+    t: Tensor,
+    c: Any,
+    groups: Mapping[str, Tensor],
+    *,
+    apart: str | None = None,
 ) -> dict[str, DiscriminatorOutput]:
     """Logits and features of several groups in one pass, as if in one call each.
 
@@ -138,6 +159,8 @@ def discriminate_groups(
         t: (R,) in [0, 1].
         c: R rows.
         groups: for each group, in the order of x, the rows (n,) int64 of its samples; may be empty.
+        apart: a group that gets a pass of its own, if there is more than that: its activations are
+            then not computed at the same time as those of the others.
 
     Returns:
         For each group its logits (n,) and features (n, D).
@@ -151,6 +174,14 @@ def discriminate_groups(
             f"groups {dict(zip(groups, sizes, strict=True))} must add up to the "
             f"{x.shape[0]} samples of x"
         )
+    if apart is not None and apart in groups and len(groups) > 1:
+        parts = dict(zip(groups, x.split(sizes), strict=True))
+        found: dict[str, DiscriminatorOutput] = {}
+        for names in ([name for name in groups if name != apart], [apart]):
+            samples = torch.cat([parts[name] for name in names])
+            rows = {name: groups[name] for name in names}
+            found |= discriminate_groups(discriminator, samples, t, c, rows)
+        return {name: found[name] for name in groups}
     logits, features = discriminator(x, t, c, rows=torch.cat([*groups.values()]))
     of_groups = [feature.split(sizes) for feature in features]
     return {
@@ -204,8 +235,16 @@ class AttentionHead(nn.Module):
         self.to_value = nn.Linear(hidden_size, hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Features (B, D) of tokens (B, L, D); attention does not need the grid."""
+    def forward(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int, int],
+        sequence: SequenceGroup | None = None,
+    ) -> Tensor:
+        """Features (B, D) of tokens (B, L, D); attention does not need the grid.
+
+        With `sequence`, tokens are this rank's, and the features those of all ranks' tokens.
+        """
         attended = query_pooling(
             tokens,
             self.to_query(self.query),
@@ -216,6 +255,7 @@ class AttentionHead(nn.Module):
             norm_weight=self.norm.weight,
             eps=_NORM_EPS,
             out_dtype=self.query.dtype,
+            sequence=sequence,
         )
         return self.query + self.out(attended)
 

@@ -13,8 +13,10 @@ from apt.data.builtin_sources import DATASETS, DIGITS
 from apt.data.captions import CaptionRule, LongCaptions
 from apt.data.digits import Setting, clip_size
 from apt.data.source import ClipRequest, DataSource
+from apt.distributed.mesh import ParallelConfig
 from apt.errors import ConfigError
 from apt.methods.base import StageConfig
+from apt.models.checkpointing import Checkpointing
 from apt.train.monitor import MonitorConfig
 
 
@@ -142,14 +144,22 @@ class LoRAConfig:
         targets: ends of the names of linear layers, such as "attn1.to_q"; empty takes all in the
             blocks.
         discriminator: D's backbone gets adapters as well; its heads train in full.
+        base: the model that the adapters of the generator's folder were trained on. They go on from
+            there, beside that model's weights, which on one GPU all networks that start from it
+            share. Empty: the weights with those adapters merged in are the base of new ones.
     """
 
     rank: int = 0
     alpha: int = 0
     targets: tuple[str, ...] = ()
     discriminator: bool = True
+    base: str = ""
 
     def __post_init__(self) -> None:
+        if self.base and not self.rank:
+            raise ConfigError(
+                "lora.base is for adapters that go on; set --lora.rank to that of the generator's"
+            )
         if self.rank < 0 or self.alpha < 0:
             raise ConfigError(
                 f"lora.rank and lora.alpha must not be negative, got {self.rank} and {self.alpha}"
@@ -192,8 +202,9 @@ class TrainConfig:
         name: of the recipe; goes into logs and model folders.
         run_dir: where checkpoints, logs, samples and the finished model go.
         stage: the options of the stage that it is (`apt.methods`).
-        model, data, optimizer, lora, monitor: see there. Generator and discriminator have one
-            optimizer config, as in the paper, but for D's own learning rate if the stage gives one.
+        model, data, optimizer, lora, monitor, parallel: see there. Generator and discriminator have
+            one optimizer config, as in the paper, but for D's own learning rate if the stage gives
+            one.
         seed: of everything random.
         num_updates: updates of the (generator's) weights.
         batch_size: samples per update over all ranks and accumulation steps.
@@ -206,7 +217,13 @@ class TrainConfig:
             above 0.05. A resumed run keeps what it began with.
         negative_prompt: fixed, for guidance and caption dropout.
         precision: "fp32", or "bf16" autocast with fp32 weights.
-        activation_checkpointing: recompute blocks in the backward pass.
+        activation_checkpointing: recompute blocks in the backward pass, of which only inputs are
+            kept.
+        checkpointing: what is kept beside (`apt.models.checkpointing`): the outputs of attention,
+            and whether inputs wait in host memory.
+        bf16_residual: in bf16, tokens between blocks stay bf16 also in MMDiT with shared
+            modulation, whose fp32 gates make them fp32: half the memory of checkpoints. The other
+            families have bf16 there in any case.
         device: "auto", "cpu" or "cuda".
         checkpoint_every: updates between checkpoints; keep_checkpoints: how many stay.
         snapshot_at: updates at which EMA and raw weights are exported to `snapshots/`.
@@ -224,6 +241,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
     num_updates: int = 1000
     batch_size: int = 32
@@ -233,6 +251,8 @@ class TrainConfig:
     negative_prompt: str = ""
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    bf16_residual: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
@@ -255,6 +275,11 @@ class TrainConfig:
             raise ConfigError(
                 f"this stage is trained on pixels, and --data.source {self.data.source} has "
                 "latents; set it to folder"
+            )
+        if self.checkpointing != Checkpointing() and not self.activation_checkpointing:
+            raise ConfigError(
+                "checkpointing.saves_attention and checkpointing.offloads are for blocks that are "
+                "recomputed; add --activation-checkpointing"
             )
         if self.lora.rank:
             self.stage.check_adapters()

@@ -119,8 +119,8 @@ class Run:
             self.loader = make_loader(
                 self.dataset,
                 batch_size=config.batch_size,
-                rank=self.parallel.rank,
-                world_size=self.parallel.world_size,
+                rank=self.parallel.data_rank,
+                world_size=self.parallel.data_size,
                 num_workers=config.data.num_workers,
                 seed=config.seed,
                 start_batch=self.done,
@@ -157,6 +157,8 @@ class Run:
         micro_batches = self.compute(partial(self._micro_batches, batch)) if needed else []
         for name, part in due.items():
             means = self.parallel.mean(self.compute(partial(part, micro_batches, self.done)))
+            for trained in self.stage.trained.values():
+                trained.zero_grad()  # the next part is another network's, and needs the memory
             _check_finite(means, self.done, self.saved[0])
             self.progress.finish(name, means)
             self.moved = self._moves()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from apt.distributed.collectives import everywhere, rank
+from apt.distributed.mesh import ParallelConfig
 from apt.errors import CheckpointError, ConfigError
+from apt.models.checkpointing import Checkpointing
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
 from apt.train.config_file import METHOD, OBJECTS, plain
@@ -34,6 +37,7 @@ _FREE_FIELDS = (
     "device",
     "micro_batch_size",
     "activation_checkpointing",
+    "checkpointing",
     "checkpoint_every",
     "keep_checkpoints",
     "snapshot_at",
@@ -41,6 +45,7 @@ _FREE_FIELDS = (
     "sample_prompts",
     "wandb_project",
     "monitor",
+    "parallel",
     "data.path",  # the fingerprint of the data tells whether they are others
     "data.num_workers",
     "data.long_captions",
@@ -107,8 +112,13 @@ def check_resumable(
             f"least --num-updates {done} (nothing was changed)"
         )
     before = meta["config"]
-    # Runs of earlier versions had neither, and did not name their method.
+    # Runs of earlier versions had none of these, and did not name their method.
     given = {
+        **_by_option(asdict(ParallelConfig()), "parallel."),
+        **_by_option(asdict(Checkpointing()), "checkpointing."),
+        "bf16_residual": False,
+        "lora.base": "",
+        "stage.discriminator_forwards": 1,
         "ema_warmup": False,
         "wandb_project": "",
         f"stage.{METHOD}": config.stage.exports_as,

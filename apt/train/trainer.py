@@ -25,11 +25,11 @@ from apt.train.lock import RunLock
 from apt.train.loop import Run
 from apt.train.objects import NO_OBJECTS, Objects, check_same_objects
 from apt.train.parts_done import PartsDone
-from apt.train.resolve import advice, prompt_check, resolve
+from apt.train.resolve import advice, prompt_check, resolve, rounded
 from apt.train.resume import Resume, check_resumable, find_start, recorded_objects
 from apt.train.signals import StopRequest
 
-__all__ = ["make_stage", "run"]
+__all__ = ["laid_out", "make_stage", "run"]
 
 
 def run(
@@ -101,7 +101,10 @@ def run(
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         if parallel is None:
-            parallel = stack.enter_context(Parallel.from_environment(config.device))
+            parallel = stack.enter_context(
+                Parallel.from_environment(config.device, config=config.parallel)
+            )
+        parallel = laid_out(config, parallel)
         if stop is None:
             stop = stack.enter_context(StopRequest())
         stack.enter_context(explained(config.run_dir))
@@ -111,6 +114,16 @@ def run(
             check_same_objects(kinds, recorded_objects(run_dir, found), config.run_dir)
         _prepare(config, objects, kinds, found, parallel, lock, stop).train()
     return run_dir
+
+
+def laid_out(config: TrainConfig, parallel: Parallel) -> Parallel:
+    """The ranks in the layout of a run.
+
+    Raises ConfigError if they are not those of it, or its stage cannot be trained by several.
+    """
+    if parallel.world_size > 1:
+        config.stage.check_sharded()
+    return parallel.laid_out(config.parallel)
 
 
 @contextlib.contextmanager
@@ -142,6 +155,7 @@ def _prepare(
     meta = checkpoint.read_meta(found) if found is not None else None
     start = _start(config, objects)
     config = resolve(objects.named(config), start, None if meta is None else meta["config"])
+    config, rounding = rounded(config, parallel.data_size)
     taken: list[str] = []
     if found is not None and meta is not None:
         taken = check_resumable(config, meta, found, checkpoint.step_of(found))
@@ -159,6 +173,8 @@ def _prepare(
         checkpoint.load(found, state, verified=True)
     done = PartsDone.from_meta(meta)
     made = Run(config, stage, parallel, dataset, state, done, lock, stop, kinds)
+    if rounding:
+        made.notes.append(rounding)
     if found is not None and meta is not None:
         made.retention.trust(found)
         if taken:

@@ -14,7 +14,7 @@ from torch import Tensor
 from apt.errors import InputError
 from apt.kernels import kernel_backend, query_pooling
 from apt.kernels.backends import interpreted
-from apt.kernels.query_pooling import pool_reference
+from apt.kernels.query_pooling import pool_parts_reference, pool_reference
 from apt.kernels.signatures import Pooling
 from tests.memory import peak_bytes, saved_bytes
 
@@ -172,6 +172,32 @@ def core_errors(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_of_the_tokens_merge_to_the_whole(dtype):
+    """As ranks merge what each pooled of its tokens: every gradient through the lse too."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 90, 24, generator=generator).to(DEVICE, dtype)
+    folded = torch.randn(3, 24, generator=generator).to(DEVICE)  # maxima of parts differ
+    direction = torch.randn(2, 3, 24, generator=generator).to(DEVICE)
+
+    def merged(pool: Callable[..., tuple[Tensor, Tensor]], *values: Tensor) -> tuple[Tensor, ...]:
+        leaves = [value.detach().requires_grad_() for value in values]
+        parts = [pool(Pooling(part, leaves[1], 1e-6)) for part in leaves[0].split([70, 20], dim=1)]
+        pooled, lse = (torch.stack(values) for values in zip(*parts, strict=True))
+        y = (lse.softmax(0)[..., None] * pooled).sum(0)
+        return y, *torch.autograd.grad(y, leaves, direction.to(y.dtype))
+
+    wide = [value.detach().double().requires_grad_() for value in (x, folded)]
+    y = pool_reference(Pooling(*wide, 1e-6))
+    exact_ones = (y, *torch.autograd.grad(y, wide, direction.double()))
+    both = merged(fused.pool_parts, x, folded), merged(pool_parts_reference, x, folded)
+    core = 2.0**-15 if dtype == torch.bfloat16 else torch.finfo(torch.float32).eps
+    for want, ours, reference, limit in zip(
+        exact_ones, *both, (core, core + torch.finfo(dtype).eps, core), strict=True
+    ):
+        assert off(ours, want) <= 2 * off(reference, want) + limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_token(dtype):
     """There is nothing to choose: the query has no gradient, but for rounding."""
     case = Case(2, 1, dtype=dtype)
@@ -287,7 +313,10 @@ def test_the_ops_keep_the_rules_of_torch_library():
     values = [v.detach() for v in (x, folded, *fused.query_pooling_op(Pooling(x, folded, 1e-6)))]
     grad = torch.randn(2, 3, 24, device=DEVICE)
     for wanted in (True, False):
-        torch.library.opcheck(fused.query_pooling_backward_op.overload, (grad, *values, wanted))
+        for of_lse in (None, torch.randn_like(values[4])):
+            torch.library.opcheck(
+                fused.query_pooling_backward_op.overload, (grad, *values, of_lse, wanted)
+            )
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

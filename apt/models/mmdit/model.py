@@ -44,6 +44,7 @@ from apt.models.transformer import (
     Tokens,
     TransformerBlock,
     check_rotary_heads,
+    keep_rows,
 )
 
 # Below this noise level a predicted sample is not divided further: 1 / t would only amplify errors.
@@ -110,6 +111,7 @@ class MMDiT(DiffusionTransformer):
     """
 
     output_names = ("final_modulation", "patch_out")
+    text_stream = "joint"
     config: MMDiTConfig
 
     def __init__(self, config: MMDiTConfig) -> None:
@@ -166,7 +168,7 @@ class MMDiT(DiffusionTransformer):
         y = modulated_norm(h_BLD, scale, shift, rows=rows, eps=self.config.norm_eps)
         pt, ph, pw = self.config.patch_size
         out = rearrange(
-            self.patch_out(y),
+            context.whole(self.patch_out(y)),
             "b (t h w) (c p q r) -> b c (t p) (h q) (w r)",
             t=frames, h=height, w=width, p=pt, q=ph, r=pw,
         )  # fmt: skip
@@ -249,14 +251,9 @@ class Stream(nn.Module):
             return StreamQKV(qkv, self.q_norm, self.k_norm, *rope)
         return StreamQKV(qkv[:, :, -2:], None, self.k_norm, *rope)
 
-    @torch.no_grad()
     def keep_keys_and_values(self) -> None:
         """Delete what only this stream's own output needs."""
-        old = self.qkv
-        d = old.in_features
-        self.qkv = nn.Linear(d, 2 * d, device=old.weight.device, dtype=old.weight.dtype)
-        self.qkv.weight.copy_(old.weight[d:])
-        self.qkv.bias.copy_(old.bias[d:])
+        self.qkv = keep_rows(self.qkv, slice(self.qkv.in_features, None))
         self.q_norm = self.out = self.mlp_in = self.mlp_out = None
 
     def finish(self, x: Tensor, attended: Tensor, m: Modulation, rows: Tensor | None) -> Tensor:
@@ -289,7 +286,10 @@ class MMDiTBlock(TransformerBlock):
             text.project(y_BSD, m_y, (None, None), rows, queries=self.text_output),
         ]
         q, k, v = joint_qk_norm_rope(streams, eps=visual.eps)
-        attended = attention(q, k, v, mask=context.mask).flatten(2)
+        queries = context.joint if self.text_output else context.visual
+        attended = attention(
+            q, k, v, mask=context.mask, queries=queries, keys=context.joint
+        ).flatten(2)
         split = x_BLD.shape[1]
         x_BLD = visual.finish(x_BLD, attended[:, :split], m_x, rows)
         if self.text_output:
