@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -185,7 +186,11 @@ def train_stages(
     take_over: bool = False,
 ) -> bool:
     """Train stages in a row; a stop request ends the row. Whether all are finished."""
-    with Parallel.from_environment(configs[0].device) as parallel, StopRequest() as stop:
+    timeout = timedelta(minutes=configs[0].timeout_minutes)
+    with (
+        Parallel.from_environment(configs[0].device, timeout=timeout) as parallel,
+        StopRequest() as stop,
+    ):
         for number, config in enumerate(configs):
             begun = (Path(config.run_dir) / CONFIG_NAME).is_file()
             run_dir = run(

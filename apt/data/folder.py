@@ -73,6 +73,8 @@ class VideoFolder:
         ConfigError: if a bucket or the frame rate is out of range.
     """
 
+    eight_bits = True
+
     def __init__(
         self,
         directory: str | Path,

@@ -15,6 +15,7 @@ from apt.distributed.device import pick_device
 from apt.distributed.launch import launch_rank, launch_world_size
 from apt.distributed.sharding import shard
 from apt.distributed.spokesman import claim
+from apt.distributed.watch import record_collectives
 from apt.errors import PeerError
 
 __all__ = ["Parallel"]
@@ -40,7 +41,7 @@ class Parallel:
 
     @classmethod
     def from_environment(
-        cls, device: str = "auto", *, timeout: timedelta = timedelta(minutes=30)
+        cls, device: str = "auto", *, timeout: timedelta = timedelta(minutes=10)
     ) -> Parallel:
         """Join the process group that `torchrun` describes, or stand alone without one.
 
@@ -57,6 +58,7 @@ class Parallel:
             return cls(rank=0, world_size=1, device=here, mesh=None)
         # Gloo also on GPUs, for the small CPU tensors and objects of logs and checkpoints.
         backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+        record_collectives()
         dist.init_process_group(backend, timeout=timeout)
         mesh = init_device_mesh(here.type, (world_size,), mesh_dim_names=("data",))
         return cls(rank=rank, world_size=world_size, device=here, mesh=mesh)

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from apt.distributed.collectives import rank, reason, world
+from apt.distributed.collectives import group, rank, reason, world
 from apt.errors import CheckpointError
 
 __all__ = ["own_files", "read_shards", "write_shards"]
@@ -33,7 +33,8 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     writer = dcp.HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=_file_indices(tensors), save_distributed=True
     )
-    _run(lambda: dcp.save(tensors, storage_writer=writer, no_dist=world() == 1))
+    alone = world() == 1
+    _run(lambda: dcp.save(tensors, storage_writer=writer, process_group=group(), no_dist=alone))
 
 
 @torch.no_grad()
@@ -67,12 +68,12 @@ def _file_indices(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 def _run(action: Callable[[], object]) -> None:
     """Run a call into torch.distributed.checkpoint, turning its failures into CheckpointError."""
-    with warnings.catch_warnings():
-        # Without a process group it announces that it saves in a single process.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            action()
-        except CheckpointException as error:
-            causes = [cause for cause, _ in error.failures.values()]
-            reasons = dict.fromkeys(reason(cause) for cause in causes)
-            raise CheckpointError("; ".join(reasons)) from error
+    # Without a process group it announces that it saves in a single process. For good, because
+    # filters are the process's, and another thread may train meanwhile.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    try:
+        action()
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        reasons = dict.fromkeys(reason(cause) for cause in causes)
+        raise CheckpointError("; ".join(reasons)) from error

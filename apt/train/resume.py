@@ -36,6 +36,10 @@ _FREE_FIELDS = (
     "activation_checkpointing",
     "checkpoint_every",
     "keep_checkpoints",
+    "checkpoint_every_minutes",
+    "checkpoint_in_background",
+    "replay_every",
+    "timeout_minutes",
     "snapshot_at",
     "sample_every",
     "sample_prompts",
@@ -46,6 +50,10 @@ _FREE_FIELDS = (
     "data.long_captions",
     "data.strict",
 )
+
+_NEWER_FIELDS = (
+    "checkpoint_every_minutes", "checkpoint_in_background", "replay_every", "timeout_minutes",
+)  # fmt: skip
 
 
 def find_start(run_dir: Path, resume: Resume, *, start_over: bool = False) -> Path | None:
@@ -107,8 +115,9 @@ def check_resumable(
             f"least --num-updates {done} (nothing was changed)"
         )
     before = meta["config"]
-    # Runs of earlier versions had neither, and did not name their method.
+    # Runs of earlier versions had none of these, and did not name their method.
     given = {
+        **{name: getattr(config, name) for name in _NEWER_FIELDS},
         "ema_warmup": False,
         "wandb_project": "",
         f"stage.{METHOD}": config.stage.exports_as,
