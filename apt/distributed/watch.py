@@ -19,7 +19,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from apt.distributed.launch import restarts
 from apt.distributed.spokesman import open_store
 from apt.errors import LostRankError
 
@@ -139,7 +138,7 @@ class _Diary:
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
     def _key(self, rank: int) -> str:
-        return f"apt/watch/{restarts()}/{rank}"
+        return f"apt/watch/{rank}"
 
 
 def record_collectives() -> None:

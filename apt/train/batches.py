@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import torch
 from torch import Tensor
 
+from apt.condition import EncodedText
 from apt.data.dataset import Batch
 from apt.methods.base import MicroBatch, Stage
 
@@ -101,6 +102,7 @@ class _Kept:
     captions: list[str]
     extra: Mapping[str, Tensor]
     offset: int
+    texts: dict[str, EncodedText] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> MicroBatch:
         return MicroBatch(
@@ -108,6 +110,7 @@ class _Kept:
             captions=self.captions,
             extra={name: value.to(device, non_blocking=True) for name, value in self.extra.items()},
             offset=self.offset,
+            texts=self.texts,
         )
 
 

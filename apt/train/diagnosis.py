@@ -94,4 +94,4 @@ def _is_finite(tensor: Tensor) -> Tensor:
 
 def _fingerprint(tensor: Tensor) -> Tensor:
     """Of the bits."""
-    return torch.hash_tensor(tensor.contiguous().view(torch.uint8))
+    return torch.hash_tensor(tensor.reshape(-1).view(torch.uint8))

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from apt.distributed.launch import job, restarts, under_torchrun
+from apt.distributed.launch import job, under_torchrun
 from apt.files import write_text
 
 __all__ = [
-    "EXIT_UNFINISHED", "STATE_NAME", "State", "exit_status", "was_restarted", "write_state",
+    "EXIT_UNFINISHED", "STATE_NAME", "State", "exit_status", "is_of_this_job", "write_state",
 ]  # fmt: skip
 
 STATE_NAME = "state.json"
@@ -41,13 +41,10 @@ def write_state(
     write_text(run_dir / STATE_NAME, json.dumps(content) + "\n")
 
 
-def was_restarted(run_dir: Path) -> bool:
-    """Whether torchrun has started the ranks again, and its earlier ones had this run in hand.
-
-    A folder that held another run before this launch is left alone.
-    """
+def is_of_this_job(run_dir: Path) -> bool:
+    """Whether ranks of this launch of torchrun had this run in hand."""
     file = run_dir / STATE_NAME
-    if not restarts() or not file.is_file():
+    if not job() or not file.is_file():
         return False
     return bool(json.loads(file.read_text(encoding="utf-8")).get("job") == job())
 

@@ -11,6 +11,7 @@ from typing import Any
 from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import SampleInfo
 from apt.checkpoints.load import describe
+from apt.distributed.launch import restarts
 from apt.distributed.parallel import Parallel
 from apt.errors import ConfigError, InputError
 from apt.methods.base import Stage
@@ -28,7 +29,7 @@ from apt.train.objects import NO_OBJECTS, Objects, check_same_objects
 from apt.train.parts_done import PartsDone
 from apt.train.resolve import advice, prompt_check, resolve
 from apt.train.resume import Resume, check_resumable, find_start, recorded_objects
-from apt.train.run_state import was_restarted
+from apt.train.run_state import is_of_this_job
 from apt.train.signals import StopRequest
 
 __all__ = ["make_stage", "run"]
@@ -113,8 +114,12 @@ def run(
         if stop is None:
             stop = stack.enter_context(StopRequest())
         stack.enter_context(explained(config.run_dir))
-        if parallel.any(parallel.is_main and was_restarted(run_dir)):
-            # The ranks that torchrun has ended still have the lock.
+        # torchrun counts restarts on each node by itself. A folder that held another run before
+        # this launch is left alone.
+        if parallel.any(restarts() > 0) and parallel.any(
+            parallel.is_main and is_of_this_job(run_dir)
+        ):
+            # The ranks that were ended may still have the lock.
             resume, take_over = resume or "auto", True
         lock = stack.enter_context(_locked(run_dir, parallel, resume, take_over))
         found = find_start(run_dir, resume, start_over=start_over)

@@ -1,0 +1,89 @@
+"""Two agents of torchrun on one machine, as two nodes: a rank hangs, then a node is lost."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apt.checkpoints.info import read_info
+from apt.train.logs import read_log
+from tests.train.test_torchrun import ROOT, TINY
+
+UPDATES = 5
+# On rank 1, the first time it comes to a sample hangs for good, and the second takes its node away.
+NODE = """
+import os, signal, sys, threading
+from pathlib import Path
+from apt.data.digits import MovingDigits
+
+original = MovingDigits.__getitem__
+
+def faulty(self, index):
+    if os.environ["RANK"] == "1" and index >= 4:
+        hung, gone = Path("hung"), Path("gone")
+        if not hung.exists():
+            hung.touch()
+            threading.Event().wait()
+        if index >= 6 and not gone.exists():
+            gone.touch()
+            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, index)
+
+MovingDigits.__getitem__ = faulty
+from apt.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def node(folder: Path, name: str, port: int) -> subprocess.Popen[bytes]:
+    launcher = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1",
+        "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two-nodes",
+        "--rdzv-conf=last_call_timeout=20,join_timeout=1200", "--max-restarts=4",
+        "--local-addr=127.0.0.1",
+    ]  # fmt: skip
+    command = [
+        "node.py", "train", "digits_pixels_pretrain", "--run-dir", "run", *TINY,
+        "--num-updates", str(UPDATES), "--sample-every", "0", "--checkpoint-every", "1",
+        "--keep-checkpoints", "9", "--timeout-minutes", "1",
+    ]  # fmt: skip
+    with (folder / name).open("wb") as output:
+        return subprocess.Popen(
+            [*launcher, *command],
+            cwd=folder,
+            env=os.environ
+            | {
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            },
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_named_and_a_lost_node_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "node.py").write_text(NODE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    first, second = (node(tmp_path, name, port) for name in ("first", "second"))
+    assert second.wait(timeout=3600) == -9
+    assert first.wait(timeout=3600) == 0, (tmp_path / "first").read_text()[-4000:]
+    said = (tmp_path / "first").read_text() + (tmp_path / "second").read_text()
+    assert "error: rank 1 keeps the others waiting: it is in wait (" in said
+    assert "update 3, generator" in said
+    run = tmp_path / "run"
+    assert [entry["step"] for entry in read_log(run)] == list(range(1, UPDATES + 1))
+    assert read_info(run / "export").training["updates"] == UPDATES
+    ranks = [
+        len({file.name.split("-model-")[0] for file in path.glob("*.safetensors")})
+        for path in sorted((run / "checkpoints").iterdir())
+    ]
+    assert ranks[:2] == [2, 2] and ranks[-1] == 1  # resumed with fewer nodes
