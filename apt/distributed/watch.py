@@ -170,6 +170,8 @@ def _collective_of(traceback: TracebackType | None) -> str:
 def _at(frame: FrameType | None) -> tuple[str, bool]:
     """The function that a thread is in, and whether it waits for other ranks there."""
     innermost, collective = "", ""
+    while frame is not None and frame.f_globals.get("__name__") == __name__:
+        frame = frame.f_back  # the first entry is written by the main thread itself
     while frame is not None:
         code = frame.f_code
         here = f"{code.co_name} ({code.co_filename}:{frame.f_lineno})"
