@@ -13,9 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from types import FrameType, TracebackType
-from typing import Any
 
 import torch.distributed as dist
 
@@ -57,8 +56,12 @@ def watched(
         except RuntimeError as error:
             if not is_of_a_collective(error):
                 raise
-            diary.waits_in(_collective_of(error.__traceback__))
-            words = _blame(diary.entries(world_size))
+            collective = _collective_of(error.__traceback__)
+            try:
+                diary.waits_in(collective)
+                words = _blame(diary.entries(world_size))
+            except dist.DistError:
+                words = f"the rank that has the store is dead or out of reach, in {collective}"
             raise LostRankError(f"{words} ({_first_line(error)})") from error
 
 
@@ -70,13 +73,15 @@ class _Entry:
         place: in its work.
         doing: the function that its main thread is in.
         waits: whether that is a collective.
-        alive: whether it still writes entries.
+        beat: another one in each entry.
+        alive: whether it still writes any.
     """
 
     place: str
     doing: str
     waits: bool
-    alive: bool
+    beat: int
+    alive: bool = True
 
 
 class _Diary:
@@ -114,8 +119,8 @@ class _Diary:
         found: dict[int, _Entry | None] = {}
         for number, earlier in before.items():
             now = self._read(number)
-            beats = number == self._rank or earlier != now
-            found[number] = now and _Entry(now["place"], now["doing"], now["waits"], alive=beats)
+            alive = number == self._rank or earlier != now
+            found[number] = now if now is None else replace(now, alive=alive)
         return found
 
     def _keep(self) -> None:
@@ -130,12 +135,12 @@ class _Diary:
         doing, waits = self._failed, True
         if not self._failed:
             doing, waits = _at(sys._current_frames().get(self._main))
-        entry = {"beat": beat, "place": self._place(), "doing": doing, "waits": waits}
-        self._store.set(self._key(self._rank), json.dumps(entry))
+        entry = _Entry(self._place(), doing, waits, beat)
+        self._store.set(self._key(self._rank), json.dumps(asdict(entry)))
 
-    def _read(self, rank: int) -> dict[str, Any] | None:
+    def _read(self, rank: int) -> _Entry | None:
         key = self._key(rank)
-        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+        return _Entry(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def _key(self, rank: int) -> str:
         return f"apt/watch/{rank}"

@@ -36,7 +36,7 @@ def where_not_finite(
     first = everywhere(lambda: seen.first(lambda number, finite: not bool(finite)))
     begins = [f"{where} on rank {rank}" for rank, where in enumerate(first) if where]
     parameters = f"the gradient of {listed(dict.fromkeys(names))}" if names else "the norm"
-    return f"{parameters}, which begins with {listed(begins) if begins else 'their sum over ranks'}"
+    return f"{parameters} (first {listed(begins) if begins else 'in the sum over ranks'})"
 
 
 def check_replay(

@@ -185,6 +185,8 @@ class Run:
             except _Stop:
                 return False
             except NonFiniteGradient as error:
+                if self.parallel.world_size > 1:  # the norm is that of all ranks, and so the error
+                    self._save_after_error()
                 where = where_not_finite(error, self.stage.trained, part, batches, self.done)
                 raise self._not_finite(f"{name}: {where}") from error
             means = self.parallel.mean(found)

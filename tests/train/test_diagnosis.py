@@ -40,7 +40,7 @@ def test_a_gradient_that_is_not_finite_names_parameter_module_and_rank() -> None
         part(micro_batches(2), 0)
     assert error.value.names
     told = where_not_finite(error.value, stage.trained, part, micro_batches(2), 0)
-    assert f"begins with the output of generator.{name} on rank 0" in told
+    assert f"first the output of generator.{name} on rank 0" in told
     assert error.value.names[0] in told
     after = weights(stage.generator.module)
     assert all(torch.equal(before[key], after[key]) for key in before)
