@@ -43,7 +43,10 @@ class _Member(Entry):
         with tempfile.NamedTemporaryFile(suffix=PurePosixPath(self.name).suffix) as file:
             file.write(_read(self.path, self.at))
             file.flush()
-            yield Path(file.name)
+            try:
+                yield Path(file.name)
+            except DataError as error:  # whoever reads it knows this file by another name
+                raise DataError(str(error).replace(file.name, self.name)) from error
 
 
 class VideoShards(VideoFolder):

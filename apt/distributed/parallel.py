@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from apt.distributed.device import pick_device
 from apt.distributed.launch import launch_rank, launch_world_size
+from apt.distributed.meeting import join
 from apt.distributed.sharding import shard
 from apt.distributed.spokesman import claim
 from apt.distributed.watch import record_collectives
@@ -59,7 +60,7 @@ class Parallel:
         # Gloo also on GPUs, for the small CPU tensors and objects of logs and checkpoints.
         backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
         record_collectives()
-        dist.init_process_group(backend, timeout=timeout)
+        join(backend, timeout)
         mesh = init_device_mesh(here.type, (world_size,), mesh_dim_names=("data",))
         return cls(rank=rank, world_size=world_size, device=here, mesh=mesh)
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from apt.distributed.launch import launch_rank, restarts
+from apt.distributed.meeting import attempt
 
 __all__ = ["claim", "open_store", "report"]
 
@@ -70,4 +71,4 @@ def _claims(store: dist.TCPStore) -> bool:
 
 def _key(name: str) -> str:
     # torchrun keeps its store when it starts the ranks again.
-    return f"apt/error/{restarts()}/{name}"
+    return f"apt/error/{attempt() or restarts()}/{name}"

@@ -26,6 +26,8 @@ __all__ = ["LostRankError", "is_of_a_collective", "record_collectives", "watched
 PULSE = 2.0
 """Seconds between two entries of a rank."""
 
+_FRAMES = 3
+
 _MISSED = 3
 """Pulses that a rank may miss before it counts as gone."""
 
@@ -174,16 +176,17 @@ def _collective_of(traceback: TracebackType | None) -> str:
 
 def _at(frame: FrameType | None) -> tuple[str, bool]:
     """The function that a thread is in, and whether it waits for other ranks there."""
-    innermost, collective = "", ""
+    chain: list[str] = []
+    collective = ""
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back  # the first entry is written by the main thread itself
     while frame is not None:
         code = frame.f_code
-        here = f"{code.co_name} ({code.co_filename}:{frame.f_lineno})"
-        innermost = innermost or here
+        if len(chain) < _FRAMES:
+            chain.append(f"{code.co_name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})")
         collective = _collective(frame) or collective  # the outermost is what was called
         frame = frame.f_back
-    return collective or innermost, bool(collective)
+    return collective or " of ".join(chain), bool(collective)
 
 
 def _collective(frame: FrameType) -> str:

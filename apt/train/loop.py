@@ -198,6 +198,7 @@ class Run:
         batches.skip()
         self.state["update"] += 1
         self.progress.clear()
+        self.at = "checkpoint"
         if self._due():
             self.save()
             self.attempt_on_main(self._plot_now_and_then)

@@ -15,27 +15,25 @@ from apt.train.logs import read_log
 from tests.train.test_torchrun import ROOT, TINY
 
 UPDATES = 5
-# On rank 1, the first time it comes to a sample hangs for good, and the second takes its node away.
+# Rank 1 hangs for good in one update, and when it comes to the next, it takes its node away.
 NODE = """
 import os, signal, sys, threading
 from pathlib import Path
-from apt.data.digits import MovingDigits
+from apt.methods.flow_matching import FlowMatchingPretraining
 
-original = MovingDigits.__getitem__
+original = FlowMatchingPretraining.generator_step
 
-def faulty(self, index):
-    if os.environ["RANK"] == "1" and index >= 4:
-        hung, gone = Path("hung"), Path("gone")
-        if not hung.exists():
-            hung.touch()
-            threading.Event().wait()
-        if index >= 6 and not gone.exists():
-            gone.touch()
-            os.kill(os.getppid(), signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, index)
+def faulty(self, batches, update):
+    if os.environ["RANK"] == "1" and update == 2 and not Path("hung").exists():
+        Path("hung").touch()
+        threading.Event().wait()
+    if os.environ["RANK"] == "1" and update == 3 and not Path("gone").exists():
+        Path("gone").touch()
+        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, batches, update)
 
-MovingDigits.__getitem__ = faulty
+FlowMatchingPretraining.generator_step = faulty
 from apt.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -77,8 +75,8 @@ def test_a_hung_rank_is_named_and_a_lost_node_is_done_without(tmp_path: Path) ->
     assert second.wait(timeout=3600) == -9
     assert first.wait(timeout=3600) == 0, (tmp_path / "first").read_text()[-4000:]
     said = (tmp_path / "first").read_text() + (tmp_path / "second").read_text()
-    assert "error: rank 1 keeps the others waiting: it is in wait (" in said
-    assert "update 3, generator" in said
+    assert "error: rank 1 keeps the others waiting: it is in wait (threading.py:" in said
+    assert "of faulty (node.py:" in said and "update 3, generator" in said
     run = tmp_path / "run"
     assert [entry["step"] for entry in read_log(run)] == list(range(1, UPDATES + 1))
     assert read_info(run / "export").training["updates"] == UPDATES
