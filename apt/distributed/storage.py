@@ -10,14 +10,44 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from apt.distributed.collectives import group, rank, reason, world
 from apt.errors import CheckpointError
 
-__all__ = ["own_files", "read_shards", "write_shards"]
+__all__ = ["HostCopies", "own_files", "read_shards", "write_shards"]
 
 # The writer serialises one file in memory at a time, so this bounds the extra memory of a save.
 FILE_BYTES = 2 * 2**30
+
+
+class HostCopies:
+    """Copies of tensors in host memory, which is kept for the next copies of the same tensors.
+
+    Args:
+        device: where the tensors are; from a GPU they go into page-locked memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_gpu,
+            )
+        )
+
+    def of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What they are now, each rank's shard by itself. Overwrites the copies made before."""
+        copies = self._stager.stage(tensors)
+        assert isinstance(copies, dict)
+        return copies
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._stager.close()
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -8,10 +8,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from apt.distributed.collectives import own_group
 from apt.distributed.parallel import Parallel
+from apt.distributed.storage import HostCopies
 from apt.train import checkpoint
 from apt.train.retention import Retention
 
@@ -43,15 +43,7 @@ class Saver:
         self._position: Position = (0, 0)
         self._error: BaseException | None = None
         self._stack = contextlib.ExitStack()
-        on_gpu = parallel.device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=on_gpu,
-            )
-        )
+        self._copies = HostCopies(parallel.device)
 
     def __enter__(self) -> Saver:
         self._run = self._stack.enter_context(own_group(_TIMEOUT))
@@ -64,7 +56,7 @@ class Saver:
             self._thread.join(None if alone or kind is None else _PATIENCE)
             if self._thread.is_alive():
                 return
-        self._stager.close()
+        self._copies.close()
         self._stack.close()
 
     def begin(self, position: Position, state: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -74,10 +66,8 @@ class Saver:
         """
         assert self._thread is None
         tensors, values = checkpoint.flatten(state)
-        copies = self._stager.stage(tensors)
-        assert isinstance(copies, dict)
         self._position, self._error = position, None
-        contents = (copies, values)
+        contents = (self._copies.of(tensors), values)
         self._thread = threading.Thread(
             target=self._write, args=(contents, meta), name="checkpoint", daemon=True
         )
