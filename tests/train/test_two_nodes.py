@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from apt.checkpoints.info import read_info
 from apt.train.logs import read_log
 from tests.train.test_torchrun import ROOT, TINY
+from tests.waiting import wait_until
 
 UPDATES = 5
 # Rank 1 hangs for good in one update, and when it comes to the next, it takes its node away.
@@ -65,13 +67,20 @@ def node(folder: Path, name: str, port: int) -> subprocess.Popen[bytes]:
         )
 
 
+def is_open(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.mark.slow
 def test_a_hung_rank_is_named_and_a_lost_node_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "node.py").write_text(NODE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    first, second = (node(tmp_path, name, port) for name in ("first", "second"))
+    first = node(tmp_path, "first", port)
+    wait_until(partial(is_open, port))  # it is the one that has the store, and must not be lost
+    second = node(tmp_path, "second", port)
     assert second.wait(timeout=3600) == -9
     assert first.wait(timeout=3600) == 0, (tmp_path / "first").read_text()[-4000:]
     said = (tmp_path / "first").read_text() + (tmp_path / "second").read_text()
