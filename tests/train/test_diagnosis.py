@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,3 +89,22 @@ def test_a_replay_moves_nothing_and_finds_a_rank_that_computes_otherwise() -> No
         check_replay(stage.trained, part, micro_batches(2)[:1], 4)
     assert f"the output of generator.{name}" in str(error.value)
     assert "update 5" in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_rank_is_named_although_gradients_are_sums_over_ranks(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.diagnosed_ranks", str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        not_finite, not_the_same = json.loads((tmp_path / str(rank)).read_text())
+        assert "(first the output of generator.backbone.blocks.1." in not_finite
+        assert "on rank 1)" in not_finite and "rank 0" not in not_finite
+        assert "rank 1 (the output of generator.backbone.blocks.1." in not_the_same
+        assert "rank 0" not in not_the_same

@@ -45,7 +45,7 @@ def node(folder: Path, name: str, port: int) -> subprocess.Popen[bytes]:
     launcher = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1",
         "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two-nodes",
-        "--rdzv-conf=last_call_timeout=20,join_timeout=1200", "--max-restarts=4",
+        "--rdzv-conf=last_call_timeout=90,join_timeout=1200", "--max-restarts=4",
         "--local-addr=127.0.0.1",
     ]  # fmt: skip
     command = [
