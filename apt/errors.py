@@ -28,6 +28,14 @@ class PeerError(InputError):
     """An error of another rank, which tells the user of it; this one has nothing to say."""
 
 
+class HardwareError(AptError, RuntimeError):
+    """A machine that computes wrongly."""
+
+
+class LostRankError(AptError, RuntimeError):
+    """A rank that the others have waited for in vain."""
+
+
 class PromptLengthError(InputError):
     """A prompt of more tokens than a text encoder takes."""
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +26,14 @@ import torch
 
 from apt.bench.records import Measurement
 from apt.bench.timing import median
-from apt.data.loader import make_loader
+from apt.data.loader import make_loader, num_micro_batches
 from apt.distributed.parallel import Parallel
 from apt.files import write_text
 from apt.kernels import kernel_backend
 from apt.methods import MicroBatch, PretrainConfig
+from apt.train.batches import MicroBatches
 from apt.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from apt.train.datasets import make_dataset
-from apt.train.loop import micro_batches
 from apt.train.recipes import RECIPES
 from apt.train.trainer import make_stage
 
@@ -72,12 +73,19 @@ def train(config: TrainConfig, device: torch.device, number: int) -> Iterator[Up
     parallel = Parallel(rank=0, world_size=1, device=device, mesh=None)
     stage = make_stage(config, parallel)
     dataset = make_dataset(config.data, seed=config.seed)
-    loader = make_loader(dataset, batch_size=config.batch_size, seed=config.seed)
+    loader = make_loader(
+        dataset,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+    )
+    parts = num_micro_batches(config.batch_size, config.micro_batch_size)
     for update in range(number):
         begin = time.perf_counter()
-        batch = next(loader)
+        read = list(islice(loader, parts))
         loaded = time.perf_counter()
-        metrics = stage.update(micro_batches(config, stage, batch), update)
+        batches = MicroBatches(stage, iter(read).__next__, parts)
+        metrics = stage.update(batches, update)
         found = {name: float(value) for name, value in metrics.items()}
         wait(device)
         ended = time.perf_counter()

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -185,7 +186,9 @@ def train_stages(
     take_over: bool = False,
 ) -> bool:
     """Train stages in a row; a stop request ends the row. Whether all are finished."""
-    joined = Parallel.from_environment(configs[0].device, config=configs[0].parallel)
+    first = configs[0]
+    timeout = timedelta(minutes=first.timeout_minutes)
+    joined = Parallel.from_environment(first.device, config=first.parallel, timeout=timeout)
     with joined as parallel, StopRequest() as stop:
         for config in configs:
             laid_out(config, parallel)  # a later stage's fault is told before the first one trains

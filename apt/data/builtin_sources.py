@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NoReturn, TypeVar
 
 from apt.data.digits import MovingDigits, Setting, clip_size
 from apt.data.folder import VideoFolder
 from apt.data.latents import LatentFolder
+from apt.data.shards import VideoShards
 from apt.data.source import DATASETS, ClipRequest, DataSource
 from apt.errors import ConfigError
 
-__all__ = ["DATASETS", "DIGITS", "OBJECT", "Digits", "Folder", "Latents"]
+__all__ = ["DATASETS", "DIGITS", "OBJECT", "Digits", "Folder", "Latents", "Shards"]
+
+Clips = TypeVar("Clips", bound=VideoFolder)
 
 DIGITS = "digits"
 OBJECT = "object"
@@ -49,14 +52,18 @@ class Folder(DataSource):
     path: str = ""
 
     def open(self, request: ClipRequest) -> VideoFolder:
-        return VideoFolder(
-            named_folder(self.path),
-            buckets=request.buckets(),
-            fps=request.fps or None,
-            seed=request.seed,
-            strict=request.strict,
-            captions=request.captions,
-        )
+        return _folder(VideoFolder, self.path, request)
+
+
+@DATASETS.register("webdataset")
+@dataclass(frozen=True, kw_only=True)
+class Shards(DataSource):
+    """WebDataset shards, `.tar` files of captioned videos and images, in a folder (--data.path)."""
+
+    path: str = ""
+
+    def open(self, request: ClipRequest) -> VideoShards:
+        return _folder(VideoShards, self.path, request)
 
 
 @DATASETS.register("latents")
@@ -86,6 +93,17 @@ class GivenObject(DataSource):
             "--data.source object stands for a data set that was handed to apt.train.run: hand it "
             "over in Python, apt.train.run(config, dataset=...)"
         )
+
+
+def _folder(kind: type[Clips], path: str, request: ClipRequest) -> Clips:
+    return kind(
+        named_folder(path),
+        buckets=request.buckets(),
+        fps=request.fps or None,
+        seed=request.seed,
+        strict=request.strict,
+        captions=request.captions,
+    )
 
 
 def named_folder(path: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -41,14 +42,14 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's slice of a global batch: pixels, or latents if the data set has those.
+    """Samples of a global batch that one rank gets at once: pixels, or latents.
 
     Attributes:
-        pixels: (b, 3, T, H, W) float32 in [-1, 1].
+        pixels: (b, 3, T, H, W), float32 in [-1, 1], or uint8, which stands for x / 127.5 - 1.
         captions: b texts.
-        offset: the index of this slice's first sample within the global batch.
+        offset: the index of the first sample within the global batch.
         batch_index: the number of the global batch since the start of the run.
-        problems: files that failed while the slice was made.
+        problems: files that failed while the samples were made.
         latents: (b, C, T', H', W') in place of pixels.
         extra: what the samples are conditioned on beside captions, by name, each (b, ...).
     """
@@ -60,6 +61,15 @@ class Batch:
     problems: tuple[Problem, ...] = ()
     latents: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, which a GPU copies from without waiting."""
+        return dataclasses.replace(
+            self,
+            pixels=None if self.pixels is None else self.pixels.pin_memory(),
+            latents=None if self.latents is None else self.latents.pin_memory(),
+            extra={name: value.pin_memory() for name, value in self.extra.items()},
+        )
 
     @classmethod
     def collate(

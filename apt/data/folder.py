@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -22,7 +23,7 @@ from apt.data.decode import probe, read_clip, read_image
 from apt.data.order import BucketOrder
 from apt.data.reading import MediaInfo, reason
 from apt.data.report import DataReport, Problem, problem_lines
-from apt.data.scan import Entry, looked_for, scan_folder
+from apt.data.scan import Entry, Scan, looked_for, scan_folder
 from apt.errors import ConfigError, DataError
 from apt.rng import generator_for
 
@@ -72,6 +73,9 @@ class VideoFolder:
         ConfigError: if a bucket or the frame rate is out of range.
     """
 
+    eight_bits = True
+    looked_for = looked_for()
+
     def __init__(
         self,
         directory: str | Path,
@@ -91,7 +95,7 @@ class VideoFolder:
         self.seed = seed
         self.strict = strict
         self.report = DataReport()
-        scan = scan_folder(directory)
+        scan = self._scan(self.directory)
         for problem in scan.problems:
             self._skip(problem)
         entries = self._with_captions(scan.entries, captions) if captions else scan.entries
@@ -100,7 +104,7 @@ class VideoFolder:
             found = problem_lines(self.report.problems) or ["  no such files"]
             raise DataError(
                 "\n".join(
-                    [f"{directory}: nothing usable; looked for {looked_for()}. Found:", *found]
+                    [f"{directory}: nothing usable; looked for {self.looked_for}. Found:", *found]
                 )
             )
         self.report.num_images = sum(item.info.is_image for item in self.items)
@@ -148,10 +152,10 @@ class VideoFolder:
         for number in self._candidates(index, first):
             item = self.items[number]
             try:
-                pixels = self._decode(item, epoch, number)
+                with item.entry.at_hand() as path, _without_path(path):
+                    pixels = self._decode(item, path, epoch, number)
             except DataError as error:
-                detail = reason(error, item.entry.path)
-                problem = Problem("unreadable", item.entry.name, detail)
+                problem = Problem("unreadable", item.entry.name, str(error))
                 problems.append(problem)
                 self._skip(problem)
                 continue
@@ -180,16 +184,19 @@ class VideoFolder:
         order = torch.randperm(len(others), generator=generator).tolist()
         yield from (others[place] for place in order[:_MAX_REPLACEMENTS])
 
-    def _decode(self, item: Item, epoch: int, number: int) -> Tensor:
+    def _scan(self, directory: Path) -> Scan:
+        return scan_folder(directory)
+
+    def _decode(self, item: Item, path: Path, epoch: int, number: int) -> Tensor:
         bucket, info = item.bucket, item.info
         if info.is_image:
-            return read_image(item.entry.path, size=(bucket.height, bucket.width))
+            return read_image(path, size=(bucket.height, bucket.width))
         fps = self.fps or info.fps
         generator = generator_for("clip start", self.seed, epoch, number)
         starts = info.clip_starts(bucket.frames, fps)
         start = int(torch.randint(starts, (), generator=generator))
         return read_clip(
-            item.entry.path,
+            path,
             start=start / info.fps,
             num_frames=bucket.frames,
             fps=fps,
@@ -218,13 +225,13 @@ class VideoFolder:
     def _usable(self, entries: list[Entry], max_upscale: float) -> list[Item]:
         """Probe the files, several at a time, and assign buckets."""
         items = []
-        paths = list(dict.fromkeys(entry.path for entry in entries))
+        files = {entry.place: entry for entry in entries}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            infos = dict(zip(paths, pool.map(_probe_or_error, paths), strict=True))
+            infos = dict(zip(files, pool.map(_probe_or_error, files.values()), strict=True))
         for entry in entries:
-            info = infos[entry.path]
+            info = infos[entry.place]
             if isinstance(info, DataError):
-                self._skip(Problem("unreadable", entry.name, reason(info, entry.path)))
+                self._skip(Problem("unreadable", entry.name, str(info)))
                 continue
             place = self._place(entry.name, info, max_upscale)
             if isinstance(place, Problem):
@@ -267,8 +274,18 @@ def exact_rate(fps: float | Fraction) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
-def _probe_or_error(path: Path) -> MediaInfo | DataError:
+def _probe_or_error(entry: Entry) -> MediaInfo | DataError:
     try:
-        return probe(path)
+        with entry.at_hand() as path, _without_path(path):
+            return probe(path)
     except DataError as error:
         return error
+
+
+@contextmanager
+def _without_path(path: Path) -> Iterator[None]:
+    """Errors of readers without the path that they begin with: the entry's name says which file."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(reason(error, path)) from error

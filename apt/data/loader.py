@@ -1,7 +1,8 @@
-"""From a data set to the batches of one rank."""
+"""From a data set to the micro-batches of one rank."""
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from apt.data.dataset import Batch, EncodedSample, Sample, TrainingData
 from apt.data.report import DataReport, Problem
 from apt.errors import ConfigError, DataError
+from apt.pixels import to_uint8
 
 
 @runtime_checkable
@@ -35,32 +37,48 @@ class Named(Protocol):
         ...
 
 
+@runtime_checkable
+class Rounding(Protocol):
+    """A data set whose pixels come of pictures of 8 bits.
+
+    They wait and travel to the device as such, in a quarter of the memory.
+    """
+
+    eight_bits: bool
+
+
 def make_loader(
     dataset: TrainingData,
     *,
     batch_size: int,
+    micro_batch_size: int = 0,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
     seed: int = 0,
     start_batch: int = 0,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """One rank's batches for ever, in an order that no number of workers changes.
+    """One rank's micro-batches for ever, in an order that no number of workers changes.
 
     Global batch `n` is the n-th of `dataset.batches(batch_size, seed=seed)`; this rank gets a
-    contiguous slice of it. Starting at `start_batch` continues exactly where a loader that has
-    given `start_batch` batches stopped, whatever its workers had prepared.
+    contiguous share of it, as `share_of_rank(...)` micro-batches. Nothing larger than a micro-batch
+    is ever made. Starting at `start_batch` continues exactly where a loader that has given
+    `start_batch` batches stopped, whatever its workers had prepared.
 
     Args:
         dataset: samples that depend on their index alone.
         batch_size: samples in a global batch, over all ranks.
+        micro_batch_size: samples that are handed out at once; 0 is all of the rank's share.
         rank, world_size: which slice.
-        num_workers: processes that decode ahead; 0 decodes here.
+        num_workers: processes that decode ahead, each two micro-batches; 0 decodes here.
         seed: of the order.
         start_batch: number of the first global batch.
+        pin_memory: put what workers have made into memory that a GPU copies from by itself.
 
     Raises:
-        ConfigError: if the batch cannot be split evenly, or a number is out of range.
+        ConfigError: if the batch or the rank's share cannot be split evenly, or a number is out of
+            range.
         DataError: while iterating, from the data set, also when it arose in a worker, or a worker
             that died; says which file it was decoding.
     """
@@ -69,16 +87,11 @@ def make_loader(
             f"expected 0 <= rank < world_size, num_workers >= 0 and start_batch >= 0, got rank "
             f"{rank} of {world_size}, num_workers {num_workers}, start_batch {start_batch}"
         )
-    if batch_size < 1 or batch_size % world_size:
-        raise ConfigError(
-            f"the global batch size {batch_size} must be a positive multiple of the {world_size} "
-            f"ranks, for example {max(1, batch_size // world_size) * world_size}"
-        )
-    share = batch_size // world_size
-    offset = rank * share
-    plan = _Plan(dataset, batch_size, seed, start_batch, offset, share)
+    share = share_of_rank(batch_size, world_size)
+    parts = num_micro_batches(share, micro_batch_size)
+    plan = _Plan(dataset, batch_size, seed, start_batch, rank * share, share // parts, parts)
     context = _context()
-    slices = _Slices(dataset, offset, context, num_workers)
+    slices = _Slices(dataset, context, num_workers)
     loader = DataLoader(
         slices,
         sampler=plan,
@@ -86,8 +99,29 @@ def make_loader(
         num_workers=num_workers,
         multiprocessing_context=context if num_workers else None,
         worker_init_fn=_start_worker if num_workers else None,
+        pin_memory=pin_memory,
     )
     return _batches(loader, slices)
+
+
+def share_of_rank(batch_size: int, world_size: int) -> int:
+    """A rank's samples of a global batch. Raises ConfigError if they are not as many for all."""
+    if batch_size < 1 or batch_size % world_size:
+        raise ConfigError(
+            f"the global batch size {batch_size} must be a positive multiple of the {world_size} "
+            f"ranks, for example {max(1, batch_size // world_size) * world_size}"
+        )
+    return batch_size // world_size
+
+
+def num_micro_batches(share: int, micro_batch_size: int) -> int:
+    """How many make up a rank's share. Raises ConfigError if they are not of equal size."""
+    size = micro_batch_size or share
+    if share % size:
+        raise ConfigError(
+            f"micro_batch_size {size} must divide a rank's share of the batch, {share} samples"
+        )
+    return share // size
 
 
 def _context() -> BaseContext:
@@ -100,39 +134,44 @@ def _context() -> BaseContext:
     return multiprocessing.get_context(None if in_main_thread else "spawn")
 
 
+_Key = tuple[int, int, list[int]]
+"""Of a micro-batch: the number of its global batch, its place in it, and its samples' indices."""
+
+
 @dataclass(frozen=True)
-class _Plan(Iterable[tuple[int, list[int]]]):
-    """The (number, indices) of this rank's slices; iterated in the main process only."""
+class _Plan(Iterable[_Key]):
+    """The keys of this rank's micro-batches; iterated in the main process only."""
 
     dataset: TrainingData
     batch_size: int
     seed: int
     start: int
     offset: int
-    share: int
+    size: int
+    parts: int
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+    def __iter__(self) -> Iterator[_Key]:
         batches = self.dataset.batches(self.batch_size, seed=self.seed, start=self.start)
         for number, batch in enumerate(batches, self.start):
-            yield number, batch[self.offset : self.offset + self.share]
+            for part in range(self.parts):
+                first = self.offset + part * self.size
+                yield number, first, batch[first : first + self.size]
 
 
 class _Slices(Dataset[Batch | DataError]):
-    """Makes a whole slice at once: the unit of work of a worker."""
+    """Makes a micro-batch at once: the unit of work of a worker."""
 
-    def __init__(
-        self, dataset: TrainingData, offset: int, context: BaseContext, num_workers: int
-    ) -> None:
+    def __init__(self, dataset: TrainingData, context: BaseContext, num_workers: int) -> None:
         self.dataset = dataset
-        self._offset = offset
+        self._rounds = isinstance(dataset, Rounding) and dataset.eight_bits
         # Process and sample of each worker, for the one that dies over a file.
         self._at_work = context.Array("q", 2 * num_workers)
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> Batch | DataError:
-        number, indices = key
+    def __getitem__(self, key: _Key) -> Batch | DataError:
+        number, first, indices = key
         try:
             samples = [self._sample(index) for index in indices]
-            return Batch.collate(samples, offset=self._offset, batch_index=number)
+            return Batch.collate(samples, offset=first, batch_index=number)
         except DataError as error:
             # torch would rebuild it around a worker's traceback; users are owed the one line.
             return DataError(str(error))
@@ -141,7 +180,10 @@ class _Slices(Dataset[Batch | DataError]):
         worker = get_worker_info()
         if worker is not None:
             self._at_work[2 * worker.id : 2 * worker.id + 2] = [os.getpid(), index]
-        return self.dataset[index]
+        sample = self.dataset[index]
+        if self._rounds and isinstance(sample, Sample):
+            return dataclasses.replace(sample, pixels=to_uint8(sample.pixels))
+        return sample
 
     def of_the_dead(self) -> list[str]:
         """The files that workers which are no longer there were decoding."""

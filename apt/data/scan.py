@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
@@ -32,6 +33,16 @@ class Entry:
     path: Path
     name: str
     caption: str
+
+    @property
+    def place(self) -> Hashable:
+        """What tells the file from others; several captions have it in common."""
+        return self.path
+
+    @contextmanager
+    def at_hand(self) -> Iterator[Path]:
+        """The file by itself, for as long as it is read."""
+        yield self.path
 
 
 @dataclass(frozen=True)

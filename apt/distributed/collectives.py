@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from apt.errors import CheckpointError
 
-__all__ = ["everywhere", "rank", "reason", "world"]
+__all__ = ["everywhere", "group", "own_group", "rank", "reason", "world"]
 
 T = TypeVar("T")
+
+_thread = threading.local()
+
+
+@contextmanager
+def own_group(timeout: timedelta | None = None) -> Iterator[Callable[[Callable[[], T]], T]]:
+    """A process group beside the usual one, for a thread that works while this one trains.
+
+    Gives a function that runs an action so that its collectives, those of this module and of what
+    is built on it, meet the same thread's on other ranks and no others. Every rank must enter it.
+    """
+    made = dist.new_group(backend="gloo", timeout=timeout) if world() > 1 else None
+
+    def run(action: Callable[[], T]) -> T:
+        _thread.group = made
+        try:
+            return action()
+        finally:
+            _thread.group = None
+
+    try:
+        yield run
+    finally:
+        if made is not None and dist.is_initialized():
+            dist.destroy_process_group(made)
+
+
+def group() -> dist.ProcessGroup | None:
+    """The process group of this thread's collectives; None is the usual one."""
+    return getattr(_thread, "group", None)
 
 
 def rank() -> int:
@@ -39,7 +72,7 @@ def everywhere(action: Callable[[], T]) -> list[T]:
     outcomes: list[Any] = [(result, problem)]
     if world() > 1:
         outcomes = [None] * world()
-        dist.all_gather_object(outcomes, (result, problem))
+        dist.all_gather_object(outcomes, (result, problem), group=group())
     problems = list(dict.fromkeys(p for _, p in outcomes if p is not None))
     if problems:
         raise CheckpointError("; ".join(problems))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 
 from apt.errors import ConfigError
 
 __all__ = [
     "is_one_of_many",
+    "job",
     "launch_rank",
     "launch_world_size",
     "local_rank",
@@ -49,6 +51,17 @@ def under_torchrun() -> bool:
 def restarts() -> int:
     """How often torchrun has started the ranks again. Raises likewise."""
     return _count("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def job() -> str:
+    """What names this launch of torchrun on all its nodes and in all its restarts; else empty.
+
+    Its --rdzv-id; without one, the agent that started this process.
+    """
+    if not under_torchrun():
+        return ""
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    return f"{socket.gethostname()} {os.getppid()}" if name in ("", "none") else name
 
 
 def _count(name: str, default: int) -> int:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from apt.distributed.device import pick_device
 from apt.distributed.launch import launch_rank, launch_world_size
+from apt.distributed.meeting import join
 from apt.distributed.mesh import GroupName, Layout, ParallelConfig, RankMesh
 from apt.distributed.sequence import SequenceGroup
 from apt.distributed.sharding import shard
 from apt.distributed.spokesman import claim
+from apt.distributed.watch import record_collectives
 from apt.errors import PeerError
 
 __all__ = ["Parallel"]
@@ -45,7 +47,7 @@ class Parallel:
         device: str = "auto",
         *,
         config: ParallelConfig | None = None,
-        timeout: timedelta = timedelta(minutes=30),
+        timeout: timedelta = timedelta(minutes=10),
     ) -> Parallel:
         """Join the process group that `torchrun` describes, or stand alone without one.
 
@@ -65,7 +67,8 @@ class Parallel:
             return cls(rank=0, world_size=1, device=here, mesh=None)
         # Gloo also on GPUs, for the small CPU tensors and objects of logs and checkpoints.
         backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout)
+        record_collectives()
+        join(backend, timeout)
         return cls(rank, world_size, here, RankMesh(layout, here.type))
 
     def laid_out(self, config: ParallelConfig) -> Parallel:

@@ -10,8 +10,9 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from apt.distributed.launch import launch_rank, restarts
+from apt.distributed.meeting import attempt
 
-__all__ = ["claim", "report"]
+__all__ = ["claim", "open_store", "report"]
 
 _PATIENCE = timedelta(seconds=10)
 
@@ -23,7 +24,7 @@ def claim() -> None:
     error on all ranks is one error. So the first rank has the word, and it asks for it before it
     leaves the process group and lets the others down.
     """
-    store = _store()
+    store = open_store()
     if store is not None:
         _claims(store)
 
@@ -37,7 +38,7 @@ def report(text: str | None) -> None:
     Args:
         text: None if the error is another rank's.
     """
-    store = _store()
+    store = open_store()
     if store is None:
         if text is not None:
             print(text, file=sys.stderr, flush=True)
@@ -49,7 +50,7 @@ def report(text: str | None) -> None:
             store.wait([_key("said")], _PATIENCE)
 
 
-def _store() -> dist.TCPStore | None:
+def open_store() -> dist.TCPStore | None:
     """What the ranks share: torchrun's, or rank 0's for as long as it is in the process group."""
     try:
         return dist.TCPStore(
@@ -70,4 +71,4 @@ def _claims(store: dist.TCPStore) -> bool:
 
 def _key(name: str) -> str:
     # torchrun keeps its store when it starts the ranks again.
-    return f"apt/error/{restarts()}/{name}"
+    return f"apt/error/{attempt() or restarts()}/{name}"

@@ -10,14 +10,44 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from apt.distributed.collectives import rank, reason, world
+from apt.distributed.collectives import group, rank, reason, world
 from apt.errors import CheckpointError
 
-__all__ = ["own_files", "read_shards", "write_shards"]
+__all__ = ["HostCopies", "own_files", "read_shards", "write_shards"]
 
 # The writer serialises one file in memory at a time, so this bounds the extra memory of a save.
 FILE_BYTES = 2 * 2**30
+
+
+class HostCopies:
+    """Copies of tensors in host memory, which is kept for the next copies of the same tensors.
+
+    Args:
+        device: where the tensors are; from a GPU they go into page-locked memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_gpu,
+            )
+        )
+
+    def of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What they are now, each rank's shard by itself. Overwrites the copies made before."""
+        copies = self._stager.stage(tensors)
+        assert isinstance(copies, dict)
+        return copies
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._stager.close()
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -33,7 +63,8 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     writer = dcp.HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=_file_indices(tensors), save_distributed=True
     )
-    _run(lambda: dcp.save(tensors, storage_writer=writer, no_dist=world() == 1))
+    alone = world() == 1
+    _run(lambda: dcp.save(tensors, storage_writer=writer, process_group=group(), no_dist=alone))
 
 
 @torch.no_grad()
@@ -67,12 +98,12 @@ def _file_indices(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 def _run(action: Callable[[], object]) -> None:
     """Run a call into torch.distributed.checkpoint, turning its failures into CheckpointError."""
-    with warnings.catch_warnings():
-        # Without a process group it announces that it saves in a single process.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            action()
-        except CheckpointException as error:
-            causes = [cause for cause, _ in error.failures.values()]
-            reasons = dict.fromkeys(reason(cause) for cause in causes)
-            raise CheckpointError("; ".join(reasons)) from error
+    # Without a process group it announces that it saves in a single process. For good, because
+    # filters are the process's, and another thread may train meanwhile.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    try:
+        action()
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        reasons = dict.fromkeys(reason(cause) for cause in causes)
+        raise CheckpointError("; ".join(reasons)) from error

@@ -153,15 +153,18 @@ class AutoencoderTraining(Stage):
         Running statistics are those of whole batches, so nothing depends on how one is cut.
         """
         offset = (update % PATCH, update // PATCH % PATCH)
-        cut = [_shifted(batch.x, offset) for batch in batches]
         moved = {}
-        if min(cut[0].shape[3:]) >= PATCH:
-            squares = [patch_frequencies(x, PATCH).square() for x in cut]
+        if min(_shifted(batches[0].x, offset).shape[3:]) >= PATCH:
+            squares = [
+                patch_frequencies(_shifted(batch.x, offset), PATCH).square().mean(dim=0)
+                for batch in batches
+            ]
             moved["power"] = self.running("power", squares, update)
         power = moved.get("power", self.statistics["power"])
         self.generator.zero_grad()
         terms: list[dict[str, Tensor]] = []
-        latents: list[Tensor] = []
+        means: list[Tensor] = []
+        mean_squares: list[Tensor] = []
         for batch in self.generator.accumulated(batches):
             with self.host.autocast():
                 output, raw = self.generator.module(
@@ -170,9 +173,11 @@ class AutoencoderTraining(Stage):
             found = self.terms(batch.x, output.float(), raw, power, offset)
             (torch.stack([*found.values()]).sum() / len(batches)).backward()
             terms.append(found)
-            latents.append(raw.detach().transpose(0, 1).flatten(1).T)
-        moved["mean"] = self.running("mean", latents, update)
-        moved["square"] = self.running("square", [raw.square() for raw in latents], update)
+            rows = raw.detach().transpose(0, 1).flatten(1).T
+            means.append(rows.mean(dim=0))
+            mean_squares.append(rows.square().mean(dim=0))
+        moved["mean"] = self.running("mean", means, update)
+        moved["square"] = self.running("square", mean_squares, update)
         norm = self.generator.step(update)
         for name, values in moved.items():
             self.statistics[name].copy_(values)
@@ -243,9 +248,9 @@ class AutoencoderTraining(Stage):
         return self.config.latent_noise * deviation
 
     def running(self, name: str, parts: Sequence[Tensor], update: int) -> Tensor:
-        """A statistic moved towards the mean of the rows (N, K) that all ranks have measured."""
+        """A statistic moved towards the mean of what all ranks measured, (K,) of a micro-batch."""
         decay = min(self.config.statistics_decay, update / (update + 1))
-        found = self.host.over_ranks(torch.cat(list(parts)).mean(dim=0))
+        found = self.host.over_ranks(torch.stack(list(parts)).mean(dim=0))
         return self.statistics[name].lerp(found, 1 - decay)
 
 

@@ -41,12 +41,15 @@ class MicroBatch:
         captions: b texts.
         offset: index of the first sample in the global batch; random draws are keyed by it.
         extra: what the samples are conditioned on beside captions, by name, each (b, ...).
+        texts: captions as the text encoder has made them for an earlier part of the same update,
+            on the host; a method's own.
     """
 
     x: Tensor
     captions: list[str]
     offset: int
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    texts: dict[str, EncodedText] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """b."""
@@ -463,8 +466,16 @@ class Method(Stage):
         )
 
     def condition(self, batch: MicroBatch) -> Condition:
-        """What a batch's samples are conditioned on."""
-        return self.encode(batch.captions, batch.extra)
+        """What a batch's samples are conditioned on.
+
+        The parts of an update share captions, and a frozen text encoder is asked once.
+        """
+        text = batch.texts.get("captions")
+        if text is None:
+            text = self.encode_text(batch.captions)
+            if not text.tokens.requires_grad:
+                batch.texts["captions"] = text.to("cpu")
+        return self._condition(text.to(batch.x.device), batch.extra)
 
     def negative(self, c: Condition) -> Condition:
         """What guidance leads away from: the negative prompt, with all else as it is in `c`."""
@@ -477,8 +488,11 @@ class Method(Stage):
 
         A public text encoder is in bf16 whatever the networks compute in.
         """
-        c = Condition(self.encode_text(prompts), extra)
-        return c.to(dtype=next(self.generator.module.parameters()).dtype)
+        return self._condition(self.encode_text(prompts), extra)
+
+    def _condition(self, text: EncodedText, extra: Mapping[str, Tensor]) -> Condition:
+        dtype = next(self.generator.module.parameters()).dtype
+        return Condition(text, extra).to(dtype=dtype)
 
     def encode_text(self, prompts: Sequence[str]) -> EncodedText:
         """Prompts through the frozen text encoder."""

@@ -34,6 +34,7 @@ from apt.train.manifest import (
 
 __all__ = [
     "all_names",
+    "flatten",
     "is_intact",
     "latest",
     "load",
@@ -42,10 +43,12 @@ __all__ = [
     "save",
     "step_of",
     "verify",
+    "write",
 ]
 
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
 _SCALARS = (bool, int, float, str, type(None))
+Contents = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
@@ -68,7 +71,12 @@ def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> 
         CheckpointError: the disk is full, the folder cannot be written, or the like.
         TypeError: `state` or `meta` holds something that is neither.
     """
-    tensors, values = _flatten(state)
+    return write(root, step, flatten(state), meta)
+
+
+def write(root: Path, step: int, contents: Contents, meta: dict[str, Any]) -> Path:
+    """The same with what `flatten` has made of the state, or a copy of it."""
+    tensors, values = contents
     name = f"step_{step:08d}"
     temporary, target = root / f".tmp-{name}", root / name
     try:
@@ -116,7 +124,7 @@ def load(path: Path, state: dict[str, Any], *, verified: bool = False) -> dict[s
     if not verified:
         verify(path)
     content = everywhere(lambda: read_manifest(path))[0]
-    tensors, values = _flatten(state)
+    tensors, values = flatten(state)
     expected = {k: _signature(v) for k, v in tensors.items()}
     _check_fit(path, expected, content["tensors"], values, content["values"])
     try:
@@ -251,8 +259,11 @@ def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[dict[str, Any],
             yield node, key, name, leaf
 
 
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split a nested state into tensors and plain values, named `outer/inner`."""
+def flatten(state: dict[str, Any]) -> Contents:
+    """Split a nested state into tensors, still those that train, and plain values.
+
+    Both are named `outer/inner`. Raises TypeError for anything else.
+    """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for _, _, name, leaf in _leaves(state, ""):

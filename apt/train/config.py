@@ -226,6 +226,15 @@ class TrainConfig:
             families have bf16 there in any case.
         device: "auto", "cpu" or "cuda".
         checkpoint_every: updates between checkpoints; keep_checkpoints: how many stay.
+        checkpoint_every_minutes: of rank 0's clock, after which one is written besides, at the end
+            of the update; 0 goes by updates alone.
+        checkpoint_in_background: train on while a copy of the state, in host memory, is hashed and
+            written.
+        replay_every: updates between checks of the hardware: each part of the update computes its
+            first micro-batch twice more, and every module must come out the same, bit for bit; 0
+            for none. Attention and other operations must be deterministic.
+        timeout_minutes: how long ranks wait for one that is dead or hangs, before the run ends and
+            says which.
         snapshot_at: updates at which EMA and raw weights are exported to `snapshots/`.
         sample_every: updates between sample sheets; 0 for none.
         sample_prompts: what the sheets show, and the collapse monitor looks at.
@@ -256,6 +265,10 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    checkpoint_every_minutes: float = 0.0
+    checkpoint_in_background: bool = True
+    replay_every: int = 0
+    timeout_minutes: float = 10.0
     snapshot_at: tuple[int, ...] = ()
     sample_every: int = 100
     sample_prompts: tuple[str, ...] = ()
@@ -266,7 +279,7 @@ class TrainConfig:
         for name in ("num_updates", "batch_size", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("micro_batch_size", "sample_every"):
+        for name in ("micro_batch_size", "sample_every", "replay_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         # A class; whether its options are right is asked when all of them are known.
@@ -299,6 +312,8 @@ class TrainConfig:
         for name in parts:
             check_finite(getattr(self, name), f"{name}.")
         check_range(self, "", {"ema_decay": (0, 1), "seed": (0, 2**63 - 1)})
+        check_range(self, "", {"checkpoint_every_minutes": (0, math.inf)})
+        check_positive(self, "", "timeout_minutes")
         check_positive(self.optimizer, "optimizer.", "learning_rate")
         counts = ("warmup_updates", "decay_updates", "eps", "weight_decay", "max_grad_norm")
         check_range(self.optimizer, "optimizer.", dict.fromkeys(counts, (0, math.inf)))

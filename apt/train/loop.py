@@ -14,21 +14,24 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from apt.data.dataset import Batch, TrainingData
-from apt.data.loader import make_loader
+from apt.data.loader import make_loader, num_micro_batches, share_of_rank
 from apt.device import peak_memory
 from apt.distributed.parallel import Parallel
-from apt.errors import ConfigError
+from apt.distributed.watch import is_of_a_collective, watched
+from apt.errors import CheckpointError
 from apt.files import write_text
 from apt.methods.base import MicroBatch, Stage
-from apt.train import checkpoint
+from apt.train.batches import MicroBatches
 from apt.train.config import TrainConfig
 from apt.train.config_file import OBJECTS, plain
+from apt.train.diagnosis import check_replay, where_not_finite
 from apt.train.failures import explained
 from apt.train.header import header
 from apt.train.latent_statistics import LatentStatistics
 from apt.train.lock import FolderInUse, RunLock
 from apt.train.logs import RunLog
 from apt.train.monitor import CollapseMonitor, TrainingStopped, sample_statistics
+from apt.train.networks import NonFiniteGradient
 from apt.train.outcome import save_outcome
 from apt.train.parts_done import PartsDone
 from apt.train.plots import plot_losses
@@ -36,15 +39,20 @@ from apt.train.resume import CHECKPOINTS, CONFIG_NAME, model_identities
 from apt.train.retention import Retention
 from apt.train.run_state import State, write_state
 from apt.train.sample_sheets import decode_samples, draw_samples, write_sheet
+from apt.train.saving import Saver
 from apt.train.signals import StopRequest
 from apt.train.weights_and_biases import WandbLog
 
-__all__ = ["Run", "micro_batches"]
+__all__ = ["Run"]
 
 PLOT_SECONDS = 60.0
 """Between drawings of `losses.png` while a run goes on, which are made with checkpoints."""
 
 T = TypeVar("T")
+
+
+class _Stop(BaseException):
+    """The run was asked to stop between two micro-batches; nothing catches it on its way."""
 
 
 class Run:
@@ -73,13 +81,19 @@ class Run:
         self.objects = objects
         self.run_dir = Path(config.run_dir)
         self.retention = Retention(self.run_dir / CHECKPOINTS, config.keep_checkpoints)
+        self.saver = Saver(self.retention, parallel)
         codec = stage.codec
         self.statistics = None if codec is None else LatentStatistics(codec.config, config)
         self.monitor = CollapseMonitor(config.monitor)
         self.models = model_identities(config)
         self.notes: list[str] = []
         self.saved = self.position  # of the newest checkpoint
+        self.began_to_save = time.monotonic()
         self.moved = self._moves()
+        self.at = "start"  # what an update is at
+        self.stoppable = False  # between micro-batches
+        self.told: Exception | None = None  # the error that a checkpoint was saved after
+        self.waited = 0.0  # seconds of this update, for data
         self.draws = True
         self.drawn = time.monotonic()
 
@@ -96,7 +110,10 @@ class Run:
     def train(self) -> None:
         """Updates until the end or a stop request; then the finished model."""
         try:
-            with explained(self.config.run_dir):
+            with (
+                explained(self.config.run_dir),
+                watched(self.parallel.rank, self.parallel.world_size, self._place),
+            ):
                 self._train()
         except FolderInUse:  # what is in the folder is another's now
             raise
@@ -110,7 +127,7 @@ class Run:
         config = self.config
         self.parallel.on_main(self._write_config)
         self.parallel.on_main(lambda: self._write_state("running"))
-        with self._open_log() as self.log:
+        with self._open_log() as self.log, self.saver:
             about = header(
                 config, self.stage, self.dataset, self.state, self.parallel, done=self.done
             )
@@ -119,23 +136,25 @@ class Run:
             self.loader = make_loader(
                 self.dataset,
                 batch_size=config.batch_size,
+                micro_batch_size=config.micro_batch_size,
                 rank=self.parallel.data_rank,
                 world_size=self.parallel.data_size,
                 num_workers=config.data.num_workers,
                 seed=config.seed,
                 start_batch=self.done,
+                pin_memory=self.parallel.device.type == "cuda",
             )
             while self.done < config.num_updates and self.update():
                 pass
             self._warn(None if self.statistics is None else self.statistics.verdict())
             self.parallel.on_main(self.lock.check)
+            self._settle()
             if self.saved != self.position:
                 self.save()
+                self._settle()
             if self.done < config.num_updates:
                 signal = self.stop.signal_name or "a signal to another rank"
-                self.log.message(
-                    f"{signal}: saved after update {self.done}; continue with --resume"
-                )
+                self.log.message(f"{signal}: saved after {self._where()}; continue with --resume")
                 self.parallel.on_main(lambda: self._write_state("unfinished", signal))
                 return
             self.export(self.run_dir / "export", updates=self.done)
@@ -144,40 +163,54 @@ class Run:
         self.parallel.on_main(lambda: self._write_state("finished"))
 
     def update(self) -> bool:
-        """One update, or the rest of one; False if the run is to stop instead."""
+        """One update, or the rest of one; False if the run is to stop before it is whole.
+
+        A stop between two micro-batches gives up the part under way, which has moved nothing yet.
+        """
         begin, config = time.monotonic(), self.config
-        batch = self.attempt(self._next_batch)
-        waited = time.monotonic() - begin
-        if self.parallel.any(batch is None):
+        self.waited = 0.0
+        if self.saver.is_over():
+            self._settle()
+        if self._stops():
             return False
-        assert batch is not None
         due = {n: p for n, p in self.stage.parts().items() if n not in self.progress.parts}
         shows = bool(config.sample_every) and (self.done + 1) % config.sample_every == 0
-        needed = due or shows
-        micro_batches = self.compute(partial(self._micro_batches, batch)) if needed else []
+        batches = self._micro_batches()
         for name, part in due.items():
-            means = self.parallel.mean(self.compute(partial(part, micro_batches, self.done)))
+            self.at = name
+            if config.replay_every and self.done % config.replay_every == 0:
+                check_replay(self.stage.trained, part, batches[:1], self.done)
+            try:
+                found = self._stoppable(partial(part, batches, self.done))
+            except _Stop:
+                return False
+            except NonFiniteGradient as error:
+                if self.parallel.world_size > 1:  # the norm is that of all ranks, and so the error
+                    self._save_after_error()
+                where = where_not_finite(error, self.stage.trained, part, batches, self.done)
+                raise self._not_finite(f"{name}: {where}") from error
+            means = self.parallel.mean(found)
             for trained in self.stage.trained.values():
                 trained.zero_grad()  # the next part is another network's, and needs the memory
-            _check_finite(means, self.done, self.saved[0])
+            self._check_finite(means)
             self.progress.finish(name, means)
             self.moved = self._moves()
-        metrics = self._record(begin, waited, micro_batches if shows else None)
+        self.at = "records"
+        metrics = self._record(begin, batches if shows else None)
+        batches.skip()
         self.state["update"] += 1
         self.progress.clear()
-        if self.done % config.checkpoint_every == 0 or self.done == config.num_updates:
+        self.at = "checkpoint"
+        if self._due():
             self.save()
             self.attempt_on_main(self._plot_now_and_then)
         self._watch(metrics)
         return True
 
-    def _record(
-        self, begin: float, waited: float, shown: Sequence[MicroBatch] | None
-    ) -> dict[str, float]:
+    def _record(self, begin: float, shown: Sequence[MicroBatch] | None) -> dict[str, float]:
         """Everything that is written of an update whose weights have moved; returns its metrics.
 
-        It began at `begin` and waited so many seconds for data. `shown` are the micro-batches of an
-        update that has a sample sheet.
+        It began at `begin`. `shown` are the micro-batches of an update that has a sample sheet.
         """
         config, update = self.config, self.done + 1
         metrics = dict(self.progress.metrics)
@@ -189,7 +222,7 @@ class Run:
         timing = {
             "speed/seconds_per_update": seconds,
             "speed/samples_per_second": config.batch_size / max(seconds, 1e-9),
-            "speed/data_wait_seconds": waited,
+            "speed/data_wait_seconds": self.waited,
         }
         memory = peak_memory(self.parallel.device)
         if memory is not None:
@@ -220,8 +253,10 @@ class Run:
             for alarm in self.monitor.observe(self.done, metrics):
                 self._warn(str(alarm))
         except TrainingStopped:
+            self._settle()
             if self.saved != self.position:
                 self.save()
+                self._settle()
             raise
 
     def _warn(self, text: str | None) -> None:
@@ -240,8 +275,11 @@ class Run:
             problem = error
         try:
             self.parallel.agree(problem)
-        except Exception:
-            self._save_after_error()
+        except Exception as error:
+            # Not again after an attempt inside this one, nor without the other ranks.
+            if error is not self.told and not is_of_a_collective(error):
+                self.told = error
+                self._save_after_error()
             raise
         return result  # type: ignore[return-value]
 
@@ -256,27 +294,54 @@ class Run:
         """
         return self.attempt(work) if self.parallel.world_size == 1 else work()
 
+    def _stoppable(self, work: Callable[[], T]) -> T:
+        """The same for a part of an update, which a stop request ends before a micro-batch."""
+        self.stoppable = True
+        try:
+            return self.compute(work)
+        finally:
+            self.stoppable = False
+
     def _save_after_error(self) -> None:
         """Save what is done, unless it is saved, or weights may have been moved in part."""
+        try:
+            self._settle()
+        except CheckpointError as failure:
+            self.log.message(f"a checkpoint is not written: {failure}")
         if self._moves() != self.moved:
             return
         if self.saved != self.position:
             try:
                 self.save(tensorboard=False)
+                self._settle()
             except Exception as failure:  # the error that led here is the one to raise
                 self.log.message(f"the state after update {self.done} is not saved: {failure}")
                 return
         if self.saved != (0, 0):
-            more = f" and the {' and '.join(self.progress.parts)} of the next"
-            where = f"{self.done}{more if self.progress.parts else ''}"
-            self.log.message(f"saved after update {where}; --resume continues there")
+            self.log.message(f"saved after {self._where()}; --resume continues there")
+
+    def _where(self) -> str:
+        parts = f" and the {' and '.join(self.progress.parts)} of the next"
+        return f"update {self.done}{parts if self.progress.parts else ''}"
 
     def _moves(self) -> int:
         """How often weights began to move."""
         return sum(trained.moves for trained in self.stage.trained.values())
 
+    def _due(self) -> bool:
+        """Whether it is time for a checkpoint; rank 0's clock counts."""
+        config = self.config
+        if self.done % config.checkpoint_every == 0 or self.done == config.num_updates:
+            return True
+        seconds = 60 * config.checkpoint_every_minutes
+        if not seconds:
+            return False
+        passed = time.monotonic() - self.began_to_save
+        return self.parallel.any(self.parallel.is_main and passed >= seconds)
+
     def save(self, *, tensorboard: bool = True) -> None:
-        """Write a checkpoint, and delete old ones."""
+        """Begin to write a checkpoint, and then delete old ones; waits for the one before."""
+        self._settle()
         self.parallel.on_main(self.lock.check)
         self.parallel.on_main(lambda: self.log.sync(tensorboard=tensorboard))
         meta = {
@@ -286,19 +351,58 @@ class Run:
             "models": self.models,
             **self.progress.as_meta(),
         }
-        path = checkpoint.save(self.retention.root, self.done, self.state, meta)
-        self.saved = self.position
-        self.retention.trust(path)
-        self.retention.prune()
+        self.began_to_save = time.monotonic()
+        self.saver.begin(self.position, self.state, meta)
+        if not self.config.checkpoint_in_background:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait until the checkpoint that was begun is there. Raises CheckpointError if it fails."""
+        self.saved = self.saver.wait() or self.saved
+
+    def _check_finite(self, metrics: Mapping[str, float]) -> None:
+        bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+        if bad:
+            raise self._not_finite(", ".join(bad))
+
+    def _not_finite(self, what: str) -> TrainingStopped:
+        self._settle()
+        kept = f"the checkpoint of update {self.saved[0]} is kept"
+        return TrainingStopped(
+            f"{what} became NaN or infinite in update {self.done + 1}; "
+            f"{kept if self.saved[0] else 'nothing was saved yet'}. Lower the learning rate or "
+            "raise the R1 weight, and start again, or look for broken samples in the data"
+        )
 
     # --- what it reads and writes -------------------------------------------------------------
 
-    def _next_batch(self) -> Batch | None:
-        """This rank's share of the next batch; None if the run is to stop."""
-        return None if self.stop.requested or self.lock.lost else next(self.loader)
+    def _stops(self) -> bool:
+        """Whether the run is to stop, on any rank."""
+        return self.parallel.any(self.stop.requested or self.lock.lost)
 
-    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        return micro_batches(self.config, self.stage, batch, watch=self._watch_latents)
+    def _micro_batches(self) -> MicroBatches:
+        """This rank's share of the next update."""
+        share = share_of_rank(self.config.batch_size, self.parallel.data_size)
+        number = num_micro_batches(share, self.config.micro_batch_size)
+        return MicroBatches(
+            self.stage, self._read, number, watch=self._watch_latents, between=self._between
+        )
+
+    def _place(self) -> str:
+        """Where the run is, for other ranks that wait for this one."""
+        return f"update {self.done + 1}, {self.at}"
+
+    def _between(self, number: int) -> None:
+        """Stop before a micro-batch, unless weights have moved since the last part."""
+        self.at = f"{self.at.partition(',')[0]}, micro-batch {number + 1}"
+        if self.stoppable and self._moves() == self.moved and self._stops():
+            raise _Stop
+
+    def _read(self) -> Batch:
+        begin = time.monotonic()
+        batch = self.attempt(lambda: next(self.loader))
+        self.waited += time.monotonic() - begin
+        return batch
 
     def _watch_latents(self, pixels: Tensor | None, latents: Tensor) -> None:
         """Say once if the codec's statistics are those of other data."""
@@ -357,59 +461,3 @@ class Run:
         if self.parallel.is_main:
             total = self.config.num_updates
             write_state(self.run_dir, state, update=self.done, num_updates=total, reason=reason)
-
-
-def micro_batches(
-    config: TrainConfig,
-    stage: Stage,
-    batch: Batch,
-    *,
-    watch: Callable[[Tensor | None, Tensor], None] | None = None,
-) -> list[MicroBatch]:
-    """This rank's samples in equal parts, as latents if the stage has a codec.
-
-    `watch` sees latents, and the pixels that they were made of if they were made here.
-    """
-    share = len(batch.captions)
-    size = config.micro_batch_size or share
-    if share % size:
-        raise ConfigError(
-            f"micro_batch_size {size} must divide a rank's share of the batch, {share} samples"
-        )
-    codec, device = stage.codec, stage.host.device
-
-    def latents(start: int) -> Tensor:
-        pixels = None
-        if batch.latents is not None:
-            x = batch.latents[start : start + size].to(device).float()
-        else:
-            assert batch.pixels is not None
-            pixels = batch.pixels[start : start + size].to(device)
-            if codec is None:
-                return pixels
-            with stage.host.autocast() if codec.encodes_in_autocast else contextlib.nullcontext():
-                x = codec.encode(pixels).float()
-        if watch is not None:
-            watch(pixels, x)
-        return x
-
-    return [
-        MicroBatch(
-            x=latents(i),
-            captions=batch.captions[i : i + size],
-            extra={name: value[i : i + size].to(device) for name, value in batch.extra.items()},
-            offset=batch.offset + i,
-        )
-        for i in range(0, share, size)
-    ]
-
-
-def _check_finite(metrics: Mapping[str, float], update: int, saved: int) -> None:
-    bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
-    if bad:
-        kept = f"the checkpoint of update {saved} is kept" if saved else "nothing was saved yet"
-        raise TrainingStopped(
-            f"{', '.join(bad)} became NaN or infinite in update {update + 1}; {kept}. Lower the "
-            "learning rate or raise the R1 weight, and start again, or look for broken samples in "
-            "the data"
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from apt.checkpoints.load import (
 )
 from apt.data.latents import LatentFolder
 from apt.distributed.sharding import reduce_gradients
-from apt.distributed.tensors import whole
+from apt.distributed.tensors import local, whole
 from apt.errors import ConfigError
 from apt.kernels import FusedRMSprop
 from apt.methods.base import MethodConfig, MicroBatch
@@ -33,6 +34,23 @@ from apt.train.config import OptimizerConfig, TrainConfig
 from apt.train.ema import EMA
 from apt.train.objects import NO_OBJECTS, Objects
 from apt.train.state import model_state, optimizer_state
+from apt.train.witness import Rehearsed
+
+
+class NonFiniteGradient(ArithmeticError):
+    """Gradients are NaN or infinite, or their norm is; no weight has moved.
+
+    Attributes:
+        names: of the parameters whose gradients are, in this rank's shard.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names = [
+            name
+            for name, p in module.named_parameters()
+            if p.grad is not None and not bool(local(p.grad).isfinite().all())
+        ]
+        super().__init__("a gradient is NaN or infinite")
 
 
 @dataclass
@@ -47,6 +65,8 @@ class Trained:
     reduces_once: bool = False
     moves: int = 0
     """How often its weights began to move, in this process."""
+    rehearses: bool = False
+    """Whether `step` raises Rehearsed in place of moving anything."""
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -59,9 +79,16 @@ class Trained:
             yield batch
 
     def step(self, update: int) -> float:
-        """Clip, move the weights and the EMA. `update` counts from 0. Returns the gradient norm."""
+        """Clip, move the weights and the EMA. `update` counts from 0. Returns the gradient norm.
+
+        Raises NonFiniteGradient before anything has moved.
+        """
+        if self.rehearses:
+            raise Rehearsed
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = gradient_norm(parameters)
+        if not math.isfinite(norm):
+            raise NonFiniteGradient(self.module)
         limit = self.config.max_grad_norm
         if limit:
             scale = min(1.0, limit / (norm + 1e-6))

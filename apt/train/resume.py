@@ -40,6 +40,10 @@ _FREE_FIELDS = (
     "checkpointing",
     "checkpoint_every",
     "keep_checkpoints",
+    "checkpoint_every_minutes",
+    "checkpoint_in_background",
+    "replay_every",
+    "timeout_minutes",
     "snapshot_at",
     "sample_every",
     "sample_prompts",
@@ -51,6 +55,10 @@ _FREE_FIELDS = (
     "data.long_captions",
     "data.strict",
 )
+
+_NEWER_FIELDS = (
+    "checkpoint_every_minutes", "checkpoint_in_background", "replay_every", "timeout_minutes",
+)  # fmt: skip
 
 
 def find_start(run_dir: Path, resume: Resume, *, start_over: bool = False) -> Path | None:
@@ -119,6 +127,7 @@ def check_resumable(
         "bf16_residual": False,
         "lora.base": "",
         "stage.discriminator_forwards": 1,
+        **{name: getattr(config, name) for name in _NEWER_FIELDS},
         "ema_warmup": False,
         "wandb_project": "",
         f"stage.{METHOD}": config.stage.exports_as,

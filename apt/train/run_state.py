@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from apt.distributed.launch import under_torchrun
+from apt.distributed.launch import job, under_torchrun
 from apt.files import write_text
 
-__all__ = ["EXIT_UNFINISHED", "STATE_NAME", "State", "exit_status", "write_state"]
+__all__ = [
+    "EXIT_UNFINISHED", "STATE_NAME", "State", "exit_status", "is_of_this_job", "write_state",
+]  # fmt: skip
 
 STATE_NAME = "state.json"
 EXIT_UNFINISHED = 75
@@ -34,7 +36,17 @@ def write_state(
         OSError: the disk refuses.
     """
     content = {"state": state, "update": update, "num_updates": num_updates, "reason": reason}
+    if job():
+        content["job"] = job()
     write_text(run_dir / STATE_NAME, json.dumps(content) + "\n")
+
+
+def is_of_this_job(run_dir: Path) -> bool:
+    """Whether ranks of this launch of torchrun had this run in hand."""
+    file = run_dir / STATE_NAME
+    if not job() or not file.is_file():
+        return False
+    return bool(json.loads(file.read_text(encoding="utf-8")).get("job") == job())
 
 
 def exit_status(finished: bool) -> int:

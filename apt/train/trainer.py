@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import SampleInfo
 from apt.checkpoints.load import describe
+from apt.distributed.launch import restarts
 from apt.distributed.parallel import Parallel
 from apt.errors import ConfigError, InputError
 from apt.methods.base import Stage
@@ -27,6 +29,7 @@ from apt.train.objects import NO_OBJECTS, Objects, check_same_objects
 from apt.train.parts_done import PartsDone
 from apt.train.resolve import advice, prompt_check, resolve, rounded
 from apt.train.resume import Resume, check_resumable, find_start, recorded_objects
+from apt.train.run_state import is_of_this_job
 from apt.train.signals import StopRequest
 
 __all__ = ["laid_out", "make_stage", "run"]
@@ -53,9 +56,10 @@ def run(
     goes on, and the finished model in `export/`; while the run lasts, a lock. TensorBoard files
     need tensorboard, `losses.png` matplotlib: a run without them says so, and goes on.
 
-    SIGTERM and Ctrl-C save a checkpoint and leave, and so does an error, if it can: also in the
-    middle of an update, which is then finished when the run goes on. What continues is the newest
-    checkpoint that verifies; on the CPU the result equals an uninterrupted run bit for bit.
+    SIGTERM and Ctrl-C save a checkpoint and leave before the next micro-batch, and so does an
+    error, if it can; the parts of an update that are done are not done again when the run goes on.
+    What continues is the newest checkpoint that verifies; on the CPU the result equals an
+    uninterrupted run bit for bit. Ranks that torchrun starts again continue by themselves.
 
     Objects stand in for what the configuration names, and are trained as they are, from the weights
     that they have; several ranks must be handed the same. Their parts are in the exported folder,
@@ -85,6 +89,7 @@ def run(
         DataError: clips that cannot be trained on.
         CheckpointError: nothing to resume, or a checkpoint cannot be written.
         FolderInUse: another process trains in the folder.
+        LostRankError: another rank is dead or hangs, and which.
         TrainingStopped: a loss is not finite, or the collapse monitor was told to stop.
         InputError: the disk or the memory does not suffice.
     """
@@ -102,12 +107,23 @@ def run(
     with contextlib.ExitStack() as stack:
         if parallel is None:
             parallel = stack.enter_context(
-                Parallel.from_environment(config.device, config=config.parallel)
+                Parallel.from_environment(
+                    config.device,
+                    config=config.parallel,
+                    timeout=timedelta(minutes=config.timeout_minutes),
+                )
             )
         parallel = laid_out(config, parallel)
         if stop is None:
             stop = stack.enter_context(StopRequest())
         stack.enter_context(explained(config.run_dir))
+        # torchrun counts restarts on each node by itself. A folder that held another run before
+        # this launch is left alone.
+        if parallel.any(restarts() > 0) and parallel.any(
+            parallel.is_main and is_of_this_job(run_dir)
+        ):
+            # The ranks that were ended may still have the lock.
+            resume, take_over = resume or "auto", True
         lock = stack.enter_context(_locked(run_dir, parallel, resume, take_over))
         found = find_start(run_dir, resume, start_over=start_over)
         if resume:

@@ -27,10 +27,10 @@ from apt.methods.autoencoder import (
 from apt.methods.base import MicroBatch
 from apt.metrics.detail import patch_frequencies
 from apt.models.codec_causal import CausalCodec
+from apt.train.batches import MicroBatches
 from apt.train.config import DataConfig, LoRAConfig, ModelConfig, TrainConfig
 from apt.train.host import RunHost
 from apt.train.logs import read_log
-from apt.train.loop import micro_batches
 from apt.train.recipes import RECIPES
 from apt.train.sequence import is_finished
 from apt.train.trainer import make_stage, run
@@ -261,7 +261,7 @@ def test_latents_in_the_precision_of_the_run_are_nearly_those_in_fp32(whole: Pat
 
     def latents(precision: Literal["fp32", "bf16"]) -> torch.Tensor:
         made = later("digits_pretrain", Path("unused"), str(whole / "export"), precision=precision)
-        (micro_batch,) = micro_batches(made, make_stage(made, single()), batch)
+        (micro_batch,) = MicroBatches(make_stage(made, single()), lambda: batch, 1)
         return micro_batch.x
 
     exact, rounded = latents("fp32"), latents("bf16")

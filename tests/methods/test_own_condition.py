@@ -34,7 +34,6 @@ from apt.models.mmdit import MMDiT, MMDiTConfig
 from apt.models.tokens import extra_condition
 from apt.models.transformer import Context, Tokens
 from apt.rng import Draw, sample_noise
-from apt.train.loop import micro_batches
 from apt.train.networks import initial_bundle
 from tests.train.tiny_methods import (
     CAPTIONS,

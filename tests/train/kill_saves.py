@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -48,10 +49,42 @@ def child(root: Path, step: int, change: int) -> None:
         os._exit(1)
 
 
+HALF = 3000  # bytes of a file that is larger
+
+
+def die_in_the_bytes(root: Path, step: int) -> None:
+    """The kernel ends the process as soon as a file has more bytes than so many."""
+    try:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, HALF))
+        save_and_prune(root, step)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def check_death_in_the_bytes(root: Path, last: int) -> None:
+    """A tensor file is there in part, and the checkpoint before is the newest one."""
+    pid = os.fork()
+    if pid == 0:
+        die_in_the_bytes(root, last + 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGXFSZ
+    sizes = [file.stat().st_size for file in root.glob(".tmp-*/*.safetensors")]
+    assert sizes == [HALF], sizes
+    newest = checkpoint.latest(root)
+    assert newest is not None and checkpoint.step_of(newest) == last
+    save_and_prune(root, last + 1)
+    assert not list(root.glob(".tmp-*"))
+
+
 def main(root: Path) -> None:
     warnings.simplefilter("error")  # `latest` must never have anything to skip
     for step in (1, 2, 3):
         save_and_prune(root, step)
+    save_and_prune(root.with_name(f"{root.name}_bytes"), 1)
+    check_death_in_the_bytes(root.with_name(f"{root.name}_bytes"), 1)
     step, left = 3, []
     for change in count():
         pid = os.fork()

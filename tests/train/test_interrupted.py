@@ -26,6 +26,7 @@ from apt.train import checkpoint, loop
 from apt.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from apt.train.logs import LOG_NAME
 from apt.train.networks import Trained
+from apt.train.signals import StopRequest
 from apt.train.trainer import run
 from tests.train.tiny_methods import save_start
 from tests.waiting import wait_until
@@ -155,6 +156,50 @@ def test_weights_that_moved_in_part_are_not_saved(
         for folder in (run_dir, root / "whole")
     )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_stop_between_micro_batches_gives_up_no_more_than_a_part(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, stop = AdversarialPostTraining.draw_fake, StopRequest()
+    drawn: list[tuple[int, str, int]] = []
+
+    def stopping(stage: Any, batch: Any, c: Any, update: int, stream: str) -> Any:
+        drawn.append((update + 1, stream, batch.offset))
+        if drawn[-1] == (FAILS_AT, "generator/noise", 0):
+            stop.request("a test")
+        return draw(stage, batch, c, update, stream)
+
+    run(config(root, "micro", micro_batch_size=1))
+    settings = config(root, "between", micro_batch_size=1)
+    monkeypatch.setattr(AdversarialPostTraining, "draw_fake", stopping)
+    run(settings, stop=stop)
+    monkeypatch.undo()
+    assert drawn[-1] == (FAILS_AT, "generator/noise", 0)  # not the second of its two
+    run_dir = root / "between"
+    assert (state(run_dir)["state"], state(run_dir)["reason"]) == ("unfinished", "a test")
+    found = checkpoint.latest(run_dir / "checkpoints")
+    assert found is not None and checkpoint.step_of(found) == 1
+    assert checkpoint.read_meta(found)["under_way"]["parts"] == ["discriminator"]
+    run(settings, resume=True)
+    assert files(run_dir) == files(root / "micro")
+
+
+def test_training_goes_on_while_a_checkpoint_of_the_clock_is_written(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, log = checkpoint.write, root / "beside" / LOG_NAME
+
+    def late(folder: Path, step: int, *rest: Any) -> Path:
+        # Only training can write these lines.
+        wait_until(lambda: log.read_bytes().count(b"\n") >= min(step + 1, UPDATES))
+        return write(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "write", late)
+    run(config(root, "beside", checkpoint_every_minutes=1e-9, keep_checkpoints=UPDATES))
+    assert files(root / "beside") == files(root / "whole")
+    names = sorted(path.name for path in (root / "beside" / "checkpoints").iterdir())
+    assert names == [f"step_{step:08d}" for step in range(1, UPDATES + 1)]
 
 
 def pretraining(root: Path, name: str, **changes: Any) -> TrainConfig:

@@ -1,0 +1,106 @@
+"""Checkpoints that are written while training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from apt.distributed.collectives import own_group
+from apt.distributed.parallel import Parallel
+from apt.distributed.storage import HostCopies
+from apt.train import checkpoint
+from apt.train.retention import Retention
+
+__all__ = ["Saver"]
+
+_PATIENCE = 60.0
+_TIMEOUT = timedelta(hours=2)  # ranks may have much to write, and not all as much
+
+Position = tuple[int, int]
+"""Whole updates, and parts of the next one."""
+
+
+class Saver:
+    """Context manager that copies a state to host memory, and writes the copy in a thread.
+
+    The copy is what training waits for. Hashing, writing and deleting older checkpoints go on
+    beside it, one checkpoint at a time; until the new one has its name, the ones before it are
+    there. The memory of the copy is kept for the next one. Every rank makes one and calls it alike.
+
+    Args:
+        retention: where to, and what stays.
+        parallel: the ranks.
+    """
+
+    def __init__(self, retention: Retention, parallel: Parallel) -> None:
+        self._retention = retention
+        self._parallel = parallel
+        self._thread: threading.Thread | None = None
+        self._position: Position = (0, 0)
+        self._error: BaseException | None = None
+        self._stack = contextlib.ExitStack()
+        self._copies = HostCopies(parallel.device)
+
+    def __enter__(self) -> Saver:
+        self._run = self._stack.enter_context(own_group(_TIMEOUT))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if self._thread is not None:
+            # Other ranks may not be there any more; the checkpoint before this one is.
+            alone = self._parallel.world_size == 1
+            self._thread.join(None if alone or kind is None else _PATIENCE)
+            if self._thread.is_alive():
+                return
+        self._copies.close()
+        self._stack.close()
+
+    def begin(self, position: Position, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Copy the state, and start to write it as the checkpoint of `position`.
+
+        The one before must have been waited for. Raises TypeError as `checkpoint.save`.
+        """
+        assert self._thread is None
+        tensors, values = checkpoint.flatten(state)
+        self._position, self._error = position, None
+        contents = (self._copies.of(tensors), values)
+        self._thread = threading.Thread(
+            target=self._write, args=(contents, meta), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def is_over(self) -> bool:
+        """Whether a checkpoint was begun, and all ranks have written it."""
+        if self._thread is None:
+            return False
+        return not self._parallel.any(self._thread.is_alive())
+
+    def wait(self) -> Position | None:
+        """Wait for the checkpoint that is being written; its position, None if there is none.
+
+        Raises:
+            CheckpointError: it could not be written, on any rank.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        if self._error is not None:
+            raise self._error
+        return self._position
+
+    def _write(self, contents: checkpoint.Contents, meta: dict[str, Any]) -> None:
+        def work() -> None:
+            path = checkpoint.write(self._retention.root, self._position[0], contents, meta)
+            self._retention.trust(path)
+            self._retention.prune()
+
+        try:
+            with torch.no_grad():
+                self._run(work)
+        except BaseException as error:
+            self._error = error

@@ -1,0 +1,99 @@
+"""WebDataset shards hold the same clips as the folder that they were packed from."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from apt.data.folder import VideoFolder
+from apt.data.loader import make_loader
+from apt.data.shards import VideoShards
+from apt.errors import DataError
+from tests.data.media import noise, write_image, write_video
+
+BUCKETS = [(9, 24, 40), (1, 24, 24)]
+
+
+def pack(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as shard:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three videos and an image as files, and as two shards, of which one has them in a folder."""
+    root = tmp_path_factory.mktemp("shards")
+    files = root / "files"
+    files.mkdir()
+    for i in range(3):
+        write_video(files / f"v{i}.mp4", noise(14, 30, 50, i), 8, faststart=True, gop=3)
+    write_image(files / "v3.png", noise(1, 30, 30, 50)[0])
+    media = {path.name: path.read_bytes() for path in sorted(files.iterdir())}
+    for name in media:
+        (files / name).with_suffix(".txt").write_text(f"about {name[:2]}")
+    packed = root / "packed"
+    packed.mkdir()
+    first = {"v0.mp4": media["v0.mp4"], "v0.txt": b"about v0\n", "v1.mp4": media["v1.mp4"]}
+    pack(packed / "a.tar", {**first, "v1.json": json.dumps({"caption": "about v1"}).encode()})
+    second = {f"clips/{name}": media[name] for name in ("v2.mp4", "v3.png")}
+    texts = {f"clips/v{i}.json": json.dumps({"text": f"about v{i}"}).encode() for i in (2, 3)}
+    pack(packed / "b.tar", {**second, **texts})
+    return root
+
+
+def test_shards_give_the_clips_of_the_files(root: Path) -> None:
+    files = VideoFolder(root / "files", buckets=BUCKETS, fps=8, strict=True)
+    shards = VideoShards(root / "packed", buckets=BUCKETS, fps=8, strict=True)
+    assert [item.entry.name for item in shards.items] == [
+        "a.tar/v0.mp4", "a.tar/v1.mp4", "b.tar/clips/v2.mp4", "b.tar/clips/v3.png",
+    ]  # fmt: skip
+    assert shards.bucket_sizes() == files.bucket_sizes()
+    for index in range(8):
+        assert shards[index].caption == files[index].caption
+        assert torch.equal(shards[index].pixels, files[index].pixels)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_resume_continues_at_the_exact_sample(root: Path, num_workers: int) -> None:
+    def take(start: int, number: int) -> list[tuple[list[str], torch.Tensor]]:
+        shards = VideoShards(root / "packed", buckets=BUCKETS, fps=8)
+        loader = make_loader(
+            shards, batch_size=2, seed=3, start_batch=start, num_workers=num_workers
+        )
+        return [(batch.captions, batch.pixels) for batch in islice(loader, number)]  # type: ignore[misc]
+
+    for one, other in zip(take(0, 6)[3:], take(3, 3), strict=True):
+        assert one[0] == other[0] and torch.equal(one[1], other[1])
+
+
+def test_what_is_wrong_is_named(root: Path, tmp_path: Path) -> None:
+    whole = (root / "packed" / "a.tar").read_bytes()
+    pack(tmp_path / "good.tar", {"x.mp4": (root / "files" / "v0.mp4").read_bytes(), "x.txt": b"x"})
+    pack(tmp_path / "bare.tar", {"y.mp4": b"", "z.png": b"no picture", "z.txt": b"z"})
+    (tmp_path / "broken.tar").write_bytes(b"no tar" * 200)
+    shards = VideoShards(tmp_path, buckets=BUCKETS, fps=8)
+    assert [item.entry.name for item in shards.items] == ["good.tar/x.mp4"]
+    problems = {problem.file: problem for problem in shards.report.problems}
+    assert problems["bare.tar/y.mp4"].kind == "missing caption"
+    assert problems["bare.tar/z.png"].kind == "unreadable"
+    assert "/tmp" not in str(problems["bare.tar/z.png"])
+    assert "no uncompressed tar" in str(problems["broken.tar"])
+    (tmp_path / "good.tar").write_bytes(whole[:2000])
+    with pytest.raises(DataError, match="ends before its member does"):
+        shards[0]
+
+
+def test_a_folder_without_shards(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"uncompressed \.tar files"):
+        VideoShards(tmp_path, buckets=BUCKETS)
+    with pytest.raises(DataError, match="no such folder"):
+        VideoShards(tmp_path / "nowhere", buckets=BUCKETS)
