@@ -20,7 +20,7 @@ from apt.distributed.parallel import Parallel
 from apt.distributed.watch import watched
 from apt.errors import LostRankError
 
-TIMEOUT = timedelta(seconds=6)
+TIMEOUT = timedelta(seconds=10)
 PULSE = 0.5
 
 

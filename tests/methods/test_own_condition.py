@@ -34,6 +34,7 @@ from apt.models.mmdit import MMDiT, MMDiTConfig
 from apt.models.tokens import extra_condition
 from apt.models.transformer import Context, Tokens
 from apt.rng import Draw, sample_noise
+from apt.train.batches import MicroBatches
 from apt.train.networks import initial_bundle
 from tests.train.tiny_methods import (
     CAPTIONS,
@@ -118,6 +119,23 @@ def data() -> Batch:
     return Batch.collate(samples, offset=0, batch_index=0)
 
 
+def batches(stage: Method, size: int = NUM) -> MicroBatches:
+    """The same as the update's micro-batches of so many samples."""
+    whole = data()
+    assert whole.pixels is not None
+    parts = [
+        dataclasses.replace(
+            whole,
+            pixels=whole.pixels[first : first + size],
+            captions=whole.captions[first : first + size],
+            offset=first,
+            extra={name: value[first : first + size] for name, value in whole.extra.items()},
+        )
+        for first in range(0, NUM, size)
+    ]
+    return MicroBatches(stage, iter(parts).__next__, len(parts))
+
+
 def tiny(**options: Any) -> Any:
     with torch.random.fork_rng():
         model: Any = create_model(NAME, **{**TINY_MODEL.options, **options})
@@ -127,7 +145,7 @@ def tiny(**options: Any) -> Any:
 
 def conditions(stage: Method) -> tuple[Condition, Tensor]:
     """Those of the data, and their frames."""
-    (batch,) = micro_batches(config(PretrainConfig()), stage, data())
+    (batch,) = batches(stage)
     return stage.condition(batch), batch.extra["first_frame"]
 
 
@@ -138,7 +156,7 @@ def c() -> Condition:
 
 def test_every_method_trains_on_it_and_shows_samples(tmp_path: Path) -> None:
     for stage in stages(tmp_path):
-        halves = micro_batches(config(PretrainConfig(), micro_batch_size=2), stage, data())
+        halves = batches(stage, size=2)
         frames = [half.extra["first_frame"] for half in halves]
         assert torch.equal(torch.cat(frames), data().extra["first_frame"])
         backbone: Any = stage.generator.module
@@ -160,13 +178,13 @@ def test_every_method_trains_on_it_and_shows_samples(tmp_path: Path) -> None:
 
 def test_the_discriminator_shares_rows_without_copies(tmp_path: Path) -> None:
     *_, stage = stages(tmp_path)
-    batches = micro_batches(config(PretrainConfig()), stage, data())
+    made = batches(stage)
     seen: dict[str, list[tuple[Tensor, Condition]]] = {"generator": [], "discriminator": []}
     for name, calls in seen.items():
         stage.trained[name].module.register_forward_pre_hook(
             lambda _, args, calls=calls: calls.append((args[0], args[2]))
         )
-    stage.update(batches, 0)
+    stage.update(made, 0)
 
     (_, of_g), _ = seen["generator"]
     (x, of_d), (_, in_g_step) = seen["discriminator"]
@@ -174,7 +192,7 @@ def test_the_discriminator_shares_rows_without_copies(tmp_path: Path) -> None:
     assert len(x) == 5 * NUM and len(of_d) == NUM
     assert of_g is of_d
     for given in (of_d, in_g_step):
-        assert given.extra["first_frame"].data_ptr() == batches[0].extra["first_frame"].data_ptr()
+        assert given.extra["first_frame"].data_ptr() == made[0].extra["first_frame"].data_ptr()
 
 
 def test_a_mismatched_condition_is_another_samples_text_and_frame(c: Condition) -> None:
