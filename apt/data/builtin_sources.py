@@ -55,6 +55,7 @@ class Folder(DataSource):
             seed=request.seed,
             strict=request.strict,
             captions=request.captions,
+            captioned=request.captioned,
         )
 
 

@@ -63,6 +63,7 @@ class VideoFolder:
         max_upscale: sources that would have to be enlarged by more than this are skipped.
         strict: raise at the first file that cannot be used.
         captions: what becomes of captions that the text encoder refuses; None asks no encoder.
+        captioned: whether a file needs a caption; without one it then has the empty one.
 
     Attributes:
         items: usable files, sorted by name.
@@ -83,6 +84,7 @@ class VideoFolder:
         max_upscale: float = MAX_UPSCALE,
         strict: bool = False,
         captions: CaptionRule | None = None,
+        captioned: bool = True,
     ) -> None:
         if fps is not None and not fps > 0:
             raise ConfigError(f"fps must be positive, or None for each video's own, got {fps}")
@@ -92,7 +94,7 @@ class VideoFolder:
         self.seed = seed
         self.strict = strict
         self.report = DataReport()
-        scan = scan_folder(directory)
+        scan = scan_folder(directory, captioned=captioned)
         for problem in scan.problems:
             self._skip(problem)
         entries = self._with_captions(scan.entries, captions) if captions else scan.entries

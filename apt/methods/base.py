@@ -252,6 +252,10 @@ class StageConfig(ABC):
         """The codec that a new model works in: a folder or a Hub id; empty for the run's own."""
         return ""
 
+    def filled(self, start: ModelInfo) -> StageConfig:
+        """The options, with what they leave open as the model has it that the stage starts from."""
+        return self
+
     def check_adapters(self) -> None:  # noqa: B027  (most stages can)
         """Raise ConfigError if the stage cannot train adapters in place of the weights."""
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from apt.errors import InputError
+from typing import Any
+
+from apt.errors import ConfigError, InputError
+
+_LARGEST_PATCH = 16
 
 
 def causal_latent_shape(
@@ -31,3 +35,20 @@ def causal_latent_shape(
                 f"{low + spatial}"
             )
     return (frames - 1) // temporal + 1, height // spatial, width // spatial
+
+
+def tokens_multiple(backbone_config: Any) -> int:
+    """Latents along a side of a frame that become one token: the patch of a backbone.
+
+    Raises ConfigError for a patch that is no square of at most 16.
+    """
+    for side in range(1, _LARGEST_PATCH + 1):
+        try:
+            backbone_config.token_grid((1, side, side))
+        except InputError:
+            continue
+        return side
+    raise ConfigError(
+        f"{type(backbone_config).__name__} tells no patch of height and width; set "
+        "--data.size-multiple to the pixels that become one token"
+    )

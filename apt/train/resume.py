@@ -42,6 +42,8 @@ _FREE_FIELDS = (
     "wandb_project",
     "monitor",
     "data.path",  # the fingerprint of the data tells whether they are others
+    "data.max_frames",  # of a size that was settled when the run began
+    "data.max_pixels",
     "data.num_workers",
     "data.long_captions",
     "data.strict",
@@ -107,10 +109,12 @@ def check_resumable(
             f"least --num-updates {done} (nothing was changed)"
         )
     before = meta["config"]
-    # Runs of earlier versions had neither, and did not name their method.
+    # Runs of earlier versions had none of these, and did not name their method.
     given = {
         "ema_warmup": False,
         "wandb_project": "",
+        "data.max_frames": config.data.max_frames,
+        "data.max_pixels": config.data.max_pixels,
         f"stage.{METHOD}": config.stage.exports_as,
     }
     now, then = _by_option(plain(config)), given | _by_option(before)
