@@ -21,6 +21,7 @@ from apt.errors import InputError
 from apt.train.config import TrainConfig
 from apt.train.config_file import plain, read_configs
 from apt.train.recipes import RECIPES
+from apt.train.resolve import check_captions
 from apt.train.resume import CONFIG_NAME, Resume
 from apt.train.run_state import exit_status
 from apt.train.sequence import is_finished, move_runs
@@ -221,6 +222,8 @@ def train_stages(
     take_over: bool = False,
 ) -> bool:
     """Train stages in a row; a stop request ends the row. Whether all are finished."""
+    for config in configs[1:]:
+        check_captions(config)
     with Parallel.from_environment(configs[0].device) as parallel, StopRequest() as stop:
         for number, config in enumerate(configs):
             begun = (Path(config.run_dir) / CONFIG_NAME).is_file()

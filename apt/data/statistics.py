@@ -19,7 +19,14 @@ from apt.data.report import problem_lines
 from apt.data.scan import Scan, looked_for, scan_folder
 from apt.errors import DataError
 
-__all__ = ["ClipSize", "FolderStatistics", "choose_clip", "choose_prompts", "read_statistics"]
+__all__ = [
+    "ClipSize",
+    "FolderStatistics",
+    "choose_clip",
+    "choose_prompts",
+    "read_captions",
+    "read_statistics",
+]
 
 MOST = 0.9
 """The share of the files that a choice must suit; a few odd ones do not decide for all."""
@@ -92,6 +99,17 @@ def read_statistics(directory: str | Path, *, captioned: bool = True) -> FolderS
     )
 
 
+def read_captions(directory: str | Path) -> list[str]:
+    """The captions in a folder, in the order of the files, of which none is opened.
+
+    Raises DataError if there are none, or no such folder.
+    """
+    scan = scan_folder(directory)
+    if not scan.entries:
+        raise DataError(_nothing(scan, 0))
+    return [entry.caption for entry in scan.entries]
+
+
 def choose_clip(
     found: FolderStatistics,
     *,
@@ -107,8 +125,8 @@ def choose_clip(
     """Clips that at least nine in ten of a folder's videos can give; of its images, if it has none.
 
     The rate is the highest that they all have, so that no frame is repeated, and the length the
-    longest that they all reach. The size has the most common shape, and is the largest that none of
-    them must be enlarged to by more than a tenth.
+    longest that they all reach. The size is the one that keeps most of the most common shape, where
+    none of them must be enlarged.
 
     Args:
         found: what the folder holds.
@@ -219,7 +237,7 @@ def _size(
         suited[h, w] = sum(
             number
             for (own_height, own_width), number in sample.items()
-            if best_bucket(buckets, frames=1, height=own_height, width=own_width)
+            if best_bucket(buckets, frames=1, height=own_height, width=own_width, max_upscale=1)
         )
     fitting = [size for size, number in suited.items() if number >= MOST * total]
     best = fitting[-1] if fitting else max(suited, key=lambda size: suited[size])
@@ -236,7 +254,7 @@ def _size(
 def _candidates(
     shape: float, multiple: int, max_pixels: int, height: int | None, width: int | None
 ) -> list[tuple[int, int]]:
-    """Sizes of a shape (width over height), from the least to the largest area."""
+    """Sizes near a shape (width over height), from the one that keeps least of it."""
 
     def nearest(side: float) -> int:
         return max(multiple, round(side / multiple) * multiple)
@@ -249,7 +267,12 @@ def _candidates(
     both = {(nearest(side / shape), side) for side in steps}
     both |= {(side, nearest(side * shape)) for side in steps}
     fitting = [size for size in both if size[0] * size[1] <= max_pixels]
-    return sorted(fitting or [(multiple, multiple)], key=lambda size: (size[0] * size[1], size))
+
+    def kept(size: tuple[int, int]) -> float:
+        ratio = size[1] / size[0] / shape
+        return size[0] * size[1] * min(ratio, 1 / ratio)
+
+    return sorted(fitting or [(multiple, multiple)], key=lambda size: (kept(size), size))
 
 
 def _common_shape(sizes: Counter[tuple[int, int]]) -> float:

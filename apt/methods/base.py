@@ -58,10 +58,18 @@ Part = Callable[[Sequence[MicroBatch], int], Metrics]
 
 @dataclass(frozen=True)
 class Preview:
-    """What a sample sheet shows: latents (B, C, T, H, W), or pixels, and the name of each."""
+    """What a sample sheet shows.
+
+    Attributes:
+        latents: (B, C, T, H, W), or pixels.
+        names: of each.
+        generated: whether they are samples, whose collapse is watched for; clips of the batch may
+            well be alike.
+    """
 
     latents: Tensor
     names: tuple[str, ...]
+    generated: bool = True
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from apt.data.statistics import (
     FolderStatistics,
     choose_clip,
     choose_prompts,
+    read_captions,
     read_statistics,
 )
 from apt.device import computes_in_bf16
-from apt.errors import InputError
+from apt.errors import DataError, InputError
 from apt.methods.base import MethodConfig
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS
 from apt.models.codec_shape import codec_shape
@@ -29,7 +30,15 @@ from apt.registry import replace_typed
 from apt.train.config import DataConfig, TrainConfig
 from apt.train.objects import NO_OBJECTS, Objects
 
-__all__ = ["NUM_PROMPTS", "Start", "advice", "prompt_check", "resolve", "resolve_with_notes"]
+__all__ = [
+    "NUM_PROMPTS",
+    "Start",
+    "advice",
+    "check_captions",
+    "prompt_check",
+    "resolve",
+    "resolve_with_notes",
+]
 
 NUM_PROMPTS = 6
 """Captions on a sample sheet, where nobody chose any."""
@@ -40,6 +49,24 @@ Start = ModelInfo | CodecInfo | None
 # The share of an exported average that the weights may have which the run began with.
 _STALE = 0.05
 _SIZE = ("frames", "height", "width", "fps")
+
+
+def check_captions(config: TrainConfig) -> None:
+    """Raise DataError if a stage that reads captions would find none that it can use.
+
+    For stages that come after others, whose work would be lost; no file is opened.
+    """
+    source = config.data.make_source()
+    begins = config.stage.reads_captions and config.stage.starts_from is None
+    if not begins or not isinstance(source, Folder) or not source.path:
+        return
+    captions = read_captions(source.path)
+    usable = _takes(prompt_check(config))
+    if not any(usable(caption) for caption in captions):
+        raise DataError(
+            f"{source.path}: the text encoder of {config.name} takes none of its "
+            f"{len(captions)} captions; `diffusion-apt data check` shows them"
+        )
 
 
 def resolve(
@@ -93,6 +120,8 @@ class _Resolving:
         """Everything, each with what was settled before it."""
         if isinstance(self.start, ModelInfo):
             stage = self.config.stage.filled(self.start)
+            if taken := _newly_set(self.config.stage, stage):
+                self.notes.append(f"  {', '.join(taken)}: {self.start_words} is sampled")
             self.config = dataclasses.replace(self.config, stage=stage)
         self.config = dataclasses.replace(self.config, model=self.model(), data=self.size())
         self.config = dataclasses.replace(
@@ -190,13 +219,12 @@ class _Resolving:
         if field is not None and field in self.objects.bundles:
             return self.objects.bundles[field].codec
         model = self.config.model
-        config = replace_typed(CODECS.get(model.codec)(), model.codec_options)
         if self.start is not None:
             part = self.start.codec
         elif source := self.config.stage.trained_codec():
             part = describe(source).codec
         else:
-            return codec_shape(config)
+            return codec_shape(replace_typed(CODECS.get(model.codec)(), model.codec_options))
         return codec_shape(replace_typed(CODECS.get(part.architecture)(), part.config))
 
     @property
@@ -264,6 +292,20 @@ class _Resolving:
         found = choose_prompts(self.folder.captions, NUM_PROMPTS, usable)
         self.notes.append(f"  sample prompts: {len(found)} captions from all over the folder")
         return found
+
+
+def _newly_set(written: Any, filled: Any) -> list[str]:
+    """The options of a stage, those of its losses too, that were None: "cfg_scale 2"."""
+    found: list[str] = []
+    for field in dataclasses.fields(written):
+        old, new = getattr(written, field.name), getattr(filled, field.name)
+        if dataclasses.is_dataclass(old):
+            found += _newly_set(old, new)
+        elif old is None and new is not None:
+            found.append(
+                f"{field.name} {new:g}" if isinstance(new, float) else f"{field.name} {new}"
+            )
+    return found
 
 
 def _shown_before(start: Start) -> tuple[str, ...]:
