@@ -103,7 +103,15 @@ def test_prompts_and_guidance_go_from_stage_to_stage(trained: Path) -> None:
 def test_it_generates_without_another_option(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.mp4"
     result = invoke(
-        "generate", "--model", trained / "apt" / "export", "--prompt", "ein c", "--out", out
+        "generate",
+        "--model",
+        trained / "apt" / "export",
+        "--prompt",
+        "ein c",
+        "--out",
+        out,
+        "--scale",
+        "1",
     )
     assert result.returncode == 0, result.stderr
     made = probe(out)
@@ -116,7 +124,7 @@ def test_a_run_goes_on_although_files_were_added(trained: Path, clips: Path) -> 
     more = trained.parent / "more"
     shutil.copytree(clips, more)
     for i in range(9):
-        write_video(more / f"new{i}.mp4", numbered(21, 64, 64), 24)
+        write_video(more / f"new{i}.mp4", numbered(40, 64, 64), 24)
         (more / f"new{i}.txt").write_text("new", encoding="utf-8")
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps(config | {"num_updates": 3}))
