@@ -232,6 +232,9 @@ class _Resolving:
         """The config of the backbone that is trained, or that a codec is made for."""
         if self.objects.model is not None:
             return self.objects.model.config
+        field = self.config.stage.starts_from
+        if field is not None and field in self.objects.bundles:
+            return self.objects.bundles[field].backbone.config
         if isinstance(self.start, ModelInfo):
             part = self.start.model
             return replace_typed(MODELS.get(part.architecture)(), part.config)
