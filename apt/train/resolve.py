@@ -193,9 +193,10 @@ class _Resolving:
 
     def of_folder(self, data: DataConfig, folder: FolderStatistics) -> tuple[ClipSize, str]:
         """What most files give, and where that is from."""
-        if data.images == "only":
+        # Of videos alone "only" takes single frames, and "none" takes images alone.
+        if data.images == "only" and folder.images:
             folder = dataclasses.replace(folder, videos=[])
-        elif data.images == "none":
+        elif data.images == "none" and folder.videos:
             folder = dataclasses.replace(folder, images=[])
         clip = choose_clip(
             folder,

@@ -159,6 +159,10 @@ def test_a_first_stage_takes_what_the_folder_gives(tmp_path: Path) -> None:
     assert resolve(config(PretrainConfig(), data=stills), None).data.clip == SampleInfo(
         frames=1, height=16, width=16, fps=0.0
     )
+    (tmp_path / "clips" / "z.png").unlink()
+    assert resolve(config(PretrainConfig(), data=stills), None).data.clip == SampleInfo(
+        frames=1, height=48, width=64, fps=16.0
+    )
     quiet = config(PretrainConfig(), data=on_folder, sample_prompts=())
     assert resolve(quiet, None).sample_prompts == ()
 
