@@ -209,7 +209,8 @@ class _Resolving:
             fps=data.fps,
             native_ratio=data.native_ratio,
         )
-        return clip, f"which most of {folder.words()} can give"
+        several = len(folder.videos) + len(folder.images) > 1
+        return clip, f"which {'most of ' if several else ''}{folder.words()} can give"
 
     @cached_property
     def codec(self) -> LatentCodec:
