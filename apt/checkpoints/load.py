@@ -193,4 +193,6 @@ def _building_from(source: Source) -> Iterator[None]:
     except (CheckpointError, MissingPackageError):
         raise
     except InputError as error:
+        if not (source.folder / INFO_FILE).exists():
+            raise CheckpointError(f"{source.name!r} cannot be used: {error}") from error
         raise unbuildable(source.folder / INFO_FILE, error) from error
