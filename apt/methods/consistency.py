@@ -52,7 +52,7 @@ class DistillConfig(MethodConfig):
 
     def filled(self, start: ModelInfo) -> DistillConfig:
         sampled = start.sampling
-        teachers = {
+        teachers: dict[str, Any] = {
             "num_timesteps": sampled.num_steps,
             "cfg_scale": sampled.cfg_scale,
             "timestep_shift": sampled.timestep_shift,

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from apt.losses import Consistency
+from apt.methods.apt import AdversarialConfig
 from apt.methods.consistency import DistillConfig
 from apt.methods.flow_matching import PretrainConfig
 from apt.models.architectures import CODECS
@@ -93,6 +94,7 @@ def own_distill() -> TrainConfig:
 def own_apt() -> TrainConfig:
     """Adversarial post-training of the model of `own_distill`, against your own clips."""
     base = recipes_digits.digits_apt()
+    assert isinstance(base.stage, AdversarialConfig)
     stage = dataclasses.replace(
         base.stage,
         generator="runs/own/distill/export",
@@ -122,7 +124,7 @@ def _is_trained_here(codec: str) -> bool:
     return codec in CODECS.names() and isinstance(CODECS.get(codec)(), CausalCodecConfig)
 
 
-def _own(base: TrainConfig, size: str, name: str, **changes: object) -> TrainConfig:
+def _own(base: TrainConfig, size: str, name: str, **changes: Any) -> TrainConfig:
     """A stage of the digits on a folder, with nothing of the digits left in it."""
     frames, pixels = _LIMITS[size]
     return dataclasses.replace(
