@@ -161,6 +161,16 @@ def test_a_folder_of_images_makes_images(clips: Path, tmp_path: Path) -> None:
     assert read_description(tmp_path / "run" / "export").sample == SampleInfo(
         frames=1, height=40, width=64, fps=0.0
     )
+    for i in range(3):
+        (images / f"{i}.txt").write_text(f"picture {i}", encoding="utf-8")
+    codec = ("--codec", tmp_path / "run" / "export", "--data.path", images)
+    made = invoke("train", "own_pretrain", *codec, "--run-dir", tmp_path / "model", *FAST, *TINY)
+    assert made.returncode == 0, made.stderr
+    model = ("--model", tmp_path / "model" / "export", "--prompt", "picture 1", "--num-steps", "1")
+    drawn = invoke("generate", *model, "--out", tmp_path / "x.png")
+    assert drawn.returncode == 0, drawn.stderr
+    for file in images.glob("*.txt"):
+        file.unlink()
     # The row would need them, and says so before anything is trained.
     line = error_line(invoke("train", "own", *options[:-1], tmp_path / "row", *FAST, *TINY))
     assert "nothing usable" in line and "0.txt is not there" in line
