@@ -22,6 +22,8 @@ _SIGNS = (
     "size calculation overflow",
 )
 """What torch's RuntimeErrors say; it has a class of its own for accelerators alone."""
+_BF16_CAPABILITY = 8
+"""Ampere: GPUs before it only imitate bfloat16."""
 
 
 def find_device(name: torch.device | str) -> torch.device:
@@ -107,3 +109,13 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def computes_in_bf16(name: str) -> bool:
+    """Whether a device, "auto" for a GPU if there is one, has units for bfloat16."""
+    import torch
+
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_capability()[0] >= _BF16_CAPABILITY
+    # PyTorch has no public names for them in all versions that are supported.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -83,7 +83,7 @@ def distill(teacher: Network, updates: int) -> Network:
     student, target, loss = copy.deepcopy(teacher), copy.deepcopy(teacher), Consistency(25, 1.0)
     optimizer = torch.optim.Adam(student.parameters(), lr=5e-4)
     for _ in range(updates):
-        index = torch.randint(loss.num_timesteps, (BATCH,))
+        index = torch.randint(loss.num_intervals, (BATCH,))
         x, z = data(BATCH), torch.randn(BATCH, 2)
         descend(optimizer, loss(student, lambda x, t: (teacher(x, t),) * 2, target, x, z, index))
         for slow, fast in zip(target.parameters(), student.parameters(), strict=True):

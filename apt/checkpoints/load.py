@@ -188,15 +188,29 @@ def find_model(
     return source, info, _own_checkpoint(source, info)
 
 
+NO_SIZE = SampleInfo(frames=0, height=0, width=0, fps=0.0)
+"""Of an autoencoder of others, which does not tell what it was trained on."""
+
+
 def find_codec(name_or_folder: str | Path) -> tuple[Source, CodecInfo] | None:
-    """A folder that holds a codec and no model; None for anything else."""
+    """A folder that holds a codec and no model, of ours or of diffusers; None for anything else."""
     if as_file(name_or_folder) is not None:
         return None
     source, _ = locate_model(name_or_folder)
     if is_pipeline(source):
         return None
+    if _is_autoencoder(source.folder):
+        codec = external_part(CODECS, "diffusers_vae", source)
+        return source, CodecInfo(codec=codec, sample=NO_SIZE)
     info = read_description(source.folder)
     return (source, info) if isinstance(info, CodecInfo) else None
+
+
+def _is_autoencoder(folder: Path) -> bool:
+    """Whether the folder is an autoencoder of diffusers by itself."""
+    if (folder / INFO_FILE).exists() or not (folder / "config.json").is_file():
+        return False
+    return str(read_json(folder / "config.json").get("_class_name")).startswith("Autoencoder")
 
 
 def as_file(name_or_path: str | Path) -> Path | None:
@@ -276,4 +290,6 @@ def _building_from(source: Source) -> Iterator[None]:
     except (CheckpointError, MissingPackageError):
         raise
     except InputError as error:
+        if not (source.folder / INFO_FILE).exists():
+            raise CheckpointError(f"{source.name!r} cannot be used: {error}") from error
         raise unbuildable(source.folder / INFO_FILE, error) from error

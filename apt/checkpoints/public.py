@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from apt.checkpoints.checkpoint import Checkpoint, check_kind, shapes_of
-from apt.checkpoints.info import INFO_FILE, ComponentInfo, ModelInfo, read_info
+from apt.checkpoints.info import (
+    INFO_FILE,
+    ComponentInfo,
+    ModelInfo,
+    read_info,
+)
 from apt.checkpoints.layouts import Family, all_families, diffusion_model, map_keys
 from apt.checkpoints.reading import StoredTensor, read_json, read_pipeline, read_stored
 from apt.checkpoints.source import PIPELINE_FILE, Source, find_weights, locate

@@ -143,6 +143,13 @@ def write_outputs(
         )
     ]
     pipeline.latent_shape(*size)
+    if asked.fps is None and not fps:
+        if size[0] > 1:
+            raise InputError(
+                f"{asked.model} was trained on clips at each video's own rate; say with --fps at "
+                "which one its samples play"
+            )
+        fps = 1.0  # of a picture, which has none
     check_settings(asked.out, (size[0], size[1], size[2]), fps=fps, scale=asked.scale)
     if asked.lora is not None:
         pipeline.load_lora(asked.lora, scale=asked.lora_scale)

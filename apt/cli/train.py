@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -21,6 +22,7 @@ from apt.errors import InputError
 from apt.train.config import TrainConfig
 from apt.train.config_file import plain, read_configs
 from apt.train.recipes import RECIPES
+from apt.train.resolve import check_captions
 from apt.train.resume import CONFIG_NAME, Resume
 from apt.train.run_state import exit_status
 from apt.train.sequence import is_finished, move_runs
@@ -83,6 +85,7 @@ def main(args: Sequence[str], *, prog: str) -> int:
                 Train,
                 args=begun.rest,
                 prog=f"{prog} {begun.words}",
+                description=begun.description,
                 default=Train(config=_without_options(stage), resume=begun.resume),
                 # A recipe's stage is of one kind; its fields are options, not a choice of kinds.
                 config=(tyro.conf.AvoidSubcommands,),
@@ -135,6 +138,7 @@ class _Begun:
     words: str
     rest: list[str]
     resume: bool = False
+    description: str | None = None
 
 
 def _begin(args: Sequence[str], prog: str) -> _Begun:
@@ -150,9 +154,42 @@ def _begin(args: Sequence[str], prog: str) -> _Begun:
     if not first or first.startswith("-"):
         tyro.cli(Overview, args=args, prog=prog)
         raise InputError(f"the recipe's name comes first: {prog} RECIPE [OPTIONS]")
-    made = RECIPES.get(first)()
+    return _from_recipe(first, rest, f"{prog} {first}")
+
+
+def _from_recipe(name: str, rest: list[str], prog: str) -> _Begun:
+    """A recipe, with options of its own taken out of the arguments."""
+    recipe = RECIPES.get(name)
+    said = inspect.getdoc(Train) or ""
+    if inspect.signature(recipe).parameters:
+        # Whatever else is there are fields of its stages, and so is the help.
+        with _one_usage_message():
+            made, rest = tyro.cli(
+                recipe, args=rest, prog=prog, return_unknown_args=True, add_help=False
+            )
+        said = f"{said}\n\n{_own_options(recipe)}"
+    else:
+        made = recipe()
     stages = [made] if isinstance(made, TrainConfig) else list(made)
-    return _Begun(stages, first, rest)
+    return _Begun(stages, name, rest, description=said)
+
+
+def _own_options(recipe: Callable[..., Any]) -> str:
+    """The options that a recipe's function takes, as its docstring explains them."""
+    explained = (inspect.getdoc(recipe) or "").partition("Args:\n")[2]
+    defaults = inspect.signature(recipe).parameters
+    lines = inspect.cleandoc(explained).splitlines()
+    return "\n".join(
+        [
+            "Options of the recipe itself:",
+            *(
+                f"  --{line} (default: {defaults[line.partition(':')[0]].default})"
+                if line.partition(":")[0] in defaults
+                else f"  {line}"
+                for line in lines
+            ),
+        ]
+    )
 
 
 def _from_file(file: Path, rest: list[str]) -> _Begun:
@@ -187,6 +224,8 @@ def train_stages(
 ) -> bool:
     """Train stages in a row; a stop request ends the row. Whether all are finished."""
     first = configs[0]
+    for config in configs[1:]:
+        check_captions(config)
     timeout = timedelta(minutes=first.timeout_minutes)
     joined = Parallel.from_environment(first.device, config=first.parallel, timeout=timeout)
     with joined as parallel, StopRequest() as stop:

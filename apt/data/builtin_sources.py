@@ -103,6 +103,7 @@ def _folder(kind: type[Clips], path: str, request: ClipRequest) -> Clips:
         seed=request.seed,
         strict=request.strict,
         captions=request.captions,
+        captioned=request.captioned,
     )
 
 

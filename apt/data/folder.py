@@ -63,6 +63,7 @@ class VideoFolder:
         max_upscale: sources that would have to be enlarged by more than this are skipped.
         strict: raise at the first file that cannot be used.
         captions: what becomes of captions that the text encoder refuses; None asks no encoder.
+        captioned: whether a file needs a caption; without one it then has the empty one.
 
     Attributes:
         items: usable files, sorted by name.
@@ -86,6 +87,7 @@ class VideoFolder:
         max_upscale: float = MAX_UPSCALE,
         strict: bool = False,
         captions: CaptionRule | None = None,
+        captioned: bool = True,
     ) -> None:
         if fps is not None and not fps > 0:
             raise ConfigError(f"fps must be positive, or None for each video's own, got {fps}")
@@ -95,7 +97,7 @@ class VideoFolder:
         self.seed = seed
         self.strict = strict
         self.report = DataReport()
-        scan = self._scan(self.directory)
+        scan = self._scan(self.directory, captioned)
         for problem in scan.problems:
             self._skip(problem)
         entries = self._with_captions(scan.entries, captions) if captions else scan.entries
@@ -184,8 +186,8 @@ class VideoFolder:
         order = torch.randperm(len(others), generator=generator).tolist()
         yield from (others[place] for place in order[:_MAX_REPLACEMENTS])
 
-    def _scan(self, directory: Path) -> Scan:
-        return scan_folder(directory)
+    def _scan(self, directory: Path, captioned: bool) -> Scan:
+        return scan_folder(directory, captioned=captioned)
 
     def _decode(self, item: Item, path: Path, epoch: int, number: int) -> Tensor:
         bucket, info = item.bucket, item.info

@@ -53,7 +53,7 @@ class Scan:
         directory: the folder.
         metadata: name of the metadata file, or None.
         files: media files by name, captioned or not.
-        entries: files with a caption.
+        entries: files with a caption, or all.
         problems: files without, metadata that leads nowhere, and media that cannot be looked for.
         left_aside: number of other files by suffix.
     """
@@ -66,8 +66,12 @@ class Scan:
     left_aside: Counter[str] = field(default_factory=Counter)
 
 
-def scan_folder(directory: str | Path) -> Scan:
+def scan_folder(directory: str | Path, *, captioned: bool = True) -> Scan:
     """List a folder's media files and captions, without opening any of the former.
+
+    Args:
+        directory: the folder.
+        captioned: whether a file without a caption is a problem; otherwise it has the empty one.
 
     Raises:
         DataError: if it is no folder, or its metadata cannot be read at all.
@@ -94,16 +98,16 @@ def scan_folder(directory: str | Path) -> Scan:
             state = "a folder" if path.is_dir() else "not there"
             detail = f"named in {row.where}, but {state}"
             problems.append(Problem("missing file", name, detail))
-        elif row.caption:
-            entries.append(Entry(path, name, row.caption))
+        elif row.caption or not captioned:
+            entries.append(Entry(path, name, row.caption or ""))
         else:
             problems.append(Problem("missing caption", name, f"empty in {row.where}"))
     for name, path in files.items():
         if name in named:
             continue
         caption = _sidecar_caption(path)
-        if isinstance(caption, str):
-            entries.append(Entry(path, name, caption))
+        if isinstance(caption, str) or not captioned:
+            entries.append(Entry(path, name, caption if isinstance(caption, str) else ""))
         else:
             where = f"no row in {metadata.name}, and " if metadata else ""
             problems.append(Problem("missing caption", name, f"{where}{caption.state}"))

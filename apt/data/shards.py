@@ -65,7 +65,7 @@ class VideoShards(VideoFolder):
         "caption, of the same name"
     )
 
-    def _scan(self, directory: Path) -> Scan:
+    def _scan(self, directory: Path, captioned: bool) -> Scan:
         if not directory.is_dir():
             raise DataError(f"{directory}: no such folder; give a folder of .tar shards")
         shards = {
@@ -85,7 +85,7 @@ class VideoShards(VideoFolder):
                 caption = _caption(path, parts)
                 for kind in media:
                     member = f"{name}/{key}.{kind}"
-                    if caption:
+                    if caption or not captioned:
                         entries.append(_Member(path, member, caption, parts[kind]))
                     else:
                         detail = "no .txt, and no .json with a caption, of the same name"

@@ -31,18 +31,28 @@ class Consistency:
         num_timesteps: N, the intervals of [0, 1]. Training pairs are neighbours on the grid.
         cfg_scale: guidance scale of the teacher; 1 is its conditional prediction.
         timestep_shift: s of Eq. 7, applied to the uniform grid.
+
+    None leaves a value open, for a stage of training to fill in with what its teacher is sampled
+    with; nothing can be computed before.
     """
 
-    num_timesteps: int = 50
-    cfg_scale: float = 7.5
-    timestep_shift: float = 1.0
+    num_timesteps: int | None = 50
+    cfg_scale: float | None = 7.5
+    timestep_shift: float | None = 1.0
 
     def __post_init__(self) -> None:
         n = self.num_timesteps
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
             raise ConfigError(f"Consistency: num_timesteps must be an integer >= 1, got {n!r}")
-        check_number("Consistency", "cfg_scale", self.cfg_scale)
-        check_number("Consistency", "timestep_shift", self.timestep_shift, positive=True)
+        if self.cfg_scale is not None:
+            check_number("Consistency", "cfg_scale", self.cfg_scale)
+        if self.timestep_shift is not None:
+            check_number("Consistency", "timestep_shift", self.timestep_shift, positive=True)
+
+    @property
+    def num_intervals(self) -> int:
+        """N. Raises ConfigError if it is open."""
+        return int(_given("num_timesteps", self.num_timesteps))
 
     def timesteps(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The pair (t, t_next), t > t_next, of each interval; both (B,) fp32 in [0, 1].
@@ -58,11 +68,12 @@ class Consistency:
             raise InputError(
                 f"index must be int64 of shape (B,), got {index.dtype} {tuple(index.shape)}"
             )
-        if int(index.min()) < 0 or int(index.max()) >= self.num_timesteps:
-            raise InputError(f"index must lie in [0, {self.num_timesteps})")
+        n, shift = self.num_intervals, _given("timestep_shift", self.timestep_shift)
+        if int(index.min()) < 0 or int(index.max()) >= n:
+            raise InputError(f"index must lie in [0, {n})")
         # fp64 before the shift, so that the grid's ends are exactly 0 and 1 in fp32.
-        uniform = torch.linspace(0, 1, self.num_timesteps + 1, dtype=torch.float64)
-        grid = shift_timesteps(uniform, self.timestep_shift).to(index.device, torch.float32)
+        uniform = torch.linspace(0, 1, n + 1, dtype=torch.float64)
+        grid = shift_timesteps(uniform, shift).to(index.device, torch.float32)
         return grid[index + 1], grid[index]
 
     def __call__(
@@ -87,16 +98,23 @@ class Consistency:
         Raises:
             InputError: for shapes that differ, or wrong dtypes.
         """
+        cfg_scale = _given("cfg_scale", self.cfg_scale)
         check_same_shape("x", x, "z", z)
         x, z = at_least_fp32("x", x), at_least_fp32("z", z)
         t, t_next = (side.to(x.device) for side in self.timesteps(index))
         x_t = interpolate(x, z, t)
         with torch.no_grad():
             v_cond, v_uncond = (_velocity("teacher", v, x) for v in teacher(x_t, t))
-            guided = classifier_free_guidance(v_cond, v_uncond, self.cfg_scale)
+            guided = classifier_free_guidance(v_cond, v_uncond, cfg_scale)
             x_next = to_sample(x_t, guided, t - t_next)  # an Euler step is a partial to_sample
             expected = to_sample(x_next, _velocity("target", target(x_next, t_next), x), t_next)
         return F.mse_loss(to_sample(x_t, _velocity("student", student(x_t, t), x), t), expected)
+
+
+def _given(name: str, value: float | None) -> float:
+    if value is None:
+        raise ConfigError(f"Consistency: {name} is open; set it to a number")
+    return value
 
 
 def _velocity(name: str, v: Tensor, x: Tensor) -> Tensor:

@@ -62,10 +62,18 @@ Part = Callable[[Sequence[MicroBatch], int], Metrics]
 
 @dataclass(frozen=True)
 class Preview:
-    """What a sample sheet shows: latents (B, C, T, H, W), or pixels, and the name of each."""
+    """What a sample sheet shows.
+
+    Attributes:
+        latents: (B, C, T, H, W), or pixels.
+        names: of each.
+        generated: whether they are samples, whose collapse is watched for; clips of the batch may
+            well be alike.
+    """
 
     latents: Tensor
     names: tuple[str, ...]
+    generated: bool = True
 
 
 @dataclass(frozen=True)
@@ -265,6 +273,10 @@ class StageConfig(ABC):
     def trained_codec(self) -> str:
         """The codec that a new model works in: a folder or a Hub id; empty for the run's own."""
         return ""
+
+    def filled(self, start: ModelInfo) -> StageConfig:
+        """The options, with what they leave open as the model has it that the stage starts from."""
+        return self
 
     def check_adapters(self) -> None:  # noqa: B027  (most stages can)
         """Raise ConfigError if the stage cannot train adapters in place of the weights."""

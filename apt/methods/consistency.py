@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apt.checkpoints.bundle import ModelBundle
-from apt.checkpoints.info import SamplingInfo
+from apt.checkpoints.info import ModelInfo, SamplingInfo
 from apt.checks import check_range
 from apt.condition import Condition
 from apt.flow import bind
@@ -31,7 +31,7 @@ class DistillConfig(MethodConfig):
     Attributes:
         teacher: the diffusion model: built-in name, folder or Hub id.
         loss: the discretised trajectory, and the teacher's constant guidance scale; the paper's is
-            7.5.
+            7.5. What is None in it is as the teacher is sampled: its steps, guidance and shift.
         target_decay: EMA of the target network.
     """
 
@@ -49,6 +49,17 @@ class DistillConfig(MethodConfig):
 
     def check(self) -> None:
         check_range(self, "stage.", {"target_decay": (0, 1)})
+
+    def filled(self, start: ModelInfo) -> DistillConfig:
+        sampled = start.sampling
+        teachers: dict[str, Any] = {
+            "num_timesteps": sampled.num_steps,
+            "cfg_scale": sampled.cfg_scale,
+            "timestep_shift": sampled.timestep_shift,
+        }
+        loss = self.loss
+        still_open = {name: x for name, x in teachers.items() if getattr(loss, name) is None}
+        return replace(self, loss=replace(loss, **still_open))
 
     def sampling(self, before: SamplingInfo) -> SamplingInfo:
         return one_step_sampling(before)
@@ -77,7 +88,7 @@ class ConsistencyDistillation(Method):
         return {"target": self.target_ema.state_dict()}
 
     def warnings(self) -> list[str]:
-        grid, _ = self.loss.timesteps(torch.arange(self.loss.num_timesteps))
+        grid, _ = self.loss.timesteps(torch.arange(self.loss.num_intervals))
         problem = untrained_timesteps(self.start.info.model.architecture, grid.tolist())
         return [] if problem is None else [f"the teacher {problem}"]
 
@@ -103,7 +114,7 @@ class ConsistencyDistillation(Method):
                     bind(self.target, c),
                     batch.x,
                     sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, update, "noise")),
-                    (u * self.loss.num_timesteps).long(),
+                    (u * self.loss.num_intervals).long(),
                 )
             (loss / len(batches)).backward()
             losses.append(loss)

@@ -5,6 +5,7 @@ They are frozen and are not saved with a model of ours: the config names where t
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,9 @@ class DiffusersCodecConfig:
     """A pretrained autoencoder; what is None is read from its own config.
 
     Attributes:
-        class_name: of diffusers, such as "AutoencoderKLWan". An autoencoder of images takes video
-            frame by frame; one of video must be causal: its first latent frame is one frame.
+        class_name: of diffusers, such as "AutoencoderKLWan"; empty takes what is there. An
+            autoencoder of images takes video frame by frame; one of video must be causal: its first
+            latent frame is one frame.
         repo: Hub id or local folder.
         revision: branch, tag or commit on the Hub.
         subfolder: where in the repository it is; "" for the top.
@@ -64,7 +66,7 @@ class DiffusersCodecConfig:
 class DiffusersCodec(LatentCodec):
     """Pixels to normalised latents, `(mode of the posterior - mean) / std`, and back.
 
-    Gradients do not pass. Always in evaluation mode.
+    Gradients do not pass. Always in evaluation mode. Without `weights` it tells its shapes alone.
 
     Raises:
         MissingPackageError: diffusers is not installed.
@@ -73,9 +75,14 @@ class DiffusersCodec(LatentCodec):
         CheckpointError: the repository, the folder or its weights cannot be used.
     """
 
-    def __init__(self, config: DiffusersCodecConfig) -> None:
+    def __init__(self, config: DiffusersCodecConfig, *, weights: bool = True) -> None:
         super().__init__()
         diffusers = import_hub_extra("diffusers")
+        folder = local_folder(config.repo, config.revision, [config.subfolder]) / config.subfolder
+        description = read_config(folder)
+        found = description.get("_class_name")
+        if not config.class_name:
+            config = dataclasses.replace(config, class_name=str(found))
         vae_class = getattr(diffusers, config.class_name, None)
         if vae_class is None:
             raise InputError(f"diffusers {diffusers.__version__} has no class {config.class_name}")
@@ -83,14 +90,16 @@ class DiffusersCodec(LatentCodec):
         is_model = isinstance(vae_class, type) and issubclass(vae_class, diffusers.ModelMixin)
         if not is_model or not hasattr(vae_class, "encode") or not hasattr(vae_class, "decode"):
             raise InputError(f"{config.class_name!r} of diffusers is no autoencoder")
-        folder = local_folder(config.repo, config.revision, [config.subfolder]) / config.subfolder
-        found = read_config(folder).get("_class_name")
         if found != config.class_name:
             raise CheckpointError(
                 f"{folder} holds {found!r}, not {config.class_name!r}; set class_name to what it is"
             )
         self.config = config
-        self.vae = load_complete(vae_class, folder, dtype=torch_dtype(config.dtype))
+        if weights:
+            self.vae = load_complete(vae_class, folder, dtype=torch_dtype(config.dtype))
+        else:
+            with torch.device("meta"):
+                self.vae = vae_class.from_config(description)
         for wanted, switch in (
             (config.tiling, "enable_tiling"),
             (config.slicing, "enable_slicing"),
@@ -234,6 +243,12 @@ def _per_frame(run: Any, x: Tensor) -> Tensor:
     batch = x.shape[0]
     images = run(x.transpose(1, 2).flatten(0, 1))
     return images.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+@CODECS.register("diffusers_vae")
+def diffusers_vae() -> DiffusersCodecConfig:
+    """Any autoencoder of diffusers, from a folder or Hub repository that holds it alone."""
+    return DiffusersCodecConfig(class_name="", repo="", subfolder="")
 
 
 @CODECS.register("wan_vae")

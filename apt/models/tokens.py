@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from apt.condition import Condition
 from apt.errors import InputError
 from apt.kernels.modulated_norm import take_rows
+
+_LARGEST_PATCH = 16
 
 
 def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:
@@ -24,6 +27,23 @@ def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[
             raise InputError(f"latent {name} {size} is not a multiple of the patch, {patch}")
     t, h, w = (size // patch for size, patch in zip(latent_shape, patch_size, strict=True))
     return t, h, w
+
+
+def tokens_multiple(backbone_config: Any) -> int:
+    """Latents along a side of a frame that become one token: the patch of a backbone.
+
+    Raises ConfigError for a patch that is no square of at most 16.
+    """
+    for side in range(1, _LARGEST_PATCH + 1):
+        try:
+            backbone_config.token_grid((1, side, side))
+        except InputError:
+            continue
+        return side
+    raise ConfigError(
+        f"{type(backbone_config).__name__} tells no patch of height and width; set "
+        "--data.size-multiple to the pixels that become one token"
+    )
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:

@@ -34,10 +34,13 @@ class DataConfig:
         options: other options of a source of your own.
         frames, height, width: size of a clip; frames are 4k + 1. In a folder, height times width
             is the pixel budget of the aspect-ratio buckets. None, also of fps, takes that of the
-            model that the stage starts from; pre-training then takes the digits' (9 frames of 32x32
-            at 8 fps, unless they are large).
+            model, or the trained codec, that the stage starts from; a first stage then takes what
+            most files of a folder can give (`apt.data.statistics`), or the digits' own size.
         fps: frame rate of the clips; 0 keeps each video's own.
-        size_multiple: heights and widths of the buckets are multiples of this (codec x patch).
+        max_frames, max_pixels: limits of what is taken from a folder where the size is left open;
+            pixels are height times width.
+        size_multiple: heights and widths of the buckets are multiples of this; None is what the
+            codec makes one latent of times the model's patch.
         native_ratio: aspect-ratio buckets near each file's own shape; False crops all to
             height x width.
         images: "mix" trains on images as one-frame videos beside the videos; "only" and "none".
@@ -56,7 +59,9 @@ class DataConfig:
     height: int | None = None
     width: int | None = None
     fps: float | None = None
-    size_multiple: int = 8
+    max_frames: int = 17
+    max_pixels: int = 64 * 64
+    size_multiple: int | None = None
     native_ratio: bool = True
     images: Literal["mix", "only", "none"] = "mix"
     num_workers: int = 0
@@ -103,7 +108,7 @@ class DataConfig:
             width=clip.width,
             fps=clip.fps,
             seed=seed,
-            size_multiple=self.size_multiple,
+            size_multiple=self.size_multiple or ClipRequest.size_multiple,
             native_ratio=self.native_ratio,
             images=self.images,
             strict=self.strict,
@@ -215,8 +220,10 @@ class TrainConfig:
             average soon forgets where it began. None does so where random weights would otherwise
             keep more than 5 % of it at the end: in pre-training, if ema_decay ** num_updates is
             above 0.05. A resumed run keeps what it began with.
-        negative_prompt: fixed, for guidance and caption dropout.
-        precision: "fp32", or "bf16" autocast with fp32 weights.
+        negative_prompt: fixed, for guidance and caption dropout; None is that of the model that the
+            stage starts from, or none.
+        precision: "fp32", or "bf16" autocast with fp32 weights; "auto" is bf16 where the device
+            computes in it: a GPU, or a CPU with AVX-512 BF16 or AMX.
         activation_checkpointing: recompute blocks in the backward pass, of which only inputs are
             kept.
         checkpointing: what is kept beside (`apt.models.checkpointing`): the outputs of attention,
@@ -237,7 +244,9 @@ class TrainConfig:
             says which.
         snapshot_at: updates at which EMA and raw weights are exported to `snapshots/`.
         sample_every: updates between sample sheets; 0 for none.
-        sample_prompts: what the sheets show, and the collapse monitor looks at.
+        sample_prompts: what the sheets show, and the collapse monitor looks at. None is what the
+            model that the stage starts from was shown with, or captions from all over the folder;
+            the option without a value is none.
         wandb_project: of Weights & Biases, which then gets metrics and sheets too; empty: none
             does. WANDB_MODE=offline keeps them in the run's folder.
     """
@@ -257,8 +266,8 @@ class TrainConfig:
     micro_batch_size: int = 0
     ema_decay: float = 0.995
     ema_warmup: bool | None = None
-    negative_prompt: str = ""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    negative_prompt: str | None = None
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     activation_checkpointing: bool = False
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     bf16_residual: bool = False
@@ -271,7 +280,7 @@ class TrainConfig:
     timeout_minutes: float = 10.0
     snapshot_at: tuple[int, ...] = ()
     sample_every: int = 100
-    sample_prompts: tuple[str, ...] = ()
+    sample_prompts: tuple[str, ...] | None = None
     wandb_project: str = ""
 
     def __post_init__(self) -> None:
@@ -320,6 +329,6 @@ class TrainConfig:
         smoothing: dict[str, tuple[float, float]] = {"alpha": (0, 1), "betas": (0, 1)}
         check_range(self.optimizer, "optimizer.", smoothing, open_end=True)
         self.stage.check()
-        at_least_one = dict.fromkeys(("frames", "height", "width", "size_multiple"), (1, math.inf))
-        check_range(self.data, "data.", at_least_one)
+        sizes = ("frames", "height", "width", "size_multiple", "max_frames", "max_pixels")
+        check_range(self.data, "data.", dict.fromkeys(sizes, (1, math.inf)))
         check_range(self.data, "data.", {"fps": (0, math.inf), "num_workers": (0, math.inf)})

@@ -52,7 +52,7 @@ class RunHost:
 
     @property
     def negative_prompt(self) -> str:
-        return self.config.negative_prompt
+        return self.config.negative_prompt or ""
 
     def model(self) -> ModelBundle:
         return initial_bundle(self.config, self.objects)

@@ -246,6 +246,8 @@ class Run:
             title = f"{config.name}, update {update}"
             self.attempt_on_main(partial(write_sheet, path, pixels, preview.names, title))
             self.attempt_on_main(partial(self.log.picture, update, path))
+        if not preview.generated:
+            return {}
         return sample_statistics(preview.latents if pixels is None else pixels)
 
     def _watch(self, metrics: Mapping[str, float]) -> None:

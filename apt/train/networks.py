@@ -249,7 +249,7 @@ def _new_bundle(config: TrainConfig, objects: Objects) -> ModelBundle:
         text_encoder=text_info,
         codec=codec_info,
         sample=config.data.clip,
-        sampling=stage.sampling(SamplingInfo(negative_prompt=config.negative_prompt)),
+        sampling=stage.sampling(SamplingInfo(negative_prompt=config.negative_prompt or "")),
     )
     return ModelBundle(backbone, text_encoder, codec, info)
 

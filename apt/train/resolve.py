@@ -3,49 +3,338 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
-from apt.checkpoints.info import SampleInfo
-from apt.checkpoints.load import load_prompt_check
+from apt.checkpoints.info import CodecInfo, ModelInfo, SampleInfo
+from apt.checkpoints.load import describe, load_prompt_check
+from apt.data.builtin_sources import DIGITS, OBJECT, Folder
 from apt.data.latents import read_cache_info
-from apt.models.architectures import TEXT_ENCODERS
-from apt.models.protocols import PromptCheck
+from apt.data.statistics import (
+    ClipSize,
+    FolderStatistics,
+    choose_clip,
+    choose_prompts,
+    read_captions,
+    read_statistics,
+)
+from apt.device import computes_in_bf16
+from apt.errors import DataError, InputError
+from apt.methods.base import MethodConfig
+from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS
+from apt.models.codec_shape import codec_shape
+from apt.models.protocols import LatentCodec, PromptCheck
+from apt.models.tokens import tokens_multiple
 from apt.registry import replace_typed
 from apt.train.config import DataConfig, TrainConfig
 from apt.train.objects import NO_OBJECTS, Objects
 
-__all__ = ["advice", "prompt_check", "resolve", "rounded"]
+__all__ = [
+    "NUM_PROMPTS",
+    "Start",
+    "advice",
+    "check_captions",
+    "prompt_check",
+    "resolve",
+    "resolve_with_notes",
+    "rounded",
+]
+
+NUM_PROMPTS = 6
+"""Captions on a sample sheet, where nobody chose any."""
+
+Start = ModelInfo | CodecInfo | None
+"""What is said of the model, or the trained codec, that a stage starts from."""
 
 # The share of an exported average that the weights may have which the run began with.
 _STALE = 0.05
 # The share of a batch that may be added or left out so that it divides by the ranks.
 _ROUNDING = 0.02
+_SIZE = ("frames", "height", "width", "fps")
+
+
+def check_captions(config: TrainConfig) -> None:
+    """Raise DataError if a stage that reads captions would find none that it can use.
+
+    For stages that come after others, whose work would be lost; no file is opened.
+    """
+    source = config.data.make_source()
+    begins = config.stage.reads_captions and config.stage.starts_from is None
+    if not begins or not isinstance(source, Folder) or not source.path:
+        return
+    captions = read_captions(source.path)
+    usable = _takes(prompt_check(config))
+    if not any(usable(caption) for caption in captions):
+        raise DataError(
+            f"{source.path}: the text encoder of {config.name} takes none of its "
+            f"{len(captions)} captions; `diffusion-apt data check` shows them"
+        )
 
 
 def resolve(
-    config: TrainConfig, start: SampleInfo | None, before: Mapping[str, Any] | None = None
+    config: TrainConfig,
+    start: Start,
+    before: Mapping[str, Any] | None = None,
+    objects: Objects = NO_OBJECTS,
 ) -> TrainConfig:
-    """The configuration with nothing left open.
+    """The configuration with nothing left open; see `resolve_with_notes`."""
+    return resolve_with_notes(config, start, before, objects)[0]
 
-    Size and rate of clips are those of the latent cache, or else of the model that the stage starts
-    from, where the configuration has None. `ema_warmup` is decided when a run begins.
+
+def resolve_with_notes(
+    config: TrainConfig,
+    start: Start,
+    before: Mapping[str, Any] | None = None,
+    objects: Objects = NO_OBJECTS,
+) -> tuple[TrainConfig, list[str]]:
+    """The configuration with nothing left open, and lines that say where its size came from.
+
+    What the configuration has None for is as it was in the checkpoint that is continued; or else as
+    the latent cache has it, or the model that the stage starts from; or else as most files of the
+    folder can give it. `ema_warmup` is decided when a run begins.
 
     Args:
         config: as it was written.
-        start: what the model that the stage starts from was trained on; None for random weights.
+        start: what the stage starts from; None for random weights.
         before: the configuration in the checkpoint that is continued.
+        objects: in place of what the configuration names.
 
     Raises:
-        ConfigError: the path of the cache is missing.
-        DataError: the latent cache cannot be read.
+        ConfigError: the path of the folder or cache is missing.
+        DataError: the latent cache cannot be read, or the folder has no clips to take a size of.
     """
-    warmup = config.ema_warmup
-    if warmup is None and before is not None:
-        warmup = bool(before.get("ema_warmup"))
-    elif warmup is None:
-        warmup = config.stage.starts_from is None and _stale_share(config) > _STALE
-    return dataclasses.replace(config, data=_with_size(config.data, start), ema_warmup=warmup)
+    return _Resolving(config, start, before or {}, objects).all()
+
+
+class _Resolving:
+    """One configuration on its way; `before` is empty for a run that begins."""
+
+    def __init__(
+        self, config: TrainConfig, start: Start, before: Mapping[str, Any], objects: Objects
+    ) -> None:
+        self.config = config
+        self.start = start
+        self.before = before
+        self.objects = objects
+        self.notes: list[str] = []
+
+    def all(self) -> tuple[TrainConfig, list[str]]:
+        """Everything, each with what was settled before it."""
+        if isinstance(self.start, ModelInfo):
+            stage = self.config.stage.filled(self.start)
+            if taken := _newly_set(self.config.stage, stage):
+                self.notes.append(f"  {', '.join(taken)}: {self.start_words} is sampled")
+            self.config = dataclasses.replace(self.config, stage=stage)
+        self.config = dataclasses.replace(self.config, model=self.model(), data=self.size())
+        self.config = dataclasses.replace(
+            self.config,
+            ema_warmup=self.ema_warmup(),
+            negative_prompt=self.negative_prompt(),
+            precision=self.precision(),
+        )
+        return dataclasses.replace(self.config, sample_prompts=self.prompts()), self.notes
+
+    @cached_property
+    def folder(self) -> FolderStatistics | None:
+        """The files of the folder; None for another source."""
+        source = self.config.data.make_source()
+        if not isinstance(source, Folder) or not source.path:
+            return None
+        return read_statistics(source.path, captioned=self.config.stage.reads_captions)
+
+    def size(self) -> DataConfig:
+        """Size and rate of clips, and what sizes are multiples of."""
+        data = self.config.data
+        taken = self.before.get("data", {})
+        data = dataclasses.replace(
+            data,
+            **{
+                name: taken[name]
+                for name in (*_SIZE, "size_multiple")
+                if getattr(data, name) is None and name in taken
+            },
+        )
+        source = data.make_source()
+        cache = source.latent_cache()
+        only_images = data.images == "only"
+        if cache is not None:
+            info = read_cache_info(cache)
+            return dataclasses.replace(
+                data,
+                frames=1 if only_images else info.frames,
+                height=info.height,
+                width=info.width,
+                fps=info.fps,
+            )
+        if data.size_multiple is None and data.source not in (DIGITS, OBJECT):
+            data = dataclasses.replace(data, size_multiple=self.multiple())
+        still_open = [name for name in _SIZE if getattr(data, name) is None]
+        if not still_open:
+            return data
+        if only_images and data.frames is None:
+            data = dataclasses.replace(data, frames=1)
+        clip: SampleInfo | ClipSize
+        if self.start is not None and self.start.sample.frames:
+            clip, origin = self.start.sample, self.start_words
+        elif self.folder is not None:
+            clip, origin = self.of_folder(data, self.folder)
+        else:
+            clip, origin = data.clip, ""
+        data = dataclasses.replace(
+            data,
+            **{name: getattr(clip, name) for name in _SIZE if getattr(data, name) is None},
+        )
+        if origin:
+            self.notes.append(f"  size: {_words(data.clip)}, {origin}")
+        return data
+
+    @property
+    def start_words(self) -> str:
+        what = "codec" if isinstance(self.start, CodecInfo) else "model"
+        return f"as the {what} that it starts from"
+
+    def of_folder(self, data: DataConfig, folder: FolderStatistics) -> tuple[ClipSize, str]:
+        """What most files give, and where that is from."""
+        # Of videos alone "only" takes single frames, and "none" takes images alone.
+        if data.images == "only" and folder.images:
+            folder = dataclasses.replace(folder, videos=[])
+        elif data.images == "none" and folder.videos:
+            folder = dataclasses.replace(folder, images=[])
+        clip = choose_clip(
+            folder,
+            multiple=data.size_multiple or 1,
+            max_frames=data.max_frames,
+            max_pixels=data.max_pixels,
+            frames=data.frames,
+            height=data.height,
+            width=data.width,
+            fps=data.fps,
+            native_ratio=data.native_ratio,
+        )
+        several = len(folder.videos) + len(folder.images) > 1
+        return clip, f"which {'most of ' if several else ''}{folder.words()} can give"
+
+    @cached_property
+    def codec(self) -> LatentCodec:
+        """The codec that the stage works in or trains: its shape, not its weights."""
+        if self.objects.codec is not None:
+            return self.objects.codec
+        field = self.config.stage.starts_from
+        if field is not None and field in self.objects.bundles:
+            return self.objects.bundles[field].codec
+        model = self.config.model
+        if self.start is not None:
+            part = self.start.codec
+        elif source := self.config.stage.trained_codec():
+            part = describe(source).codec
+        else:
+            return codec_shape(replace_typed(CODECS.get(model.codec)(), model.codec_options))
+        return codec_shape(replace_typed(CODECS.get(part.architecture)(), part.config))
+
+    @property
+    def backbone_config(self) -> Any:
+        """The config of the backbone that is trained, or that a codec is made for."""
+        if self.objects.model is not None:
+            return self.objects.model.config
+        field = self.config.stage.starts_from
+        if field is not None and field in self.objects.bundles:
+            return self.objects.bundles[field].backbone.config
+        if isinstance(self.start, ModelInfo):
+            part = self.start.model
+            return replace_typed(MODELS.get(part.architecture)(), part.config)
+        model = self.config.model
+        return replace_typed(MODELS.get(model.name)(), model.options)
+
+    def multiple(self) -> int:
+        """Pixels along a side that become one token."""
+        return self.codec.spatial_compression * tokens_multiple(self.backbone_config)
+
+    def model(self) -> Any:
+        """A new backbone takes as many channels as its codec has, unless it was said how many."""
+        config = self.config
+        begins = isinstance(config.stage, MethodConfig) and config.stage.starts_from is None
+        if not begins or self.objects.model is not None or "in_channels" in config.model.options:
+            return config.model
+        takes = getattr(self.backbone_config, "in_channels", self.codec.channels)
+        if takes == self.codec.channels:
+            return config.model
+        options = {**config.model.options, "in_channels": self.codec.channels}
+        return dataclasses.replace(config.model, options=options)
+
+    def ema_warmup(self) -> bool:
+        config = self.config
+        if config.ema_warmup is not None:
+            return config.ema_warmup
+        if self.before:
+            return bool(self.before.get("ema_warmup"))
+        return config.stage.starts_from is None and _stale_share(config) > _STALE
+
+    def negative_prompt(self) -> str:
+        if self.config.negative_prompt is not None:
+            return self.config.negative_prompt
+        if self.before:
+            return str(self.before.get("negative_prompt", ""))
+        return self.start.sampling.negative_prompt if isinstance(self.start, ModelInfo) else ""
+
+    def precision(self) -> Any:
+        if self.config.precision != "auto":
+            return self.config.precision
+        if self.before:
+            return self.before["precision"]
+        return "bf16" if computes_in_bf16(self.config.device) else "fp32"
+
+    def prompts(self) -> tuple[str, ...]:
+        config = self.config
+        if config.sample_prompts is not None:
+            return config.sample_prompts
+        if self.before:
+            return tuple(self.before.get("sample_prompts", ()))
+        if not config.sample_every or not config.stage.reads_captions:
+            return ()
+        if shown := _shown_before(self.start):
+            return shown
+        if self.folder is None:
+            return ()
+        usable = _takes(prompt_check(config, self.objects))
+        found = choose_prompts(self.folder.captions, NUM_PROMPTS, usable)
+        self.notes.append(f"  sample prompts: {len(found)} captions from all over the folder")
+        return found
+
+
+def _newly_set(written: Any, filled: Any) -> list[str]:
+    """The options of a stage, those of its losses too, that were None: "cfg_scale 2"."""
+    found: list[str] = []
+    for field in dataclasses.fields(written):
+        old, new = getattr(written, field.name), getattr(filled, field.name)
+        if dataclasses.is_dataclass(old):
+            found += _newly_set(old, new)
+        elif old is None and new is not None:
+            found.append(
+                f"{field.name} {new:g}" if isinstance(new, float) else f"{field.name} {new}"
+            )
+    return found
+
+
+def _shown_before(start: Start) -> tuple[str, ...]:
+    """The prompts that a model was shown with in training; its record is free in form."""
+    config = start.training.get("config", {}) if isinstance(start, ModelInfo) else {}
+    shown = config.get("sample_prompts") if isinstance(config, Mapping) else None
+    if not isinstance(shown, (list, tuple)) or not all(isinstance(text, str) for text in shown):
+        return ()
+    return tuple(shown)
+
+
+def _takes(check: PromptCheck | None) -> Callable[[str], bool]:
+    def usable(caption: str) -> bool:
+        try:
+            if check is not None:
+                check([caption])
+        except InputError:
+            return False
+        return bool(caption)
+
+    return usable
 
 
 def rounded(config: TrainConfig, data_size: int) -> tuple[TrainConfig, str | None]:
@@ -118,29 +407,6 @@ def _stale_share(config: TrainConfig) -> float:
     return float(config.ema_decay**config.num_updates)
 
 
-def _with_size(data: DataConfig, start: SampleInfo | None) -> DataConfig:
-    only_images = data.images == "only"
-    cache = data.make_source().latent_cache()
-    if cache is not None:
-        info = read_cache_info(cache)
-        return dataclasses.replace(
-            data,
-            frames=1 if only_images else info.frames,
-            height=info.height,
-            width=info.width,
-            fps=info.fps,
-        )
-    clip = start or data.clip
-    frames = 1 if only_images else clip.frames
-    return dataclasses.replace(
-        data,
-        frames=frames if data.frames is None else data.frames,
-        height=clip.height if data.height is None else data.height,
-        width=clip.width if data.width is None else data.width,
-        fps=clip.fps if data.fps is None else data.fps,
-    )
-
-
 def _size_differs(model: SampleInfo, data: DataConfig) -> list[str]:
     clip = data.clip
     frames = clip.frames != model.frames and data.images != "only"
@@ -155,5 +421,7 @@ def _size_differs(model: SampleInfo, data: DataConfig) -> list[str]:
 
 
 def _words(clip: SampleInfo) -> str:
+    if clip.frames == 1:
+        return f"images of {clip.height}x{clip.width}"
     rate = f" at {clip.fps:g} fps" if clip.fps else ""
     return f"{clip.frames} frames of {clip.height}x{clip.width}{rate}"

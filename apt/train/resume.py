@@ -51,6 +51,8 @@ _FREE_FIELDS = (
     "monitor",
     "parallel",
     "data.path",  # the fingerprint of the data tells whether they are others
+    "data.max_frames",  # of a size that was settled when the run began
+    "data.max_pixels",
     "data.num_workers",
     "data.long_captions",
     "data.strict",
@@ -130,6 +132,8 @@ def check_resumable(
         **{name: getattr(config, name) for name in _NEWER_FIELDS},
         "ema_warmup": False,
         "wandb_project": "",
+        "data.max_frames": config.data.max_frames,
+        "data.max_pixels": config.data.max_pixels,
         f"stage.{METHOD}": config.stage.exports_as,
     }
     now, then = _by_option(plain(config)), given | _by_option(before)

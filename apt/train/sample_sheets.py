@@ -26,7 +26,7 @@ def draw_samples(
     trained = stage.generator
     assert trained.ema is not None
     with trained.ema.applied(trained.module), stage.host.autocast():
-        return stage.samples(config.sample_prompts, config.data.clip, batches)
+        return stage.samples(config.sample_prompts or (), config.data.clip, batches)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.checkpoints.bundle import ModelBundle
-from apt.checkpoints.info import SampleInfo
+from apt.checkpoints.info import CodecInfo, ModelInfo
 from apt.checkpoints.load import describe
 from apt.distributed.launch import restarts
 from apt.distributed.parallel import Parallel
@@ -27,7 +27,7 @@ from apt.train.lock import RunLock
 from apt.train.loop import Run
 from apt.train.objects import NO_OBJECTS, Objects, check_same_objects
 from apt.train.parts_done import PartsDone
-from apt.train.resolve import advice, prompt_check, resolve, rounded
+from apt.train.resolve import Start, advice, prompt_check, resolve_with_notes, rounded
 from apt.train.resume import Resume, check_resumable, find_start, recorded_objects
 from apt.train.run_state import is_of_this_job
 from apt.train.signals import StopRequest
@@ -170,7 +170,8 @@ def _prepare(
     """
     meta = checkpoint.read_meta(found) if found is not None else None
     start = _start(config, objects)
-    config = resolve(objects.named(config), start, None if meta is None else meta["config"])
+    before = None if meta is None else meta["config"]
+    config, found_out = resolve_with_notes(objects.named(config), start, before, objects)
     config, rounding = rounded(config, parallel.data_size)
     taken: list[str] = []
     if found is not None and meta is not None:
@@ -189,6 +190,7 @@ def _prepare(
         checkpoint.load(found, state, verified=True)
     done = PartsDone.from_meta(meta)
     made = Run(config, stage, parallel, dataset, state, done, lock, stop, kinds)
+    made.notes += found_out
     if rounding:
         made.notes.append(rounding)
     if found is not None and meta is not None:
@@ -206,7 +208,8 @@ def _prepare(
             "no sample sheets: a run on a latent cache loads no codec to decode with; the "
             "monitor looks at latents. `diffusion-apt generate --model` draws samples"
         )
-    made.notes += (f"warning: {text}" for text in [*stage.warnings(), *advice(config, start)])
+    trained_on = start.sample if isinstance(start, ModelInfo) else None
+    made.notes += (f"warning: {text}" for text in [*stage.warnings(), *advice(config, trained_on)])
     return made
 
 
@@ -229,13 +232,17 @@ def make_stage(config: TrainConfig, parallel: Parallel, objects: Objects = NO_OB
     return stage
 
 
-def _start(config: TrainConfig, objects: Objects) -> SampleInfo | None:
-    """What the model that the stage starts from was trained on; None for random weights."""
-    field = config.stage.starts_from
-    if field is None:
-        return None
-    bundle = objects.bundles.get(field)
-    return (describe(config.stage.source(field)) if bundle is None else bundle.info).sample
+def _start(config: TrainConfig, objects: Objects) -> Start:
+    """What is said of the model, or the trained codec, that the stage starts from."""
+    stage, field = config.stage, config.stage.starts_from
+    if field is not None:
+        bundle = objects.bundles.get(field)
+        info = describe(stage.source(field)) if bundle is None else bundle.info
+        return info if isinstance(info, ModelInfo) else None  # loading says what is wrong with it
+    codec = stage.trained_codec()
+    found = describe(codec) if codec else None
+    # A whole model that lends its codec was made for other clips.
+    return found if isinstance(found, CodecInfo) else None
 
 
 def _state(stage: Stage) -> dict[str, Any]:
@@ -247,7 +254,7 @@ def _state(stage: Stage) -> dict[str, Any]:
 def _check_prompts(config: TrainConfig, stage: Stage) -> None:
     """Raise InputError now for a prompt that a later update would stop at."""
     try:
-        stage.check_prompts(config.sample_prompts if config.sample_every else ())
+        stage.check_prompts((config.sample_prompts or ()) if config.sample_every else ())
     except InputError as error:
         raise InputError(
             f"--negative-prompt or --sample-prompts cannot be encoded: {error}"

@@ -332,9 +332,10 @@ def test_models_that_do_not_fit_a_codec(whole: Path, tmp_path: Path) -> None:
     clips = DataConfig(
         source="folder", path=str(tmp_path / "clips"), height=30, native_ratio=False, images="none"
     )
+    named = ModelConfig(options={"in_channels": 768})
     for given, changes, message in (
         ("", {"model": ModelConfig(codec="digits_ae")}, "'digits_ae' is not trained yet"),
-        (codec, {"model": ModelConfig()}, "takes 768 channels, but codec 'digits_ae' gives 4"),
+        (codec, {"model": named}, "takes 768 channels, but codec 'digits_ae' gives 4"),
         (codec, {"data": clips}, "height 30 does not fit; use a multiple of 4, such as 28 or 32"),
         (str(tmp_path / "nowhere"), {}, "there is no model"),
     ):

@@ -9,9 +9,13 @@ import sys
 import pytest
 import torch
 
+from apt.checkpoints.bundle import component_info
+from apt.checkpoints.info import CodecInfo
+from apt.checkpoints.load import NO_SIZE, describe, load_codec
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models.architectures import CODECS
 from apt.models.codec_diffusers import DiffusersCodecConfig
+from apt.models.codec_shape import codec_shape
 from apt.models.create import create_codec
 from apt.models.protocols import LatentCodec
 
@@ -296,3 +300,28 @@ def test_tiles_really_cut(folders, wan):
     whole, tiled = wan.encode(x), thrifty.encode(x)
     assert whole.shape == tiled.shape
     assert not torch.equal(whole, tiled)
+
+
+@pytest.mark.parametrize(("name", "part"), [("kl", ""), ("wan", "vae")])
+def test_a_folder_with_an_autoencoder_alone_is_a_codec(folders, name, part):
+    folder = folders / name / part
+    info = describe(folder)
+    assert isinstance(info, CodecInfo) and info.sample == NO_SIZE
+    assert info.codec.config["repo"] == str(folder)
+    codec = load_codec(folder)
+    x = video(5)
+    named = create_codec(f"{name}_vae", repo=str(folders / name))
+    torch.testing.assert_close(codec.encode(x), named.encode(x))
+    shape = codec_shape(codec.config)
+    for field in ("channels", "temporal_compression", "spatial_compression"):
+        assert getattr(shape, field) == getattr(codec, field)
+    assert all(p.is_meta for p in shape.parameters())
+    assert component_info("diffusers_vae", codec).config["class_name"] == codec.config.class_name
+
+
+def test_a_folder_without_weights_is_no_codec(folders, tmp_path):
+    with pytest.raises(CheckpointError, match=r"cogvideox/vae' cannot be used: .* spatial_comp"):
+        load_codec(folders / "cogvideox" / "vae")
+    tiny_kl().save_config(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
+        load_codec(tmp_path)

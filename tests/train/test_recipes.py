@@ -43,7 +43,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 STAGES = ("codec", "pretrain", "distill", "apt")
 PIXEL_STAGES = STAGES[1:]
-ROWS = ("digits", "digits_pixels", "digits_gpu", "digits_ablations", "walks")
+ROWS = ("digits", "digits_pixels", "digits_gpu", "digits_ablations", "own", "walks")
 PUBLIC = ("wan_distill", "apt_image_wan", "apt_video_wan", "sd35_distill", "apt_image_sd35")
 # What an ablation may say of itself: its name, its place, how long it runs and what it keeps.
 OWN = {"name", "run_dir", "num_updates", "snapshot_at", "optimizer.decay_updates"}
@@ -80,6 +80,7 @@ def test_all_recipes() -> None:
         *ROWS,
         *(f"digits_{stage}" for stage in STAGES),
         *(f"digits_pixels_{stage}" for stage in PIXEL_STAGES),
+        *(f"own_{stage}" for stage in STAGES),
         "digits_apt_paper",
         "apt_image_1024",
         "apt_video_720p",

@@ -7,16 +7,27 @@ from typing import Any
 import pytest
 
 from apt.checkpoints.bundle import save_bundle
-from apt.checkpoints.info import SampleInfo
+from apt.checkpoints.info import CodecInfo, SampleInfo, SamplingInfo
+from apt.checkpoints.load import NO_SIZE
+from apt.device import computes_in_bf16
 from apt.errors import ConfigError
+from apt.losses import Consistency
 from apt.methods import AdversarialConfig, DistillConfig, MethodConfig, PretrainConfig
-from apt.train.config import DataConfig, OptimizerConfig, TrainConfig
+from apt.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from apt.train.config_file import plain
 from apt.train.recipes import RECIPES, list_recipes
-from apt.train.resolve import advice, prompt_check, resolve
+from apt.train.resolve import advice, prompt_check, resolve, resolve_with_notes
+from tests.data.media import numbered, write_image, write_video
 from tests.train.tiny_methods import random_bundle
 
-TEACHER = SampleInfo(frames=17, height=64, width=96, fps=16.0)
+SIZE = SampleInfo(frames=17, height=64, width=96, fps=16.0)
+SAMPLING = SamplingInfo(num_steps=40, cfg_scale=3.0, timestep_shift=5.0, negative_prompt="blurred")
+TEACHER = dataclasses.replace(
+    random_bundle().info,
+    sample=SIZE,
+    sampling=SAMPLING,
+    training={"config": {"sample_prompts": ["a red one", "a blue two"]}},
+)
 STAGES = (DistillConfig(teacher="t"), AdversarialConfig(generator="g", discriminator="d"))
 
 
@@ -26,11 +37,11 @@ def config(stage: MethodConfig, **changes: Any) -> TrainConfig:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_size_and_rate_are_those_of_the_model_that_a_stage_starts_from(stage: MethodConfig) -> None:
-    assert resolve(config(stage), TEACHER).data.clip == TEACHER
+    assert resolve(config(stage), TEACHER).data.clip == SIZE
     some = resolve(config(stage, data=DataConfig(height=32, fps=0.0)), TEACHER)
-    assert some.data.clip == dataclasses.replace(TEACHER, height=32, fps=0.0)
+    assert some.data.clip == dataclasses.replace(SIZE, height=32, fps=0.0)
     stills = resolve(config(stage, data=DataConfig(images="only")), TEACHER)
-    assert stills.data.clip == dataclasses.replace(TEACHER, frames=1)
+    assert stills.data.clip == dataclasses.replace(SIZE, frames=1)
 
 
 def test_pretraining_has_the_digits_size_unless_it_says_another() -> None:
@@ -41,9 +52,9 @@ def test_pretraining_has_the_digits_size_unless_it_says_another() -> None:
 
 def test_a_stage_at_another_size_than_its_model_says_so() -> None:
     same = resolve(config(STAGES[0]), TEACHER)
-    assert not [text for text in advice(same, TEACHER) if "frames of" in text]
+    assert not [text for text in advice(same, SIZE) if "frames of" in text]
     other = resolve(config(STAGES[0], data=DataConfig(height=32, width=32)), TEACHER)
-    (said,) = [text for text in advice(other, TEACHER) if "frames of" in text]
+    (said,) = [text for text in advice(other, SIZE) if "frames of" in text]
     assert "17 frames of 64x96 at 16 fps" in said and "17 frames of 32x32 at 16 fps" in said
 
 
@@ -101,7 +112,10 @@ def test_averages_of_shipped_pretraining_are_what_they_were() -> None:
         made = RECIPES.get(name)()
         for one in [made] if isinstance(made, TrainConfig) else made:
             if isinstance(one.stage, PretrainConfig):
-                assert resolve(one, None).ema_warmup is False, one.name
+                made_here = dataclasses.replace(
+                    one, stage=dataclasses.replace(one.stage, codec=""), data=DataConfig()
+                )
+                assert resolve(made_here, None).ema_warmup is False, one.name
 
 
 def test_captions_are_checked_by_the_encoder_that_will_read_them(tmp_path: Path) -> None:
@@ -112,3 +126,101 @@ def test_captions_are_checked_by_the_encoder_that_will_read_them(tmp_path: Path)
         check(["a short one", ""])
         with pytest.raises(ValueError, match="65 words, at most 64"):
             check(["word " * 65])
+
+
+def own_folder(root: Path, num: int = 5) -> Path:
+    """Captioned clips of 33 frames of 48x64 at 16 fps, and a small image."""
+    for i in range(num):
+        write_video(root / f"{i}.mp4", numbered(33, 48, 64), 16)
+        (root / f"{i}.txt").write_text(f"clip {i} of them", encoding="utf-8")
+    write_image(root / "z.png", numbered(1, 16, 16)[0])
+    (root / "z.txt").write_text("word " * 300, encoding="utf-8")
+    return root
+
+
+def test_a_first_stage_takes_what_the_folder_gives(tmp_path: Path) -> None:
+    folder = str(own_folder(tmp_path / "clips"))
+    on_folder = DataConfig(source="folder", path=folder, max_frames=17)
+    settings = config(PretrainConfig(), data=on_folder)
+    found, notes = resolve_with_notes(settings, None)
+    # The patch of mmdit_digits is 1, and its codec makes one latent of 8 pixels.
+    assert found.data.size_multiple == 8
+    assert found.data.clip == SampleInfo(frames=17, height=48, width=64, fps=16.0)
+    assert notes[0] == (
+        "  size: 17 frames of 48x64 at 16 fps, which most of 5 videos and 1 image can give"
+    )
+    # The long one, which the text encoder refuses, is no prompt.
+    assert found.sample_prompts == tuple(f"clip {i} of them" for i in range(5))
+    asked = dataclasses.replace(on_folder, frames=5, fps=8.0)
+    assert resolve(config(PretrainConfig(), data=asked), None).data.clip == SampleInfo(
+        frames=5, height=48, width=64, fps=8.0
+    )
+    stills = dataclasses.replace(on_folder, images="only")
+    assert resolve(config(PretrainConfig(), data=stills), None).data.clip == SampleInfo(
+        frames=1, height=16, width=16, fps=0.0
+    )
+    (tmp_path / "clips" / "z.png").unlink()
+    assert resolve(config(PretrainConfig(), data=stills), None).data.clip == SampleInfo(
+        frames=1, height=48, width=64, fps=16.0
+    )
+    quiet = config(PretrainConfig(), data=on_folder, sample_prompts=())
+    assert resolve(quiet, None).sample_prompts == ()
+
+
+def test_a_trained_codec_gives_the_size_and_another_does_not(tmp_path: Path) -> None:
+    folder = str(own_folder(tmp_path / "clips"))
+    settings = config(PretrainConfig(), data=DataConfig(source="folder", path=folder))
+    codec = CodecInfo(codec=TEACHER.codec, sample=SIZE)
+    assert resolve(settings, codec).data.clip == SIZE
+    public = CodecInfo(codec=TEACHER.codec, sample=NO_SIZE)
+    assert resolve(settings, public).data.clip.height == 48
+
+
+def test_channels_are_the_codecs_unless_they_are_named() -> None:
+    fold = ModelConfig(codec_options={"temporal": 1, "spatial": 2})
+    settings = config(PretrainConfig(), model=fold)
+    assert resolve(settings, None).model.options == {"in_channels": 12}
+    named = dataclasses.replace(fold, options={"in_channels": 5})
+    assert resolve(config(PretrainConfig(), model=named), None).model == named
+    assert resolve(config(PretrainConfig()), None).model == ModelConfig()
+
+
+def test_later_stages_take_the_rest_from_their_teacher(tmp_path: Path) -> None:
+    some = Consistency(num_timesteps=None, cfg_scale=7.0, timestep_shift=None)
+    on_folder = DataConfig(source="folder", path=str(tmp_path))
+    settings = config(DistillConfig(teacher="t", loss=some), data=on_folder)
+    found, notes = resolve_with_notes(settings, TEACHER)
+    assert isinstance(found.stage, DistillConfig)
+    assert found.stage.loss == Consistency(num_timesteps=40, cfg_scale=7.0, timestep_shift=5.0)
+    assert found.negative_prompt == "blurred"
+    assert found.sample_prompts == ("a red one", "a blue two")
+    assert found.data.size_multiple == 4  # 2 pixels to a latent, 2 latents to a token
+    assert notes == [
+        "  num_timesteps 40, timestep_shift 5: as the model that it starts from is sampled",
+        "  size: 17 frames of 64x96 at 16 fps, as the model that it starts from",
+    ]
+    other = config(STAGES[1], negative_prompt="", sample_prompts=("x",))
+    assert resolve(other, TEACHER).negative_prompt == ""
+    assert resolve(other, TEACHER).sample_prompts == ("x",)
+
+
+def test_a_resumed_run_keeps_what_it_began_with(tmp_path: Path) -> None:
+    folder = own_folder(tmp_path / "clips")
+    settings = config(
+        PretrainConfig(), precision="auto", data=DataConfig(source="folder", path=str(folder))
+    )
+    begun = resolve(settings, None)
+    for i in range(20):  # most files are others now
+        write_video(folder / f"new{i}.mp4", numbered(9, 32, 32), 4)
+        (folder / f"new{i}.txt").write_text("another", encoding="utf-8")
+    assert resolve(settings, None).data != begun.data
+    again, notes = resolve_with_notes(settings, None, plain(begun))
+    assert again == begun and notes == []
+
+
+def test_precision_is_what_the_device_computes_in() -> None:
+    for device in ("cpu", "auto"):
+        settings = config(STAGES[0], precision="auto", device=device)
+        expected = "bf16" if computes_in_bf16(device) else "fp32"
+        assert resolve(settings, TEACHER).precision == expected
+    assert resolve(config(STAGES[0], precision="bf16"), TEACHER).precision == "bf16"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from apt.models.architectures import MODELS
 from apt.models.mmdit.model import MMDiTConfig
 
@@ -41,6 +43,18 @@ def mmdit_digits_latent() -> MMDiTConfig:
         rope_theta=10.0,  # as above: the grid is the same
         absolute_positions=True,
     )
+
+
+@MODELS.register("mmdit_tiny")
+def mmdit_tiny() -> MMDiTConfig:
+    """4 M parameters for small clips of your own, in latents: on a laptop."""
+    return mmdit_digits_latent()
+
+
+@MODELS.register("mmdit_mini")
+def mmdit_mini() -> MMDiTConfig:
+    """21 M parameters for clips of your own, in latents: on a workstation."""
+    return dataclasses.replace(mmdit_tiny(), hidden_size=384, depth=8, num_heads=6)
 
 
 @MODELS.register("mmdit_small")

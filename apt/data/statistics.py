@@ -1,0 +1,297 @@
+"""Which clips a folder gives: the size, length and rate that most of its files have."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from apt.data.buckets import ASPECT_RATIOS, Bucket, best_bucket, make_buckets
+from apt.data.decode import probe
+from apt.data.folder import exact_rate
+from apt.data.reading import MediaInfo
+from apt.data.report import problem_lines
+from apt.data.scan import Scan, looked_for, scan_folder
+from apt.errors import DataError
+
+__all__ = [
+    "ClipSize",
+    "FolderStatistics",
+    "choose_clip",
+    "choose_prompts",
+    "read_captions",
+    "read_statistics",
+]
+
+MOST = 0.9
+"""The share of the files that a choice must suit; a few odd ones do not decide for all."""
+
+MAX_FPS = 30
+"""Above it, every second (third, ...) frame is taken: a clip of few frames would show no motion."""
+
+SHORTEST = 5
+"""Frames of a clip that moves: 4k + 1."""
+
+_DISTINCT_SIZES = 400
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """Frames, height and width in pixels, and frames per second; 0 keeps each video's own rate."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class FolderStatistics:
+    """The files of a folder that can be read.
+
+    Attributes:
+        directory: the folder.
+        videos, images: what each says that it holds, by name.
+        captions: of them, in the order of their names.
+    """
+
+    directory: Path
+    videos: list[MediaInfo]
+    images: list[MediaInfo]
+    captions: list[str]
+
+    def words(self) -> str:
+        """How many of what there are, such as "40 videos and 3 images"."""
+        counts = {"video": len(self.videos), "image": len(self.images)}
+        named = [f"{n} {kind}{'s' if n != 1 else ''}" for kind, n in counts.items() if n]
+        return " and ".join(named)
+
+
+def read_statistics(directory: str | Path, *, captioned: bool = True) -> FolderStatistics:
+    """Read the headers of a folder's files.
+
+    Args:
+        directory: the folder; see `apt.data.scan`.
+        captioned: only files with a caption.
+
+    Raises:
+        DataError: no such folder, or nothing usable in it.
+    """
+    scan = scan_folder(directory, captioned=captioned)
+    captions: dict[Path, list[str]] = {}
+    for entry in scan.entries:
+        captions.setdefault(entry.path, []).append(entry.caption)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        infos = dict(zip(captions, pool.map(_probe, captions), strict=True))
+    read = {path: info for path, info in infos.items() if info is not None}
+    if not read:
+        raise DataError(_nothing(scan, len(infos)))
+    return FolderStatistics(
+        directory=scan.directory,
+        videos=[info for info in read.values() if not info.is_image],
+        images=[info for info in read.values() if info.is_image],
+        captions=[caption for path in read for caption in captions[path]],
+    )
+
+
+def read_captions(directory: str | Path) -> list[str]:
+    """The captions in a folder, in the order of the files, of which none is opened.
+
+    Raises DataError if there are none, or no such folder.
+    """
+    scan = scan_folder(directory)
+    if not scan.entries:
+        raise DataError(_nothing(scan, 0))
+    return [entry.caption for entry in scan.entries]
+
+
+def choose_clip(
+    found: FolderStatistics,
+    *,
+    multiple: int,
+    max_frames: int,
+    max_pixels: int,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    fps: float | None = None,
+    native_ratio: bool = True,
+) -> ClipSize:
+    """Clips that at least nine in ten of a folder's videos can give; of its images, if it has none.
+
+    The rate is the highest that they all have, so that no frame is repeated, and the length the
+    longest that they all reach. The size is the one that keeps most of the most common shape, where
+    none of them must be enlarged.
+
+    Args:
+        found: what the folder holds.
+        multiple: of heights and widths.
+        max_frames: of a clip.
+        max_pixels: height times width, at most.
+        frames, height, width, fps: what is settled already; None is chosen.
+        native_ratio: clips keep shapes near their own, and height times width is a budget.
+
+    Raises:
+        DataError: more than half of the videos are too short to move, or of the files too small.
+    """
+    videos = found.videos
+    if fps is None or not videos:
+        fps = _rate([info.fps for info in videos]) if videos else 0.0
+    if frames is None:
+        frames = _frames(found, fps, max_frames) if videos else 1
+    sizes = Counter((info.height, info.width) for info in videos or found.images)
+    if height is None or width is None:
+        height, width = _size(found, sizes, multiple, max_pixels, height, width, native_ratio)
+    return ClipSize(frames, height, width, float(fps))
+
+
+def choose_prompts(
+    captions: Sequence[str], count: int, usable: Callable[[str], bool] = bool
+) -> tuple[str, ...]:
+    """At most `count` different captions from all over a folder, always the same.
+
+    Args:
+        captions: in the order of the files.
+        count: how many.
+        usable: whether the text encoder takes a caption.
+    """
+    distinct = [caption for caption in dict.fromkeys(captions) if usable(caption)]
+    if len(distinct) <= count:
+        return tuple(distinct)
+    # The middles of `count` equal stretches: files of one folder or scene stand together.
+    return tuple(distinct[(2 * i + 1) * len(distinct) // (2 * count)] for i in range(count))
+
+
+def _probe(path: Path) -> MediaInfo | None:
+    try:
+        return probe(path)
+    except DataError:
+        return None  # the data set names it, with the reason
+
+
+def _nothing(scan: Scan, unreadable: int) -> str:
+    found = problem_lines(scan.problems)
+    if unreadable:
+        found.append(f"  {unreadable} files that cannot be read (`diffusion-apt data check`)")
+    return "\n".join(
+        [
+            f"{scan.directory}: nothing usable; looked for {looked_for()}. Found:",
+            *(found or ["  no such files"]),
+        ]
+    )
+
+
+def _rate(rates: Sequence[Fraction]) -> float:
+    """The highest rate that most videos have at least."""
+    needed = MOST * len(rates)
+    counts = Counter(rates)
+
+    def at_least(rate: Fraction) -> int:
+        # A hundredth lower is as good: 23.976 is 24.
+        return sum(n for other, n in counts.items() if other >= rate * Fraction(99, 100))
+
+    best = max(rate for rate in counts if at_least(rate) >= needed)
+    return float(best / math.ceil(best / MAX_FPS))
+
+
+def _frames(found: FolderStatistics, fps: float, max_frames: int) -> int:
+    """The longest 4k + 1 that most videos reach at a rate."""
+    rate = exact_rate(fps) if fps else None
+    lengths = sorted(info.clip_frames(rate or info.fps) for info in found.videos)
+    reached = lengths[math.floor((1 - MOST) * len(lengths))]
+    frames = (min(reached, max_frames) - 1) // 4 * 4 + 1
+    if frames >= SHORTEST or max_frames < SHORTEST:
+        return max(frames, 1)
+    short = sum(length < SHORTEST for length in lengths)
+    if 2 * short > len(lengths):
+        raise DataError(
+            f"{found.directory}: {short} of {len(lengths)} videos have fewer than {SHORTEST} "
+            f"frames at {fps:g} fps, too short for clips that move; use longer ones, a higher "
+            "--data.fps, or single frames with --data.frames 1"
+        )
+    return SHORTEST
+
+
+def _size(
+    found: FolderStatistics,
+    sizes: Counter[tuple[int, int]],
+    multiple: int,
+    max_pixels: int,
+    height: int | None,
+    width: int | None,
+    native_ratio: bool,
+) -> tuple[int, int]:
+    """The largest (height, width) of the most common shape that most files reach."""
+    shape = _common_shape(sizes)
+    sample = _thinned(sizes)
+    total = sum(sample.values())
+    suited: dict[tuple[int, int], int] = {}
+    for h, w in _candidates(shape, multiple, max_pixels, height, width):
+        many = native_ratio and h * w >= multiple**2
+        buckets = make_buckets(h * w, multiple) if many else [Bucket(1, h, w)]
+        suited[h, w] = sum(
+            number
+            for (own_height, own_width), number in sample.items()
+            if best_bucket(buckets, frames=1, height=own_height, width=own_width, max_upscale=1)
+        )
+    fitting = [size for size, number in suited.items() if number >= MOST * total]
+    best = fitting[-1] if fitting else max(suited, key=lambda size: suited[size])
+    if 2 * suited[best] < total:
+        small = max(sizes.items(), key=lambda item: item[1])[0]
+        raise DataError(
+            f"{found.directory}: most files, such as those of {small[1]}x{small[0]} pixels, are "
+            f"smaller than the least size, {best[1]}x{best[0]}; use larger ones, or another codec "
+            "or model, whose --data.size-multiple is smaller"
+        )
+    return best
+
+
+def _candidates(
+    shape: float, multiple: int, max_pixels: int, height: int | None, width: int | None
+) -> list[tuple[int, int]]:
+    """Sizes near a shape (width over height), from the one that keeps least of it."""
+
+    def nearest(side: float) -> int:
+        return max(multiple, round(side / multiple) * multiple)
+
+    if height is not None:
+        return [(height, nearest(height * shape))]
+    if width is not None:
+        return [(nearest(width / shape), width)]
+    steps = range(multiple, max(multiple, math.ceil(math.sqrt(max_pixels) * 3)) + 1, multiple)
+    both = {(nearest(side / shape), side) for side in steps}
+    both |= {(side, nearest(side * shape)) for side in steps}
+    fitting = [size for size in both if size[0] * size[1] <= max_pixels]
+
+    def kept(size: tuple[int, int]) -> float:
+        ratio = size[1] / size[0] / shape
+        return size[0] * size[1] * min(ratio, 1 / ratio)
+
+    return sorted(fitting or [(multiple, multiple)], key=lambda size: (kept(size), size))
+
+
+def _common_shape(sizes: Counter[tuple[int, int]]) -> float:
+    """Width over height of most files: the middle of those near the most common format."""
+    near: dict[Fraction, list[float]] = {}
+    for (height, width), number in sizes.items():
+        shape = width / height
+        ratio = min(ASPECT_RATIOS, key=lambda r: abs(math.log(shape / r)))
+        near.setdefault(ratio, []).extend([shape] * number)
+    # The first of equals, in the order of the formats.
+    common = max(ASPECT_RATIOS, key=lambda r: len(near.get(r, ())))
+    shapes = sorted(near[common])
+    return shapes[len(shapes) // 2]
+
+
+def _thinned(sizes: Counter[tuple[int, int]]) -> Counter[tuple[int, int]]:
+    """Sizes evenly taken from all, by area: photographs can have a size each."""
+    if len(sizes) <= _DISTINCT_SIZES:
+        return sizes
+    ordered = sorted(sizes.elements(), key=lambda size: (size[0] * size[1], size))
+    step = len(ordered) / _DISTINCT_SIZES
+    return Counter(ordered[int((i + 0.5) * step)] for i in range(_DISTINCT_SIZES))

@@ -1,0 +1,152 @@
+"""Your own videos and images: a codec and all three stages on a folder of them.
+
+What depends on the folder is left open: size, length and rate of clips, the prompts of sample
+sheets, channels. It is filled in when a stage begins (`apt.train.resolve`): from what the stage
+starts from, or else from the folder. Lengths and rates of learning are those of the digits, where
+they were found; nothing larger has been trained with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from apt.losses import Consistency
+from apt.methods.apt import AdversarialConfig
+from apt.methods.consistency import DistillConfig
+from apt.methods.flow_matching import PretrainConfig
+from apt.models.architectures import CODECS
+from apt.models.codec_causal import CausalCodecConfig
+from apt.train import recipes_digits
+from apt.train.config import DataConfig, ModelConfig, TrainConfig
+from apt.train.recipe_names import RECIPES
+
+Size = Literal["tiny", "mini", "small"]
+"""Of the model, and with it of the clips at most."""
+
+LEARNED_CODEC = "video_ae"
+
+# Frames, and height times width, that are taken from a folder at most: 80, 576 and 3328 tokens.
+_LIMITS: dict[str, tuple[int, int]] = {
+    "tiny": (17, 64 * 64),
+    "mini": (33, 128 * 128),
+    "small": (49, 256 * 256),
+}
+_TEXT = 128
+
+
+@RECIPES.register("own_codec")
+def own_codec(size: Size = "tiny", codec: str = LEARNED_CODEC) -> TrainConfig:
+    """A video autoencoder on your own videos and images, in whose latents the others work.
+
+    Args:
+        size: of the model that will work in it: tiny, mini or small. It limits the size of clips.
+        codec: which one: video_ae, or another that is trained here (digits_ae).
+    """
+    base = recipes_digits.digits_codec()
+    return _own(
+        base,
+        size,
+        "codec",
+        # Clips have seven times the positions of the digits'.
+        batch_size=4,
+        model=dataclasses.replace(_model(size), codec=codec),
+    )
+
+
+@RECIPES.register("own_pretrain")
+def own_pretrain(size: Size = "tiny", codec: str = "runs/own/codec/export") -> TrainConfig:
+    """Flow matching on your own videos and images, in the latents of `own_codec`.
+
+    Args:
+        size: of the model: tiny (4 M parameters), mini (21 M) or small (0.3 B).
+        codec: what it works in: the folder that own_codec exported, a public one by its name
+            (wan_vae, sd3_vae, ...), or a folder or Hub id of one.
+    """
+    base = recipes_digits.digits_pretrain()
+    assert isinstance(base.stage, PretrainConfig)
+    registered = codec in CODECS.names()
+    model = _model(size)
+    if registered:
+        model = dataclasses.replace(model, codec=codec)
+    return _own(
+        base,
+        size,
+        "pretrain",
+        stage=dataclasses.replace(base.stage, codec="" if registered else codec),
+        batch_size=16,
+        model=model,
+    )
+
+
+@RECIPES.register("own_distill")
+def own_distill() -> TrainConfig:
+    """Consistency distillation of the model of `own_pretrain`: everything as its teacher has it."""
+    base = recipes_digits.digits_distill()
+    assert isinstance(base.stage, DistillConfig)
+    as_the_teacher = Consistency(num_timesteps=None, cfg_scale=None, timestep_shift=None)
+    stage = dataclasses.replace(base.stage, teacher="runs/own/pretrain/export", loss=as_the_teacher)
+    return _own(base, "tiny", "distill", stage=stage, batch_size=16)
+
+
+@RECIPES.register("own_apt")
+def own_apt() -> TrainConfig:
+    """Adversarial post-training of the model of `own_distill`, against your own clips."""
+    base = recipes_digits.digits_apt()
+    assert isinstance(base.stage, AdversarialConfig)
+    stage = dataclasses.replace(
+        base.stage,
+        generator="runs/own/distill/export",
+        discriminator="runs/own/pretrain/export",
+    )
+    return _own(base, "tiny", "apt", stage=stage, batch_size=16)
+
+
+@RECIPES.register("own")
+def own(size: Size = "tiny", codec: str = LEARNED_CODEC) -> Sequence[TrainConfig]:
+    """A codec and all three stages on a folder of your own (--data.path), in a row.
+
+    Args:
+        size: of the model: tiny (4 M parameters; clips of up to 17 frames of 64x64), mini (21 M; 33
+            of 128x128) or small (0.3 B; 49 of 256x256). Any --data.frames, --data.height,
+            --data.width and --data.fps can be asked for.
+        codec: video_ae, which is trained first; or one that is ready, without that stage: a public
+            one by its name (wan_vae, sd3_vae, ...), or a folder or Hub id of one.
+    """
+    rest = (own_distill(), own_apt())
+    if _is_trained_here(codec):
+        return (own_codec(size, codec), own_pretrain(size), *rest)
+    return (own_pretrain(size, codec), *rest)
+
+
+def _is_trained_here(codec: str) -> bool:
+    return codec in CODECS.names() and isinstance(CODECS.get(codec)(), CausalCodecConfig)
+
+
+def _own(base: TrainConfig, size: str, name: str, **changes: Any) -> TrainConfig:
+    """A stage of the digits on a folder, with nothing of the digits left in it."""
+    frames, pixels = _LIMITS[size]
+    return dataclasses.replace(
+        base,
+        **{
+            "name": f"own_{name}",
+            "run_dir": f"runs/own/{name}",
+            "data": DataConfig(source="folder", max_frames=frames, max_pixels=pixels),
+            "precision": "auto",
+            "sample_prompts": None,
+            **changes,
+        },
+    )
+
+
+def _model(size: str) -> ModelConfig:
+    """The backbone, and a text encoder for captions of sentences in any language."""
+    options: dict[str, int | float | str] = (
+        {"text_dim": _TEXT, "pooled_dim": _TEXT} if size == "small" else {}
+    )
+    return ModelConfig(
+        name=f"mmdit_{size}",
+        options=options,
+        text_encoder_options={"max_length": 256, "max_word_bytes": 128},
+    )
