@@ -16,15 +16,18 @@ from apt.checkpoints.info import (
     CodecInfo,
     ComponentInfo,
     ModelInfo,
+    SampleInfo,
     read_description,
     read_info,
 )
 from apt.checkpoints.public import (
     describe_file,
     describe_pipeline,
+    external_part,
     public_checkpoint,
     single_file,
 )
+from apt.checkpoints.reading import read_json
 from apt.checkpoints.source import PIPELINE_FILE, Source, list_pretrained, locate
 from apt.checkpoints.weights import load_weights
 from apt.device import find_device

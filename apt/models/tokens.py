@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt.condition import Condition
-from apt.errors import InputError
+from apt.errors import ConfigError, InputError
 from apt.kernels.modulated_norm import take_rows
 
 _LARGEST_PATCH = 16
