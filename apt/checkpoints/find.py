@@ -21,6 +21,7 @@ from apt.checkpoints.checkpoint import Checkpoint, check_kind, configured, shape
 from apt.checkpoints.documents import read_json, read_pipeline
 from apt.checkpoints.info import (
     INFO_FILE,
+    PIPELINE_FILE,
     CodecInfo,
     ComponentInfo,
     ModelInfo,
@@ -29,7 +30,7 @@ from apt.checkpoints.info import (
 )
 from apt.checkpoints.layouts import Family, all_families, diffusion_model, map_keys
 from apt.checkpoints.safetensors import StoredTensor, read_stored
-from apt.checkpoints.source import PIPELINE_FILE, Source, find_weights, list_pretrained, locate
+from apt.checkpoints.source import Source, find_weights, list_pretrained, locate
 from apt.checkpoints.weights import looks_like
 from apt.errors import CheckpointError, InputError, listed
 from apt.models.architectures import (

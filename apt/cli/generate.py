@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from apt.checkpoints.runs import model_folder
 from apt.errors import InputError
 from apt.generate_options import GenerateOptions
 from apt.memory import explained_memory
@@ -42,8 +43,9 @@ class Generate:
     prompt_file: Path | None = None
     """Text with one prompt per line, added to those of --prompt; empty lines are skipped."""
     model: str = "digits"
-    """A built-in name, a folder, a Hub id (owner/name or owner/name@revision), or a safetensors
-    file of a public transformer, whose text encoder and VAE come from the published model."""
+    """A built-in name, a training run or the folder of a model, a Hub id (owner/name or
+    owner/name@revision), or a safetensors file of a public transformer, whose text encoder and VAE
+    come from the published model."""
     out: Path = Path("generated.mp4")
     """Where to write; the ending is the format: .mp4, .gif, .webp, or .png (frames in a row)."""
     contact_sheet: Path | None = None
@@ -203,6 +205,8 @@ def _description(name: str) -> str | None:
     path = Path(name).expanduser()
     if path.is_file():
         return f"{path.stat().st_size} bytes"
+    if path.is_dir():
+        path = model_folder(path)
     for file in ("apt.json", "model_index.json", "adapter_config.json"):
         if (path / file).is_file():
             return hashlib.sha256((path / file).read_bytes()).hexdigest()[:16]

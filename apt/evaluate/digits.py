@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from apt.checkpoints.info import read_info
+from apt.checkpoints.runs import is_run
 from apt.errors import CheckpointError, ConfigError
 from apt.evaluate.clips import (
     CaptionSet,
@@ -103,6 +104,11 @@ def _choose(config: EvaluateConfig, root: Path) -> list[Method]:
     chosen = [known[name] for name in config.methods] if config.methods else list(known.values())
     for method in chosen:
         if method.group == "main" and not method.was_run(root):
+            if is_run(root):
+                raise CheckpointError(
+                    f"{str(root)!r} is the run of one stage; --runs takes the folder that has the "
+                    "runs of all stages in it"
+                )
             raise CheckpointError(
                 f"{str(method.folder(root))!r} is missing, which {method.name!r} needs; "
                 "expected the model folder of a finished run. Train it (`diffusion-apt train "

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apt.checkpoints.info import CodecInfo, ModelInfo
-from apt.checkpoints.source import PIPELINE_FILE, split_hub_id
+from apt.checkpoints.info import PIPELINE_FILE, CodecInfo, ModelInfo
+from apt.checkpoints.source import split_hub_id
 
 CARD_FILE = "README.md"
 LIBRARY = "diffusion-apt"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from apt.checkpoints.documents import read_json, read_pipeline
-from apt.checkpoints.info import INFO_FILE
-from apt.checkpoints.source import DESCRIPTIONS, PIPELINE_FILE
+from apt.checkpoints.info import INFO_FILE, PIPELINE_FILE
+from apt.checkpoints.source import DESCRIPTIONS
 from apt.errors import CheckpointError
 from apt.hub.download import download
 

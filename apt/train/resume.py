@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from apt.checkpoints.digest import weights_digest
+from apt.checkpoints.runs import model_folder
 from apt.distributed.collectives import everywhere, rank
 from apt.errors import CheckpointError, ConfigError
 from apt.train import checkpoint
@@ -154,30 +155,16 @@ def recorded_objects(run_dir: Path, found: Path | None) -> dict[str, Any]:
 def model_identities(config: TrainConfig) -> dict[str, str]:
     """For each field of the stage that names a model: what tells it from others, wherever it is.
 
-    Of a folder its weights, by their names, sizes, and both ends of each file: training moves every
-    weight. What else lies there may change (it has the options of the run that it came of). Of a
-    built-in or Hub model its name.
+    Of a folder its weights; what else lies there may change (it has the options of the run that it
+    came of). Of a built-in or Hub model its name.
     """
     stage = config.stage
     return {field: _identity(str(getattr(stage, field))) for field in stage.names_models}
 
 
-_ENDS = 2**20
-
-
 def _identity(source: str) -> str:
     folder = Path(source)
-    if not source or not folder.is_dir():
-        return source
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_ENDS))
-            file.seek(max(size - _ENDS, 0))
-            digest.update(file.read())
-    return f"sha256:{digest.hexdigest()}"
+    return weights_digest(model_folder(folder)) if source and folder.is_dir() else source
 
 
 def _by_option(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
