@@ -6,14 +6,15 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.bundle import ModelBundle
+from apt.checkpoints.bundle import ModelBundle, Origin
+from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.info import ModelInfo
 from apt.checkpoints.load import load_bundle
 from apt.checkpoints.lora import find_lora, load_lora, merge_lora
@@ -42,6 +43,7 @@ from apt.sampling import (
     one_step_sample,
     sample,
 )
+from apt.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,6 +92,7 @@ class OneStepPipeline:
     def __init__(self, bundle: ModelBundle, *, offload_to: torch.device | None = None) -> None:
         self.bundle = bundle
         self._offload_to = offload_to
+        self._loras: list[dict[str, Any]] = []
         for module in bundle.modules():
             module.eval()
 
@@ -139,8 +142,11 @@ class OneStepPipeline:
             InputError: a scale that is not finite, or a negative one of a DoRA.
         """
         backbone = self.bundle.backbone
+        file = find_lora(name_or_file)
         with explained_memory(f"merging {str(name_or_file)!r}", "load the model in bfloat16"):
-            merge_lora(backbone, load_lora(find_lora(name_or_file), backbone), scale=scale)
+            merge_lora(backbone, load_lora(file, backbone), scale=scale)
+        on_hub = None if Path(name_or_file).exists() else str(name_or_file)
+        self._loras.append({"name": on_hub, "weights": weights_digest(file), "scale": scale})
         return self
 
     def to(
@@ -231,6 +237,52 @@ class OneStepPipeline:
                 else options.negative_prompt
             ),
         )
+
+    def tags(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        fps: float | None = None,
+        options: GenerateOptions = GenerateOptions(),
+        **names: Unpack[OptionNames],
+    ) -> dict[str, Any]:
+        """How a video is made, for its file: `apt.media.write_media(..., tags=...)`.
+
+        Prompt, seed, model (name, with its revision or the digest of its weights), merged LoRAs,
+        settings with nothing left open, and the version of this package. No folder of this machine
+        is named.
+
+        Args:
+            prompt, seed: of the video; several for a file that shows several.
+            fps: of the file; None is the model's.
+            options, names: as for generating, and with the same errors.
+        """
+        options = options.replace(names)
+        plan, sample = self.plan(options), self.info.sample
+        self.latent_shape(options.frames, options.height, options.width)
+        origin = self.bundle.origin or Origin(name=self.info.model.architecture)
+        return {
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "seed": seed if isinstance(seed, int) else list(seed),
+            "model": {**asdict(origin), "stage": self.stage},
+            "loras": [dict(lora) for lora in self._loras],
+            "settings": {
+                "num_steps": len(plan.timesteps) - 1,
+                "timesteps": list(plan.timesteps),
+                "sampler": plan.sampler,
+                "cfg_scale": plan.cfg_scale,
+                "negative_prompt": plan.negative_prompt,
+                "frames": sample.frames if options.frames is None else options.frames,
+                "height": sample.height if options.height is None else options.height,
+                "width": sample.width if options.width is None else options.width,
+                "fps": sample.fps if fps is None else fps,
+                "batch_size": options.batch_size,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "device": self.device.type,
+            },
+            "software": f"diffusion-apt {__version__}",
+        }
 
     @overload
     def __call__(

@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "device": {"errors"},
     "distributed": {"errors"},
     "kernels": {"errors", "rng", "philox", "distributed"},
-    "media": {"errors", "memory"},
+    "media": {"errors", "memory", "untrusted"},
     "hub": {"distributed", "errors", "untrusted"},
     "checkpoints": {"hub"} | BASE,
     "hub, upper floor": {"hub", "checkpoints"} | BASE,

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from apt.checkpoints.bundle import ModelBundle, described
+from apt.checkpoints.bundle import ModelBundle, Origin, described
 from apt.checkpoints.checkpoint import configured, empty_module, unbuildable
+from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.find import (
     as_file,
     find_checkpoint,
@@ -20,7 +21,7 @@ from apt.checkpoints.find import (
     single_file,
 )
 from apt.checkpoints.info import INFO_FILE, CodecInfo, ComponentInfo, ModelInfo
-from apt.checkpoints.source import Source
+from apt.checkpoints.source import ASSETS, Source
 from apt.checkpoints.weights import load_weights
 from apt.device import find_device
 from apt.errors import CheckpointError, InputError, MissingPackageError
@@ -64,7 +65,8 @@ def load_bundle(
     with _building_from(source):
         backbone = checkpoint.load(dtype=dtype, device=device)
         text_encoder = _load_text_encoder(source, info, dtype, device)
-        bundle = ModelBundle(backbone, text_encoder, codec, info)
+        origin = _origin(name_or_folder, source, info)
+        bundle = ModelBundle(backbone, text_encoder, codec, info, origin)
     # A folder may be older than an option of one of its parts, which then has its default.
     bundle.info = described(bundle)
     for module in bundle.modules():
@@ -158,6 +160,16 @@ def describe(name_or_folder: str | Path) -> ModelInfo | CodecInfo:
     """As `describe_model`, and what a codec alone is."""
     alone = find_codec(name_or_folder)
     return describe_model(name_or_folder) if alone is None else alone[1]
+
+
+def _origin(name_or_folder: str | Path, source: Source, info: ModelInfo) -> Origin:
+    file = as_file(name_or_folder)
+    if file is None and source.repo is not None:
+        return Origin(name=source.repo, revision=source.revision)
+    place = file or source.folder
+    recipe = None if file is not None else info.training.get("recipe")
+    name = place.name if place.parent == ASSETS else str(recipe or info.model.architecture)
+    return Origin(name=name, weights=weights_digest(place))
 
 
 def _load_text_encoder(

@@ -45,6 +45,7 @@ class Command:
 
 COMMANDS = {
     "generate": Command("apt.cli.generate", "videos or images from prompts"),
+    "tags": Command("apt.cli.tags", "how a generated file was made"),
     "train": Command("apt.cli.train", "run a training recipe"),
     "data digits": Command("apt.cli.data_digits", "write the built-in data set as video files"),
     "data vizdoom": Command("apt.cli.data_vizdoom", "render first-person clips as video files"),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from apt.kernels.attention_choice import AttentionUse
     from apt.kernels.backends import KernelUse
+    from apt.media import Tags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,9 @@ class Generate:
     """A LoRA to merge first: a .safetensors file, a folder or a Hub id."""
     lora_scale: float = 1.0
     """Strength of the LoRA."""
+    tags: bool = True
+    """Say in each file how it was made: prompt, seed, model and settings, but no folder of this
+    machine. `diffusion-apt tags FILE` reads it."""
     verbose: bool = False
     """Also say what computed: device, versions, and the kernels of attention and the fused ops."""
 
@@ -125,13 +129,20 @@ def main(args: Sequence[str], *, prog: str) -> None:
         seed=[output.seed for output in left],
         options=options,
     )
+
+    def made_of(prompt: str | Sequence[str], seed: int | Sequence[int]) -> Tags | None:
+        if not asked.tags:
+            return None
+        return pipeline.tags(prompt, seed=seed, fps=fps, options=options)
+
     kept = []
     done = 0
     with watch_attention() as attention, watch_kernels() as kernels:
         try:
             for output, video in zip(left, videos, strict=True):
                 with explained_memory(f"writing {str(output.path)!r}", "choose a smaller scale"):
-                    write_media(output.path, video, fps=fps, scale=asked.scale)
+                    tags = made_of(output.prompt, output.seed)
+                    write_media(output.path, video, fps=fps, scale=asked.scale, tags=tags)
                 if record is not None:
                     record.add(output)
                 done += 1
@@ -150,7 +161,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
         cells = [kept[i : i + num_seeds] for i in range(0, len(kept), num_seeds)]
         columns = [f"seed {seed}" for seed in asked.seed]
         with explained_memory("drawing the contact sheet", "leave it out, or ask for fewer"):
-            print(write_contact_sheet(asked.contact_sheet, cells, rows=prompts, columns=columns))
+            sheet, tags = asked.contact_sheet, made_of(prompts, asked.seed)
+            print(write_contact_sheet(sheet, cells, rows=prompts, columns=columns, tags=tags))
 
 
 def plan_outputs(asked: Generate, prompts: Sequence[str]) -> list[Output]:
@@ -186,7 +198,7 @@ def plan_outputs(asked: Generate, prompts: Sequence[str]) -> list[Output]:
 
 
 # What decides the content of a file, besides its prompt and seed.
-_SETTINGS = ("model", "fps", "scale", "dtype", "lora", "lora_scale")
+_SETTINGS = ("model", "fps", "scale", "dtype", "lora", "lora_scale", "tags")
 
 
 def _settings(asked: Generate) -> dict[str, object]:

@@ -9,11 +9,12 @@ A shard is there whole or not at all, so writing one continues after any interru
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -137,6 +138,22 @@ class LatentFolder:
         digest = hashlib.sha256(repr(self.info).encode())
         digest.update(repr(self._clips).encode())
         return digest.hexdigest()
+
+    def file_name(self, index: int) -> str:
+        """The shard and the clip in it."""
+        shard, key, _ = self._clips[index % len(self._clips)]
+        return f"{shard}, clip {key}"
+
+    @property
+    def members(self) -> Mapping[Bucket, list[int]]:
+        """The items of each bucket."""
+        return self._order.members
+
+    def part(self, items: Collection[int]) -> LatentFolder:
+        """The same cache with some of its clips alone; an index is the same sample as before."""
+        other = copy.copy(self)
+        other._order = self._order.part(items)
+        return other
 
     def __getitem__(self, index: int) -> EncodedSample:
         """Sample `index`: clip `index % len(self)`.

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from apt.train.config import TrainConfig
 from apt.train.config_file import OBJECTS, plain
 from apt.train.failures import explained
 from apt.train.header import header
+from apt.train.heldout import HeldOut
 from apt.train.latent_statistics import LatentStatistics
 from apt.train.lock import FolderInUse, RunLock
 from apt.train.logs import RunLog
@@ -80,6 +82,7 @@ class Run:
         self.notes: list[str] = []
         self.saved = self.position  # of the newest checkpoint
         self.moved = self._moves()
+        self.heldout: HeldOut | None = None
         self.draws = True
         self.drawn = time.monotonic()
 
@@ -184,6 +187,8 @@ class Run:
         seconds = time.monotonic() - begin
         if shown is not None:
             metrics |= self._show(update, shown)
+        if self.heldout is not None and self.heldout.is_due(update):
+            metrics |= self._measure(self.heldout)
         timing = {
             "speed/seconds_per_update": seconds,
             "speed/samples_per_second": config.batch_size / max(seconds, 1e-9),
@@ -212,6 +217,20 @@ class Run:
             self.attempt_on_main(partial(write_sheet, path, pixels, preview.names, title))
             self.attempt_on_main(partial(self.log.picture, update, path))
         return sample_statistics(preview.latents if pixels is None else pixels)
+
+    def _measure(self, heldout: HeldOut) -> dict[str, float]:
+        """The loss on clips that are not trained on."""
+        whole = replace(self.config, micro_batch_size=0)
+        prepare = partial(micro_batches, whole, self.stage)
+        work = partial(heldout.measure, self.stage, self.parallel, prepare)
+        metrics, problem = self.compute(work)
+
+        def tell() -> None:
+            if problem is not None:
+                raise problem
+
+        self.attempt(tell)
+        return metrics
 
     def _watch(self, metrics: Mapping[str, float]) -> None:
         try:

@@ -42,7 +42,7 @@ def resolve(
     if warmup is None and before is not None:
         warmup = bool(before.get("ema_warmup"))
     elif warmup is None:
-        warmup = config.stage.starts_from is None and _stale_share(config) > _STALE
+        warmup = config.stage.start_field is None and _stale_share(config) > _STALE
     return dataclasses.replace(config, data=_with_size(config.data, start), ema_warmup=warmup)
 
 
@@ -53,7 +53,7 @@ def prompt_check(config: TrainConfig, objects: Objects = NO_OBJECTS) -> PromptCh
     """
     if not config.stage.reads_captions:
         return None
-    field = config.stage.starts_from
+    field = config.stage.start_field
     cache = config.data.make_source().latent_cache()
     if cache is not None and read_cache_info(cache).text_encoder:
         return None

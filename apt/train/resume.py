@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from apt.checkpoints.runs import model_folder
 from apt.distributed.collectives import everywhere, rank
 from apt.errors import CheckpointError, ConfigError
 from apt.train import checkpoint
-from apt.train.config import TrainConfig
+from apt.train.config import HeldoutConfig, TrainConfig
 from apt.train.config_file import METHOD, OBJECTS, plain
 from apt.train.logs import LOG_NAME, read_log
 
@@ -42,6 +43,8 @@ _FREE_FIELDS = (
     "sample_prompts",
     "wandb_project",
     "monitor",
+    "heldout.every",
+    "heldout.path",
     "data.path",  # the fingerprint of the data tells whether they are others
     "data.num_workers",
     "data.long_captions",
@@ -113,6 +116,8 @@ def check_resumable(
         "ema_warmup": False,
         "wandb_project": "",
         f"stage.{METHOD}": config.stage.exports_as,
+        **_by_option(dataclasses.asdict(HeldoutConfig()), "heldout."),
+        **({f"stage.{config.stage.starts_from}": ""} if config.stage.may_begin_anew else {}),
     }
     now, then = _by_option(plain(config)), given | _by_option(before)
     if gone := sorted(key for key in then if key in _EARLIER_OPTIONS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from apt.models.protocols import LatentCodec, TextEncoder
 from apt.models.transformer import DiffusionTransformer
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
-from apt.train.datasets import make_dataset
+from apt.train.datasets import kept_apart, make_dataset
 from apt.train.failures import explained
+from apt.train.heldout import divide
 from apt.train.host import RunHost
 from apt.train.lock import RunLock
 from apt.train.loop import Run
@@ -140,25 +142,33 @@ def _prepare(
     `kinds` are those of the objects as they were handed over: adapters change them.
     """
     meta = checkpoint.read_meta(found) if found is not None else None
+    config = objects.named(config)
     start = _start(config, objects)
-    config = resolve(objects.named(config), start, None if meta is None else meta["config"])
+    config = resolve(config, start, None if meta is None else meta["config"])
     taken: list[str] = []
     if found is not None and meta is not None:
         taken = check_resumable(config, meta, found, checkpoint.step_of(found))
-    dataset = make_dataset(
-        config.data,
+    opened = partial(
+        make_dataset,
         seed=config.seed,
         check=prompt_check(config, objects),
         captioned=config.stage.reads_captions,
-        dataset=objects.dataset,
     )
+    apart = kept_apart(config.data, **opened.keywords) if config.heldout.is_on else None
+    everything = opened(config.data, dataset=objects.dataset)
+    ranks = parallel.world_size
+    dataset, heldout = divide(config, everything, apart, opened, ranks=ranks)
     stage = make_stage(config, parallel, objects)
+    _check_measures(config, stage)
     _check_prompts(config, stage)
     state = _state(stage)
     if found is not None:
         checkpoint.load(found, state, verified=True)
     done = PartsDone.from_meta(meta)
     made = Run(config, stage, parallel, dataset, state, done, lock, stop, kinds)
+    made.heldout = heldout
+    if heldout is not None:
+        made.notes.append(f"  held out: {len(heldout)} clips, measured every {heldout.every}")
     if found is not None and meta is not None:
         made.retention.trust(found)
         if taken:
@@ -178,8 +188,23 @@ def _prepare(
     return made
 
 
+def _check_measures(config: TrainConfig, stage: Stage) -> None:
+    if config.heldout.is_on and type(stage).heldout is Stage.heldout:
+        raise ConfigError(
+            f"{type(stage).__qualname__} measures nothing on clips that are held out; give it a "
+            "method heldout(), or leave out --heldout"
+        )
+
+
 def _check_moved_data(config: TrainConfig, before: Mapping[str, Any], found: Path) -> None:
-    """Raise ConfigError for data at another path that are other data."""
+    """Raise ConfigError for data at another path that are other data, and where clips that were
+    trained on would be held out."""
+    if config.heldout.share or config.heldout.clips:
+        raise ConfigError(
+            f"the data of {found} are not what they were, so that clips which were trained on "
+            "could be held out now; put the files back as they were, or start a new run in another "
+            "--run-dir"
+        )
     was, now = before["data"]["path"], config.data.path
     if was != now:
         raise ConfigError(
@@ -199,7 +224,7 @@ def make_stage(config: TrainConfig, parallel: Parallel, objects: Objects = NO_OB
 
 def _start(config: TrainConfig, objects: Objects) -> SampleInfo | None:
     """What the model that the stage starts from was trained on; None for random weights."""
-    field = config.stage.starts_from
+    field = config.stage.start_field
     if field is None:
         return None
     bundle = objects.bundles.get(field)
