@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -291,6 +291,7 @@ class OneStepPipeline:
         *,
         seed: Seeds = None,
         generator: Generators = None,
+        extra: Mapping[str, Tensor] | None = None,
         output_type: Literal["uint8", "pt"] = "uint8",
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
@@ -302,6 +303,7 @@ class OneStepPipeline:
         *,
         seed: Seeds = None,
         generator: Generators = None,
+        extra: Mapping[str, Tensor] | None = None,
         output_type: Literal["np"],
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
@@ -313,6 +315,7 @@ class OneStepPipeline:
         *,
         seed: Seeds = None,
         generator: Generators = None,
+        extra: Mapping[str, Tensor] | None = None,
         output_type: Literal["pil"],
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
@@ -323,6 +326,7 @@ class OneStepPipeline:
         *,
         seed: Seeds = None,
         generator: Generators = None,
+        extra: Mapping[str, Tensor] | None = None,
         output_type: OutputType = "uint8",
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
@@ -335,6 +339,8 @@ class OneStepPipeline:
                 several videos of it.
             generator: diffusers' way to say the seed: one generator, of which a seed is drawn for
                 each video, or one each. Calls with the same generator differ, as there.
+            extra: what a model of your own reads beside the prompt, by name: (B, ...), one row for
+                each video, or (1, ...) for all of them.
             output_type: what is returned.
             options: how, all in one; see `GenerateOptions`.
             names: options by name, which go before those of `options`. diffusers' names are taken
@@ -349,7 +355,7 @@ class OneStepPipeline:
                 values that are not finite, and for too little memory.
         """
         check_output_type(output_type)
-        request = self._request(prompt, seed, generator, options.replace(names))
+        request = self._request(prompt, seed, generator, extra, options.replace(names))
         size = math.prod(request.pixels) * len(request.prompts)
         if output_type in ("pt", "np"):
             size *= 4
@@ -367,6 +373,7 @@ class OneStepPipeline:
         *,
         seed: Seeds = None,
         generator: Generators = None,
+        extra: Mapping[str, Tensor] | None = None,
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
     ) -> Iterator[Tensor]:
@@ -375,7 +382,7 @@ class OneStepPipeline:
         Arguments are checked, and prompts read, at once; memory and the wait for the first video
         do not grow with their number.
         """
-        request = self._request(prompt, seed, generator, options.replace(names))
+        request = self._request(prompt, seed, generator, extra, options.replace(names))
         return (video for batch in self._batches(request) for video in to_frames(batch))
 
     def sample_pixels(
@@ -384,11 +391,12 @@ class OneStepPipeline:
         *,
         seed: Seeds = None,
         generator: Generators = None,
+        extra: Mapping[str, Tensor] | None = None,
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
     ) -> Tensor:
         """As calling the pipeline, but fp32 pixels (B, 3, T, H, W) in [-1, 1] on the device."""
-        request = self._request(prompt, seed, generator, options.replace(names))
+        request = self._request(prompt, seed, generator, extra, options.replace(names))
         return torch.cat(list(self._batches(request)))
 
     def _request(
@@ -396,11 +404,13 @@ class OneStepPipeline:
         prompt: str | Sequence[str],
         seed: Seeds,
         generator: Generators,
+        extra: Mapping[str, Tensor] | None,
         options: GenerateOptions,
     ) -> _Request:
         """Everything that can be wrong, looked at before anything is computed."""
         plan, batch_size = self.plan(options), options.batch_size
         prompts, sources = _pair(prompt, seed, generator)
+        given = _one_row_each(extra or {}, self.bundle.backbone.extra_conditions, len(prompts))
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         size = (options.frames, options.height, options.width)
@@ -426,7 +436,8 @@ class OneStepPipeline:
             self.bundle.text_encoder.check([plan.negative_prompt])
         # Last, so that a call which is refused leaves a generator as it was.
         seeds = [_seed_of(source) for source in sources]
-        return _Request(prompts, seeds, plan, latent, (frames, height, width, 3), batch_size)
+        pixels = (frames, height, width, 3)
+        return _Request(prompts, seeds, given, plan, latent, pixels, batch_size)
 
     @torch.inference_mode()
     def _batches(self, request: _Request) -> Iterator[Tensor]:
@@ -451,20 +462,21 @@ class OneStepPipeline:
 
     def _latents(self, request: _Request, places: Sequence[int]) -> list[Tensor]:
         """Latents of some of the videos, one tensor for each network call."""
-        texts = [request.prompts[place] for place in places]
+        texts = dict.fromkeys(request.prompts[place] for place in places)
         plan, size = request.plan, request.batch_size
         with self._at_work(self.bundle.text_encoder):
-            encoded = {text: self._encode(text) for text in dict.fromkeys(texts)}
+            encoded = {text: self._encode(text) for text in texts}
             negative = self._encode(plan.negative_prompt) if plan.cfg_scale != 1 else None
         made = []
         with self._at_work(self.bundle.backbone):
             for start in range(0, len(places), size):
+                call = places[start : start + size]
+                text = [encoded[request.prompts[place]] for place in call]
+                extra = {name: value[list(call)] for name, value in request.extra.items()}
                 x = self._sample_latents(
-                    Condition(
-                        EncodedText.concatenate([encoded[t] for t in texts[start : start + size]])
-                    ),
+                    Condition(EncodedText.concatenate(text), extra).to(self.device, self.dtype),
                     negative,
-                    [request.seeds[place] for place in places[start : start + size]],
+                    [request.seeds[place] for place in call],
                     request.latent,
                     plan,
                 )
@@ -582,6 +594,7 @@ class _Request:
 
     Attributes:
         prompts, seeds: one each for every video.
+        extra: what is given beside them, by name, a row for every video.
         plan: how.
         latent: (C, T', H', W').
         pixels: (T, H, W, 3).
@@ -590,6 +603,7 @@ class _Request:
 
     prompts: list[str]
     seeds: list[int]
+    extra: Mapping[str, Tensor]
     plan: SamplingPlan
     latent: tuple[int, int, int, int]
     pixels: tuple[int, int, int, int]
@@ -604,6 +618,27 @@ _MOST_STEPS = 1000
 _SMALLER = (
     "ask for fewer frames or a smaller size, or try batch_size 1, bfloat16, or offload on a GPU"
 )
+
+
+def _one_row_each(
+    extra: Mapping[str, Tensor], read: Sequence[str], videos: int
+) -> dict[str, Tensor]:
+    """What is given beside the prompts, with a row for each video."""
+    if unread := sorted(extra.keys() - set(read)):
+        raise InputError(
+            f"this model does not read {', '.join(unread)}; beside the prompt it reads "
+            f"{', '.join(sorted(read)) or 'nothing'}"
+        )
+    rows = {}
+    for name, value in extra.items():
+        if not isinstance(value, Tensor) or value.ndim < 1 or len(value) not in (1, videos):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(
+                f"extra {name!r} must be a tensor with {videos} rows, one for each video, or with "
+                f"one for all, got {got}"
+            )
+        rows[name] = value.expand(videos, *value.shape[1:])
+    return rows
 
 
 def _pair(

@@ -49,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
     "media": {"errors", "memory", "untrusted"},
     "hub": {"distributed", "errors", "untrusted"},
     "checkpoints": {"hub"} | BASE,
-    "hub, upper floor": {"hub", "checkpoints"} | BASE,
+    "hub, upper floor": {"hub", "checkpoints", "models"} | BASE,
     "models": {"kernels", "checkpoints"} | BASE,
     "checkpoints, upper floor": {"models", "checkpoints"} | BASE,
     "losses": {"kernels"} | BASE,

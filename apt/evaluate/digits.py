@@ -1,8 +1,8 @@
 """`diffusion-apt evaluate digits`: from trained models to the results page, without a hand between.
 
 A training run is a root with folders ``pretrain``, ``distill``, ``apt`` and perhaps ``apt_paper``
-and ``ablations/<name>``, each with ``log.jsonl``, ``export/`` (the model), perhaps TensorBoard
-files, which know the time, and perhaps ``snapshots/<update>/{ema,raw}/``.
+and ``ablations/<name>``, each with ``log.jsonl``, ``export/`` (the model), perhaps
+``speed.jsonl``, which knows the time, and perhaps ``snapshots/<update>/{ema,raw}/``.
 """
 
 from __future__ import annotations

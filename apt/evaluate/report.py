@@ -118,6 +118,8 @@ def _bars_table(bars: Sequence[Bar], causes: Mapping[str, str]) -> str:
             continue
         missed = causes.get(bar.key, "its cause is not known yet")
         verdict = "pass" if bar.passed else f"**missed**: {missed}"
+        if bar.passed is None:
+            verdict = "not judged: a single trial has no spread"
         reached = plus_minus(bar.reached)
         rows.append([bar.claim, bar.bar, bar.goal or "–", bar.paper or "–", reached, verdict])
     return table(["", "bar", "goal", "paper", "reached", ""], rows)
@@ -358,7 +360,7 @@ def _snapshot_note(results: Results) -> str:
 
 def _costs(costs: Sequence[Cost]) -> str:
     if not costs:
-        return "The runs have no TensorBoard files, which hold the times of updates."
+        return "The runs have no speed.jsonl, which holds the times of updates."
     rows = [
         [str(c.run), c.stage, str(c.updates), f"{c.seconds / 60:.1f}"]
         for c in costs

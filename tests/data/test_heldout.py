@@ -99,21 +99,28 @@ def test_a_bucket_that_is_held_out_whole_is_gone() -> None:
     assert all(set(batch) <= {1, 2, 4, 5} for batch in islice(order.batches(2, seed=0), 2))
 
 
-def test_a_cache_is_divided_too(tmp_path: Path) -> None:
+def test_a_cache_holds_out_what_its_folder_would(tmp_path: Path, folder: Path) -> None:
+    videos = VideoFolder(folder, buckets=[(1, 8, 8)])
     info = CacheInfo(
         codec={}, text_encoder=None, channels=2, temporal_compression=1, spatial_compression=1,
-        frames=1, height=2, width=2, fps=8.0, dtype="float32", source="", num_clips=10,
+        frames=1, height=2, width=2, fps=8.0, dtype="float32", source="", num_clips=2 * 9,
         num_prompts=0,
     )  # fmt: skip
     write_cache_info(tmp_path, info)
     latents = torch.zeros(2, 1, 2, 2)
-    clips = [Clip(latents, str(number), Bucket(1, 2, 2)) for number in range(10)]
+    clips = [  # two of each
+        Clip(latents, videos.caption(item), Bucket(1, 2, 2), file=videos.file_name(item))
+        for item in (*range(9), *range(9))
+    ]
     write_clips(tmp_path / "latents-00000.safetensors", clips)
     cache = LatentFolder(tmp_path)
     kept, held = hold_out(cache, share=0.3)
-    assert len(items(held)) == 3
+    files = [{part.file_name(item) for item in items(part)} for part in (kept, held)]
+    _, same = hold_out(videos, share=0.3)
+    assert files[1] == {videos.file_name(item) for item in items(same)}
+    assert not files[0] & files[1] and len(items(kept)) + len(items(held)) == 18
     assert kept.fingerprint == cache.fingerprint
-    trained = {index % 10 for batch in islice(kept.batches(2, seed=0), 20) for index in batch}
+    trained = {index % 18 for batch in islice(kept.batches(2, seed=0), 40) for index in batch}
     assert trained == items(kept)
 
 
@@ -140,7 +147,7 @@ def test_all_captions_of_a_file_are_held_out_with_it(folder: Path) -> None:
 
 def test_a_broken_file_is_never_replaced_by_one_that_is_held_out(folder: Path) -> None:
     whole = VideoFolder(folder, buckets=[(1, 8, 8)])
-    kept, held = hold_out(whole, clips=5)
+    kept, _ = hold_out(whole, clips=5)
     broken, good = sorted(items(kept))[0], {whole.caption(item) for item in items(kept)}
     file = whole.items[broken].entry.path
     content = file.read_bytes()

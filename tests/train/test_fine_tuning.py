@@ -80,7 +80,7 @@ def test_an_object_can_be_the_start(start: Path, tmp_path: Path) -> None:
         for run in (apt.train.run(named), apt.train.run(given, bundles={"start": bundle()}))
     ]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    with pytest.raises(ConfigError, match="hand over that model, bundles=.'start'"):
+    with pytest.raises(ConfigError, match=r"hand over that model, bundles=.'start'"):
         model = tiny_bundle().backbone
         apt.train.run(config(tmp_path / "x"), model=model, bundles={"start": bundle()})
 

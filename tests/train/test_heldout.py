@@ -39,7 +39,8 @@ KEYS = {
     "pretrain": {"heldout/generator/loss"},
     "distill": {"heldout/generator/loss"},
     "apt": {
-        f"heldout/discriminator/{n}" for n in ("loss", "logit_gap", "logit_real", "logit_fake")
+        f"heldout/discriminator/{name}"
+        for name in ("loss", "logit_gap", "logit_real", "logit_fake")
     },
 }
 
