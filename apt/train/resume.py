@@ -145,16 +145,17 @@ def check_resumable(
     return [said[key] for key in free]
 
 
-def recorded_objects(run_dir: Path, found: Path | None) -> dict[str, Any]:
+def recorded_objects(run_dir: Path, found: Path | None) -> dict[str, Any] | None:
     """What the run was given in Python, as its checkpoint says, or config.json before there is one.
 
-    Runs of earlier versions were given nothing.
+    None if there is no run; those of earlier versions were given nothing.
     """
     if found is not None:
         return dict(checkpoint.read_meta(found).get(OBJECTS, {}))
     file = run_dir / CONFIG_NAME
-    written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return dict(written.get(OBJECTS, {}))
+    if not file.is_file():
+        return None
+    return dict(json.loads(file.read_text(encoding="utf-8")).get(OBJECTS, {}))
 
 
 def model_identities(config: TrainConfig) -> dict[str, str]:

@@ -109,8 +109,9 @@ def run(
         stack.enter_context(explained(config.run_dir))
         lock = stack.enter_context(_locked(run_dir, parallel, resume, take_over))
         found = find_start(run_dir, resume, start_over=start_over)
-        if resume:
-            check_same_objects(kinds, recorded_objects(run_dir, found), config.run_dir)
+        recorded = recorded_objects(run_dir, found) if resume else None
+        if recorded is not None:
+            check_same_objects(kinds, recorded, config.run_dir)
         _prepare(config, objects, kinds, found, parallel, lock, stop).train()
     return run_dir
 

@@ -118,11 +118,19 @@ def test_push_and_generate_take_runs(run: Path, tmp_path: Path) -> None:
         ["generate", "--prompt", "a", "--model", unfinished],
         ["push", unfinished, "me/model"],
         ["export", unfinished, tmp_path / "out"],
+        ["bench", "dit", "--model", unfinished, "--floor", "--gpu", "h100"],
         ["data", "check", tmp_path, "--model", unfinished],
     ):
         assert "has no model yet" in error_line(invoke(*command))
     out = tmp_path / "a.png"
     assert invoke("generate", "--prompt", "a", "--model", run, "--out", out).returncode == 0
+
+
+def test_bench_takes_the_registered_model_of_a_place_and_its_size(run: Path) -> None:
+    estimate = ["bench", "dit", "--floor", "--gpu", "h100", "--model"]
+    done = invoke(*estimate, "digits-diffusion")
+    assert done.returncode == 0 and "9 frames of" in done.stdout, done.stderr
+    assert "of another shape than the registered one" in error_line(invoke(*estimate, run))
 
 
 def test_evaluate_says_that_a_stage_is_not_all_of_them(run: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.data.buckets import Bucket
@@ -48,6 +48,7 @@ def items(dataset: Divisible) -> set[int]:
 
 
 @given(count=st.integers(2, 60), clips=st.integers(1, 59))
+@settings(max_examples=30, deadline=None)
 def test_a_number_is_met_and_the_parts_are_all(count: int, clips: int) -> None:
     if clips >= count:
         with pytest.raises(ConfigError, match="leaves nothing to train on"):

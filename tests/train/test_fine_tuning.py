@@ -65,21 +65,18 @@ def test_it_begins_with_the_models_weights_and_keeps_what_it_is(
     assert (run / "samples" / "00000001.png").is_file()
 
 
-def test_the_text_encoder_goes_on_training_too(start: Path, tmp_path: Path) -> None:
-    run = apt.train.run(config(tmp_path / "run", start, ema_decay=0.0, sample_every=0))
-    for name in ("transformer.safetensors", "text_encoder.safetensors"):
-        before, after = load_file(start / name), load_file(run / "export" / name)
-        assert any(not torch.equal(before[key], after[key]) for key in before)
-
-
-def test_an_object_can_be_the_start(start: Path, tmp_path: Path) -> None:
-    named = config(tmp_path / "named", start, sample_every=0)
-    given = config(tmp_path / "given", sample_every=0)
-    weights = [
-        load_file(run / "export" / "transformer.safetensors")
-        for run in (apt.train.run(named), apt.train.run(given, bundles={"start": bundle()}))
+def test_all_of_it_goes_on_training_also_as_an_object(start: Path, tmp_path: Path) -> None:
+    runs = [
+        apt.train.run(config(tmp_path / "named", start, ema_decay=0.0, sample_every=0)),
+        apt.train.run(
+            config(tmp_path / "given", ema_decay=0.0, sample_every=0), bundles={"start": bundle()}
+        ),
     ]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    for name in ("transformer.safetensors", "text_encoder.safetensors"):
+        before = load_file(start / name)
+        named, given = (load_file(run / "export" / name) for run in runs)
+        assert any(not torch.equal(before[key], named[key]) for key in before)
+        assert all(torch.equal(named[key], given[key]) for key in before)
     with pytest.raises(ConfigError, match=r"hand over that model, bundles=.'start'"):
         model = tiny_bundle().backbone
         apt.train.run(config(tmp_path / "x"), model=model, bundles={"start": bundle()})
