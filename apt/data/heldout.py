@@ -1,13 +1,12 @@
 """Which clips are held out of training: the same ones in every run, whatever its seed.
 
-They are chosen by the names of their files, so that stages in a row hold out the same ones, and all
-captions of a file go with it.
+They are chosen by the names of their files alone, so that all captions of a file go with it, and
+stages in a row hold out the same ones, also where one of them leaves out files that another reads.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -43,8 +42,8 @@ def hold_out(dataset: Data, *, share: float = 0.0, clips: int = 0) -> tuple[Data
 
     Args:
         dataset: all of it.
-        share: of its files that are held out, in (0, 1); or
-        clips: how many files.
+        share: about which share of its files is held out, in (0, 1): each by itself; or
+        clips: how many files, those that a smaller share would take first.
 
     Returns:
         What is trained on, and what is held out.
@@ -55,15 +54,20 @@ def hold_out(dataset: Data, *, share: float = 0.0, clips: int = 0) -> tuple[Data
     items: dict[str, list[int]] = {}
     for item in range(len(dataset)):
         items.setdefault(dataset.file_name(item), []).append(item)
-    count = clips or math.ceil(share * len(items))
-    if not 0 < count < len(items):
+    chosen = [name for name in items if _place(name) < share]
+    if clips:
+        chosen = sorted(items, key=_place)[:clips]
+    if not 0 < len(chosen) < len(items):
         raise ConfigError(
-            f"{count} of {len(items)} files would be held out, which leaves nothing to train on; "
-            "choose fewer with --heldout.clips or --heldout.share"
+            f"{len(chosen)} of {len(items)} files would be held out, which leaves nothing to "
+            f"{'train on' if chosen else 'measure'}; choose another --heldout.share, or say how "
+            "many with --heldout.clips"
         )
-    held = {item for name in sorted(items, key=_place)[:count] for item in items[name]}
+    held = {item for name in chosen for item in items[name]}
     return dataset.part(set(range(len(dataset))) - held), dataset.part(held)
 
 
-def _place(name: str) -> tuple[bytes, str]:
-    return hashlib.sha256(name.encode(errors="backslashreplace")).digest(), name
+def _place(name: str) -> float:
+    """Where a name lies in [0, 1), as if it were drawn."""
+    digest = hashlib.sha256(name.encode(errors="backslashreplace")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48

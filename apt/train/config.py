@@ -162,8 +162,8 @@ class HeldoutConfig:
     clips and path says which.
 
     Attributes:
-        share: of the data's files that are held out, in (0, 1). The same ones in every run on the
-            data, so that a stage measures with what no stage before it was trained on.
+        share: about which share of the data's files is held out, in (0, 1). Names decide, so that
+            every stage on the data holds out the same ones.
         clips: how many files are held out instead. Of the digits: how many clips in handwriting
             that is never trained on.
         path: a folder of clips of their own instead, of the kind of data.path.

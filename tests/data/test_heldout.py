@@ -60,9 +60,13 @@ def test_a_number_is_met_and_the_parts_are_all(count: int, clips: int) -> None:
     assert not items(kept) & items(held)
 
 
-def test_a_share_is_one_of_files_rounded_up() -> None:
-    assert len(items(hold_out(numbered(40), share=0.05)[1])) == 2
-    assert len(items(hold_out(numbered(41), share=0.05)[1])) == 3
+def test_a_share_is_met_about_and_does_not_depend_on_what_else_there_is() -> None:
+    _, held = hold_out(numbered(1000), share=0.1)
+    assert 70 < len(items(held)) < 130
+    _, fewer = hold_out(numbered(500), share=0.1)
+    assert items(fewer) == {item for item in items(held) if item < 500}
+    with pytest.raises(ConfigError, match=r"0 of 3 files would be held out, .* nothing to measure"):
+        hold_out(numbered(3), share=1e-6)
 
 
 def test_a_smaller_part_lies_in_a_larger_one() -> None:
