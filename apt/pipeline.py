@@ -145,7 +145,7 @@ class OneStepPipeline:
         file = find_lora(name_or_file)
         with explained_memory(f"merging {str(name_or_file)!r}", "load the model in bfloat16"):
             merge_lora(backbone, load_lora(file, backbone), scale=scale)
-        on_hub = None if Path(name_or_file).exists() else str(name_or_file)
+        on_hub = None if Path(name_or_file).expanduser().exists() else str(name_or_file)
         self._loras.append({"name": on_hub, "weights": weights_digest(file), "scale": scale})
         return self
 

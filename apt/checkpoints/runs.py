@@ -54,7 +54,7 @@ def model_folder(folder: Path) -> Path:
     warnings.warn(
         f"the training run {str(folder)!r} is not finished{_progress(folder)}: taking its last "
         f"snapshot, that of update {snapshots[-1]}",
-        stacklevel=2,
+        stacklevel=1,  # the same place for all, so that it is said once
     )
     return taken
 

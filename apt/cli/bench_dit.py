@@ -87,6 +87,8 @@ def registered_model(name: str) -> tuple[str, dict[str, Any]]:
     from apt.checkpoints.source import list_pretrained
     from apt.models import MODELS
 
+    if name in MODELS.names():
+        return name, {}
     if "/" not in name and not Path(name).exists() and name not in list_pretrained():
         return name, {}
     _, info, checkpoint = find_model(name)

@@ -58,6 +58,9 @@ class Poisoned(Bars):
         return (pixels * float("nan") if index in self.poisoned else pixels), caption
 
 
+Poisoned.__qualname__ = "Bars"  # clips go by the name of their class
+
+
 def config(run_dir: Path, stage: Any = None, **changes: Any) -> TrainConfig:
     options: dict[str, Any] = {
         "name": "held",
