@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -299,11 +300,12 @@ def _compared(base: Mapping[str, Spread], other: Mapping[str, Spread]) -> str:
     words = []
     for figure, name in (("frechet", "Fréchet"), ("patch", "patch")):
         change = other[figure].mean - base[figure].mean
-        limit = (base[figure].known ** 2 + other[figure].known ** 2) ** 0.5
+        limit = math.hypot(base[figure].std, other[figure].std)
         if abs(change) <= limit:
             words.append(f"{name} within the spread")
-        else:
-            words.append(f"{name} {'worse' if change > 0 else 'better'}")
+            continue
+        alone = "" if math.isfinite(limit) else " in a single trial"
+        words.append(f"{name} {'worse' if change > 0 else 'better'}{alone}")
     return ", ".join(words)
 
 
