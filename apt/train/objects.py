@@ -114,7 +114,8 @@ class Objects:
         data = config.data if self.dataset is None else _of_object(config.data, self.dataset)
         model, stage = dataclasses.replace(config.model, **changes), config.stage
         if stage.may_begin_anew and stage.starts_from in self.bundles:
-            stage = dataclasses.replace(stage, **{stage.starts_from: OBJECT})
+            start: dict[str, Any] = {str(stage.starts_from): OBJECT}
+            stage = dataclasses.replace(stage, **start)
         return dataclasses.replace(config, model=model, data=data, stage=stage)
 
     def info(self, name: str, part: Any) -> ComponentInfo:
