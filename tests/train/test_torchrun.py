@@ -133,6 +133,7 @@ apt.train.run(config, **given, resume="auto")
 """
 
 
+@pytest.mark.slow
 def test_objects_and_held_out_clips_on_two_ranks(tmp_path: Path):
     (tmp_path / "objects.py").write_text(OBJECTS)
     done = launch(tmp_path, "objects.py", "two")
