@@ -162,12 +162,12 @@ def encode_clips(
     for name, indices in due:
         clips: list[Clip] = []
         for batch in _batches(videos, indices, batch_size):
-            pixels = torch.stack([sample.pixels for sample in batch])
+            pixels = torch.stack([sample.pixels for _, sample in batch])
             latents = codec.encode(pixels.to(device)).to(dtype).cpu()
             bucket = Bucket(*pixels.shape[2:])
             clips += (
-                Clip(x, sample.caption, bucket, sample.extra)
-                for x, sample in zip(latents, batch, strict=True)
+                Clip(x, sample.caption, bucket, sample.extra, file)
+                for x, (file, sample) in zip(latents, batch, strict=True)
             )
             progress(done + len(clips), total)
         write_clips(out / name, clips)
@@ -182,17 +182,19 @@ def _plan(videos: VideoFolder, num_clips: int) -> list[int]:
     return sorted(range(num_clips), key=lambda index: (items[index % len(items)].bucket, index))
 
 
-def _batches(videos: VideoFolder, indices: Sequence[int], size: int) -> Iterator[list[Sample]]:
-    """Samples of one shape each, decoded as they are needed."""
-    batch: list[Sample] = []
+def _batches(
+    videos: VideoFolder, indices: Sequence[int], size: int
+) -> Iterator[list[tuple[str, Sample]]]:
+    """Samples of one shape each, with the names of their files, decoded as they are needed."""
+    batch: list[tuple[str, Sample]] = []
     for index in indices:
         sample = videos[index]
         if sample.problems:
             continue  # it stands in for a broken file, and has a place of its own
-        if len(batch) == size or (batch and batch[0].pixels.shape != sample.pixels.shape):
+        if len(batch) == size or (batch and batch[0][1].pixels.shape != sample.pixels.shape):
             yield batch
             batch = []
-        batch.append(sample)
+        batch.append((videos.file_name(index), sample))
     if batch:
         yield batch
 

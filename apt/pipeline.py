@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.bundle import ModelBundle
+from apt.checkpoints.bundle import ModelBundle, Origin
+from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.info import ModelInfo
 from apt.checkpoints.load import load_bundle
 from apt.checkpoints.lora import find_lora, load_lora, merge_lora
@@ -42,6 +43,7 @@ from apt.pixels import (
     to_unit,
 )
 from apt.rng import Draw, sample_noise
+from apt.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,6 +92,7 @@ class OneStepPipeline:
     def __init__(self, bundle: ModelBundle, *, offload_to: torch.device | None = None) -> None:
         self.bundle = bundle
         self._offload_to = offload_to
+        self._loras: list[dict[str, Any]] = []
         for module in bundle.modules():
             module.eval()
 
@@ -139,8 +142,11 @@ class OneStepPipeline:
             InputError: a scale that is not finite, or a negative one of a DoRA.
         """
         backbone = self.bundle.backbone
+        file = find_lora(name_or_file)
         with explained_memory(f"merging {str(name_or_file)!r}", "load the model in bfloat16"):
-            merge_lora(backbone, load_lora(find_lora(name_or_file), backbone), scale=scale)
+            merge_lora(backbone, load_lora(file, backbone), scale=scale)
+        on_hub = None if Path(name_or_file).expanduser().exists() else str(name_or_file)
+        self._loras.append({"name": on_hub, "weights": weights_digest(file), "scale": scale})
         return self
 
     def to(
@@ -243,6 +249,52 @@ class OneStepPipeline:
             ),
         )
 
+    def tags(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        fps: float | None = None,
+        options: GenerateOptions = GenerateOptions(),
+        **names: Unpack[OptionNames],
+    ) -> dict[str, Any]:
+        """How a video is made, for its file: `apt.media.write_media(..., tags=...)`.
+
+        Prompt, seed, model (name, with its revision or the digest of its weights), merged LoRAs,
+        settings with nothing left open, and the version of this package. No folder of this machine
+        is named.
+
+        Args:
+            prompt, seed: of the video; several for a file that shows several.
+            fps: of the file; None is the model's.
+            options, names: as for generating, and with the same errors.
+        """
+        options = options.replace(names)
+        plan, sample = self.plan(options), self.info.sample
+        self.latent_shape(options.frames, options.height, options.width)
+        origin = self.bundle.origin or Origin(name=self.info.model.architecture)
+        return {
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "seed": seed if isinstance(seed, int) else list(seed),
+            "model": {**asdict(origin), "stage": self.stage},
+            "loras": [dict(lora) for lora in self._loras],
+            "settings": {
+                "num_steps": len(plan.timesteps) - 1,
+                "timesteps": list(plan.timesteps),
+                "sampler": plan.sampler,
+                "cfg_scale": plan.cfg_scale,
+                "negative_prompt": plan.negative_prompt,
+                "frames": sample.frames if options.frames is None else options.frames,
+                "height": sample.height if options.height is None else options.height,
+                "width": sample.width if options.width is None else options.width,
+                "fps": sample.fps if fps is None else fps,
+                "batch_size": options.batch_size,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "device": self.device.type,
+            },
+            "software": f"diffusion-apt {__version__}",
+        }
+
     @overload
     def __call__(
         self,
@@ -250,6 +302,7 @@ class OneStepPipeline:
         *,
         seed: Seeds = None,
         generator: Generators = None,
+        extra: Mapping[str, Tensor] | None = None,
         output_type: Literal["uint8", "pt"] = "uint8",
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
@@ -261,6 +314,7 @@ class OneStepPipeline:
         *,
         seed: Seeds = None,
         generator: Generators = None,
+        extra: Mapping[str, Tensor] | None = None,
         output_type: Literal["np"],
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
@@ -272,6 +326,7 @@ class OneStepPipeline:
         *,
         seed: Seeds = None,
         generator: Generators = None,
+        extra: Mapping[str, Tensor] | None = None,
         output_type: Literal["pil"],
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
@@ -282,6 +337,7 @@ class OneStepPipeline:
         *,
         seed: Seeds = None,
         generator: Generators = None,
+        extra: Mapping[str, Tensor] | None = None,
         output_type: OutputType = "uint8",
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
@@ -294,6 +350,8 @@ class OneStepPipeline:
                 several videos of it.
             generator: diffusers' way to say the seed: one generator, of which a seed is drawn for
                 each video, or one each. Calls with the same generator differ, as there.
+            extra: what a model of your own reads beside the prompt, by name: (B, ...), one row for
+                each video, or (1, ...) for all of them.
             output_type: what is returned.
             options: how, all in one; see `GenerateOptions`.
             names: options by name, which go before those of `options`. diffusers' names are taken
@@ -308,7 +366,7 @@ class OneStepPipeline:
                 values that are not finite, and for too little memory.
         """
         check_output_type(output_type)
-        request = self._request(prompt, seed, generator, options.replace(names))
+        request = self._request(prompt, seed, generator, extra, options.replace(names))
         size = math.prod(request.pixels) * len(request.prompts)
         if output_type in ("pt", "np"):
             size *= 4
@@ -326,6 +384,7 @@ class OneStepPipeline:
         *,
         seed: Seeds = None,
         generator: Generators = None,
+        extra: Mapping[str, Tensor] | None = None,
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
     ) -> Iterator[Tensor]:
@@ -334,7 +393,7 @@ class OneStepPipeline:
         Arguments are checked, and prompts read, at once; memory and the wait for the first video
         do not grow with their number.
         """
-        request = self._request(prompt, seed, generator, options.replace(names))
+        request = self._request(prompt, seed, generator, extra, options.replace(names))
         return (video for batch in self._batches(request) for video in to_frames(batch))
 
     def sample_pixels(
@@ -343,11 +402,12 @@ class OneStepPipeline:
         *,
         seed: Seeds = None,
         generator: Generators = None,
+        extra: Mapping[str, Tensor] | None = None,
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
     ) -> Tensor:
         """As calling the pipeline, but fp32 pixels (B, 3, T, H, W) in [-1, 1] on the device."""
-        request = self._request(prompt, seed, generator, options.replace(names))
+        request = self._request(prompt, seed, generator, extra, options.replace(names))
         return torch.cat(list(self._batches(request)))
 
     def _request(
@@ -355,11 +415,13 @@ class OneStepPipeline:
         prompt: str | Sequence[str],
         seed: Seeds,
         generator: Generators,
+        extra: Mapping[str, Tensor] | None,
         options: GenerateOptions,
     ) -> _Request:
         """Everything that can be wrong, looked at before anything is computed."""
         plan, batch_size = self.plan(options), options.batch_size
         prompts, sources = _pair(prompt, seed, generator)
+        given = _one_row_each(extra or {}, self.bundle.backbone.extra_conditions, len(prompts))
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         size = (options.frames, options.height, options.width)
@@ -385,7 +447,8 @@ class OneStepPipeline:
             self.bundle.text_encoder.check([plan.negative_prompt])
         # Last, so that a call which is refused leaves a generator as it was.
         seeds = [_seed_of(source) for source in sources]
-        return _Request(prompts, seeds, plan, latent, (frames, height, width, 3), batch_size)
+        pixels = (frames, height, width, 3)
+        return _Request(prompts, seeds, given, plan, latent, pixels, batch_size)
 
     @torch.inference_mode()
     def _batches(self, request: _Request) -> Iterator[Tensor]:
@@ -410,20 +473,21 @@ class OneStepPipeline:
 
     def _latents(self, request: _Request, places: Sequence[int]) -> list[Tensor]:
         """Latents of some of the videos, one tensor for each network call."""
-        texts = [request.prompts[place] for place in places]
+        texts = dict.fromkeys(request.prompts[place] for place in places)
         plan, size = request.plan, request.batch_size
         with self._at_work(self.bundle.text_encoder):
-            encoded = {text: self._encode(text) for text in dict.fromkeys(texts)}
+            encoded = {text: self._encode(text) for text in texts}
             negative = self._encode(plan.negative_prompt) if plan.cfg_scale != 1 else None
         made = []
         with self._at_work(self.bundle.backbone):
             for start in range(0, len(places), size):
+                call = places[start : start + size]
+                text = [encoded[request.prompts[place]] for place in call]
+                extra = {name: value[list(call)] for name, value in request.extra.items()}
                 x = self._sample_latents(
-                    Condition(
-                        EncodedText.concatenate([encoded[t] for t in texts[start : start + size]])
-                    ),
+                    Condition(EncodedText.concatenate(text), extra).to(self.device, self.dtype),
                     negative,
-                    [request.seeds[place] for place in places[start : start + size]],
+                    [request.seeds[place] for place in call],
                     request.latent,
                     plan,
                 )
@@ -541,6 +605,7 @@ class _Request:
 
     Attributes:
         prompts, seeds: one each for every video.
+        extra: what is given beside them, by name, a row for every video.
         plan: how.
         latent: (C, T', H', W').
         pixels: (T, H, W, 3).
@@ -549,6 +614,7 @@ class _Request:
 
     prompts: list[str]
     seeds: list[int]
+    extra: Mapping[str, Tensor]
     plan: SamplingPlan
     latent: tuple[int, int, int, int]
     pixels: tuple[int, int, int, int]
@@ -563,6 +629,27 @@ _MOST_STEPS = 1000
 _SMALLER = (
     "ask for fewer frames or a smaller size, or try batch_size 1, bfloat16, or offload on a GPU"
 )
+
+
+def _one_row_each(
+    extra: Mapping[str, Tensor], read: Sequence[str], videos: int
+) -> dict[str, Tensor]:
+    """What is given beside the prompts, with a row for each video."""
+    if unread := sorted(extra.keys() - set(read)):
+        raise InputError(
+            f"this model does not read {', '.join(unread)}; beside the prompt it reads "
+            f"{', '.join(sorted(read)) or 'nothing'}"
+        )
+    rows = {}
+    for name, value in extra.items():
+        if not isinstance(value, Tensor) or value.ndim < 1 or len(value) not in (1, videos):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(
+                f"extra {name!r} must be a tensor with {videos} rows, one for each video, or with "
+                f"one for all, got {got}"
+            )
+        rows[name] = value.expand(videos, *value.shape[1:])
+    return rows
 
 
 def _pair(

@@ -87,10 +87,11 @@ def write_results(runs: list[Run], folder: Path, fps: float) -> None:
     """Write the videos, the contact sheet and the page."""
     columns = []
     for run in runs:
-        files = [
-            write_mp4(folder / run.folder / f"{_slug(prompt)}.mp4", video, fps=fps, scale=SCALE)
-            for prompt, video in zip(PROMPTS, run.videos, strict=True)
-        ]
+        files = []
+        for prompt, video in zip(PROMPTS, run.videos, strict=True):
+            file = folder / run.folder / f"{_slug(prompt)}.mp4"
+            tags = run.pipeline.tags(prompt, seed=SEED, num_steps=run.num_steps, fps=fps)
+            files.append(write_mp4(file, video, fps=fps, scale=SCALE, tags=tags))
         columns.append(
             SamplerColumn(name=run.name, detail=run.detail, seconds=run.median, files=files)
         )

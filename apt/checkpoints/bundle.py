@@ -25,14 +25,30 @@ from apt.models.protocols import LatentCodec, TextEncoder
 from apt.models.transformer import DiffusionTransformer
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Which weights a model has, in words that others can use: no folder of this machine.
+
+    Attributes:
+        name: built-in name or Hub id; of a local model its recipe, or else its architecture.
+        revision: commit on the Hub.
+        weights: digest (`apt.checkpoints.digest`) of what is local.
+    """
+
+    name: str
+    revision: str | None = None
+    weights: str | None = None
+
+
 @dataclass
 class ModelBundle:
-    """A model with all that it takes to generate."""
+    """A model with all that it takes to generate, and where it was loaded from, if it was."""
 
     backbone: DiffusionTransformer
     text_encoder: TextEncoder
     codec: LatentCodec
     info: ModelInfo
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         if self.backbone.in_channels != self.codec.channels:

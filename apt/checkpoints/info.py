@@ -18,6 +18,8 @@ from apt.untrusted import check_name
 
 FORMAT = 1
 INFO_FILE = "apt.json"
+PIPELINE_FILE = "model_index.json"
+"""What makes a folder a diffusers pipeline."""
 TRANSFORMER_FILE = "transformer.safetensors"
 TEXT_ENCODER_FILE = "text_encoder.safetensors"
 CODEC_FILE = "codec.safetensors"
@@ -252,8 +254,7 @@ def _describe_foreign_folder(folder: Path) -> str:
         return f"{start}; it holds pickles, which are never loaded"
     if any(name.startswith("step") for name in names):
         return (
-            f"{start}; it looks like the checkpoints of a training run: pass the folder that the "
-            "run exported, or resume the run"
+            f"{start}; it looks like the checkpoints of a training run: pass the run's own folder"
         )
     return f"{start}; pass the folder that save_bundle wrote, or a pipeline of diffusers"
 

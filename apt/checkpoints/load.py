@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from apt.checkpoints.bundle import ModelBundle, described
+from apt.checkpoints.bundle import ModelBundle, Origin, described
 from apt.checkpoints.checkpoint import Checkpoint, configured, empty_module, unbuildable
+from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.info import (
     INFO_FILE,
     CodecInfo,
@@ -20,6 +21,7 @@ from apt.checkpoints.info import (
     read_description,
     read_info,
 )
+from apt.checkpoints.load import as_file, find_codec, find_model, locate_model
 from apt.checkpoints.public import (
     describe_file,
     describe_pipeline,
@@ -28,7 +30,7 @@ from apt.checkpoints.public import (
     single_file,
 )
 from apt.checkpoints.reading import read_json
-from apt.checkpoints.source import PIPELINE_FILE, Source, list_pretrained, locate
+from apt.checkpoints.source import ASSETS, PIPELINE_FILE, Source, list_pretrained, locate
 from apt.checkpoints.weights import load_weights
 from apt.device import find_device
 from apt.errors import CheckpointError, InputError, MissingPackageError
@@ -75,7 +77,8 @@ def load_bundle(
     with _building_from(source):
         backbone = checkpoint.load(dtype=dtype, device=device)
         text_encoder = _load_text_encoder(source, info, dtype, beside)
-        bundle = ModelBundle(backbone, text_encoder, codec, info)
+        origin = _origin(name_or_folder, source, info)
+        bundle = ModelBundle(backbone, text_encoder, codec, info, origin)
     # A folder may be older than an option of one of its parts, which then has its default.
     bundle.info = described(bundle)
     codec.to(beside)
@@ -258,6 +261,16 @@ def _own_checkpoint(source: Source, info: ModelInfo) -> Checkpoint:
     return Checkpoint(
         source.folder / part.weights, part.architecture, configured(MODELS, part, path)
     )
+
+
+def _origin(name_or_folder: str | Path, source: Source, info: ModelInfo) -> Origin:
+    file = as_file(name_or_folder)
+    if file is None and source.repo is not None:
+        return Origin(name=source.repo, revision=source.revision)
+    place = file or source.folder
+    recipe = None if file is not None else info.training.get("recipe")
+    name = place.name if place.parent == ASSETS else str(recipe or info.model.architecture)
+    return Origin(name=name, weights=weights_digest(place))
 
 
 def _load_text_encoder(

@@ -20,6 +20,7 @@ from typing import Any, cast
 from apt.checkpoints.checkpoint import Checkpoint, check_kind, shapes_of
 from apt.checkpoints.info import (
     INFO_FILE,
+    PIPELINE_FILE,
     ComponentInfo,
     ModelInfo,
     read_info,

@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apt.checkpoints.info import INFO_FILE
+from apt.checkpoints.info import INFO_FILE, PIPELINE_FILE
 from apt.checkpoints.reading import INDEX_SUFFIX
+from apt.checkpoints.runs import model_folder
 from apt.errors import CheckpointError, InputError
 from apt.hub.download import download
 
 ASSETS = Path(__file__).parents[1] / "assets"
-
-PIPELINE_FILE = "model_index.json"
-"""What makes a folder a diffusers pipeline."""
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 """How diffusers names the weights of a transformer."""
@@ -82,7 +80,8 @@ def list_pretrained() -> list[str]:
 def locate(name_or_folder: str | Path, revision: str | None = None) -> Source:
     """Where the model of a name is; of a Hub repository only `DESCRIPTIONS` are fetched.
 
-    A built-in name wins over a folder of the same name, which "./name" reaches.
+    A built-in name wins over a folder of the same name, which "./name" reaches. The folder of a
+    training run stands for its model; see `apt.checkpoints.runs.model_folder`.
 
     Args:
         name_or_folder: a built-in name, a folder, or "owner/name[@revision]".
@@ -100,7 +99,7 @@ def locate(name_or_folder: str | Path, revision: str | None = None) -> Source:
             raise InputError(
                 f"{name!r} is no Hub repository, so it has no revision {revision!r}; leave it out"
             )
-        return Source(ASSETS / name if built_in else folder)
+        return Source(ASSETS / name if built_in else model_folder(folder))
     if folder.exists():
         raise CheckpointError(f"{name!r} is a file; pass the folder that holds {INFO_FILE}")
     hub_id = split_hub_id(name) if isinstance(name_or_folder, str) else None
@@ -115,8 +114,8 @@ def locate(name_or_folder: str | Path, revision: str | None = None) -> Source:
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise CheckpointError(
         f"there is no model {name!r}: {hint}It can be a built-in name "
-        f"({', '.join(builtin) or 'none is installed'}), an existing folder with {INFO_FILE} or "
-        f"{PIPELINE_FILE}, or a Hub id (owner/name or owner/name@revision)"
+        f"({', '.join(builtin) or 'none is installed'}), the folder of a training run, one with "
+        f"{INFO_FILE} or {PIPELINE_FILE}, or a Hub id (owner/name or owner/name@revision)"
     )
 
 

@@ -3,13 +3,15 @@ line."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -48,6 +50,7 @@ class Command:
 
 COMMANDS = {
     "generate": Command("apt.cli.generate", "videos or images from prompts"),
+    "tags": Command("apt.cli.tags", "how a generated file was made"),
     "train": Command("apt.cli.train", "run a training recipe"),
     "data digits": Command("apt.cli.data_digits", "write the built-in data set as video files"),
     "data vizdoom": Command("apt.cli.data_vizdoom", "render first-person clips as video files"),
@@ -78,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:
-        rest, modules = take_imports([arg for arg in args if arg != "--debug"])
-        import_modules(modules)
-        code = dispatch(rest)
+        with _warnings_in_a_line():
+            rest, modules = take_imports([arg for arg in args if arg != "--debug"])
+            import_modules(modules)
+            code = dispatch(rest)
         sys.stdout.flush()
     except PeerError:
         _report(None, debug)
@@ -101,6 +105,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(traceback.format_exc(), False)
         return EXIT_FAILURE
     return code
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """What warns a user is one line, as errors are; warnings for programmers stay as Python's."""
+    usual = warnings.formatwarning
+
+    def in_a_line(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if category is not UserWarning:
+            return usual(message, category, filename, lineno, line)
+        return f"warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = in_a_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _report(text: str | None, debug: bool) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -24,7 +25,8 @@ class BenchDit:
     """
 
     model: str = "apt_8b"
-    """A registered model; `diffusion-apt list models` shows them."""
+    """A registered model (`diffusion-apt list models`), or the place of one, such as a training
+    run, whose registered model is measured at the size of its clips."""
     frames: int | None = None
     """Number of frames; 1 is an image. Left out: what the model is published for, or else 49."""
     height: int | None = None
@@ -66,12 +68,43 @@ def main(args: Sequence[str], *, prog: str) -> None:
     names = ("frames", "height", "width", "batch", "text_tokens", "compression", "dtype")
     given = {name: getattr(options, name) for name in names}
     changes = {name: value for name, value in given.items() if value is not None}
-    workload = usual_workload(options.model, **changes)
+    model, own = registered_model(options.model)
+    workload = usual_workload(model, **{**own, **changes})
     check_rounds(options.rounds)
     if options.floor:
         print(floor_report(workload, options.gpu))
     else:
         measure(workload, options)
+
+
+def registered_model(name: str) -> tuple[str, dict[str, Any]]:
+    """The registered model of a name or a place, and what the place says of the clips it makes.
+
+    Raises InputError for a model of another shape than the registered one.
+    """
+    from apt.checkpoints.load import find_model, load_codec
+    from apt.checkpoints.source import list_pretrained
+    from apt.models import MODELS
+
+    if name in MODELS.names():
+        return name, {}
+    if "/" not in name and not Path(name).exists() and name not in list_pretrained():
+        return name, {}
+    _, info, checkpoint = find_model(name)
+    if checkpoint.config != MODELS.get(checkpoint.architecture)():
+        raise InputError(
+            f"{name!r} is a {checkpoint.architecture} of another shape than the registered one, "
+            "and only registered shapes are measured; register yours (docs/own_parts.md)"
+        )
+    clip = info.sample
+    size = (clip.frames, clip.height, clip.width)
+    frames, height, width = load_codec(name).latent_shape(*size)
+    compression = (
+        (clip.frames - 1) // max(frames - 1, 1) or 1,
+        clip.height // height,
+        clip.width // width,
+    )
+    return checkpoint.architecture, {**vars(clip), "compression": compression}
 
 
 def measure(workload: Workload, options: BenchDit) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from apt.checkpoints.runs import is_model, model_folder, snapshot_folder
 from apt.device import explained_memory
 from apt.errors import CheckpointError, InputError
 
@@ -29,7 +30,7 @@ class Export:
     """apt: apt.json and safetensors. diffusers: a whole pipeline that runs in stock diffusers with
     one step. comfyui: the diffusion model in one file, in its authors' layout."""
     update: int | None = None
-    """Take the snapshot of this update; None takes the finished model."""
+    """Take the snapshot of this update; None takes the finished model, or the last snapshot."""
     weights: Literal["ema", "raw"] = "ema"
     """Of a snapshot: averaged weights, or those that were training."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -44,14 +45,7 @@ class Export:
 def main(args: Sequence[str], *, prog: str) -> None:
     """Load the model strictly, write it, and say where it is."""
     options = tyro.cli(Export, args=args, prog=prog)
-    source = options.source
-    if not is_model(source):
-        source = find_model(source, options.update, options.weights)
-    elif options.update is not None or options.weights != "ema":
-        raise InputError(
-            f"--update and --weights choose among the snapshots of a run, and {str(source)!r} is a "
-            "model; leave them out"
-        )
+    source = model_to_export(options.source, options.update, options.weights)
 
     import torch
 
@@ -69,30 +63,23 @@ def main(args: Sequence[str], *, prog: str) -> None:
     print(written)
 
 
-def is_model(folder: Path) -> bool:
-    """Whether a folder is a model itself, not a run that has some."""
-    return any((folder / name).is_file() for name in ("apt.json", "model_index.json"))
+def model_to_export(folder: Path, update: int | None, weights: str) -> Path:
+    """The model folder itself, or the one of a run.
 
-
-def find_model(run_dir: Path, update: int | None, weights: str) -> Path:
-    """The model folder inside a run. Raises CheckpointError that names those there are."""
-    if not run_dir.is_dir():
-        raise CheckpointError(f"there is no folder {str(run_dir)!r}; pass that of a run or a model")
-    snapshots = sorted(
-        int(path.parent.name)
-        for path in run_dir.glob(f"snapshots/*/{weights}")
-        if path.parent.name.isdigit()
-    )
-    if update is None:
-        found, missing = run_dir / "export", "no finished model"
-        if weights == "raw":
-            raise CheckpointError("raw weights are kept for snapshots only; pass --update")
-    else:
-        found = run_dir / "snapshots" / str(update) / weights
-        missing = f"no {weights} snapshot of update {update}"
-    if not found.is_dir():
-        raise CheckpointError(
-            f"{str(run_dir)!r} has {missing}; "
-            + (f"there are snapshots of updates {snapshots}" if snapshots else "let it finish")
-        )
-    return found
+    Raises CheckpointError for a run without such a model, naming those there are, and InputError
+    for a choice among snapshots where there are none to choose from.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {str(folder)!r}; pass that of a run or a model")
+    if is_model(folder):
+        if update is not None or weights != "ema":
+            raise InputError(
+                "--update and --weights choose among the snapshots of a run, and "
+                f"{str(folder)!r} is a model; leave them out"
+            )
+        return folder
+    if update is not None:
+        return snapshot_folder(folder, update, weights)
+    if weights == "raw":
+        raise CheckpointError("raw weights are kept for snapshots only; pass --update")
+    return model_folder(folder)

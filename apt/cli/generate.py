@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from apt.checkpoints.runs import model_folder
 from apt.device import explained_memory
 from apt.distributed.launch import is_one_of_many, launch_rank, launch_world_size
 from apt.errors import InputError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from apt.distributed.parallel import Parallel
     from apt.kernels.attention_choice import AttentionUse
     from apt.kernels.backends import KernelUse
+    from apt.media import Tags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,9 @@ class Generate:
     prompt_file: Path | None = None
     """Text with one prompt per line, added to those of --prompt; empty lines are skipped."""
     model: str = "digits"
-    """A built-in name, a folder, a Hub id (owner/name or owner/name@revision), or a safetensors
-    file of a public transformer, whose text encoder and VAE come from the published model."""
+    """A built-in name, a training run or the folder of a model, a Hub id (owner/name or
+    owner/name@revision), or a safetensors file of a public transformer, whose text encoder and VAE
+    come from the published model."""
     out: Path = Path("generated.mp4")
     """Where to write; the ending is the format: .mp4, .gif, .webp, or .png (frames in a row)."""
     contact_sheet: Path | None = None
@@ -74,6 +77,9 @@ class Generate:
     """A LoRA to merge first: a .safetensors file, a folder or a Hub id."""
     lora_scale: float = 1.0
     """Strength of the LoRA."""
+    tags: bool = True
+    """Say in each file how it was made: prompt, seed, model and settings, but no folder of this
+    machine. `diffusion-apt tags FILE` reads it."""
     verbose: bool = False
     """Also say what computed: device, versions, and the kernels of attention and the fused ops."""
 
@@ -160,6 +166,12 @@ def write_outputs(
         seed=[output.seed for output in left],
         options=options,
     )
+
+    def made_of(prompt: str | Sequence[str], seed: int | Sequence[int]) -> Tags | None:
+        if not asked.tags:
+            return None
+        return pipeline.tags(prompt, seed=seed, fps=fps, options=options)
+
     kept = []
     done = 0
     with _watching(asked.verbose) as (attention, kernels):
@@ -168,7 +180,8 @@ def write_outputs(
                 if parallel is not None and not parallel.is_main:
                     continue
                 with explained_memory(f"writing {str(output.path)!r}", "choose a smaller scale"):
-                    write_media(output.path, video, fps=fps, scale=asked.scale)
+                    tags = made_of(output.prompt, output.seed)
+                    write_media(output.path, video, fps=fps, scale=asked.scale, tags=tags)
                 if record is not None:
                     record.add(output)
                 done += 1
@@ -189,7 +202,8 @@ def write_outputs(
         cells = [kept[i : i + num_seeds] for i in range(0, len(kept), num_seeds)]
         columns = [f"seed {seed}" for seed in asked.seed]
         with explained_memory("drawing the contact sheet", "leave it out, or ask for fewer"):
-            print(write_contact_sheet(asked.contact_sheet, cells, rows=prompts, columns=columns))
+            sheet, tags = asked.contact_sheet, made_of(prompts, asked.seed)
+            print(write_contact_sheet(sheet, cells, rows=prompts, columns=columns, tags=tags))
 
 
 def plan_outputs(asked: Generate, prompts: Sequence[str]) -> list[Output]:
@@ -225,7 +239,7 @@ def plan_outputs(asked: Generate, prompts: Sequence[str]) -> list[Output]:
 
 
 # What decides the content of a file, besides its prompt and seed.
-_SETTINGS = ("model", "fps", "scale", "dtype", "lora", "lora_scale")
+_SETTINGS = ("model", "fps", "scale", "dtype", "lora", "lora_scale", "tags")
 
 
 def _settings(asked: Generate) -> dict[str, object]:
@@ -244,6 +258,8 @@ def _description(name: str) -> str | None:
     path = Path(name).expanduser()
     if path.is_file():
         return f"{path.stat().st_size} bytes"
+    if path.is_dir():
+        path = model_folder(path)
     for file in ("apt.json", "model_index.json", "adapter_config.json"):
         if (path / file).is_file():
             return hashlib.sha256((path / file).read_bytes()).hexdigest()[:16]

@@ -21,7 +21,7 @@ class Push:
     """
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
-    """Folder of the model."""
+    """Folder of the model, or of the training run that made it."""
     repo: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OWNER/NAME")]
     """Where to; made if need be."""
     private: bool = False
@@ -39,6 +39,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     options = tyro.cli(Push, args=args, prog=prog)
 
     from apt.checkpoints.info import CodecInfo, read_description
+    from apt.checkpoints.runs import model_folder
     from apt.checkpoints.source import split_hub_id
 
     if not options.folder.is_dir():
@@ -52,15 +53,16 @@ def main(args: Sequence[str], *, prog: str) -> None:
     from apt.hub.push import push_to_hub
     from apt.models import MODELS
 
+    folder = model_folder(options.folder)
     license = options.license
     if license is None:
-        info = read_description(options.folder)
+        info = read_description(folder)
         architecture = "" if isinstance(info, CodecInfo) else info.model.architecture
         entries = MODELS.pretrained(architecture) if architecture in MODELS.names() else {}
         license = next((entry.license for entry in entries.values()), None)
     print(
         push_to_hub(
-            options.folder,
+            folder,
             options.repo,
             private=options.private,
             revision=options.revision,

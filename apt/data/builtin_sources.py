@@ -43,6 +43,10 @@ class Digits(DataSource):
             )
         return MovingDigits(request.seed, setting=self.setting)
 
+    def open_heldout(self, request: ClipRequest) -> MovingDigits:
+        """Digits in handwriting that is not trained on."""
+        return MovingDigits(request.seed, "test", setting=self.setting)
+
 
 @DATASETS.register("folder")
 @dataclass(frozen=True, kw_only=True)

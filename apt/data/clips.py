@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -117,6 +118,17 @@ class _CheckedItems:
             )
         return sample
 
+    @property
+    def members(self) -> Mapping[Bucket, list[int]]:
+        """The items of each bucket."""
+        return self._order.members
+
+    def part(self, items: Collection[int]) -> _CheckedItems:
+        """The same with some of the items alone; an index is the same sample as before."""
+        other = copy.copy(self)
+        other._order = self._order.part(items)
+        return other
+
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
         """Global batches for ever; see `BucketOrder`."""
         return self._order.batches(batch_size, seed=seed, start=start)
@@ -168,7 +180,21 @@ def _checked(item: Any, where: str, request: ClipRequest) -> Sample:
             )
         caption = used
     given = item if isinstance(item, Sample) else Sample(pixels, caption)
+    for name, value in given.extra.items():
+        _check_extra(name, value, where)
     return dataclasses.replace(given, pixels=pixels.detach(), caption=caption)
+
+
+def _check_extra(name: Any, value: Any, where: str) -> None:
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        raise DataError(
+            f"{where} has {name!r} of type {type(value).__name__} in Sample.extra; expected "
+            "tensors by name"
+        )
+    if value.device.type != "cpu":
+        raise DataError(f"{where} has {name!r} on {value.device}; give it on the CPU")
+    if not bool(value.isfinite().all()):
+        raise DataError(f"{where} has values in {name!r} that are NaN or infinite")
 
 
 def _pixels_and_caption(item: Any, where: str, *, captioned: bool) -> tuple[Tensor, str]:
@@ -202,6 +228,10 @@ def _fingerprint(clips: VideoDataset, start: str, length: int) -> str:
         sample = clips[index]
         digest.update(sample.caption.encode())
         digest.update(sample.pixels.numpy().tobytes())
+        for name in sorted(sample.extra):
+            value = sample.extra[name].detach()
+            digest.update(repr((name, tuple(value.shape), str(value.dtype))).encode())
+            digest.update(value.double().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -172,6 +173,21 @@ class VideoFolder:
         """Global batches for ever, each of one bucket; see `BucketOrder`."""
         order = BucketOrder(self._members, len(self.items))
         return order.batches(batch_size, seed=seed, start=start)
+
+    @property
+    def members(self) -> Mapping[Bucket, list[int]]:
+        """The items of each bucket."""
+        return self._members
+
+    def part(self, items: Collection[int]) -> VideoFolder:
+        """The same folder with some of its items alone; what replaces a broken file is one of them.
+
+        An index is the same sample as before, and the report is one.
+        """
+        wanted, other = set(items), copy.copy(self)
+        left = {b: [item for item in own if item in wanted] for b, own in self._members.items()}
+        other._members = {bucket: own for bucket, own in left.items() if own}
+        return other
 
     def _split(self, index: int) -> tuple[int, int]:
         if index < 0:

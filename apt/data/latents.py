@@ -9,11 +9,12 @@ A shard is there whole or not at all, so writing one continues after any interru
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -114,12 +115,15 @@ class LatentFolder:
                 "prompts are there; run the same `data encode` again, it goes on"
             )
         self._clips: list[tuple[str, str, str]] = []
+        self._files: list[str] = []
         members: dict[Bucket, list[int]] = {}
         for name in self.info.clip_shards():
-            for key, caption, bucket in _usable(name, _entries(self.directory / name), captions):
+            entries = _entries(self.directory / name)
+            for key, caption, bucket, file in _usable(name, entries, captions):
                 if images == "mix" or (images == "only") == (bucket.frames == 1):
                     members.setdefault(bucket, []).append(len(self._clips))
                     self._clips.append((name, key, caption))
+                    self._files.append(file or f"{name}, clip {key}")
         if not self._clips:
             kind = {"mix": "clip", "only": "image", "none": "video"}[images]
             raise DataError(
@@ -137,6 +141,21 @@ class LatentFolder:
         digest = hashlib.sha256(repr(self.info).encode())
         digest.update(repr(self._clips).encode())
         return digest.hexdigest()
+
+    def file_name(self, index: int) -> str:
+        """The file that a sample was made of; in caches of earlier versions its place in them."""
+        return self._files[index % len(self._files)]
+
+    @property
+    def members(self) -> Mapping[Bucket, list[int]]:
+        """The items of each bucket."""
+        return self._order.members
+
+    def part(self, items: Collection[int]) -> LatentFolder:
+        """The same cache with some of its clips alone; an index is the same sample as before."""
+        other = copy.copy(self)
+        other._order = self._order.part(items)
+        return other
 
     def __getitem__(self, index: int) -> EncodedSample:
         """Sample `index`: clip `index % len(self)`.
@@ -223,13 +242,23 @@ def write_cache_info(directory: Path, info: CacheInfo) -> None:
 class Clip(NamedTuple):
     """Latents (C, T', H', W') of a caption's clip, which had the bucket's size in pixels.
 
-    `extra` is what else the clip is conditioned on, by name.
+    `extra` is what else the clip is conditioned on, by name; `file` is what it was made of.
     """
 
     latents: Tensor
     caption: str
     bucket: Bucket
     extra: Mapping[str, Tensor] = MappingProxyType({})
+    file: str = ""
+
+
+class _Entry(NamedTuple):
+    """What a shard says of a clip; `file` is empty in those of earlier versions."""
+
+    key: str
+    caption: str
+    bucket: Bucket
+    file: str
 
 
 def write_clips(path: Path, clips: list[Clip]) -> None:
@@ -248,7 +277,7 @@ def write_clips(path: Path, clips: list[Clip]) -> None:
         tensors[str(number)] = clip.latents
         tensors |= {f"{number}.{name}": value for name, value in clip.extra.items()}
     entries = {
-        str(number): {"caption": clip.caption, "bucket": list(clip.bucket)}
+        str(number): {"caption": clip.caption, "bucket": list(clip.bucket), "file": clip.file}
         for number, clip in enumerate(clips)
     }
     _write(path, tensors, {"clips": json.dumps(entries)})
@@ -299,32 +328,35 @@ def _metadata(path: Path, name: str, parse: Callable[[Any], T]) -> T:
             ) from error
 
 
-def _entries(path: Path) -> list[tuple[str, str, Bucket]]:
-    """Key, caption and bucket of each clip."""
+def _entries(path: Path) -> list[_Entry]:
+    """Of each clip."""
 
-    def parse(clips: dict[str, Any]) -> list[tuple[str, str, Bucket]]:
+    def parse(clips: dict[str, Any]) -> list[_Entry]:
         return [
-            (key, str(entry["caption"]), Bucket(*map(int, entry["bucket"])))
+            _Entry(
+                key,
+                str(entry["caption"]),
+                Bucket(*map(int, entry["bucket"])),
+                str(entry.get("file", "")),
+            )
             for key, entry in clips.items()
         ]
 
     return _metadata(path, "clips", parse)
 
 
-def _usable(
-    shard: str, entries: list[tuple[str, str, Bucket]], rule: CaptionRule | None
-) -> list[tuple[str, str, Bucket]]:
+def _usable(shard: str, entries: list[_Entry], rule: CaptionRule | None) -> list[_Entry]:
     """The clips of a shard whose captions can be used, some of them cut."""
     if rule is None:
         return entries
-    names = [f"{shard}, clip {key}" for key, _, _ in entries]
-    captions = rule.apply([caption for _, caption, _ in entries], names)
+    names = [f"{shard}, clip {entry.key}" for entry in entries]
+    captions = rule.apply([entry.caption for entry in entries], names)
     kept = []
-    for name, (key, _, bucket), caption in zip(names, entries, captions, strict=True):
+    for name, entry, caption in zip(names, entries, captions, strict=True):
         if isinstance(caption, Refused):
             _LOG.warning("skipped %s: %s (%s)", name, caption.kind, caption.reason)
         else:
-            kept.append((key, caption, bucket))
+            kept.append(entry._replace(caption=caption))
     return kept
 
 

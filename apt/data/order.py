@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from itertools import count
 from typing import Generic, TypeVar
 
@@ -27,11 +27,20 @@ class BucketOrder(Generic[Shape]):
     Args:
         members: the items, by number, of each shape. Their order counts, and `str` of a shape.
         num_items: of all shapes; index `pass * num_items + item` is an item in a pass.
+
+    Attributes:
+        members: as given.
     """
 
     def __init__(self, members: Mapping[Shape, list[int]], num_items: int) -> None:
-        self._members = members
+        self.members = members
         self._num_items = num_items
+
+    def part(self, items: Collection[int]) -> BucketOrder[Shape]:
+        """The order of some of the items alone, whose indices stay as they are."""
+        wanted = set(items)
+        left = {s: [item for item in own if item in wanted] for s, own in self.members.items()}
+        return BucketOrder({s: own for s, own in left.items() if own}, self._num_items)
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
         """Global batches of indices for ever, from batch number `start`, found without walking.
@@ -42,7 +51,7 @@ class BucketOrder(Generic[Shape]):
             raise ConfigError(
                 f"batch_size must be at least 1 and start at least 0, got {batch_size} and {start}"
             )
-        sizes = {shape: len(items) for shape, items in self._members.items()}
+        sizes = {shape: len(items) for shape, items in self.members.items()}
         for shape, size in sizes.items():
             if size < batch_size:
                 _LOG.warning(
@@ -70,7 +79,7 @@ class BucketOrder(Generic[Shape]):
         """The batches that are completed in pass `epoch`, in their order, without the first."""
         due = [
             (shape, number)
-            for shape, items in self._members.items()
+            for shape, items in self.members.items()
             for number in range(
                 epoch * len(items) // batch_size, (epoch + 1) * len(items) // batch_size
             )
@@ -79,7 +88,7 @@ class BucketOrder(Generic[Shape]):
         shuffled: dict[tuple[Shape, int], list[int]] = {}
         for position in order.tolist()[skipped:]:
             shape, number = due[position]
-            size = len(self._members[shape])
+            size = len(self.members[shape])
             batch = []
             for place in range(number * batch_size, (number + 1) * batch_size):
                 key = (shape, place // size)
@@ -90,7 +99,7 @@ class BucketOrder(Generic[Shape]):
 
     def _shuffled(self, seed: int, shape: Shape, epoch: int) -> list[int]:
         """Indices of a shape's items in pass `epoch`, in that pass's order."""
-        items = self._members[shape]
+        items = self.members[shape]
         generator = generator_for("item order", seed, str(shape), epoch)
         order = torch.randperm(len(items), generator=generator).tolist()
         return [epoch * self._num_items + items[place] for place in order]

@@ -79,6 +79,10 @@ class DataSource(ABC):
             DataError: there is nothing, or nothing usable.
         """
 
+    def open_heldout(self, request: ClipRequest) -> Any | None:
+        """Clips that `open` never gives, from a source without end; None: a part is held out."""
+        return None
+
     def latent_cache(self) -> Path | None:
         """The folder of a source that gives latents; raises ConfigError if none is named."""
         return None

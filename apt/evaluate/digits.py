@@ -1,8 +1,8 @@
 """`diffusion-apt evaluate digits`: from trained models to the results page, without a hand between.
 
 A training run is a root with folders ``pretrain``, ``distill``, ``apt`` and perhaps ``apt_paper``
-and ``ablations/<name>``, each with ``log.jsonl``, ``export/`` (the model), perhaps TensorBoard
-files, which know the time, and perhaps ``snapshots/<update>/{ema,raw}/``.
+and ``ablations/<name>``, each with ``log.jsonl``, ``export/`` (the model), perhaps
+``speed.jsonl``, which knows the time, and perhaps ``snapshots/<update>/{ema,raw}/``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from apt.checkpoints.info import read_info
+from apt.checkpoints.runs import is_run
 from apt.errors import CheckpointError, ConfigError
 from apt.evaluate.clips import (
     CaptionSet,
@@ -103,6 +104,11 @@ def _choose(config: EvaluateConfig, root: Path) -> list[Method]:
     chosen = [known[name] for name in config.methods] if config.methods else list(known.values())
     for method in chosen:
         if method.group == "main" and not method.was_run(root):
+            if is_run(root):
+                raise CheckpointError(
+                    f"{str(root)!r} is the run of one stage; --runs takes the folder that has the "
+                    "runs of all stages in it"
+                )
             raise CheckpointError(
                 f"{str(method.folder(root))!r} is missing, which {method.name!r} needs; "
                 "expected the model folder of a finished run. Train it (`diffusion-apt train "

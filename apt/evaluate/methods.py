@@ -8,7 +8,7 @@ from typing import Literal
 
 from apt.checkpoints.info import INFO_FILE, ModelInfo, read_info
 
-EXPORT, SNAPSHOTS, LOG = "export", "snapshots", "log.jsonl"
+EXPORT, SNAPSHOTS, LOG, SPEED = "export", "snapshots", "log.jsonl", "speed.jsonl"
 
 Group = Literal["main", "extra", "ablation"]
 

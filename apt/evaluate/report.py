@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -118,6 +119,8 @@ def _bars_table(bars: Sequence[Bar], causes: Mapping[str, str]) -> str:
             continue
         missed = causes.get(bar.key, "its cause is not known yet")
         verdict = "pass" if bar.passed else f"**missed**: {missed}"
+        if bar.passed is None:
+            verdict = "not judged: a single trial has no spread"
         reached = plus_minus(bar.reached)
         rows.append([bar.claim, bar.bar, bar.goal or "–", bar.paper or "–", reached, verdict])
     return table(["", "bar", "goal", "paper", "reached", ""], rows)
@@ -297,11 +300,12 @@ def _compared(base: Mapping[str, Spread], other: Mapping[str, Spread]) -> str:
     words = []
     for figure, name in (("frechet", "Fréchet"), ("patch", "patch")):
         change = other[figure].mean - base[figure].mean
-        limit = (base[figure].known ** 2 + other[figure].known ** 2) ** 0.5
+        limit = math.hypot(base[figure].std, other[figure].std)
         if abs(change) <= limit:
             words.append(f"{name} within the spread")
-        else:
-            words.append(f"{name} {'worse' if change > 0 else 'better'}")
+            continue
+        alone = "" if math.isfinite(limit) else " in a single trial"
+        words.append(f"{name} {'worse' if change > 0 else 'better'}{alone}")
     return ", ".join(words)
 
 
@@ -358,7 +362,7 @@ def _snapshot_note(results: Results) -> str:
 
 def _costs(costs: Sequence[Cost]) -> str:
     if not costs:
-        return "The runs have no TensorBoard files, which hold the times of updates."
+        return "The runs have no speed.jsonl, which holds the times of updates."
     rows = [
         [str(c.run), c.stage, str(c.updates), f"{c.seconds / 60:.1f}"]
         for c in costs

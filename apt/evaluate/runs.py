@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from apt.checkpoints.info import read_info
 from apt.data.digits import Setting, clip_size
 from apt.errors import CheckpointError, DataError
-from apt.evaluate.methods import LOG, SNAPSHOTS
+from apt.evaluate.methods import LOG, SNAPSHOTS, SPEED
 from apt.evaluate.results import Cost, Curve
 
 DISCRIMINATOR_LOSS = "discriminator/loss"
 INPUT_GRADIENT = "discriminator/input_gradient"
 CURVES = (DISCRIMINATOR_LOSS, INPUT_GRADIENT)
+_SECONDS = "speed/seconds_per_update"
 
 
 def check_data(folder: Path, setting: Setting) -> None:
@@ -49,23 +51,12 @@ def read_curves(run: Path) -> dict[str, Curve]:
     file = run / LOG
     if not file.is_file():
         return {}
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     curves = {name: Curve(updates=[], values=[]) for name in CURVES}
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            continue
-        try:
-            entry = json.loads(line)
-            update = int(entry["step"])
-            found = {name: float(entry[name]) for name in CURVES if entry.get(name) is not None}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{str(file)!r}, line {number}, is not a log entry ({error}); expected JSON with "
-                "'step'. Restore the file, or remove it to leave its curve out."
-            ) from error
-        for name, value in found.items():
-            curves[name].updates.append(update)
-            curves[name].values.append(value)
+    for update, entry in _entries(file):
+        for name in CURVES:
+            if (value := entry.get(name)) is not None:
+                curves[name].updates.append(update)
+                curves[name].values.append(value)
     if not curves[DISCRIMINATOR_LOSS].values:
         raise DataError(f"{str(file)!r} holds no {DISCRIMINATOR_LOSS!r}; it is no adversarial run.")
     return {name: curve for name, curve in curves.items() if curve.values}
@@ -86,17 +77,32 @@ def snapshot_folders(run: Path) -> list[tuple[int, str, Path]]:
 
 
 def read_cost(root: Path, stage: str, run: int) -> Cost | None:
-    """The time of a stage's updates, resumed or not, from its TensorBoard files; None without."""
-    folder = root / stage / "tensorboard"
-    if not folder.is_dir():
-        return None
-    # Slow to import.
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    """The time of a stage's updates, resumed or not, from its ``speed.jsonl``; None without.
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    name = "seconds_per_update"
-    if name not in events.Tags()["scalars"]:
+    Raises ``DataError`` for a damaged line.
+    """
+    file = root / stage / SPEED
+    if not file.is_file():
         return None
-    seconds = {event.step: event.value for event in events.Scalars(name)}
+    times = {update: entry.get(_SECONDS) for update, entry in _entries(file)}
+    seconds = {update: value for update, value in times.items() if value is not None}
     return Cost(run=run, stage=stage, updates=len(seconds), seconds=sum(seconds.values()))
+
+
+def _entries(file: Path) -> Iterator[tuple[int, dict[str, float | None]]]:
+    """The updates of a log and what it says of each, without a line that a kill cut short."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            entry = json.loads(line)
+            yield (
+                int(entry["step"]),
+                {name: None if value is None else float(value) for name, value in entry.items()},
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{str(file)!r}, line {number}, is not a log entry ({error}); expected JSON with "
+                "'step'. Restore the file, or remove it to leave out what it tells."
+            ) from error

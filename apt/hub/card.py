@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apt.checkpoints.info import CodecInfo, ModelInfo
-from apt.checkpoints.source import PIPELINE_FILE, split_hub_id
+from apt.checkpoints.info import PIPELINE_FILE, CodecInfo, ModelInfo
+from apt.checkpoints.source import split_hub_id
+from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS
+from apt.registry import Registry
 
 CARD_FILE = "README.md"
 LIBRARY = "diffusion-apt"
@@ -53,6 +55,7 @@ def make_card(
         f"# {repo_id.rpartition('/')[2]}",
         _summary(info, base_id, base.get("revision")),
         "## Use it",
+        *_needed_modules(info),
         _snippets(info, repo_id, in_diffusers),
         "## How it was made",
         _recipe(history),
@@ -64,6 +67,32 @@ def make_card(
         + (f" It is carried over from {base_id}." if base_id and license else ""),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+
+
+def _needed_modules(info: ModelInfo | CodecInfo) -> list[str]:
+    """What to import before a model of somebody's own parts; nothing for parts of the package."""
+    parts: list[tuple[Registry[Any], str]] = [(CODECS, info.codec.architecture)]
+    if not isinstance(info, CodecInfo):
+        parts.append((MODELS, info.model.architecture))
+        parts.append((TEXT_ENCODERS, info.text_encoder.architecture))
+    modules = {name: module for registry, name in parts if (module := _module(registry, name))}
+    if not modules:
+        return []
+    names = ", ".join(f"`{name}`" for name in modules)
+    lines = "\n".join(f"import {module}" for module in dict.fromkeys(modules.values()))
+    return [
+        f"It has parts that are not of the package ({names}). Import the code that registers them "
+        f"first, which is not published with the weights:\n\n```python\n{lines}\n```\n\nOn the "
+        f"command line: `diffusion-apt generate --import {next(iter(modules.values()))} ...`"
+    ]
+
+
+def _module(registry: Registry[Any], name: str) -> str | None:
+    """The module outside of the package that a part is from, as far as is known."""
+    if name not in registry.names():
+        return name.rpartition(".")[0] or None  # of an object, which goes by its class
+    module = str(getattr(registry.get(name), "__module__", ""))
+    return None if not module or module.partition(".")[0] == "apt" else module
 
 
 def _history(training: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apt.checkpoints.info import INFO_FILE
+from apt.checkpoints.info import INFO_FILE, PIPELINE_FILE
 from apt.checkpoints.reading import read_json, read_pipeline
 from apt.checkpoints.source import DESCRIPTIONS, PIPELINE_FILE
 from apt.errors import CheckpointError

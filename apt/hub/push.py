@@ -7,6 +7,7 @@ from pathlib import Path
 
 from apt.checkpoints.info import (
     INFO_FILE,
+    PIPELINE_FILE,
     CodecInfo,
     ComponentInfo,
     ModelInfo,
@@ -15,6 +16,7 @@ from apt.checkpoints.info import (
     without_folders,
 )
 from apt.checkpoints.reading import read_header
+from apt.checkpoints.runs import model_folder
 from apt.checkpoints.source import PIPELINE_FILE
 from apt.errors import CheckpointError
 from apt.hub.card import CARD_FILE, make_card
@@ -45,7 +47,7 @@ def push_to_hub(
     of this machine.
 
     Args:
-        folder: one of ours, or an export for diffusers.
+        folder: one of ours, an export for diffusers, or a training run, whose model is taken.
         repo_id: "owner/name"; made if need be.
         private: if it is made.
         revision: branch; made if need be. None is main.
@@ -59,7 +61,7 @@ def push_to_hub(
         CheckpointError: no model in the folder, a damaged file, parts that only this machine has,
             no token or no right to write, or no connection.
     """
-    root = Path(folder)
+    root = model_folder(Path(folder))
     info = without_folders(_check(root))
     names = sorted(
         path.relative_to(root).as_posix()

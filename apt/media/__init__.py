@@ -15,15 +15,18 @@ from apt.media.files import (
 )
 from apt.media.page import SamplerColumn, write_html
 from apt.media.sheet import contact_sheet, moving_sheet, write_contact_sheet
+from apt.media.tags import Tags, read_tags
 
 __all__ = [
     "SUFFIXES",
     "SamplerColumn",
+    "Tags",
     "auto_scale",
     "check_settings",
     "contact_sheet",
     "enlarge",
     "moving_sheet",
+    "read_tags",
     "write_contact_sheet",
     "write_gif",
     "write_html",

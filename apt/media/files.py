@@ -18,6 +18,7 @@ from PIL import Image
 
 from apt.device import require_memory
 from apt.errors import InputError
+from apt.media.tags import Tags, container_metadata, gif_options, png_text, webp_options
 
 Frames = torch.Tensor | NDArray[np.uint8]
 
@@ -56,7 +57,14 @@ def enlarge(frames: NDArray[np.uint8], scale: int | None) -> NDArray[np.uint8]:
     return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
-def write_mp4(path: str | Path, frames: Frames, *, fps: float, scale: int | None = None) -> Path:
+def write_mp4(
+    path: str | Path,
+    frames: Frames,
+    *,
+    fps: float,
+    scale: int | None = None,
+    tags: Tags | None = None,
+) -> Path:
     """Write H.264 in yuv420p, which every browser and player can show.
 
     Args:
@@ -64,12 +72,14 @@ def write_mp4(path: str | Path, frames: Frames, *, fps: float, scale: int | None
         frames: uint8 (T, H, W, 3).
         fps: frames per second.
         scale: whole enlargement factor; None chooses one for frames that are small.
+        tags: how it was made, which the file then says: see `apt.media.tags`.
 
     The format stores colour for blocks of 2x2 pixels, so an odd height or width gains one repeated
     row or column.
 
     Raises:
-        InputError: for other frames, a rate that is not positive, or a path that cannot be written.
+        InputError: for other frames, a rate that is not positive, tags that JSON does not hold, or
+            a path that cannot be written.
     """
     import av
     from av.video.reformatter import ColorRange, Colorspace
@@ -77,8 +87,9 @@ def write_mp4(path: str | Path, frames: Frames, *, fps: float, scale: int | None
     pixels = enlarge(as_frames(frames), scale)
     height, width = pixels.shape[1:3]
     pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    rate = _frame_rate(fps)
+    rate, metadata = _frame_rate(fps), container_metadata(tags)
     with _writing(path, ".mp4") as target, av.open(str(target), "w", format="mp4") as container:
+        container.metadata.update(metadata)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
         stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
         # Untagged colour is read as BT.601 or BT.709 by the player's taste.
@@ -94,7 +105,14 @@ def write_mp4(path: str | Path, frames: Frames, *, fps: float, scale: int | None
     return Path(path)
 
 
-def write_gif(path: str | Path, frames: Frames, *, fps: float, scale: int | None = None) -> Path:
+def write_gif(
+    path: str | Path,
+    frames: Frames,
+    *,
+    fps: float,
+    scale: int | None = None,
+    tags: Tags | None = None,
+) -> Path:
     """Write a looping GIF with a palette of 256 colours per frame. Arguments as `write_mp4`.
 
     GIF counts in hundredths of a second, so the rate is met to that precision.
@@ -107,10 +125,17 @@ def write_gif(path: str | Path, frames: Frames, *, fps: float, scale: int | None
         factor = enlarge(frame, scale).shape[0] // frame.shape[0]
         size = (frame.shape[1] * factor, frame.shape[0] * factor)
         images.append(palette.resize(size, Image.Resampling.NEAREST))
-    return _write_animation(path, ".gif", images, fps, disposal=2)
+    return _write_animation(path, ".gif", images, fps, disposal=2, **gif_options(tags))
 
 
-def write_webp(path: str | Path, frames: Frames, *, fps: float, scale: int | None = None) -> Path:
+def write_webp(
+    path: str | Path,
+    frames: Frames,
+    *,
+    fps: float,
+    scale: int | None = None,
+    tags: Tags | None = None,
+) -> Path:
     """Write a looping animated WebP. Arguments as `write_mp4`.
 
     Enlarged frames are stored without loss, which is smaller for squares of one colour; others at
@@ -120,18 +145,29 @@ def write_webp(path: str | Path, frames: Frames, *, fps: float, scale: int | Non
     pixels = enlarge(array, scale)
     images = [Image.fromarray(frame) for frame in pixels]
     lossless = pixels.shape != array.shape
-    return _write_animation(path, ".webp", images, fps, lossless=lossless, quality=90)
+    options = webp_options(tags)
+    return _write_animation(path, ".webp", images, fps, lossless=lossless, quality=90, **options)
 
 
-def write_png(path: str | Path, frames: Frames, *, scale: int | None = None) -> Path:
+def write_png(
+    path: str | Path, frames: Frames, *, scale: int | None = None, tags: Tags | None = None
+) -> Path:
     """Write the frames side by side as one PNG (an image is a single frame), without loss."""
     strip = np.concatenate(list(enlarge(as_frames(frames), scale)), axis=1)
+    text = png_text(tags)
     with _writing(path, ".png") as target:
-        Image.fromarray(strip).save(target, format="PNG", optimize=True)
+        Image.fromarray(strip).save(target, format="PNG", optimize=True, pnginfo=text)
     return Path(path)
 
 
-def write_media(path: str | Path, frames: Frames, *, fps: float, scale: int | None = None) -> Path:
+def write_media(
+    path: str | Path,
+    frames: Frames,
+    *,
+    fps: float,
+    scale: int | None = None,
+    tags: Tags | None = None,
+) -> Path:
     """Write frames in the format that the suffix of `path` names: one of `SUFFIXES`.
 
     Raises:
@@ -139,12 +175,12 @@ def write_media(path: str | Path, frames: Frames, *, fps: float, scale: int | No
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".png":
-        return write_png(path, frames, scale=scale)
+        return write_png(path, frames, scale=scale, tags=tags)
     if suffix not in _ANIMATED:
         raise InputError(
             f"cannot write {str(path)!r}: the suffix {suffix!r} is not one of {', '.join(SUFFIXES)}"
         )
-    return _ANIMATED[suffix](path, frames, fps=fps, scale=scale)
+    return _ANIMATED[suffix](path, frames, fps=fps, scale=scale, tags=tags)
 
 
 def check_settings(

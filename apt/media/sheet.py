@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from apt.errors import InputError, MissingPackageError
 from apt.media.files import Frames, as_frames, enlarge, write_png
+from apt.media.tags import Tags
 
 PAPER = (255, 255, 255)
 INK = (31, 35, 40)
@@ -88,10 +89,11 @@ def write_contact_sheet(
     columns: Sequence[str],
     title: str = "",
     scale: int | None = None,
+    tags: Tags | None = None,
 ) -> Path:
-    """Draw a `contact_sheet` and write it as a PNG."""
+    """Draw a `contact_sheet` and write it as a PNG, with tags as of `write_png`."""
     sheet = contact_sheet(cells, rows=rows, columns=columns, title=title, scale=scale)
-    return write_png(path, np.asarray(sheet)[None], scale=1)
+    return write_png(path, np.asarray(sheet)[None], scale=1, tags=tags)
 
 
 def moving_sheet(

@@ -26,7 +26,7 @@ from apt.checkpoints.info import ModelInfo, SamplingInfo
 from apt.checks import check_positive
 from apt.condition import Condition
 from apt.errors import ConfigError, InputError
-from apt.flow import to_sample
+from apt.flow import shift_timesteps, to_sample
 from apt.kernels import (
     attention_backend,
     kernel_backend,
@@ -41,7 +41,16 @@ from apt.losses import (
     create_loss,
     list_losses,
 )
-from apt.methods.base import Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean_logs
+from apt.methods.base import (
+    Host,
+    Method,
+    MethodConfig,
+    Metrics,
+    MicroBatch,
+    Part,
+    even_timesteps,
+    mean_logs,
+)
 from apt.methods.terms import DiscriminatorTerm, FeatureMatching, Terms
 from apt.models.discriminator import (
     Discriminator,
@@ -340,6 +349,24 @@ class AdversarialPostTraining(Method):
             )
         norm = self.generator.step(update)
         return {**mean_logs(logs), "generator/grad_norm": norm}
+
+    def heldout(self, batch: MicroBatch) -> Metrics:
+        """What D makes of clips that it has not seen, beside samples of their captions.
+
+        A gap that closes here and grows in training is a D that learns its clips by heart.
+        """
+        c = self.condition(batch)
+        x_fake = self.draw_fake(batch, c, 0, "heldout noise")
+        t = torch.zeros(len(batch), device=batch.x.device)
+        if self.config.timestep_ensemble:
+            t = shift_timesteps(even_timesteps(batch).to(t.device), self.config.timestep_shift)
+        draw = self.draw(batch, 0, "perturbation")
+        plain = replace(self.config.r1, weight=0.0)
+        with self.host.autocast():
+            _, log = discriminator_loss(
+                self.discriminator, batch.x, x_fake, t, c, draw, objective=self.objective, r1=plain
+            )
+        return {f"discriminator/{name}": value for name, value in log.items()}
 
     def preview(self, z: Tensor, c: Condition) -> Tensor:
         return generate(self.generator.module, z, c)

@@ -184,6 +184,14 @@ class AutoencoderTraining(Stage):
         logs = {f"codec/{name}": value for name, value in mean_logs(terms).items()}
         return {**logs, "generator/grad_norm": norm}
 
+    def heldout(self, batch: MicroBatch) -> Metrics:
+        """The terms of the loss, with the statistics so far, which stay as they are."""
+        noise = self.noise(batch, 0, "heldout noise")
+        with self.host.autocast():
+            output, raw = self.generator.module(batch.x, noise, self.noise_std())
+        found = self.terms(batch.x, output.float(), raw, self.statistics["power"])
+        return {f"codec/{name}": value for name, value in found.items()}
+
     def terms(
         self,
         pixels: Tensor,
@@ -237,10 +245,10 @@ class AutoencoderTraining(Stage):
         codec.load_state_dict(weights)
         return codec
 
-    def noise(self, batch: MicroBatch, update: int) -> Tensor:
+    def noise(self, batch: MicroBatch, update: int, stream: str = "latent noise") -> Tensor:
         """Standard normal, in the shape of the batch's latents."""
         shape = (self.codec_config.channels, *self.latent_shape(*batch.x.shape[2:]))
-        return sample_noise(len(batch), shape, self.draw(batch, update, "latent noise"))
+        return sample_noise(len(batch), shape, self.draw(batch, update, stream))
 
     def noise_std(self) -> Tensor:
         """(C,) how much of it the decoder gets."""

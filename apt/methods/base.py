@@ -252,6 +252,7 @@ class StageConfig(ABC):
         summary: what comes out, in a line, for its card.
         starts_from: the field that names the model which the stage starts from; None starts from
             random weights.
+        may_begin_anew: that field may be empty, which starts from random weights too.
         names_models: all fields that name a model: a built-in name, a folder, or a Hub id.
         names_folders: fields that name a folder, which nobody else gets to read.
         takes_latents: whether it can be run on a cache of latents.
@@ -261,10 +262,18 @@ class StageConfig(ABC):
     exports_as: ClassVar[str]
     summary: ClassVar[str]
     starts_from: ClassVar[str | None] = None
+    may_begin_anew: ClassVar[bool] = False
     names_models: ClassVar[tuple[str, ...]] = ()
     names_folders: ClassVar[tuple[str, ...]] = ()
     takes_latents: ClassVar[bool] = True
     reads_captions: ClassVar[bool] = True
+
+    @property
+    def start_field(self) -> str | None:
+        """The field that names the model which this run starts from; None for random weights."""
+        field = self.starts_from
+        anew = field is None or (self.may_begin_anew and not getattr(self, field))
+        return None if anew else field
 
     @abstractmethod
     def begin(self, host: Host) -> Stage:
@@ -336,6 +345,15 @@ class Stage(ABC):
         `shown` are those of sample sheets.
         """
 
+    def heldout(self, batch: MicroBatch) -> Metrics:
+        """What the networks' present weights make of clips that are not trained on.
+
+        Means over the batch, by the names of the metrics in training. Noise and timesteps depend on
+        the seed and on `batch.offset` alone, so that two updates can be compared; nothing that
+        training goes on from may change. A stage that has no such measure leaves this out.
+        """
+        return {}
+
     @abstractmethod
     def samples(
         self, prompts: tuple[str, ...], clip: SampleInfo, batches: Sequence[MicroBatch]
@@ -369,6 +387,15 @@ class Stage(ABC):
         """(b,) uniform in [0, 1), left on the CPU: looking at them waits for no GPU."""
         draw = Draw(self.host.seed, update, batch.offset, stream)
         return sample_uniform(len(batch), draw)
+
+
+def even_timesteps(batch: MicroBatch) -> Tensor:
+    """(b,) in [0, 1), on the CPU: the same for a sample whenever it is asked for.
+
+    Those of any number of samples lie evenly, as multiples of the golden ratio do.
+    """
+    places = torch.arange(batch.offset + 1, batch.offset + 1 + len(batch), dtype=torch.float64)
+    return (places * ((5**0.5 - 1) / 2) % 1).float().clamp(max=1 - 2**-24)
 
 
 @dataclass(frozen=True, kw_only=True)

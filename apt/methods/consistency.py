@@ -18,7 +18,17 @@ from apt.condition import Condition
 from apt.flow import bind
 from apt.losses import Consistency
 from apt.methods.apt import generate, one_step_sampling
-from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
+from apt.methods.base import (
+    Denoiser,
+    Host,
+    Method,
+    MethodConfig,
+    Metrics,
+    MicroBatch,
+    Part,
+    even_timesteps,
+    mean,
+)
 from apt.models.architectures import untrained_timesteps
 from apt.models.transformer import DiffusionTransformer
 from apt.rng import sample_noise
@@ -121,6 +131,23 @@ class ConsistencyDistillation(Method):
         norm = self.generator.step(update)
         self.target_ema.update(student)
         return {"generator/loss": mean(losses), "generator/grad_norm": norm}
+
+    def heldout(self, batch: MicroBatch) -> Metrics:
+        """The distance to the target, which is the one that the next update would have."""
+        self.target_ema.copy_to(self.target)
+        c = self.condition(batch)
+        steps = (even_timesteps(batch).to(batch.x.device) * self.loss.num_timesteps).long()
+        z = sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, 0, "heldout noise"))
+        with self.host.autocast():
+            loss = self.loss(
+                bind(self.generator.module, c),
+                partial(self.both_velocities, c=c, negative=self.negative(c)),
+                bind(self.target, c),
+                batch.x,
+                z,
+                steps,
+            )
+        return {"generator/loss": loss}
 
     def both_velocities(
         self, x_t: Tensor, t: Tensor, c: Condition, negative: Condition

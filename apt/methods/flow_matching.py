@@ -17,7 +17,18 @@ from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
 from apt.flow import bind_guided, sample, sampling_timesteps, shift_timesteps
 from apt.losses import FlowMatching
-from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
+from apt.methods.base import (
+    Denoiser,
+    Host,
+    Method,
+    MethodConfig,
+    Metrics,
+    MicroBatch,
+    Part,
+    even_timesteps,
+    mean,
+)
+from apt.models.architectures import untrained_timesteps
 from apt.rng import sample_noise
 
 
@@ -26,19 +37,25 @@ class PretrainConfig(MethodConfig):
     """Flow-matching pre-training (APT Sec. 3.1).
 
     Attributes:
+        start: a diffusion model to go on from (fine-tuning): a built-in name, a folder, or a Hub
+            id, whose text encoder, codec, size and sampling are kept; empty begins with random
+            weights.
         codec: a trained codec to work in: a folder that a codec run exported, a model that has one,
             or a Hub id; empty takes `model.codec`.
         timestep_sampling: how t is drawn before the shift.
         timestep_shift: s of Eq. 7, applied to the training timesteps.
         caption_dropout: share of captions replaced by the negative prompt, for guidance.
-        cfg_scale, num_steps, sampling_shift: recorded as the model's sampling defaults;
-            sampling_shift is s of Eq. 7 on the grid of timesteps.
+        cfg_scale, num_steps, sampling_shift: recorded as the sampling defaults of a model that
+            begins anew; sampling_shift is s of Eq. 7 on the grid of timesteps.
     """
 
     exports_as: ClassVar[str] = "diffusion"
     summary: ClassVar[str] = "a flow-matching diffusion model, sampled in many steps"
-    names_models: ClassVar[tuple[str, ...]] = ("codec",)
+    starts_from: ClassVar[str | None] = "start"
+    may_begin_anew: ClassVar[bool] = True
+    names_models: ClassVar[tuple[str, ...]] = ("codec", "start")
 
+    start: str = ""
     codec: str = ""
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     timestep_shift: float = 1.0
@@ -55,20 +72,28 @@ class PretrainConfig(MethodConfig):
 
     def check(self) -> None:
         check_positive(self, "stage.", "timestep_shift", "sampling_shift")
+        if self.start and self.codec:
+            raise ConfigError(
+                f"--stage.start {self.start} brings its own codec, and --stage.codec names "
+                f"{self.codec}; leave out one of them (--stage.codec '')"
+            )
 
     def trained_codec(self) -> str:
         return self.codec
 
     def check_adapters(self) -> None:
-        raise ConfigError(
-            "lora.rank is for later stages: pre-training starts from random weights, which "
-            "adapters would leave as they are"
-        )
+        if not self.start:
+            raise ConfigError(
+                "lora.rank is for what starts from a model: pre-training starts from random "
+                "weights, which adapters would leave as they are; name one with --stage.start"
+            )
 
     def build(self, start: ModelBundle, host: Host) -> FlowMatchingPretraining:
         return FlowMatchingPretraining(self, start, host)
 
     def sampling(self, before: SamplingInfo) -> SamplingInfo:
+        if self.start:
+            return before
         return replace(
             before,
             num_steps=self.num_steps,
@@ -83,11 +108,19 @@ class FlowMatchingPretraining(Method):
 
     def __init__(self, config: PretrainConfig, start: ModelBundle, host: Host) -> None:
         super().__init__(start, host)
+        if config.start and start.info.stage in ("consistency", "apt"):
+            raise ConfigError(
+                f"--stage.start is a model of the stage {start.info.stage!r}, which few steps have "
+                "been distilled into; flow matching goes on from the diffusion model before it"
+            )
         self.config = config
+        self.sampling = config.sampling(start.info.sampling)
         self.loss = FlowMatching()
         text = start.text_encoder
-        self.trains_text = any(p.requires_grad for p in text.parameters())
         host.adapt(start.backbone)
+        # Beside adapters nothing else trains.
+        whole = all(p.requires_grad for p in start.backbone.parameters())
+        self.trains_text = whole and any(p.requires_grad for p in text.parameters())
         self.trained = {"generator": self.train_generator(text if self.trains_text else None)}
 
     def encode_text(self, prompts: Sequence[str]) -> EncodedText:
@@ -95,6 +128,12 @@ class FlowMatchingPretraining(Method):
         if not self.trains_text:
             return super().encode_text(prompts)
         return cast("Denoiser", self.generator.module).encode(prompts)
+
+    def warnings(self) -> list[str]:
+        if not self.config.start:
+            return []
+        told = untrained_timesteps(self.start.info.model.architecture, [0.0, 0.25, 0.5, 0.75, 1.0])
+        return [] if told is None else [f"the model to start from {told}"]
 
     def prompts(self) -> list[str]:
         return [self.host.negative_prompt]
@@ -117,19 +156,31 @@ class FlowMatchingPretraining(Method):
         norm = self.generator.step(update)
         return {"generator/loss": mean(losses), "generator/grad_norm": norm}
 
+    def heldout(self, batch: MicroBatch) -> Metrics:
+        """The loss at every caption as it is, without dropout."""
+        t = self.spread(even_timesteps(batch)).to(batch.x.device)
+        z = sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, 0, "heldout noise"))
+        with self.host.autocast():
+            c = self.condition(batch)
+            return {"generator/loss": self.loss(partial(self.generator.module, c=c), batch.x, z, t)}
+
     def preview(self, z: Tensor, c: Condition) -> Tensor:
         """Many steps with guidance, on the grid that the model's own shift gives."""
-        predict = bind_guided(self.generator.module, c, self.negative(c), self.config.cfg_scale)
-        grid = sampling_timesteps(self.config.num_steps, self.config.sampling_shift)
+        how = self.sampling
+        predict = bind_guided(self.generator.module, c, self.negative(c), how.cfg_scale)
+        grid = sampling_timesteps(how.num_steps, how.timestep_shift)
         return sample(predict, z, grid, sampler="euler", noise=lambda step: z)
 
     def timesteps(self, batch: MicroBatch, update: int) -> Tensor:
         """(b,) training timesteps: drawn, then shifted (Eq. 7)."""
-        u = self.uniform(batch, update, "timestep")
+        return self.spread(self.uniform(batch, update, "timestep")).to(batch.x.device)
+
+    def spread(self, u: Tensor) -> Tensor:
+        """Uniform numbers (b,) as the timesteps of training: drawn, then shifted (Eq. 7)."""
         if self.config.timestep_sampling == "logit_normal":
             # ndtri maps uniform to normal; fp64 keeps its tails finite.
             u = torch.special.ndtri(u.double().clamp(1e-9, 1 - 1e-9)).sigmoid().float()
-        return shift_timesteps(u, self.config.timestep_shift).to(batch.x.device)
+        return shift_timesteps(u, self.config.timestep_shift)
 
     def captions(self, batch: MicroBatch, update: int) -> list[str]:
         """Captions with some replaced by the negative prompt, for classifier-free guidance."""

@@ -172,6 +172,31 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldoutConfig:
+    """A loss on clips that are not trained on, under the averaged weights; off unless one of share,
+    clips and path says which.
+
+    Attributes:
+        share: about which share of the data's files is held out, in (0, 1). Names decide, so that
+            every stage on the data holds out the same ones.
+        clips: how many files are held out instead. Of the digits: how many clips in handwriting
+            that is never trained on.
+        path: a folder of clips of their own instead, of the kind of data.path.
+        every: updates between two measurements; each reads, encodes and passes all these clips.
+    """
+
+    share: float = 0.0
+    clips: int = 0
+    path: str = ""
+    every: int = 100
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is held out."""
+        return bool(self.share or self.clips or self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """How weights move.
 
@@ -207,9 +232,9 @@ class TrainConfig:
         name: of the recipe; goes into logs and model folders.
         run_dir: where checkpoints, logs, samples and the finished model go.
         stage: the options of the stage that it is (`apt.methods`).
-        model, data, optimizer, lora, monitor, parallel: see there. Generator and discriminator have
-            one optimizer config, as in the paper, but for D's own learning rate if the stage gives
-            one.
+        model, data, optimizer, lora, heldout, monitor, parallel: see there. Generator and
+            discriminator have one optimizer config, as in the paper, but for D's own learning rate
+            if the stage gives one.
         seed: of everything random.
         num_updates: updates of the (generator's) weights.
         batch_size: samples per update over all ranks and accumulation steps.
@@ -258,6 +283,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
@@ -316,7 +342,7 @@ class TrainConfig:
 
     def _check_numbers(self) -> None:
         # Here and not in each part: the command line wraps what a part raises into a usage message.
-        parts = ("optimizer", "stage", "data", "monitor")
+        parts = ("optimizer", "stage", "data", "heldout", "monitor")
         check_finite(self, "")
         for name in parts:
             check_finite(getattr(self, name), f"{name}.")
@@ -329,6 +355,11 @@ class TrainConfig:
         smoothing: dict[str, tuple[float, float]] = {"alpha": (0, 1), "betas": (0, 1)}
         check_range(self.optimizer, "optimizer.", smoothing, open_end=True)
         self.stage.check()
+        check_range(self.heldout, "heldout.", {"share": (0, 1)}, open_end=True)
+        check_range(self.heldout, "heldout.", {"clips": (0, math.inf), "every": (1, math.inf)})
+        given = [f"--heldout.{n}" for n in ("share", "clips", "path") if getattr(self.heldout, n)]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} each say what is held out; leave one of them")
         sizes = ("frames", "height", "width", "size_multiple", "max_frames", "max_pixels")
         check_range(self.data, "data.", dict.fromkeys(sizes, (1, math.inf)))
         check_range(self.data, "data.", {"fps": (0, math.inf), "num_workers": (0, math.inf)})

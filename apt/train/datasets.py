@@ -10,6 +10,7 @@ from apt.data.dataset import TrainingData
 from apt.data.digits import MovingDigits
 from apt.data.folder import VideoFolder
 from apt.data.latents import LatentFolder
+from apt.data.source import ClipRequest
 from apt.models.protocols import PromptCheck
 from apt.train.config import DataConfig
 
@@ -42,4 +43,18 @@ def make_dataset(
     rule = None if check is None else CaptionRule(check, config.long_captions)
     request = config.request(seed=seed, captions=rule, captioned=captioned)
     opened = config.make_source().open(request) if dataset is None else dataset
+    return _looked_at(opened, request)
+
+
+def kept_apart(
+    config: DataConfig, *, seed: int, check: PromptCheck | None = None, captioned: bool = True
+) -> TrainingData | None:
+    """Clips that the source itself keeps out of training; None if it does not. As `make_dataset`"""
+    rule = None if check is None else CaptionRule(check, config.long_captions)
+    request = config.request(seed=seed, captions=rule, captioned=captioned)
+    opened = config.make_source().open_heldout(request)
+    return None if opened is None else _looked_at(opened, request)
+
+
+def _looked_at(opened: Any, request: ClipRequest) -> TrainingData:
     return opened if isinstance(opened, _OURS) else check_clips(opened, request)

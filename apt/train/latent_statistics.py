@@ -83,7 +83,7 @@ class LatentStatistics:
         )
 
     def _remedy(self, mean: float, std: float) -> str:
-        if self._config.stage.starts_from is not None:
+        if self._config.stage.start_field is not None:
             return (
                 "This stage keeps the codec of the model that it starts from: expect less, or "
                 "pre-train on these data"

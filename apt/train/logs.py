@@ -268,7 +268,8 @@ def _short(key: str) -> str:
     """A metric's name as the line has it: of G, of D, or its last part."""
     part, _, kind = key.rpartition("/")
     network = {"generator": "G ", "discriminator": "D "}.get(part, "")
-    return network + _cut(kind, 12)
+    held_out = "held-out " if part.startswith("heldout/") else ""
+    return (network or held_out) + _cut(kind, 12)
 
 
 def _cut(text: str, size: int) -> str:

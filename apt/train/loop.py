@@ -27,6 +27,7 @@ from apt.train.config_file import OBJECTS, plain
 from apt.train.diagnosis import check_replay, where_not_finite
 from apt.train.failures import explained
 from apt.train.header import header
+from apt.train.heldout import HeldOut
 from apt.train.latent_statistics import LatentStatistics
 from apt.train.lock import FolderInUse, RunLock
 from apt.train.logs import RunLog
@@ -94,6 +95,7 @@ class Run:
         self.stoppable = False  # between micro-batches
         self.told: Exception | None = None  # the error that a checkpoint was saved after
         self.waited = 0.0  # seconds of this update, for data
+        self.heldout: HeldOut | None = None
         self.draws = True
         self.drawn = time.monotonic()
 
@@ -219,6 +221,8 @@ class Run:
         seconds = time.monotonic() - begin
         if shown is not None:
             metrics |= self._show(update, shown)
+        if self.heldout is not None and self.heldout.is_due(update):
+            metrics |= self._measure(self.heldout)
         timing = {
             "speed/seconds_per_update": seconds,
             "speed/samples_per_second": config.batch_size / max(seconds, 1e-9),
@@ -249,6 +253,22 @@ class Run:
         if not preview.generated:
             return {}
         return sample_statistics(preview.latents if pixels is None else pixels)
+
+    def _measure(self, heldout: HeldOut) -> dict[str, float]:
+        """The loss on clips that are not trained on."""
+
+        def prepare(batch: Batch) -> MicroBatches:
+            return MicroBatches(self.stage, iter([batch]).__next__, 1)
+
+        work = partial(heldout.measure, self.stage, self.parallel, prepare)
+        metrics, problem = self.compute(work)
+
+        def tell() -> None:
+            if problem is not None:
+                raise problem
+
+        self.attempt(tell)
+        return metrics
 
     def _watch(self, metrics: Mapping[str, float]) -> None:
         try:

@@ -182,7 +182,7 @@ def initial_bundle(config: TrainConfig, objects: Objects = NO_OBJECTS) -> ModelB
     Raises:
         ConfigError: parts that do not fit each other, or no model to start from.
     """
-    field = config.stage.starts_from
+    field = config.stage.start_field
     if field is None:
         return _new_bundle(config, objects)
     bundle = _started_bundle(config, objects, field)

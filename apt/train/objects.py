@@ -73,10 +73,11 @@ class Objects:
         stage = config.stage
         for name, part in self.parts.items():
             _check_part(name, part, _PARTS[name])
-            if stage.starts_from is not None:
+            field = stage.starts_from if stage.starts_from in self.bundles else stage.start_field
+            if field is not None:
                 raise ConfigError(
                     f"this stage takes its {name} from the model that it starts from: hand over "
-                    f"that model, bundles={{{stage.starts_from!r}: apt.ModelBundle(...)}}"
+                    f"that model, bundles={{{field!r}: apt.ModelBundle(...)}}"
                 )
             if name != "codec" and not isinstance(stage, MethodConfig):
                 raise ConfigError(f"this stage trains a codec, and has no {name}; leave it out")
@@ -111,8 +112,11 @@ class Objects:
             changes["name" if name == "model" else name] = self.info(name, part).architecture
             changes[f"{prefix}options"] = {}
         data = config.data if self.dataset is None else _of_object(config.data, self.dataset)
-        model = dataclasses.replace(config.model, **changes)
-        return dataclasses.replace(config, model=model, data=data)
+        model, stage = dataclasses.replace(config.model, **changes), config.stage
+        if stage.may_begin_anew and stage.starts_from in self.bundles:
+            start: dict[str, Any] = {str(stage.starts_from): OBJECT}
+            stage = dataclasses.replace(stage, **start)
+        return dataclasses.replace(config, model=model, data=data, stage=stage)
 
     def info(self, name: str, part: Any) -> ComponentInfo:
         """How a part of a new model is described; weights of its own go where the model goes."""

@@ -89,6 +89,7 @@ def provenance(config: TrainConfig, updates: int, weights: str) -> dict[str, Any
         "folders": [
             "run_dir",
             "data.path",
+            "heldout.path",
             *(f"data.options.{name}" for name in config.data.make_source().names_folders),
             *(f"stage.{name}" for name in config.stage.names_folders),
         ],

@@ -13,6 +13,7 @@ from typing import Literal
 from apt.losses import Consistency
 from apt.methods.apt import AdversarialConfig
 from apt.methods.consistency import DistillConfig
+from apt.methods.flow_matching import PretrainConfig
 from apt.models.wan import NEGATIVE_PROMPT
 from apt.train.config import DataConfig, OptimizerConfig, TrainConfig
 from apt.train.recipe_names import RECIPES
@@ -20,6 +21,23 @@ from apt.train.recipes_paper import apt_image_1024, apt_video_720p
 
 _WAN = "wan2.1_t2v_1.3b"
 _SD35 = "sd3.5_medium"
+
+
+@RECIPES.register("wan_finetune")
+def wan_finetune() -> TrainConfig:
+    """Flow matching goes on from Wan 2.1 1.3B on clips of your own, before it is distilled."""
+    return dataclasses.replace(
+        wan_distill(),
+        name="wan_finetune",
+        run_dir="runs/wan/finetune",
+        # The shift of the scheduler in its repository.
+        stage=PretrainConfig(start=_WAN, timestep_shift=3.0),
+        # Not the paper's, which trains no such stage: AdamW and a low rate, as is usual.
+        optimizer=OptimizerConfig(
+            name="adamw", learning_rate=1e-5, warmup_updates=100, max_grad_norm=1.0
+        ),
+        batch_size=32,
+    )
 
 
 @RECIPES.register("wan_distill")

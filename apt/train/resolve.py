@@ -60,7 +60,7 @@ def check_captions(config: TrainConfig) -> None:
     For stages that come after others, whose work would be lost; no file is opened.
     """
     source = config.data.make_source()
-    begins = config.stage.reads_captions and config.stage.starts_from is None
+    begins = config.stage.reads_captions and config.stage.start_field is None
     if not begins or not isinstance(source, Folder) or not source.path:
         return
     captions = read_captions(source.path)
@@ -220,7 +220,7 @@ class _Resolving:
         """The codec that the stage works in or trains: its shape, not its weights."""
         if self.objects.codec is not None:
             return self.objects.codec
-        field = self.config.stage.starts_from
+        field = self.config.stage.start_field
         if field is not None and field in self.objects.bundles:
             return self.objects.bundles[field].codec
         model = self.config.model
@@ -237,7 +237,7 @@ class _Resolving:
         """The config of the backbone that is trained, or that a codec is made for."""
         if self.objects.model is not None:
             return self.objects.model.config
-        field = self.config.stage.starts_from
+        field = self.config.stage.start_field
         if field is not None and field in self.objects.bundles:
             return self.objects.bundles[field].backbone.config
         if isinstance(self.start, ModelInfo):
@@ -253,7 +253,7 @@ class _Resolving:
     def model(self) -> Any:
         """A new backbone takes as many channels as its codec has, unless it was said how many."""
         config = self.config
-        begins = isinstance(config.stage, MethodConfig) and config.stage.starts_from is None
+        begins = isinstance(config.stage, MethodConfig) and config.stage.start_field is None
         if not begins or self.objects.model is not None or "in_channels" in config.model.options:
             return config.model
         takes = getattr(self.backbone_config, "in_channels", self.codec.channels)
@@ -268,7 +268,7 @@ class _Resolving:
             return config.ema_warmup
         if self.before:
             return bool(self.before.get("ema_warmup"))
-        return config.stage.starts_from is None and _stale_share(config) > _STALE
+        return config.stage.start_field is None and _stale_share(config) > _STALE
 
     def negative_prompt(self) -> str:
         if self.config.negative_prompt is not None:
@@ -364,7 +364,7 @@ def prompt_check(config: TrainConfig, objects: Objects = NO_OBJECTS) -> PromptCh
     """
     if not config.stage.reads_captions:
         return None
-    field = config.stage.starts_from
+    field = config.stage.start_field
     cache = config.data.make_source().latent_cache()
     if cache is not None and read_cache_info(cache).text_encoder:
         return None

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from apt.checkpoints.digest import weights_digest
+from apt.checkpoints.runs import model_folder
 from apt.distributed.collectives import everywhere, rank
 from apt.distributed.mesh import ParallelConfig
 from apt.errors import CheckpointError, ConfigError
 from apt.models.checkpointing import Checkpointing
 from apt.train import checkpoint
-from apt.train.config import TrainConfig
+from apt.train.config import HeldoutConfig, TrainConfig
 from apt.train.config_file import METHOD, OBJECTS, plain
 from apt.train.logs import LOG_NAME, read_log
 
@@ -50,6 +52,8 @@ _FREE_FIELDS = (
     "wandb_project",
     "monitor",
     "parallel",
+    "heldout.every",
+    "heldout.path",
     "data.path",  # the fingerprint of the data tells whether they are others
     "data.max_frames",  # of a size that was settled when the run began
     "data.max_pixels",
@@ -135,6 +139,8 @@ def check_resumable(
         "data.max_frames": config.data.max_frames,
         "data.max_pixels": config.data.max_pixels,
         f"stage.{METHOD}": config.stage.exports_as,
+        **_by_option(dataclasses.asdict(HeldoutConfig()), "heldout."),
+        **({f"stage.{config.stage.starts_from}": ""} if config.stage.may_begin_anew else {}),
     }
     now, then = _by_option(plain(config)), given | _by_option(before)
     if gone := sorted(key for key in then if key in _EARLIER_OPTIONS):
@@ -162,45 +168,32 @@ def check_resumable(
     return [said[key] for key in free]
 
 
-def recorded_objects(run_dir: Path, found: Path | None) -> dict[str, Any]:
+def recorded_objects(run_dir: Path, found: Path | None) -> dict[str, Any] | None:
     """What the run was given in Python, as its checkpoint says, or config.json before there is one.
 
-    Runs of earlier versions were given nothing.
+    None if there is no run; those of earlier versions were given nothing.
     """
     if found is not None:
         return dict(checkpoint.read_meta(found).get(OBJECTS, {}))
     file = run_dir / CONFIG_NAME
-    written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return dict(written.get(OBJECTS, {}))
+    if not file.is_file():
+        return None
+    return dict(json.loads(file.read_text(encoding="utf-8")).get(OBJECTS, {}))
 
 
 def model_identities(config: TrainConfig) -> dict[str, str]:
     """For each field of the stage that names a model: what tells it from others, wherever it is.
 
-    Of a folder its weights, by their names, sizes, and both ends of each file: training moves every
-    weight. What else lies there may change (it has the options of the run that it came of). Of a
-    built-in or Hub model its name.
+    Of a folder its weights; what else lies there may change (it has the options of the run that it
+    came of). Of a built-in or Hub model its name.
     """
     stage = config.stage
     return {field: _identity(str(getattr(stage, field))) for field in stage.names_models}
 
 
-_ENDS = 2**20
-
-
 def _identity(source: str) -> str:
     folder = Path(source)
-    if not source or not folder.is_dir():
-        return source
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_ENDS))
-            file.seek(max(size - _ENDS, 0))
-            digest.update(file.read())
-    return f"sha256:{digest.hexdigest()}"
+    return weights_digest(model_folder(folder)) if source and folder.is_dir() else source
 
 
 def _by_option(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

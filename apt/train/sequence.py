@@ -30,7 +30,7 @@ def move_runs(
 
     def moved(value: Any) -> Any:
         for old, new in places.items():
-            if isinstance(value, str) and value.startswith(f"{old}/"):
+            if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
                 return new + value.removeprefix(old)
         return value
 

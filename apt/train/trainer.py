@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from apt.models.protocols import LatentCodec, TextEncoder
 from apt.models.transformer import DiffusionTransformer
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
-from apt.train.datasets import make_dataset
+from apt.train.datasets import kept_apart, make_dataset
 from apt.train.failures import explained
+from apt.train.heldout import divide
 from apt.train.host import RunHost
 from apt.train.lock import RunLock
 from apt.train.loop import Run
@@ -126,8 +128,9 @@ def run(
             resume, take_over = resume or "auto", True
         lock = stack.enter_context(_locked(run_dir, parallel, resume, take_over))
         found = find_start(run_dir, resume, start_over=start_over)
-        if resume:
-            check_same_objects(kinds, recorded_objects(run_dir, found), config.run_dir)
+        recorded = recorded_objects(run_dir, found) if resume else None
+        if recorded is not None:
+            check_same_objects(kinds, recorded, config.run_dir)
         _prepare(config, objects, kinds, found, parallel, lock, stop).train()
     return run_dir
 
@@ -169,21 +172,26 @@ def _prepare(
     `kinds` are those of the objects as they were handed over: adapters change them.
     """
     meta = checkpoint.read_meta(found) if found is not None else None
+    config = objects.named(config)
     start = _start(config, objects)
     before = None if meta is None else meta["config"]
-    config, found_out = resolve_with_notes(objects.named(config), start, before, objects)
+    config, found_out = resolve_with_notes(config, start, before, objects)
     config, rounding = rounded(config, parallel.data_size)
     taken: list[str] = []
     if found is not None and meta is not None:
         taken = check_resumable(config, meta, found, checkpoint.step_of(found))
-    dataset = make_dataset(
-        config.data,
+    opened = partial(
+        make_dataset,
         seed=config.seed,
         check=prompt_check(config, objects),
         captioned=config.stage.reads_captions,
-        dataset=objects.dataset,
     )
+    apart = kept_apart(config.data, **opened.keywords) if config.heldout.is_on else None
+    everything = opened(config.data, dataset=objects.dataset)
+    ranks = parallel.data_size
+    dataset, heldout = divide(config, everything, apart, opened, ranks=ranks)
     stage = make_stage(config, parallel, objects)
+    _check_measures(config, stage)
     _check_prompts(config, stage)
     state = _state(stage)
     if found is not None:
@@ -193,6 +201,9 @@ def _prepare(
     made.notes += found_out
     if rounding:
         made.notes.append(rounding)
+    made.heldout = heldout
+    if heldout is not None:
+        made.notes.append(f"  held out: {len(heldout)} clips, measured every {heldout.every}")
     if found is not None and meta is not None:
         made.retention.trust(found)
         if taken:
@@ -213,8 +224,23 @@ def _prepare(
     return made
 
 
+def _check_measures(config: TrainConfig, stage: Stage) -> None:
+    if config.heldout.is_on and type(stage).heldout is Stage.heldout:
+        raise ConfigError(
+            f"{type(stage).__qualname__} measures nothing on clips that are held out; give it a "
+            "method heldout(), or leave out --heldout"
+        )
+
+
 def _check_moved_data(config: TrainConfig, before: Mapping[str, Any], found: Path) -> None:
-    """Raise ConfigError for data at another path that are other data."""
+    """Raise ConfigError for data at another path that are other data, and where clips that were
+    trained on would be held out."""
+    if config.heldout.share or config.heldout.clips:
+        raise ConfigError(
+            f"the data of {found} are not what they were, so that clips which were trained on "
+            "could be held out now; put the files back as they were, or start a new run in another "
+            "--run-dir"
+        )
     was, now = before["data"]["path"], config.data.path
     if was != now:
         raise ConfigError(
@@ -234,7 +260,7 @@ def make_stage(config: TrainConfig, parallel: Parallel, objects: Objects = NO_OB
 
 def _start(config: TrainConfig, objects: Objects) -> Start:
     """What is said of the model, or the trained codec, that the stage starts from."""
-    stage, field = config.stage, config.stage.starts_from
+    stage, field = config.stage, config.stage.start_field
     if field is not None:
         bundle = objects.bundles.get(field)
         info = describe(stage.source(field)) if bundle is None else bundle.info

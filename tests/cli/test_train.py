@@ -108,7 +108,7 @@ def test_export_of_what_is_not_there(
 
 
 def test_export_of_no_run(tmp_path: Path) -> None:
-    assert "no finished model" in error_line(invoke("export", tmp_path, tmp_path / "out"))
+    assert "has no apt.json" in error_line(invoke("export", tmp_path, tmp_path / "out"))
 
 
 def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path) -> None:

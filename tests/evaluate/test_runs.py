@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from apt.errors import DataError
-from apt.evaluate.results import Curve
-from apt.evaluate.runs import DISCRIMINATOR_LOSS, read_curves, snapshot_folders
+from apt.evaluate.results import Cost, Curve
+from apt.evaluate.runs import DISCRIMINATOR_LOSS, read_cost, read_curves, snapshot_folders
 
 
 def test_reads_a_log_that_a_kill_cut_short(tmp_path: Path) -> None:
@@ -41,6 +41,20 @@ def test_a_foreign_log_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(DataError):
         read_curves(tmp_path)
+
+
+def test_the_time_of_a_stage_is_that_of_its_updates(tmp_path: Path) -> None:
+    assert read_cost(tmp_path, "apt", 1) is None
+    (tmp_path / "apt").mkdir()
+    (tmp_path / "apt" / "speed.jsonl").write_text(
+        '{"step": 1, "speed/seconds_per_update": 2.0, "speed/data_wait_seconds": 1.0}\n'
+        '{"step": 2, "speed/seconds_per_update": 3.5}\n'
+        '{"step": 3, "speed/sec'
+    )
+    assert read_cost(tmp_path, "apt", 2) == Cost(run=2, stage="apt", updates=2, seconds=5.5)
+    (tmp_path / "apt" / "speed.jsonl").write_text("[1]\n")
+    with pytest.raises(DataError, match="is not a log entry"):
+        read_cost(tmp_path, "apt", 1)
 
 
 def test_snapshots_come_in_the_order_of_updates(tmp_path: Path) -> None:

@@ -29,12 +29,13 @@ from apt.checkpoints.info import (
 )
 from apt.checkpoints.load import load_bundle
 from apt.hub.card import make_card
-from apt.models import create_codec
+from apt.models import MODELS, create_codec
 from tests.cli.shell import error_line, invoke
 from tests.hub.processes import QUICK, run_cli, run_python
 from tests.hub.server import STRANGER, TOKEN, HubServer
 from tests.hub.tiny_pipelines import PROMPT, wan_folder
 from tests.tiny import tiny_bundle
+from tests.train.own_classes import MixerConfig
 
 
 @pytest.fixture
@@ -341,6 +342,19 @@ def test_the_card_carries_the_record(own: Path, tmp_path: Path) -> None:
     text = make_card(info(own, training=training()), "me/model", tmp_path)
     assert ModelCard(text).data.library_name == "diffusers"
     assert "num_inference_steps=1" in text and "num_frames=9" in text
+
+
+def test_the_card_names_the_module_of_somebodys_own_parts(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "not of the package" not in make_card(info(own), "me/model", own)
+    known = info(own)
+    ours = dataclasses.replace(known.model, architecture="my_mixer")
+    handed_over = dataclasses.replace(known.text_encoder, architecture="their_code.words.Words")
+    monkeypatch.setitem(MODELS._builders, "my_mixer", MixerConfig)
+    text = make_card(info(own, model=ours, text_encoder=handed_over), "me/model", own)
+    assert "import tests.train.own_classes\nimport their_code.words\n" in text
+    assert "generate --import tests.train.own_classes ..." in text
 
 
 def test_a_licence_that_the_hub_has_no_name_for(own: Path) -> None:

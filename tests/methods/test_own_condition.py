@@ -33,6 +33,7 @@ from apt.models.discriminator import discriminate_groups
 from apt.models.mmdit import MMDiT, MMDiTConfig
 from apt.models.tokens import extra_condition
 from apt.models.transformer import Context, Tokens
+from apt.pipeline import OneStepPipeline
 from apt.rng import Draw, sample_noise
 from apt.train.batches import MicroBatches
 from apt.train.networks import initial_bundle
@@ -240,3 +241,36 @@ def test_models_say_what_they_read(c: Condition) -> None:
         generate(tiny(), z, Condition(c.text))
     with pytest.raises(InputError, match="does not read first_frame of a condition; it reads text"):
         generate(create_model("mmdit_small", **TINY_MODEL.options), z, c)
+
+
+def test_the_pipeline_takes_it_for_each_video_or_for_all(tmp_path: Path) -> None:
+    bundle = initial_bundle(config(PretrainConfig(num_steps=1)))
+    randomize(bundle.backbone, 0)  # type: ignore[arg-type]
+    bundle.info = dataclasses.replace(bundle.info, sample=CLIP)
+    pipeline = OneStepPipeline(bundle)
+    frames = torch.randn(2, 12, 1, 4, 4)
+    videos = pipeline.sample_pixels("a", seed=[0, 1], extra={"first_frame": frames}, num_steps=2)
+    for number in range(2):
+        # With guidance, the negative prompt has the same frame beside it.
+        alone = pipeline.sample_pixels(
+            "a", seed=number, extra={"first_frame": frames[number : number + 1]}, num_steps=2
+        )
+        assert torch.equal(videos[number : number + 1], alone)
+    other = {"first_frame": frames[:1]}
+    for_all = pipeline.sample_pixels("a", seed=[0, 1], extra=other, num_steps=2)
+    assert torch.equal(for_all[0], videos[0])
+    assert not torch.allclose(for_all[1], videos[1], atol=1e-3)
+    (streamed, _) = pipeline.stream("a", seed=[0, 1], extra=other, num_steps=2, batch_size=2)
+    assert streamed.shape == (2, 8, 8, 3)
+
+
+def test_the_pipeline_says_what_the_model_reads() -> None:
+    bundle = initial_bundle(config(PretrainConfig()))
+    bundle.info = dataclasses.replace(bundle.info, sample=CLIP)
+    pipeline, frame = OneStepPipeline(bundle), torch.zeros(3, 12, 1, 4, 4)
+    with pytest.raises(InputError, match=r"does not read camera; .* it reads first_frame"):
+        pipeline("a", extra={"camera": frame})
+    with pytest.raises(InputError, match=r"with 2 rows, one for each video, .* got .3, 12"):
+        pipeline("a", seed=[0, 1], extra={"first_frame": frame})
+    with pytest.raises(InputError, match="needs 'first_frame' beside the text"):
+        pipeline("a")

@@ -231,7 +231,7 @@ def broken(name: str) -> Mixer:
         (PretrainConfig(), {"model": broken("half")}, "is float16; hand it over as module.float()"),
         (PretrainConfig(), {"model": broken("shape")}, "out.bias is (4,), and (12,) when it is"),
         (PretrainConfig(codec="c"), {"codec": Fold(FoldConfig())}, "leave one of them out"),
-        (PretrainConfig(), {"bundles": {"teacher": 1}}, "no model 'teacher'; choose from: nothing"),
+        (PretrainConfig(), {"bundles": {"teacher": 1}}, "no model 'teacher'; choose from: start"),
         (DistillConfig(), {"model": Mixer(MixerConfig())}, "bundles={'teacher': apt.ModelBundle"),
         (DistillConfig(), {"bundles": {"teacher": 1}}, "teacher is of type int; expected an apt"),
         (DistillConfig(), {}, "--stage.teacher is empty"),

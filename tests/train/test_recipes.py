@@ -44,7 +44,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 STAGES = ("codec", "pretrain", "distill", "apt")
 PIXEL_STAGES = STAGES[1:]
 ROWS = ("digits", "digits_pixels", "digits_gpu", "digits_ablations", "own", "walks")
-PUBLIC = ("wan_distill", "apt_image_wan", "apt_video_wan", "sd35_distill", "apt_image_sd35")
+PUBLIC = (
+    "wan_finetune",
+    "wan_distill",
+    "apt_image_wan",
+    "apt_video_wan",
+    "sd35_distill",
+    "apt_image_sd35",
+)
 # What an ablation may say of itself: its name, its place, how long it runs and what it keeps.
 OWN = {"name", "run_dir", "num_updates", "snapshot_at", "optimizer.decay_updates"}
 

@@ -111,3 +111,40 @@ def test_three_stages_in_a_row_with_two_ranks(tmp_path: Path):
         shards = (run_dir / "checkpoints" / "step_00000002").glob("*.safetensors")
         assert len({shard.name.split("-model-")[0] for shard in shards}) == 2
     assert read_info(tmp_path / "run" / "apt" / "export").stage == "apt"
+
+
+# Objects in place of names, and clips that are held out: an odd number of them for two ranks.
+OBJECTS = """
+import sys
+import torch
+import apt.train
+from apt.methods import PretrainConfig
+from apt.train.config import HeldoutConfig, ModelConfig, TrainConfig
+from tests.train.own_classes import Bars, Mixer, MixerConfig, Words, WordsConfig
+
+torch.manual_seed(0)
+config = TrainConfig(
+    name="objects", run_dir=sys.argv[1], stage=PretrainConfig(), num_updates=2, batch_size=2,
+    model=ModelConfig(codec_options={"temporal": 1, "spatial": 2}), sample_every=0, device="cpu",
+    heldout=HeldoutConfig(clips=3, every=1),
+)
+given = {"model": Mixer(MixerConfig()), "text_encoder": Words(WordsConfig()), "dataset": Bars(8)}
+apt.train.run(config, **given, resume="auto")
+"""
+
+
+@pytest.mark.slow
+def test_objects_and_held_out_clips_on_two_ranks(tmp_path: Path):
+    (tmp_path / "objects.py").write_text(OBJECTS)
+    done = launch(tmp_path, "objects.py", "two")
+    assert done.returncode == 0, done.stderr[-4000:]
+    command = [sys.executable, str(tmp_path / "objects.py"), "one"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    alone = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr[-4000:]
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 2
+    for ours, theirs in zip(one, two, strict=True):
+        assert "heldout/generator/loss" in ours
+        for name, value in ours.items():
+            assert theirs[name] == pytest.approx(value, rel=1e-3), name

@@ -23,6 +23,7 @@ from apt.checkpoints.lora.assembly import assemble
 from apt.checkpoints.lora.keys import KIND_OF_PART, Names, describe_unknown, split_key
 from apt.checkpoints.lora.layers import LoRA, LoRALayer
 from apt.checkpoints.reading import read_json, read_stored
+from apt.checkpoints.runs import model_folder
 from apt.checkpoints.source import split_hub_id
 from apt.checkpoints.weights import check_finite, save_tensors
 from apt.errors import CheckpointError, listed
@@ -127,6 +128,8 @@ def find_lora(name: str | Path) -> Path:
     hub_id = None if path.is_dir() or path.suffix == ".safetensors" else split_hub_id(str(name))
     if hub_id is not None:
         path = download(*hub_id, [LORA_FILE, PEFT_FILE, CONFIG_FILE])
+    elif path.is_dir():
+        path = model_folder(path)
     if not path.is_dir():
         raise CheckpointError(
             f"there is no LoRA {str(name)!r}: expected a .safetensors file, or a folder or Hub "

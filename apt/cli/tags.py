@@ -1,0 +1,32 @@
+"""`diffusion-apt tags`: how files were made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class ReadTags:
+    """Print how files were made, as they say themselves: prompt, seed, model and settings.
+
+    `generate` writes it into every file, unless told --no-tags. One line of JSON for each file.
+    """
+
+    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE")]
+    """Of .mp4, .gif, .webp or .png."""
+
+
+def main(args: Sequence[str], *, prog: str) -> None:
+    """Print what each file says."""
+    options = tyro.cli(ReadTags, args=args, prog=prog)
+
+    from apt.media import read_tags
+
+    for file in options.files:
+        print(json.dumps({"file": str(file), **read_tags(file)}, ensure_ascii=False))
