@@ -25,7 +25,7 @@ from apt.checkpoints.info import (
 from apt.checkpoints.layouts import COMFYUI_PREFIX, Family, all_families, family_of, original_layout
 from apt.checkpoints.load import describe, describe_model, load_bundle, load_codec, load_model
 from apt.checkpoints.reading import INDEX_SUFFIX, read_json, read_pipeline
-from apt.checkpoints.source import INDEX_SUFFIX, PIPELINE_FILE, WEIGHTS_STEM, Source, locate
+from apt.checkpoints.source import WEIGHTS_STEM, Source, locate
 from apt.checkpoints.weights import cast_type, save_tensors
 from apt.errors import CheckpointError, InputError
 from apt.files import write_text

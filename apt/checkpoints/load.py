@@ -14,6 +14,7 @@ from apt.checkpoints.checkpoint import Checkpoint, configured, empty_module, unb
 from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.info import (
     INFO_FILE,
+    PIPELINE_FILE,
     CodecInfo,
     ComponentInfo,
     ModelInfo,
@@ -21,7 +22,6 @@ from apt.checkpoints.info import (
     read_description,
     read_info,
 )
-from apt.checkpoints.load import as_file, find_codec, find_model, locate_model
 from apt.checkpoints.public import (
     describe_file,
     describe_pipeline,
@@ -30,7 +30,7 @@ from apt.checkpoints.public import (
     single_file,
 )
 from apt.checkpoints.reading import read_json
-from apt.checkpoints.source import ASSETS, PIPELINE_FILE, Source, list_pretrained, locate
+from apt.checkpoints.source import ASSETS, Source, list_pretrained, locate
 from apt.checkpoints.weights import load_weights
 from apt.device import find_device
 from apt.errors import CheckpointError, InputError, MissingPackageError

@@ -27,7 +27,7 @@ from apt.checkpoints.info import (
 )
 from apt.checkpoints.layouts import Family, all_families, diffusion_model, map_keys
 from apt.checkpoints.reading import StoredTensor, read_json, read_pipeline, read_stored
-from apt.checkpoints.source import PIPELINE_FILE, Source, find_weights, locate
+from apt.checkpoints.source import Source, find_weights, locate
 from apt.checkpoints.weights import looks_like
 from apt.errors import CheckpointError, InputError, listed
 from apt.models.architectures import (

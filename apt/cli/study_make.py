@@ -65,7 +65,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     asked = tyro.cli(StudyMake, args=args, prog=prog)
     given = [split_name(text) for text in asked.samples]
     models = [split_model(text) for text in asked.model]
-    names = [name for name, *_ in (*given, *models)]
+    names = [name for name, _ in given] + [name for name, _, _ in models]
     if len(set(names)) < len(names):
         raise InputError(f"models need different names, got {names}; name them with NAME=...")
     if models and asked.prompts is None:

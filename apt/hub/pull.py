@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apt.checkpoints.info import INFO_FILE, PIPELINE_FILE
 from apt.checkpoints.reading import read_json, read_pipeline
-from apt.checkpoints.source import DESCRIPTIONS, PIPELINE_FILE
+from apt.checkpoints.source import DESCRIPTIONS
 from apt.errors import CheckpointError
 from apt.hub.download import download
 

@@ -17,7 +17,6 @@ from apt.checkpoints.info import (
 )
 from apt.checkpoints.reading import read_header
 from apt.checkpoints.runs import model_folder
-from apt.checkpoints.source import PIPELINE_FILE
 from apt.errors import CheckpointError
 from apt.hub.card import CARD_FILE, make_card
 from apt.hub.client import explained, quiet_client, require_token, with_retries

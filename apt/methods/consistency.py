@@ -134,9 +134,8 @@ class ConsistencyDistillation(Method):
 
     def heldout(self, batch: MicroBatch) -> Metrics:
         """The distance to the target, which is the one that the next update would have."""
-        self.target_ema.copy_to(self.target)
         c = self.condition(batch)
-        steps = (even_timesteps(batch).to(batch.x.device) * self.loss.num_timesteps).long()
+        steps = (even_timesteps(batch).to(batch.x.device) * self.loss.num_intervals).long()
         z = sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, 0, "heldout noise"))
         with self.host.autocast():
             loss = self.loss(

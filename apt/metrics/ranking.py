@@ -49,8 +49,8 @@ def bradley_terry(wins: NDArray[np.float64]) -> NDArray[np.float64]:
 def _connected(wins: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Whether every model beat every other one, at least by way of others (Ford, 1957)."""
     number = wins.shape[-1]
-    reach = (wins > 0) | np.eye(number, dtype=bool)
+    reach: NDArray[np.bool_] = (wins > 0) | np.eye(number, dtype=bool)
     for _ in range(max(1, number.bit_length())):
-        reach = (reach.astype(np.int64) @ reach.astype(np.int64)) > 0
+        reach = np.asarray((reach.astype(np.int64) @ reach.astype(np.int64)) > 0)
     found: NDArray[np.bool_] = reach.all(axis=(-1, -2))
     return found
