@@ -6,7 +6,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-__all__ = ["gather", "local", "whole"]
+__all__ = ["gather", "is_sharded", "local", "whole"]
+
+
+def is_sharded(kind: type) -> bool:
+    """Whether tensors of a type are a rank's parts of whole ones."""
+    from torch.distributed.tensor import DTensor
+
+    return issubclass(kind, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
