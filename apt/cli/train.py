@@ -185,7 +185,8 @@ def train_stages(
     take_over: bool = False,
 ) -> bool:
     """Train stages in a row; a stop request ends the row. Whether all are finished."""
-    with Parallel.from_environment(configs[0].device) as parallel, StopRequest() as stop:
+    joined = Parallel.from_environment(configs[0].device, config=configs[0].parallel)
+    with joined as parallel, StopRequest() as stop:
         for number, config in enumerate(configs):
             begun = (Path(config.run_dir) / CONFIG_NAME).is_file()
             run_dir = run(

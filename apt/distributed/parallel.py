@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from apt.distributed.device import pick_device
 from apt.distributed.launch import launch_rank, launch_world_size
+from apt.distributed.mesh import GroupName, Layout, ParallelConfig, RankMesh
 from apt.distributed.sharding import shard
 from apt.distributed.spokesman import claim
 from apt.errors import PeerError
@@ -30,36 +30,68 @@ class Parallel:
         rank: 0 .. world_size - 1.
         world_size: number of processes.
         device: where this rank computes.
-        mesh: one-dimensional device mesh, `None` with a single process.
+        mesh: how the ranks are laid out; `None` with a single process.
     """
 
     rank: int
     world_size: int
     device: torch.device
-    mesh: DeviceMesh | None
+    mesh: RankMesh | None
 
     @classmethod
     def from_environment(
-        cls, device: str = "auto", *, timeout: timedelta = timedelta(minutes=30)
+        cls,
+        device: str = "auto",
+        *,
+        config: ParallelConfig | None = None,
+        timeout: timedelta = timedelta(minutes=30),
     ) -> Parallel:
         """Join the process group that `torchrun` describes, or stand alone without one.
 
         Args:
             device: `"auto"` (CUDA where there is one), `"cpu"` or `"cuda"`.
+            config: how the ranks are laid out; None shards over all.
             timeout: how long a collective waits for the slowest rank.
 
         Raises:
-            ConfigError: see `pick_device`; or the launcher's variables are no numbers.
+            ConfigError: see `pick_device`; the launcher's variables are no numbers, or not those
+                that the layout makes.
         """
         here = pick_device(device)
         rank, world_size = launch_rank(), launch_world_size()
+        layout = (config or ParallelConfig()).layout(world_size)
         if world_size == 1:
             return cls(rank=0, world_size=1, device=here, mesh=None)
         # Gloo also on GPUs, for the small CPU tensors and objects of logs and checkpoints.
         backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
-        mesh = init_device_mesh(here.type, (world_size,), mesh_dim_names=("data",))
-        return cls(rank=rank, world_size=world_size, device=here, mesh=mesh)
+        return cls(rank, world_size, here, RankMesh(layout, here.type))
+
+    def laid_out(self, config: ParallelConfig) -> Parallel:
+        """The same ranks in another layout. Raises ConfigError if it does not make so many."""
+        layout = config.layout(self.world_size)
+        if self.mesh is None or layout == self.layout:
+            return self
+        return replace(self, mesh=RankMesh(layout, self.device.type))
+
+    @property
+    def layout(self) -> Layout:
+        """How many ranks share what; all 1 with a single process."""
+        return Layout() if self.mesh is None else self.mesh.layout
+
+    @property
+    def data_rank(self) -> int:
+        """0 .. data_size - 1: ranks of the same number have the same samples."""
+        return self.layout.data_rank(self.rank)
+
+    @property
+    def data_size(self) -> int:
+        """How many ranks, or groups of ranks, have samples of their own."""
+        return self.layout.data
+
+    def group(self, name: GroupName) -> dist.ProcessGroup | None:
+        """This rank's group of a name; None if it is alone in it. The first call is collective."""
+        return None if self.mesh is None else self.mesh.group(name)
 
     @property
     def is_main(self) -> bool:
@@ -85,10 +117,12 @@ class Parallel:
                 `"hidden_states"`); FSDP gathers parameters only around methods it knows.
         """
         if self.mesh is not None:
-            shard(module, blocks, self.mesh, forward_methods=forward_methods)
+            shard(module, blocks, self.mesh.states, forward_methods=forward_methods)
 
     def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Average scalars over the ranks in float64; every rank gets the same result.
+
+        Ranks of one sequence group count once each: they have the same, or parts of it.
 
         Args:
             values: the same keys, in any order, on every rank.

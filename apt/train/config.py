@@ -13,6 +13,7 @@ from apt.data.builtin_sources import DATASETS, DIGITS
 from apt.data.captions import CaptionRule, LongCaptions
 from apt.data.digits import Setting, clip_size
 from apt.data.source import ClipRequest, DataSource
+from apt.distributed.mesh import ParallelConfig
 from apt.errors import ConfigError
 from apt.methods.base import StageConfig
 from apt.train.monitor import MonitorConfig
@@ -192,8 +193,9 @@ class TrainConfig:
         name: of the recipe; goes into logs and model folders.
         run_dir: where checkpoints, logs, samples and the finished model go.
         stage: the options of the stage that it is (`apt.methods`).
-        model, data, optimizer, lora, monitor: see there. Generator and discriminator have one
-            optimizer config, as in the paper, but for D's own learning rate if the stage gives one.
+        model, data, optimizer, lora, monitor, parallel: see there. Generator and discriminator have
+            one optimizer config, as in the paper, but for D's own learning rate if the stage gives
+            one.
         seed: of everything random.
         num_updates: updates of the (generator's) weights.
         batch_size: samples per update over all ranks and accumulation steps.
@@ -224,6 +226,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
     num_updates: int = 1000
     batch_size: int = 32

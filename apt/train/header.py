@@ -47,6 +47,8 @@ def header(
     lines += [f"  {name}: {_parameters(part.module)}" for name, part in stage.trained.items()]
     lines += [f"  {text}" for text in _data(config, dataset)]
     ranks = f", {parallel.world_size} ranks" if parallel.world_size > 1 else ""
+    if parallel.layout.shard != parallel.world_size:
+        ranks += f" ({parallel.layout})"
     there = total_memory(parallel.device)
     has = "" if there is None else f" with {there / _GIB:.1f} GiB"
     lines.append(f"  device: {parallel.device}{has}{ranks}, {config.precision}")

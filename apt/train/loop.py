@@ -119,8 +119,8 @@ class Run:
             self.loader = make_loader(
                 self.dataset,
                 batch_size=config.batch_size,
-                rank=self.parallel.rank,
-                world_size=self.parallel.world_size,
+                rank=self.parallel.data_rank,
+                world_size=self.parallel.data_size,
                 num_workers=config.data.num_workers,
                 seed=config.seed,
                 start_batch=self.done,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from apt.distributed.collectives import everywhere, rank
+from apt.distributed.mesh import ParallelConfig
 from apt.errors import CheckpointError, ConfigError
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
@@ -41,6 +43,7 @@ _FREE_FIELDS = (
     "sample_prompts",
     "wandb_project",
     "monitor",
+    "parallel",
     "data.path",  # the fingerprint of the data tells whether they are others
     "data.num_workers",
     "data.long_captions",
@@ -107,8 +110,9 @@ def check_resumable(
             f"least --num-updates {done} (nothing was changed)"
         )
     before = meta["config"]
-    # Runs of earlier versions had neither, and did not name their method.
+    # Runs of earlier versions had none of these, and did not name their method.
     given = {
+        **_by_option(asdict(ParallelConfig()), "parallel."),
         "ema_warmup": False,
         "wandb_project": "",
         f"stage.{METHOD}": config.stage.exports_as,

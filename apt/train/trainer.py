@@ -101,7 +101,11 @@ def run(
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         if parallel is None:
-            parallel = stack.enter_context(Parallel.from_environment(config.device))
+            parallel = stack.enter_context(
+                Parallel.from_environment(config.device, config=config.parallel)
+            )
+        else:
+            parallel = parallel.laid_out(config.parallel)
         if stop is None:
             stop = stack.enter_context(StopRequest())
         stack.enter_context(explained(config.run_dir))

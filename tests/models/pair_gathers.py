@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apt.distributed.mesh import Layout, RankMesh
 from apt.distributed.parallel import Parallel
 from apt.methods.apt import discriminator_loss
 from apt.models import create_discriminator
@@ -43,7 +43,7 @@ def count(logits: Callable[[], Tensor]) -> dict[str, int]:
 def main(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = RankMesh(Layout(shard=2), "cpu")
     discriminator = create_discriminator(tiny_mmdit())
     Parallel(rank, 2, torch.device("cpu"), mesh).shard(
         discriminator, discriminator.backbone.block_list()

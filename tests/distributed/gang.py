@@ -1,0 +1,50 @@
+"""Ranks that are forked from one process, which has imported torch already and computed nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+from apt.distributed.mesh import ParallelConfig
+from apt.distributed.parallel import Parallel
+
+WAIT = timedelta(seconds=120)
+
+
+def gang(world: int, work: Callable[[Parallel], object], layout: ParallelConfig) -> None:
+    """Run `work` on so many ranks at once, with the environment that torchrun gives them.
+
+    Raises RuntimeError if one fails; its own words are on stderr then.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = [_start(rank, shared, work, layout) for rank in range(world)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if any(codes):
+        raise RuntimeError(f"{layout}: ranks ended with {codes}")
+
+
+def _start(
+    rank: int,
+    shared: dict[str, str],
+    work: Callable[[Parallel], object],
+    layout: ParallelConfig,
+) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        with Parallel.from_environment("cpu", config=layout, timeout=WAIT) as parallel:
+            work(parallel)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apt.distributed.mesh import Layout, ParallelConfig
+from apt.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SIZES = st.integers(1, 6)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of four ranks found in each layout."""
+    folder = tmp_path_factory.mktemp("layouts")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.distributed.layouts", str(folder)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "expected"),
+    [
+        ("default", "states", [[0, 1, 2, 3]]),
+        ("default", "data", [[0, 1, 2, 3]]),
+        ("default", "sequence", [[0], [1], [2], [3]]),
+        ("replicated", "replicate", [[0, 2], [1, 3]]),
+        ("replicated", "states", [[0, 1], [2, 3]]),
+        ("replicated", "data", [[0, 1, 2, 3]]),
+        ("sequence", "sequence", [[0, 1], [2, 3]]),
+        ("sequence", "data", [[0, 2], [1, 3]]),
+        ("sequence", "states", [[0, 1, 2, 3]]),
+        ("both", "states", [[0, 1], [2, 3]]),
+        ("both", "sequence", [[0, 1], [2, 3]]),
+        ("both", "replicate", [[0, 2], [1, 3]]),
+        ("all sequence", "data", [[0], [1], [2], [3]]),
+    ],
+)
+def test_groups(
+    found: list[dict[str, Any]], layout: str, name: str, expected: list[list[int]]
+) -> None:
+    of_rank = {rank: group for group in expected for rank in group}
+    assert [rank[layout]["groups"][name] for rank in found] == [of_rank[r] for r in range(4)]
+
+
+def test_ranks_of_a_sequence_group_have_the_same_samples(found: list[dict[str, Any]]) -> None:
+    def data(layout: str) -> list[list[int]]:
+        return [rank[layout]["data"] for rank in found]
+
+    assert data("default") == [[0, 4], [1, 4], [2, 4], [3, 4]]
+    assert data("sequence") == [[0, 2], [0, 2], [1, 2], [1, 2]]
+    assert data("all sequence") == [[0, 1]] * 4
+
+
+def test_sizes_that_do_not_make_the_ranks_are_refused(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert "sequence 3 does not make 4 ranks" in rank["refused"]["message"]
+        assert "\n" not in rank["refused"]["message"]
+
+
+@given(SIZES, SIZES, SIZES)
+def test_every_rank_has_one_place(replicate: int, shard: int, sequence: int) -> None:
+    layout = ParallelConfig(replicate=replicate, sequence=sequence).layout(
+        replicate * shard * sequence
+    )
+    assert layout == Layout(replicate, shard, sequence)
+    assert layout.states * layout.replicate == layout.data * layout.sequence == layout.world_size
+    places = {(layout.data_rank(r), layout.sequence_rank(r)) for r in range(layout.world_size)}
+    assert len(places) == layout.world_size
+    assert {place[0] for place in places} == set(range(layout.data))
+
+
+@pytest.mark.parametrize(
+    ("config", "world"),
+    [
+        (ParallelConfig(replicate=3), 4),
+        (ParallelConfig(sequence=2), 1),
+        (ParallelConfig(shard=2), 4),
+        (ParallelConfig(replicate=2, shard=2, sequence=2), 4),
+    ],
+)
+def test_other_numbers_of_ranks_are_refused(config: ParallelConfig, world: int) -> None:
+    with pytest.raises(ConfigError, match=f"does not make {world} rank"):
+        config.layout(world)
+
+
+@pytest.mark.parametrize("name", ["replicate", "shard", "sequence"])
+def test_sizes_out_of_range_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"parallel.{name} must be at least"):
+        ParallelConfig(**{name: -1})
