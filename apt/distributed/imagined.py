@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
+from apt.distributed.mesh import Layout, RankMesh
 from apt.distributed.parallel import Parallel
 from apt.errors import InputError
 
@@ -16,8 +16,8 @@ __all__ = ["imagined_ranks"]
 
 
 @contextmanager
-def imagined_ranks(world_size: int) -> Iterator[Parallel]:
-    """Rank 0 of `world_size`, on the CPU, in this process alone.
+def imagined_ranks(layout: Layout) -> Iterator[Parallel]:
+    """Rank 0 of a layout of ranks, on the CPU, in this process alone.
 
     Collectives return at once and leave what they were given, so results mean nothing; shapes,
     memory and what would be sent are those of real ranks.
@@ -25,7 +25,7 @@ def imagined_ranks(world_size: int) -> Iterator[Parallel]:
     Raises InputError if this process already is one of several ranks.
     """
     here = torch.device("cpu")
-    if world_size == 1:
+    if layout.world_size == 1:
         yield Parallel(rank=0, world_size=1, device=here, mesh=None)
         return
     if dist.is_initialized():
@@ -33,9 +33,8 @@ def imagined_ranks(world_size: int) -> Iterator[Parallel]:
     # Importing it registers torch's backend "fake".
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=layout.world_size, store=FakeStore())
     try:
-        mesh = init_device_mesh(here.type, (world_size,), mesh_dim_names=("data",))
-        yield Parallel(rank=0, world_size=world_size, device=here, mesh=mesh)
+        yield Parallel(0, layout.world_size, here, RankMesh(layout, here.type))
     finally:
         dist.destroy_process_group()

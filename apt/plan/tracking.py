@@ -93,6 +93,7 @@ class _Held:
     reference: weakref.ref[torch.UntypedStorage]
     size: int
     part: str
+    is_all: bool = False
 
 
 class Tracker(TorchDispatchMode):
@@ -130,16 +131,29 @@ class Tracker(TorchDispatchMode):
 
     def reset(self) -> None:
         """Begin anew at what is alive now."""
-        self.peak = self.held
-        self.parts: Counter[str] = Counter()
         self.work = Work()
-        self._detailed = 0
+        self.begin_stretch()
+
+    def begin_stretch(self) -> None:
+        """Begin a new peak at what is alive now."""
+        self._detailed = self.peak = self.held
+        self.parts = self.by_part()
 
     def adopt(self, tensors: Any, part: str = OTHER) -> None:
         """Count tensors that ops did not make here."""
         for tensor in tree_iter(tensors):
             if isinstance(tensor, Tensor):
                 self._note(tensor, part)
+                self._alive[tensor.untyped_storage()._cdata].part = part
+
+    def leave_out(self, tensors: Any) -> None:
+        """Do not count tensors, which are elsewhere."""
+        for tensor in tree_iter(tensors):
+            if isinstance(tensor, Tensor):
+                self._note(tensor, OTHER)
+                held = self._alive[tensor.untyped_storage()._cdata]
+                self._grow(-held.size)
+                held.size = 0
 
     @contextmanager
     def watching(self) -> Iterator[Tracker]:
@@ -173,7 +187,7 @@ class Tracker(TorchDispatchMode):
         if func is _aten._local_scalar_dense.default and self._scalar is not None:
             dtype = args[0].dtype
             if dtype == torch.bool:
-                return bool(self._scalar)
+                return self._answer(args[0])
             return self._scalar if dtype.is_floating_point else int(self._scalar)
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -181,6 +195,8 @@ class Tracker(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self._note(value, part)
+        if func._overloadpacket is _aten.all:
+            self._alive[result.untyped_storage()._cdata].is_all = True
         if func.namespace in ("aten", "apt"):
             self._compute(func, args, kwargs, result)
         elif func.namespace in ("c10d", "_c10d_functional"):
@@ -203,6 +219,11 @@ class Tracker(TorchDispatchMode):
         held = self._alive.get(tensor.untyped_storage()._cdata)
         return held is not None and (held.part.endswith(word) or held.part == GATHERED)
 
+    def _answer(self, condition: Tensor) -> bool:
+        """What a check of values would find: that all are right, and none is wrong."""
+        held = self._alive.get(condition.untyped_storage()._cdata)
+        return held is not None and held.is_all
+
     def _note(self, tensor: Tensor, part: str) -> None:
         if tensor.layout != torch.strided:
             return
@@ -210,7 +231,8 @@ class Tracker(TorchDispatchMode):
         key = storage._cdata
         if key in self._alive:
             return
-        held = _Held(weakref.ref(storage, lambda _: self._drop(key, held)), storage.nbytes(), part)
+        reference = weakref.ref(storage, lambda _: self._drop(key, held))
+        held = _Held(reference, storage.nbytes(), part)
         self._alive[key] = held
         self._grow(held.size)
 

@@ -1,0 +1,321 @@
+"""One update of a stage, run without data: what it holds, computes and sends on one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
+
+from apt.checkpoints.info import SampleInfo
+from apt.data.dataset import Batch
+from apt.distributed.imagined import imagined_ranks
+from apt.distributed.mesh import Layout
+from apt.distributed.parallel import Parallel
+from apt.distributed.tensors import local
+from apt.errors import ConfigError
+from apt.kernels import attention_backend
+from apt.kernels.backends import imagined_gpu
+from apt.methods.base import MicroBatch, Stage
+from apt.models.cached import CachedCodec
+from apt.plan.host import PlannedHost
+from apt.plan.models import PlannedModel
+from apt.plan.tracking import OTHER, Tracker, Work
+from apt.plan.without_data import without_data
+from apt.train.config import TrainConfig
+from apt.train.loop import micro_batches
+
+__all__ = ["Peak", "Usage", "follow_update", "measure", "name_states"]
+
+WEIGHTS = "weights"
+FROZEN = "frozen weights"
+GRADIENTS = "gradients"
+OPTIMIZER = "optimiser states"
+AVERAGES = "averages"
+HEADS = "heads and logits"
+BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that is held at once within a stretch of an update.
+
+    Attributes:
+        total: bytes.
+        parts: bytes by part.
+    """
+
+    total: float
+    parts: Counter[str]
+
+    def between(self, other: Peak, share: float) -> Peak:
+        """On the line from this at 0 to the other at 1."""
+        return Peak(
+            self.total + share * (other.total - self.total),
+            Counter(
+                {
+                    part: self.parts[part] + share * (other.parts[part] - self.parts[part])
+                    for part in self.parts.keys() | other.parts.keys()
+                }
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one update takes on one rank.
+
+    Attributes:
+        stretches: for each part of an update, such as D's step, the peaks of its stretches: up to
+            each network's call, inside it, and on to the optimiser and behind it.
+        fixed: work of an update, whatever its micro-batches are.
+        each: work of a micro-batch.
+        micro_batches: of a rank's share.
+    """
+
+    stretches: Mapping[str, tuple[Peak, ...]]
+    fixed: Work
+    each: Work
+    micro_batches: int
+
+    @property
+    def peaks(self) -> dict[str, Peak]:
+        """The highest stretch of each part of an update."""
+        return {
+            name: max(stretches, key=lambda peak: peak.total)
+            for name, stretches in self.stretches.items()
+        }
+
+    @property
+    def peak(self) -> Peak:
+        """The highest of all."""
+        return max(self.peaks.values(), key=lambda peak: peak.total)
+
+    @property
+    def work(self) -> Work:
+        """Of a whole update."""
+        return self.fixed.plus(self.each.scaled(self.micro_batches))
+
+    def between(self, other: Usage, share: float) -> Usage | None:
+        """On the line from this at 0 to the other at 1; None if they did not go the same way."""
+        lengths = [{k: len(v) for k, v in usage.stretches.items()} for usage in (self, other)]
+        if lengths[0] != lengths[1]:
+            return None
+
+        def work(mine: Work, theirs: Work) -> Work:
+            return mine.plus(theirs.plus(mine, -1).scaled(share))
+
+        return Usage(
+            {
+                name: tuple(
+                    a.between(b, share) for a, b in zip(mine, other.stretches[name], strict=True)
+                )
+                for name, mine in self.stretches.items()
+            },
+            work(self.fixed, other.fixed),
+            work(self.each, other.each),
+            self.micro_batches,
+        )
+
+
+def measure(
+    config: TrainConfig,
+    layout: Layout,
+    start: PlannedModel | None,
+    others: Mapping[str, PlannedModel],
+    sample: SampleInfo,
+    *,
+    gpu: bool,
+) -> Usage:
+    """Run two updates of a stage without data, and count.
+
+    Args:
+        config: of the run.
+        layout: of the ranks.
+        start: the model that the stage starts from; None for a codec.
+        others: those of the stage's other fields.
+        sample: the size of clips.
+        gpu: as on a GPU, with its kernels; else as on the CPU.
+
+    Raises:
+        ConfigError: a batch that the ranks cannot share, as the run itself would.
+    """
+    share = _share(config, layout)
+    size = config.micro_batch_size or share
+    with contextlib.ExitStack() as stack:
+        parallel = stack.enter_context(imagined_ranks(layout))
+        if gpu:
+            stack.enter_context(imagined_gpu())
+            stack.enter_context(attention_backend("_native_flash"))
+        stack.enter_context(without_data())
+        names: dict[int, str] = {}
+        tracker = Tracker(lambda: names, scalar=0.5)
+        stack.enter_context(tracker.watching())
+        stage = _begin(config, parallel, start, others)
+        named = name_states(stage)
+        tracker._name_parts = named
+        count = min(share // size, 2)
+        rest = share - count * size
+        batches = _micro_batches(config, stage, sample, count * size, tracker)
+        # A rank's whole share is on the device, as the trainer has it now.
+        held = [torch.empty(rest, *batches[0].x.shape[1:])] if rest else []
+        tracker.adopt([held, [batch.x for batch in batches]], BATCH)
+        one = follow_update(stage, batches[:1], 0, tracker)
+        if count == 1:
+            two = follow_update(stage, batches, 1, tracker)
+            return Usage(two[0], two[1].plus(two[1], -1), two[1], 1)
+        two = follow_update(stage, batches, 1, tracker)
+        each = two[1].plus(one[1], -1)
+        return Usage(two[0], one[1].plus(each, -1), each, share // size)
+
+
+def follow_update(
+    stage: Stage, batches: Sequence[MicroBatch], update: int, tracker: Tracker
+) -> tuple[dict[str, tuple[Peak, ...]], Work]:
+    """One update, its peaks by part and stretch, and its work. The tracker has been entered."""
+    found: dict[str, tuple[Peak, ...]] = {}
+    total = Work()
+    for name, part in stage.parts().items():
+        stretches: list[Peak] = []
+
+        def mark(stretches: list[Peak] = stretches) -> None:
+            stretches.append(_peak(tracker))
+            tracker.begin_stretch()
+
+        tracker.reset()
+        with _marks(stage, tracker, mark):
+            part(batches, update)
+        mark()
+        found[name] = tuple(stretches)
+        total = total.plus(tracker.work)
+    return found, total
+
+
+def _peak(tracker: Tracker) -> Peak:
+    parts = Counter(tracker.parts)
+    parts[OTHER] += tracker.peak - sum(parts.values())  # what came since it was looked at
+    return Peak(tracker.peak, parts)
+
+
+@contextlib.contextmanager
+def _marks(stage: Stage, tracker: Tracker, mark: Callable[[], None]) -> Iterator[None]:
+    """A mark at the beginning and end of each network's call, and before weights move."""
+    handles = []
+    for trained in stage.trained.values():
+        module = trained.module
+        handles.append(module.register_forward_pre_hook(lambda *_: mark(), prepend=True))
+        handles.append(module.register_forward_hook(lambda *_: mark()))
+        optimizer = cast("Any", trained).optimizer
+        handles.append(optimizer.register_step_pre_hook(lambda *_: mark()))
+        for head in _heads(module):
+            handles.append(head.register_forward_pre_hook(lambda *_: _scope(tracker, HEADS)))
+            handles.append(head.register_forward_hook(lambda *_: _scope(tracker, None)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        tracker.scope = None
+
+
+def _scope(tracker: Tracker, part: str | None) -> None:
+    tracker.scope = part
+
+
+def _heads(module: nn.Module) -> list[nn.Module]:
+    """What a discriminator has behind its backbone."""
+    heads = getattr(module, "heads", None)
+    if heads is None:
+        return []
+    return [*heads, *(getattr(module, name) for name in ("norm", "project"))]
+
+
+def name_states(stage: Stage) -> Callable[[], dict[int, str]]:
+    """What tells the parts of what training keeps, by the address of storages.
+
+    Everything but gradients is looked up once, now; gradients come and go.
+    """
+    fixed: dict[int, str] = {}
+    parameters: list[nn.Parameter] = []
+    modules = {id(trained.module) for trained in stage.trained.values()}
+    for value in [*vars(stage).values(), *stage.frozen]:
+        if isinstance(value, nn.Module) and id(value) not in modules:
+            _name(fixed, [*value.parameters(), *value.buffers()], FROZEN)
+    _name(fixed, stage.extra_state(), AVERAGES)
+    for trained in stage.trained.values():
+        state = trained.state()
+        own = [*trained.module.parameters()]
+        _name(fixed, [p for p in own if not p.requires_grad], FROZEN)
+        _name(fixed, [p for p in own if p.requires_grad], WEIGHTS)
+        _name(fixed, [*trained.module.buffers()], WEIGHTS)
+        _name(fixed, state["optimizer"], OPTIMIZER)
+        _name(fixed, state.get("ema", {}), AVERAGES)
+        parameters += [p for p in own if p.requires_grad]
+
+    def names() -> dict[int, str]:
+        found = dict(fixed)
+        _name(found, [p.grad for p in parameters], GRADIENTS)
+        return found
+
+    return names
+
+
+def _name(names: dict[int, str], tensors: Any, part: str) -> None:
+    for tensor in tree_iter(tensors):
+        if isinstance(tensor, Tensor):
+            names.setdefault(local(tensor).untyped_storage()._cdata, part)
+
+
+def _share(config: TrainConfig, layout: Layout) -> int:
+    if config.batch_size % layout.data:
+        lower = config.batch_size // layout.data * layout.data
+        raise ConfigError(
+            f"batch_size {config.batch_size} does not divide by the {layout.data} groups of ranks "
+            f"with samples of their own; set --batch-size {lower or layout.data} or "
+            f"{lower + layout.data}"
+        )
+    share = config.batch_size // layout.data
+    if config.micro_batch_size and share % config.micro_batch_size:
+        raise ConfigError(
+            f"micro_batch_size {config.micro_batch_size} must divide a rank's share of the batch, "
+            f"{share} samples"
+        )
+    return share
+
+
+def _begin(
+    config: TrainConfig,
+    parallel: Parallel,
+    start: PlannedModel | None,
+    others: Mapping[str, PlannedModel],
+) -> Stage:
+    host = PlannedHost(config, parallel, start=start, others=dict(others))
+    stage = config.stage.begin(host)
+    for part in stage.frozen:
+        part.to(parallel.device)
+    return stage
+
+
+def _micro_batches(
+    config: TrainConfig, stage: Stage, sample: SampleInfo, number: int, tracker: Tracker
+) -> list[MicroBatch]:
+    """So many samples as the loader gives them, which is not the device's memory."""
+    codec = stage.codec
+    captions = ["a caption"] * number
+    if isinstance(codec, CachedCodec):
+        shape = codec.latent_shape(sample.frames, sample.height, sample.width)
+        latents = torch.empty(number, codec.channels, *shape, dtype=torch.bfloat16)
+        batch = Batch(None, captions, 0, 0, latents=latents)
+    else:
+        pixels = torch.empty(number, 3, sample.frames, sample.height, sample.width)
+        batch = Batch(pixels, captions, 0, 0)
+    tracker.leave_out([batch.pixels, batch.latents])
+    size = config.micro_batch_size or number
+    one = dataclasses.replace(config, micro_batch_size=min(size, number))
+    return micro_batches(one, stage, batch)
