@@ -3,11 +3,12 @@ text as editors of every system save it."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,29 +60,67 @@ def read_lines(path: Path) -> list[str]:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    value: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write tensors of any device, also views and ones that share memory, as one safetensors file.
+
+    One is copied at a time: the file is what the safetensors package writes, which needs all.
+
+    Args:
+        value: gives the tensor of a name once it is its turn; `tensors` then only say of which
+            shape and type it is.
 
     Raises:
         OSError: if the disk refuses; see `replacing`.
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
-    # Tensors that share memory are written as copies: a loader must find every key.
-    ready = {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in tensors.items()
-    }
-    with replacing(path) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode
-        try:
-            save_file(ready, partial, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:
-            # How safetensors reports a disk that is full.
-            raise OSError(str(error)) from error
-        # safetensors >= 0.8 makes the file readable for its owner alone.
-        partial.chmod(mode)
+    # As the package orders them: the widest first, so that every tensor is aligned.
+    names = sorted(tensors, key=lambda name: (-_kind(tensors[name]).order, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {
+            "dtype": _kind(tensors[name]).name,
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = (tensors[name] if value is None else value(name)).detach().cpu()
+            if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
+                raise ValueError(f"{name} is another tensor than was said")
+            flat = tensor.contiguous().reshape(-1)
+            if flat.numel():
+                file.write(memoryview(flat.view(torch.uint8).numpy()))
+
+
+class _Kind(NamedTuple):
+    """How safetensors spells a type, and where it stands among others."""
+
+    name: str
+    order: int
+
+
+def _kind(tensor: Tensor) -> _Kind:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if kind not in _KINDS:
+        raise ValueError(f"tensors of {kind} are not written to files")
+    return _Kind(_KINDS[kind], list(_KINDS).index(kind))
+
+
+_KINDS = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fn": "F8_E4M3", "int16": "I16", "uint16": "U16", "float16": "F16",
+    "bfloat16": "BF16", "int32": "I32", "uint32": "U32", "float32": "F32", "float64": "F64",
+    "int64": "I64", "uint64": "U64",
+}  # fmt: skip
+"""In the order of the safetensors package."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apt.checkpoints.info import (
     CODEC_FILE,
@@ -18,7 +19,7 @@ from apt.checkpoints.info import (
     ModelInfo,
     write_info,
 )
-from apt.checkpoints.weights import save_weights
+from apt.checkpoints.weights import save_tensors, save_weights
 from apt.errors import CheckpointError, ConfigError
 from apt.models.protocols import LatentCodec, TextEncoder
 from apt.models.transformer import DiffusionTransformer
@@ -79,6 +80,7 @@ def save_bundle(
     *,
     dtype: torch.dtype | None = None,
     external_text_encoder: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a bundle to a folder, which is created; files of an earlier save are replaced.
 
@@ -88,6 +90,8 @@ def save_bundle(
         dtype: floating-point type of the weights in the file; None keeps what they have.
         external_text_encoder: leave out the text encoder's weights, because building it from its
             config brings them.
+        weights: in place of those that the backbone has; each is asked for once, so that they
+            need not all be in memory.
 
     Raises:
         CheckpointError: if `info` describes other parts, weights are not finite (or do not fit
@@ -111,13 +115,14 @@ def save_bundle(
     )
     try:
         root.mkdir(parents=True, exist_ok=True)
-        save_weights(root / TRANSFORMER_FILE, bundle.backbone, dtype)
-        for weights, file, part in (
+        own = bundle.backbone.state_dict()
+        save_tensors(root / TRANSFORMER_FILE, weights or own, dtype, like=own)
+        for given, file, part in (
             (text_weights, TEXT_ENCODER_FILE, bundle.text_encoder),
             (codec_weights, CODEC_FILE, bundle.codec),
         ):
-            if weights is not None:
-                save_weights(root / weights, part, dtype)
+            if given is not None:
+                save_weights(root / given, part, dtype)
             else:
                 (root / file).unlink(missing_ok=True)
         write_info(root, info)

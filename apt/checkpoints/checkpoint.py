@@ -11,8 +11,9 @@ import torch
 
 from apt.checkpoints.info import ComponentInfo
 from apt.checkpoints.layouts import Family, diffusion_model, family_marks, family_of, map_keys
+from apt.checkpoints.origin import Origin
 from apt.checkpoints.safetensors import StoredTensor, read_stored
-from apt.checkpoints.weights import fill
+from apt.checkpoints.weights import check_fit, fill
 from apt.errors import CheckpointError, InputError
 from apt.registry import Buildable, Registry, replace_typed, suggest
 
@@ -39,7 +40,8 @@ class Checkpoint:
         """Build and load, strictly; the backbone is in evaluation mode.
 
         Peak memory is that of the loaded model and one tensor: it is built without memory, and
-        each tensor is cast on its way from the mapped file.
+        each tensor is cast on its way from the mapped file. On the meta device it has no weights
+        yet, and an `origin` that they can be had from, which fits it.
         """
         module = empty_module(self.config, dtype)
         stored = diffusion_model(read_stored(self.weights))
@@ -48,7 +50,12 @@ class Checkpoint:
             check_kind(self.weights, family, stored)
         rules = () if family is None else family.rules_for(self.config)
         pieces = map_keys(stored, module.state_dict().keys(), rules)
-        fill(module, pieces, source=str(self.weights), device=device, marks=family_marks())
+        source, marks = str(self.weights), family_marks()
+        if torch.device(device).type == "meta":
+            check_fit(module, pieces, source=source, marks=marks)
+            module.origin = Origin(pieces, source)
+            return module.eval()
+        fill(module, pieces, source=source, device=device, marks=marks)
         return module.to(device).eval()
 
 

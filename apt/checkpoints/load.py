@@ -46,7 +46,9 @@ def load_bundle(
         name_or_folder: a built-in name (`list_pretrained`), a registered model with published
             weights ("wan2.1_t2v_1.3b", "arch.tag"), a folder, a file, or "owner/name[@revision]".
         revision: of a Hub repository, if it is not behind "@".
-        device: where the weights go.
+        device: where the weights go. On "meta" the backbone has none yet, but the `origin` that
+            `apt.checkpoints.origin.fill_from_origins` gives it them from; the other parts are on
+            the CPU.
         dtype: floating-point type of this model's own weights, whatever the file has. A text
             encoder or VAE of a public checkpoint keeps the type that its config names.
 
@@ -59,16 +61,18 @@ def load_bundle(
         InputError: for a device that this machine does not have.
     """
     device = find_device(device)
+    beside = torch.device("cpu") if device.type == "meta" else device
     source, info, checkpoint = find_model(name_or_folder, revision)
     codec = _load_codec(source, info.codec)
     with _building_from(source):
         backbone = checkpoint.load(dtype=dtype, device=device)
-        text_encoder = _load_text_encoder(source, info, dtype, device)
+        text_encoder = _load_text_encoder(source, info, dtype, beside)
         bundle = ModelBundle(backbone, text_encoder, codec, info)
     # A folder may be older than an option of one of its parts, which then has its default.
     bundle.info = described(bundle)
+    codec.to(beside)
     for module in bundle.modules():
-        module.to(device).eval()
+        module.eval()
     return bundle
 
 
@@ -95,7 +99,7 @@ def load_model(
         architecture: registered name of what a single file holds. None finds the registered model
             whose tensors have just these names and shapes.
         options: fields of its config that differ from what is registered.
-        dtype, device: of the weights, whatever the file has.
+        dtype, device: of the weights, whatever the file has; "meta" as in `load_bundle`.
 
     Raises:
         CheckpointError: nothing there, damaged or foreign weights, or ones that do not fit, naming

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.safetensors import StoredTensor, read_stored
+from apt.distributed.tensors import local
 from apt.errors import LISTED, CheckpointError, listed
 from apt.files import write_safetensors
 
@@ -28,12 +29,17 @@ class Piece:
         stored: where it lies.
         part, parts: it is part number `part`, from 0, of `parts` equal ones along dimension 0.
         swap_halves: the two halves along dimension 0 trade places.
+        rows: slices of what that gives, one after the other; empty takes all.
     """
 
     stored: StoredTensor
     part: int = 0
     parts: int = 1
     swap_halves: bool = False
+    rows: tuple[slice, ...] = ()
+
+    def __hash__(self) -> int:
+        return hash((self.stored.file, self.stored.key, self.part, self.parts))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,7 +52,9 @@ class Piece:
     def take(self, whole: Tensor) -> Tensor:
         """The part of the stored tensor."""
         part = whole if self.parts == 1 else whole.chunk(self.parts)[self.part]
-        return torch.cat(part.chunk(2)[::-1]) if self.swap_halves else part
+        if self.swap_halves:
+            part = torch.cat(part.chunk(2)[::-1])
+        return torch.cat([part[rows] for rows in self.rows]) if self.rows else part
 
 
 def load_weights(
@@ -84,6 +92,19 @@ def fill(
         CheckpointError: if the keys and shapes are not exactly the module's (it is then
             untouched), or a value is not finite.
     """
+    check_fit(module, pieces, source=source, marks=marks)
+    with torch.no_grad():
+        for key, target in module.state_dict(keep_vars=True).items():
+            if target.is_meta:
+                owner, _, name = key.rpartition(".")
+                target = put_empty(module.get_submodule(owner), name, device)
+            copy_piece(pieces[key], target)
+
+
+def check_fit(
+    module: nn.Module, pieces: Mapping[str, Piece], *, source: str, marks: Marks | None = None
+) -> None:
+    """Raise CheckpointError unless `fill` could copy the pieces into the module."""
     targets = module.state_dict(keep_vars=True)
     _check_keys(
         source,
@@ -91,30 +112,38 @@ def fill(
         {key: tuple(target.shape) for key, target in targets.items()},
         marks or {},
     )
-    with torch.no_grad():
-        for key, target in targets.items():
-            piece = pieces[key]
-            if target.is_floating_point() and not piece.stored.is_floating_point:
-                raise CheckpointError(
-                    f"{str(piece.stored.file)!r}: {piece.stored.key!r} is {piece.stored.dtype} "
-                    "and no scale lies beside it: it is quantised in a way that is not known here; "
-                    "use the bf16 or fp16 file of the same model"
-                )
-            with piece.stored.mapped() as whole:
-                value = piece.take(whole)
-                check_finite(str(piece.stored.file), piece.stored.key, value)
-                if target.is_meta:
-                    target = _materialise(module, key, device)
-                target.copy_(value)
-                if target.dtype == torch.float16 and value.dtype != torch.float16:
-                    # The only type here whose range is narrower than that of files.
-                    check_finite(str(piece.stored.file), piece.stored.key, target)
+    for key, target in targets.items():
+        stored = pieces[key].stored
+        if target.is_floating_point() and not stored.is_floating_point:
+            raise CheckpointError(
+                f"{str(stored.file)!r}: {stored.key!r} is {stored.dtype} and no scale lies beside "
+                "it: it is quantised in a way that is not known here; use the bf16 or fp16 file of "
+                "the same model"
+            )
 
 
-def _materialise(module: nn.Module, key: str, device: torch.device | str) -> Tensor:
-    """Put an empty tensor on `device` in the place of one on the meta device."""
-    owner_name, _, name = key.rpartition(".")
-    owner = module.get_submodule(owner_name)
+def copy_piece(piece: Piece, target: Tensor, rows: slice | None = None) -> None:
+    """Copy a stored tensor into one of a module, casting to its dtype.
+
+    Args:
+        target: sharded or not, on any device.
+        rows: which of the whole a sharded target has on this rank; None if it is not sharded.
+
+    Raises CheckpointError for values that are not finite.
+    """
+    target, file, key = local(target.detach()), str(piece.stored.file), piece.stored.key
+    with piece.stored.mapped() as whole:
+        value = piece.take(whole)
+        value = value if rows is None else value[rows]
+        check_finite(file, key, value)
+        target.copy_(value)
+        if target.dtype == torch.float16 and value.dtype != torch.float16:
+            # The only type here whose range is narrower than that of files.
+            check_finite(file, key, target)
+
+
+def put_empty(owner: nn.Module, name: str, device: torch.device | str) -> Tensor:
+    """Put an empty tensor on `device` in the place of one of a module on the meta device."""
     old = getattr(owner, name)
     new = torch.empty_like(old, device=device)
     if isinstance(old, nn.Parameter):
@@ -134,16 +163,29 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None
 
 
 def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    *,
+    like: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write tensors as one safetensors file; see `save_weights`."""
-    ready: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        tensor = cast_type(value.detach().cpu(), dtype)
+    """Write tensors as one safetensors file, one after the other; see `save_weights`.
+
+    `like` has the names, shapes and types of `tensors`, on any device, if those are costly to make:
+    each is then asked for once.
+    """
+
+    def ready(key: str) -> Tensor:
+        tensor = cast_type(tensors[key].detach().cpu(), dtype)
         check_finite(str(path), key, tensor)
-        ready[key] = tensor
+        return tensor
+
+    kinds = {
+        key: cast_type(torch.empty_like(value, device="meta"), dtype)
+        for key, value in (tensors if like is None else like).items()
+    }
     try:
-        write_safetensors(path, ready)
+        write_safetensors(path, kinds, value=ready)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {str(path)!r}: {error.strerror or error}; free some space or choose "

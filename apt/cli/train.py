@@ -24,7 +24,7 @@ from apt.train.resume import CONFIG_NAME, Resume
 from apt.train.run_state import exit_status
 from apt.train.sequence import is_finished, move_runs
 from apt.train.signals import StopRequest
-from apt.train.trainer import run
+from apt.train.trainer import laid_out, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +187,8 @@ def train_stages(
     """Train stages in a row; a stop request ends the row. Whether all are finished."""
     joined = Parallel.from_environment(configs[0].device, config=configs[0].parallel)
     with joined as parallel, StopRequest() as stop:
+        for config in configs:
+            laid_out(config, parallel)  # a later stage's fault is told before the first one trains
         for number, config in enumerate(configs):
             begun = (Path(config.run_dir) / CONFIG_NAME).is_file()
             run_dir = run(

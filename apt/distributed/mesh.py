@@ -38,11 +38,16 @@ class ParallelConfig:
             each node keeps the gathering of weights inside nodes.
         shard: ranks with samples of their own that share one copy; 0 takes all that are left.
         sequence: ranks that share the tokens of each sample, and the copy too.
+        reduce_once: add up the gradients of micro-batches on each rank, and reduce them at the
+            update's last one. Saves a reduction per micro-batch, and takes 4 bytes for each
+            parameter of the network that trains, on each rank. Between copies gradients are
+            averaged once in any case.
     """
 
     replicate: int = 1
     shard: int = 0
     sequence: int = 1
+    reduce_once: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("replicate", 1), ("shard", 0), ("sequence", 1)):

@@ -103,6 +103,7 @@ class Parallel:
         module: nn.Module,
         blocks: Iterable[nn.Module],
         *,
+        half: bool = False,
         forward_methods: Sequence[str] = (),
     ) -> None:
         """Shard `module` in place with FSDP2: each of `blocks` by itself, then the rest.
@@ -111,13 +112,14 @@ class Parallel:
         and EMAs after this call.
 
         Args:
-            module: the root module, already on `device`.
+            module: the root module, already on `device`, or on the meta device.
             blocks: the repeated layers inside it.
+            half: gather the linear layers of blocks in bf16, for computing under autocast.
             forward_methods: further methods of `module` that compute with its weights (such as
                 `"hidden_states"`); FSDP gathers parameters only around methods it knows.
         """
         if self.mesh is not None:
-            shard(module, blocks, self.mesh.states, forward_methods=forward_methods)
+            shard(module, blocks, self.mesh.states, half=half, forward_methods=forward_methods)
 
     def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Average scalars over the ranks in float64; every rank gets the same result.

@@ -76,6 +76,7 @@ def discriminator_loss(
     objective: AdversarialObjective = NonSaturating(),
     r1: ApproximateR1 = ApproximateR1(),
     terms: Sequence[DiscriminatorTerm] = (),
+    forwards: int = 1,
 ) -> tuple[Tensor, Logs]:
     """What D minimises (Eq. 10), from one forward of D over all samples, and its parts.
 
@@ -86,6 +87,7 @@ def discriminator_loss(
         objective: the paper's is softplus(-D(x, c)) + softplus(D(G(z, c), c)).
         r1: lambda (D(x, c) - D(x + sigma epsilon, c))^2.
         terms: what the paper does not have.
+        forwards: 2 sends generated samples through D by themselves.
     """
     rows = torch.arange(len(x), device=x.device)
     num_perturbed = r1.num_perturbed(len(x)) if r1.weight else 0
@@ -95,7 +97,8 @@ def discriminator_loss(
     for term in terms:
         samples += term.samples
         groups |= term.groups
-    output = discriminate_groups(discriminator, torch.cat(samples), t, c, groups)
+    apart = "fake" if forwards == 2 else None
+    output = discriminate_groups(discriminator, torch.cat(samples), t, c, groups, apart=apart)
     logits = {name: group.logits for name, group in output.items()}
 
     loss = objective.discriminator(logits["real"], logits["fake"])  # Eq. 1
@@ -161,6 +164,8 @@ class AdversarialConfig(MethodConfig):
             needs a D that is faster than G (Heusel et al. 2017).
         discriminator_backbone_rate: the share of D's rate that its backbone trains at.
         freeze_discriminator_backbone: train D's heads only (APT App. F: worse).
+        discriminator_forwards: 2 sends generated samples through D by themselves: less memory at
+            the peak, twice the gathering of a sharded D's weights, the same logits.
         timestep_ensemble: D sees each sample at a timestep of its own (Eq. 6); otherwise at t = 0,
             that of clean input.
         timestep_shift: s of Eq. 7 for D's timestep input; 1 for images, 12 for videos.
@@ -184,6 +189,7 @@ class AdversarialConfig(MethodConfig):
     discriminator_learning_rate: float = 0.0
     discriminator_backbone_rate: float = 1.0
     freeze_discriminator_backbone: bool = False
+    discriminator_forwards: Literal[1, 2] = 1
     timestep_ensemble: bool = True
     timestep_shift: float = 1.0
     objective: str = "non_saturating"
@@ -205,6 +211,14 @@ class AdversarialConfig(MethodConfig):
 
     def check(self) -> None:
         check_positive(self, "stage.", "timestep_shift", "discriminator_backbone_rate")
+
+    def check_sharded(self) -> None:
+        if self.terms.exact_r1.weight:
+            raise ConfigError(
+                "stage.terms.exact_r1.weight is for one process: exact R1 differentiates twice, "
+                "and weights that are sharded over ranks are gone by then; use the approximated R1 "
+                "(stage.r1), or start one process"
+            )
 
     def check_adapters(self) -> None:
         if self.generator_trains != "all":
@@ -263,7 +277,7 @@ class AdversarialPostTraining(Method):
         trained = self.trained["discriminator"]
         trained.zero_grad()
         logs = []
-        for batch in batches:
+        for batch in trained.accumulated(batches):
             c = self.condition(batch)
             with torch.no_grad():
                 x_fake = self.draw_fake(batch, c, update, "discriminator/noise")
@@ -293,13 +307,14 @@ class AdversarialPostTraining(Method):
             objective=self.objective,
             r1=self.config.r1,
             terms=self.config.terms.of(x, x_fake, batch.captions, draw),
+            forwards=self.config.discriminator_forwards,
         )
 
     def generator_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
         """One update of G, with fresh noise and timesteps, through D as it is now."""
         self.generator.zero_grad()
         logs = []
-        for batch in batches:
+        for batch in self.generator.accumulated(batches):
             c = self.condition(batch)
             x_fake = self.draw_fake(batch, c, update, "generator/noise")
             t = self.timesteps(batch, update, "generator/timestep")

@@ -162,7 +162,7 @@ class AutoencoderTraining(Stage):
         self.generator.zero_grad()
         terms: list[dict[str, Tensor]] = []
         latents: list[Tensor] = []
-        for batch in batches:
+        for batch in self.generator.accumulated(batches):
             with self.host.autocast():
                 output, raw = self.generator.module(
                     batch.x, self.noise(batch, update), self.noise_std()

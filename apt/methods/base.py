@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.bundle import ModelBundle, save_bundle
+from apt.checkpoints.checkpoint import empty_module
 from apt.checkpoints.info import ModelInfo, SampleInfo, SamplingInfo
-from apt.checkpoints.lora import LoRA, LoRALayer, merge_lora, save_lora
+from apt.checkpoints.lora import LoRALayer, MergedWeights, save_lora
 from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
 from apt.models.protocols import LatentCodec
@@ -69,7 +70,7 @@ class Outcome:
     """Weights of the network that gets exported, and what is said of them.
 
     Attributes:
-        weights: whole tensors by name, on the CPU.
+        weights: whole tensors by name, on the CPU; each is made when it is asked for.
         adapters: to be merged into them, by name of the layer in a backbone.
         config: of the stage.
         sample: the size of what it was trained on.
@@ -140,6 +141,10 @@ class TrainedNetwork(Protocol):
     def zero_grad(self) -> None:
         """Forget the gradients."""
 
+    def accumulated(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        """Micro-batches whose gradients add up, in a loop around forward and backward pass."""
+        ...
+
     def step(self, update: int) -> float:
         """Move weights and average; `update` counts from 0. Returns the gradient's norm."""
         ...
@@ -172,12 +177,13 @@ class Host(Protocol):
     def negative_prompt(self) -> str: ...
 
     def model(self) -> ModelBundle:
-        """The model that the generator starts from."""
+        """The model that the generator starts from; its backbone as in `backbone`."""
         ...
 
     def backbone(self, field: str) -> tuple[DiffusionTransformer, ModelInfo]:
-        """The backbone of the model that a field of the stage names, in fp32 on the CPU, and what
-        is said of that model."""
+        """The backbone of the model that a field of the stage names, and what is said of that
+        model. It may be on the meta device, and has weights once it is in a network that `train`
+        or `place` was given."""
         ...
 
     def codec(self) -> tuple[str, LatentCodec]:
@@ -213,10 +219,15 @@ class Host(Protocol):
         ...
 
     def place(self, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Move a network that does not train to the device, and shard it."""
+        """Move a network to the device, and shard it.
 
-    def average(self, network: nn.Module, decay: float) -> Average:
-        """An average that the method keeps itself."""
+        What does not train may be held in bf16 from then on, if that is what is computed with.
+        """
+
+    def average(
+        self, network: nn.Module, decay: float, *, inside: nn.Module | None = None
+    ) -> Average:
+        """An average that the method keeps itself, in a network of its own if it is given one."""
         ...
 
 
@@ -254,6 +265,9 @@ class StageConfig(ABC):
 
     def check_adapters(self) -> None:  # noqa: B027  (most stages can)
         """Raise ConfigError if the stage cannot train adapters in place of the weights."""
+
+    def check_sharded(self) -> None:  # noqa: B027  (most stages can)
+        """Raise ConfigError if the stage cannot be trained by several ranks."""
 
     def check(self) -> None:  # noqa: B027  (not every stage has limits)
         """Raise ConfigError, with the option's name, for numbers out of range."""
@@ -410,10 +424,8 @@ class Method(Stage):
         """Write the generator as a model folder, and adapters by themselves too."""
         info, config = self.start.info, outcome.config
         assert isinstance(config, MethodConfig)
-        # New ones, because those in training may be sharded.
-        backbone = self.start.backbone.config.build()
-        backbone.load_state_dict(_inside(outcome.weights, "backbone."))
-        merge_lora(backbone, LoRA(outcome.adapters, {}))
+        # Without weights: those in training may be sharded, and go to the file one by one.
+        backbone = empty_module(self.start.backbone.config)
         text_encoder = self.start.text_encoder
         text_state = _inside(outcome.weights, "text_encoder.")
         if text_state:
@@ -430,7 +442,13 @@ class Method(Stage):
         )
         bundle = ModelBundle(backbone, text_encoder, self.start.codec, described)
         external = info.text_encoder.weights is None and not text_state
-        save_bundle(folder, bundle, dtype=outcome.dtype, external_text_encoder=external)
+        save_bundle(
+            folder,
+            bundle,
+            dtype=outcome.dtype,
+            external_text_encoder=external,
+            weights=MergedWeights(outcome.weights, "backbone.", outcome.adapters),
+        )
         if outcome.adapters:
             save_lora(folder, outcome.adapters)
 
@@ -479,4 +497,5 @@ def mean_logs(logs: Sequence[dict[str, Tensor]]) -> Metrics:
 
 
 def _inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    # By name: a value may be costly to make.
+    return {k.removeprefix(prefix): state[k] for k in state if k.startswith(prefix)}

@@ -60,14 +60,18 @@ class ConsistencyDistillation(Method):
     def __init__(self, config: DistillConfig, start: ModelBundle, host: Host) -> None:
         super().__init__(start, host)
         self.loss = config.loss
-        self.teacher = _frozen(start.backbone)
+        self.teacher = _copy(start.backbone).requires_grad_(False)
         host.adapt(start.backbone)
-        self.target = _frozen(start.backbone)  # with the adapters that its average has
+        self.target = _copy(start.backbone)  # with the adapters that its average has
         self.target.backbone.set_checkpointing(False)
         for network in (self.teacher, self.target):
             host.place(network, network.backbone.block_list())
+        self.target.requires_grad_(False)
         self.trained = {"generator": self.train_generator()}
-        self.target_ema = host.average(self.generator.module, config.target_decay)
+        # The target is the average: there is no other copy of it.
+        self.target_ema = host.average(
+            self.generator.module, config.target_decay, inside=self.target
+        )
 
     def extra_state(self) -> dict[str, Any]:
         return {"target": self.target_ema.state_dict()}
@@ -87,9 +91,8 @@ class ConsistencyDistillation(Method):
         """Minimise the MSE to the target one guided teacher step further (Sec. 3.2)."""
         student = self.generator.module
         self.generator.zero_grad()
-        self.target_ema.copy_to(self.target)
         losses = []
-        for batch in batches:
+        for batch in self.generator.accumulated(batches):
             c = self.condition(batch)
             negative = self.negative(c)
             u = self.uniform(batch, update, "timestep")
@@ -118,6 +121,6 @@ class ConsistencyDistillation(Method):
         return generate(self.generator.module, z, c)
 
 
-def _frozen(backbone: DiffusionTransformer) -> Denoiser:
-    """An independent copy that no gradient reaches."""
-    return Denoiser(copy.deepcopy(backbone)).requires_grad_(False)
+def _copy(backbone: DiffusionTransformer) -> Denoiser:
+    """An independent copy."""
+    return Denoiser(copy.deepcopy(backbone))

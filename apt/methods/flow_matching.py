@@ -107,7 +107,7 @@ class FlowMatchingPretraining(Method):
         """Minimise the MSE of the velocity z - x at x_t = (1 - t) x + t z."""
         self.generator.zero_grad()
         losses = []
-        for batch in batches:
+        for batch in self.generator.accumulated(batches):
             t = self.timesteps(batch, update)
             z = sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, update, "noise"))
             with self.host.autocast():

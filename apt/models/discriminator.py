@@ -114,7 +114,13 @@ class Discriminator(nn.Module):
 
 
 def discriminate_groups(
-    discriminator: LogitNetwork, x: Tensor, t: Tensor, c: Any, groups: Mapping[str, Tensor]
+    discriminator: LogitNetwork,
+    x: Tensor,
+    t: Tensor,
+    c: Any,
+    groups: Mapping[str, Tensor],
+    *,
+    apart: str | None = None,
 ) -> dict[str, DiscriminatorOutput]:
     """Logits and features of several groups in one pass, as if in one call each.
 
@@ -129,6 +135,8 @@ def discriminate_groups(
         t: (R,) in [0, 1].
         c: R rows.
         groups: for each group, in the order of x, the rows (n,) int64 of its samples; may be empty.
+        apart: a group that gets a pass of its own, if there is more than that: its activations are
+            then not computed at the same time as those of the others.
 
     Returns:
         For each group its logits (n,) and features (n, D).
@@ -142,6 +150,14 @@ def discriminate_groups(
             f"groups {dict(zip(groups, sizes, strict=True))} must add up to the "
             f"{x.shape[0]} samples of x"
         )
+    if apart in groups and len(groups) > 1:
+        parts = dict(zip(groups, x.split(sizes), strict=True))
+        found: dict[str, DiscriminatorOutput] = {}
+        for names in ([name for name in groups if name != apart], [apart]):
+            samples = torch.cat([parts[name] for name in names])
+            rows = {name: groups[name] for name in names}
+            found |= discriminate_groups(discriminator, samples, t, c, rows)
+        return {name: found[name] for name in groups}
     logits, features = discriminator(x, t, c, rows=torch.cat([*groups.values()]))
     of_groups = [feature.split(sizes) for feature in features]
     return {

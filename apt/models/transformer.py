@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from apt.condition import Condition
 from apt.errors import InputError
+from apt.models.checkpointing import Checkpointing
 from apt.models.tokens import check_extra, check_layers, check_rows
 
 
@@ -96,6 +97,26 @@ class TransformerBlock(nn.Module):
         """Delete what only text behind this block needs. Nothing, if blocks do not change text."""
 
 
+def _apply(block: TransformerBlock, context: Context, visual: Tensor, text: Tensor) -> Tokens:
+    return block(Tokens(visual, text), context)
+
+
+@torch.no_grad()
+def keep_rows(layer: nn.Linear, *rows: slice) -> nn.Linear:
+    """A linear layer with some of another's outputs, in this order, on its device.
+
+    It says which, in `stored_rows`, for weights that are yet to come from a file.
+    """
+    weight = torch.cat([layer.weight[part] for part in rows])
+    kept = nn.Linear(layer.in_features, len(weight), bias=layer.bias is not None, device="meta")
+    kept.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    if layer.bias is not None:
+        bias = torch.cat([layer.bias[part] for part in rows])
+        kept.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
+    kept.stored_rows = rows
+    return kept
+
+
 def described_weights(module: nn.Module) -> str:
     """How many, of which type and where, as "5.8 M parameters, float32 on cpu"."""
     parameters = list(module.parameters())
@@ -123,7 +144,11 @@ class DiffusionTransformer(nn.Module):
         hidden_size: D.
         depth: number of blocks.
         in_channels: latent channels C.
-        checkpointing: whether blocks are computed again in the backward pass.
+        checkpointing: what is kept of blocks that are computed again in the backward pass; None
+            keeps all.
+        narrow_residual: tokens between blocks stay in the type that they are embedded in. Under
+            autocast that is bf16, which fp32 gates would widen.
+        origin: where the weights are that a module on the meta device will have.
         blocks_name: of the `nn.ModuleList` of `TransformerBlock`s.
         output_names: of the layers and parameters that only `unembed` uses.
         token_timesteps: whether timesteps may be (R, L), one for each token.
@@ -136,6 +161,7 @@ class DiffusionTransformer(nn.Module):
     extra_conditions: ClassVar[tuple[str, ...]] = ()
 
     config: TransformerConfig
+    origin: Any
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -143,7 +169,9 @@ class DiffusionTransformer(nn.Module):
         self.hidden_size = config.hidden_size
         self.depth = config.depth
         self.in_channels = config.in_channels
-        self.checkpointing = False
+        self.checkpointing: Checkpointing | None = None
+        self.narrow_residual = False
+        self.origin = None
 
     def embed(
         self, x: Tensor, t: Tensor, c: Condition, rows: Tensor | None
@@ -194,11 +222,14 @@ class DiffusionTransformer(nn.Module):
         self._check(x, t, c, rows)
         tokens, context = self.embed(x, t, c, rows)
         kept: dict[int, Tensor] = {}
+        dtype = tokens.visual.dtype
         for number, block in enumerate(self.block_list()[: max(layers)], start=1):
             if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, context, use_reentrant=False)
+                tokens = self.checkpointing.run(partial(_apply, block, context), *tokens)
             else:
                 tokens = block(tokens, context)
+            if self.narrow_residual:
+                tokens = Tokens(tokens.visual.to(dtype), tokens.text.to(dtype))
             # Only these: all 40 layers of Wan 14B at 720p would be 31 GB.
             if number in layers:
                 kept[number] = tokens.visual
@@ -232,9 +263,9 @@ class DiffusionTransformer(nn.Module):
         blocks: Any = getattr(self, self.blocks_name)
         return list(blocks)
 
-    def set_checkpointing(self, enabled: bool) -> None:
+    def set_checkpointing(self, how: bool | Checkpointing) -> None:
         """Compute blocks again in the backward pass instead of keeping their activations."""
-        self.checkpointing = enabled
+        self.checkpointing = (Checkpointing() if how else None) if isinstance(how, bool) else how
 
     def keep_hidden_states(self, last_layer: int) -> None:
         """Delete what `hidden_states` up to `last_layer` never runs, so every parameter trains."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.lora import LoRALayer
+from apt.checkpoints.origin import BASE_LAYER, stored_piece
 from apt.errors import ConfigError, MissingPackageError
 from apt.models.transformer import DiffusionTransformer
+from apt.rng import generator_for
 from apt.train.config import LoRAConfig
+from apt.train.state import model_state
 
-_BASE = ".base_layer."
 _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -40,29 +43,69 @@ def add_adapters(backbone: DiffusionTransformer, config: LoRAConfig, *, seed: in
             "run `pip install 'diffusion-apt[lora]'`"
         ) from error
     chosen = _targets(backbone, config.targets)
-    torch.manual_seed(seed)
     options = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=chosen
     )
     peft.inject_adapter_in_model(options, backbone)
+    _begin(backbone, seed)
 
 
-def split_adapters(
-    state: Mapping[str, Tensor], config: LoRAConfig
-) -> tuple[dict[str, Tensor], dict[str, LoRALayer]]:
-    """A backbone's state with adapters as the base's own state, and the adapters by module name."""
-    base = {
-        name.replace(_BASE, "."): value
-        for name, value in state.items()
-        if not name.endswith((_DOWN, _UP))
-    }
+class BaseWeights(Mapping[str, Tensor]):
+    """A network's whole weights in the names that they have without adapters.
+
+    Each is made when it is asked for. What is held in bf16 because it does not train is what the
+    file has that it came from.
+
+    Args:
+        network: with adapters or without.
+        state: its whole weights by name.
+    """
+
+    def __init__(self, network: nn.Module, state: Mapping[str, Tensor]) -> None:
+        self._network, self._state = network, state
+        self._held = {
+            name: value.dtype for name, value in model_state(network).items() if name in state
+        }
+        self._names = {
+            name.replace(BASE_LAYER, "."): name for name in state if not name.endswith((_DOWN, _UP))
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        ours = self._names[name]
+        if self._held[ours] == torch.bfloat16:
+            piece = stored_piece(self._network, ours)
+            if piece is not None:
+                with piece.stored.mapped() as stored:
+                    return piece.take(stored).float()
+        return self._state[ours]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def find_adapters(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, LoRALayer]:
+    """The adapters in a network's whole weights, by module name."""
     scale = (config.alpha or config.rank) / max(config.rank, 1)
-    layers = {
-        name.removesuffix(_DOWN): LoRALayer(down, state[name.removesuffix(_DOWN) + _UP], scale)
-        for name, down in state.items()
-        if name.endswith(_DOWN)
-    }
-    return base, layers
+    names = [name.removesuffix(_DOWN) for name in state if name.endswith(_DOWN)]
+    return {name: LoRALayer(state[name + _DOWN], state[name + _UP], scale) for name in names}
+
+
+def _begin(backbone: DiffusionTransformer, seed: int) -> None:
+    """Random values for the lower halves, and zeros for the upper ones, on the CPU.
+
+    peft puts them where the layer beside them is, which may be on the meta device.
+    """
+    for name, layer in backbone.named_modules():
+        if not isinstance(layer, nn.Linear) or ".lora_" not in name:
+            continue
+        weight = torch.zeros(layer.weight.shape)
+        if f"{name}.weight".endswith(_DOWN):
+            generator = generator_for(seed, "adapter", name)
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+        layer.weight = nn.Parameter(weight)
 
 
 def _targets(backbone: DiffusionTransformer, wanted: tuple[str, ...]) -> list[str]:

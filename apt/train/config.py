@@ -16,6 +16,7 @@ from apt.data.source import ClipRequest, DataSource
 from apt.distributed.mesh import ParallelConfig
 from apt.errors import ConfigError
 from apt.methods.base import StageConfig
+from apt.models.checkpointing import Checkpointing
 from apt.train.monitor import MonitorConfig
 
 
@@ -208,7 +209,13 @@ class TrainConfig:
             above 0.05. A resumed run keeps what it began with.
         negative_prompt: fixed, for guidance and caption dropout.
         precision: "fp32", or "bf16" autocast with fp32 weights.
-        activation_checkpointing: recompute blocks in the backward pass.
+        activation_checkpointing: recompute blocks in the backward pass, of which only inputs are
+            kept.
+        checkpointing: what is kept beside (`apt.models.checkpointing`): the outputs of attention,
+            and whether inputs wait in host memory.
+        bf16_residual: in bf16, tokens between blocks stay bf16 also in MMDiT with shared
+            modulation, whose fp32 gates make them fp32: half the memory of checkpoints. The other
+            families have bf16 there in any case.
         device: "auto", "cpu" or "cuda".
         checkpoint_every: updates between checkpoints; keep_checkpoints: how many stay.
         snapshot_at: updates at which EMA and raw weights are exported to `snapshots/`.
@@ -236,6 +243,8 @@ class TrainConfig:
     negative_prompt: str = ""
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    bf16_residual: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
@@ -258,6 +267,11 @@ class TrainConfig:
             raise ConfigError(
                 f"this stage is trained on pixels, and --data.source {self.data.source} has "
                 "latents; set it to folder"
+            )
+        if self.checkpointing != Checkpointing() and not self.activation_checkpointing:
+            raise ConfigError(
+                "checkpointing.saves_attention and checkpointing.offloads are for blocks that are "
+                "recomputed; add --activation-checkpointing"
             )
         if self.lora.rank:
             self.stage.check_adapters()

@@ -28,6 +28,8 @@ class EMA:
     Args:
         module: the module to follow; sharding, if any, must already be done.
         decay: in [0, 1]; the paper uses 0.995.
+        inside: the module that carries the average, of the same shape and sharded alike, in place
+            of memory of its own; what it has now is the first value. Nothing else may move it.
         warmup: in update n, from 0, the decay is at most (1 + n) / (10 + n), so that an average of
             few updates is not one of the weights that it began with.
 
@@ -35,7 +37,14 @@ class EMA:
         InputError: `decay` lies outside [0, 1].
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float,
+        *,
+        warmup: bool = False,
+        inside: nn.Module | None = None,
+    ) -> None:
         if not 0.0 <= decay <= 1.0:
             raise InputError(f"EMA decay {decay} is not in [0, 1]; the paper uses 0.995.")
         self.decay = decay
@@ -51,6 +60,11 @@ class EMA:
         self._averaged = [k for k, v in kept.items() if k not in buffers and v.is_floating_point()]
         names = set(self._averaged)
         self._copied = [k for k in kept if k not in names]
+        self._inside = inside
+        if inside is not None:
+            carried = model_state(inside)
+            self._shadow = {k: carried[k] for k in kept}
+            return
         self._shadow = {
             k: v.to(torch.float32 if k in names else v.dtype, copy=True) for k, v in kept.items()
         }
@@ -75,6 +89,8 @@ class EMA:
         `update` counts from 0; only the warm-up looks at it.
         """
         state = model_state(module)
+        if self._inside is not None:
+            model_state(self._inside)  # so that it gathers its weights anew, see there
         shadows = [local(self._shadow[k]) for k in self._averaged]
         weights = [local(state[k]).to(torch.float32) for k in self._averaged]
         if shadows:

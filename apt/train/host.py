@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import ModelInfo
 from apt.checkpoints.load import describe_model, load_model
+from apt.checkpoints.origin import Frozen, fill_from_origins
+from apt.distributed.collectives import everywhere
 from apt.distributed.parallel import Parallel
+from apt.distributed.sharding import linear_layers
 from apt.models.protocols import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 from apt.train.adapters import add_adapters
@@ -25,11 +29,16 @@ from apt.train.objects import NO_OBJECTS, Objects
 
 @dataclasses.dataclass(frozen=True)
 class RunHost:
-    """A `Host` for one run on one rank."""
+    """A `Host` for one run on one rank.
+
+    Attributes:
+        frozen: weights that several networks have and none trains, on one device once.
+    """
 
     config: TrainConfig
     parallel: Parallel
     objects: Objects = NO_OBJECTS
+    frozen: Frozen = dataclasses.field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -50,7 +59,7 @@ class RunHost:
         bundle = self.objects.bundles.get(field)
         if bundle is None:
             source = self.config.stage.source(field)
-            return load_model(source), describe_model(source)
+            return load_model(source, device="meta"), describe_model(source)
         # Of its own: one bundle may stand for two models.
         return copy.deepcopy(bundle.backbone), bundle.info
 
@@ -63,11 +72,15 @@ class RunHost:
         return values.new_tensor([means[key] for key in flat]).view_as(values)
 
     def autocast(self) -> AbstractContextManager[object]:
-        enabled = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        # Without the cache, in which a pass would leave a whole model's weights in bf16.
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self._half, cache_enabled=False
+        )
 
     def adapt(self, backbone: DiffusionTransformer, *, discriminator: bool = False) -> None:
-        backbone.set_checkpointing(self.config.activation_checkpointing)
+        config = self.config
+        backbone.set_checkpointing(config.activation_checkpointing and config.checkpointing)
+        backbone.narrow_residual = config.bf16_residual
         if self.config.lora.discriminator or not discriminator:
             add_adapters(backbone, self.config.lora, seed=self.seed)
 
@@ -89,7 +102,14 @@ class RunHost:
         warmup = self.config.ema_warmup is True
         ema = EMA(network, self.config.ema_decay, warmup=warmup) if averaged else None
         moved_by = make_optimizer(network, optimizer, ema, slowed)
-        return Trained(network, moved_by, optimizer, self.config.num_updates, ema)
+        return Trained(
+            network,
+            moved_by,
+            optimizer,
+            self.config.num_updates,
+            ema,
+            reduces_once=self.config.parallel.reduce_once,
+        )
 
     def place(
         self,
@@ -98,8 +118,24 @@ class RunHost:
         *,
         forward_methods: Sequence[str] = (),
     ) -> None:
-        network.to(self.device)
-        self.parallel.shard(network, blocks, forward_methods=forward_methods)
+        network._apply(lambda t: t if t.is_meta else t.to(self.device))
+        if self._half:
+            _halve_frozen(blocks)
+        self.parallel.shard(network, blocks, half=self._half, forward_methods=forward_methods)
+        everywhere(partial(fill_from_origins, network, self.device, self.frozen))
 
-    def average(self, network: nn.Module, decay: float) -> EMA:
-        return EMA(network, decay)
+    def average(self, network: nn.Module, decay: float, *, inside: nn.Module | None = None) -> EMA:
+        return EMA(network, decay, inside=inside)
+
+    @property
+    def _half(self) -> bool:
+        return self.config.precision == "bf16"
+
+
+def _halve_frozen(blocks: Sequence[nn.Module]) -> None:
+    """Let linear layers that do not train be read as bf16, which is what autocast makes of them."""
+    for layer in (layer for block in blocks for layer in linear_layers(block)):
+        for name, parameter in layer.named_parameters(recurse=False):
+            if parameter.is_meta and not parameter.requires_grad:
+                half = nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False)
+                setattr(layer, name, half)

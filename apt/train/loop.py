@@ -157,6 +157,8 @@ class Run:
         micro_batches = self.compute(partial(self._micro_batches, batch)) if needed else []
         for name, part in due.items():
             means = self.parallel.mean(self.compute(partial(part, micro_batches, self.done)))
+            for trained in self.stage.trained.values():
+                trained.zero_grad()  # the next part is another network's, and needs the memory
             _check_finite(means, self.done, self.saved[0])
             self.progress.finish(name, means)
             self.moved = self._moves()

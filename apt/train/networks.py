@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ from apt.checkpoints.load import (
     load_text_encoder,
 )
 from apt.data.latents import LatentFolder
+from apt.distributed.sharding import reduce_gradients
 from apt.distributed.tensors import whole
 from apt.errors import ConfigError
 from apt.kernels import FusedRMSprop
-from apt.methods.base import MethodConfig
+from apt.methods.base import MethodConfig, MicroBatch
 from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.models.protocols import LatentCodec, TextEncoder
 from apt.train.cache_parts import cached_codec, cached_text_encoder
@@ -42,11 +43,19 @@ class Trained:
     config: OptimizerConfig
     num_updates: int
     ema: EMA | None = None
+    reduces_once: bool = False
     moves: int = 0
     """How often its weights began to move, in this process."""
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def accumulated(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        """Micro-batches whose gradients add up, in a loop around forward and backward pass."""
+        for number, batch in enumerate(batches, start=1):
+            last = number == len(batches)
+            reduce_gradients(self.module, last=last, once=self.reduces_once)
+            yield batch
 
     def step(self, update: int) -> float:
         """Clip, move the weights and the EMA. `update` counts from 0. Returns the gradient norm."""
@@ -139,7 +148,8 @@ def initial_bundle(config: TrainConfig, objects: Objects = NO_OBJECTS) -> ModelB
     """The generator that a run starts from.
 
     Pre-training: random weights from `config.seed`. Later stages: the model that they start from,
-    in fp32, whose text encoder and codec they keep. `objects` are in place of what they name.
+    whose text encoder and codec they keep, its backbone on the meta device with the `origin` of its
+    weights. `objects` are in place of what they name.
 
     Raises:
         ConfigError: parts that do not fit each other, or no model to start from.
@@ -156,12 +166,12 @@ def initial_bundle(config: TrainConfig, objects: Objects = NO_OBJECTS) -> ModelB
     source = config.stage.source(field)
     if cache is not None:
         return _bundle_on_cache(source, LatentFolder(cache))
-    return load_bundle(source)
+    return load_bundle(source, device="meta")
 
 
 def _bundle_on_cache(source: str, cache: LatentFolder) -> ModelBundle:
     """The model without what its latents and embeddings were made by."""
-    backbone, info = load_model(source), describe_model(source)
+    backbone, info = load_model(source, device="meta"), describe_model(source)
     codec: LatentCodec = cached_codec(cache, info.codec)
     if info.codec.weights is not None:
         codec = load_codec(source)  # it is small, and goes into the model that comes out

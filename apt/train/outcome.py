@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from apt.distributed.parallel import Parallel
-from apt.distributed.tensors import gather
+from apt.distributed.tensors import WholeTensors
 from apt.methods.base import Outcome, Stage
-from apt.train.adapters import split_adapters
+from apt.train.adapters import BaseWeights, find_adapters
 from apt.train.config import TrainConfig
 from apt.train.state import model_state
 
@@ -28,6 +30,8 @@ def save_outcome(
 ) -> None:
     """Write what a stage trains as a folder. Every rank must call it; rank 0 writes.
 
+    Weights go from the ranks to the file one at a time.
+
     Args:
         stage: whose generator, or codec, it is.
         config: of the run.
@@ -41,19 +45,36 @@ def save_outcome(
     state = model_state(trained.module)
     if weights == "ema":
         state |= trained.ema.state_dict()
-    whole = gather(state)
-    if not parallel.is_main:
-        return
-    merged, adapters = split_adapters(whole, config.lora)
-    outcome = Outcome(
-        weights=merged,
+    tensors = WholeTensors(state)
+    problem: Exception | None = None
+    with tensors.shown() as here:
+        if here:
+            try:
+                stage.save(
+                    folder, _outcome(trained.module, tensors, config, updates, weights, dtype)
+                )
+            except Exception as error:
+                problem = error
+    parallel.agree(problem)
+
+
+def _outcome(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    config: TrainConfig,
+    updates: int,
+    weights: str,
+    dtype: torch.dtype | None,
+) -> Outcome:
+    adapters = find_adapters(tensors, config.lora)
+    return Outcome(
+        weights=BaseWeights(network, tensors),
         adapters={name.removeprefix("backbone."): layer for name, layer in adapters.items()},
         config=config.stage,
         sample=config.data.clip,
         training=provenance(config, updates, weights),
         dtype=dtype,
     )
-    stage.save(folder, outcome)
 
 
 def provenance(config: TrainConfig, updates: int, weights: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from apt.distributed.collectives import everywhere, rank
 from apt.distributed.mesh import ParallelConfig
 from apt.errors import CheckpointError, ConfigError
+from apt.models.checkpointing import Checkpointing
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
 from apt.train.config_file import METHOD, OBJECTS, plain
@@ -36,6 +37,7 @@ _FREE_FIELDS = (
     "device",
     "micro_batch_size",
     "activation_checkpointing",
+    "checkpointing",
     "checkpoint_every",
     "keep_checkpoints",
     "snapshot_at",
@@ -113,6 +115,9 @@ def check_resumable(
     # Runs of earlier versions had none of these, and did not name their method.
     given = {
         **_by_option(asdict(ParallelConfig()), "parallel."),
+        **_by_option(asdict(Checkpointing()), "checkpointing."),
+        "bf16_residual": False,
+        "stage.discriminator_forwards": 1,
         "ema_warmup": False,
         "wandb_project": "",
         f"stage.{METHOD}": config.stage.exports_as,

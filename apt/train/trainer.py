@@ -29,7 +29,7 @@ from apt.train.resolve import advice, prompt_check, resolve
 from apt.train.resume import Resume, check_resumable, find_start, recorded_objects
 from apt.train.signals import StopRequest
 
-__all__ = ["make_stage", "run"]
+__all__ = ["laid_out", "make_stage", "run"]
 
 
 def run(
@@ -104,8 +104,7 @@ def run(
             parallel = stack.enter_context(
                 Parallel.from_environment(config.device, config=config.parallel)
             )
-        else:
-            parallel = parallel.laid_out(config.parallel)
+        parallel = laid_out(config, parallel)
         if stop is None:
             stop = stack.enter_context(StopRequest())
         stack.enter_context(explained(config.run_dir))
@@ -115,6 +114,16 @@ def run(
             check_same_objects(kinds, recorded_objects(run_dir, found), config.run_dir)
         _prepare(config, objects, kinds, found, parallel, lock, stop).train()
     return run_dir
+
+
+def laid_out(config: TrainConfig, parallel: Parallel) -> Parallel:
+    """The ranks in the layout of a run.
+
+    Raises ConfigError if they are not those of it, or its stage cannot be trained by several.
+    """
+    if parallel.world_size > 1:
+        config.stage.check_sharded()
+    return parallel.laid_out(config.parallel)
 
 
 @contextlib.contextmanager

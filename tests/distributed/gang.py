@@ -12,7 +12,7 @@ from datetime import timedelta
 from apt.distributed.mesh import ParallelConfig
 from apt.distributed.parallel import Parallel
 
-WAIT = timedelta(seconds=120)
+WAIT = timedelta(minutes=10)
 
 
 def gang(world: int, work: Callable[[Parallel], object], layout: ParallelConfig) -> None:
@@ -20,14 +20,23 @@ def gang(world: int, work: Callable[[Parallel], object], layout: ParallelConfig)
 
     Raises RuntimeError if one fails; its own words are on stderr then.
     """
+    wait_for(begin(world, work, layout))
+
+
+def begin(world: int, work: Callable[[Parallel], object], layout: ParallelConfig) -> list[int]:
+    """Start the ranks, and go on; their process ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [_start(rank, shared, work, layout) for rank in range(world)]
+    return [_start(rank, shared, work, layout) for rank in range(world)]
+
+
+def wait_for(children: list[int]) -> None:
+    """Wait for ranks that `begin` started. Raises as `gang`."""
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if any(codes):
-        raise RuntimeError(f"{layout}: ranks ended with {codes}")
+        raise RuntimeError(f"ranks ended with {codes}")
 
 
 def _start(

@@ -50,6 +50,7 @@ class Regression(Method):
     def __init__(self, config: RegressionConfig, start: ModelBundle, host: Host) -> None:
         super().__init__(start, host)
         self.teacher, _ = host.backbone("pupil")
+        host.place(self.teacher.requires_grad_(False), self.teacher.block_list())
         self.grid = sampling_timesteps(config.steps)
         host.adapt(start.backbone)
         self.trained = {"generator": self.train_generator()}

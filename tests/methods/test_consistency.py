@@ -121,7 +121,7 @@ def test_accumulation_equals_the_whole_batch(size: int, tmp_path: Path) -> None:
 def test_checkpointing_is_for_the_student_alone(tmp_path: Path) -> None:
     stage = distill(tmp_path, train={"activation_checkpointing": True})
     nets: list[Any] = [stage.generator.module, stage.teacher, stage.target]
-    assert [net.backbone.checkpointing for net in nets] == [True, False, False]
+    assert [net.backbone.checkpointing is None for net in nets] == [False, True, True]
     stage.update(micro_batches(), 0)
 
 

@@ -12,12 +12,13 @@ underscores for dots), LyCORIS.
 from __future__ import annotations
 
 from apt.checkpoints.lora.files import LORA_FILE, find_lora, load_lora, save_lora
-from apt.checkpoints.lora.layers import LoRA, LoRALayer, merge_lora
+from apt.checkpoints.lora.layers import LoRA, LoRALayer, MergedWeights, merge_lora
 
 __all__ = [
     "LORA_FILE",
     "LoRA",
     "LoRALayer",
+    "MergedWeights",
     "find_lora",
     "load_lora",
     "merge_lora",

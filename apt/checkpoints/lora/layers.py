@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -229,6 +229,34 @@ def merge_lora(model: nn.Module, lora: LoRA, *, scale: float = 1.0) -> None:
                     f"{str(parameter.dtype).removeprefix('torch.')}; lower the scale, or load the "
                     "model in a type of a wider range, such as bfloat16"
                 )
+
+
+class MergedWeights(Mapping[str, Tensor]):
+    """A model's weights with adapters added, each sum made when it is asked for.
+
+    Args:
+        weights: by name, those of the model behind `prefix`.
+        layers: by module name, without it.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], prefix: str, layers: Mapping[str, Layer]
+    ) -> None:
+        self._weights, self._prefix = weights, prefix
+        self._lora = LoRA(layers, {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._weights[self._prefix + name]
+        if name.removesuffix(".weight") not in self._lora.layers:
+            return value
+        return _merged(value, name, self._lora, 1.0).to(value.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        names = (name for name in self._weights if name.startswith(self._prefix))
+        return (name.removeprefix(self._prefix) for name in names)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _parameters(lora: LoRA) -> list[str]:

@@ -39,7 +39,13 @@ from apt.models.tokens import (
     text_tokens,
     token_grid,
 )
-from apt.models.transformer import Context, DiffusionTransformer, Tokens, TransformerBlock
+from apt.models.transformer import (
+    Context,
+    DiffusionTransformer,
+    Tokens,
+    TransformerBlock,
+    keep_rows,
+)
 
 # Below this noise level a predicted sample is not divided further: 1 / t would only amplify errors.
 _MIN_TIMESTEP = 0.05
@@ -244,14 +250,9 @@ class Stream(nn.Module):
             return StreamQKV(qkv, self.q_norm, self.k_norm, *rope)
         return StreamQKV(qkv[:, :, -2:], None, self.k_norm, *rope)
 
-    @torch.no_grad()
     def keep_keys_and_values(self) -> None:
         """Delete what only this stream's own output needs."""
-        old = self.qkv
-        d = old.in_features
-        self.qkv = nn.Linear(d, 2 * d, device=old.weight.device, dtype=old.weight.dtype)
-        self.qkv.weight.copy_(old.weight[d:])
-        self.qkv.bias.copy_(old.bias[d:])
+        self.qkv = keep_rows(self.qkv, slice(self.qkv.in_features, None))
         self.q_norm = self.out = self.mlp_in = self.mlp_out = None
 
     def finish(self, x: Tensor, attended: Tensor, m: Modulation, rows: Tensor | None) -> Tensor:

@@ -32,7 +32,13 @@ from apt.models.tokens import (
     timestep_sinusoids,
     token_grid,
 )
-from apt.models.transformer import Context, DiffusionTransformer, Tokens, TransformerBlock
+from apt.models.transformer import (
+    Context,
+    DiffusionTransformer,
+    Tokens,
+    TransformerBlock,
+    keep_rows,
+)
 
 FLOW = FlowAdapter(time_scale=1000.0)
 """SD3's time is 1000 t, its velocity is ours."""
@@ -369,7 +375,6 @@ class JointBlock(TransformerBlock):
             y_BSD = finish(y_BSD, update_y, text[2:], self.ff_context, rows)
         return Tokens(x_BLD, y_BSD)
 
-    @torch.no_grad()
     def drop_text_output(self) -> None:
         """As in the frame: the block becomes like the last one."""
         self.attn.drop_text_output()
@@ -378,12 +383,7 @@ class JointBlock(TransformerBlock):
         self.ff_context = None
         old = self.norm1_context.linear
         shift, scale = slice(None, old.in_features), slice(old.in_features, 2 * old.in_features)
-        new = nn.Linear(
-            old.in_features, 2 * old.in_features, device=old.weight.device, dtype=old.weight.dtype
-        )
-        new.weight.copy_(torch.cat([old.weight[scale], old.weight[shift]]))
-        new.bias.copy_(torch.cat([old.bias[scale], old.bias[shift]]))
-        self.norm1_context.linear = new
+        self.norm1_context.linear = keep_rows(old, scale, shift)
 
 
 def finish(

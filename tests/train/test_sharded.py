@@ -1,0 +1,119 @@
+"""Training on several ranks is that of one: weights, metrics, averages, and what is exported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("pretrain", "distill", "apt")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("four", "hybrid")]
+
+
+class Found:
+    """What layouts of ranks have made, each computed when a test asks for it first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._weights: dict[str, dict[str, dict[str, Tensor]]] = {}
+
+    def weights(self, name: str) -> dict[str, dict[str, Tensor]]:
+        self._need(name)
+        if name not in self._weights:
+            self._weights[name] = torch.load(self.folder / f"{name}.pt")
+        return self._weights[name]
+
+    def report(self, name: str, rank: int = 0) -> dict[str, Any]:
+        self._need(name)
+        return json.loads((self.folder / f"{name}.{rank}.json").read_text())
+
+    def _need(self, name: str) -> None:
+        if (self.folder / f"{name}.pt").is_file():
+            return
+        # Those of the default suite together, as are those of the slow one.
+        names = ["one", "two"] if name in ("one", "two") else ["four", "hybrid"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "tests.train.sharded", str(self.folder), *names]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return Found(tmp_path_factory.mktemp("sharded"))
+
+
+def distance(value: Tensor, expected: Tensor) -> float:
+    """Relative, in the norm of the whole tensor."""
+    scale = expected.double().norm().clamp_min(1e-6)
+    return float((value.double() - expected.double()).norm() / scale)
+
+
+@pytest.mark.parametrize("name", ["two", *SLOW])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_averages_and_targets_are_those_of_one_rank(
+    found: Found, name: str, stage: str, precision: str
+) -> None:
+    key = f"{stage} {precision}"
+    expected, got = found.weights("one")[key], found.weights(name)[key]
+    assert got.keys() == expected.keys()
+    apart = {part: distance(value, expected[part]) for part, value in got.items()}
+    worst = max(apart, key=apart.__getitem__)
+    # The same bf16 gradients are added up: only the order of fp32 sums differs.
+    assert apart[worst] < (1e-5 if precision == "fp32" else 2e-3), (worst, apart[worst])
+
+
+@pytest.mark.parametrize("name", ["two", *SLOW])
+def test_metrics_are_those_of_one_rank(found: Found, name: str) -> None:
+    expected, got = found.report("one"), found.report(name)
+    for key, values in expected.items():
+        tolerance = 1e-5 if key.endswith("fp32") else 2e-2
+        for update in ("metrics 0", "metrics 1"):
+            assert got[key][update] == pytest.approx(values[update], rel=tolerance, abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", ["two", *SLOW])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_export_is_that_of_one_rank(found: Found, name: str, stage: str) -> None:
+    found.weights(name)
+    found.weights("one")
+    file = f"{stage}/transformer.safetensors"
+    got, expected = load_file(found.folder / name / file), load_file(found.folder / "one" / file)
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert distance(got[key], value) < 1e-5, key
+
+
+@pytest.mark.parametrize("name", ["one", "two", *SLOW])
+def test_no_rank_holds_a_whole_model_while_it_is_loaded(found: Found, name: str) -> None:
+    ranks = {"one": 1, "two": 2}.get(name, 4)
+    copies = 2 if name == "hybrid" else 1
+    for rank in range(ranks):
+        stream = found.report(name, rank)["stream"]
+        # Its share, rounded up to whole rows, and never a whole tensor beside it.
+        assert stream["share"] <= 1.05 * stream["whole"] * copies / ranks
+        assert stream["loading"] <= stream["share"] + stream["largest"]
+
+
+@pytest.mark.parametrize("name", ["one", "two", *SLOW])
+def test_a_model_goes_from_its_ranks_to_a_file_one_tensor_at_a_time(
+    found: Found, name: str
+) -> None:
+    ranks = {"one": 1, "two": 2}.get(name, 4)
+    for rank in range(ranks):
+        stream = found.report(name, rank)["stream"]
+        # Gathered, and beside it what the collective gathers into.
+        assert stream["saving"] <= 3 * stream["largest"] < stream["whole"] / 8
+    folder = found.folder / "deep"
+    written = (folder / f"{name}.safetensors").read_bytes()
+    assert written == (folder / "whole.safetensors").read_bytes()
