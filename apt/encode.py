@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -80,8 +80,8 @@ def plan_cache(
     return info, wanted
 
 
-def open_cache(out: Path, info: CacheInfo, *, rank: int = 0) -> None:
-    """Begin a cache, or go on with one of the same plan. Every rank calls it; rank 0 writes.
+def open_cache(out: Path, info: CacheInfo) -> None:
+    """Begin a cache, or go on with one of the same plan. Of several ranks, one calls it first.
 
     Raises:
         DataError: the folder holds a cache of something else, or other files, or cannot be written.
@@ -100,29 +100,37 @@ def open_cache(out: Path, info: CacheInfo, *, rank: int = 0) -> None:
                 "repeat the options of then, or choose another folder"
             )
         info = dataclasses.replace(info, num_prompts=max(info.num_prompts, before.num_prompts))
-    elif rank == 0 and out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(out.iterdir()):
         raise DataError(f"{out} is neither empty nor a latent cache; choose another folder")
-    if rank == 0:
-        write_cache_info(out, info)
+    write_cache_info(out, info)
 
 
-def encode_texts(
-    out: Path, prompts: Sequence[str], encoder: TextEncoder, *, batch_size: int, progress: Progress
-) -> int:
-    """Embed the prompts that the cache lacks; returns how many they were."""
+def plan_texts(out: Path, prompts: Sequence[str]) -> dict[Path, list[str]]:
+    """The prompts that the cache lacks, by the shard that each goes to."""
     texts = TextFolder(out)
     missing = [prompt for prompt in prompts if prompt not in texts]
     numbers = [int(path.stem.partition("-")[2]) for path in texts.shards]
-    done = 0
     first = max(numbers, default=-1) + 1
-    for number, shard in enumerate(_chunks(missing, PROMPTS_PER_SHARD), first):
+    shards = enumerate(_chunks(missing, PROMPTS_PER_SHARD), first)
+    return {out / f"texts-{number:05d}.safetensors": shard for number, shard in shards}
+
+
+def encode_texts(
+    shards: Mapping[Path, Sequence[str]],
+    encoder: TextEncoder,
+    *,
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    """Embed the prompts of each shard, and write it."""
+    total, done = sum(map(len, shards.values())), 0
+    for path, shard in shards.items():
         encoded: dict[str, EncodedText] = {}
         for batch in _chunks(shard, batch_size):
             encoded |= dict(zip(batch, encoder(batch).to("cpu").split(), strict=True))
-            progress(done + len(encoded), len(missing))
-        write_texts(out / f"texts-{number:05d}.safetensors", encoded)
+            progress(done + len(encoded), total)
+        write_texts(path, encoded)
         done += len(shard)
-    return len(missing)
 
 
 def encode_clips(

@@ -19,6 +19,7 @@ from apt.checkpoints.load import load_bundle
 from apt.checkpoints.lora import find_lora, load_lora, merge_lora
 from apt.condition import Condition, EncodedText
 from apt.device import find_device
+from apt.distributed.sequence import SequenceGroup
 from apt.errors import InputError
 from apt.flow import sampling_timesteps
 from apt.generate_options import GenerateOptions, OptionNames
@@ -161,6 +162,17 @@ class OneStepPipeline:
             self._offload_to = device
         for module in self.bundle.own_modules():
             module.to(dtype=dtype)
+        return self
+
+    def split_tokens(self, sequence: SequenceGroup | None) -> OneStepPipeline:
+        """Let several ranks share the transformer's tokens, or no longer; returns itself.
+
+        They must then make the same calls, with the same weights, and each gets the videos. Text
+        encoder and codec work on each rank as they do alone.
+
+        Raises ConfigError for a transformer whose tokens cannot be split.
+        """
+        self.bundle.backbone.split_tokens(sequence)
         return self
 
     def __repr__(self) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 from apt.errors import InputError
+
+if TYPE_CHECKING:
+    from apt.distributed.parallel import Parallel
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,14 @@ def main(args: Sequence[str], *, prog: str) -> None:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} must be at least 1, got {getattr(options, name)}")
 
+    from apt.distributed.parallel import Parallel
+
+    with Parallel.from_environment(options.device) as parallel:
+        encode(options, parallel)
+
+
+def encode(options: DataEncode, parallel: Parallel) -> None:
+    """The same, with a share of the shards if there are several ranks."""
     import torch
 
     from apt.checkpoints.info import ModelInfo
@@ -78,9 +89,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     from apt.data.builtin_sources import Folder
     from apt.data.captions import CaptionRule
     from apt.data.source import ClipRequest
-    from apt.distributed.device import pick_device
-    from apt.distributed.launch import launch_rank, launch_world_size
-    from apt.encode import encode_clips, encode_texts, open_cache, plan_cache
+    from apt.encode import encode_clips, encode_texts, open_cache, plan_cache, plan_texts
 
     info = describe(options.model)
     rule = None
@@ -92,9 +101,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
         prompts = [model.sampling.negative_prompt, *prompts]
         check(prompts)
         rule = CaptionRule(check, options.long_captions)
-    rank, world_size = launch_rank(), launch_world_size()
-    device = pick_device(options.device)
-    codec = load_codec(options.model).to(device)
+    codec = load_codec(options.model).to(parallel.device)
     sample = info.sample
     clip = ClipRequest(
         frames=sample.frames if options.frames is None else options.frames,
@@ -121,14 +128,17 @@ def main(args: Sequence[str], *, prog: str) -> None:
         prompts=prompts,
         dtype=getattr(torch, options.dtype),
     )
-    open_cache(options.out, plan, rank=rank)
-    if text is not None and rank == 0:
-        encoder = load_text_encoder(options.model).to(device)
-        with progress_bar("embedding prompts") as update:
-            encode_texts(
-                options.out, prompts, encoder, batch_size=options.batch_size, progress=update
-            )
-        del encoder  # it may be larger than the VAE and all that the VAE needs
+    # Rank 0 first: it would take what others have written already for another folder's files.
+    parallel.on_main(lambda: open_cache(options.out, plan))
+    if text is not None:
+        shards = list(plan_texts(options.out, prompts).items())
+        parallel.barrier()  # all have looked at what is there before one adds to it
+        mine = dict(shards[parallel.rank :: parallel.world_size])
+        if mine:
+            encoder = load_text_encoder(options.model).to(parallel.device)
+            with progress_bar("embedding prompts") as update:
+                encode_texts(mine, encoder, batch_size=options.batch_size, progress=update)
+            del encoder  # it may be larger than the VAE and all that the VAE needs
     with progress_bar("encoding clips") as update:
         encode_clips(
             options.out,
@@ -137,8 +147,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
             codec,
             batch_size=options.batch_size,
             progress=update,
-            rank=rank,
-            world_size=world_size,
+            rank=parallel.rank,
+            world_size=parallel.world_size,
         )
     with printing():
         print(videos.report.text())

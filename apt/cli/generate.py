@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from apt.distributed.launch import is_one_of_many, launch_rank, launch_world_size
 from apt.errors import InputError
 from apt.generate_options import GenerateOptions
 from apt.memory import explained_memory
@@ -24,6 +25,7 @@ from apt.outputs import RECORD_SUFFIX, Output, OutputRecord, check_place
 if TYPE_CHECKING:
     import torch
 
+    from apt.distributed.parallel import Parallel
     from apt.kernels.attention_choice import AttentionUse
     from apt.kernels.backends import KernelUse
 
@@ -35,6 +37,9 @@ class Generate:
     The same model, prompt, seed and settings give the same output. Several outputs are numbered
     after `--out`: out-prompt0-seed3.mp4. Each is written as soon as it is made, whole or not at
     all, and noted in out.mp4.jsonl, from which --resume goes on.
+
+    `torchrun -m apt generate ...` lets all its GPUs work on one video at a time, each on a share of
+    the transformer's tokens.
     """
 
     prompt: tuple[str, ...] = ()
@@ -85,11 +90,30 @@ def main(args: Sequence[str], *, prog: str) -> None:
         place = asked.out.with_name(asked.out.name + RECORD_SUFFIX)
         record = OutputRecord(place, _settings(asked), resume=asked.resume)
     left = [output for output in outputs if record is None or not record.has(output)]
-    if len(left) < len(outputs):
+    if len(left) < len(outputs) and launch_rank() == 0:
         print(f"{len(outputs) - len(left)} of {len(outputs)} files are there already")
     if not left:
         return
+    if not is_one_of_many():
+        return write_outputs(asked, prompts, left, record)
 
+    from apt.distributed.mesh import ParallelConfig
+    from apt.distributed.parallel import Parallel
+
+    shared = ParallelConfig(sequence=launch_world_size())
+    with Parallel.from_environment(asked.device or "auto", config=shared) as parallel:
+        write_outputs(asked, prompts, left, record, parallel)
+
+
+def write_outputs(
+    asked: Generate,
+    prompts: Sequence[str],
+    left: Sequence[Output],
+    record: OutputRecord | None,
+    parallel: Parallel | None = None,
+) -> None:
+    """Make the videos that are left. Ranks, if there are several, make each together; rank 0 writes
+    it."""
     import torch
 
     from apt.device import find_device
@@ -97,9 +121,13 @@ def main(args: Sequence[str], *, prog: str) -> None:
     from apt.media import check_settings, write_contact_sheet, write_media
     from apt.pipeline import OneStepPipeline
 
+    if parallel is not None:
+        device: torch.device | None = parallel.device
+    else:
+        device = None if asked.device is None else find_device(asked.device)
     pipeline = OneStepPipeline.from_pretrained(
         asked.model,
-        device=None if asked.device is None else find_device(asked.device),
+        device=device,
         dtype=getattr(torch, asked.dtype),
         offload=asked.offload,
     )
@@ -118,6 +146,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
     check_settings(asked.out, (size[0], size[1], size[2]), fps=fps, scale=asked.scale)
     if asked.lora is not None:
         pipeline.load_lora(asked.lora, scale=asked.lora_scale)
+    if parallel is not None:
+        pipeline.split_tokens(parallel.sequence)
     videos = pipeline.stream(
         [output.prompt for output in left],
         seed=[output.seed for output in left],
@@ -128,6 +158,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
     with watch_attention() as attention, watch_kernels() as kernels:
         try:
             for output, video in zip(left, videos, strict=True):
+                if parallel is not None and not parallel.is_main:
+                    continue
                 with explained_memory(f"writing {str(output.path)!r}", "choose a smaller scale"):
                     write_media(output.path, video, fps=fps, scale=asked.scale)
                 if record is not None:
@@ -141,6 +173,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
                 said = f"{done} of {len(left)} files are whole; --resume makes the rest"
                 print(said, file=sys.stderr)
             raise
+    if parallel is not None and not parallel.is_main:
+        return
     if asked.verbose:
         print("\n".join(what_ran(pipeline.device, attention, kernels)))
     if asked.contact_sheet is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apt.distributed.device import pick_device
 from apt.distributed.launch import launch_rank, launch_world_size
 from apt.distributed.mesh import GroupName, Layout, ParallelConfig, RankMesh
+from apt.distributed.sequence import SequenceGroup
 from apt.distributed.sharding import shard
 from apt.distributed.spokesman import claim
 from apt.errors import PeerError
@@ -92,6 +93,12 @@ class Parallel:
     def group(self, name: GroupName) -> dist.ProcessGroup | None:
         """This rank's group of a name; None if it is alone in it. The first call is collective."""
         return None if self.mesh is None else self.mesh.group(name)
+
+    @property
+    def sequence(self) -> SequenceGroup | None:
+        """The ranks that share the tokens of this rank's samples; None if it has them alone."""
+        group = self.group("sequence")
+        return None if group is None else SequenceGroup.of(group)
 
     @property
     def is_main(self) -> bool:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from apt.distributed.sequence import TokenSplit, gather_heads, scatter_keys, scatter_queries
 from apt.errors import InputError, MissingPackageError
 from apt.kernels.attention_choice import (
     KERNELS,
@@ -92,14 +93,22 @@ def attention(
     *,
     mask: Tensor | None = None,
     backend: str | None = None,
+    queries: TokenSplit | None = None,
+    keys: TokenSplit | None = None,
 ) -> Tensor:
     """Softmax attention with scale 1 / sqrt(Dh).
+
+    Where tokens are split over ranks, q, k and v are this rank's, and each attends to those of all
+    ranks; see `apt.distributed.sequence`. Keys that every rank has whole are not split, and need no
+    more than this rank's queries: leave both splits out.
 
     Args:
         q: (B, Lq, H, Dh) queries, floating point.
         k, v: (B, Lk, H, Dh) keys and values of the same dtype and device.
         mask: (B, Lk) bool, True for the keys that may be attended to; at least one in each row.
+            Where tokens are split, it is of all tokens, in the order of the ranks.
         backend: a name of `attention_status()`, or None for the choice made outside.
+        queries, keys: how the tokens of q, and those of k and v, are split.
 
     Returns:
         (B, Lq, H, Dh) in q.dtype.
@@ -108,6 +117,10 @@ def attention(
         InputError: shapes that do not fit; an unknown backend; a backend that cannot run here or
             not on these inputs, with the reason.
     """
+    if (queries is None) != (keys is None):
+        raise InputError("attention: say how both queries and keys are split, or neither")
+    if queries is not None and keys is not None:
+        return _split_attention(q, k, v, mask, backend, queries, keys)
     name = current_attention_backend() if backend is None else _known(backend)
     _check(q, k, v, mask)
     if not torch.compiler.is_compiling() and watchers:
@@ -126,6 +139,27 @@ def attention(
             raise _cannot_run(name, reason)
     with sdpa_kernel(_SDPA_KERNELS[name]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2)
+
+
+def _split_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    backend: str | None,
+    queries: TokenSplit,
+    keys: TokenSplit,
+) -> Tensor:
+    """All tokens, with this rank's share of the heads."""
+    _check(q, k, v, None)
+    if (q.shape[1], k.shape[1]) != (queries.length, keys.length):
+        raise InputError(
+            f"attention: this rank has {queries.length} queries and {keys.length} keys of those "
+            f"that are split; got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    q_H, k_H, v_H = scatter_queries(q, queries), scatter_keys(k, keys), scatter_keys(v, keys)
+    attended = attention(q_H, k_H, v_H, mask=mask, backend=backend)
+    return gather_heads(attended, queries, q.shape[2])
 
 
 def attention_kernel(

@@ -19,6 +19,12 @@ also widens x to fp32, and keeps that and three times the scores. By arithmetic,
 46,800 tokens in bf16 with D = 3072 and H = 48: 9 MB beside x, 0.29 GB, where the reference keeps
 0.6 GB and norm, keys and values would keep 4 L D, 2.3 GB in fp32.
 
+Tokens that are split over ranks (`apt.distributed.sequence`) are pooled where they are. The ranks
+then exchange what each has pooled and the logarithm of its sum of exponentials, (B, H, D + 1) in
+fp32, by which the pooled values are weighed:
+
+    lse_h = log sum over l of exp s_hl;   pooled_h = sum over ranks of softmax(lse_h) pooled_h
+
 Shapes: B samples, L tokens, D channels, H heads of Dh.
 """
 
@@ -30,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt.distributed.sequence import SequenceGroup
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
 from apt.kernels.signatures import Pooling
@@ -60,6 +67,7 @@ def query_pooling(
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> Tensor:
     """RMS norm, keys, values and attention of one query that all samples share.
 
@@ -77,6 +85,8 @@ def query_pooling(
             None chooses: the kernel on CUDA tensors that it can take and that are not small
             (`apt.kernels.backends.small_below`), else the reference. The kernel copies x if it is
             not contiguous.
+        sequence: ranks that share the tokens of the same samples, each with some in x; all get the
+            same result. None: x has all tokens.
 
     Returns:
         (B, E) in `out_dtype`; everything before the last rounding is computed in at least fp32,
@@ -92,24 +102,41 @@ def query_pooling(
     with torch.autocast(x.device.type, enabled=False):
         core = Pooling(x, _fold(inputs, num_heads), eps)
         if chosen == "triton":
-            from apt.kernels._triton.query_pooling import pool
-
-            pooled = pool(core)
+            from apt.kernels._triton.query_pooling import pool, pool_parts
         else:
-            pooled = pool_reference(core)
+            pool, pool_parts = pool_reference, pool_parts_reference
+        pooled = pool(core) if sequence is None else _merge(*pool_parts(core), sequence)
         y = _values(pooled, inputs)
     return y.to(x.dtype if out_dtype is None else out_dtype)
 
 
+def _merge(pooled: Tensor, lse: Tensor, sequence: SequenceGroup) -> Tensor:
+    """What all ranks pooled, (B, H, D) and (B, H) on each, as if one had."""
+    of_ranks = sequence.gather(torch.cat([pooled, lse.unsqueeze(-1)], dim=-1))
+    return (of_ranks[..., -1:].softmax(dim=0) * of_ranks[..., :-1]).sum(dim=0)
+
+
 def pool_reference(inputs: Pooling) -> Tensor:
     """The core in torch, without checks: (B, H, D) in the type of the folded queries."""
+    wide, rstd, scores = _scores(inputs)
+    return (scores.softmax(dim=1) * rstd).transpose(1, 2) @ wide
+
+
+def pool_parts_reference(inputs: Pooling) -> tuple[Tensor, Tensor]:
+    """The same, and the logarithm of the sum of the scores' exponentials, (B, H)."""
+    wide, rstd, scores = _scores(inputs)
+    pooled = (scores.softmax(dim=1) * rstd).transpose(1, 2) @ wide
+    return pooled, scores.logsumexp(dim=1)
+
+
+def _scores(inputs: Pooling) -> tuple[Tensor, Tensor, Tensor]:
+    """x in the type of the folded queries, rstd (B, L, 1) and scores (B, L, H)."""
     x, folded, eps = inputs
     wide = x.to(folded.dtype)
     # Not `square().mean()`, whose square is as large as x
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[2]
     rstd = (mean_square + eps).rsqrt()
-    weights = (F.linear(wide, folded) * rstd).softmax(dim=1) * rstd
-    return weights.transpose(1, 2) @ wide
+    return wide, rstd, F.linear(wide, folded) * rstd
 
 
 def _fold(inputs: QueryPooling, num_heads: int) -> Tensor:

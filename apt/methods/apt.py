@@ -227,6 +227,13 @@ class AdversarialConfig(MethodConfig):
                 "stage.generator_trains to all"
             )
 
+    def check_sequence(self) -> None:
+        if self.terms.exact_r1.weight:
+            raise ConfigError(
+                "stage.terms.exact-r1 is differentiated twice, and what ranks exchange is not: set "
+                "--parallel.sequence 1, or leave exact R1 to the approximated one (stage.r1)"
+            )
+
 
 class AdversarialPostTraining(Method):
     """One update of the discriminator, then one of the generator, in turns (Sec. 3.1).

@@ -269,6 +269,9 @@ class StageConfig(ABC):
     def check_sharded(self) -> None:  # noqa: B027  (most stages can)
         """Raise ConfigError if the stage cannot be trained by several ranks."""
 
+    def check_sequence(self) -> None:  # noqa: B027  (most stages can)
+        """Raise ConfigError if ranks cannot share the tokens of the stage's samples."""
+
     def check(self) -> None:  # noqa: B027  (not every stage has limits)
         """Raise ConfigError, with the option's name, for numbers out of range."""
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from apt.condition import Condition
+from apt.distributed.sequence import TokenSplit
 from apt.errors import ConfigError, InputError
 from apt.models.architectures import HEADS
+from apt.models.heads import AttentionHead
 from apt.models.transformer import DiffusionTransformer, described_weights
 
 # Blocks 16, 26 and 36 of the paper's 36, counted from 1.
@@ -96,9 +98,10 @@ class Discriminator(nn.Module):
         """
         hidden = self.backbone.hidden_states(x, t, c, layers=self.layers, rows=rows)
         grid = self.backbone.token_grid(x.shape[2:])
+        split = self.backbone.token_split(x.shape[2:])
         with torch.autocast(x.device.type, enabled=False):
             pairs = zip(self.heads, hidden, strict=True)
-            features = [head(tokens, grid) for head, tokens in pairs]
+            features = [_read(head, tokens, grid, split) for head, tokens in pairs]
             logits = self.project(self.norm(torch.cat(features, dim=-1)))[:, 0]
         return DiscriminatorOutput(logits, features)
 
@@ -111,6 +114,19 @@ class Discriminator(nn.Module):
     def head_parameters(self) -> list[nn.Parameter]:
         """What is not the backbone."""
         return [*self.heads.parameters(), *self.norm.parameters(), *self.project.parameters()]
+
+
+def _read(
+    head: nn.Module, tokens: Tensor, grid: tuple[int, int, int], split: TokenSplit | None
+) -> Tensor:
+    """A head's features (B, D); of split tokens, those of all ranks, the same on each."""
+    if split is None:
+        features: Tensor = head(tokens, grid)
+    elif isinstance(head, AttentionHead):
+        features = head(tokens, grid, split.group)
+    else:  # it needs to see them all
+        features = head(split.whole(tokens), grid)
+    return features
 
 
 def discriminate_groups(

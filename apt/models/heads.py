@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from apt.distributed.sequence import SequenceGroup
 from apt.errors import ConfigError
 from apt.kernels import query_pooling
 from apt.models.architectures import HEADS
@@ -40,8 +41,16 @@ class AttentionHead(nn.Module):
         self.to_value = nn.Linear(hidden_size, hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Features (B, D) of tokens (B, L, D); attention does not need the grid."""
+    def forward(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int, int],
+        sequence: SequenceGroup | None = None,
+    ) -> Tensor:
+        """Features (B, D) of tokens (B, L, D); attention does not need the grid.
+
+        With `sequence`, tokens are this rank's, and the features those of all ranks' tokens.
+        """
         attended = query_pooling(
             tokens,
             self.to_query(self.query),
@@ -52,6 +61,7 @@ class AttentionHead(nn.Module):
             norm_weight=self.norm.weight,
             eps=_NORM_EPS,
             out_dtype=self.query.dtype,
+            sequence=sequence,
         )
         return self.query + self.out(attended)
 

@@ -5,8 +5,9 @@ G is one, and so is D's backbone (APT Sec. 3.1, Fig. 1): `forward` gives G's vel
 
 A family of models is a folder beside this file. It gives the parts: how latents, timesteps and text
 become tokens, one block, and how tokens become a velocity. What is the same for all is here: which
-layers are read and kept, recomputation of blocks, cutting behind the last layer that is read, and
-the checks of what comes in. Whatever is to act on every block belongs into `_walk`.
+layers are read and kept, recomputation of blocks, cutting behind the last layer that is read,
+splitting tokens over ranks, and the checks of what comes in. Whatever is to act on every block
+belongs into `_walk`.
 
 Shape suffixes: B samples, R rows of conditions, L visual tokens, S text tokens, D hidden size.
 """
@@ -16,13 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from apt.condition import Condition
-from apt.errors import InputError
+from apt.distributed.sequence import SequenceGroup, TokenSplit
+from apt.errors import ConfigError, InputError
 from apt.models.checkpointing import Checkpointing
 from apt.models.tokens import check_extra, check_layers, check_rows
 
@@ -51,7 +53,7 @@ class TransformerConfig(Protocol):
 
 
 class Tokens(NamedTuple):
-    """What a block takes and gives.
+    """What a block takes and gives: of split tokens, this rank's.
 
     Attributes:
         visual: (B, L, D).
@@ -72,6 +74,8 @@ class Context(NamedTuple):
         rows: (B,) int64, the row of each sample; None if R = B.
         rope: cosines and sines (L, Dh / 2) of the visual tokens, if positions are rotary.
         mask: (B, L + S) bool, True for keys that count in joint attention; None if all do.
+        visual: how the visual tokens are split over ranks; None if this rank has them all.
+        text: how the text tokens are, if they are.
     """
 
     embedding: Tensor
@@ -79,6 +83,19 @@ class Context(NamedTuple):
     rows: Tensor | None
     rope: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
     mask: Tensor | None = None
+    visual: TokenSplit | None = None
+    text: TokenSplit | None = None
+
+    @property
+    def joint(self) -> TokenSplit | None:
+        """How visual tokens with text tokens behind them are split."""
+        if self.visual is None or self.text is None:
+            return self.visual
+        return self.visual.beside(self.text)
+
+    def whole(self, h_BLD: Tensor) -> Tensor:
+        """What was made of this rank's visual tokens, of all of them."""
+        return h_BLD if self.visual is None else self.visual.whole(h_BLD)
 
     @property
     def modulation_rows(self) -> Tensor | None:
@@ -137,7 +154,8 @@ class DiffusionTransformer(nn.Module):
     """A velocity network over latents (B, C, T, H, W) that also shows its hidden tokens.
 
     A family sets the class variables, makes its layers in `__init__`, and gives `embed` and
-    `unembed`.
+    `unembed`. If it hands the splits of the context on to `attention`, and calls `Context.whole` on
+    what it makes of the last tokens, `text_stream` may say so.
 
     Attributes:
         config: the frozen dataclass it was built from.
@@ -153,12 +171,17 @@ class DiffusionTransformer(nn.Module):
         output_names: of the layers and parameters that only `unembed` uses.
         token_timesteps: whether timesteps may be (R, L), one for each token.
         extra_conditions: what `embed` reads of a condition beside its text, by name.
+        text_stream: where text meets visual tokens. "joint": they attend together, and text is
+            split over ranks as they are; "cross": blocks look at the text, which every rank has
+            whole; None: the family does not say, and its tokens cannot be split.
+        sequence: the ranks that share the tokens of a sample; see `split_tokens`.
     """
 
     blocks_name: ClassVar[str] = "blocks"
     output_names: ClassVar[tuple[str, ...]]
     token_timesteps: ClassVar[bool] = False
     extra_conditions: ClassVar[tuple[str, ...]] = ()
+    text_stream: ClassVar[Literal["joint", "cross"] | None] = None
 
     config: TransformerConfig
     origin: Any
@@ -172,15 +195,23 @@ class DiffusionTransformer(nn.Module):
         self.checkpointing: Checkpointing | None = None
         self.narrow_residual = False
         self.origin = None
+        self.sequence: SequenceGroup | None = None
 
     def embed(
         self, x: Tensor, t: Tensor, c: Condition, rows: Tensor | None
     ) -> tuple[Tokens, Context]:
-        """The tokens before the first block, and what all blocks read. Arguments as `forward`."""
+        """The tokens before the first block, and what all blocks read. Arguments as `forward`.
+
+        Of timesteps per token, t has those of this rank's tokens; all else is of the whole sample,
+        and the frame splits it.
+        """
         raise NotImplementedError
 
     def unembed(self, h_BLD: Tensor, context: Context, x: Tensor, t: Tensor) -> Tensor:
-        """The velocity from the visual tokens after the last block; `x` and `t` as `forward`."""
+        """The velocity from the visual tokens after the last block; `x` and `t` as `forward`.
+
+        Of split tokens, `h_BLD` are this rank's.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor, t: Tensor, c: Condition, *, rows: Tensor | None = None) -> Tensor:
@@ -210,7 +241,8 @@ class DiffusionTransformer(nn.Module):
     ) -> list[Tensor]:
         """Visual tokens (B, L, D) after each block of `layers`, counted from 1.
 
-        Blocks after the last one asked for are not run.
+        Blocks after the last one asked for are not run. Where ranks share the tokens, they are this
+        rank's (B, l, D), as `token_split` says.
         """
         return self._walk(x, t, c, rows, layers)[0]
 
@@ -220,7 +252,12 @@ class DiffusionTransformer(nn.Module):
         """Visual tokens after `layers`, and what all blocks read."""
         check_layers(layers, self.depth)
         self._check(x, t, c, rows)
-        tokens, context = self.embed(x, t, c, rows)
+        split = self.token_split(x.shape[2:])
+        if split is None:
+            tokens, context = self.embed(x, t, c, rows)
+        else:
+            x, t = split.group.alike(x), t if t.ndim == 1 else split.own(t)
+            tokens, context = self._split(*self.embed(x, t, c, rows), split)
         kept: dict[int, Tensor] = {}
         dtype = tokens.visual.dtype
         for number, block in enumerate(self.block_list()[: max(layers)], start=1):
@@ -234,6 +271,21 @@ class DiffusionTransformer(nn.Module):
             if number in layers:
                 kept[number] = tokens.visual
         return [kept[layer] for layer in layers], context
+
+    def _split(
+        self, tokens: Tokens, context: Context, visual: TokenSplit
+    ) -> tuple[Tokens, Context]:
+        """This rank's part of what `embed` made."""
+        cos, sin = context.rope
+        if cos is not None and sin is not None:
+            context = context._replace(rope=(visual.own(cos, 0), visual.own(sin, 0)))
+        own = tokens._replace(visual=visual.own(tokens.visual))
+        if self.text_stream == "cross":
+            return own, context._replace(visual=visual)
+        text = visual.group.split(tokens.text.shape[1])
+        mask = None if context.mask is None else visual.order(context.mask, text)
+        context = context._replace(mask=mask, visual=visual, text=text)
+        return own._replace(text=text.own(tokens.text)), context
 
     def _check(self, x: Tensor, t: Tensor, c: Condition, rows: Tensor | None) -> None:
         if x.ndim != 5 or x.shape[1] != self.in_channels:
@@ -251,6 +303,21 @@ class DiffusionTransformer(nn.Module):
         """
         return self.config.token_grid(latent_shape)
 
+    def token_split(self, latent_shape: Sequence[int]) -> TokenSplit | None:
+        """How the tokens of a latent (T, H, W) are split over ranks; None if they are not.
+
+        Raises InputError for fewer tokens than ranks.
+        """
+        if self.sequence is None:
+            return None
+        length = math.prod(self.token_grid(latent_shape))
+        if length < self.sequence.size:
+            raise InputError(
+                f"latents of {tuple(latent_shape)} are {length} tokens, which {self.sequence.size} "
+                "ranks cannot share; ask for fewer ranks per sample, or larger samples"
+            )
+        return self.sequence.split(length)
+
     def __repr__(self) -> str:
         """In a line; `torch.nn.Module.__repr__(model)` shows what is inside."""
         return (
@@ -266,6 +333,23 @@ class DiffusionTransformer(nn.Module):
     def set_checkpointing(self, how: bool | Checkpointing) -> None:
         """Compute blocks again in the backward pass instead of keeping their activations."""
         self.checkpointing = (Checkpointing() if how else None) if isinstance(how, bool) else how
+
+    def split_tokens(self, sequence: SequenceGroup | None) -> None:
+        """Share the tokens of each sample with other ranks, or no longer.
+
+        They must then call the network alike, with the same weights, latents, timesteps and
+        conditions. Each gets the whole velocity. What holds for gradients is told in
+        `apt.distributed.sequence`.
+
+        Raises:
+            ConfigError: the family does not say how (`text_stream`).
+        """
+        if sequence is not None and self.text_stream is None:
+            raise ConfigError(
+                f"{type(self).__name__} does not say how its tokens can be split over ranks (no "
+                "text_stream); set --parallel.sequence 1"
+            )
+        self.sequence = sequence
 
     def keep_hidden_states(self, last_layer: int) -> None:
         """Delete what `hidden_states` up to `last_layer` never runs, so every parameter trains."""

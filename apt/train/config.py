@@ -275,6 +275,8 @@ class TrainConfig:
             )
         if self.lora.rank:
             self.stage.check_adapters()
+        if self.parallel.sequence > 1:
+            self.stage.check_sequence()
         decay = self.optimizer.decay_updates
         if decay > self.num_updates:
             raise ConfigError(

@@ -119,6 +119,9 @@ class RunHost:
         forward_methods: Sequence[str] = (),
     ) -> None:
         network._apply(lambda t: t if t.is_meta else t.to(self.device))
+        for module in network.modules():
+            if isinstance(module, DiffusionTransformer):
+                module.split_tokens(self.parallel.sequence)
         if self._half:
             _halve_frozen(blocks)
         self.parallel.shard(network, blocks, half=self._half, forward_methods=forward_methods)

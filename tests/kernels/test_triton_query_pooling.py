@@ -287,7 +287,10 @@ def test_the_ops_keep_the_rules_of_torch_library():
     values = [v.detach() for v in (x, folded, *fused.query_pooling_op(Pooling(x, folded, 1e-6)))]
     grad = torch.randn(2, 3, 24, device=DEVICE)
     for wanted in (True, False):
-        torch.library.opcheck(fused.query_pooling_backward_op.overload, (grad, *values, wanted))
+        for of_lse in (None, torch.randn_like(values[4])):
+            torch.library.opcheck(
+                fused.query_pooling_backward_op.overload, (grad, *values, of_lse, wanted)
+            )
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

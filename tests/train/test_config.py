@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from apt.distributed.mesh import ParallelConfig
 from apt.errors import ConfigError
+from apt.losses import R1
 from apt.methods import AdversarialConfig, DistillConfig, PretrainConfig
+from apt.methods.terms import Terms
 from apt.train.config import DataConfig, LoRAConfig, ModelConfig, OptimizerConfig, TrainConfig
 from apt.train.monitor import MonitorConfig
 
@@ -128,3 +131,10 @@ def test_blocks_or_adapters() -> None:
     stage = AdversarialConfig(generator_trains="blocks")
     with pytest.raises(ConfigError, match=r"set stage\.generator_trains to all"):
         TrainConfig(name="x", run_dir="x", stage=stage, lora=LoRAConfig(rank=4))
+
+
+def test_exact_r1_or_shared_samples() -> None:
+    stage = AdversarialConfig(terms=Terms(exact_r1=R1(weight=1.0)))
+    TrainConfig(name="x", run_dir="x", stage=stage)
+    with pytest.raises(ConfigError, match=r"exact-r1 .* set --parallel\.sequence 1"):
+        TrainConfig(name="x", run_dir="x", stage=stage, parallel=ParallelConfig(sequence=2))

@@ -444,6 +444,7 @@ class PoolingBackward(NamedTuple):
     scores: Tensor
     lse: Tensor
     rstd: Tensor
+    grad_lse: Tensor | None
     folded_grad: bool
 
 
@@ -457,6 +458,8 @@ def _launch_backward(x: Tensor, inputs: PoolingBackward) -> tuple[Tensor, Tensor
     blocks, number = _blocks(length), _num_parts(x)
     grad = inputs.grad.contiguous()
     delta = torch.linalg.vecdot(grad, inputs.pooled)
+    if inputs.grad_lse is not None:  # d lse / ds = p, as if dp were larger by it
+        delta = delta - inputs.grad_lse
     with torch.cuda.device_of(x):
         tokens_backward_kernel[(batch * blocks * (PAD // constants["ROWS"]),)](
             _parts(grad, number),
@@ -487,6 +490,8 @@ def _backward(inputs: PoolingBackward) -> tuple[Tensor, Tensor]:
     # enter with the weights of the whole sum, and the true gradient may be far smaller.
     per_token = rstd.reciprocal().masked_fill(rstd == 0, 0.0)  # padding
     rest = torch.einsum("bhn,bn->bh", grad_products, per_token)
+    if inputs.grad_lse is not None:  # what they add up to then
+        rest = rest - inputs.grad_lse
     return grad_x, of_folded - torch.einsum("bh,bhd->hd", rest, inputs.pooled)
 
 
@@ -502,13 +507,19 @@ query_pooling_backward_op = backward_op(
 
 def _save(ctx: Any, inputs: Pooling, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs.x, inputs.folded, *output)
-    ctx.mark_non_differentiable(*output[1:])
+    _, scores, _, rstd = output
+    ctx.mark_non_differentiable(scores, rstd)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor | None, None]:
+def _gradients(
+    ctx: Any, grad: Tensor | None, _scores: None, grad_lse: Tensor | None, _rstd: None
+) -> tuple[Tensor, Tensor | None, None]:
     wanted = ctx.needs_input_grad[1]
-    inputs = PoolingBackward._make((grad, *ctx.saved_tensors, wanted))
+    saved = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(saved[2])
+    inputs = PoolingBackward._make((grad, *saved, grad_lse, wanted))
     of_x, of_folded = query_pooling_backward_op(inputs)
     return of_x, of_folded if wanted else None, None
 
@@ -522,3 +533,9 @@ def pool(inputs: Pooling) -> Tensor:
     """The op, without checks: pooled (B, H, D) fp32."""
     pooled: Tensor = query_pooling_op(inputs)[0]
     return pooled
+
+
+def pool_parts(inputs: Pooling) -> tuple[Tensor, Tensor]:
+    """The same, and the logarithm of the sum of the scores' exponentials, (B, H) fp32."""
+    pooled, _, lse, _ = query_pooling_op(inputs)
+    return pooled, lse

@@ -111,6 +111,7 @@ class MMDiT(DiffusionTransformer):
     """
 
     output_names = ("final_modulation", "patch_out")
+    text_stream = "joint"
     config: MMDiTConfig
 
     def __init__(self, config: MMDiTConfig) -> None:
@@ -167,7 +168,7 @@ class MMDiT(DiffusionTransformer):
         y = modulated_norm(h_BLD, scale, shift, rows=rows, eps=self.config.norm_eps)
         pt, ph, pw = self.config.patch_size
         out = rearrange(
-            self.patch_out(y),
+            context.whole(self.patch_out(y)),
             "b (t h w) (c p q r) -> b c (t p) (h q) (w r)",
             t=frames, h=height, w=width, p=pt, q=ph, r=pw,
         )  # fmt: skip
@@ -285,7 +286,10 @@ class MMDiTBlock(TransformerBlock):
             text.project(y_BSD, m_y, (None, None), rows, queries=self.text_output),
         ]
         q, k, v = joint_qk_norm_rope(streams, eps=visual.eps)
-        attended = attention(q, k, v, mask=context.mask).flatten(2)
+        queries = context.joint if self.text_output else context.visual
+        attended = attention(
+            q, k, v, mask=context.mask, queries=queries, keys=context.joint
+        ).flatten(2)
         split = x_BLD.shape[1]
         x_BLD = visual.finish(x_BLD, attended[:, :split], m_x, rows)
         if self.text_output:

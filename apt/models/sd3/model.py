@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from apt.condition import Condition
+from apt.distributed.sequence import TokenSplit
 from apt.errors import ConfigError, InputError
 from apt.flow import FlowAdapter
 from apt.kernels import attention, modulated_norm, qk_norm_rope, residual_modulated_norm
@@ -132,6 +133,7 @@ class SD3(DiffusionTransformer):
 
     blocks_name = "transformer_blocks"
     output_names = ("norm_out", "proj_out")
+    text_stream = "joint"
     config: SD3Config
 
     def __init__(self, config: SD3Config) -> None:
@@ -166,7 +168,7 @@ class SD3(DiffusionTransformer):
         y = modulated_norm(h_BLD, scale, shift, norm="layer", eps=_EPS, rows=context.rows)
         p = self.config.patch_size
         out = rearrange(
-            self.proj_out(y),
+            context.whole(self.proj_out(y)),
             "b (h w) (p q c) -> b c 1 (h p) (w q)",
             h=height, w=width, p=p, q=p,
         )  # fmt: skip
@@ -280,9 +282,10 @@ class Attention(nn.Module):
 class ImageAttention(Attention):
     """Attention among image tokens."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) to (B, L, D)."""
-        return self.to_out[0](attention(*self.project(x)).flatten(2))
+    def forward(self, x: Tensor, split: TokenSplit | None) -> Tensor:
+        """(B, L, D) to (B, L, D), or this rank's part of it."""
+        attended = attention(*self.project(x), queries=split, keys=split)
+        return self.to_out[0](attended.flatten(2))
 
 
 class JointAttention(Attention):
@@ -304,19 +307,21 @@ class JointAttention(Attention):
                 if unused is not None:
                     unused.requires_grad_(False)
 
-    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, y: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """Image (B, L, D) and text (B, S, D) to updates of both; of the image alone without
-        `text_output`. `mask` is (B, L + S)."""
+        `text_output`."""
+        mask, joint = context.mask, context.joint
         q_x, k_x, v_x = self.project(x)
         k_y, v_y = self._heads(self.add_k_proj(y)), self._heads(self.add_v_proj(y))
         if self.to_add_out is None or self.add_q_proj is None:
             _, k_y = normalize(k_y, k_y, self.norm_added_k, self.norm_added_k)
             k, v = torch.cat([k_x, k_y], dim=1), torch.cat([v_x, v_y], dim=1)
-            return self.to_out[0](attention(q_x, k, v, mask=mask).flatten(2)), None
+            attended = attention(q_x, k, v, mask=mask, queries=context.visual, keys=joint)
+            return self.to_out[0](attended.flatten(2)), None
         q_y = self._heads(self.add_q_proj(y))
         q_y, k_y = normalize(q_y, k_y, self.norm_added_q, self.norm_added_k)
         q, k, v = (torch.cat(pair, dim=1) for pair in ((q_x, q_y), (k_x, k_y), (v_x, v_y)))
-        attended = attention(q, k, v, mask=mask).flatten(2)
+        attended = attention(q, k, v, mask=mask, queries=joint, keys=joint).flatten(2)
         split = x.shape[1]
         return self.to_out[0](attended[:, :split]), self.to_add_out(attended[:, split:])
 
@@ -364,12 +369,12 @@ class JointBlock(TransformerBlock):
         shift_y, scale_y = (text[1], text[0]) if self.ff_context is None else text[:2]
         h = modulated_norm(x_BLD, scale1, shift1, norm="layer", eps=_EPS, rows=rows)
         h_y = modulated_norm(y_BSD, scale_y, shift_y, norm="layer", eps=_EPS, rows=rows)
-        update, update_y = self.attn(h, h_y, context.mask)
+        update, update_y = self.attn(h, h_y, context)
         if self.attn2 is not None:
             shift, scale, gate = dual
             h = modulated_norm(x_BLD, scale, shift, norm="layer", eps=_EPS, rows=rows)
             x_BLD = torch.addcmul(x_BLD, take_rows(gate1, rows)[:, None], update)
-            update, gate1 = self.attn2(h), gate
+            update, gate1 = self.attn2(h, context.visual), gate
         x_BLD = finish(x_BLD, update, (gate1, shift2, scale2, gate2), self.ff, rows)
         if self.ff_context is not None and update_y is not None:
             y_BSD = finish(y_BSD, update_y, text[2:], self.ff_context, rows)

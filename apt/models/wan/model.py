@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from apt.condition import Condition
+from apt.distributed.sequence import TokenSplit
 from apt.errors import ConfigError, InputError
 from apt.flow import FlowAdapter
 from apt.kernels import (
@@ -138,6 +139,7 @@ class Wan(KeepsFloat32, DiffusionTransformer):
 
     output_names = ("scale_shift_table", "proj_out")
     token_timesteps = True
+    text_stream = "cross"
     config: WanConfig
 
     def __init__(self, config: WanConfig) -> None:
@@ -171,7 +173,7 @@ class Wan(KeepsFloat32, DiffusionTransformer):
         y = modulated_norm(h_BLD, scale, shift, norm="layer", eps=eps, rows=rows)
         pt, ph, pw = self.config.patch_size
         velocity = rearrange(
-            self.proj_out(y),
+            context.whole(self.proj_out(y)),
             "b (t h w) (p q r c) -> b c (t p) (h q) (w r)",
             t=frames, h=height, w=width, p=pt, q=ph, r=pw,
         )  # fmt: skip
@@ -279,7 +281,7 @@ class WanBlock(KeepsFloat32, TransformerBlock):
 
         h = modulated_norm(x_BLD, scale1, shift1, norm="layer", eps=self.eps, rows=rows)
         x_BLD, h = residual_modulated_norm(
-            x_BLD, self.attn1.over_itself(h, context.rope), gate1, zeros, zeros,
+            x_BLD, self.attn1.over_itself(h, context.rope, context.visual), gate1, zeros, zeros,
             weight=self.norm2.weight, bias=self.norm2.bias,
             norm="layer", eps=self.eps, rows=rows,
         )  # fmt: skip
@@ -307,12 +309,17 @@ class WanAttention(nn.Module):
         self.norm_q = nn.RMSNorm(d, eps=config.norm_eps)
         self.norm_k = nn.RMSNorm(d, eps=config.norm_eps)
 
-    def over_itself(self, h: Tensor, rope: tuple[Tensor, Tensor] | tuple[None, None]) -> Tensor:
-        """Self-attention of visual tokens (B, L, D)."""
+    def over_itself(
+        self,
+        h: Tensor,
+        rope: tuple[Tensor, Tensor] | tuple[None, None],
+        split: TokenSplit | None,
+    ) -> Tensor:
+        """Self-attention of visual tokens (B, L, D), or of this rank's with those of the others."""
         q, k, v = (self._heads(project(h)) for project in (self.to_q, self.to_k, self.to_v))
         weights = self.norm_q.weight, self.norm_k.weight
         q, k = qk_norm_rope(q, k, *weights, *rope, eps=self.eps, across_heads=True)
-        return self.to_out[0](attention(q, k, v).flatten(2))
+        return self.to_out[0](attention(q, k, v, queries=split, keys=split).flatten(2))
 
     def over_text(self, h: Tensor, text_RSD: Tensor, rows: Tensor | None) -> Tensor:
         """Attention of visual tokens (B, L, D) over text (R, S, D), projected once per row."""
