@@ -35,6 +35,9 @@ def imagined_ranks(layout: Layout) -> Iterator[Parallel]:
 
     dist.init_process_group("fake", rank=0, world_size=layout.world_size, store=FakeStore())
     try:
-        yield Parallel(0, layout.world_size, here, RankMesh(layout, here.type))
+        mesh = RankMesh(layout, here.type)
+        # Now, while there are tensors with data, which a mesh is made with.
+        assert mesh.states.ndim and mesh.samples.ndim
+        yield Parallel(0, layout.world_size, here, mesh)
     finally:
         dist.destroy_process_group()

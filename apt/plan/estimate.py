@@ -1,4 +1,4 @@
-"""A recipe in one layout on so many GPUs: measured on few blocks where they are alike, and timed."""
+"""A recipe in one layout of GPUs: measured, on few blocks where they are alike, and timed."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class PlannedGpu:
         return GPUS[self.key].peak.matmul_tflops
 
 
-# Memory: MiB that nvidia-smi shows, less what the driver keeps. NVLink: the vendors' figure for both
+# Memory: what nvidia-smi shows, less what the driver keeps. NVLink: the vendors' figure for both
 # ways, halved. Network: one 400 Gb/s port for each GPU, as in the vendors' reference systems.
 _GPUS = (
     PlannedGpu(key="a100", name="A100 SXM 80 GB", memory=int(79.1 * GIB), node_gb_s=300),

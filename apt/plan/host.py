@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch import nn
+
 from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import ModelInfo
+from apt.checkpoints.origin import fill_from_origins
 from apt.models.transformer import DiffusionTransformer
 from apt.plan.models import PlannedModel
 from apt.train.host import RunHost
@@ -27,8 +30,12 @@ class PlannedHost(RunHost):
 
     def model(self) -> ModelBundle:
         assert self.start is not None
-        return self.start.bundle()
+        return self.start.bundle(loads=self.config.stage.starts_from is not None)
 
     def backbone(self, field: str) -> tuple[DiffusionTransformer, ModelInfo]:
-        bundle = self.others[field].bundle()
+        bundle = self.others[field].bundle(loads=True)
         return bundle.backbone, bundle.info
+
+    def fill(self, network: nn.Module) -> None:
+        # By itself: nobody could tell of a failure.
+        fill_from_origins(network, self.device, self.frozen)

@@ -23,6 +23,7 @@ from apt.errors import ConfigError
 from apt.kernels import attention_backend
 from apt.kernels.backends import imagined_gpu
 from apt.methods.base import MicroBatch, Stage
+from apt.models import checkpointing
 from apt.models.cached import CachedCodec
 from apt.plan.host import PlannedHost
 from apt.plan.models import PlannedModel
@@ -31,7 +32,10 @@ from apt.plan.without_data import without_data
 from apt.train.config import TrainConfig
 from apt.train.loop import micro_batches
 
-__all__ = ["Peak", "Usage", "follow_update", "measure", "name_states"]
+__all__ = [
+    "Peak", "Usage", "begin_stage", "follow_update", "make_batches", "measure", "name_states",
+    "share_of_batch",
+]  # fmt: skip
 
 WEIGHTS = "weights"
 FROZEN = "frozen weights"
@@ -133,7 +137,7 @@ def measure(
     *,
     gpu: bool,
 ) -> Usage:
-    """Run two updates of a stage without data, and count.
+    """Run an update of a stage without data, and count.
 
     Args:
         config: of the run.
@@ -146,7 +150,7 @@ def measure(
     Raises:
         ConfigError: a batch that the ranks cannot share, as the run itself would.
     """
-    share = _share(config, layout)
+    share = share_of_batch(config, layout)
     size = config.micro_batch_size or share
     with contextlib.ExitStack() as stack:
         parallel = stack.enter_context(imagined_ranks(layout))
@@ -154,33 +158,39 @@ def measure(
             stack.enter_context(imagined_gpu())
             stack.enter_context(attention_backend("_native_flash"))
         stack.enter_context(without_data())
-        names: dict[int, str] = {}
-        tracker = Tracker(lambda: names, scalar=0.5)
+        tracker = Tracker(scalar=0.5)
         stack.enter_context(tracker.watching())
-        stage = _begin(config, parallel, start, others)
-        named = name_states(stage)
-        tracker._name_parts = named
+        if gpu:
+            stack.enter_context(host_memory(tracker))
+        stage = begin_stage(config, parallel, start, others)
+        tracker.name_parts = name_states(stage)
         count = min(share // size, 2)
-        rest = share - count * size
-        batches = _micro_batches(config, stage, sample, count * size, tracker)
-        # A rank's whole share is on the device, as the trainer has it now.
-        held = [torch.empty(rest, *batches[0].x.shape[1:])] if rest else []
-        tracker.adopt([held, [batch.x for batch in batches]], BATCH)
-        one = follow_update(stage, batches[:1], 0, tracker)
-        if count == 1:
-            two = follow_update(stage, batches, 1, tracker)
-            return Usage(two[0], two[1].plus(two[1], -1), two[1], 1)
-        two = follow_update(stage, batches, 1, tracker)
-        each = two[1].plus(one[1], -1)
-        return Usage(two[0], one[1].plus(each, -1), each, share // size)
+        batches, _rest = make_batches(config, stage, sample, count * size, share, tracker)
+        usage = follow_update(stage, batches, tracker)
+        return dataclasses.replace(usage, micro_batches=share // size)
 
 
-def follow_update(
-    stage: Stage, batches: Sequence[MicroBatch], update: int, tracker: Tracker
-) -> tuple[dict[str, tuple[Peak, ...]], Work]:
-    """One update, its peaks by part and stretch, and its work. The tracker has been entered."""
+class _Watched(list[MicroBatch]):
+    """Micro-batches that tell what had been done each time that one is taken."""
+
+    def __init__(self, batches: Sequence[MicroBatch], tracker: Tracker) -> None:
+        super().__init__(batches)
+        self._tracker = tracker
+        self.before: list[Work] = []
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for batch in super().__iter__():
+            self.before.append(self._tracker.work.plus(Work()))
+            yield batch
+
+
+def follow_update(stage: Stage, batches: Sequence[MicroBatch], tracker: Tracker) -> Usage:
+    """One update of at most two micro-batches, and what it takes. The tracker has been entered.
+
+    The first micro-batch stands for all but the last, which has the update's end with it.
+    """
     found: dict[str, tuple[Peak, ...]] = {}
-    total = Work()
+    whole, each = Work(), Work()
     for name, part in stage.parts().items():
         stretches: list[Peak] = []
 
@@ -190,11 +200,37 @@ def follow_update(
 
         tracker.reset()
         with _marks(stage, tracker, mark):
-            part(batches, update)
+            watched = _Watched(batches, tracker)
+            part(watched, 0)
+            for trained in stage.trained.values():
+                trained.zero_grad()  # as the loop of a run does
         mark()
         found[name] = tuple(stretches)
-        total = total.plus(tracker.work)
-    return found, total
+        whole = whole.plus(tracker.work)
+        if len(watched.before) > 1:
+            each = each.plus(watched.before[1].plus(watched.before[0], -1))
+    fixed = whole.plus(each.scaled(len(batches)), -1)
+    return Usage(found, fixed, each, len(batches))
+
+
+@contextlib.contextmanager
+def host_memory(tracker: Tracker) -> Iterator[None]:
+    """What blocks leave in host memory is not the device's, though both are the CPU here."""
+
+    class OnHost(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory: bool = False) -> None:
+            def pack(tensor: Tensor) -> Tensor:
+                with tracker.elsewhere():
+                    return torch.empty_like(tensor)
+
+            super().__init__(pack, torch.empty_like)
+
+    original = checkpointing.save_on_cpu
+    checkpointing.save_on_cpu = OnHost  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        checkpointing.save_on_cpu = original  # type: ignore[misc]
 
 
 def _peak(tracker: Tracker) -> Peak:
@@ -272,7 +308,8 @@ def _name(names: dict[int, str], tensors: Any, part: str) -> None:
             names.setdefault(local(tensor).untyped_storage()._cdata, part)
 
 
-def _share(config: TrainConfig, layout: Layout) -> int:
+def share_of_batch(config: TrainConfig, layout: Layout) -> int:
+    """How many samples of an update a data rank has. Raises ConfigError as the run would."""
     if config.batch_size % layout.data:
         lower = config.batch_size // layout.data * layout.data
         raise ConfigError(
@@ -289,12 +326,13 @@ def _share(config: TrainConfig, layout: Layout) -> int:
     return share
 
 
-def _begin(
+def begin_stage(
     config: TrainConfig,
     parallel: Parallel,
     start: PlannedModel | None,
     others: Mapping[str, PlannedModel],
 ) -> Stage:
+    """The stage at work, with weights that nobody loads."""
     host = PlannedHost(config, parallel, start=start, others=dict(others))
     stage = config.stage.begin(host)
     for part in stage.frozen:
@@ -302,20 +340,31 @@ def _begin(
     return stage
 
 
-def _micro_batches(
-    config: TrainConfig, stage: Stage, sample: SampleInfo, number: int, tracker: Tracker
-) -> list[MicroBatch]:
-    """So many samples as the loader gives them, which is not the device's memory."""
+def make_batches(
+    config: TrainConfig,
+    stage: Stage,
+    sample: SampleInfo,
+    number: int,
+    share: int,
+    tracker: Tracker,
+) -> tuple[list[MicroBatch], Tensor]:
+    """So many samples in micro-batches, and memory as the rest of a rank's share takes.
+
+    What the loader gives is not the device's memory; the trainer has the whole share there.
+    """
     codec = stage.codec
     captions = ["a caption"] * number
-    if isinstance(codec, CachedCodec):
-        shape = codec.latent_shape(sample.frames, sample.height, sample.width)
-        latents = torch.empty(number, codec.channels, *shape, dtype=torch.bfloat16)
-        batch = Batch(None, captions, 0, 0, latents=latents)
-    else:
-        pixels = torch.empty(number, 3, sample.frames, sample.height, sample.width)
-        batch = Batch(pixels, captions, 0, 0)
-    tracker.leave_out([batch.pixels, batch.latents])
+    with tracker.elsewhere():
+        if isinstance(codec, CachedCodec):
+            shape = codec.latent_shape(sample.frames, sample.height, sample.width)
+            latents = torch.zeros(number, codec.channels, *shape, dtype=torch.bfloat16)
+            batch = Batch(None, captions, 0, 0, latents=latents)
+        else:
+            pixels = torch.zeros(number, 3, sample.frames, sample.height, sample.width)
+            batch = Batch(pixels, captions, 0, 0)
     size = config.micro_batch_size or number
     one = dataclasses.replace(config, micro_batch_size=min(size, number))
-    return micro_batches(one, stage, batch)
+    batches = micro_batches(one, stage, batch)
+    rest = torch.empty(share - number, *batches[0].x.shape[1:], device=stage.host.device)
+    tracker.adopt([rest, [made.x for made in batches]], BATCH)
+    return batches, rest

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +14,17 @@ import torch
 from apt.checkpoints.bundle import ModelBundle, component_info
 from apt.checkpoints.info import ComponentInfo, ModelInfo, SampleInfo
 from apt.checkpoints.load import describe_model
+from apt.checkpoints.origin import Origin
+from apt.checkpoints.safetensors import StoredTensor
 from apt.checkpoints.source import list_pretrained
+from apt.checkpoints.weights import Piece
 from apt.condition import EncodedText
 from apt.data.builtin_sources import DIGITS
 from apt.errors import ConfigError
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.cached import CachedCodec
 from apt.models.protocols import LatentCodec, TextEncoder
+from apt.models.transformer import DiffusionTransformer
 from apt.registry import replace_typed
 from apt.train.config import TrainConfig
 from apt.train.recipes import RECIPES
@@ -43,6 +48,8 @@ class PlannedModel:
         text_tokens: that it reads of a prompt, where its text encoder is not part of a run.
         compression: pixels per latent along time, height and width.
         text_encoder, codec: those that a run holds; None for parts that a cache stands in for.
+        file: what tells its weights from those of another; networks of one file share what does
+            not train.
         found: how it was told, in words; empty if it was named.
     """
 
@@ -53,11 +60,12 @@ class PlannedModel:
     compression: tuple[int, int, int] = _COMPRESSION
     text_encoder: ComponentInfo | None = None
     codec: ComponentInfo | None = None
+    file: str = ""
     found: str = ""
 
-    def bundle(self) -> ModelBundle:
-        """The model, its weights in fp32."""
-        backbone = self.config.build()
+    def bundle(self, *, loads: bool) -> ModelBundle:
+        """The model, its weights in fp32; on the meta device if they are to be loaded."""
+        backbone = self._waiting() if loads else self.config.build()
         text_encoder, codec = self._text_encoder(), self._codec()
         info = ModelInfo(
             stage="diffusion",
@@ -67,6 +75,18 @@ class PlannedModel:
             sample=self.sample or SampleInfo(frames=1, height=1, width=1, fps=1),
         )
         return ModelBundle(backbone, text_encoder, codec, info)
+
+    def _waiting(self) -> DiffusionTransformer:
+        """The backbone without memory, as if its weights lay in a file."""
+        with torch.device("meta"):
+            backbone: DiffusionTransformer = self.config.build()
+        file = Path(self.file or self.name)
+        pieces = {
+            key: Piece(PlannedTensor(file, key, tuple(value.shape), "F32"))
+            for key, value in backbone.state_dict().items()
+        }
+        backbone.origin = Origin(pieces, str(file))
+        return backbone.eval()
 
     def _text_encoder(self) -> TextEncoder:
         if self.text_encoder is None:
@@ -87,6 +107,14 @@ class PlannedModel:
         part = self.codec
         made: LatentCodec = replace_typed(CODECS.get(part.architecture)(), part.config).build()
         return made.requires_grad_(False).eval()
+
+
+class PlannedTensor(StoredTensor):
+    """A tensor of a file that is not there."""
+
+    @contextmanager
+    def mapped(self) -> Iterator[torch.Tensor]:
+        yield torch.zeros(self.shape)
 
 
 class PlannedText(TextEncoder):
@@ -127,12 +155,14 @@ def find_model(config: TrainConfig, field: str) -> PlannedModel:
     stage = config.stage
     value = str(getattr(stage, field))
     if value:
-        return _named(value, ())
+        return dataclasses.replace(_named(value, ()), file=value)
     others = [str(getattr(stage, name)) for name in stage.names_models]
     other = next((value for value in others if value), "")
     if other:
         return dataclasses.replace(
-            _named(other, ()), found=f"--stage.{field} is empty: the model of {other}"
+            _named(other, ()),
+            file=other,
+            found=f"--stage.{field} is empty: the model of {other}",
         )
     return paper_model(f"--stage.{field} is empty: the paper's, {PAPER}; --model names another")
 

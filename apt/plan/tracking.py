@@ -122,10 +122,11 @@ class Tracker(TorchDispatchMode):
         scalar: float | None = None,
     ) -> None:
         super().__init__()
-        self._name_parts = name_parts
+        self.name_parts = name_parts
         self._scalar = scalar
         self._alive: dict[int, _Held] = {}
         self.scope: str | None = None
+        self._elsewhere = False
         self.held = 0
         self.reset()
 
@@ -144,16 +145,18 @@ class Tracker(TorchDispatchMode):
         for tensor in tree_iter(tensors):
             if isinstance(tensor, Tensor):
                 self._note(tensor, part)
-                self._alive[tensor.untyped_storage()._cdata].part = part
+                held = self._alive.get(tensor.untyped_storage()._cdata)
+                if held is not None:
+                    held.part = part
 
-    def leave_out(self, tensors: Any) -> None:
-        """Do not count tensors, which are elsewhere."""
-        for tensor in tree_iter(tensors):
-            if isinstance(tensor, Tensor):
-                self._note(tensor, OTHER)
-                held = self._alive[tensor.untyped_storage()._cdata]
-                self._grow(-held.size)
-                held.size = 0
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What is made inside is in other memory, and counts nothing."""
+        self._elsewhere = True
+        try:
+            yield
+        finally:
+            self._elsewhere = False
 
     @contextmanager
     def watching(self) -> Iterator[Tracker]:
@@ -177,9 +180,7 @@ class Tracker(TorchDispatchMode):
         finally:
             torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked several times an op
         if any(is_sharded(kind) for kind in types):
@@ -227,12 +228,14 @@ class Tracker(TorchDispatchMode):
     def _note(self, tensor: Tensor, part: str) -> None:
         if tensor.layout != torch.strided:
             return
+        if (tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device).type == "meta":
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._alive:
             return
         reference = weakref.ref(storage, lambda _: self._drop(key, held))
-        held = _Held(reference, storage.nbytes(), part)
+        held = _Held(reference, 0 if self._elsewhere else storage.nbytes(), part)
         self._alive[key] = held
         self._grow(held.size)
 
@@ -255,7 +258,7 @@ class Tracker(TorchDispatchMode):
 
     def by_part(self) -> Counter[str]:
         """Bytes that are alive, by part."""
-        named = self._name_parts()
+        named = self.name_parts()
         found: Counter[str] = Counter()
         for key, held in self._alive.items():
             if held.size:

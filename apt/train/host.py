@@ -125,6 +125,10 @@ class RunHost:
         if self._half:
             _halve_frozen(blocks)
         self.parallel.shard(network, blocks, half=self._half, forward_methods=forward_methods)
+        self.fill(network)
+
+    def fill(self, network: nn.Module) -> None:
+        """Read the weights of a network that has been sharded without any; nothing for others."""
         everywhere(partial(fill_from_origins, network, self.device, self.frozen))
 
     def average(self, network: nn.Module, decay: float, *, inside: nn.Module | None = None) -> EMA:
