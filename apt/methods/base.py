@@ -210,11 +210,12 @@ class Host(Protocol):
         learning_rate: float | None = None,
         slowed: tuple[nn.Module, float] | None = None,
         forward_methods: Sequence[str] = (),
+        exact: bool = False,
     ) -> TrainedNetwork:
         """Place, shard by `blocks`, and give an optimiser.
 
         None is the run's learning rate; `slowed` is a part of the network and the share of the rate
-        that it trains at.
+        that it trains at; `exact` computes in fp32 or TF32 also in a run in bf16.
         """
         ...
 

@@ -157,11 +157,14 @@ class Estimate:
         return found
 
     def seconds_of(self, collective: Collective, size: float) -> float:
-        """How long bytes take: neighbours are in one machine, others are not."""
-        near = collective.ranks <= self.gpu.node and self.layout.world_size <= self.gpu.node
-        inside = self.layout.states <= self.gpu.node and collective.ranks <= self.layout.states
-        rate = self.gpu.node_gb_s if near or inside else self.gpu.network_gb_s
-        return size / (rate * 1e9)
+        """How long bytes take.
+
+        Ranks that share a copy are neighbours, so those of one machine; copies are in others.
+        """
+        layout, node = self.layout, self.gpu.node
+        between = collective.kind == "all-reduce" and collective.ranks == layout.replicate
+        near = layout.world_size <= node or (collective.ranks <= node and not between)
+        return size / ((self.gpu.node_gb_s if near else self.gpu.network_gb_s) * 1e9)
 
     @property
     def waiting_seconds(self) -> float:

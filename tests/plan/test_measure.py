@@ -85,5 +85,5 @@ def test_nothing_of_a_plan_is_left_behind() -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused_as_by_the_run() -> None:
-    with pytest.raises(ConfigError, match="batch_size 8 does not divide by the 3 .* 6 or 9"):
+    with pytest.raises(ConfigError, match=r"batch_size 8 does not divide by the 3 .* 6 or 9"):
         planned(in_layout("apt", ParallelConfig()), 3)
