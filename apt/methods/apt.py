@@ -336,14 +336,14 @@ class AdversarialPostTraining(Method):
         trained.zero_grad()
         logs = []
         checks: Metrics = {}
-        for batch in trained.accumulated(batches):
+        for number, batch in enumerate(trained.accumulated(batches)):
             c = self.condition(batch)
             with torch.no_grad():
                 x_fake = self.draw_fake(batch, c, update, "discriminator/noise")
             t = self.timesteps(batch, update, "discriminator/timestep")
             # Checkpointed blocks are computed again in the backward pass, with the same attention.
             with self.double_backward(), self.products():
-                if batch is batches[0] and self._checks_rounding(update):
+                if number == 0 and self._checks_rounding(update):
                     checks["discriminator/r1_rounding"] = self.rounding(batch, t, c, update)
                 with self.discriminating():
                     loss, log = self.loss_of_discriminator(batch, x_fake, t, c, update)

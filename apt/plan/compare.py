@@ -13,7 +13,14 @@ from apt.distributed.parallel import Parallel
 from apt.methods.base import Stage
 from apt.plan.estimate import Job, estimate
 from apt.plan.gpus import GIB
-from apt.plan.measure import begin_stage, follow_update, make_batches, name_states, share_of_batch
+from apt.plan.measure import (
+    PlannedBatches,
+    begin_stage,
+    follow_update,
+    make_batches,
+    name_states,
+    share_of_batch,
+)
 from apt.plan.report import table
 from apt.plan.tracking import Tracker
 
@@ -29,18 +36,15 @@ def real_peaks(job: Job, parallel: Parallel) -> dict[str, float]:
     Raises ConfigError as `apt.plan.measure.measure`.
     """
     config, cuda = job.config, parallel.device.type == "cuda"
-    share = share_of_batch(config, parallel.layout)
-    size = config.micro_batch_size or share
-    number = min(share // size, 2) * size
+    share_of_batch(config, parallel.layout)
     tracker = Tracker()
-    with tracker.watching() if not cuda else contextlib.nullcontext():
+    with contextlib.nullcontext() if cuda else tracker.watching():
         stage = begin_stage(config, parallel, job.start, job.others)
+        batches = make_batches(config, stage, job.sample, parallel.layout, tracker)
         if cuda:
-            return _on_cuda(stage, job, number, share)
+            return _on_cuda(stage, batches)
         tracker.name_parts = name_states(stage)
-        batches, rest = make_batches(config, stage, job.sample, number, share, tracker)
         usage = follow_update(stage, batches, tracker)
-        del rest
     return {name: peak.total for name, peak in usage.peaks.items()}
 
 
@@ -66,11 +70,10 @@ def compared(planned: Mapping[str, float], job: Job, parallel: Parallel) -> str:
     return table(["GiB at the peak of", "planned", how, "off by"], rows)
 
 
-def _on_cuda(stage: Stage, job: Job, number: int, share: int) -> dict[str, float]:
+def _on_cuda(stage: Stage, batches: PlannedBatches) -> dict[str, float]:
     for trained in stage.trained.values():
         trained.state()  # makes what the optimiser does not have yet
     device = stage.host.device
-    batches, rest = make_batches(job.config, stage, job.sample, number, share, Tracker())
     found = {}
     for name, part in stage.parts().items():
         torch.cuda.synchronize(device)
@@ -80,5 +83,4 @@ def _on_cuda(stage: Stage, job: Job, number: int, share: int) -> dict[str, float
             trained.zero_grad()
         torch.cuda.synchronize(device)
         found[name] = float(torch.cuda.max_memory_allocated(device))
-    del rest
     return found

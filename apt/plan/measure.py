@@ -7,14 +7,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from apt.checkpoints.info import SampleInfo
-from apt.data.dataset import Batch
 from apt.distributed.imagined import imagined_ranks
 from apt.distributed.mesh import Layout
 from apt.distributed.parallel import Parallel
@@ -30,11 +29,10 @@ from apt.plan.models import PlannedModel
 from apt.plan.tracking import OTHER, Tracker, Work
 from apt.plan.without_data import without_data
 from apt.train.config import TrainConfig
-from apt.train.loop import micro_batches
 
 __all__ = [
-    "Peak", "Usage", "begin_stage", "follow_update", "make_batches", "measure", "name_states",
-    "share_of_batch",
+    "Peak", "PlannedBatches", "Usage", "begin_stage", "follow_update", "make_batches", "measure",
+    "name_states", "share_of_batch",
 ]  # fmt: skip
 
 WEIGHTS = "weights"
@@ -151,7 +149,7 @@ def measure(
         ConfigError: a batch that the ranks cannot share, as the run itself would.
     """
     share = share_of_batch(config, layout)
-    size = config.micro_batch_size or share
+    number = share // (config.micro_batch_size or share)
     with contextlib.ExitStack() as stack:
         parallel = stack.enter_context(imagined_ranks(layout))
         if gpu:
@@ -164,27 +162,12 @@ def measure(
             stack.enter_context(host_memory(tracker))
         stage = begin_stage(config, parallel, start, others)
         tracker.name_parts = name_states(stage)
-        count = min(share // size, 2)
-        batches, _rest = make_batches(config, stage, sample, count * size, share, tracker)
+        batches = make_batches(config, stage, sample, layout, tracker)
         usage = follow_update(stage, batches, tracker)
-        return dataclasses.replace(usage, micro_batches=share // size)
+        return dataclasses.replace(usage, micro_batches=number)
 
 
-class _Watched(list[MicroBatch]):
-    """Micro-batches that tell what had been done each time that one is taken."""
-
-    def __init__(self, batches: Sequence[MicroBatch], tracker: Tracker) -> None:
-        super().__init__(batches)
-        self._tracker = tracker
-        self.before: list[Work] = []
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for batch in super().__iter__():
-            self.before.append(self._tracker.work.plus(Work()))
-            yield batch
-
-
-def follow_update(stage: Stage, batches: Sequence[MicroBatch], tracker: Tracker) -> Usage:
+def follow_update(stage: Stage, batches: PlannedBatches, tracker: Tracker) -> Usage:
     """One update of at most two micro-batches, and what it takes. The tracker has been entered.
 
     The first micro-batch stands for all but the last, which has the update's end with it.
@@ -200,15 +183,15 @@ def follow_update(stage: Stage, batches: Sequence[MicroBatch], tracker: Tracker)
 
         tracker.reset()
         with _marks(stage, tracker, mark):
-            watched = _Watched(batches, tracker)
-            part(watched, 0)
+            batches.before.clear()
+            part(batches, 0)
             for trained in stage.trained.values():
                 trained.zero_grad()  # as the loop of a run does
         mark()
         found[name] = tuple(stretches)
         whole = whole.plus(tracker.work)
-        if len(watched.before) > 1:
-            each = each.plus(watched.before[1].plus(watched.before[0], -1))
+        if len(batches.before) > 1:
+            each = each.plus(batches.before[1].plus(batches.before[0], -1))
     fixed = whole.plus(each.scaled(len(batches)), -1)
     return Usage(found, fixed, each, len(batches))
 
@@ -340,31 +323,63 @@ def begin_stage(
     return stage
 
 
-def make_batches(
-    config: TrainConfig,
-    stage: Stage,
-    sample: SampleInfo,
-    number: int,
-    share: int,
-    tracker: Tracker,
-) -> tuple[list[MicroBatch], Tensor]:
-    """So many samples in micro-batches, and memory as the rest of a rank's share takes.
+class PlannedBatches(Sequence[MicroBatch]):
+    """Micro-batches of which one at a time is on the device; the others wait in host memory.
 
-    What the loader gives is not the device's memory; the trainer has the whole share there.
+    Each time that one is taken, what had been done before is noted in `before`.
     """
-    codec = stage.codec
-    captions = ["a caption"] * number
-    with tracker.elsewhere():
-        if isinstance(codec, CachedCodec):
-            shape = codec.latent_shape(sample.frames, sample.height, sample.width)
-            latents = torch.zeros(number, codec.channels, *shape, dtype=torch.bfloat16)
-            batch = Batch(None, captions, 0, 0, latents=latents)
-        else:
-            pixels = torch.zeros(number, 3, sample.frames, sample.height, sample.width)
-            batch = Batch(pixels, captions, 0, 0)
-    size = config.micro_batch_size or number
-    one = dataclasses.replace(config, micro_batch_size=min(size, number))
-    batches = micro_batches(one, stage, batch)
-    rest = torch.empty(share - number, *batches[0].x.shape[1:], device=stage.host.device)
-    tracker.adopt([rest, [made.x for made in batches]], BATCH)
-    return batches, rest
+
+    def __init__(
+        self, config: TrainConfig, stage: Stage, sample: SampleInfo, number: int, tracker: Tracker
+    ) -> None:
+        size = config.micro_batch_size or config.batch_size
+        self._number = number
+        self._stage = stage
+        self._tracker = tracker
+        self._captions = ["a caption"] * size
+        self._shape = (size, 3, sample.frames, sample.height, sample.width)
+        codec = stage.codec
+        self.before: list[Work] = []
+        self._latents = isinstance(codec, CachedCodec)
+        if codec is not None and self._latents:
+            clip = codec.latent_shape(sample.frames, sample.height, sample.width)
+            self._shape = (size, codec.channels, *clip)
+
+    def __len__(self) -> int:
+        return self._number
+
+    @overload
+    def __getitem__(self, index: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[MicroBatch]: ...
+    def __getitem__(self, index: int | slice) -> MicroBatch | list[MicroBatch]:
+        numbers = range(self._number)[index]
+        if isinstance(numbers, range):
+            return [self[number] for number in numbers]
+        x = torch.zeros(self._shape, device=self._stage.host.device)
+        codec = self._stage.codec
+        if codec is not None and not self._latents:
+            half = (
+                self._stage.host.autocast()
+                if codec.encodes_in_autocast
+                else contextlib.nullcontext()
+            )
+            with torch.no_grad(), half:
+                x = codec.encode(x).float()
+        self._tracker.adopt(x, BATCH)
+        return MicroBatch(x, self._captions, numbers * len(self._captions))
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for number in range(self._number):
+            self.before.append(self._tracker.work.plus(Work()))
+            yield self[number]
+
+
+def make_batches(
+    config: TrainConfig, stage: Stage, sample: SampleInfo, layout: Layout, tracker: Tracker
+) -> PlannedBatches:
+    """A data rank's micro-batches, of which two stand for more. Raises ConfigError as the run."""
+    share = share_of_batch(config, layout)
+    size = config.micro_batch_size or share
+    sized = dataclasses.replace(config, micro_batch_size=size)
+    return PlannedBatches(sized, stage, sample, min(share // size, 2), tracker)
