@@ -60,11 +60,12 @@ ARROWS: dict[str, set[str]] = {
     "pipeline": {"sampling", "generate_options", "output_types"} | MODELS | BASE,
     "methods": {"kernels", "sampling", "losses", "metrics"} | MODELS | BASE,
     "train": {"kernels", "methods", "losses", "data", "metrics", "media"} | MODELS | BASE,
+    "plan": {"train", "methods", "kernels", "data"} | MODELS | BASE,
     "encode": {"data"} | MODELS | BASE,
     "evaluate": {"sampling", "pipeline", "data", "metrics", "media"} | MODELS | BASE,
 }
 # `train` and `pipeline` together are for the CLI alone; the public API names both, and loads none.
-ARROWS["__init__"] = set(ARROWS) - {"encode", "bench"}
+ARROWS["__init__"] = set(ARROWS) - {"encode", "bench", "plan"}
 ARROWS["cli"] = set(ARROWS) - {"__init__"}
 ARROWS["__main__"] = {"cli", "distributed"}
 

@@ -41,7 +41,8 @@ from apt.losses import (
     create_loss,
     list_losses,
 )
-from apt.methods.base import Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean_logs
+from apt.methods.base import Host, Method, MethodConfig, Metrics, MicroBatch, Part, Pass, mean_logs
+from apt.methods.spread import Spread, compared
 from apt.methods.terms import DiscriminatorTerm, FeatureMatching, Terms
 from apt.models.discriminator import (
     Discriminator,
@@ -330,16 +331,33 @@ class AdversarialPostTraining(Method):
     def parts(self) -> dict[str, Part]:
         return {"discriminator": self.discriminator_step, "generator": self.generator_step}
 
+    def passes(self) -> list[Pass]:
+        r1, terms = self.config.r1, self.config.terms
+        generator, discriminator = self.start.backbone, self.discriminator.backbone
+        shown = 2.0 + (r1.fraction if r1.weight else 0.0)
+        shown += terms.r2.fraction if terms.r2.weight else 0.0
+        shown += 1.0 if terms.mismatched.weight else 0.0
+        compares = terms.matching is not None or self.objective.needs_real
+        return [
+            Pass(generator, 1.0, 0),  # D's step: samples, D on all groups
+            Pass(discriminator, shown, 2),
+            Pass(generator, 1.0, 2),  # G's step, through D to its input
+            Pass(discriminator, 2.0 if compares else 1.0, 1),
+        ]
+
     def discriminator_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
         """One update of D, with G's samples made now."""
         trained = self.trained["discriminator"]
         trained.zero_grad()
         logs = []
         checks: Metrics = {}
+        fake, real = Spread(), Spread()
         for number, batch in enumerate(trained.accumulated(batches)):
             c = self.condition(batch)
             with torch.no_grad():
                 x_fake = self.draw_fake(batch, c, update, "discriminator/noise")
+            fake.add(x_fake)
+            real.add(batch.x)
             t = self.timesteps(batch, update, "discriminator/timestep")
             # Checkpointed blocks are computed again in the backward pass, with the same attention.
             with self.double_backward(), self.products():
@@ -350,7 +368,8 @@ class AdversarialPostTraining(Method):
                 (loss / len(batches)).backward()
             logs.append({f"discriminator/{name}": value for name, value in log.items()})
         norm = trained.step(update)
-        return {**mean_logs(logs), **checks, "discriminator/grad_norm": norm}
+        found = {**mean_logs(logs), **checks, **compared(fake, real)}
+        return {**found, "discriminator/grad_norm": norm}
 
     def _checks_rounding(self, update: int) -> bool:
         every = self.config.rounding_every

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,21 @@ class MicroBatch:
     def __len__(self) -> int:
         """b."""
         return len(self.captions)
+
+
+class Pass(NamedTuple):
+    """A forward pass of a backbone in an update, and how far it is gone back through.
+
+    Attributes:
+        backbone: as it is: of a depth, and with its blocks.
+        samples: that it sees for each sample of the batch.
+        backward: 0 for no gradients, 1 for those of its inputs, 2 for those of its weights too;
+            each takes as much as the pass.
+    """
+
+    backbone: DiffusionTransformer
+    samples: float
+    backward: Literal[0, 1, 2]
 
 
 Part = Callable[[Sequence[MicroBatch], int], Metrics]
@@ -341,6 +356,10 @@ class Stage(ABC):
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the trained networks."""
         return {}
+
+    def passes(self) -> Sequence[Pass]:
+        """What an update computes with backbones, for rates in the log; empty if it is not told."""
+        return []
 
     def warnings(self) -> list[str]:
         """What the user should know before the run costs time."""

@@ -17,7 +17,17 @@ from apt.checks import check_range
 from apt.condition import Condition
 from apt.losses import Consistency
 from apt.methods.apt import generate, one_step_sampling
-from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
+from apt.methods.base import (
+    Denoiser,
+    Host,
+    Method,
+    MethodConfig,
+    Metrics,
+    MicroBatch,
+    Part,
+    Pass,
+    mean,
+)
 from apt.models.architectures import untrained_timesteps
 from apt.models.transformer import DiffusionTransformer
 from apt.rng import sample_noise
@@ -83,6 +93,11 @@ class ConsistencyDistillation(Method):
 
     def prompts(self) -> list[str]:
         return [self.host.negative_prompt]
+
+    def passes(self) -> list[Pass]:
+        backbone = self.start.backbone
+        # The teacher under both prompts, the target, and the student.
+        return [Pass(backbone, 2.0, 0), Pass(backbone, 1.0, 0), Pass(backbone, 1.0, 2)]
 
     def parts(self) -> dict[str, Part]:
         return {"generator": self.generator_step}

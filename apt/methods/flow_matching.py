@@ -17,7 +17,17 @@ from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
 from apt.flow import sampling_timesteps, shift_timesteps
 from apt.losses import FlowMatching
-from apt.methods.base import Denoiser, Host, Method, MethodConfig, Metrics, MicroBatch, Part, mean
+from apt.methods.base import (
+    Denoiser,
+    Host,
+    Method,
+    MethodConfig,
+    Metrics,
+    MicroBatch,
+    Part,
+    Pass,
+    mean,
+)
 from apt.rng import sample_noise
 from apt.sampling import bind_guided, sample
 
@@ -99,6 +109,9 @@ class FlowMatchingPretraining(Method):
 
     def prompts(self) -> list[str]:
         return [self.host.negative_prompt]
+
+    def passes(self) -> list[Pass]:
+        return [Pass(self.start.backbone, 1.0, 2)]
 
     def parts(self) -> dict[str, Part]:
         return {"generator": self.generator_step}

@@ -16,8 +16,6 @@ from apt.train.config import TrainConfig
 
 __all__ = ["Choice", "choose", "ways"]
 
-_LONGEST = 8  # ranks that share the tokens of a sample: those of one machine
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -41,8 +39,9 @@ def choose(
     """Try layouts from the one that sends least to the one that holds least, until one fits.
 
     A layout that the configuration names (`parallel`) is tried alone. Ways to hold less that leave
-    results as they are come next in each: D's groups in two forwards, and inputs of blocks in host
-    memory; a way to compute less, keeping what attention gave, once there is room.
+    results as they are come next in each: D's groups in two forwards, and, where no more ranks can
+    share a sample, inputs of blocks in host memory, as nothing hides those copies; a way to compute
+    less, keeping what attention gave, once there is room.
 
     Args:
         job: what is to be trained.
@@ -55,13 +54,13 @@ def choose(
     """
     tried: list[Estimate] = []
     refused: list[tuple[ParallelConfig, str]] = []
-    for parallel in _layouts(job.config, ranks, gpu):
+    for parallel, last in _layouts(job.config, ranks, gpu):
         config = dataclasses.replace(job.config, parallel=parallel)
         try:
             config.stage.check_sharded() if ranks > 1 else None
             if parallel.sequence > 1:
                 config.stage.check_sequence()
-            for way in ways(config):
+            for way in ways(config, last=last):
                 tried.append(assess(way))
                 if tried[-1].fits:
                     break
@@ -83,29 +82,33 @@ def choose(
     return Choice(taken, tuple(tried), tuple(refused))
 
 
-def _layouts(config: TrainConfig, ranks: int, gpu: PlannedGpu) -> Iterator[ParallelConfig]:
-    """Those that are to be tried, in order."""
+def _layouts(
+    config: TrainConfig, ranks: int, gpu: PlannedGpu
+) -> Iterator[tuple[ParallelConfig, bool]]:
+    """Those that are to be tried, in order, and whether no more ranks can share a sample."""
     given = config.parallel
     if given != dataclasses.replace(ParallelConfig(), reduce_once=given.reduce_once):
         given.layout(ranks)
-        yield given
+        yield given, True
         return
     copy = min(ranks, gpu.node)
     while copy <= ranks:
-        for sequence in (1, 2, 4, 8):
-            if ranks % copy == 0 and copy % sequence == 0 and sequence <= _LONGEST:
-                yield dataclasses.replace(given, replicate=ranks // copy, sequence=sequence)
+        fit = [n for n in (1, 2, 4, 8) if ranks % copy == 0 and copy % n == 0]
+        for sequence in fit:
+            one = dataclasses.replace(given, replicate=ranks // copy, sequence=sequence)
+            yield one, sequence == fit[-1]
         copy *= 2
 
 
-def ways(config: TrainConfig) -> Iterator[TrainConfig]:
-    """The configuration, and then those of the same results that hold less."""
+def ways(config: TrainConfig, *, last: bool) -> Iterator[TrainConfig]:
+    """The configuration, and then those of the same results that hold less; with host memory if it
+    is the `last` resort."""
     yield config
     stage: Any = config.stage
     if getattr(stage, "discriminator_forwards", 2) == 1:
         stage = dataclasses.replace(stage, discriminator_forwards=2)
         yield dataclasses.replace(config, stage=stage)
-    if not config.checkpointing.offloads and config.parallel.sequence in (1, _LONGEST):
+    if last and not config.checkpointing.offloads:
         checkpointing = Checkpointing(offloads=True)
         yield dataclasses.replace(
             config, stage=stage, activation_checkpointing=True, checkpointing=checkpointing

@@ -37,6 +37,7 @@ from apt.train.retention import Retention
 from apt.train.run_state import State, write_state
 from apt.train.sample_sheets import decode_samples, draw_samples, write_sheet
 from apt.train.signals import StopRequest
+from apt.train.speed import Update, speed
 from apt.train.weights_and_biases import WandbLog
 
 __all__ = ["Run", "micro_batches"]
@@ -80,6 +81,7 @@ class Run:
         self.notes: list[str] = []
         self.saved = self.position  # of the newest checkpoint
         self.moved = self._moves()
+        self.latent_shape: tuple[int, ...] | None = None  # of the newest samples
         self.draws = True
         self.drawn = time.monotonic()
 
@@ -155,6 +157,8 @@ class Run:
         shows = bool(config.sample_every) and (self.done + 1) % config.sample_every == 0
         needed = due or shows
         micro_batches = self.compute(partial(self._micro_batches, batch)) if needed else []
+        if micro_batches:
+            self.latent_shape = tuple(micro_batches[0].x.shape[2:])
         for name, part in due.items():
             means = self.parallel.mean(self.compute(partial(part, micro_batches, self.done)))
             for trained in self.stage.trained.values():
@@ -186,11 +190,11 @@ class Run:
         seconds = time.monotonic() - begin
         if shown is not None:
             metrics |= self._show(update, shown)
-        timing = {
-            "speed/seconds_per_update": seconds,
-            "speed/samples_per_second": config.batch_size / max(seconds, 1e-9),
-            "speed/data_wait_seconds": waited,
-        }
+        timing = speed(
+            Update(seconds, waited, config.batch_size, self.latent_shape),
+            self.stage.passes(),
+            self.parallel,
+        )
         memory = peak_memory(self.parallel.device)
         if memory is not None:
             timing["speed/peak_memory_gib"] = memory / 2**30
