@@ -12,12 +12,16 @@ HEALTHY = {
     "discriminator/input_gradient": 0.3,
     "samples/contrast": 0.4,
     "samples/diversity": 0.3,
+    "samples/relative_contrast": 0.9,
+    "samples/relative_diversity": 0.9,
 }
 BAD = {
     "discriminator/loss": 0.001,
     "discriminator/input_gradient": 1e-9,
     "samples/contrast": 0.0,
     "samples/diversity": 0.0,
+    "samples/relative_contrast": 0.01,
+    "samples/relative_diversity": 0.01,
 }
 
 
