@@ -67,11 +67,14 @@ def main(args: Sequence[str], *, prog: str) -> int:
     if not 0 < options.utilization <= 1:
         raise InputError(f"--utilization must be above 0 and at most 1, got {options.utilization}")
 
+    from apt.methods.base import MethodConfig
     from apt.plan.gpus import find_gpu
     from apt.plan.plan import job_of, plan
     from apt.plan.report import report
 
     gpu = find_gpu(options.gpu)
+    # Of stages in a row, those that train a generator; one alone is told that it cannot be planned.
+    configs = [c for c in configs if isinstance(c.stage, MethodConfig)] or configs
     reports = []
     for config in configs:
         job = job_of(config, options.model)

@@ -120,19 +120,23 @@ class PlannedTensor(StoredTensor):
 class PlannedText(TextEncoder):
     """Embeddings of a fixed length for any prompt, as a cache would have them."""
 
+    _here: torch.Tensor
+
     def __init__(self, config: Any, length: int) -> None:
         super().__init__()
         self.config = config
         self.embedding_dim = config.text_dim
         self.max_length = length
         self._pooled = int(getattr(config, "pooled_dim", 0))
+        # Moves with the module, and says where embeddings have to be.
+        self.register_buffer("_here", torch.empty(0), persistent=False)
 
     def forward(self, prompts: Sequence[str]) -> EncodedText:
         """(R, S, E) of zeros, and (R, P) if the backbone reads a pooled vector."""
         rows = len(prompts)
-        pooled = torch.zeros(rows, self._pooled) if self._pooled else None
-        tokens = torch.zeros(rows, self.max_length, self.embedding_dim)
-        return EncodedText(tokens, pooled=pooled)
+        here = self._here
+        pooled = here.new_zeros(rows, self._pooled) if self._pooled else None
+        return EncodedText(here.new_zeros(rows, self.max_length, self.embedding_dim), pooled=pooled)
 
     def check(self, prompts: Sequence[str]) -> None:
         """Takes any."""
