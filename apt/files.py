@@ -100,7 +100,7 @@ def write_safetensors(
                 raise ValueError(f"{name} is another tensor than was said")
             flat = tensor.contiguous().reshape(-1)
             if flat.numel():
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
+                file.write(flat.view(torch.uint8).numpy().data)
 
 
 class _Kind(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 
 from apt.checkpoints.info import ComponentInfo
 from apt.checkpoints.layouts import Family, diffusion_model, family_marks, family_of, map_keys
-from apt.checkpoints.origin import Origin
+from apt.checkpoints.origin import Origin, begin_at
 from apt.checkpoints.safetensors import StoredTensor, read_stored
 from apt.checkpoints.weights import check_fit, fill
 from apt.errors import CheckpointError, InputError
@@ -53,7 +53,7 @@ class Checkpoint:
         source, marks = str(self.weights), family_marks()
         if torch.device(device).type == "meta":
             check_fit(module, pieces, source=source, marks=marks)
-            module.origin = Origin(pieces, source)
+            begin_at(module, Origin(pieces, source))
             return module.eval()
         fill(module, pieces, source=source, device=device, marks=marks)
         return module.to(device).eval()

@@ -49,6 +49,15 @@ class _Awaited(NamedTuple):
     piece: Piece
 
 
+def begin_at(module: Any, origin: Origin) -> None:
+    """Say where the weights of a module on the meta device are, which it has in full as yet."""
+    module.origin = origin
+    for layer in module.modules():
+        # Rows that it was built without are not in the files either.
+        if hasattr(layer, "stored_rows"):
+            del layer.stored_rows
+
+
 def fill_from_origins(
     network: nn.Module, device: torch.device, frozen: Frozen | None = None
 ) -> None:

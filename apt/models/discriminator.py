@@ -166,7 +166,7 @@ def discriminate_groups(
             f"groups {dict(zip(groups, sizes, strict=True))} must add up to the "
             f"{x.shape[0]} samples of x"
         )
-    if apart in groups and len(groups) > 1:
+    if apart is not None and apart in groups and len(groups) > 1:
         parts = dict(zip(groups, x.split(sizes), strict=True))
         found: dict[str, DiscriminatorOutput] = {}
         for names in ([name for name in groups if name != apart], [apart]):

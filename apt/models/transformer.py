@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,13 +125,15 @@ def keep_rows(layer: nn.Linear, *rows: slice) -> nn.Linear:
     It says which, in `stored_rows`, for weights that are yet to come from a file.
     """
     weight = torch.cat([layer.weight[part] for part in rows])
-    kept = nn.Linear(layer.in_features, len(weight), bias=layer.bias is not None, device="meta")
+    kept: Any = nn.Linear(
+        layer.in_features, len(weight), bias=layer.bias is not None, device="meta"
+    )
     kept.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     if layer.bias is not None:
         bias = torch.cat([layer.bias[part] for part in rows])
         kept.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
     kept.stored_rows = rows
-    return kept
+    return cast(nn.Linear, kept)
 
 
 def described_weights(module: nn.Module) -> str:

@@ -14,7 +14,7 @@ import torch
 from apt.checkpoints.bundle import ModelBundle, component_info
 from apt.checkpoints.info import ComponentInfo, ModelInfo, SampleInfo
 from apt.checkpoints.load import describe_model
-from apt.checkpoints.origin import Origin
+from apt.checkpoints.origin import Origin, begin_at
 from apt.checkpoints.safetensors import StoredTensor
 from apt.checkpoints.source import list_pretrained
 from apt.checkpoints.weights import Piece
@@ -85,7 +85,7 @@ class PlannedModel:
             key: Piece(PlannedTensor(file, key, tuple(value.shape), "F32"))
             for key, value in backbone.state_dict().items()
         }
-        backbone.origin = Origin(pieces, str(file))
+        begin_at(backbone, Origin(pieces, str(file)))
         return backbone.eval()
 
     def _text_encoder(self) -> TextEncoder:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.lora import LoRALayer
+from apt.checkpoints.lora.layers import Layer
 from apt.checkpoints.origin import BASE_LAYER, stored_piece
 from apt.errors import ConfigError, MissingPackageError
 from apt.models.transformer import DiffusionTransformer
@@ -19,19 +21,26 @@ from apt.train.state import model_state
 _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-def add_adapters(backbone: DiffusionTransformer, config: LoRAConfig, *, seed: int) -> None:
+def add_adapters(
+    backbone: DiffusionTransformer,
+    config: LoRAConfig,
+    *,
+    seed: int,
+    begun: Mapping[str, Layer] = MappingProxyType({}),
+) -> None:
     """Put adapters beside linear layers, in place; only they train from now on.
 
-    They begin as no change. Does nothing if the rank is 0.
+    They begin as no change, or as those that are given. Does nothing if the rank is 0.
 
     Args:
         backbone: whose blocks get them.
         config: rank, alpha, and which layers.
         seed: of their random halves.
+        begun: adapters to go on from, by module name.
 
     Raises:
         MissingPackageError: peft is not installed.
-        ConfigError: no layer has one of the names.
+        ConfigError: no layer has one of the names, or `begun` are of other layers or another rank.
     """
     if not config.rank:
         return
@@ -48,6 +57,8 @@ def add_adapters(backbone: DiffusionTransformer, config: LoRAConfig, *, seed: in
     )
     peft.inject_adapter_in_model(options, backbone)
     _begin(backbone, seed)
+    if begun:
+        _go_on(backbone, config, begun)
 
 
 class BaseWeights(Mapping[str, Tensor]):
@@ -76,7 +87,7 @@ class BaseWeights(Mapping[str, Tensor]):
             piece = stored_piece(self._network, ours)
             if piece is not None:
                 with piece.stored.mapped() as stored:
-                    return piece.take(stored).float()
+                    return piece.take(stored).to(torch.float32, copy=True)
         return self._state[ours]
 
     def __iter__(self) -> Iterator[str]:
@@ -106,6 +117,29 @@ def _begin(backbone: DiffusionTransformer, seed: int) -> None:
             generator = generator_for(seed, "adapter", name)
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
         layer.weight = nn.Parameter(weight)
+
+
+@torch.no_grad()
+def _go_on(backbone: DiffusionTransformer, config: LoRAConfig, begun: Mapping[str, Layer]) -> None:
+    """Put adapters of before in the place of new ones."""
+    scale = (config.alpha or config.rank) / config.rank
+    parameters = dict(backbone.named_parameters())
+    places = {name.removesuffix(_DOWN) for name in parameters if name.endswith(_DOWN)}
+    if places != begun.keys():
+        odd = sorted(places ^ begun.keys())
+        raise ConfigError(
+            f"the adapters to go on from are beside other layers than lora.targets says, such as "
+            f"{odd[0]}; use the options that they were trained with"
+        )
+    for name, layer in begun.items():
+        down, up = parameters[name + _DOWN], parameters[name + _UP]
+        if not isinstance(layer, LoRALayer) or layer.down.shape != down.shape:
+            raise ConfigError(
+                f"lora.rank is {config.rank}, and the adapter of {name} to go on from is another; "
+                "use the options that it was trained with"
+            )
+        down.copy_(layer.down)
+        up.copy_(layer.up * (layer.scale / scale))
 
 
 def _targets(backbone: DiffusionTransformer, wanted: tuple[str, ...]) -> list[str]:

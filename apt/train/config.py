@@ -144,14 +144,22 @@ class LoRAConfig:
         targets: ends of the names of linear layers, such as "attn1.to_q"; empty takes all in the
             blocks.
         discriminator: D's backbone gets adapters as well; its heads train in full.
+        base: the model that the adapters of the generator's folder were trained on. They go on from
+            there, beside that model's weights, which on one GPU all networks that start from it
+            share. Empty: the weights with those adapters merged in are the base of new ones.
     """
 
     rank: int = 0
     alpha: int = 0
     targets: tuple[str, ...] = ()
     discriminator: bool = True
+    base: str = ""
 
     def __post_init__(self) -> None:
+        if self.base and not self.rank:
+            raise ConfigError(
+                "lora.base is for adapters that go on; set --lora.rank to that of the generator's"
+            )
         if self.rank < 0 or self.alpha < 0:
             raise ConfigError(
                 f"lora.rank and lora.alpha must not be negative, got {self.rank} and {self.alpha}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import ModelInfo
 from apt.checkpoints.load import describe_model, load_model
+from apt.checkpoints.lora import find_lora, load_lora
+from apt.checkpoints.lora.layers import Layer
 from apt.checkpoints.origin import Frozen, fill_from_origins
 from apt.distributed.collectives import everywhere
 from apt.distributed.parallel import Parallel
@@ -81,8 +83,14 @@ class RunHost:
         config = self.config
         backbone.set_checkpointing(config.activation_checkpointing and config.checkpointing)
         backbone.narrow_residual = config.bf16_residual
-        if self.config.lora.discriminator or not discriminator:
-            add_adapters(backbone, self.config.lora, seed=self.seed)
+        if discriminator and not config.lora.discriminator:
+            return
+        begun: Mapping[str, Layer] = {}
+        if config.lora.base and not discriminator:
+            field = config.stage.starts_from
+            assert field is not None, "adapters are of stages that start from a model"
+            begun = load_lora(find_lora(config.stage.source(field)), backbone).layers
+        add_adapters(backbone, config.lora, seed=self.seed, begun=begun)
 
     def train(
         self,

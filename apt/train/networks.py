@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,19 @@ def initial_bundle(config: TrainConfig, objects: Objects = NO_OBJECTS) -> ModelB
     field = config.stage.starts_from
     if field is None:
         return _new_bundle(config, objects)
+    bundle = _started_bundle(config, objects, field)
+    if config.lora.base:
+        base = load_model(config.lora.base, device="meta")
+        if base.config != bundle.backbone.config:
+            raise ConfigError(
+                f"lora.base {config.lora.base!r} is another architecture than "
+                f"{config.stage.source(field)!r}; name the model that its adapters were trained on"
+            )
+        bundle = dataclasses.replace(bundle, backbone=base)
+    return bundle
+
+
+def _started_bundle(config: TrainConfig, objects: Objects, field: str) -> ModelBundle:
     cache = config.data.make_source().latent_cache()
     if field in objects.bundles:
         bundle = objects.bundles[field]

@@ -92,5 +92,8 @@ def provenance(config: TrainConfig, updates: int, weights: str) -> dict[str, Any
             *(f"data.options.{name}" for name in config.data.make_source().names_folders),
             *(f"stage.{name}" for name in config.stage.names_folders),
         ],
-        "models": [f"stage.{field}" for field in config.stage.names_models],
+        "models": [
+            *(f"stage.{field}" for field in config.stage.names_models),
+            *(["lora.base"] if config.lora.base else []),
+        ],
     }

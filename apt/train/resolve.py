@@ -15,10 +15,12 @@ from apt.registry import replace_typed
 from apt.train.config import DataConfig, TrainConfig
 from apt.train.objects import NO_OBJECTS, Objects
 
-__all__ = ["advice", "prompt_check", "resolve"]
+__all__ = ["advice", "prompt_check", "resolve", "rounded"]
 
 # The share of an exported average that the weights may have which the run began with.
 _STALE = 0.05
+# The share of a batch that may be added or left out so that it divides by the ranks.
+_ROUNDING = 0.02
 
 
 def resolve(
@@ -44,6 +46,26 @@ def resolve(
     elif warmup is None:
         warmup = config.stage.starts_from is None and _stale_share(config) > _STALE
     return dataclasses.replace(config, data=_with_size(config.data, start), ema_warmup=warmup)
+
+
+def rounded(config: TrainConfig, data_size: int) -> tuple[TrainConfig, str | None]:
+    """A batch size that does not divide by the ranks made one that does, and what is said of it.
+
+    Only where that is next to nothing; the loader says what is wrong with others.
+
+    Args:
+        data_size: ranks, or groups of them, that have samples of their own.
+    """
+    unit = data_size * max(config.micro_batch_size, 1)
+    size = max(1, round(config.batch_size / unit)) * unit
+    if size == config.batch_size or abs(size - config.batch_size) > _ROUNDING * config.batch_size:
+        return config, None
+    each = f" with micro-batches of {config.micro_batch_size}" if config.micro_batch_size else ""
+    said = (
+        f"batch_size {config.batch_size} does not divide by {data_size} ranks{each}: rounded to "
+        f"{size}; --batch-size {size} continues the run on other numbers of ranks"
+    )
+    return dataclasses.replace(config, batch_size=size), said
 
 
 def prompt_check(config: TrainConfig, objects: Objects = NO_OBJECTS) -> PromptCheck | None:

@@ -117,6 +117,7 @@ def check_resumable(
         **_by_option(asdict(ParallelConfig()), "parallel."),
         **_by_option(asdict(Checkpointing()), "checkpointing."),
         "bf16_residual": False,
+        "lora.base": "",
         "stage.discriminator_forwards": 1,
         "ema_warmup": False,
         "wandb_project": "",

@@ -25,7 +25,7 @@ from apt.train.lock import RunLock
 from apt.train.loop import Run
 from apt.train.objects import NO_OBJECTS, Objects, check_same_objects
 from apt.train.parts_done import PartsDone
-from apt.train.resolve import advice, prompt_check, resolve
+from apt.train.resolve import advice, prompt_check, resolve, rounded
 from apt.train.resume import Resume, check_resumable, find_start, recorded_objects
 from apt.train.signals import StopRequest
 
@@ -155,6 +155,7 @@ def _prepare(
     meta = checkpoint.read_meta(found) if found is not None else None
     start = _start(config, objects)
     config = resolve(objects.named(config), start, None if meta is None else meta["config"])
+    config, rounding = rounded(config, parallel.data_size)
     taken: list[str] = []
     if found is not None and meta is not None:
         taken = check_resumable(config, meta, found, checkpoint.step_of(found))
@@ -172,6 +173,8 @@ def _prepare(
         checkpoint.load(found, state, verified=True)
     done = PartsDone.from_meta(meta)
     made = Run(config, stage, parallel, dataset, state, done, lock, stop, kinds)
+    if rounding:
+        made.notes.append(rounding)
     if found is not None and meta is not None:
         made.retention.trust(found)
         if taken:

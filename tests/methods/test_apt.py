@@ -35,6 +35,7 @@ from tests.train.tiny_methods import (
     adversarial,
     assert_same_gradients,
     build,
+    floats,
     gradients,
     micro_batches,
     save_start,
@@ -384,6 +385,19 @@ def test_every_weight_of_both_networks_trains(tmp_path: Path) -> None:
     stage.update(micro_batches(), 0)
     for old, module in zip(before, networks(stage), strict=True):
         assert unchanged(old, weights(module)) == set()
+
+
+def test_two_forwards_of_the_discriminator_give_the_gradients_of_one(tmp_path: Path) -> None:
+    results = []
+    for forwards in (1, 2):
+        stage = adversarial(
+            tmp_path, train={"optimizer": FROZEN}, discriminator_forwards=forwards,
+            terms=Terms(r2=ApproximateR2(weight=3.0)),
+        )  # fmt: skip
+        metrics = stage.discriminator_step(micro_batches(), 0)
+        results.append((floats(metrics), gradients(stage.discriminator)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+    assert_same_gradients(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("exact", [False, True])

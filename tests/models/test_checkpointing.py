@@ -14,7 +14,7 @@ from apt.kernels import attention_backend
 from apt.models.checkpointing import Checkpointing
 from tests.models.backbones import CASES, DEPTH
 
-FAMILIES = ("mmdit_small", "mmdit_block_modulation", "sd3.5_large", "wan2.1_t2v_1.3b")
+FAMILIES = ("apt_8b", "mmdit_block_modulation", "sd3.5_large", "wan2.1_t2v_1.3b")
 WAYS = {
     "all": None,
     "inputs": Checkpointing(),
@@ -77,7 +77,7 @@ def test_every_way_gives_the_same_gradients_and_keeps_what_it_says(family: str) 
 @pytest.mark.parametrize(
     ("family", "wide"),
     [
-        ("mmdit_small", True),
+        ("apt_8b", True),
         ("mmdit_block_modulation", False),
         ("sd3.5_large", False),
         ("wan2.1_t2v_1.3b", False),
@@ -101,8 +101,8 @@ def test_the_residual_stream_under_autocast(family: str, wide: bool) -> None:
 
 
 def test_in_fp32_a_narrow_residual_changes_nothing() -> None:
-    x, t, c = CASES["mmdit_small"].inputs()
-    model = CASES["mmdit_small"].build()
+    x, t, c = CASES["apt_8b"].inputs()
+    model = CASES["apt_8b"].build()
     expected = model(x, t, c)
     model.narrow_residual = True
     assert torch.equal(model(x, t, c), expected)

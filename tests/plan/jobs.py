@@ -34,7 +34,7 @@ def job(stage: MethodConfig, **changes: Any) -> Job:
         run_dir="unused",
         stage=stage,
         model=ModelConfig(
-            options={**SHAPE, "in_channels": 768, "patch_size": (1, 1, 1)},
+            options={**SHAPE, "pooled_dim": 64},
             text_encoder_options={"width": 64, "depth": 1, "num_heads": 2},
         ),
         **{"batch_size": 8, "device": "cpu", "ema_warmup": False, **changes},

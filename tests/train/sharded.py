@@ -45,6 +45,7 @@ LAYOUTS = {
     "two": (2, ParallelConfig()),
     "four": (4, ParallelConfig()),
     "hybrid": (4, ParallelConfig(replicate=2)),
+    "once": (2, ParallelConfig(reduce_once=True)),
 }
 # A large eps: the first updates would else be the gradient's sign, which rounding can flip.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, eps=1e-2)
@@ -156,7 +157,9 @@ def main(root: Path, names: list[str]) -> None:
                 for precision in ("fp32", "bf16"):
                     key = f"{stage} {precision}"
                     folder = root / name / stage if precision == "fp32" else None
-                    found = train(config(root, stage, precision), parallel, folder)
+                    layout = LAYOUTS[name][1]
+                    chosen = config(root, stage, precision, parallel=layout)
+                    found = train(chosen, parallel, folder)
                     weights[key] = found.pop("weights")
                     report[key] = found
             report["stream"] = stream(root / "deep", name, parallel)

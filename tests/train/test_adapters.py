@@ -124,3 +124,74 @@ def test_the_model_is_merged_and_the_adapters_alone_make_it_from_the_start(
         else:
             expected = trained.module(batch.x, t, c)
         torch.testing.assert_close(result(batch.x, t, c), expected, rtol=1e-4, atol=1e-4)
+
+
+def bases(stage: Method, name: str) -> dict[str, Tensor]:
+    parameters = stage.trained[name].module.named_parameters()
+    return {key: value for key, value in parameters if ".base_layer." in key}
+
+
+def test_networks_from_one_file_share_what_does_not_train(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, train=settings(), discriminator=str(tmp_path / "generator"))
+    generator, discriminator = bases(stage, "generator"), bases(stage, "discriminator")
+    shared = generator.keys() & discriminator.keys()
+    # But for the rows that D's last block does not need.
+    assert len(shared) > 10
+    assert all(
+        generator[key] is discriminator[key]
+        for key in shared
+        if generator[key].shape == discriminator[key].shape
+    )
+    before = {key: value.clone() for key, value in generator.items()}
+    for update in range(2):
+        stage.update(micro_batches(), update)
+    assert all(torch.equal(value, before[key]) for key, value in generator.items())
+    assert all(p.requires_grad for n, p in stage.generator.module.named_parameters() if "lora" in n)
+    distilled = distill(tmp_path / "d", train=settings())
+    teacher = dict(distilled.teacher.named_parameters())
+    for key, value in bases(distilled, "generator").items():
+        assert value is teacher[key.replace(".base_layer.", ".")]
+        assert value is dict(distilled.target.named_parameters())[key]
+
+
+def test_a_base_in_bf16_is_exported_as_the_file_has_it(tmp_path: Path) -> None:
+    stage = distill(tmp_path, train={**settings(), "precision": "bf16"})
+    inside = bases(stage, "generator")
+    assert {value.dtype for value in inside.values()} == {torch.bfloat16}
+    stage.update(micro_batches(), 0)
+    export_method(stage, tmp_path / "out", updates=1, weights="raw")
+    result, start = load_model(tmp_path / "out"), load_model(tmp_path / "generator")
+    merge_lora(start, load_lora(tmp_path / "out" / LORA_FILE, start))
+    for name, value in result.state_dict().items():
+        torch.testing.assert_close(start.state_dict()[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_adapters_go_on_beside_the_model_that_they_were_trained_on(tmp_path: Path) -> None:
+    distilled = distill(tmp_path, train=settings())
+    for update in range(2):
+        distilled.update(micro_batches(), update)
+    export_method(distilled, tmp_path / "out", updates=2, weights="raw")
+    base = str(tmp_path / "generator")
+
+    def go_on(**lora: Any) -> Any:
+        options = settings(base=base, **lora)
+        start = {"generator": str(tmp_path / "out"), "discriminator": base}
+        return adversarial(tmp_path, train=options, **start)
+
+    stage = go_on()
+    exported = load_model(tmp_path / "out")
+    batch = micro_batches()[0]
+    c, t = stage.encode(batch.captions), torch.ones(len(batch.x))
+    with torch.no_grad():
+        expected = exported(batch.x, t, c)  # type: ignore[operator]
+        torch.testing.assert_close(
+            stage.generator.module(batch.x, t, c), expected, rtol=1e-4, atol=1e-5
+        )
+    key = next(iter(bases(stage, "generator")))
+    assert bases(stage, "generator")[key] is bases(stage, "discriminator")[key]
+    with pytest.raises(ConfigError, match="other layers"):
+        go_on(targets=("qkv",))
+    with pytest.raises(ConfigError, match="rank is 3"):
+        go_on(rank=3)
+    with pytest.raises(ConfigError, match=r"lora\.base"):
+        LoRAConfig(base=base)

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.train.sharded import LAYOUTS
+
 ROOT = Path(__file__).parents[2]
 STAGES = ("pretrain", "distill", "apt")
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("four", "hybrid")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("four", "hybrid", "once")]
 
 
 class Found:
@@ -40,7 +42,7 @@ class Found:
         if (self.folder / f"{name}.pt").is_file():
             return
         # Those of the default suite together, as are those of the slow one.
-        names = ["one", "two"] if name in ("one", "two") else ["four", "hybrid"]
+        names = ["one", "two"] if name in ("one", "two") else ["four", "hybrid", "once"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "tests.train.sharded", str(self.folder), *names]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -96,8 +98,8 @@ def test_the_export_is_that_of_one_rank(found: Found, name: str, stage: str) -> 
 
 @pytest.mark.parametrize("name", ["one", "two", *SLOW])
 def test_no_rank_holds_a_whole_model_while_it_is_loaded(found: Found, name: str) -> None:
-    ranks = {"one": 1, "two": 2}.get(name, 4)
-    copies = 2 if name == "hybrid" else 1
+    ranks = LAYOUTS[name][0]
+    copies = LAYOUTS[name][1].replicate
     for rank in range(ranks):
         stream = found.report(name, rank)["stream"]
         # Its share, rounded up to whole rows, and never a whole tensor beside it.
@@ -109,7 +111,7 @@ def test_no_rank_holds_a_whole_model_while_it_is_loaded(found: Found, name: str)
 def test_a_model_goes_from_its_ranks_to_a_file_one_tensor_at_a_time(
     found: Found, name: str
 ) -> None:
-    ranks = {"one": 1, "two": 2}.get(name, 4)
+    ranks = LAYOUTS[name][0]
     for rank in range(ranks):
         stream = found.report(name, rank)["stream"]
         # Gathered, and beside it what the collective gathers into.
