@@ -84,6 +84,8 @@ def test_a_limit_of_zero_switches_a_check_off():
         min_input_gradient=0.0,
         min_contrast=0.0,
         min_diversity=0.0,
+        min_relative_contrast=0.0,
+        min_relative_diversity=0.0,
     )
     assert run(config, [BAD | {"discriminator/logit_gap": 10.0**i} for i in range(9)]) == []
 
