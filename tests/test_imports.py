@@ -57,6 +57,7 @@ ARROWS: dict[str, set[str]] = {
     "pipeline": {"generate_options"} | MODELS | BASE,
     "methods": {"kernels", "losses", "metrics"} | MODELS | BASE,
     "train": {"kernels", "methods", "losses", "data", "metrics", "media"} | MODELS | BASE,
+    "plan": {"train", "methods", "kernels", "data"} | MODELS | BASE,
     "encode": {"data"} | MODELS | BASE,
     "evaluate": {
         "generate_options",
@@ -72,7 +73,7 @@ ARROWS: dict[str, set[str]] = {
     "inside": {"pipeline", "generate_options", "media"} | MODELS | BASE,
 }
 # `train` and `pipeline` together are for the CLI alone; the public API names both, and loads none.
-ARROWS["__init__"] = set(ARROWS) - {"encode", "bench"}
+ARROWS["__init__"] = set(ARROWS) - {"encode", "bench", "plan"}
 ARROWS["cli"] = set(ARROWS) - {"__init__"}
 ARROWS["__main__"] = {"cli", "distributed"}
 

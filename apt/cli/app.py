@@ -52,6 +52,7 @@ COMMANDS = {
     "generate": Command("apt.cli.generate", "videos or images from prompts"),
     "tags": Command("apt.cli.tags", "how a generated file was made"),
     "train": Command("apt.cli.train", "run a training recipe"),
+    "plan": Command("apt.cli.plan", "memory, time and layout of a recipe on so many GPUs"),
     "data digits": Command("apt.cli.data_digits", "write the built-in data set as video files"),
     "data vizdoom": Command("apt.cli.data_vizdoom", "render first-person clips as video files"),
     "data encode": Command("apt.cli.data_encode", "videos as latents, encoded once for all runs"),

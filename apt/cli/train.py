@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 import tyro
 
@@ -28,6 +28,16 @@ from apt.train.run_state import exit_status
 from apt.train.sequence import is_finished, move_runs
 from apt.train.signals import StopRequest
 from apt.train.trainer import laid_out, run
+
+
+class HasConfig(Protocol):
+    """The options of a command that names a recipe."""
+
+    @property
+    def config(self) -> TrainConfig: ...
+
+
+O = TypeVar("O", bound=HasConfig)  # noqa: E741
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,30 +87,14 @@ class Train(Options):
 
 def main(args: Sequence[str], *, prog: str) -> int:
     """Resolve the recipe, then print it or train its stages one after the other."""
-    begun = _begin(args, prog)
-    stages = begun.stages
-    with _one_usage_message():
-        parsed = [
-            tyro.cli(
-                Train,
-                args=begun.rest,
-                prog=f"{prog} {begun.words}",
-                description=begun.description,
-                default=Train(config=_without_options(stage), resume=begun.resume),
-                # A recipe's stage is of one kind; its fields are options, not a choice of kinds.
-                config=(tyro.conf.AvoidSubcommands,),
-            )
-            for stage in stages
-        ]
-    configs = [_with_options(one.config, stage) for one, stage in zip(parsed, stages, strict=True)]
-    options = parsed[0]
+    options, configs = parse_recipe(
+        lambda config, resume: Train(config=config, resume=resume), Overview, args, prog
+    )
     if options.resume and options.continue_:
         raise InputError(
             "--resume and --continue exclude each other: --resume needs a run to continue, "
             "--continue starts one if there is none"
         )
-    if len(configs) > 1 and len({config.run_dir for config in configs}) == 1:
-        configs = move_runs(configs, before=stages)
     if options.print_config:
         resolved = [plain(config) for config in configs]
         print(json.dumps(resolved if len(resolved) > 1 else resolved[0], indent=2))
@@ -110,6 +104,39 @@ def main(args: Sequence[str], *, prog: str) -> int:
         configs, resume=resume, start_over=options.start_over, take_over=options.take_over
     )
     return exit_status(finished)
+
+
+def parse_recipe(
+    make: Callable[[TrainConfig, bool], O], overview: type, args: Sequence[str], prog: str
+) -> tuple[O, list[TrainConfig]]:
+    """A command's options, and the configurations that its first words and its fields name.
+
+    Args:
+        make: the options with a configuration and whether a run that is there was named.
+        overview: what is shown where no recipe is named.
+        args: of the command.
+        prog: the command.
+    """
+    begun = _begin(args, prog, overview)
+    stages = begun.stages
+    with _one_usage_message():
+        parsed = []
+        for stage in stages:
+            default = make(_without_options(stage), begun.resume)
+            one = tyro.cli(
+                type(default),
+                args=begun.rest,
+                prog=f"{prog} {begun.words}",
+                description=begun.description(type(default)),
+                default=default,
+                # A recipe's stage is of one kind; its fields are options, not a choice of kinds.
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+            parsed.append(one)
+    configs = [_with_options(one.config, stage) for one, stage in zip(parsed, stages, strict=True)]
+    if len(configs) > 1 and len({config.run_dir for config in configs}) == 1:
+        configs = move_runs(configs, before=stages)
+    return parsed[0], configs
 
 
 def _without_options(stage: TrainConfig) -> TrainConfig:
@@ -138,10 +165,14 @@ class _Begun:
     words: str
     rest: list[str]
     resume: bool = False
-    description: str | None = None
+    own_options: str = ""
+
+    def description(self, options: type) -> str:
+        """What the help says of a command's options, and of the recipe's own."""
+        return "\n\n".join(filter(None, [inspect.getdoc(options), self.own_options]))
 
 
-def _begin(args: Sequence[str], prog: str) -> _Begun:
+def _begin(args: Sequence[str], prog: str, overview: type) -> _Begun:
     """A recipe, a file of configurations, or a run that is there."""
     first, *rest = args or [""]
     option, equals, value = first.partition("=")
@@ -152,7 +183,7 @@ def _begin(args: Sequence[str], prog: str) -> _Begun:
         needed = "FILE" if option == "--config" else "RUN"
         raise InputError(f"{option} needs a {needed}: {prog} {option} {needed} [OPTIONS]")
     if not first or first.startswith("-"):
-        tyro.cli(Overview, args=args, prog=prog)
+        tyro.cli(overview, args=args, prog=prog)
         raise InputError(f"the recipe's name comes first: {prog} RECIPE [OPTIONS]")
     return _from_recipe(first, rest, f"{prog} {first}")
 
@@ -160,18 +191,18 @@ def _begin(args: Sequence[str], prog: str) -> _Begun:
 def _from_recipe(name: str, rest: list[str], prog: str) -> _Begun:
     """A recipe, with options of its own taken out of the arguments."""
     recipe = RECIPES.get(name)
-    said = inspect.getdoc(Train) or ""
+    own_options = ""
     if inspect.signature(recipe).parameters:
         # Whatever else is there are fields of its stages, and so is the help.
         with _one_usage_message():
             made, rest = tyro.cli(
                 recipe, args=rest, prog=prog, return_unknown_args=True, add_help=False
             )
-        said = f"{said}\n\n{_own_options(recipe)}"
+        own_options = _own_options(recipe)
     else:
         made = recipe()
     stages = [made] if isinstance(made, TrainConfig) else list(made)
-    return _Begun(stages, name, rest, description=said)
+    return _Begun(stages, name, rest, own_options=own_options)
 
 
 def _own_options(recipe: Callable[..., Any]) -> str:

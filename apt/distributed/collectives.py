@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from apt.errors import CheckpointError
 
-__all__ = ["everywhere", "group", "own_group", "rank", "reason", "world"]
+__all__ = ["everywhere", "group", "group_size", "own_group", "rank", "reason", "world"]
 
 T = TypeVar("T")
 
@@ -55,6 +56,21 @@ def rank() -> int:
 def world() -> int:
     """Number of ranks, 1 without a process group."""
     return dist.get_world_size() if _distributed() else 1
+
+
+def group_size(group: Any) -> int | None:
+    """How many ranks are in a group, as an op of torch is given it; None for anything else."""
+    if isinstance(group, torch.ScriptObject):
+        try:
+            return dist.ProcessGroup.unbox(group).size()
+        except (RuntimeError, TypeError):
+            return None  # another object of torch, such as the kind of a reduction
+    if isinstance(group, str):
+        try:
+            return dist.distributed_c10d._resolve_process_group(group).size()
+        except (RuntimeError, LookupError):
+            return None
+    return None
 
 
 def everywhere(action: Callable[[], T]) -> list[T]:

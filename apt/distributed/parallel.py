@@ -148,6 +148,15 @@ class Parallel:
         averaged = dict(zip(keys, scalars, strict=True))
         return {key: averaged[key] for key in values}
 
+    def of_each(self, value: float) -> list[float]:
+        """A number of each rank, in their order; every rank must call it."""
+        if self.world_size == 1:
+            return [value]
+        found = torch.zeros(self.world_size, dtype=torch.float64)
+        found[self.rank] = value
+        dist.all_reduce(found)
+        return found.tolist()
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on at least one rank."""
         if self.world_size == 1:

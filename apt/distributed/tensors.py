@@ -11,7 +11,14 @@ from torch import Tensor
 
 from apt.distributed.collectives import rank, world
 
-__all__ = ["WholeTensors", "local", "own_rows", "whole"]
+__all__ = ["WholeTensors", "is_sharded", "local", "own_rows", "whole"]
+
+
+def is_sharded(kind: type) -> bool:
+    """Whether tensors of a type are a rank's parts of whole ones."""
+    from torch.distributed.tensor import DTensor
+
+    return issubclass(kind, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ HOST_BOUND = frozenset(
 
 # One stack for the process, as for attention: checkpointing recomputes on autograd's own threads.
 _chosen: list[str] = []
+_imagined: list[bool] = []
 
 _NO_PACKAGE = "needs `pip install 'diffusion-apt[triton]'`, or the triton of a CUDA build of torch"
 
@@ -147,6 +148,20 @@ def kernel_backend(name: str) -> Iterator[None]:
         _chosen.pop()
 
 
+@contextmanager
+def imagined_gpu() -> Iterator[None]:
+    """Let fused ops called inside choose as on a GPU that can run every kernel.
+
+    For tensors without data on any device: ops of torch.library give shapes for those, and launch
+    nothing.
+    """
+    _imagined.append(True)
+    try:
+        yield
+    finally:
+        _imagined.pop()
+
+
 def current_kernel_backend() -> str | None:
     """The backend that was chosen for all ops; None: each op chooses.
 
@@ -205,7 +220,7 @@ def _choose(
     if name == "reference":
         return KernelUse(op, "reference", "asked for")
     given = [tensor for tensor in tensors if tensor is not None]
-    if name is None and not given[0].is_cuda:
+    if name is None and not (given[0].is_cuda or _imagined):
         # The interpreter is for tests: it is slow
         return KernelUse(op, "reference", f"inputs on {given[0].device.type}")
     if name is None and op in HOST_BOUND and given[0].numel() < (below := small_below()):
@@ -232,7 +247,7 @@ def _why_no_triton(device: torch.device | None = None) -> str | None:
             f"needs triton {lowest[0]}.{lowest[1]} to {highest[0]}.{highest[1]}, "
             f"found {triton.__version__}"
         )
-    if interpreted():
+    if interpreted() or _imagined:
         return None
     if device is None and not torch.cuda.is_available():
         return "needs a CUDA GPU, or TRITON_INTERPRET=1 from the start to run it on the CPU, slowly"
@@ -275,7 +290,7 @@ def why_not_tensors(tensors: Sequence[Tensor]) -> str | None:
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
         return f"takes tensors of one device, got {', '.join(sorted(map(str, devices)))}"
-    if not tensors[0].is_cuda and not interpreted():
+    if not (tensors[0].is_cuda or interpreted() or _imagined):
         return f"takes CUDA tensors, got {tensors[0].device.type}"
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype not in TRITON_DTYPES:

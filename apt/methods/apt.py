@@ -48,9 +48,11 @@ from apt.methods.base import (
     Metrics,
     MicroBatch,
     Part,
+    Pass,
     even_timesteps,
     mean_logs,
 )
+from apt.methods.spread import Spread, compared
 from apt.methods.terms import DiscriminatorTerm, FeatureMatching, Terms
 from apt.models.discriminator import (
     Discriminator,
@@ -60,6 +62,9 @@ from apt.models.discriminator import (
 from apt.rng import Draw, sample_noise
 
 Logs = dict[str, Tensor]
+
+SURE_SIGMA = 0.1
+"""The paper's for videos, at which the approximated R1 measures slope in bf16 too."""
 
 
 def generate(network: Any, z: Tensor, c: Any) -> Tensor:
@@ -175,6 +180,11 @@ class AdversarialConfig(MethodConfig):
         freeze_discriminator_backbone: train D's heads only (APT App. F: worse).
         discriminator_forwards: 2 sends generated samples through D by themselves: less memory at
             the peak, twice the gathering of a sharded D's weights, the same logits.
+        discriminator_precision: "run" computes D as the run does all; "tf32" and "fp32" compute it
+            without autocast, its products in TF32 or in fp32. In bf16 the approximated R1 of a
+            small sigma is mostly rounding (docs/training.md).
+        rounding_every: updates between checks of how much of the approximated R1 is rounding, which
+            take one more forward pass of D on a micro-batch; 0 for none.
         timestep_ensemble: D sees each sample at a timestep of its own (Eq. 6); otherwise at t = 0,
             that of clean input.
         timestep_shift: s of Eq. 7 for D's timestep input; 1 for images, 12 for videos.
@@ -199,6 +209,8 @@ class AdversarialConfig(MethodConfig):
     discriminator_backbone_rate: float = 1.0
     freeze_discriminator_backbone: bool = False
     discriminator_forwards: Literal[1, 2] = 1
+    discriminator_precision: Literal["run", "tf32", "fp32"] = "run"
+    rounding_every: int = 0
     timestep_ensemble: bool = True
     timestep_shift: float = 1.0
     objective: str = "non_saturating"
@@ -211,6 +223,8 @@ class AdversarialConfig(MethodConfig):
                 "discriminator_learning_rate must not be negative, got "
                 f"{self.discriminator_learning_rate}; 0 takes the optimizer's"
             )
+        if self.rounding_every < 0:
+            raise ConfigError(f"rounding_every must not be negative, got {self.rounding_every}")
 
     def build(self, start: ModelBundle, host: Host) -> AdversarialPostTraining:
         return AdversarialPostTraining(self, start, host)
@@ -270,6 +284,7 @@ class AdversarialPostTraining(Method):
                 averaged=False,
                 learning_rate=config.discriminator_learning_rate or None,
                 slowed=(backbone, config.discriminator_backbone_rate),
+                exact=config.discriminator_precision != "run",
             ),
         }
 
@@ -278,27 +293,111 @@ class AdversarialPostTraining(Method):
         """D itself."""
         return cast("Discriminator", self.trained["discriminator"].module)
 
+    def warnings(self) -> list[str]:
+        r1 = self.config.r1
+        if not r1.weight or r1.sigma >= SURE_SIGMA or not self._discriminates_in_bf16:
+            return []
+        same = r1.weight if r1.normalize else r1.weight * (r1.sigma / SURE_SIGMA) ** 2
+        return [
+            f"in bf16 the approximated R1 at sigma {r1.sigma:g} is mostly rounding, and so is its "
+            f"gradient; of the same weight to first order is --stage.r1.weight {same:g} "
+            f"--stage.r1.sigma {SURE_SIGMA:g}, or compute D with --stage.discriminator-precision "
+            "tf32 (docs/training.md)"
+        ]
+
+    @property
+    def _discriminates_in_bf16(self) -> bool:
+        with self.discriminating():
+            return torch.is_autocast_enabled(self.host.device.type)
+
+    @contextmanager
+    def discriminating(self) -> Iterator[None]:
+        """The precision of D's forward passes."""
+        if self.config.discriminator_precision == "run":
+            with self.host.autocast():
+                yield
+        else:
+            with torch.autocast(self.host.device.type, enabled=False):
+                yield
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Whether products in fp32, also of backward passes, are in TF32 inside."""
+        before = torch.backends.cuda.matmul.allow_tf32
+        if self.config.discriminator_precision != "run":
+            torch.backends.cuda.matmul.allow_tf32 = self.config.discriminator_precision == "tf32"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
     def parts(self) -> dict[str, Part]:
         return {"discriminator": self.discriminator_step, "generator": self.generator_step}
+
+    def passes(self) -> list[Pass]:
+        r1, terms = self.config.r1, self.config.terms
+        generator, discriminator = self.start.backbone, self.discriminator.backbone
+        shown = 2.0 + (r1.fraction if r1.weight else 0.0)
+        shown += terms.r2.fraction if terms.r2.weight else 0.0
+        shown += 1.0 if terms.mismatched.weight else 0.0
+        compares = terms.matching is not None or self.objective.needs_real
+        return [
+            Pass(generator, 1.0, 0),  # D's step: samples, D on all groups
+            Pass(discriminator, shown, 2),
+            Pass(generator, 1.0, 2),  # G's step, through D to its input
+            Pass(discriminator, 2.0 if compares else 1.0, 1),
+        ]
 
     def discriminator_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
         """One update of D, with G's samples made now."""
         trained = self.trained["discriminator"]
         trained.zero_grad()
         logs = []
-        for batch in trained.accumulated(batches):
+        checks: Metrics = {}
+        fake, real = Spread(), Spread()
+        for number, batch in enumerate(trained.accumulated(batches)):
             c = self.condition(batch)
             with torch.no_grad():
                 x_fake = self.draw_fake(batch, c, update, "discriminator/noise")
+            fake.add(x_fake)
+            real.add(batch.x)
             t = self.timesteps(batch, update, "discriminator/timestep")
             # Checkpointed blocks are computed again in the backward pass, with the same attention.
-            with self.double_backward():
-                with self.host.autocast():
+            with self.double_backward(), self.products():
+                if number == 0 and self._checks_rounding(update):
+                    checks["discriminator/r1_rounding"] = self.rounding(batch, t, c, update)
+                with self.discriminating():
                     loss, log = self.loss_of_discriminator(batch, x_fake, t, c, update)
                 (loss / len(batches)).backward()
             logs.append({f"discriminator/{name}": value for name, value in log.items()})
         norm = trained.step(update)
-        return {**mean_logs(logs), "discriminator/grad_norm": norm}
+        found = {**mean_logs(logs), **checks, **compared(fake, real)}
+        return {**found, "discriminator/grad_norm": norm}
+
+    def _checks_rounding(self, update: int) -> bool:
+        every = self.config.rounding_every
+        return bool(self.config.r1.weight and every) and (update + 1) % every == 0
+
+    @torch.no_grad()
+    def rounding(self, batch: MicroBatch, t: Tensor, c: Condition, update: int) -> Tensor:
+        """How much of the approximated R1 is rounding: a hundred times what it is at a tenth of
+        sigma, over what it is at sigma, with the same noise.
+
+        1 if it measures D's slope, which is what it is for; 100 if rounding alone.
+        """
+        r1, x, rows = self.config.r1, batch.x, torch.arange(len(batch), device=batch.x.device)
+        draw, num = self.draw(batch, update, "perturbation"), r1.num_perturbed(len(batch))
+        moved = {
+            name: perturbed_batch(x, x[:0], sigma, draw, num_perturbed=num)[len(x) :]
+            for name, sigma in (("near", r1.sigma / 10), ("far", r1.sigma))
+        }
+        groups = {"real": rows, "near": rows[:num], "far": rows[:num]}
+        samples = torch.cat([x, *moved.values()])
+        with self.discriminating():
+            output = discriminate_groups(self.discriminator, samples, t, c, groups)
+        real = output["real"].logits[:num]
+        near, far = ((real - output[name].logits).square().mean() for name in moved)
+        return 100 * near / far.clamp_min(torch.finfo(far.dtype).tiny)
 
     def loss_of_discriminator(
         self, batch: MicroBatch, x_fake: Tensor, t: Tensor, c: Condition, update: int
@@ -327,18 +426,19 @@ class AdversarialPostTraining(Method):
             c = self.condition(batch)
             x_fake = self.draw_fake(batch, c, update, "generator/noise")
             t = self.timesteps(batch, update, "generator/timestep")
-            with self.host.autocast():
-                loss, log = generator_loss(
-                    self.discriminator,
-                    x_fake,
-                    t,
-                    c,
-                    x=batch.x,
-                    objective=self.objective,
-                    matching=self.config.terms.matching,
-                )
-            # Through D to its input only: D's own gradients are neither computed nor kept.
-            (gradient,) = torch.autograd.grad(loss, x_fake)
+            with self.products():
+                with self.discriminating():
+                    loss, log = generator_loss(
+                        self.discriminator,
+                        x_fake,
+                        t,
+                        c,
+                        x=batch.x,
+                        objective=self.objective,
+                        matching=self.config.terms.matching,
+                    )
+                # Through D to its input only: D's own gradients are neither computed nor kept.
+                (gradient,) = torch.autograd.grad(loss, x_fake)
             x_fake.backward(gradient / len(batches))
             norms = gradient.flatten(1).norm(dim=1) * len(batch)
             logs.append(

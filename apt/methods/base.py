@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,21 @@ class MicroBatch:
     def __len__(self) -> int:
         """b."""
         return len(self.captions)
+
+
+class Pass(NamedTuple):
+    """A forward pass of a backbone in an update, and how far it is gone back through.
+
+    Attributes:
+        backbone: as it is: of a depth, and with its blocks.
+        samples: that it sees for each sample of the batch.
+        backward: 0 for no gradients, 1 for those of its inputs, 2 for those of its weights too;
+            each takes as much as the pass.
+    """
+
+    backbone: DiffusionTransformer
+    samples: float
+    backward: Literal[0, 1, 2]
 
 
 Part = Callable[[Sequence[MicroBatch], int], Metrics]
@@ -221,11 +236,12 @@ class Host(Protocol):
         learning_rate: float | None = None,
         slowed: tuple[nn.Module, float] | None = None,
         forward_methods: Sequence[str] = (),
+        exact: bool = False,
     ) -> TrainedNetwork:
         """Place, shard by `blocks`, and give an optimiser.
 
         None is the run's learning rate; `slowed` is a part of the network and the share of the rate
-        that it trains at.
+        that it trains at; `exact` computes in fp32 or TF32 also in a run in bf16.
         """
         ...
 
@@ -292,6 +308,9 @@ class StageConfig(ABC):
 
     def check_sharded(self) -> None:  # noqa: B027  (most stages can)
         """Raise ConfigError if the stage cannot be trained by several ranks."""
+
+    def check_sequence(self) -> None:  # noqa: B027  (most stages can)
+        """Raise ConfigError if ranks cannot share the tokens of the stage's samples."""
 
     def check(self) -> None:  # noqa: B027  (not every stage has limits)
         """Raise ConfigError, with the option's name, for numbers out of range."""
@@ -370,6 +389,10 @@ class Stage(ABC):
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the trained networks."""
         return {}
+
+    def passes(self) -> Sequence[Pass]:
+        """What an update computes with backbones, for rates in the log; empty if it is not told."""
+        return []
 
     def warnings(self) -> list[str]:
         """What the user should know before the run costs time."""

@@ -26,6 +26,7 @@ from apt.methods.base import (
     Metrics,
     MicroBatch,
     Part,
+    Pass,
     even_timesteps,
     mean,
 )
@@ -104,6 +105,11 @@ class ConsistencyDistillation(Method):
 
     def prompts(self) -> list[str]:
         return [self.host.negative_prompt]
+
+    def passes(self) -> list[Pass]:
+        backbone = self.start.backbone
+        # The teacher under both prompts, the target, and the student.
+        return [Pass(backbone, 2.0, 0), Pass(backbone, 1.0, 0), Pass(backbone, 1.0, 2)]
 
     def parts(self) -> dict[str, Part]:
         return {"generator": self.generator_step}

@@ -29,6 +29,9 @@ from apt.methods.base import (
     mean,
 )
 from apt.models.architectures import untrained_timesteps
+    Pass,
+    mean,
+)
 from apt.rng import sample_noise
 
 
@@ -137,6 +140,9 @@ class FlowMatchingPretraining(Method):
 
     def prompts(self) -> list[str]:
         return [self.host.negative_prompt]
+
+    def passes(self) -> list[Pass]:
+        return [Pass(self.start.backbone, 1.0, 2)]
 
     def parts(self) -> dict[str, Part]:
         return {"generator": self.generator_step}

@@ -101,9 +101,10 @@ class RunHost:
         learning_rate: float | None = None,
         slowed: tuple[nn.Module, float] | None = None,
         forward_methods: Sequence[str] = (),
+        exact: bool = False,
     ) -> Trained:
         # The average and the optimiser follow the parameters that sharding leaves.
-        self.place(network, blocks, forward_methods=forward_methods)
+        self.place(network, blocks, forward_methods=forward_methods, exact=exact)
         optimizer = self.config.optimizer
         if learning_rate is not None:
             optimizer = dataclasses.replace(optimizer, learning_rate=learning_rate)
@@ -125,14 +126,20 @@ class RunHost:
         blocks: Sequence[nn.Module],
         *,
         forward_methods: Sequence[str] = (),
+        exact: bool = False,
     ) -> None:
+        half = self._half and not exact
         network._apply(lambda t: t if t.is_meta else t.to(self.device))
         for module in network.modules():
             if isinstance(module, DiffusionTransformer):
                 module.split_tokens(self.parallel.sequence)
-        if self._half:
+        if half:
             _halve_frozen(blocks)
-        self.parallel.shard(network, blocks, half=self._half, forward_methods=forward_methods)
+        self.parallel.shard(network, blocks, half=half, forward_methods=forward_methods)
+        self.fill(network)
+
+    def fill(self, network: nn.Module) -> None:
+        """Read the weights of a network that has been sharded without any; nothing for others."""
         everywhere(partial(fill_from_origins, network, self.device, self.frozen))
 
     def average(self, network: nn.Module, decay: float, *, inside: nn.Module | None = None) -> EMA:

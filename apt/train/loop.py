@@ -42,6 +42,7 @@ from apt.train.run_state import State, write_state
 from apt.train.sample_sheets import decode_samples, draw_samples, write_sheet
 from apt.train.saving import Saver
 from apt.train.signals import StopRequest
+from apt.train.speed import Update, speed
 from apt.train.weights_and_biases import WandbLog
 
 __all__ = ["Run"]
@@ -96,6 +97,7 @@ class Run:
         self.told: Exception | None = None  # the error that a checkpoint was saved after
         self.waited = 0.0  # seconds of this update, for data
         self.heldout: HeldOut | None = None
+        self.latent_shape: tuple[int, ...] | None = None  # of the newest samples
         self.draws = True
         self.drawn = time.monotonic()
 
@@ -223,11 +225,11 @@ class Run:
             metrics |= self._show(update, shown)
         if self.heldout is not None and self.heldout.is_due(update):
             metrics |= self._measure(self.heldout)
-        timing = {
-            "speed/seconds_per_update": seconds,
-            "speed/samples_per_second": config.batch_size / max(seconds, 1e-9),
-            "speed/data_wait_seconds": self.waited,
-        }
+        timing = speed(
+            Update(seconds, self.waited, config.batch_size, self.latent_shape),
+            self.stage.passes(),
+            self.parallel,
+        )
         memory = peak_memory(self.parallel.device)
         if memory is not None:
             timing["speed/peak_memory_gib"] = memory / 2**30

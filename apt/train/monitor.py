@@ -26,6 +26,8 @@ LOGIT_GAP = "discriminator/logit_gap"
 INPUT_GRADIENT = "discriminator/input_gradient"
 SAMPLE_CONTRAST = "samples/contrast"
 SAMPLE_DIVERSITY = "samples/diversity"
+RELATIVE_CONTRAST = "samples/relative_contrast"
+RELATIVE_DIVERSITY = "samples/relative_diversity"
 
 
 class TrainingStopped(InputError, RuntimeError):
@@ -51,6 +53,8 @@ class MonitorConfig:
         min_input_gradient: norm of D's gradient at its input.
         min_contrast: standard deviation inside a sample, pixels in [-1, 1].
         min_diversity: standard deviation between samples at the same pixel, in [-1, 1].
+        min_relative_contrast, min_relative_diversity: the same of the samples that D sees, in every
+            update, as shares of what real ones have.
     """
 
     action: Literal["warn", "stop"] = "warn"
@@ -63,6 +67,8 @@ class MonitorConfig:
     min_input_gradient: float = 1e-6
     min_contrast: float = 0.02
     min_diversity: float = 0.02
+    min_relative_contrast: float = 0.1
+    min_relative_diversity: float = 0.1
 
     def __post_init__(self) -> None:
         if self.action not in ("warn", "stop"):
@@ -97,6 +103,8 @@ _ADVICE = {
     SAMPLE_DIVERSITY: "The generator has collapsed to one picture: go back to an earlier "
     "checkpoint, with a larger batch or a stronger R1.",
 }
+_ADVICE[RELATIVE_CONTRAST] = _ADVICE[SAMPLE_CONTRAST]
+_ADVICE[RELATIVE_DIVERSITY] = _ADVICE[SAMPLE_DIVERSITY]
 
 
 class CollapseMonitor:
@@ -117,7 +125,8 @@ class CollapseMonitor:
         Args:
             step: number of updates done.
             metrics: may hold `discriminator/loss`, `discriminator/logit_gap`,
-                `discriminator/input_gradient`, `samples/contrast`, `samples/diversity`.
+                `discriminator/input_gradient`, `samples/contrast`, `samples/diversity`,
+                `samples/relative_contrast`, `samples/relative_diversity`.
 
         Raises:
             TrainingStopped: there is an alarm and the action is `"stop"`.
@@ -139,6 +148,14 @@ class CollapseMonitor:
             INPUT_GRADIENT: (c.min_input_gradient, "the gradient at the discriminator's input is"),
             SAMPLE_CONTRAST: (c.min_contrast, "the contrast inside the samples is"),
             SAMPLE_DIVERSITY: (c.min_diversity, "the difference between the samples is"),
+            RELATIVE_CONTRAST: (
+                c.min_relative_contrast,
+                "the contrast inside the samples, as a share of the real ones', is",
+            ),
+            RELATIVE_DIVERSITY: (
+                c.min_relative_diversity,
+                "the difference between the samples, as a share of the real ones', is",
+            ),
         }
         found: list[tuple[str, str | None]] = []
         for check, (limit, text) in lower_limits.items():

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from apt.losses import ApproximateR1
+from apt.losses import ApproximateR1, ApproximateR2, MismatchedCondition
 from apt.methods.apt import AdversarialConfig
 from apt.methods.terms import Terms
 from apt.train.config import TrainConfig
@@ -20,6 +20,7 @@ from apt.train.recipes_digits import digits_apt
 UPDATES = 100
 """Of each short run."""
 
+_NO_R2 = ApproximateR2(weight=0.0)
 _LONG = (50, UPDATES, 150, 200, 300, 400)
 
 
@@ -47,6 +48,13 @@ def _ablation(
     )
 
 
+def _terms(**changes: Any) -> Terms:
+    """Those of `digits_apt`, with some of them changed."""
+    stage = digits_apt().stage
+    assert isinstance(stage, AdversarialConfig)
+    return dataclasses.replace(stage.terms, **changes)
+
+
 @RECIPES.register("digits_apt_long")
 def digits_apt_long() -> TrainConfig:
     """`digits_apt` past its peak, at constant rates: what the ablations are compared with."""
@@ -56,13 +64,20 @@ def digits_apt_long() -> TrainConfig:
 @RECIPES.register("digits_apt_no_r1")
 def digits_apt_no_r1() -> TrainConfig:
     """Ablation: no regulariser, as long (APT Fig. 5)."""
-    return _ablation("no_r1", snapshot_at=_LONG, r1=ApproximateR1(weight=0.0), terms=Terms())
+    no_r1 = ApproximateR1(weight=0.0)
+    return _ablation("no_r1", snapshot_at=_LONG, r1=no_r1, terms=_terms(r2=_NO_R2))
 
 
 @RECIPES.register("digits_apt_no_r2")
 def digits_apt_no_r2() -> TrainConfig:
     """Ablation: the regulariser on real samples alone, as in the paper."""
-    return _ablation("no_r2", terms=Terms())
+    return _ablation("no_r2", terms=_terms(r2=_NO_R2))
+
+
+@RECIPES.register("digits_apt_no_mismatched")
+def digits_apt_no_mismatched() -> TrainConfig:
+    """Ablation: D sees no clips under other clips' captions, as in the paper (but App. J)."""
+    return _ablation("no_mismatched", terms=_terms(mismatched=MismatchedCondition(weight=0.0)))
 
 
 @RECIPES.register("digits_apt_shallow")
@@ -110,13 +125,13 @@ def digits_apt_small_batch() -> TrainConfig:
 @RECIPES.register("digits_apt_low_rates")
 def digits_apt_low_rates() -> TrainConfig:
     """Ablation: both rates at a third (APT App. F)."""
-    return _ablation("low_rates", learning_rate=3e-5, discriminator_learning_rate=1e-4)
+    return _ablation("low_rates", learning_rate=3e-5, discriminator_learning_rate=2e-4)
 
 
 @RECIPES.register("digits_apt_high_rates")
 def digits_apt_high_rates() -> TrainConfig:
     """Ablation: both rates three times as high (APT App. F)."""
-    return _ablation("high_rates", learning_rate=3e-4, discriminator_learning_rate=9e-4)
+    return _ablation("high_rates", learning_rate=3e-4, discriminator_learning_rate=1.8e-3)
 
 
 @RECIPES.register("digits_ablations")
@@ -126,6 +141,7 @@ def digits_ablations() -> Sequence[TrainConfig]:
         digits_apt_long(),
         digits_apt_no_r1(),
         digits_apt_no_r2(),
+        digits_apt_no_mismatched(),
         digits_apt_shallow(),
         digits_apt_one_head(),
         digits_apt_frozen(),

@@ -523,3 +523,38 @@ def test_models_that_do_not_fit_each_other(tmp_path: Path) -> None:
 def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         adversarial(tmp_path, **options)
+
+
+def in_bf16(tmp_path: Path, **options: Any) -> AdversarialPostTraining:
+    return adversarial(tmp_path, train={"precision": "bf16"}, **options)
+
+
+def test_a_sigma_that_is_lost_in_bf16_is_told_with_one_that_is_not(tmp_path: Path) -> None:
+    small = ApproximateR1(weight=100.0, sigma=0.01)
+    (warning,) = in_bf16(tmp_path, r1=small).warnings()
+    assert "--stage.r1.weight 1 --stage.r1.sigma 0.1" in warning
+    assert not in_bf16(tmp_path, r1=ApproximateR1(weight=1.0, sigma=0.1)).warnings()
+    assert not in_bf16(tmp_path, r1=small, discriminator_precision="tf32").warnings()
+    assert not adversarial(tmp_path, r1=small).warnings()
+
+
+def test_rounding_is_told_from_slope(tmp_path: Path) -> None:
+    """In fp32 a tenth of sigma gives a hundredth of the penalty; in bf16 a tiny sigma does not."""
+    batch = micro_batches(first=FIRST)[0]
+
+    def share(stage: AdversarialPostTraining) -> float:
+        t = torch.zeros(len(batch))
+        return float(stage.rounding(batch, t, stage.condition(batch), UPDATE))
+
+    tiny = ApproximateR1(weight=1.0, sigma=1e-3)
+    assert share(adversarial(tmp_path, r1=tiny)) == pytest.approx(1, rel=0.2)
+    assert share(in_bf16(tmp_path, r1=tiny)) > 5
+    assert share(in_bf16(tmp_path, r1=tiny, discriminator_precision="fp32")) == pytest.approx(
+        1, rel=0.2
+    )
+
+
+def test_rounding_is_logged_now_and_then(tmp_path: Path) -> None:
+    stage = adversarial(tmp_path, rounding_every=3)
+    logged = ["discriminator/r1_rounding" in stage.update(micro_batches(), n) for n in range(6)]
+    assert logged == [False, False, True, False, False, True]

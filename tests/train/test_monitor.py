@@ -12,12 +12,16 @@ HEALTHY = {
     "discriminator/input_gradient": 0.3,
     "samples/contrast": 0.4,
     "samples/diversity": 0.3,
+    "samples/relative_contrast": 0.9,
+    "samples/relative_diversity": 0.9,
 }
 BAD = {
     "discriminator/loss": 0.001,
     "discriminator/input_gradient": 1e-9,
     "samples/contrast": 0.0,
     "samples/diversity": 0.0,
+    "samples/relative_contrast": 0.01,
+    "samples/relative_diversity": 0.01,
 }
 
 
@@ -80,6 +84,8 @@ def test_a_limit_of_zero_switches_a_check_off():
         min_input_gradient=0.0,
         min_contrast=0.0,
         min_diversity=0.0,
+        min_relative_contrast=0.0,
+        min_relative_diversity=0.0,
     )
     assert run(config, [BAD | {"discriminator/logit_gap": 10.0**i} for i in range(9)]) == []
 

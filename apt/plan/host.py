@@ -1,0 +1,41 @@
+"""What a planned run gives its stage: the trainer's own host, with models that nobody loads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from apt.checkpoints.bundle import ModelBundle
+from apt.checkpoints.info import ModelInfo
+from apt.checkpoints.origin import fill_from_origins
+from apt.models.transformer import DiffusionTransformer
+from apt.plan.models import PlannedModel
+from apt.train.host import RunHost
+
+__all__ = ["PlannedHost"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedHost(RunHost):
+    """A `RunHost` whose models are built, not loaded.
+
+    Attributes:
+        start: what the stage starts from.
+        others: the models of its other fields.
+    """
+
+    start: PlannedModel | None = None
+    others: dict[str, PlannedModel] = dataclasses.field(default_factory=dict)
+
+    def model(self) -> ModelBundle:
+        assert self.start is not None
+        return self.start.bundle(loads=self.config.stage.starts_from is not None)
+
+    def backbone(self, field: str) -> tuple[DiffusionTransformer, ModelInfo]:
+        bundle = self.others[field].bundle(loads=True)
+        return bundle.backbone, bundle.info
+
+    def fill(self, network: nn.Module) -> None:
+        # By itself: nobody could tell of a failure.
+        fill_from_origins(network, self.device, self.frozen)

@@ -1,0 +1,123 @@
+"""Which layouts are tried for so many GPUs, and which of them is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from apt.distributed.mesh import ParallelConfig
+from apt.errors import ConfigError
+from apt.models.checkpointing import Checkpointing
+from apt.plan.estimate import Estimate, Job
+from apt.plan.gpus import PlannedGpu
+from apt.train.config import TrainConfig
+
+__all__ = ["Choice", "choose", "ways"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was found.
+
+    Attributes:
+        taken: the layout that fits with the largest throughput of those tried; else the one that
+            needs least.
+        tried: all that were measured, in their order.
+        refused: layouts that the trainer refuses, and why.
+    """
+
+    taken: Estimate
+    tried: tuple[Estimate, ...]
+    refused: tuple[tuple[ParallelConfig, str], ...]
+
+
+def choose(
+    job: Job, ranks: int, gpu: PlannedGpu, assess: Callable[[TrainConfig], Estimate]
+) -> Choice:
+    """Try layouts from the one that sends least to the one that holds least, until one fits.
+
+    A layout that the configuration names (`parallel`) is tried alone. Ways to hold less that leave
+    results as they are come next in each: D's groups in two forwards, and, where no more ranks can
+    share a sample, inputs of blocks in host memory, as nothing hides those copies; a way to compute
+    less, keeping what attention gave, once there is room.
+
+    Args:
+        job: what is to be trained.
+        ranks: GPUs.
+        gpu: of that kind.
+        assess: measures a configuration.
+
+    Raises:
+        ConfigError: the trainer refuses all layouts; with the reason of the first.
+    """
+    tried: list[Estimate] = []
+    refused: list[tuple[ParallelConfig, str]] = []
+    for parallel, last in _layouts(job.config, ranks, gpu):
+        config = dataclasses.replace(job.config, parallel=parallel)
+        try:
+            config.stage.check_sharded() if ranks > 1 else None
+            if parallel.sequence > 1:
+                config.stage.check_sequence()
+            for way in ways(config, last=last):
+                tried.append(assess(way))
+                if tried[-1].fits:
+                    break
+        except ConfigError as error:
+            refused.append((parallel, str(error)))
+            continue
+        if tried[-1].fits:
+            faster = _with_attention_kept(tried[-1].config)
+            if faster is not None and tried[-1].room > 0:
+                tried.append(assess(faster))
+            break
+    if not tried:
+        raise ConfigError(refused[0][1])
+    fitting = [found for found in tried if found.fits]
+    if fitting:
+        taken = max(fitting, key=lambda found: found.samples_per_second)
+    else:
+        taken = min(tried, key=lambda found: found.needed)
+    return Choice(taken, tuple(tried), tuple(refused))
+
+
+def _layouts(
+    config: TrainConfig, ranks: int, gpu: PlannedGpu
+) -> Iterator[tuple[ParallelConfig, bool]]:
+    """Those that are to be tried, in order, and whether no more ranks can share a sample."""
+    given = config.parallel
+    if given != dataclasses.replace(ParallelConfig(), reduce_once=given.reduce_once):
+        given.layout(ranks)
+        yield given, True
+        return
+    copy = min(ranks, gpu.node)
+    while copy <= ranks:
+        fit = [n for n in (1, 2, 4, 8) if ranks % copy == 0 and copy % n == 0]
+        for sequence in fit:
+            one = dataclasses.replace(given, replicate=ranks // copy, sequence=sequence)
+            yield one, sequence == fit[-1]
+        copy *= 2
+
+
+def ways(config: TrainConfig, *, last: bool) -> Iterator[TrainConfig]:
+    """The configuration, and then those of the same results that hold less; with host memory if it
+    is the `last` resort."""
+    yield config
+    stage: Any = config.stage
+    if getattr(stage, "discriminator_forwards", 2) == 1:
+        stage = dataclasses.replace(stage, discriminator_forwards=2)
+        yield dataclasses.replace(config, stage=stage)
+    if last and not config.checkpointing.offloads:
+        checkpointing = Checkpointing(offloads=True)
+        yield dataclasses.replace(
+            config, stage=stage, activation_checkpointing=True, checkpointing=checkpointing
+        )
+
+
+def _with_attention_kept(config: TrainConfig) -> TrainConfig | None:
+    """The same with attention's outputs kept, if blocks are computed again without them."""
+    if not config.activation_checkpointing or config.checkpointing.saves_attention:
+        return None
+    kept = dataclasses.replace(config.checkpointing, saves_attention=True)
+    return dataclasses.replace(config, checkpointing=kept)

@@ -1,0 +1,276 @@
+"""What a recipe starts from, as far as it can be told before there are any weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from apt.checkpoints.bundle import ModelBundle, component_info
+from apt.checkpoints.info import ComponentInfo, ModelInfo, SampleInfo
+from apt.checkpoints.load import describe_model
+from apt.checkpoints.origin import Origin, begin_at
+from apt.checkpoints.reading import StoredTensor
+from apt.checkpoints.source import list_pretrained
+from apt.checkpoints.weights import Piece
+from apt.condition import EncodedText
+from apt.data.builtin_sources import DIGITS
+from apt.errors import ConfigError
+from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
+from apt.models.cached import CachedCodec
+from apt.models.protocols import LatentCodec, TextEncoder
+from apt.models.transformer import DiffusionTransformer
+from apt.registry import replace_typed
+from apt.train.config import TrainConfig
+from apt.train.recipes import RECIPES
+
+__all__ = ["PlannedModel", "find_model", "paper_model"]
+
+PAPER = "apt_8b"
+# Of the paper's model, which has no public parts: those of the codecs that its authors' peers use.
+_COMPRESSION = (4, 8, 8)
+_TEXT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model without weights.
+
+    Attributes:
+        name: of its backbone, registered.
+        config: of the backbone.
+        sample: the size of what it makes; None if nothing says.
+        text_tokens: that it reads of a prompt, where its text encoder is not part of a run.
+        compression: pixels per latent along time, height and width.
+        text_encoder, codec: those that a run holds; None for parts that a cache stands in for.
+        file: what tells its weights from those of another; networks of one file share what does
+            not train.
+        found: how it was told, in words; empty if it was named.
+    """
+
+    name: str
+    config: Any
+    sample: SampleInfo | None
+    text_tokens: int
+    compression: tuple[int, int, int] = _COMPRESSION
+    text_encoder: ComponentInfo | None = None
+    codec: ComponentInfo | None = None
+    file: str = ""
+    found: str = ""
+
+    def bundle(self, *, loads: bool) -> ModelBundle:
+        """The model, its weights in fp32; on the meta device if they are to be loaded."""
+        backbone = self._waiting() if loads else self.config.build()
+        text_encoder, codec = self._text_encoder(), self._codec()
+        info = ModelInfo(
+            stage="diffusion",
+            model=component_info(self.name, backbone),
+            text_encoder=self.text_encoder or ComponentInfo(architecture="planned", config={}),
+            codec=self.codec or ComponentInfo(architecture="planned", config={}),
+            sample=self.sample or SampleInfo(frames=1, height=1, width=1, fps=1),
+        )
+        return ModelBundle(backbone, text_encoder, codec, info)
+
+    def _waiting(self) -> DiffusionTransformer:
+        """The backbone without memory, as if its weights lay in a file."""
+        with torch.device("meta"):
+            backbone: DiffusionTransformer = self.config.build()
+        file = Path(self.file or self.name)
+        pieces = {
+            key: Piece(PlannedTensor(file, key, tuple(value.shape), "F32"))
+            for key, value in backbone.state_dict().items()
+        }
+        begin_at(backbone, Origin(pieces, str(file)))
+        return backbone.eval()
+
+    def _text_encoder(self) -> TextEncoder:
+        if self.text_encoder is None:
+            return PlannedText(self.config, self.text_tokens)
+        part = self.text_encoder
+        made = replace_typed(TEXT_ENCODERS.get(part.architecture)(), part.config).build()
+        return cast("TextEncoder", made)
+
+    def _codec(self) -> LatentCodec:
+        if self.codec is None:
+            time, height, _ = self.compression
+            return CachedCodec(
+                None,
+                channels=self.config.in_channels,
+                temporal_compression=time,
+                spatial_compression=height,
+            )
+        part = self.codec
+        made: LatentCodec = replace_typed(CODECS.get(part.architecture)(), part.config).build()
+        return made.requires_grad_(False).eval()
+
+
+class PlannedTensor(StoredTensor):
+    """A tensor of a file that is not there."""
+
+    @contextmanager
+    def mapped(self) -> Iterator[torch.Tensor]:
+        yield torch.zeros(self.shape)
+
+
+class PlannedText(TextEncoder):
+    """Embeddings of a fixed length for any prompt, as a cache would have them."""
+
+    _here: torch.Tensor
+
+    def __init__(self, config: Any, length: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding_dim = config.text_dim
+        self.max_length = length
+        self._pooled = int(getattr(config, "pooled_dim", 0))
+        # Moves with the module, and says where embeddings have to be.
+        self.register_buffer("_here", torch.empty(0), persistent=False)
+
+    def forward(self, prompts: Sequence[str]) -> EncodedText:
+        """(R, S, E) of zeros, and (R, P) if the backbone reads a pooled vector."""
+        rows = len(prompts)
+        here = self._here
+        pooled = here.new_zeros(rows, self._pooled) if self._pooled else None
+        return EncodedText(here.new_zeros(rows, self.max_length, self.embedding_dim), pooled=pooled)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Takes any."""
+
+
+def paper_model(found: str) -> PlannedModel:
+    """The shape of the paper's model, which has no public weights."""
+    config = MODELS.get(PAPER)()
+    return PlannedModel(PAPER, config, None, _TEXT_TOKENS, found=found)
+
+
+def find_model(config: TrainConfig, field: str) -> PlannedModel:
+    """The model that a field of a stage names.
+
+    It is a registered model, a folder that is there, or what a recipe exports, which is looked up
+    in turn. Where the stage names none, it is that of its other field, or else the paper's.
+
+    Raises ConfigError for a name that is none of these.
+    """
+    stage = config.stage
+    value = str(getattr(stage, field))
+    if value:
+        return dataclasses.replace(_named(value, ()), file=value)
+    others = [str(getattr(stage, name)) for name in stage.names_models]
+    other = next((value for value in others if value), "")
+    if other:
+        return dataclasses.replace(
+            _named(other, ()),
+            file=other,
+            found=f"--stage.{field} is empty: the model of {other}",
+        )
+    return paper_model(f"--stage.{field} is empty: the paper's, {PAPER}; --model names another")
+
+
+def _named(value: str, seen: tuple[str, ...]) -> PlannedModel:
+    architecture, tag = split_tag(value)
+    if architecture in MODELS.names():
+        return _registered(architecture, tag)
+    if value in list_pretrained() or Path(value).exists():
+        return _described(describe_model(value), value)
+    maker = _recipe_that_exports(value)
+    if maker is None or value in seen:
+        raise ConfigError(
+            f"{value!r} is not there yet, and no recipe exports it: name the model that it will be "
+            "with --model, one of `diffusion-apt list models`"
+        )
+    start = maker.stage.starts_from
+    words = f"{value} is what {maker.name} makes"
+    if start is None:
+        return dataclasses.replace(new_model(maker), found=words)
+    before = str(getattr(maker.stage, start))
+    if not before:
+        return paper_model(f"{words}, which starts from the paper's, {PAPER}")
+    return dataclasses.replace(_named(before, (*seen, value)), found=f"{words}, from {before}")
+
+
+def registered_model(name: str) -> PlannedModel:
+    """A model by its registered name. Raises InputError with close matches for others."""
+    architecture, tag = split_tag(name)
+    return _registered(architecture, tag)
+
+
+def _registered(name: str, tag: str | None) -> PlannedModel:
+    config: Any = MODELS.get(name)()
+    entries = MODELS.pretrained(name)
+    if not entries:
+        return PlannedModel(name, config, None, _TEXT_TOKENS)
+    entry = entries[find_tag(name, tag or True)]
+    return PlannedModel(name, config, entry.sample, entry.text_tokens, entry.compression)
+
+
+def _described(info: ModelInfo, value: str) -> PlannedModel:
+    config = replace_typed(MODELS.get(info.model.architecture)(), info.model.config)
+    own_text = info.text_encoder.weights is not None
+    entries = MODELS.pretrained(info.model.architecture)
+    entry = next(iter(entries.values()), None)
+    return PlannedModel(
+        info.model.architecture,
+        config,
+        info.sample,
+        _TEXT_TOKENS if entry is None else entry.text_tokens,
+        _COMPRESSION if entry is None else entry.compression,
+        text_encoder=info.text_encoder if own_text else None,
+        codec=None if entry is not None else info.codec,
+        found=f"as {value} says",
+    )
+
+
+def new_model(config: TrainConfig) -> PlannedModel:
+    """What a stage that begins anew builds."""
+    model = config.model
+    return PlannedModel(
+        model.name,
+        replace_typed(MODELS.get(model.name)(), model.options),
+        config.data.clip,
+        _TEXT_TOKENS,
+        text_encoder=ComponentInfo(
+            architecture=model.text_encoder, config=dict(model.text_encoder_options)
+        ),
+        codec=_new_codec(config),
+    )
+
+
+def _new_codec(config: TrainConfig) -> ComponentInfo:
+    source = config.stage.trained_codec()
+    maker = _recipe_that_exports(source) if source else config
+    model = (maker or config).model
+    return ComponentInfo(architecture=model.codec, config=dict(model.codec_options))
+
+
+def _recipe_that_exports(folder: str) -> TrainConfig | None:
+    for name in RECIPES.names():
+        made = RECIPES.get(name)()
+        for config in [made] if isinstance(made, TrainConfig) else made:
+            if f"{config.run_dir}/export" == folder:
+                return config
+    return None
+
+
+def sample_size(config: TrainConfig, start: PlannedModel | None) -> SampleInfo:
+    """Size and rate of the clips that a run is planned for: the configuration's, or else those of
+    the model that it starts from. Raises ConfigError if neither says."""
+    data = config.data
+    default = None if start is None else start.sample
+    if default is None and (start is None or data.source == DIGITS):
+        default = data.clip
+    frames = 1 if data.images == "only" and data.frames is None else data.frames
+    values = {"frames": frames, "height": data.height, "width": data.width, "fps": data.fps}
+    if default is None:
+        missing = [name for name in ("frames", "height", "width") if values[name] is None]
+        if missing:
+            raise ConfigError(
+                f"nothing tells the {' and '.join(missing)} of the clips: set "
+                + ", ".join(f"--data.{name}" for name in missing)
+            )
+        default = SampleInfo(frames=1, height=1, width=1, fps=1)
+    return dataclasses.replace(default, **{k: v for k, v in values.items() if v is not None})

@@ -1,0 +1,66 @@
+"""A run planned from its configuration: what it starts from, layouts, and the choice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from apt.errors import ConfigError
+from apt.methods.base import MethodConfig
+from apt.plan.estimate import Estimate, Job, estimate
+from apt.plan.gpus import PlannedGpu
+from apt.plan.layouts import Choice, choose
+from apt.plan.models import find_model, new_model, registered_model, sample_size
+from apt.train.config import TrainConfig
+
+__all__ = ["job_of", "plan"]
+
+
+def job_of(config: TrainConfig, model: str = "") -> Job:
+    """What is to be trained.
+
+    Args:
+        config: of the run.
+        model: registered name that stands for every model which the stage names; empty takes those.
+
+    Raises:
+        ConfigError: a stage that trains a codec, or a model that is not there yet and that nobody
+            makes; a size of clips that nothing tells.
+        InputError: an unknown model, with close matches.
+    """
+    stage = config.stage
+    if not isinstance(stage, MethodConfig):
+        raise ConfigError(
+            "plan knows the stages that train a generator, and this one trains a codec"
+        )
+    fields = [name for name in stage.names_models if name != "codec"]
+    if model:
+        # Each from a file of its own, as G and D have them.
+        models = {name: dataclasses.replace(registered_model(model), file=name) for name in fields}
+    else:
+        models = {name: find_model(config, name) for name in fields}
+    first = stage.starts_from
+    start = new_model(config) if first is None else models.pop(first)
+    return Job(config, start, models, sample_size(config, start))
+
+
+def plan(job: Job, ranks: int, gpu: PlannedGpu, *, utilization: float, whole: bool) -> Choice:
+    """The layout for so many GPUs, measured.
+
+    Args:
+        job: what is to be trained.
+        ranks: number of GPUs.
+        gpu: of that kind.
+        utilization: the share of the peak that matrix products and attention are assumed to reach.
+        whole: run every block instead of a few.
+
+    Raises:
+        ConfigError: what the trainer would refuse.
+    """
+    tflops = utilization * gpu.peak_tflops
+
+    def assess(config: TrainConfig) -> Estimate:
+        layout = config.parallel.layout(ranks)
+        usage = estimate(dataclasses.replace(job, config=config), layout, whole=whole)
+        return Estimate(config, layout, usage, gpu, tflops)
+
+    return choose(job, ranks, gpu, assess)

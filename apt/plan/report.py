@@ -1,0 +1,225 @@
+"""A plan in words: memory by part, time, traffic, what was tried, and what to change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from apt.plan.estimate import Estimate, Job
+from apt.plan.gpus import GIB
+from apt.plan.layouts import Choice
+from apt.train.config import TrainConfig
+
+__all__ = ["describe_changes", "report"]
+
+
+def report(job: Job, choice: Choice, ranks: int) -> str:
+    """The whole plan."""
+    taken = choice.taken
+    paragraphs = [
+        _head(job, taken, ranks),
+        _memory(taken),
+        _verdict(job, taken, ranks),
+        _time(taken),
+        _traffic(taken),
+        _tried(job.config, choice),
+        _assumed(job, taken),
+    ]
+    return "\n\n".join(text for text in paragraphs if text)
+
+
+def _head(job: Job, taken: Estimate, ranks: int) -> str:
+    clip = job.sample
+    size = f"{clip.frames} x {clip.height} x {clip.width}"
+    lines = [f"{job.config.name} on {ranks} x {taken.gpu.name}: clips of {size}"]
+    models = {"starts from": job.start, **job.others}
+    for field, model in models.items():
+        if model is not None:
+            found = f" ({model.found})" if model.found else ""
+            lines.append(f"  {field}: {model.name}{found}")
+    changes = describe_changes(job.config, taken.config)
+    lines.append(f"  layout: {taken.layout}" + (f", {changes}" if changes else ""))
+    share = taken.config.batch_size // taken.layout.data
+    size_ = taken.config.micro_batch_size or share
+    lines.append(
+        f"  batch: {taken.config.batch_size:,}, of which each data rank has {share:,} in "
+        f"micro-batches of {size_:,}"
+    )
+    return "\n".join(lines)
+
+
+def _memory(taken: Estimate) -> str:
+    peaks = taken.usage.peaks
+    names = sorted({part for peak in peaks.values() for part in peak.parts}, key=_order)
+    header = ["GiB on each GPU at the peak of", *(f"{name}'s step" for name in peaks)]
+    rows = [[part, *(_gib(peak.parts[part]) for peak in peaks.values())] for part in names]
+    rows = [row for row in rows if any(cell != _gib(0) for cell in row[1:])]
+    rows.append(["tensors", *(_gib(peak.total) for peak in peaks.values())])
+    reserved = taken.gpu.reserved
+    rows.append(["with CUDA and NCCL", *(_gib(p.total + reserved) for p in peaks.values())])
+    return table(header, rows)
+
+
+_ORDER = (
+    "weights", "frozen weights", "gradients", "optimiser states", "averages", "gathered blocks",
+    "cast weights", "batch", "activations", "heads and logits",
+)  # fmt: skip
+
+
+def _order(part: str) -> int:
+    return _ORDER.index(part) if part in _ORDER else len(_ORDER)
+
+
+def _verdict(job: Job, taken: Estimate, ranks: int) -> str:
+    have = f"{_gib(taken.gpu.memory).strip()} GiB"
+    if taken.fits:
+        return f"It fits: of {have}, {taken.room:.0%} stay free."
+    lacking = _gib(taken.needed - taken.gpu.memory).strip()
+    advice = "".join(f"\n  - {text}" for text in _advice(job, taken, ranks))
+    return f"It does not fit: of {have}, {lacking} GiB are lacking. What would help:{advice}"
+
+
+def _advice(job: Job, taken: Estimate, ranks: int) -> list[str]:
+    """What to change, by what takes most."""
+    config, peak = taken.config, taken.usage.peak
+    states = ("weights", "gradients", "optimiser states", "averages", "frozen weights")
+    kept = sum(peak.parts[part] for part in states)
+    found = []
+    size = config.micro_batch_size or config.batch_size // taken.layout.data
+    if size > 1:
+        found.append(f"--micro-batch-size 1 (now {size}): activations grow with it")
+    if not config.activation_checkpointing:
+        found.append("--activation-checkpointing: blocks are computed again")
+    if kept > 0.4 * taken.needed:
+        sharded = f"{_gib(kept / 2).strip()} of {_gib(kept).strip()} GiB of states"
+        found.append(f"--gpus {2 * ranks}: {sharded} if twice as many share a copy")
+        if not config.lora.rank and config.stage.starts_from is not None:
+            found.append("--lora.rank 64: adapters train, and weights are frozen in bf16")
+    if not config.bf16_residual and config.precision == "bf16":
+        found.append("--bf16-residual: in MMDiT, inputs of blocks take half; results change")
+    if job.sample.frames > 1:
+        found.append("fewer --data.frames: activations grow with the tokens")
+    return found
+
+
+def _time(taken: Estimate) -> str:
+    work, gpu = taken.usage.work, taken.gpu
+    share = taken.tflops / gpu.peak_tflops
+    text = (
+        f"An update: {work.flops / 1e12:,.0f} TFLOP on each GPU, recomputation included "
+        f"({work.attention / max(work.flops, 1):.0%} attention); {_words(taken.compute_seconds)} "
+        f"at {taken.tflops:.0f} TFLOP/s ({share:.0%} of the peak, an assumption)."
+    )
+    if taken.hidden_seconds or taken.waiting_seconds:
+        text += (
+            f"\nSending takes {_words(taken.hidden_seconds)} beside it, and "
+            f"{_words(taken.waiting_seconds)} that nothing hides."
+        )
+    total = taken.seconds * taken.config.num_updates
+    return (
+        f"{text}\nSo {_words(taken.seconds)} an update, {taken.samples_per_second:.3g} samples/s, "
+        f"{_words(total)} for {taken.config.num_updates:,} updates."
+    )
+
+
+def _traffic(taken: Estimate) -> str:
+    sent = taken.sent()
+    if not sent:
+        return ""
+    rows = [
+        [
+            f"{collective.kind} of {collective.ranks}",
+            f"{taken.usage.work.calls[collective]:,}",
+            f"{size / 1e9:,.3g}",
+            _words(taken.seconds_of(collective, size)),
+        ]
+        for collective, size in sorted(sent.items(), key=lambda item: -item[1])
+        if collective.ranks > 1
+    ]
+    return table(["sent by each GPU in an update", "calls", "GB", "time"], rows)
+
+
+def _tried(config: TrainConfig, choice: Choice) -> str:
+    if len(choice.tried) + len(choice.refused) < 2:
+        return ""
+    rows = []
+    for found in choice.tried:
+        changes = describe_changes(config, found.config)
+        mark = "taken" if found is choice.taken else ""
+        rows.append(
+            [
+                str(found.layout) + (f", {changes}" if changes else ""),
+                _gib(found.needed).strip(),
+                _words(found.seconds),
+                mark,
+            ]
+        )
+    text = table(["tried", "GiB", "an update", ""], rows)
+    for parallel, reason in choice.refused:
+        text += f"\nrefused: sequence {parallel.sequence}: {reason}"
+    return text
+
+
+def _assumed(job: Job, taken: Estimate) -> str:
+    gpu = taken.gpu
+    lines = [
+        "Counted from the trainer's own networks and steps, run without data. Assumed: "
+        f"{_gib(gpu.reserved).strip()} GiB for CUDA and NCCL, {gpu.node_gb_s:g} GB/s between GPUs "
+        f"of a machine and {gpu.network_gb_s:g} GB/s between machines. Not counted: the "
+        "allocator's gaps, sample sheets"
+    ]
+    if job.config.data.source not in ("latents", "digits"):
+        lines.append("; and text encoder and VAE, as if clips and captions came from a cache")
+    return "".join(lines) + "."
+
+
+def describe_changes(before: TrainConfig, after: TrainConfig) -> str:
+    """The options that differ, as the command line has them; the layout's are left out."""
+    found = []
+    for name, was, now in _differences(before, after, ""):
+        if name.startswith("parallel."):
+            continue
+        option = name.replace("_", "-")
+        found.append(f"--{option}" if now is True else f"--{option} {now}" if was != now else "")
+    return " ".join(found)
+
+
+def _differences(before: Any, after: Any, prefix: str) -> list[tuple[str, Any, Any]]:
+    found = []
+    for field in dataclasses.fields(before):
+        was, now = getattr(before, field.name), getattr(after, field.name)
+        if was == now:
+            continue
+        if dataclasses.is_dataclass(was) and type(was) is type(now):
+            found += _differences(was, now, f"{prefix}{field.name}.")
+        else:
+            found.append((f"{prefix}{field.name}", was, now))
+    return found
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            f"{cell:<{width}}" if not i else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join(map(line, [header, *rows]))
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def _words(seconds: float) -> str:
+    if seconds < 0.1:
+        return f"{seconds * 1e3:.2g} ms"
+    for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} s"

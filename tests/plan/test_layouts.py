@@ -1,0 +1,134 @@
+"""The choice among layouts, on figures that are given instead of measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+
+from apt.checkpoints.info import SampleInfo
+from apt.distributed.mesh import Layout, ParallelConfig
+from apt.errors import ConfigError, InputError
+from apt.losses import R1
+from apt.methods.terms import Terms
+from apt.plan.estimate import Estimate, Job
+from apt.plan.gpus import GIB, find_gpu
+from apt.plan.layouts import Choice, choose
+from apt.plan.measure import Peak, Usage
+from apt.plan.models import find_model
+from apt.plan.report import report
+from apt.plan.tracking import Collective, Work
+from apt.train.config import TrainConfig
+from apt.train.recipes import RECIPES
+
+H100 = find_gpu("h100")
+
+
+def paper() -> TrainConfig:
+    made = RECIPES.get("apt_video_720p")()
+    assert isinstance(made, TrainConfig)
+    return made
+
+
+def job(config: TrainConfig) -> Job:
+    start = find_model(config, "generator")
+    others = {"discriminator": find_model(config, "discriminator")}
+    return Job(config, start, others, SampleInfo(frames=49, height=720, width=1280, fps=24))
+
+
+def needing(config: TrainConfig, states: float, activations: float) -> Estimate:
+    """GiB of states are sharded, of activations split over the sequence; D's groups are two thirds
+    of them, and blocks without attention computed again take a tenth longer."""
+    layout = config.parallel.layout(16)
+    held = activations / layout.sequence
+    if getattr(config.stage, "discriminator_forwards", 1) == 2:
+        held *= 2 / 3
+    if config.checkpointing.offloads:
+        held /= 4
+    if config.checkpointing.saves_attention:
+        held *= 1.5
+    parts = Counter({"weights": states / layout.states * GIB, "activations": held * GIB})
+    usage = Usage(
+        {"discriminator": (Peak(sum(parts.values()), parts),)},
+        Work(),
+        Work(linear=1e15 * (1.0 if config.checkpointing.saves_attention else 1.1)),
+        config.batch_size // layout.data,
+    )
+    return Estimate(config, layout, usage, H100, 400.0)
+
+
+def chosen(config: TrainConfig, states: float, activations: float) -> Choice:
+    return choose(job(config), 16, H100, lambda way: needing(way, states, activations))
+
+
+def test_what_fits_without_sharing_samples_is_taken_in_copies_of_a_machine() -> None:
+    taken = chosen(paper(), states=100, activations=20).taken
+    assert taken.layout == Layout(2, 8, 1)
+    assert taken.config.checkpointing.saves_attention  # there is room for it, and it is faster
+
+
+def test_what_is_too_large_for_one_is_shared_by_as_few_as_hold_it() -> None:
+    choice = chosen(paper(), states=100, activations=150)
+    assert choice.taken.layout == Layout(2, 4, 2) and choice.taken.fits
+    assert getattr(choice.taken.config.stage, "discriminator_forwards", 0) == 2
+    assert not any(found.fits for found in choice.tried if found.layout.sequence == 1)
+
+
+def test_a_copy_grows_beyond_a_machine_only_where_it_must() -> None:
+    assert chosen(paper(), states=800, activations=20).taken.layout.replicate == 1
+
+
+def test_a_layout_that_is_named_is_tried_alone() -> None:
+    named = dataclasses.replace(paper(), parallel=ParallelConfig(sequence=4))
+    layouts = {found.layout for found in chosen(named, states=100, activations=20).tried}
+    assert layouts == {Layout(1, 4, 4)}
+
+
+def test_where_nothing_fits_it_says_what_would_help() -> None:
+    config = paper()
+    choice = chosen(config, states=4000, activations=10)
+    text = report(job(config), choice, 16)
+    assert "It does not fit" in text and "--gpus 32" in text and "--lora.rank" in text
+
+
+def test_what_the_trainer_refuses_is_not_promised() -> None:
+    config = paper()
+    exact = dataclasses.replace(config.stage, terms=Terms(exact_r1=R1(weight=1.0)))  # type: ignore[type-var]
+    with pytest.raises(ConfigError, match="exact"):
+        chosen(dataclasses.replace(config, stage=exact), states=1, activations=1)
+
+
+def test_times_and_bytes() -> None:
+    """By hand: 1e15 operations at 400 TFLOP/s, 7/8 of what is gathered, twice that to sum."""
+    sent = Counter({Collective("all-gather", 8): 8 * 10**9, Collective("all-reduce", 2): 10**9})
+    sent[Collective("all-to-all", 4)] = 4 * 10**9
+    usage = Usage({"generator": (Peak(0, Counter()),)}, Work(sent=sent), Work(linear=1e15), 1)
+    found = Estimate(paper(), Layout(2, 2, 4), usage, H100, 400.0)
+    assert found.compute_seconds == 2.5
+    assert found.sent() == {
+        Collective("all-gather", 8): 7e9,
+        Collective("all-reduce", 2): 1e9,
+        Collective("all-to-all", 4): 3e9,
+    }
+    assert found.waiting_seconds == pytest.approx(3 / 450)  # inside a machine
+    assert found.hidden_seconds == pytest.approx(7 / 450 + 1 / 50)  # copies are in two machines
+    assert found.seconds == pytest.approx(2.5 + 3 / 450)
+
+
+def test_recipes_are_followed_to_the_model_that_they_begin_with() -> None:
+    video = RECIPES.get("apt_video_wan")()
+    found = find_model(video, "generator")
+    assert found.name == "wan2.1_t2v_1.3b" and "apt_image_wan" in found.found
+    assert find_model(paper(), "generator").name == "apt_8b"
+    digits = RECIPES.get("digits_apt")()
+    made = find_model(digits, "generator")
+    assert made.config.in_channels == made.bundle(loads=False).codec.channels
+
+
+def test_unknown_models_and_gpus() -> None:
+    stage = dataclasses.replace(paper().stage, generator="nobody/has-it")  # type: ignore[type-var]
+    with pytest.raises(ConfigError, match="--model"):
+        find_model(dataclasses.replace(paper(), stage=stage), "generator")
+    with pytest.raises(InputError, match="choose from: a100"):
+        find_gpu("h300")

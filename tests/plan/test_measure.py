@@ -1,0 +1,89 @@
+"""What is planned without data, held against the same updates in real tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from apt.distributed.imagined import imagined_ranks
+from apt.distributed.mesh import Layout, ParallelConfig
+from apt.errors import ConfigError
+from apt.plan.compare import real_peaks
+from apt.plan.estimate import Job, estimate
+from apt.plan.measure import Usage
+from tests.plan.jobs import JOBS, ON_RANKS, RANKS, in_layout
+
+ROOT = Path(__file__).parents[2]
+
+
+def planned(job: Job, world: int = 1) -> Usage:
+    return estimate(job, job.config.parallel.layout(world), gpu=False)
+
+
+def peaks(usage: Usage) -> dict[str, float]:
+    return {name: peak.total for name, peak in usage.peaks.items()}
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict[str, float]]]:
+    folder = tmp_path_factory.mktemp("plan")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.plan.jobs", str(folder)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {world: json.loads((folder / f"{world}.json").read_text()) for world in RANKS}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_memory_of_one_process_is_that_of_live_tensors(name: str) -> None:
+    with imagined_ranks(Layout()) as alone:
+        real = real_peaks(JOBS[name], alone)
+    assert peaks(planned(JOBS[name])) == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ON_RANKS)
+@pytest.mark.parametrize(
+    ("world", "kind"), [(world, kind) for world, layouts in RANKS.items() for kind in layouts]
+)
+def test_memory_on_ranks_is_that_of_live_tensors(
+    on_ranks: dict[int, dict[str, dict[str, float]]], world: int, kind: str, name: str
+) -> None:
+    job = in_layout(name, RANKS[world][kind])
+    assert peaks(planned(job, world)) == pytest.approx(on_ranks[world][f"{name}/{kind}"], rel=0.05)
+
+
+def test_parts_add_up_and_states_are_told_apart() -> None:
+    found = planned(JOBS["distill"])
+    count = sum(p.numel() for p in JOBS["distill"].start.config.build().parameters())  # type: ignore[union-attr]
+    parts = found.peak.parts
+    assert sum(parts.values()) == pytest.approx(found.peak.total)
+    assert parts["weights"] == 4 * count
+    assert parts["optimiser states"] == pytest.approx(4 * count, rel=0.01)
+    assert parts["averages"] == 2 * 4 * count  # the EMA, and the target
+
+
+def test_a_deep_network_is_told_from_shallow_ones() -> None:
+    """Peaks and work of 12 blocks by 4 and 6, against all 12."""
+    job = JOBS["checkpointed"].of_depth(12)
+    few, whole = estimate(job, Layout(1, 4, 1)), estimate(job, Layout(1, 4, 1), whole=True)
+    assert peaks(few) == pytest.approx(peaks(whole), rel=0.02)
+    assert few.work.flops == pytest.approx(whole.work.flops, rel=1e-3)
+    assert few.work.sent == pytest.approx(whole.work.sent, rel=1e-3)
+
+
+def test_nothing_of_a_plan_is_left_behind() -> None:
+    planned(JOBS["apt"])
+    assert not torch.distributed.is_initialized()
+    linear = torch.nn.Linear(2, 2).to(torch.float64)
+    assert type(linear.weight.data) is torch.Tensor and linear.weight.dtype == torch.float64
+
+
+def test_a_batch_that_does_not_divide_is_refused_as_by_the_run() -> None:
+    with pytest.raises(ConfigError, match=r"batch_size 8 does not divide by the 3 .* 6 or 9"):
+        planned(in_layout("apt", ParallelConfig()), 3)
