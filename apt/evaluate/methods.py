@@ -84,6 +84,7 @@ LONG, NO_REGULARISER = "long", "no_r1"
 ABLATIONS: dict[str, tuple[str, str]] = {
     NO_REGULARISER: ("no regulariser", "worse (Fig. 5)"),
     "no_r2": ("approximated R1 alone, on real clips", "its own form"),
+    "no_mismatched": ("no clips under other captions", "hardly different (App. J)"),
     "shallow": ("D of half the depth", "worse (Fig. 6)"),
     "one_head": ("one head, on the last block", "worse (Fig. 7)"),
     "frozen": ("D's backbone frozen", "worse (App. F)"),

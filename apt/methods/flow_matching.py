@@ -25,13 +25,11 @@ from apt.methods.base import (
     Metrics,
     MicroBatch,
     Part,
+    Pass,
     even_timesteps,
     mean,
 )
 from apt.models.architectures import untrained_timesteps
-    Pass,
-    mean,
-)
 from apt.rng import sample_noise
 
 

@@ -25,6 +25,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "digits_apt_long": {},
     "digits_apt_no_r1": {"stage.r1.weight": 0.0, "stage.terms.r2.weight": 0.0},
     "digits_apt_no_r2": {"stage.terms.r2.weight": 0.0},
+    "digits_apt_no_mismatched": {"stage.terms.mismatched.weight": 0.0},
     "digits_apt_shallow": {"stage.layers": (1, 2, 3)},
     "digits_apt_one_head": {"stage.layers": (6,)},
     "digits_apt_frozen": {"stage.freeze_discriminator_backbone": True},
@@ -34,11 +35,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "digits_apt_small_batch": {"batch_size": 8},
     "digits_apt_low_rates": {
         "optimizer.learning_rate": 3e-5,
-        "stage.discriminator_learning_rate": 1e-4,
+        "stage.discriminator_learning_rate": 2e-4,
     },
     "digits_apt_high_rates": {
         "optimizer.learning_rate": 3e-4,
-        "stage.discriminator_learning_rate": 9e-4,
+        "stage.discriminator_learning_rate": 1.8e-3,
     },
 }
 STAGES = ("codec", "pretrain", "distill", "apt")
