@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -67,7 +67,7 @@ def group_size(group: Any) -> int | None:
             return None  # another object of torch, such as the kind of a reduction
     if isinstance(group, str):
         try:
-            return dist.distributed_c10d._resolve_process_group(group).size()
+            return dist.distributed_c10d._resolve_process_group(cast(Any, group)).size()
         except (RuntimeError, LookupError):
             return None
     return None

@@ -273,4 +273,5 @@ def sample_size(config: TrainConfig, start: PlannedModel | None) -> SampleInfo:
                 + ", ".join(f"--data.{name}" for name in missing)
             )
         default = SampleInfo(frames=1, height=1, width=1, fps=1)
-    return dataclasses.replace(default, **{k: v for k, v in values.items() if v is not None})
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(default, **given)
