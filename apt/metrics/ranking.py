@@ -51,6 +51,7 @@ def _connected(wins: NDArray[np.float64]) -> NDArray[np.bool_]:
     number = wins.shape[-1]
     reach: NDArray[np.bool_] = (wins > 0) | np.eye(number, dtype=bool)
     for _ in range(max(1, number.bit_length())):
-        reach = np.greater(reach.astype(np.int64) @ reach.astype(np.int64), 0).astype(np.bool_)
+        step = reach.astype(np.int64)
+        reach = np.asarray(step @ step > 0, dtype=np.bool_)
     found: NDArray[np.bool_] = reach.all(axis=(-1, -2))
     return found
