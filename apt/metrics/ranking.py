@@ -49,9 +49,8 @@ def bradley_terry(wins: NDArray[np.float64]) -> NDArray[np.float64]:
 def _connected(wins: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Whether every model beat every other one, at least by way of others (Ford, 1957)."""
     number = wins.shape[-1]
-    reach: NDArray[np.bool_] = (wins > 0) | np.eye(number, dtype=bool)
+    reach = ((wins > 0) | np.eye(number, dtype=bool)).astype(np.int64)
     for _ in range(max(1, number.bit_length())):
-        step = reach.astype(np.int64)
-        reach = np.asarray(step @ step > 0, dtype=np.bool_)
-    found: NDArray[np.bool_] = reach.all(axis=(-1, -2))
+        reach = np.minimum(reach @ reach, 1)
+    found: NDArray[np.bool_] = (reach > 0).all(axis=(-1, -2))
     return found
