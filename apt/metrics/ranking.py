@@ -52,5 +52,4 @@ def _connected(wins: NDArray[np.float64]) -> NDArray[np.bool_]:
     reach = ((wins > 0) | np.eye(number, dtype=bool)).astype(np.int64)
     for _ in range(max(1, number.bit_length())):
         reach = np.minimum(reach @ reach, 1)
-    found: NDArray[np.bool_] = (reach > 0).all(axis=(-1, -2))
-    return found
+    return np.asarray((reach > 0).all(axis=(-1, -2)), dtype=np.bool_)
