@@ -12,6 +12,7 @@ from apt.pipeline import OneStepPipeline
 
 SHIPPED: dict[str, tuple[str, int]] = {
     "digits": ("apt", 1),
+    "digits-consistency": ("consistency", 1),
     "digits-diffusion": ("diffusion", 25),
 }
 

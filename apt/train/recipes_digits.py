@@ -142,15 +142,15 @@ def digits_apt() -> TrainConfig:
             learning_rate=1e-4,
             betas=(0.5, 0.95),
             warmup_updates=30,
-            decay_updates=50,
+            decay_updates=40,
         ),
-        num_updates=100,
+        num_updates=80,
         batch_size=32,
         ema_decay=0.97,
         precision="bf16",
         checkpoint_every=25,
-        snapshot_at=(50, 100),
-        sample_every=50,
+        snapshot_at=(40, 80),
+        sample_every=40,
         sample_prompts=DIGITS_PROMPTS,
     )
 
@@ -173,6 +173,8 @@ def digits_apt_paper() -> TrainConfig:
         ),
         # The paper's rate is that of a batch of thousands and of 8 billion weights.
         optimizer=dataclasses.replace(paper.optimizer, learning_rate=1e-4),
+        num_updates=100,
+        snapshot_at=(50, 100),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -51,3 +52,4 @@ def described(parallel: Parallel) -> dict[str, object]:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    os._exit(0)  # as the command does: what forked ranks leave may keep Python from its end

@@ -90,3 +90,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    os._exit(0)  # as the command does: what forked ranks leave may keep Python from its end

@@ -7,6 +7,7 @@ that are added up are the same ones.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -176,3 +177,4 @@ def main(root: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    os._exit(0)  # as the command does: what forked ranks leave may keep Python from its end

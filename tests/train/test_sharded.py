@@ -18,7 +18,7 @@ from tests.train.sharded import LAYOUTS
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("pretrain", "distill", "apt")
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("four", "hybrid", "once")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("two", "four", "hybrid", "once")]
 
 
 class Found:
@@ -41,8 +41,9 @@ class Found:
     def _need(self, name: str) -> None:
         if (self.folder / f"{name}.pt").is_file():
             return
-        # Those of the default suite together, as are those of the slow one.
-        names = ["one", "two"] if name in ("one", "two") else ["four", "hybrid", "once"]
+        # Together, except those that quick tests ask for alone.
+        alone = name in ("one", "two")
+        names = [name] if alone else ["four", "hybrid", "once"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "tests.train.sharded", str(self.folder), *names]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -60,7 +61,7 @@ def distance(value: Tensor, expected: Tensor) -> float:
     return float((value.double() - expected.double()).norm() / scale)
 
 
-@pytest.mark.parametrize("name", ["two", *SLOW])
+@pytest.mark.parametrize("name", SLOW)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_weights_averages_and_targets_are_those_of_one_rank(
@@ -75,7 +76,7 @@ def test_weights_averages_and_targets_are_those_of_one_rank(
     assert apart[worst] < (1e-5 if precision == "fp32" else 2e-3), (worst, apart[worst])
 
 
-@pytest.mark.parametrize("name", ["two", *SLOW])
+@pytest.mark.parametrize("name", SLOW)
 def test_metrics_are_those_of_one_rank(found: Found, name: str) -> None:
     expected, got = found.report("one"), found.report(name)
     for key, values in expected.items():
@@ -84,7 +85,7 @@ def test_metrics_are_those_of_one_rank(found: Found, name: str) -> None:
             assert got[key][update] == pytest.approx(values[update], rel=tolerance, abs=1e-5), key
 
 
-@pytest.mark.parametrize("name", ["two", *SLOW])
+@pytest.mark.parametrize("name", SLOW)
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_export_is_that_of_one_rank(found: Found, name: str, stage: str) -> None:
     found.weights(name)
@@ -96,7 +97,7 @@ def test_the_export_is_that_of_one_rank(found: Found, name: str, stage: str) -> 
         assert distance(got[key], value) < 1e-5, key
 
 
-@pytest.mark.parametrize("name", ["one", "two", *SLOW])
+@pytest.mark.parametrize("name", ["one", *SLOW])
 def test_no_rank_holds_a_whole_model_while_it_is_loaded(found: Found, name: str) -> None:
     ranks = LAYOUTS[name][0]
     copies = LAYOUTS[name][1].replicate
@@ -107,7 +108,7 @@ def test_no_rank_holds_a_whole_model_while_it_is_loaded(found: Found, name: str)
         assert stream["loading"] <= stream["share"] + stream["largest"]
 
 
-@pytest.mark.parametrize("name", ["one", "two", *SLOW])
+@pytest.mark.parametrize("name", ["one", *SLOW])
 def test_a_model_goes_from_its_ranks_to_a_file_one_tensor_at_a_time(
     found: Found, name: str
 ) -> None:
