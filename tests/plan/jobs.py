@@ -39,7 +39,7 @@ def job(stage: MethodConfig, **changes: Any) -> Job:
         ),
         **{"batch_size": 8, "device": "cpu", "ema_warmup": False, **changes},
     )
-    if stage.starts_from is None:
+    if stage.start_field is None:
         return Job(config, new_model(config), {}, SAMPLE)
     model = PlannedModel("mmdit_small", MMDiTConfig(**SHAPE), None, 12, file="start")
     others = {name: dataclasses.replace(model, file=name) for name in stage.names_models[1:]}
