@@ -30,7 +30,7 @@ class PlannedHost(RunHost):
 
     def model(self) -> ModelBundle:
         assert self.start is not None
-        return self.start.bundle(loads=self.config.stage.starts_from is not None)
+        return self.start.bundle(loads=self.config.stage.start_field is not None)
 
     def backbone(self, field: str) -> tuple[DiffusionTransformer, ModelInfo]:
         bundle = self.others[field].bundle(loads=True)

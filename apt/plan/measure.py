@@ -263,10 +263,10 @@ def name_states(stage: Stage) -> Callable[[], dict[int, str]]:
     fixed: dict[int, str] = {}
     parameters: list[nn.Parameter] = []
     modules = {id(trained.module) for trained in stage.trained.values()}
+    _name(fixed, stage.extra_state(), AVERAGES)  # first: a network may carry its average
     for value in [*vars(stage).values(), *stage.frozen]:
         if isinstance(value, nn.Module) and id(value) not in modules:
             _name(fixed, [*value.parameters(), *value.buffers()], FROZEN)
-    _name(fixed, stage.extra_state(), AVERAGES)
     for trained in stage.trained.values():
         state = trained.state()
         own = [*trained.module.parameters()]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from apt.checkpoints.bundle import ModelBundle, component_info
-from apt.checkpoints.info import ComponentInfo, ModelInfo, SampleInfo
-from apt.checkpoints.load import describe_model
+from apt.checkpoints.bundle import ModelBundle
+from apt.checkpoints.info import ComponentInfo, ModelInfo, SampleInfo, SamplingInfo
+from apt.checkpoints.load import describe, describe_model
 from apt.checkpoints.origin import Origin, begin_at
 from apt.checkpoints.reading import StoredTensor
 from apt.checkpoints.source import list_pretrained
@@ -21,8 +21,10 @@ from apt.checkpoints.weights import Piece
 from apt.condition import EncodedText
 from apt.data.builtin_sources import DIGITS
 from apt.errors import ConfigError
+from apt.methods.base import MethodConfig
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.cached import CachedCodec
+from apt.models.codec_shape import codec_shape
 from apt.models.protocols import LatentCodec, TextEncoder
 from apt.models.transformer import DiffusionTransformer
 from apt.registry import replace_typed
@@ -51,6 +53,7 @@ class PlannedModel:
         file: what tells its weights from those of another; networks of one file share what does
             not train.
         found: how it was told, in words; empty if it was named.
+        sampling: how it is sampled, which a stage may take from it.
     """
 
     name: str
@@ -62,19 +65,25 @@ class PlannedModel:
     codec: ComponentInfo | None = None
     file: str = ""
     found: str = ""
+    sampling: SamplingInfo = field(default_factory=SamplingInfo)
 
     def bundle(self, *, loads: bool) -> ModelBundle:
         """The model, its weights in fp32; on the meta device if they are to be loaded."""
         backbone = self._waiting() if loads else self.config.build()
-        text_encoder, codec = self._text_encoder(), self._codec()
-        info = ModelInfo(
+        return ModelBundle(backbone, self._text_encoder(), self._codec(), self.info)
+
+    @property
+    def info(self) -> ModelInfo:
+        """What would be said of it."""
+        planned = ComponentInfo(architecture="planned", config={})
+        return ModelInfo(
             stage="diffusion",
-            model=component_info(self.name, backbone),
-            text_encoder=self.text_encoder or ComponentInfo(architecture="planned", config={}),
-            codec=self.codec or ComponentInfo(architecture="planned", config={}),
+            model=ComponentInfo(architecture=self.name, config=dataclasses.asdict(self.config)),
+            text_encoder=self.text_encoder or planned,
+            codec=self.codec or planned,
             sample=self.sample or SampleInfo(frames=1, height=1, width=1, fps=1),
+            sampling=self.sampling,
         )
-        return ModelBundle(backbone, text_encoder, codec, info)
 
     def _waiting(self) -> DiffusionTransformer:
         """The backbone without memory, as if its weights lay in a file."""
@@ -183,7 +192,7 @@ def _named(value: str, seen: tuple[str, ...]) -> PlannedModel:
             f"{value!r} is not there yet, and no recipe exports it: name the model that it will be "
             "with --model, one of `diffusion-apt list models`"
         )
-    start = maker.stage.starts_from
+    start = maker.stage.start_field
     words = f"{value} is what {maker.name} makes"
     if start is None:
         return dataclasses.replace(new_model(maker), found=words)
@@ -205,7 +214,14 @@ def _registered(name: str, tag: str | None) -> PlannedModel:
     if not entries:
         return PlannedModel(name, config, None, _TEXT_TOKENS)
     entry = entries[find_tag(name, tag or True)]
-    return PlannedModel(name, config, entry.sample, entry.text_tokens, entry.compression)
+    return PlannedModel(
+        name,
+        config,
+        entry.sample,
+        entry.text_tokens,
+        entry.compression,
+        sampling=entry.sampling,
+    )
 
 
 def _described(info: ModelInfo, value: str) -> PlannedModel:
@@ -222,28 +238,40 @@ def _described(info: ModelInfo, value: str) -> PlannedModel:
         text_encoder=info.text_encoder if own_text else None,
         codec=None if entry is not None else info.codec,
         found=f"as {value} says",
+        sampling=info.sampling,
     )
 
 
 def new_model(config: TrainConfig) -> PlannedModel:
     """What a stage that begins anew builds."""
-    model = config.model
+    model, codec, sampling = config.model, _new_codec(config), SamplingInfo()
+    if isinstance(config.stage, MethodConfig):
+        sampling = config.stage.sampling(sampling)
+    backbone: Any = replace_typed(MODELS.get(model.name)(), model.options)
+    if "in_channels" not in model.options:  # as `apt.train.resolve` has it
+        shape = codec_shape(replace_typed(CODECS.get(codec.architecture)(), codec.config))
+        backbone = dataclasses.replace(backbone, in_channels=shape.channels)
     return PlannedModel(
         model.name,
-        replace_typed(MODELS.get(model.name)(), model.options),
+        backbone,
         config.data.clip,
         _TEXT_TOKENS,
         text_encoder=ComponentInfo(
             architecture=model.text_encoder, config=dict(model.text_encoder_options)
         ),
-        codec=_new_codec(config),
+        codec=codec,
+        sampling=sampling,
     )
 
 
 def _new_codec(config: TrainConfig) -> ComponentInfo:
     source = config.stage.trained_codec()
+    if source and (source in list_pretrained() or Path(source).exists()):
+        return describe(source).codec
     maker = _recipe_that_exports(source) if source else config
-    model = (maker or config).model
+    if maker is None:
+        raise ConfigError(f"{source!r} is not there yet, and no recipe exports it")
+    model = maker.model
     return ComponentInfo(architecture=model.codec, config=dict(model.codec_options))
 
 

@@ -11,6 +11,7 @@ from apt.plan.gpus import PlannedGpu
 from apt.plan.layouts import Choice, choose
 from apt.plan.models import find_model, new_model, registered_model, sample_size
 from apt.train.config import TrainConfig
+from apt.train.resolve import rounded
 
 __all__ = ["job_of", "plan"]
 
@@ -32,14 +33,21 @@ def job_of(config: TrainConfig, model: str = "") -> Job:
         raise ConfigError(
             "plan knows the stages that train a generator, and this one trains a codec"
         )
-    fields = [name for name in stage.names_models if name != "codec"]
+    first = stage.start_field
+    unused = {"codec", stage.starts_from if first is None else "codec"}
+    fields = [name for name in stage.names_models if name not in unused]
     if model:
         # Each from a file of its own, as G and D have them.
         models = {name: dataclasses.replace(registered_model(model), file=name) for name in fields}
     else:
         models = {name: find_model(config, name) for name in fields}
-    first = stage.starts_from
-    start = new_model(config) if first is None else models.pop(first)
+    if first is None:
+        start = new_model(config)
+    else:
+        start = models.pop(first)
+        config = dataclasses.replace(config, stage=stage.filled(start.info))
+    if config.precision == "auto":
+        config = dataclasses.replace(config, precision="bf16")  # which all these GPUs compute in
     return Job(config, start, models, sample_size(config, start))
 
 
@@ -60,6 +68,7 @@ def plan(job: Job, ranks: int, gpu: PlannedGpu, *, utilization: float, whole: bo
 
     def assess(config: TrainConfig) -> Estimate:
         layout = config.parallel.layout(ranks)
+        config, _ = rounded(config, layout.data)
         usage = estimate(dataclasses.replace(job, config=config), layout, whole=whole)
         return Estimate(config, layout, usage, gpu, tflops)
 

@@ -54,7 +54,8 @@ def _memory(taken: Estimate) -> str:
     names = sorted({part for peak in peaks.values() for part in peak.parts}, key=_order)
     header = ["GiB on each GPU at the peak of", *(f"{name}'s step" for name in peaks)]
     rows = [[part, *(_gib(peak.parts[part]) for peak in peaks.values())] for part in names]
-    rows = [row for row in rows if any(cell != _gib(0) for cell in row[1:])]
+    if taken.usage.peak.total >= GIB:  # of small ones all parts are small
+        rows = [row for row in rows if any(cell != _gib(0) for cell in row[1:])]
     rows.append(["tensors", *(_gib(peak.total) for peak in peaks.values())])
     reserved = taken.gpu.reserved
     rows.append(["with CUDA and NCCL", *(_gib(p.total + reserved) for p in peaks.values())])
@@ -94,7 +95,7 @@ def _advice(job: Job, taken: Estimate, ranks: int) -> list[str]:
     if kept > 0.4 * taken.needed:
         sharded = f"{_gib(kept / 2).strip()} of {_gib(kept).strip()} GiB of states"
         found.append(f"--gpus {2 * ranks}: {sharded} if twice as many share a copy")
-        if not config.lora.rank and config.stage.starts_from is not None:
+        if not config.lora.rank and config.stage.start_field is not None:
             found.append("--lora.rank 64: adapters train, and weights are frozen in bf16")
     if not config.bf16_residual and config.precision == "bf16":
         found.append("--bf16-residual: in MMDiT, inputs of blocks take half; results change")
@@ -107,7 +108,7 @@ def _time(taken: Estimate) -> str:
     work, gpu = taken.usage.work, taken.gpu
     share = taken.tflops / gpu.peak_tflops
     text = (
-        f"An update: {work.flops / 1e12:,.0f} TFLOP on each GPU, recomputation included "
+        f"An update: {_figure(work.flops / 1e12)} TFLOP on each GPU, recomputation included "
         f"({work.attention / max(work.flops, 1):.0%} attention); {_words(taken.compute_seconds)} "
         f"at {taken.tflops:.0f} TFLOP/s ({share:.0%} of the peak, an assumption)."
     )
@@ -213,7 +214,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.1f}"
+    return f"{size / GIB:.1f}" if size >= GIB or not size else f"{size / GIB:.3f}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _words(seconds: float) -> str:

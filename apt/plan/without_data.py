@@ -49,7 +49,8 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
 
 def _forget_tables() -> None:
     for found in gc.get_objects():
-        if isinstance(found, functools._lru_cache_wrapper):
+        # Not isinstance(), which asks objects for their class: some answer with a warning.
+        if type(found) is functools._lru_cache_wrapper:
             owner: Any = getattr(found, "__module__", "") or ""
             if owner.startswith("apt.models."):
                 found.cache_clear()

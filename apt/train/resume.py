@@ -51,6 +51,7 @@ _FREE_FIELDS = (
     "sample_prompts",
     "wandb_project",
     "monitor",
+    "stage.rounding_every",  # it is told, and nothing else
     "parallel",
     "heldout.every",
     "heldout.path",
@@ -133,6 +134,8 @@ def check_resumable(
         "bf16_residual": False,
         "lora.base": "",
         "stage.discriminator_forwards": 1,
+        "stage.discriminator_precision": "run",
+        "stage.rounding_every": 0,
         **{name: getattr(config, name) for name in _NEWER_FIELDS},
         "ema_warmup": False,
         "wandb_project": "",
@@ -142,7 +145,9 @@ def check_resumable(
         **_by_option(dataclasses.asdict(HeldoutConfig()), "heldout."),
         **({f"stage.{config.stage.starts_from}": ""} if config.stage.may_begin_anew else {}),
     }
-    now, then = _by_option(plain(config)), given | _by_option(before)
+    now = _by_option(plain(config))
+    # Not every stage has all of them.
+    then = {key: value for key, value in given.items() if key in now} | _by_option(before)
     if gone := sorted(key for key in then if key in _EARLIER_OPTIONS):
         raise ConfigError(
             f"{path} was begun by an earlier version, whose options were others ({gone[0]}, ...); "

@@ -15,6 +15,7 @@ from apt.methods.apt import AdversarialConfig
 from apt.methods.base import MethodConfig
 from apt.methods.consistency import DistillConfig
 from apt.methods.flow_matching import PretrainConfig
+from apt.models.checkpointing import Checkpointing
 from apt.models.mmdit import MMDiTConfig
 from apt.plan.compare import real_peaks
 from apt.plan.estimate import Job
@@ -39,7 +40,7 @@ def job(stage: MethodConfig, **changes: Any) -> Job:
         ),
         **{"batch_size": 8, "device": "cpu", "ema_warmup": False, **changes},
     )
-    if stage.starts_from is None:
+    if stage.start_field is None:
         return Job(config, new_model(config), {}, SAMPLE)
     model = PlannedModel("mmdit_small", MMDiTConfig(**SHAPE), None, 12, file="start")
     others = {name: dataclasses.replace(model, file=name) for name in stage.names_models[1:]}
@@ -56,6 +57,12 @@ JOBS = {
         activation_checkpointing=True,
         micro_batch_size=1,
     ),
+    "attention": job(
+        AdversarialConfig(layers=(1, 2, 3)),
+        precision="bf16",
+        activation_checkpointing=True,
+        checkpointing=Checkpointing(saves_attention=True),
+    ),
     "adapters": job(
         AdversarialConfig(layers=(1, 2, 3)),
         precision="bf16",
@@ -67,7 +74,7 @@ RANKS = {
     2: {"shard": ParallelConfig()},
     4: {"copies": ParallelConfig(replicate=2), "sequence": ParallelConfig(sequence=2)},
 }
-ON_RANKS = ("pretrain", "distill", "apt")
+ON_RANKS = ("pretrain", "distill", "apt", "attention")
 
 
 def in_layout(name: str, layout: ParallelConfig) -> Job:

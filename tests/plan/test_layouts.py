@@ -17,6 +17,7 @@ from apt.plan.gpus import GIB, find_gpu
 from apt.plan.layouts import Choice, choose
 from apt.plan.measure import Peak, Usage
 from apt.plan.models import find_model
+from apt.plan.plan import job_of
 from apt.plan.report import report
 from apt.plan.tracking import Collective, Work
 from apt.train.config import TrainConfig
@@ -123,7 +124,21 @@ def test_recipes_are_followed_to_the_model_that_they_begin_with() -> None:
     assert find_model(paper(), "generator").name == "apt_8b"
     digits = RECIPES.get("digits_apt")()
     made = find_model(digits, "generator")
+    assert made.name == "mmdit_digits_latent"
     assert made.config.in_channels == made.bundle(loads=False).codec.channels
+
+
+def test_stages_are_planned_as_they_begin_with_nothing_left_open() -> None:
+    digits = RECIPES.get("digits_pretrain")()
+    begun = job_of(digits)
+    assert begun.start is not None and begun.start.name == "mmdit_digits_latent"
+    assert not begun.others
+    distill = RECIPES.get("digits_distill")()
+    still_open = dataclasses.replace(distill.stage.loss, cfg_scale=None)
+    stage = dataclasses.replace(distill.stage, loss=still_open)
+    filled = job_of(dataclasses.replace(distill, stage=stage, precision="auto")).config
+    assert filled.stage.loss.cfg_scale == digits.stage.cfg_scale
+    assert filled.precision == "bf16"
 
 
 def test_unknown_models_and_gpus() -> None:

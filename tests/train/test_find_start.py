@@ -8,6 +8,7 @@ import pytest
 
 from apt.errors import CheckpointError, ConfigError
 from apt.methods import PretrainConfig
+from apt.methods.apt import AdversarialConfig
 from apt.methods.consistency import DistillConfig
 from apt.train import checkpoint
 from apt.train.config import DataConfig, TrainConfig
@@ -113,6 +114,24 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_sentence(tmp_path: Path):
     before["stage"] = {"generator": "g", "r1_weight": 100.0, "r1_sigma": 0.1}
     with pytest.raises(ConfigError, match=r"begun by an earlier version.*\(stage\.r1_weight"):
         check_resumable(CONFIG, {"config": before}, tmp_path, 1)
+
+
+NEWER = ("discriminator_forwards", "discriminator_precision", "rounding_every")
+
+
+def test_a_run_from_before_some_options_goes_on_as_it_was(tmp_path: Path):
+    stage = AdversarialConfig(generator="g", discriminator="d")
+    config = dataclasses.replace(CONFIG, stage=stage, ema_warmup=False)
+    before = plain(config)
+    for name in NEWER:
+        del before["stage"][name]
+    meta = {"config": before}
+    assert check_resumable(config, meta, tmp_path, 1) == []
+    told = dataclasses.replace(config, stage=dataclasses.replace(stage, rounding_every=5))
+    assert check_resumable(told, meta, tmp_path, 1) == ["stage.rounding_every (was 0, is 5)"]
+    exact = dataclasses.replace(stage, discriminator_precision="fp32")
+    with pytest.raises(ConfigError, match=r"discriminator_precision \(was 'run', is 'fp32'\)"):
+        check_resumable(dataclasses.replace(config, stage=exact), meta, tmp_path, 1)
 
 
 def test_a_model_may_move_and_not_become_another(tmp_path: Path):
