@@ -39,7 +39,7 @@ from apt.train.trainer import make_stage
 
 STAGES = ("pretrain", "distill", "apt")
 STARTS: dict[str, dict[str, Any]] = {
-    "pretrain": {},
+    "pretrain": {"codec": "digits-codec"},
     "distill": {"teacher": "digits-diffusion"},
     "apt": {"generator": "digits", "discriminator": "digits-diffusion"},
 }
@@ -62,7 +62,7 @@ class Update:
 
 def stage_config(stage: str, *, precision: Literal["fp32", "bf16"]) -> TrainConfig:
     """The digits' recipe of a stage, from models that ship with the package."""
-    recipe = RECIPES.get(f"digits_pixels_{stage}")()
+    recipe = RECIPES.get(f"digits_{stage}")()
     assert isinstance(recipe, TrainConfig)
     start = dataclasses.replace(recipe.stage, **STARTS[stage])
     return dataclasses.replace(recipe, stage=start, precision=precision)
