@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apt.checkpoints.info import CODEC_FILE
-from apt.checkpoints.load import find_codec
+from apt.checkpoints.load import describe
 from apt.checkpoints.source import list_pretrained, locate
 from apt.pipeline import OneStepPipeline
 
@@ -29,11 +29,11 @@ def test_all_models_are_there_and_small() -> None:
 
 def test_models_were_made_in_the_latents_of_the_codec_that_they_share() -> None:
     for codec in CODECS:
-        shared = find_codec(codec)[1]
+        shared = describe(codec)
         family = [name for name in SHIPPED if name.startswith(codec.removesuffix("-codec"))]
         for name in family:
             assert not (locate(name).folder / CODEC_FILE).exists(), "it would lie there twice"
-            assert find_codec(name)[1].config == shared.config
+            assert describe(name).codec.config == shared.codec.config
 
 
 @pytest.mark.parametrize("name", SHIPPED)

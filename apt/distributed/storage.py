@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from apt.distributed.collectives import group, rank, reason, world
+from apt.distributed.tensors import local
 from apt.errors import CheckpointError
 
 __all__ = ["HostCopies", "own_files", "read_shards", "write_shards"]
@@ -64,6 +65,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
         str(folder), fqn_to_index_mapping=_file_indices(tensors), save_distributed=True
     )
     alone = world() == 1
+    tensors = _without_sharing(tensors)
     _run(lambda: dcp.save(tensors, storage_writer=writer, process_group=group(), no_dist=alone))
 
 
@@ -76,6 +78,21 @@ def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
     _run(lambda: dcp.load(tensors, storage_reader=reader, no_dist=world() == 1))
+
+
+def _without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of those whose memory another has too, which safetensors refuses to write twice.
+
+    Networks that start from one file share what does not train.
+    """
+    seen: set[tuple[str, int]] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        memory = local(tensor).untyped_storage()
+        place = (str(memory.device), memory.data_ptr())
+        apart[name] = tensor.clone() if place in seen and memory.nbytes() else tensor
+        seen.add(place)
+    return apart
 
 
 def own_files(folder: Path) -> list[Path]:

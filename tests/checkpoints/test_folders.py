@@ -331,7 +331,9 @@ def test_names_that_are_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("digit", "digtis"):
         with pytest.raises(CheckpointError, match="did you mean 'digits'"):
             locate(name)
-    with pytest.raises(CheckpointError, match=r"built-in name \(digits\), an existing folder"):
+    with pytest.raises(
+        CheckpointError, match=r"built-in name \(digits\), the folder of a training run"
+    ):
         locate("/no/such/folder")
     with pytest.raises(CheckpointError, match="is a file; pass the folder"):
         locate(tmp_path / "digits" / INFO_FILE)

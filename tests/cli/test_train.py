@@ -258,7 +258,7 @@ def test_help_of_a_recipe_shows_its_fields_and_values() -> None:
         (["--config", "none.json"], "cannot read 'none.json'"),
         (["--take-over", "digits_apt"], "the recipe's name comes first"),
         (["digits_apt", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
-        (["digits_apt", "--num-updates", "70"], "--optimizer.decay-updates to at most 70"),
+        (["digits_apt", "--num-updates", "30"], "--optimizer.decay-updates to at most 30"),
         (["digits_apt", "--optimizer.betas", "0.5", "nan"], "optimizer.betas must be a finite"),
         (["digits_apt", "--optimizer.eps", "-1"], "optimizer.eps must be at least 0"),
         (["digits_apt", "--run-dir", "no-run", "--resume"], "holds no run to resume"),

@@ -46,9 +46,9 @@ def test_a_model_whose_last_layer_says_it_all_is_read_without_error() -> None:
     pipeline = OneStepPipeline.from_pretrained("digits", device="cpu")
     errors = [
         layer.error
-        for layer in probe_layers(pipeline, PROMPTS, num_samples=32, num_held_out=8).layers
+        for layer in probe_layers(pipeline, PROMPTS, num_samples=64, num_held_out=8).layers
     ]
-    assert errors[-1] < 0.1 < errors[0], "a trained model knows more from layer to layer"
+    assert errors[-1] < 0.15 < errors[0], "a trained model knows more from layer to layer"
     assert errors == sorted(errors, reverse=True)
 
 

@@ -173,6 +173,7 @@ def test_sharded_weights_are_gathered_once_for_all_groups(tmp_path: Path) -> Non
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         blocks = found["blocks"]
-        # The rest of D, which is one more, stays gathered from its first use on.
-        assert found["pair"] == {"forward": blocks + 1, "backward": blocks}
-        assert found["apart"] == {"forward": 3 * blocks + 1, "backward": 3 * blocks}
+        # The rest of D, which is one more, stays gathered from its first use on, and so does the
+        # last block, whose backward pass comes next.
+        assert found["pair"] == {"forward": blocks + 1, "backward": blocks - 1}
+        assert found["apart"] == {"forward": 3 * (blocks - 1) + 2, "backward": 3 * blocks - 1}

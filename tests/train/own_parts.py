@@ -32,7 +32,7 @@ SHARED: dict[str, Any] = {
 }
 
 
-@RECIPES.register("own")
+@RECIPES.register("mine")
 def recipes() -> list[TrainConfig]:
     """All three stages on parts of one's own."""
     return [

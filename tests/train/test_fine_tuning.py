@@ -95,7 +95,8 @@ def test_with_adapters_nothing_else_trains(start: Path, tmp_path: Path) -> None:
 def test_size_and_rate_are_the_models() -> None:
     size = SampleInfo(frames=5, height=48, width=64, fps=12)
     data = DataConfig(source="folder", path="videos")
-    resolved = resolve(config(Path("x"), "model", data=data), size)
+    start = dataclasses.replace(bundle().info, sample=size)
+    resolved = resolve(config(Path("x"), "model", data=data), start)
     assert resolved.data.clip == size
     assert resolved.ema_warmup is False
 

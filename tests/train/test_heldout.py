@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 import apt.train
+from apt.checkpoints.bundle import ModelBundle
 from apt.data.clips import check_clips
 from apt.data.dataset import Batch, EncodedSample
 from apt.data.heldout import hold_out
 from apt.errors import ConfigError, DataError
 from apt.methods import AutoencoderConfig, PretrainConfig
-from apt.methods.base import MicroBatch, Stage, even_timesteps
+from apt.methods.base import Host, MicroBatch, Stage, even_timesteps
+from apt.methods.flow_matching import FlowMatchingPretraining
 from apt.train.config import DataConfig, HeldoutConfig, ModelConfig, TrainConfig
 from apt.train.config_file import plain
 from apt.train.heldout import HeldOut, divide
@@ -24,14 +26,12 @@ from apt.train.host import RunHost
 from apt.train.logs import read_log
 from apt.train.plots import plot_losses
 from apt.train.resume import check_resumable
-from tests.methods.regression import RegressionConfig
 from tests.train.own_classes import CLIP, Bars, Mixer, MixerConfig, Words, WordsConfig
 from tests.train.tiny_methods import (
     adversarial,
     distill,
     micro_batches,
     pretrain,
-    save_start,
     single,
     weights,
 )
@@ -250,10 +250,15 @@ def test_the_folder_that_is_held_out_is_not_one_that_is_trained_on(tmp_path: Pat
 
 
 def test_a_method_without_a_measure_says_so(tmp_path: Path) -> None:
-    start = save_start(tmp_path)["generator"]
-    stage = RegressionConfig(pupil=start)
+    class Mute(FlowMatchingPretraining):
+        heldout = Stage.heldout
+
+    class MuteConfig(PretrainConfig):
+        def build(self, start: ModelBundle, host: Host) -> FlowMatchingPretraining:
+            return Mute(self, start, host)
+
     with pytest.raises(ConfigError, match="measures nothing on clips that are held out"):
-        apt.train.run(config(tmp_path / "run", stage, heldout=HELD), dataset=Bars(6))
+        apt.train.run(config(tmp_path / "run", MuteConfig(), heldout=HELD), **parts())
 
 
 def test_data_that_changed_cannot_go_on(tmp_path: Path) -> None:

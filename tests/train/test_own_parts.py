@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = ["--run-dir", "all", "--data.options", "notes", str(folder / "mine")]
     said = commands(
         folder,
-        ["train", "own", *run_dir],
+        ["train", "mine", *run_dir],
         # The last stage first: a stage is not continued on another teacher than it began with.
         *(
             ["train", "--resume", f"all/{stage}", "--num-updates", "3"]
@@ -123,7 +123,7 @@ BAD = {
 
 def test_sources_and_options_are_checked(folder: Path) -> None:
     said = commands(
-        folder, *(["train", "own", "--run-dir", "other", *options] for options in BAD.values())
+        folder, *(["train", "mine", "--run-dir", "other", *options] for options in BAD.values())
     )
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     for message, line in zip(BAD, errors, strict=True):

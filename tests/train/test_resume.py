@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,11 @@ def by_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {part: torch.cat(values) for part, values in parts.items()}
 
 
-def assert_runs_close(found: Path, expected: Path) -> None:
-    """Equal to rounding: moments by their size, weights by how far two updates moved them."""
+def assert_runs_close(found: Path, expected: Path, *, but: Sequence[str] = ()) -> None:
+    """Equal to rounding: moments by their size, weights by how far two updates moved them.
+
+    `but` are metrics that may differ.
+    """
     ours, theirs, before = (
         read_tensors(folder)
         for folder in (
@@ -106,6 +110,8 @@ def assert_runs_close(found: Path, expected: Path) -> None:
         scale = b[part] if part.endswith("optimizer") else b[part] - c[part]
         assert (a[part] - b[part]).norm() < 5e-4 * scale.norm(), part
     for entry, other in zip(read_log(found), read_log(expected), strict=True):
+        for name in but:
+            entry.pop(name, None), other.pop(name, None)
         assert entry == pytest.approx(other, rel=2e-3, abs=1e-6)
 
 
@@ -153,7 +159,9 @@ def test_two_ranks_equal_one_to_rounding(root: Path, report: dict[str, Any], sta
     assert codes(report[f"ranks/{stage}"]) == [0, 0], report[f"ranks/{stage}"]
     shards = list(last_checkpoint(root / "ranks" / stage).glob("shard-0000[12]-*"))
     assert len(shards) == 2
-    assert_runs_close(root / "ranks" / stage, root / "whole" / stage)
+    # How samples differ from each other is asked of each rank's own.
+    diversity = ["samples/relative_diversity"]
+    assert_runs_close(root / "ranks" / stage, root / "whole" / stage, but=diversity)
 
 
 @pytest.mark.parametrize("stage", ACCUMULATED)
