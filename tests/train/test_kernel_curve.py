@@ -71,6 +71,7 @@ def train(folder: Path, **env: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_three_stages_on_kernels_and_on_references(tmp_path: Path) -> None:
     fused = train(tmp_path / "fused", TRITON_INTERPRET="1", APT_KERNEL_BACKEND="triton")
     plain = train(tmp_path / "plain", APT_KERNEL_BACKEND="reference")
