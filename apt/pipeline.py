@@ -543,6 +543,21 @@ class OneStepPipeline:
         assert latent is not None, "the axes fit one by one"
         return (self.bundle.codec.channels, *latent)
 
+    def noise(
+        self, seeds: Sequence[int], shape: tuple[int, int, int, int] | None = None, step: int = 0
+    ) -> Tensor:
+        """The noise (B, C, T, H, W) fp32 that videos of these seeds start from.
+
+        Args:
+            seeds: B of them.
+            shape: of a latent, (C, T, H, W); None is that of the trained size.
+            step: samplers that go back to noise before a later step take that of its number.
+        """
+        shape = self.latent_shape() if shape is None else shape
+        # The key holds the seed alone: a video does not depend on its place in the batch.
+        draws = [sample_noise(1, shape, Draw(seed, step, stream="generate")) for seed in seeds]
+        return torch.cat(draws).to(self.device)
+
     def _latent_size(self, size: tuple[int, ...]) -> tuple[int, int, int] | None:
         """Latent (T, H, W) of (frames, height, width), or None if the model cannot take it."""
         try:
@@ -577,9 +592,7 @@ class OneStepPipeline:
         backbone = self.bundle.backbone
 
         def noise(step: int) -> Tensor:
-            # The key holds the seed alone: a video does not depend on its place in the batch.
-            draws = [sample_noise(1, shape, Draw(seed, step, stream="generate")) for seed in seeds]
-            return torch.cat(draws).to(self.device)
+            return self.noise(seeds, shape, step)
 
         if negative is None:
             predict = bind(backbone, condition)

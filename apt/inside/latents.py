@@ -11,7 +11,6 @@ from apt.condition import Condition, EncodedText
 from apt.errors import InputError
 from apt.flow import bind_guided, sample
 from apt.pipeline import OneStepPipeline, SamplingPlan
-from apt.rng import Draw, sample_noise
 
 
 def encode(pipeline: OneStepPipeline, prompts: Sequence[str]) -> Condition:
@@ -22,13 +21,6 @@ def encode(pipeline: OneStepPipeline, prompts: Sequence[str]) -> Condition:
     return Condition(text).to(pipeline.device, pipeline.dtype)
 
 
-def noise_of(pipeline: OneStepPipeline, seeds: Sequence[int]) -> Tensor:
-    """The noise (B, C, T, H, W) fp32 that the pipeline starts from for these seeds."""
-    shape = pipeline.latent_shape()
-    draws = [sample_noise(1, shape, Draw(seed, 0, stream="generate")) for seed in seeds]
-    return torch.cat(draws).to(pipeline.device)
-
-
 def sample_from(pipeline: OneStepPipeline, c: Condition, z: Tensor, plan: SamplingPlan) -> Tensor:
     """Latents (B, C, T, H, W) from noise z under c, of as many rows.
 
@@ -37,8 +29,8 @@ def sample_from(pipeline: OneStepPipeline, c: Condition, z: Tensor, plan: Sampli
     """
 
     def fresh(step: int) -> Tensor:
-        one = sample_noise(1, tuple(z.shape[1:]), Draw(0, step, stream="generate"))
-        return one.to(z.device).expand_as(z)
+        channels, frames, height, width = z.shape[1:]
+        return pipeline.noise([0], (channels, frames, height, width), step).expand_as(z)
 
     negative = encode(pipeline, [plan.negative_prompt]) if plan.cfg_scale != 1 else c
     predict = bind_guided(pipeline.bundle.backbone, c, negative, plan.cfg_scale)

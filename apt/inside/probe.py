@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from apt.errors import InputError
 from apt.flow import bind, one_step_sample
-from apt.inside.latents import decode, encode, noise_of, to_latents, to_tokens
+from apt.inside.latents import decode, encode, to_latents, to_tokens
 from apt.models.transformer import DiffusionTransformer, Tokens
 from apt.pipeline import OneStepPipeline
 
@@ -137,7 +137,7 @@ def _samples(
         part = seeds[start : start + batch_size]
         c = encode(pipeline, [prompts[(start + i) % len(prompts)] for i in range(len(part))])
         with _kept_tokens(backbone) as hidden:
-            x = one_step_sample(bind(backbone, c), noise_of(pipeline, part))
+            x = one_step_sample(bind(backbone, c), pipeline.noise(part))
         yield hidden, x
 
 

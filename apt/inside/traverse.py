@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apt.errors import InputError
 from apt.generate_options import GenerateOptions
-from apt.inside.latents import decode, encode, noise_of, sample_from
+from apt.inside.latents import decode, encode, sample_from
 from apt.pipeline import OneStepPipeline
 
 
@@ -98,7 +98,7 @@ def traverse(
     if (options.frames, options.height, options.width) != (None, None, None):
         raise InputError("a way has the model's own size; leave frames, height and width out")
     plan = pipeline.plan(options)
-    places = noise_of(pipeline, way)
+    places = pipeline.noise(way)
     fractions = torch.arange(num_between) / num_between
     legs = [great_circle(a, b, fractions) for a, b in itertools.pairwise(places)]
     z = torch.cat([*legs, places[-1:]])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from apt.errors import InputError
 from apt.inside.latents import encode as encode_prompts
-from apt.inside.latents import noise_of, sample_from, to_latents, to_tokens
+from apt.inside.latents import sample_from, to_latents, to_tokens
 from apt.pipeline import OneStepPipeline
 from tests.tiny import tiny_bundle
 
@@ -42,7 +42,10 @@ def test_a_seed_gives_what_the_pipeline_makes_of_it(stage: str) -> None:
     plan = pipeline.plan(num_steps=1 if stage == "apt" else 3)
     with torch.inference_mode():
         x = sample_from(
-            pipeline, encode_prompts(pipeline, ["a"] * 2), noise_of(pipeline, [3, 4]), plan
+            pipeline,
+            encode_prompts(pipeline, ["a"] * 2),
+            pipeline.noise([3, 4]),
+            plan,
         )
         pixels = pipeline.bundle.codec.decode(x).clamp(-1, 1)
     own = pipeline("a", seed=[3, 4], num_steps=len(plan.timesteps) - 1, output_type="pt")

@@ -8,7 +8,7 @@ from torch import nn
 
 from apt.errors import InputError
 from apt.inside import probe_layers
-from apt.inside.latents import encode, noise_of, to_tokens
+from apt.inside.latents import encode, to_tokens
 from apt.models import create_model
 from apt.models.transformer import DiffusionTransformer, Tokens
 from apt.pipeline import OneStepPipeline
@@ -24,7 +24,10 @@ def test_projections_are_the_least_squares_of_the_tokens() -> None:
         pipeline, PROMPTS, shown=PROMPTS, num_samples=5, num_held_out=3, batch_size=2
     )
     backbone = pipeline.bundle.backbone
-    c, z = encode(pipeline, [PROMPTS[i % 2] for i in range(5)]), noise_of(pipeline, range(5))
+    c, z = (
+        encode(pipeline, [PROMPTS[i % 2] for i in range(5)]),
+        pipeline.noise(range(5)),
+    )
     t = torch.ones(5)
     with torch.no_grad():
         hidden = backbone.hidden_states(z, t, c, layers=(1, 2))
