@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from apt.plan.host import PlannedHost
 from apt.plan.models import PlannedModel
 from apt.plan.tracking import OTHER, Tracker, Work
 from apt.plan.without_data import without_data
+from apt.train.batches import MadeOneByOne, encoded
 from apt.train.config import TrainConfig
 
 __all__ = [
@@ -323,7 +324,7 @@ def begin_stage(
     return stage
 
 
-class PlannedBatches(Sequence[MicroBatch]):
+class PlannedBatches(MadeOneByOne):
     """Micro-batches of which one at a time is on the device; the others wait in host memory.
 
     Each time that one is taken, what had been done before is noted in `before`.
@@ -333,7 +334,7 @@ class PlannedBatches(Sequence[MicroBatch]):
         self, config: TrainConfig, stage: Stage, sample: SampleInfo, number: int, tracker: Tracker
     ) -> None:
         size = config.micro_batch_size or config.batch_size
-        self._number = number
+        super().__init__(number)
         self._stage = stage
         self._tracker = tracker
         self._captions = ["a caption"] * size
@@ -345,34 +346,18 @@ class PlannedBatches(Sequence[MicroBatch]):
             clip = codec.latent_shape(sample.frames, sample.height, sample.width)
             self._shape = (size, codec.channels, *clip)
 
-    def __len__(self) -> int:
-        return self._number
-
-    @overload
-    def __getitem__(self, index: int) -> MicroBatch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[MicroBatch]: ...
-    def __getitem__(self, index: int | slice) -> MicroBatch | list[MicroBatch]:
-        numbers = range(self._number)[index]
-        if isinstance(numbers, range):
-            return [self[number] for number in numbers]
+    def make(self, number: int) -> MicroBatch:
         x = torch.zeros(self._shape, device=self._stage.host.device)
         codec = self._stage.codec
         if codec is not None and not self._latents:
-            half = (
-                self._stage.host.autocast()
-                if codec.encodes_in_autocast
-                else contextlib.nullcontext()
-            )
-            with torch.no_grad(), half:
-                x = codec.encode(x).float()
+            x = encoded(self._stage, codec, x)
         self._tracker.adopt(x, BATCH)
-        return MicroBatch(x, self._captions, numbers * len(self._captions))
+        return MicroBatch(x, self._captions, number * len(self._captions))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for number in range(self._number):
             self.before.append(self._tracker.work.plus(Work()))
-            yield self[number]
+            yield self.make(number)
 
 
 def make_batches(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import overload
 
@@ -13,11 +13,39 @@ from torch import Tensor
 from apt.condition import EncodedText
 from apt.data.dataset import Batch
 from apt.methods.base import MicroBatch, Stage
+from apt.models.protocols import LatentCodec
 
-__all__ = ["MicroBatches"]
+__all__ = ["MadeOneByOne", "MicroBatches", "encoded"]
 
 
-class MicroBatches(Sequence[MicroBatch]):
+class MadeOneByOne(Sequence[MicroBatch]):
+    """So many micro-batches, each made when it is asked for."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    @abstractmethod
+    def make(self, number: int) -> MicroBatch:
+        """The micro-batch of that number, from 0."""
+
+    def __len__(self) -> int:
+        return self._number
+
+    @overload
+    def __getitem__(self, index: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[MicroBatch]: ...
+    def __getitem__(self, index: int | slice) -> MicroBatch | list[MicroBatch]:
+        numbers = range(self._number)[index]
+        if isinstance(numbers, range):
+            return [self.make(number) for number in numbers]
+        return self.make(numbers)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return (self.make(number) for number in range(self._number))
+
+
+class MicroBatches(MadeOneByOne):
     """The micro-batches of one update, each read and encoded when it is first asked for.
 
     The parts of an update go over them one after the other. What a codec made of them waits in host
@@ -40,58 +68,46 @@ class MicroBatches(Sequence[MicroBatch]):
         watch: Callable[[Tensor | None, Tensor], None] | None = None,
         between: Callable[[int], None] = lambda number: None,
     ) -> None:
+        super().__init__(number)
         self._stage = stage
         self._read = read
-        self._number = number
         self._watch = watch
         self._between = between
         self._kept: list[_Kept] = []
 
-    def __len__(self) -> int:
-        return self._number
-
-    @overload
-    def __getitem__(self, index: int) -> MicroBatch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[MicroBatch]: ...
-    def __getitem__(self, index: int | slice) -> MicroBatch | list[MicroBatch]:
-        numbers = range(self._number)[index]
-        if isinstance(numbers, range):
-            return [self[number] for number in numbers]
-        self._between(numbers)
-        while len(self._kept) <= numbers:
-            self._kept.append(self._make(self._read()))
-        return self._kept[numbers].on(self._stage.host.device)
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return (self[number] for number in range(self._number))
+    def make(self, number: int) -> MicroBatch:
+        self._between(number)
+        while len(self._kept) <= number:
+            self._kept.append(self._take(self._read()))
+        return self._kept[number].on(self._stage.host.device)
 
     def skip(self) -> None:
         """Read what nothing has asked for, so that the loader is at the next update."""
         for _ in range(self._number - len(self._kept)):
             self._read()
 
-    def _make(self, batch: Batch) -> _Kept:
-        codec, host = self._stage.codec, self._stage.host
+    def _take(self, batch: Batch) -> _Kept:
+        codec, device = self._stage.codec, self._stage.host.device
         x = batch.latents if batch.pixels is None else batch.pixels
         assert x is not None
         pixels = None
         if batch.pixels is not None and codec is not None:
-            pixels = _values(batch.pixels, host.device)
-            with torch.no_grad(), self._precision():
-                x = codec.encode(pixels).float()
+            pixels = _values(batch.pixels, device)
+            x = encoded(self._stage, codec, pixels)
         if self._watch is not None and codec is not None:
-            self._watch(pixels, _values(x, host.device))
+            self._watch(pixels, _values(x, device))
         # An only one stays where the next part wants it.
         kept = x if self._number == 1 else _to_host(x)
         return _Kept(kept, batch.captions, batch.extra, batch.offset)
 
-    def _precision(self) -> AbstractContextManager[object]:
-        """Of the codec, wherever a micro-batch is asked for."""
-        host = self._stage.host
-        if self._stage.codec is not None and self._stage.codec.encodes_in_autocast:
-            return host.autocast()
-        return torch.autocast(host.device.type, enabled=False)
+
+def encoded(stage: Stage, codec: LatentCodec, pixels: Tensor) -> Tensor:
+    """fp32 latents of pixels, in the codec's precision wherever they are asked for."""
+    host = stage.host
+    half = codec.encodes_in_autocast
+    precision = host.autocast() if half else torch.autocast(host.device.type, enabled=False)
+    with torch.no_grad(), precision:
+        return codec.encode(pixels).float()
 
 
 @dataclass(frozen=True)
