@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 
-from apt.checkpoints.info import INFO_FILE
-from apt.checkpoints.source import PIPELINE_FILE, locate
 from apt.generate_options import GenerateOptions
 from apt.media import write_media
 from apt.outputs import Output, OutputRecord, check_folder
@@ -53,15 +50,15 @@ def generate_samples(
         CheckpointError: for a model that is not there.
     """
     check_folder(folder)
-    content = _model_content(model)
     pipeline = OneStepPipeline.from_pretrained(model, device=device, dtype=dtype)
     sample = pipeline.info.sample
     frames = sample.frames if options.frames is None else options.frames
     plan = pipeline.plan(options)
+    origin = pipeline.bundle.origin
     settings: dict[str, Any] = {
         **dataclasses.asdict(options),
         "model": model,
-        "model_content": content,
+        "model_content": origin and (origin.revision or origin.weights),
         "dtype": str(dtype).removeprefix("torch."),
         "fps": sample.fps,
         "num_steps": len(plan.timesteps) - 1,
@@ -88,15 +85,3 @@ def generate_samples(
         done += 1
         progress(done, len(outputs))
     return folder
-
-
-def _model_content(model: str) -> str:
-    """What tells another model of the same name: its description, and its files' sizes."""
-    folder = locate(model).folder
-    digest = hashlib.sha256()
-    for name in (INFO_FILE, PIPELINE_FILE):
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-    for file in sorted(folder.rglob("*.safetensors")):
-        digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
-    return digest.hexdigest()[:16]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from apt.checkpoints.bundle import save_bundle
 from apt.errors import InputError
@@ -54,3 +56,16 @@ def test_other_settings_are_refused(tmp_path: Path, model: str) -> None:
     assert sample.path.suffix == ".png"
     with pytest.raises(InputError, match="made with other settings: num_steps was 1 and is 2"):
         generate_samples(tmp_path, model, ["a"], [0], options=options.replace({"num_steps": 2}))
+
+
+def test_other_weights_of_the_same_size_are_refused(tmp_path: Path) -> None:
+    model = save_bundle(tmp_path / "model", tiny_bundle())
+    generate_samples(tmp_path / "samples", str(model), ["a"], [0])
+    other = tiny_bundle()
+    with torch.no_grad():
+        for parameter in other.backbone.parameters():
+            parameter.neg_()
+    save_bundle(tmp_path / "other", other)
+    shutil.copytree(tmp_path / "other", model, dirs_exist_ok=True)
+    with pytest.raises(InputError, match="made with other settings: model_content"):
+        generate_samples(tmp_path / "samples", str(model), ["a"], [0, 1])
