@@ -210,6 +210,9 @@ class OneStepPipeline:
     ) -> SamplingPlan:
         """Resolve sampling options without generating; arguments as for calling the pipeline."""
         options = options.replace(names)
+        batch_size = options.batch_size
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         defaults = self.info.sampling
         sampler = options.sampler
         if sampler == "auto":
@@ -272,6 +275,7 @@ class OneStepPipeline:
         options = options.replace(names)
         plan, sample = self.plan(options), self.info.sample
         self.latent_shape(options.frames, options.height, options.width)
+        frames, height, width = sample.sized(options.frames, options.height, options.width)
         origin = self.bundle.origin or Origin(name=self.info.model.architecture)
         return {
             "prompt": prompt if isinstance(prompt, str) else list(prompt),
@@ -284,9 +288,9 @@ class OneStepPipeline:
                 "sampler": plan.sampler,
                 "cfg_scale": plan.cfg_scale,
                 "negative_prompt": plan.negative_prompt,
-                "frames": sample.frames if options.frames is None else options.frames,
-                "height": sample.height if options.height is None else options.height,
-                "width": sample.width if options.width is None else options.width,
+                "frames": frames,
+                "height": height,
+                "width": width,
                 "fps": sample.fps if fps is None else fps,
                 "batch_size": options.batch_size,
                 "dtype": str(self.dtype).removeprefix("torch."),
@@ -419,18 +423,12 @@ class OneStepPipeline:
         options: GenerateOptions,
     ) -> _Request:
         """Everything that can be wrong, looked at before anything is computed."""
-        plan, batch_size = self.plan(options), options.batch_size
+        plan = self.plan(options)
         prompts, sources = _pair(prompt, seed, generator)
         given = _one_row_each(extra or {}, self.bundle.backbone.extra_conditions, len(prompts))
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         size = (options.frames, options.height, options.width)
         latent = self.latent_shape(*size)
-        trained = self.info.sample
-        own = (trained.frames, trained.height, trained.width)
-        frames, height, width = (
-            mine if asked is None else asked for mine, asked in zip(own, size, strict=True)
-        )
+        frames, height, width = self.info.sample.sized(*size)
         if self.stage == "diffusion" and (
             problem := untrained_timesteps(self.info.model.architecture, plan.timesteps)
         ):
@@ -448,7 +446,7 @@ class OneStepPipeline:
         # Last, so that a call which is refused leaves a generator as it was.
         seeds = [_seed_of(source) for source in sources]
         pixels = (frames, height, width, 3)
-        return _Request(prompts, seeds, given, plan, latent, pixels, batch_size)
+        return _Request(prompts, seeds, given, plan, latent, pixels, options.batch_size)
 
     @torch.inference_mode()
     def _batches(self, request: _Request) -> Iterator[Tensor]:
@@ -527,10 +525,7 @@ class OneStepPipeline:
         """
         trained = self.info.sample
         own = (trained.frames, trained.height, trained.width)
-        size = tuple(
-            mine if asked is None else asked
-            for mine, asked in zip(own, (frames, height, width), strict=True)
-        )
+        size = trained.sized(frames, height, width)
         for axis, name in enumerate(("frames", "height", "width")):
             alone = (*own[:axis], size[axis], *own[axis + 1 :])
             if self._latent_size(alone) is None:

@@ -132,7 +132,7 @@ def save_bundle(
     try:
         root.mkdir(parents=True, exist_ok=True)
         own = bundle.backbone.state_dict()
-        save_tensors(root / TRANSFORMER_FILE, weights or own, dtype, like=own)
+        save_tensors(root / TRANSFORMER_FILE, own if weights is None else weights, dtype, like=own)
         for given, file, part in (
             (text_weights, TEXT_ENCODER_FILE, bundle.text_encoder),
             (codec_weights, CODEC_FILE, bundle.codec),

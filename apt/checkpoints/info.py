@@ -60,6 +60,16 @@ class SampleInfo:
     width: int
     fps: float
 
+    def sized(
+        self, frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """Frames, height and width as asked for; those of training for None."""
+        return (
+            self.frames if frames is None else frames,
+            self.height if height is None else height,
+            self.width if width is None else width,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingInfo:

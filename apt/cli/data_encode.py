@@ -103,10 +103,11 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
         rule = CaptionRule(check, options.long_captions)
     codec = load_codec(options.model).to(parallel.device)
     sample = info.sample
+    frames, height, width = sample.sized(options.frames, options.height, options.width)
     clip = ClipRequest(
-        frames=sample.frames if options.frames is None else options.frames,
-        height=sample.height if options.height is None else options.height,
-        width=sample.width if options.width is None else options.width,
+        frames=frames,
+        height=height,
+        width=width,
         fps=sample.fps if options.fps is None else options.fps,
         size_multiple=options.size_multiple or 2 * codec.spatial_compression,
         native_ratio=options.native_ratio,

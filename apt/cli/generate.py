@@ -140,14 +140,7 @@ def write_outputs(
     sample = pipeline.info.sample
     fps = sample.fps if asked.fps is None else asked.fps
     options = asked.options
-    size = [
-        own if wanted is None else wanted
-        for own, wanted in (
-            (sample.frames, options.frames),
-            (sample.height, options.height),
-            (sample.width, options.width),
-        )
-    ]
+    size = sample.sized(options.frames, options.height, options.width)
     pipeline.latent_shape(*size)
     if asked.fps is None and not fps:
         if size[0] > 1:
@@ -156,7 +149,7 @@ def write_outputs(
                 "which one its samples play"
             )
         fps = 1.0  # of a picture, which has none
-    check_settings(asked.out, (size[0], size[1], size[2]), fps=fps, scale=asked.scale)
+    check_settings(asked.out, size, fps=fps, scale=asked.scale)
     if asked.lora is not None:
         pipeline.load_lora(asked.lora, scale=asked.lora_scale)
     if parallel is not None:
