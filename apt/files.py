@@ -4,6 +4,7 @@ text as editors of every system save it."""
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,17 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text. Raises OSError; see `replacing`."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def without_nan(value: Any) -> Any:
+    """Plain data as JSON can hold it, which has no infinity and no nan: both become null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def read_text(path: Path) -> str:

@@ -183,7 +183,7 @@ def parse_line(path: Path, line: str) -> dict[str, Any]:
             or document.keys() >= {"file", "prompt", "seed", "bytes", "sha256"}
         ):
             return document
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise InputError(
         f"{str(path)!r} is damaged at {line[:60]!r}, so nothing can be resumed; leave out --resume "

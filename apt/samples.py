@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apt.errors import DataError
+from apt.errors import DataError, InputError
 from apt.outputs import RECORD_BEGINNING, RECORD_SUFFIX, Output, parse_line
 from apt.untrusted import check_name
 
@@ -103,7 +103,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         *whole, _ = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {str(path)!r} ({error}); make its samples again") from error
-    lines = [parse_line(path, line) for line in whole]
+    try:
+        lines = [parse_line(path, line) for line in whole]
+    except InputError as error:
+        raise DataError(f"{str(path)!r} is damaged; make its samples again") from error
     if not lines or not isinstance(lines[0].get("settings"), dict):
         raise DataError(f"{str(path)!r} does not begin with settings; make its samples again")
     return lines

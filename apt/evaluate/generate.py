@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from apt.errors import InputError
 from apt.generate_options import GenerateOptions
 from apt.media import write_media
 from apt.outputs import Output, OutputRecord, check_folder
@@ -52,7 +53,12 @@ def generate_samples(
     check_folder(folder)
     pipeline = OneStepPipeline.from_pretrained(model, device=device, dtype=dtype)
     sample = pipeline.info.sample
-    frames = sample.frames if options.frames is None else options.frames
+    frames, *_ = sample.sized(options.frames, options.height, options.width)
+    if frames > 1 and not sample.fps:
+        raise InputError(
+            f"{model} was trained on clips at each video's own rate; make its samples with "
+            "`diffusion-apt generate --fps`, and compare that folder"
+        )
     plan = pipeline.plan(options)
     origin = pipeline.bundle.origin
     settings: dict[str, Any] = {

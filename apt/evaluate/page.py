@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from apt.evaluate.clips import CaptionSet
 from apt.evaluate.methods import APT, CONSISTENCY, DIFFUSION_GUIDED
 from apt.evaluate.report import Pictures, report_text
 from apt.evaluate.results import Results
+from apt.files import without_nan
 from apt.media import write_contact_sheet
 from apt.pixels import to_frames
 
@@ -50,7 +49,7 @@ def write_page(
         comparison=_write_comparison(out, results, captions, shown),
         sheets=_write_sheets(out, results, captions, shown),
     )
-    document = json.dumps(_finite(dataclasses.asdict(results)), indent=1) + "\n"
+    document = json.dumps(without_nan(dataclasses.asdict(results)), indent=1) + "\n"
     (out / DATA).write_text(document, encoding="utf-8")
     text = report_text(results, check_bars(results), causes, pictures, data_file=DATA)
     report = out / REPORT
@@ -118,14 +117,3 @@ def _stride(clips: Tensor, shown: int) -> int:
 
 def _name(path: Path | None) -> str | None:
     return None if path is None else path.name
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no nan: both become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

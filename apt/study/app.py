@@ -26,7 +26,7 @@ from apt.errors import InputError
 from apt.study.criteria import CRITERIA
 from apt.study.document import MEDIA, Study
 from apt.study.media import MEDIA_TYPES, STILL
-from apt.study.store import AnswerStore, ConflictError, Shown, StorageError, check_choices
+from apt.study.store import AnswerStore, ConflictError, Shown, StorageError
 from apt.untrusted import parse_json
 
 if TYPE_CHECKING:
@@ -183,7 +183,6 @@ class StudyApp:
                 raise ValueError("it needs a version of at least 1 and choices, and no more")
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"this is no answer: {error}") from error
-        check_choices(choices)
         self._store.answer(rater, position, version, choices)
         return _json(self._about(rater))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.errors import DataError, InputError
-from apt.files import replacing
+from apt.files import write_text
 from apt.untrusted import check_name, read_json_file
 
 STUDY_FILE = "study.json"
@@ -104,8 +104,7 @@ class Study:
 
 def write_study(folder: Path, study: Study) -> None:
     """Write the document. Raises OSError if the disk refuses."""
-    with replacing(folder / STUDY_FILE) as partial:
-        partial.write_text(study.to_json(), encoding="utf-8")
+    write_text(folder / STUDY_FILE, study.to_json())
 
 
 def read_study(folder: Path) -> Study:

@@ -135,6 +135,7 @@ def make_study(
             progress(done, len(jobs))
             if not (media / file).exists():
                 _write(media / file, sample, kind)
+        progress(len(jobs), len(jobs))
         write_study(folder, study)
     except OSError as error:
         raise InputError(

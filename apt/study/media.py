@@ -63,11 +63,11 @@ def write_degraded(target: Path, sample: Path, seed: int) -> None:
     """
     if target.suffix == STILL:
         with Image.open(sample) as image:
-            frames = np.asarray(image.convert("RGB"))[None]
+            frames = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
         write_png(target, degrade(frames, seed), scale=1)
     else:
         frames, fps = _read_video(sample)
-        write_mp4(target.with_suffix(".mp4"), degrade(frames, seed), fps=fps, scale=1)
+        write_mp4(target, degrade(frames, seed), fps=fps, scale=1)
 
 
 def degrade(frames: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:

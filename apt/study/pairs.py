@@ -81,10 +81,10 @@ def choose_keys(
             f"{num_prompts} prompts were asked for, and the samples have {len(seeds)}; generate "
             "more, or ask for fewer"
         )
-    drawn = sorted(seeds, key=lambda prompt: hash_key(seed, "prompt", prompt))[:num_prompts]
+    drawn = set(sorted(seeds, key=lambda prompt: hash_key(seed, "prompt", prompt))[:num_prompts])
     chosen = []
     for prompt in seeds:
-        if prompt in set(drawn):
+        if prompt in drawn:
             numbers = sorted(seeds[prompt])
             if seeds_per_prompt is not None and not 1 <= seeds_per_prompt <= len(numbers):
                 raise InputError(

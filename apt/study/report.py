@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.errors import DataError, InputError
-from apt.files import write_text
+from apt.files import without_nan, write_text
 from apt.outputs import check_folder
 from apt.study.criteria import CRITERIA
 from apt.study.document import Study, read_study
@@ -86,7 +86,7 @@ def report_study(
     figures = _figures(study, analysis, raters, kept, bases or {}, config, command)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / DATA, json.dumps(_finite(figures), indent=1) + "\n")
+        write_text(out / DATA, json.dumps(without_nan(figures), indent=1) + "\n")
         write_text(out / REPORT, report_text(figures))
     except OSError as error:
         raise InputError(
@@ -304,12 +304,3 @@ def _cell(value: object) -> str:
     return (
         " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
     )
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan: it becomes null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
