@@ -429,7 +429,8 @@ class Run:
         return batch
 
     def _watch_latents(self, pixels: Tensor | None, latents: Tensor) -> None:
-        """Say once if the codec's statistics are those of other data."""
+        """Note the shape; say once if the codec's statistics are those of other data."""
+        self.latent_shape = tuple(latents.shape[2:])
         if self.parallel.is_main and self.statistics is not None:
             self._warn(self.statistics.observe(pixels, latents))
 

@@ -39,9 +39,9 @@ def model_flops(passes: Sequence[Pass], latent_shape: tuple[int, ...]) -> float 
         if type(config) not in COUNTERS:
             return None
         # A discriminator has lost the blocks that no head reads.
-        cut = dataclasses.replace(config, depth=one.backbone.depth)
         frames, height, width = latent_shape
         try:
+            cut = dataclasses.replace(config, depth=one.backbone.depth)
             cost = dit_cost(cut, 1, (frames, height, width), text_tokens=0)
         except InputError:
             return None

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apt.train import checkpoint
-from apt.train.logs import LOG_NAME, read_log
+from apt.train.logs import LOG_NAME, SPEED_NAME, read_log
 from apt.train.manifest import read_manifest
 from tests.train.small_runs import ACCUMULATED, STAGES, UPDATES
 
@@ -133,6 +133,7 @@ def test_a_run_trains_everything(root: Path, report: dict[str, Any], stage: str)
     assert {k.split("/")[2] for k in moments} == {
         k.split("/")[2] for k in tensors if k.split("/")[1] == "weights"
     }
+    assert all(entry["speed/tokens_per_second"] > 0 for entry in read_log(run_dir, SPEED_NAME))
     assert all(value.count_nonzero() for value in moments.values())
     assert [entry["step"] for entry in read_log(run_dir)] == list(range(1, UPDATES + 1))
     assert (run_dir / "losses.png").is_file()
