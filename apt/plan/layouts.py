@@ -57,9 +57,8 @@ def choose(
     for parallel, last in _layouts(job.config, ranks, gpu):
         config = dataclasses.replace(job.config, parallel=parallel)
         try:
-            config.stage.check_sharded() if ranks > 1 else None
-            if parallel.sequence > 1:
-                config.stage.check_sequence()
+            if ranks > 1:
+                config.stage.check_sharded()
             for way in ways(config, last=last):
                 tried.append(assess(way))
                 if tried[-1].fits:
@@ -91,13 +90,13 @@ def _layouts(
         given.layout(ranks)
         yield given, True
         return
-    copy = min(ranks, gpu.node)
-    while copy <= ranks:
-        fit = [n for n in (1, 2, 4, 8) if ranks % copy == 0 and copy % n == 0]
+    for copy in range(min(ranks, gpu.node), ranks + 1):
+        if ranks % copy:
+            continue
+        fit = [n for n in (1, 2, 4, 8) if copy % n == 0]
         for sequence in fit:
             one = dataclasses.replace(given, replicate=ranks // copy, sequence=sequence)
             yield one, sequence == fit[-1]
-        copy *= 2
 
 
 def ways(config: TrainConfig, *, last: bool) -> Iterator[TrainConfig]:

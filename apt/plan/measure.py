@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from apt.checkpoints.info import SampleInfo
+from apt.data.loader import num_micro_batches
 from apt.distributed.imagined import imagined_ranks
 from apt.distributed.mesh import Layout
 from apt.distributed.parallel import Parallel
@@ -302,11 +303,7 @@ def share_of_batch(config: TrainConfig, layout: Layout) -> int:
             f"{lower + layout.data}"
         )
     share = config.batch_size // layout.data
-    if config.micro_batch_size and share % config.micro_batch_size:
-        raise ConfigError(
-            f"micro_batch_size {config.micro_batch_size} must divide a rank's share of the batch, "
-            f"{share} samples"
-        )
+    num_micro_batches(share, config.micro_batch_size)
     return share
 
 
@@ -317,11 +314,7 @@ def begin_stage(
     others: Mapping[str, PlannedModel],
 ) -> Stage:
     """The stage at work, with weights that nobody loads."""
-    host = PlannedHost(config, parallel, start=start, others=dict(others))
-    stage = config.stage.begin(host)
-    for part in stage.frozen:
-        part.to(parallel.device)
-    return stage
+    return PlannedHost(config, parallel, start=start, others=dict(others)).begin()
 
 
 class PlannedBatches(MadeOneByOne):

@@ -38,10 +38,10 @@ def job(config: TrainConfig) -> Job:
     return Job(config, start, others, SampleInfo(frames=49, height=720, width=1280, fps=24))
 
 
-def needing(config: TrainConfig, states: float, activations: float) -> Estimate:
+def needing(config: TrainConfig, states: float, activations: float, ranks: int = 16) -> Estimate:
     """GiB of states are sharded, of activations split over the sequence; D's groups are two thirds
     of them, and blocks without attention computed again take a tenth longer."""
-    layout = config.parallel.layout(16)
+    layout = config.parallel.layout(ranks)
     held = activations / layout.sequence
     if getattr(config.stage, "discriminator_forwards", 1) == 2:
         held *= 2 / 3
@@ -78,6 +78,13 @@ def test_what_is_too_large_for_one_is_shared_by_as_few_as_hold_it() -> None:
 
 def test_a_copy_grows_beyond_a_machine_only_where_it_must() -> None:
     assert chosen(paper(), states=800, activations=20).taken.layout.replicate == 1
+
+
+@pytest.mark.parametrize("ranks", [9, 12, 20])
+def test_any_number_of_gpus_has_a_layout(ranks: int) -> None:
+    config = dataclasses.replace(paper(), batch_size=180)
+    choice = choose(job(config), ranks, H100, lambda way: needing(way, 800, 20, ranks))
+    assert all(found.layout.world_size == ranks for found in choice.tried)
 
 
 def test_a_layout_that_is_named_is_tried_alone() -> None:
