@@ -165,12 +165,13 @@ def write_outputs(
             return None
         return pipeline.tags(prompt, seed=seed, fps=fps, options=options)
 
+    writes = parallel is None or parallel.is_main
     kept = []
     done = 0
     with _watching(asked.verbose) as (attention, kernels):
         try:
             for output, video in zip(left, videos, strict=True):
-                if parallel is not None and not parallel.is_main:
+                if not writes:
                     continue
                 with explained_memory(f"writing {str(output.path)!r}", "choose a smaller scale"):
                     tags = made_of(output.prompt, output.seed)
@@ -182,11 +183,11 @@ def write_outputs(
                 if asked.contact_sheet is not None:
                     kept.append(video)
         except KeyboardInterrupt:
-            if record is not None:
+            if record is not None and writes:
                 said = f"{done} of {len(left)} files are whole; --resume makes the rest"
                 print(said, file=sys.stderr)
             raise
-    if parallel is not None and not parallel.is_main:
+    if not writes:
         return
     if asked.verbose:
         print("\n".join(what_ran(pipeline.device, attention, kernels)))

@@ -115,7 +115,8 @@ class VideoFolder:
         members: dict[Bucket, list[int]] = {}
         for index, item in enumerate(self.items):
             members.setdefault(item.bucket, []).append(index)
-        self._members = {bucket: members[bucket] for bucket in sorted(members)}
+        ordered = {bucket: members[bucket] for bucket in sorted(members)}
+        self._order = BucketOrder(ordered, len(self.items))
 
     def __len__(self) -> int:
         """Number of items: files times captions."""
@@ -133,7 +134,7 @@ class VideoFolder:
 
     def bucket_sizes(self) -> dict[Bucket, int]:
         """Number of items in each bucket in use."""
-        return {bucket: len(items) for bucket, items in self._members.items()}
+        return {bucket: len(items) for bucket, items in self.members.items()}
 
     def caption(self, index: int) -> str:
         """The caption of sample `index`, without decoding it."""
@@ -171,22 +172,20 @@ class VideoFolder:
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
         """Global batches for ever, each of one bucket; see `BucketOrder`."""
-        order = BucketOrder(self._members, len(self.items))
-        return order.batches(batch_size, seed=seed, start=start)
+        return self._order.batches(batch_size, seed=seed, start=start)
 
     @property
     def members(self) -> Mapping[Bucket, list[int]]:
         """The items of each bucket."""
-        return self._members
+        return self._order.members
 
     def part(self, items: Collection[int]) -> VideoFolder:
         """The same folder with some of its items alone; what replaces a broken file is one of them.
 
         An index is the same sample as before, and the report is one.
         """
-        wanted, other = set(items), copy.copy(self)
-        left = {b: [item for item in own if item in wanted] for b, own in self._members.items()}
-        other._members = {bucket: own for bucket, own in left.items() if own}
+        other = copy.copy(self)
+        other._order = self._order.part(items)
         return other
 
     def _split(self, index: int) -> tuple[int, int]:
@@ -197,7 +196,7 @@ class VideoFolder:
     def _candidates(self, index: int, first: int) -> Iterator[int]:
         """The item itself, then the ones that replace it, in an order drawn from the index."""
         yield first
-        others = [item for item in self._members[self.items[first].bucket] if item != first]
+        others = [item for item in self.members[self.items[first].bucket] if item != first]
         generator = generator_for("replacement", self.seed, index)
         order = torch.randperm(len(others), generator=generator).tolist()
         yield from (others[place] for place in order[:_MAX_REPLACEMENTS])

@@ -18,6 +18,8 @@ from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
+from apt.distributed.launch import restarts
+from apt.distributed.meeting import attempt
 from apt.distributed.spokesman import open_store
 from apt.errors import LostRankError
 
@@ -145,7 +147,8 @@ class _Diary:
         return _Entry(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def _key(self, rank: int) -> str:
-        return f"apt/watch/{rank}"
+        # The store outlives a restart, and what was noted before it is of other processes.
+        return f"apt/watch/{attempt() or restarts()}/{rank}"
 
 
 def record_collectives() -> None:

@@ -462,7 +462,7 @@ class AdversarialPostTraining(Method):
             t = shift_timesteps(even_timesteps(batch).to(t.device), self.config.timestep_shift)
         draw = self.draw(batch, 0, "perturbation")
         plain = replace(self.config.r1, weight=0.0)
-        with self.host.autocast():
+        with self.products(), self.discriminating():
             _, log = discriminator_loss(
                 self.discriminator, batch.x, x_fake, t, c, draw, objective=self.objective, r1=plain
             )

@@ -138,9 +138,6 @@ class Average(Protocol):
     def update(self, module: nn.Module, update: int = ...) -> None:
         """Move it towards the module's present weights."""
 
-    def copy_to(self, module: nn.Module) -> None:
-        """Write it into a module."""
-
     def applied(self, module: nn.Module) -> AbstractContextManager[None]:
         """Let a module carry it inside the `with` block."""
         ...
@@ -308,9 +305,6 @@ class StageConfig(ABC):
 
     def check_sharded(self) -> None:  # noqa: B027  (most stages can)
         """Raise ConfigError if the stage cannot be trained by several ranks."""
-
-    def check_sequence(self) -> None:  # noqa: B027  (most stages can)
-        """Raise ConfigError if ranks cannot share the tokens of the stage's samples."""
 
     def check(self) -> None:  # noqa: B027  (not every stage has limits)
         """Raise ConfigError, with the option's name, for numbers out of range."""

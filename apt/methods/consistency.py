@@ -32,7 +32,7 @@ from apt.methods.base import (
 )
 from apt.models.architectures import untrained_timesteps
 from apt.models.transformer import DiffusionTransformer
-from apt.rng import sample_noise
+from apt.rng import Draw, sample_noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,43 +116,35 @@ class ConsistencyDistillation(Method):
 
     def generator_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
         """Minimise the MSE to the target one guided teacher step further (Sec. 3.2)."""
-        student = self.generator.module
         self.generator.zero_grad()
         losses = []
         for batch in self.generator.accumulated(batches):
-            c = self.condition(batch)
-            negative = self.negative(c)
             u = self.uniform(batch, update, "timestep")
-            with self.host.autocast():
-                loss = self.loss(
-                    bind(student, c),
-                    partial(self.both_velocities, c=c, negative=negative),
-                    bind(self.target, c),
-                    batch.x,
-                    sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, update, "noise")),
-                    (u * self.loss.num_intervals).long(),
-                )
+            loss = self.distance(batch, u, self.draw(batch, update, "noise"))
             (loss / len(batches)).backward()
             losses.append(loss)
         norm = self.generator.step(update)
-        self.target_ema.update(student)
+        self.target_ema.update(self.generator.module)
         return {"generator/loss": mean(losses), "generator/grad_norm": norm}
 
     def heldout(self, batch: MicroBatch) -> Metrics:
         """The distance to the target, which is the one that the next update would have."""
+        u = even_timesteps(batch).to(batch.x.device)
+        return {"generator/loss": self.distance(batch, u, self.draw(batch, 0, "heldout noise"))}
+
+    def distance(self, batch: MicroBatch, u: Tensor, draw: Draw) -> Tensor:
+        """The MSE to the target at u (b,) in [0, 1) of the trajectory, from noise of a draw."""
         c = self.condition(batch)
-        steps = (even_timesteps(batch).to(batch.x.device) * self.loss.num_intervals).long()
-        z = sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, 0, "heldout noise"))
+        negative = self.negative(c)
         with self.host.autocast():
-            loss = self.loss(
+            return self.loss(
                 bind(self.generator.module, c),
-                partial(self.both_velocities, c=c, negative=self.negative(c)),
+                partial(self.both_velocities, c=c, negative=negative),
                 bind(self.target, c),
                 batch.x,
-                z,
-                steps,
+                sample_noise(len(batch), batch.x.shape[1:], draw),
+                (u * self.loss.num_intervals).long(),
             )
-        return {"generator/loss": loss}
 
     def both_velocities(
         self, x_t: Tensor, t: Tensor, c: Condition, negative: Condition

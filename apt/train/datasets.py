@@ -40,8 +40,7 @@ def make_dataset(
         DataError: nothing usable in the folder, a latent cache that is damaged or incomplete, or
             clips of the user's own that cannot be trained on.
     """
-    rule = None if check is None else CaptionRule(check, config.long_captions)
-    request = config.request(seed=seed, captions=rule, captioned=captioned)
+    request = _request(config, seed, check, captioned)
     opened = config.make_source().open(request) if dataset is None else dataset
     return _looked_at(opened, request)
 
@@ -50,10 +49,16 @@ def kept_apart(
     config: DataConfig, *, seed: int, check: PromptCheck | None = None, captioned: bool = True
 ) -> TrainingData | None:
     """Clips that the source itself keeps out of training; None if it does not. As `make_dataset`"""
-    rule = None if check is None else CaptionRule(check, config.long_captions)
-    request = config.request(seed=seed, captions=rule, captioned=captioned)
+    request = _request(config, seed, check, captioned)
     opened = config.make_source().open_heldout(request)
     return None if opened is None else _looked_at(opened, request)
+
+
+def _request(
+    config: DataConfig, seed: int, check: PromptCheck | None, captioned: bool
+) -> ClipRequest:
+    rule = None if check is None else CaptionRule(check, config.long_captions)
+    return config.request(seed=seed, captions=rule, captioned=captioned)
 
 
 def _looked_at(opened: Any, request: ClipRequest) -> TrainingData:

@@ -20,6 +20,7 @@ from apt.checkpoints.origin import Frozen, fill_from_origins
 from apt.distributed.collectives import everywhere
 from apt.distributed.parallel import Parallel
 from apt.distributed.sharding import linear_layers
+from apt.methods.base import Stage
 from apt.models.protocols import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 from apt.train.adapters import add_adapters
@@ -78,6 +79,13 @@ class RunHost:
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self._half, cache_enabled=False
         )
+
+    def begin(self) -> Stage:
+        """The stage at work, its frozen parts on this rank's device."""
+        stage = self.config.stage.begin(self)
+        for part in stage.frozen:
+            part.to(self.device)
+        return stage
 
     def adapt(self, backbone: DiffusionTransformer, *, discriminator: bool = False) -> None:
         config = self.config

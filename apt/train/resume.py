@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -142,7 +141,7 @@ def check_resumable(
         "data.max_frames": config.data.max_frames,
         "data.max_pixels": config.data.max_pixels,
         f"stage.{METHOD}": config.stage.exports_as,
-        **_by_option(dataclasses.asdict(HeldoutConfig()), "heldout."),
+        **_by_option(asdict(HeldoutConfig()), "heldout."),
         **({f"stage.{config.stage.starts_from}": ""} if config.stage.may_begin_anew else {}),
     }
     now = _by_option(plain(config))

@@ -252,10 +252,7 @@ def _check_moved_data(config: TrainConfig, before: Mapping[str, Any], found: Pat
 
 def make_stage(config: TrainConfig, parallel: Parallel, objects: Objects = NO_OBJECTS) -> Stage:
     """The networks of a run, on this rank's device."""
-    stage = config.stage.begin(RunHost(config, parallel, objects))
-    for part in stage.frozen:
-        part.to(parallel.device)
-    return stage
+    return RunHost(config, parallel, objects).begin()
 
 
 def _start(config: TrainConfig, objects: Objects) -> Start:
