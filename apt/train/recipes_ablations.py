@@ -21,7 +21,7 @@ UPDATES = 100
 """Of each short run."""
 
 _NO_R2 = ApproximateR2(weight=0.0)
-_LONG = (50, UPDATES, 150, 200, 300, 400)
+_LONG = (50, UPDATES, 150, 200)
 
 
 def _ablation(
