@@ -73,7 +73,8 @@ class DistillConfig(MethodConfig):
         return replace(self, loss=replace(loss, **still_open))
 
     def sampling(self, before: SamplingInfo) -> SamplingInfo:
-        return one_step_sampling(before)
+        shift = self.loss.timestep_shift
+        return one_step_sampling(before if shift is None else replace(before, timestep_shift=shift))
 
 
 class ConsistencyDistillation(Method):

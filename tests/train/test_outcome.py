@@ -10,7 +10,8 @@ import torch
 from apt.checkpoints.info import SamplingInfo
 from apt.checkpoints.load import load_bundle
 from apt.condition import Condition
-from apt.methods.apt import generate
+from apt.losses import Consistency
+from apt.methods.apt import AdversarialConfig, generate
 from apt.methods.base import Method
 from apt.methods.consistency import DistillConfig
 from apt.methods.flow_matching import PretrainConfig
@@ -94,8 +95,18 @@ def test_it_says_how_to_sample(kind: str, tmp_path: Path) -> None:
     else:
         # Guidance is distilled: one step without it.
         assert (info.sampling.num_steps, info.sampling.cfg_scale) == (1, 1.0)
-        assert info.sampling.timestep_shift == 1.0
     assert (info.sample.frames, info.sample.height, info.sample.width) == (9, 32, 32)
+
+
+def test_further_steps_of_a_one_step_model_are_on_the_grid_that_it_was_distilled_on() -> None:
+    teacher = SamplingInfo(num_steps=25, cfg_scale=3.0, timestep_shift=2.0, sampler="euler")
+    for shift, expected in ((4.0, 4.0), (None, 2.0)):
+        loss = Consistency(num_timesteps=25, timestep_shift=shift)
+        distilled = DistillConfig(teacher="teacher", loss=loss).sampling(teacher)
+        assert distilled.timestep_shift == expected
+        # D's shift is another thing.
+        stage = AdversarialConfig(generator="g", discriminator="d", timestep_shift=12.0)
+        assert stage.sampling(distilled) == distilled
 
 
 def test_provenance_tells_the_stages_before(tmp_path: Path) -> None:
