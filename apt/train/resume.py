@@ -132,6 +132,7 @@ def check_resumable(
         **_by_option(asdict(Checkpointing()), "checkpointing."),
         "bf16_residual": False,
         "lora.base": "",
+        "stage.generator_captions": "shared",
         "stage.discriminator_forwards": 1,
         "stage.discriminator_precision": "run",
         "stage.rounding_every": 0,
