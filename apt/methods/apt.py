@@ -247,6 +247,13 @@ class AdversarialConfig(MethodConfig):
                 "(stage.r1), or start one process"
             )
 
+    def check_compiled(self) -> None:
+        if self.terms.exact_r1.weight:
+            raise ConfigError(
+                "stage.terms.exact_r1.weight differentiates twice, which compiled blocks cannot; "
+                "set --no-compile-blocks, or use the approximated R1 (stage.r1)"
+            )
+
     def check_adapters(self) -> None:
         if self.generator_trains != "all":
             raise ConfigError(

@@ -303,6 +303,9 @@ class StageConfig(ABC):
     def check_adapters(self) -> None:  # noqa: B027  (most stages can)
         """Raise ConfigError if the stage cannot train adapters in place of the weights."""
 
+    def check_compiled(self) -> None:  # noqa: B027  (most stages can)
+        """Raise ConfigError if the stage does what compiled blocks cannot."""
+
     def check_sharded(self) -> None:  # noqa: B027  (most stages can)
         """Raise ConfigError if the stage cannot be trained by several ranks."""
 

@@ -53,6 +53,7 @@ def job_of(config: TrainConfig, model: str = "") -> Job:
             start = dataclasses.replace(start, file=model or config.lora.base)
             config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, base=""))
         config = dataclasses.replace(config, stage=stage.filled(start.info))
+    config = dataclasses.replace(config, compile_blocks=False)  # counted op by op
     if config.precision == "auto":
         config = dataclasses.replace(config, precision="bf16")  # which all these GPUs compute in
     return Job(config, start, models, sample_size(config, start))

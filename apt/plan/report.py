@@ -95,6 +95,9 @@ def _advice(job: Job, taken: Estimate, ranks: int) -> list[str]:
         found.append(f"--gpus {2 * ranks}: {sharded} if twice as many share a copy")
         if not config.lora.rank and config.stage.start_field is not None:
             found.append("--lora.rank 64: adapters train, and weights are frozen in bf16")
+    shared = {model.file for model in job.others.values()}
+    if config.lora.rank and shared and ranks == 1 and job.start.file not in shared:
+        found.append("--lora.base MODEL: G's adapters lie beside the weights that D starts from")
     if not config.bf16_residual and config.precision == "bf16":
         found.append("--bf16-residual: in MMDiT, inputs of blocks take half; results change")
     if job.sample.frames > 1:
