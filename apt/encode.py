@@ -16,16 +16,16 @@ from apt.condition import EncodedText
 from apt.data.buckets import Bucket
 from apt.data.dataset import Sample
 from apt.data.folder import VideoFolder
+from apt.data.latent_shards import Clip, write_clips
 from apt.data.latents import (
     CLIPS_PER_SHARD,
     INFO_FILE,
     PROMPTS_PER_SHARD,
     CacheInfo,
-    Clip,
+    ShardKind,
     TextFolder,
     read_cache_info,
     write_cache_info,
-    write_clips,
     write_texts,
 )
 from apt.errors import DataError
@@ -46,6 +46,7 @@ def plan_cache(
     clips_per_item: int = 1,
     prompts: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
+    shards: ShardKind = "safetensors",
 ) -> tuple[CacheInfo, list[str]]:
     """What a cache of these videos will be, and the prompts that it needs embeddings of.
 
@@ -58,6 +59,7 @@ def plan_cache(
         clips_per_item: clips of each file, each with a start of its own.
         prompts: to embed besides the captions; the empty one always is.
         dtype: of the stored latents.
+        shards: how files of latents are stored.
     """
     captions = sorted({videos.caption(index) for index in range(len(videos))})
     wanted = list(dict.fromkeys([*captions, "", *prompts])) if text_encoder else []
@@ -76,6 +78,7 @@ def plan_cache(
         source=source,
         num_clips=len(videos) * clips_per_item,
         num_prompts=len(wanted),
+        shards=shards,
     )
     return info, wanted
 

@@ -169,6 +169,14 @@ class OneStepPipeline:
             module.to(dtype=dtype)
         return self
 
+    def compile_blocks(self) -> OneStepPipeline:
+        """Have `torch.compile` make the transformer's blocks at the next call; returns itself.
+
+        That takes a minute or more, and again for each new size and number of samples at once.
+        """
+        self.bundle.backbone.compile_blocks()
+        return self
+
     def split_tokens(self, sequence: SequenceGroup | None) -> OneStepPipeline:
         """Let several ranks share the transformer's tokens, or no longer; returns itself.
 

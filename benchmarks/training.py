@@ -26,7 +26,7 @@ import torch
 
 from apt.bench.records import Measurement
 from apt.bench.timing import median
-from apt.data.loader import make_loader, num_micro_batches
+from apt.data.loader import make_loader, num_micro_batches, share_of_rank
 from apt.distributed.parallel import Parallel
 from apt.files import write_text
 from apt.kernels import kernel_backend
@@ -68,18 +68,25 @@ def stage_config(stage: str, *, precision: Literal["fp32", "bf16"]) -> TrainConf
     return dataclasses.replace(recipe, stage=start, precision=precision)
 
 
-def train(config: TrainConfig, device: torch.device, number: int) -> Iterator[Update]:
-    """The first updates of a run, one by one."""
-    parallel = Parallel(rank=0, world_size=1, device=device, mesh=None)
+def alone(device: torch.device) -> Parallel:
+    """One rank."""
+    return Parallel(rank=0, world_size=1, device=device, mesh=None)
+
+
+def train(config: TrainConfig, parallel: Parallel, number: int) -> Iterator[Update]:
+    """The first updates of a run, one by one; of several ranks, on each its share."""
     stage = make_stage(config, parallel)
     dataset = make_dataset(config.data, seed=config.seed)
     loader = make_loader(
         dataset,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
+        rank=parallel.data_rank,
+        world_size=parallel.data_size,
         seed=config.seed,
     )
-    parts = num_micro_batches(config.batch_size, config.micro_batch_size)
+    share = share_of_rank(config.batch_size, parallel.data_size)
+    parts = num_micro_batches(share, config.micro_batch_size)
     for update in range(number):
         begin = time.perf_counter()
         read = list(islice(loader, parts))
@@ -87,7 +94,7 @@ def train(config: TrainConfig, device: torch.device, number: int) -> Iterator[Up
         batches = MicroBatches(stage, iter(read).__next__, parts)
         metrics = stage.update(batches, update)
         found = {name: float(value) for name, value in metrics.items()}
-        wait(device)
+        wait(parallel.device)
         ended = time.perf_counter()
         yield Update(found, (ended - loaded) * 1e3, (loaded - begin) * 1e3)
 
@@ -97,7 +104,7 @@ def train_within(
 ) -> list[Update]:
     """As many of the first updates as the time allows, and those that warm up."""
     until, done = time.monotonic() + seconds, []
-    for update in train(config, device, number):
+    for update in train(config, alone(device), number):
         done.append(update)
         if time.monotonic() > until and len(done) > _WARM_UP:
             break
@@ -213,7 +220,7 @@ def check_large_step(device: torch.device, *, small: bool = False) -> list[Measu
         precision="bf16",
         activation_checkpointing=True,
     )
-    stage = make_stage(config, Parallel(rank=0, world_size=1, device=device, mesh=None))
+    stage = make_stage(config, alone(device))
     x = torch.randn(1, 192, *grid, generator=torch.Generator().manual_seed(0)).to(device)
     batch = MicroBatch(x=x, captions=["a red seven moving left"], offset=0)
     reset_peak(device)
@@ -290,7 +297,7 @@ def record(path: Path = CURVE) -> None:
     with kernel_backend("reference"):
         for stage in STAGES:
             config = stage_config(stage, precision="fp32")
-            done = list(train(config, torch.device("cpu"), CURVE_UPDATES))
+            done = list(train(config, alone(torch.device("cpu")), CURVE_UPDATES))
             names = [name for name in LOSSES if name in done[0].metrics]
             losses[stage] = {
                 name: [float(f"{update.metrics[name]:.8g}") for update in done] for name in names

@@ -18,6 +18,7 @@ from apt.checkpoints.load import load_bundle
 from apt.data.dataset import Sample
 from apt.data.folder import VideoFolder
 from apt.data.latents import CLIPS_PER_SHARD, LatentFolder, read_cache_info
+from apt.data.tar import write_tar
 from apt.encode import encode_clips, open_cache, plan_cache
 from apt.errors import ConfigError, InputError
 from apt.losses import Consistency
@@ -100,6 +101,24 @@ def test_latents_are_those_of_the_codec(root: Path, cache: Path) -> None:
     for index in range(4):
         sample = folder[index]
         torch.testing.assert_close(sample.latents, expected[sample.caption])
+
+
+def test_shards_of_videos_become_shards_of_the_same_latents(
+    root: Path, cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "videos").mkdir()
+    files = sorted((root / "videos").iterdir())
+    write_tar(tmp_path / "videos" / "a.tar", {path.name: path.read_bytes() for path in files})
+    out = tmp_path / "cache"
+    options = ("--source", "webdataset", "--shards", "tar", "--no-native-ratio")
+    done = invoke("data", "encode", tmp_path / "videos", out, "--model", root / "model", *options)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.glob("latents-*")) == ["latents-00000.tar"]
+    one, other = LatentFolder(cache), LatentFolder(out)
+    assert len(one) == len(other)
+    for index in range(len(one)):
+        assert one[index].caption == other[index].caption
+        assert torch.equal(one[index].latents, other[index].latents)
 
 
 def test_what_a_data_set_gives_beside_captions_is_stored(root: Path, tmp_path: Path) -> None:

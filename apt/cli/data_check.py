@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -24,6 +24,9 @@ class DataCheck:
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """It has metadata.csv or metadata.jsonl (file_name, caption), or a .txt beside each file."""
+    source: Literal["folder", "webdataset"] = "folder"
+    """Files, or WebDataset shards: .tar files with .txt or .json captions, as for train's
+    --data.source."""
     headers_only: bool = False
     """Do not decode every frame: fast, but overlooks damage further in."""
     model: str | None = None
@@ -38,6 +41,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
     from rich.console import Console
 
     from apt.data.check import check_folder
+    from apt.data.scan import scan_folder
+    from apt.data.shards import scan_shards
 
     captions = None
     if options.model is not None:
@@ -51,6 +56,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
             decode=not options.headers_only,
             captions=captions,
             progress=update,
+            scan=scan_shards if options.source == "webdataset" else scan_folder,
         )
     with printing():
         Console(soft_wrap=True).print(found.render())

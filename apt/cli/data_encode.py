@@ -33,6 +33,11 @@ class DataEncode:
     model: str
     """Whose codec and text encoder: a built-in or registered name, a folder, or a Hub id. A codec
     alone will do for pre-training."""
+    source: Literal["folder", "webdataset"] = "folder"
+    """What DIR holds: files, or WebDataset shards, as for train's --data.source."""
+    shards: Literal["safetensors", "tar"] = "safetensors"
+    """How latents are stored: tensors of 64 clips in a file, or WebDataset shards of them, a
+    .safetensors and a .json for each clip."""
     frames: int | None = None
     """Frames of a clip, 4k + 1. None, also below, is what the model was trained on."""
     height: int | None = None
@@ -86,7 +91,7 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
 
     from apt.checkpoints.info import ModelInfo
     from apt.checkpoints.load import describe, load_codec, load_prompt_check, load_text_encoder
-    from apt.data.builtin_sources import Folder
+    from apt.data.builtin_sources import Folder, Shards
     from apt.data.captions import CaptionRule
     from apt.data.source import ClipRequest
     from apt.encode import encode_clips, encode_texts, open_cache, plan_cache, plan_texts
@@ -116,7 +121,8 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
         strict=options.strict,
         captions=rule,
     )
-    videos = Folder(path=str(options.directory)).open(clip)
+    kind = Shards if options.source == "webdataset" else Folder
+    videos = kind(path=str(options.directory)).open(clip)
     text = model.text_encoder if model and model.text_encoder.weights is None else None
     plan, prompts = plan_cache(
         videos,
@@ -128,6 +134,7 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
         clips_per_item=options.clips_per_item,
         prompts=prompts,
         dtype=getattr(torch, options.dtype),
+        shards=options.shards,
     )
     # Rank 0 first: it would take what others have written already for another folder's files.
     parallel.on_main(lambda: open_cache(options.out, plan))

@@ -73,6 +73,8 @@ class Generate:
     """Number type of the weights."""
     offload: bool = False
     """Keep only the part that works on the device: slower, for models that do not fit whole."""
+    compile_blocks: bool = False
+    """Let torch.compile make the transformer's blocks, which takes a minute: for many videos."""
     lora: str | None = None
     """A LoRA to merge first: a .safetensors file, a folder or a Hub id."""
     lora_scale: float = 1.0
@@ -152,6 +154,8 @@ def write_outputs(
     check_settings(asked.out, size, fps=fps, scale=asked.scale)
     if asked.lora is not None:
         pipeline.load_lora(asked.lora, scale=asked.lora_scale)
+    if asked.compile_blocks:
+        pipeline.compile_blocks()
     if parallel is not None:
         pipeline.split_tokens(parallel.sequence)
     videos = pipeline.stream(

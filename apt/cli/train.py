@@ -23,7 +23,7 @@ from apt.train.config import TrainConfig
 from apt.train.config_file import plain, read_configs
 from apt.train.recipes import RECIPES
 from apt.train.resolve import check_captions
-from apt.train.resume import CONFIG_NAME, Resume
+from apt.train.resume import COLLECTIVES, CONFIG_NAME, Resume
 from apt.train.run_state import exit_status
 from apt.train.sequence import is_finished, move_runs
 from apt.train.signals import StopRequest
@@ -258,7 +258,12 @@ def train_stages(
     for config in configs[1:]:
         check_captions(config)
     timeout = timedelta(minutes=first.timeout_minutes)
-    joined = Parallel.from_environment(first.device, config=first.parallel, timeout=timeout)
+    joined = Parallel.from_environment(
+        first.device,
+        config=first.parallel,
+        timeout=timeout,
+        records=Path(first.run_dir) / COLLECTIVES,
+    )
     with joined as parallel, StopRequest() as stop:
         for config in configs:
             laid_out(config, parallel)  # a later stage's fault is told before the first one trains

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -16,7 +16,7 @@ from apt.data.captions import CaptionRule, Refused
 from apt.data.decode import probe, verify
 from apt.data.reading import MediaInfo, reason
 from apt.data.report import Problem, problem_lines
-from apt.data.scan import looked_for, scan_folder
+from apt.data.scan import Entry, Scan, scan_folder
 from apt.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class FolderCheck:
 
     Attributes:
         directory: the folder.
-        metadata: name of the metadata file, or None if captions are in `.txt` files.
+        captions_in: name of the metadata file, or where else captions are.
         num_files: media files found, usable or not.
         num_videos, num_images: usable files: they have a caption and can be read.
         resolutions: number of files per (width, height), upright.
@@ -41,11 +41,12 @@ class FolderCheck:
         captions: one per file and caption.
         problems: broken files, missing captions and files.
         left_aside: number of other files by suffix.
+        looked_for: what there could have been.
         decoded: whether every frame was decoded, or only the headers were read.
     """
 
     directory: Path
-    metadata: str | None
+    captions_in: str
     num_files: int
     num_videos: int
     num_images: int
@@ -56,6 +57,7 @@ class FolderCheck:
     captions: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     left_aside: Counter[str] = field(default_factory=Counter)
+    looked_for: str = ""
     decoded: bool = True
 
     @property
@@ -84,14 +86,14 @@ class FolderCheck:
         words = [len(caption.split()) for caption in self.captions]
         facts = [
             ("folder", str(self.directory)),
-            ("captions from", self.metadata or ".txt files"),
+            ("captions from", self.captions_in),
             ("files", f"{self.num_files} found"),
             ("usable", f"{self.num_videos} videos, {self.num_images} images"),
         ]
         if self.left_aside:
             facts.append(("left aside", _most_common(self.left_aside)))
         if self.num_videos + self.num_images == 0:
-            return [*facts, ("looked for", looked_for())]
+            return [*facts, ("looked for", self.looked_for)]
         sizes = {f"{width}x{height}": n for (width, height), n in self.resolutions.items()}
         facts += [
             ("resolutions", _most_common(Counter(sizes))),
@@ -122,6 +124,7 @@ def check_folder(
     decode: bool = True,
     captions: CaptionRule | None = None,
     progress: Callable[[int, int], None] | None = None,
+    scan: Callable[[str | Path], Scan] = scan_folder,
 ) -> FolderCheck:
     """Read a folder as `VideoFolder` would, and test every file.
 
@@ -131,6 +134,7 @@ def check_folder(
             overlooks damage further in.
         captions: of the text encoder that is to read them; None asks no encoder.
         progress: called with (files done, files to do) after each file.
+        scan: finds the files; `apt.data.shards.scan_shards` for a folder of `.tar` shards.
 
     Returns:
         The findings; broken files are among its problems, not errors.
@@ -138,51 +142,54 @@ def check_folder(
     Raises:
         DataError: if there is no such folder, or its metadata cannot be read at all.
     """
-    scan = scan_folder(path)
-    problems = list(scan.problems)
+    there = scan(path)
+    problems = list(there.problems)
     if captions:
-        names = [entry.name for entry in scan.entries]
-        found = captions.apply([entry.caption for entry in scan.entries], names)
+        names = [entry.name for entry in there.entries]
+        found = captions.apply([entry.caption for entry in there.entries], names)
         problems += (
             Problem(caption.kind, name, caption.reason)
             for name, caption in zip(names, found, strict=True)
             if isinstance(caption, Refused)
         )
-    captioned = {entry.path: entry.name for entry in scan.entries}
-    files = {path: name for name, path in scan.files.items()} | captioned
-    infos: dict[Path, MediaInfo] = {}
+    captioned = {entry.place: entry for entry in there.entries}
+    files = {entry.place: entry for entry in there.files.values()} | captioned
+    infos: dict[Hashable, MediaInfo] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda file: _test(file, decode), files)
-        for done, (file, result) in enumerate(zip(files, results, strict=True), 1):
-            if isinstance(result, DataError):
-                problems.append(Problem("unreadable", files[file], reason(result, file)))
-            elif file in captioned:
-                infos[file] = result
+        results = pool.map(lambda entry: _test(entry, decode), files.values())
+        for done, (place, result) in enumerate(zip(files, results, strict=True), 1):
+            if isinstance(result, str):
+                problems.append(Problem("unreadable", files[place].name, result))
+            elif place in captioned:
+                infos[place] = result
             if progress:
                 progress(done, len(files))
     videos = [info for info in infos.values() if not info.is_image]
     return FolderCheck(
-        directory=scan.directory,
-        metadata=scan.metadata,
-        num_files=len(scan.files),
+        directory=there.directory,
+        captions_in=there.metadata or there.captions_in,
+        num_files=len(there.files),
         num_videos=len(videos),
         num_images=len(infos) - len(videos),
         resolutions=Counter((info.width, info.height) for info in infos.values()),
         durations=[info.duration for info in videos],
         frame_rates=Counter(info.fps for info in videos),
         codecs=Counter(info.codec for info in infos.values()),
-        captions=[entry.caption for entry in scan.entries if entry.path in infos],
+        captions=[entry.caption for entry in there.entries if entry.place in infos],
         problems=problems,
-        left_aside=scan.left_aside,
+        left_aside=there.left_aside,
+        looked_for=there.looked_for,
         decoded=decode,
     )
 
 
-def _test(path: Path, decode: bool) -> MediaInfo | DataError:
-    try:
-        return verify(path) if decode else probe(path)
-    except DataError as error:
-        return error
+def _test(entry: Entry, decode: bool) -> MediaInfo | str:
+    """What a file holds, or what is wrong with it."""
+    with entry.at_hand() as file:
+        try:
+            return verify(file) if decode else probe(file)
+        except DataError as error:
+            return reason(error, file)
 
 
 def _most_common(counter: Counter[str]) -> str:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -27,12 +27,26 @@ from apt.data.webp import look_webp, webp_frames
 from apt.errors import DataError
 
 
-def is_image(path: Path) -> bool:
+def is_image(source: Source) -> bool:
     """Whether the name is that of a picture, still or moving; all else is read as a video."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
+    return Path(name_of(source)).suffix.lower() in IMAGE_SUFFIXES
 
 
-def probe(path: Path) -> MediaInfo:
+def probe_once(path: Path) -> MediaInfo:
+    """What `probe` finds, without opening a file again that is as it was then."""
+    try:
+        state = path.stat()
+    except OSError:
+        return probe(path)  # which says what is wrong
+    return _probed(path, state.st_mtime_ns, state.st_size)
+
+
+@cache
+def _probed(path: Path, changed: int, size: int) -> MediaInfo:
+    return probe(path)
+
+
+def probe(source: Source) -> MediaInfo:
     """Read what a file says that it holds, and of a video the first frame.
 
     Some formats say it in no one place: transport and program streams are read through, though
@@ -41,22 +55,22 @@ def probe(path: Path) -> MediaInfo:
     Raises:
         DataError: if the file cannot be read as what its name says.
     """
-    if is_image(path):
-        with reading(path):
-            still = look_still(path)
+    if is_image(source):
+        with reading(source):
+            still = look_still(source)
         if still:
             return still
-    with reading(path), _open_moving(path) as moving:
+    with reading(source), _open_moving(source) as moving:
         return moving.info
 
 
-def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Tensor:
+def read_image(source: Source, *, size: tuple[int, int] | None = None) -> Tensor:
     """A still as a clip of one frame, upright, over white where it is transparent.
 
     A JPEG of more than twice the size is decoded at a half, a quarter or an eighth of its own.
 
     Args:
-        path: the file.
+        source: the file.
         size: (height, width) to scale and crop to; None keeps its own.
 
     Returns:
@@ -65,8 +79,8 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Tensor:
     Raises:
         DataError: if the file cannot be decoded.
     """
-    with reading(path):
-        return read_still(path, size)[:, None]
+    with reading(source):
+        return read_still(source, size)[:, None]
 
 
 def read_clip(
@@ -111,24 +125,24 @@ def read_clip(
     return torch.stack(frames, dim=1)
 
 
-def verify(path: Path) -> MediaInfo:
+def verify(source: Source) -> MediaInfo:
     """Decode a whole file; returns what `probe` does.
 
     Raises:
         DataError: at the first damage, or if it ends before its header says.
     """
-    info = probe(path)
+    info = probe(source)
     if info.is_image:
-        with reading(path):
-            verify_still(path)
+        with reading(source):
+            verify_still(source)
         return info
     last = Fraction(0)
-    with reading(path), _open_moving(path, info) as moving:
+    with reading(source), _open_moving(source, info) as moving:
         for picture, time in moving.frames(Fraction(0)):
-            _refuse_damage(path, picture, time)
+            _refuse_damage(source, picture, time)
             last = max(last, time)
     if last + Fraction(3, 2) / info.fps < info.length / info.fps:
-        raise DataError(_ends_early(path, last + 1 / info.fps, info.length / info.fps))
+        raise DataError(_ends_early(source, last + 1 / info.fps, info.length / info.fps))
     return info
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from apt.data.buckets import MAX_UPSCALE, Bucket, best_bucket, check_buckets
 from apt.data.captions import CaptionRule, Refused
 from apt.data.dataset import Sample
-from apt.data.decode import probe, read_clip, read_image
+from apt.data.decode import probe, probe_once, read_clip, read_image
 from apt.data.order import BucketOrder
-from apt.data.reading import MediaInfo, reason
+from apt.data.reading import MediaInfo, Source, reason
 from apt.data.report import DataReport, Problem, problem_lines
-from apt.data.scan import Entry, Scan, looked_for, scan_folder
+from apt.data.scan import Entry, Scan, scan_folder
 from apt.errors import ConfigError, DataError
 from apt.rng import generator_for
 
@@ -76,7 +76,6 @@ class VideoFolder:
     """
 
     eight_bits = True
-    looked_for = looked_for()
 
     def __init__(
         self,
@@ -107,7 +106,7 @@ class VideoFolder:
             found = problem_lines(self.report.problems) or ["  no such files"]
             raise DataError(
                 "\n".join(
-                    [f"{directory}: nothing usable; looked for {self.looked_for}. Found:", *found]
+                    [f"{directory}: nothing usable; looked for {scan.looked_for}. Found:", *found]
                 )
             )
         self.report.num_images = sum(item.info.is_image for item in self.items)
@@ -156,8 +155,8 @@ class VideoFolder:
         for number in self._candidates(index, first):
             item = self.items[number]
             try:
-                with item.entry.at_hand() as path, _without_path(path):
-                    pixels = self._decode(item, path, epoch, number)
+                with item.entry.at_hand() as file, _without_name(file):
+                    pixels = self._decode(item, file, epoch, number)
             except DataError as error:
                 problem = Problem("unreadable", item.entry.name, str(error))
                 problems.append(problem)
@@ -204,16 +203,16 @@ class VideoFolder:
     def _scan(self, directory: Path, captioned: bool) -> Scan:
         return scan_folder(directory, captioned=captioned)
 
-    def _decode(self, item: Item, path: Path, epoch: int, number: int) -> Tensor:
+    def _decode(self, item: Item, file: Source, epoch: int, number: int) -> Tensor:
         bucket, info = item.bucket, item.info
         if info.is_image:
-            return read_image(path, size=(bucket.height, bucket.width))
+            return read_image(file, size=(bucket.height, bucket.width))
         fps = self.fps or info.fps
         generator = generator_for("clip start", self.seed, epoch, number)
         starts = info.clip_starts(bucket.frames, fps)
         start = int(torch.randint(starts, (), generator=generator))
         return read_clip(
-            path,
+            file,
             start=start / info.fps,
             num_frames=bucket.frames,
             fps=fps,
@@ -293,16 +292,16 @@ def exact_rate(fps: float | Fraction) -> Fraction:
 
 def _probe_or_error(entry: Entry) -> MediaInfo | DataError:
     try:
-        with entry.at_hand() as path, _without_path(path):
-            return probe(path)
+        with entry.at_hand() as file, _without_name(file):
+            return probe_once(file) if isinstance(file, Path) else probe(file)
     except DataError as error:
         return error
 
 
 @contextmanager
-def _without_path(path: Path) -> Iterator[None]:
-    """Errors of readers without the path that they begin with: the entry's name says which file."""
+def _without_name(source: Source) -> Iterator[None]:
+    """Errors of readers without the name that they begin with: the entry says which file."""
     try:
         yield
     except DataError as error:
-        raise DataError(reason(error, path)) from error
+        raise DataError(reason(error, source)) from error

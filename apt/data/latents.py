@@ -1,7 +1,9 @@
-"""A folder of encoded clips: latents and text embeddings in safetensors shards.
+"""A folder of encoded clips: latents and text embeddings in shards.
 
     latents.json                 what was encoded, by which codec and text encoder: `CacheInfo`
     latents-00000.safetensors    latents (C, T', H', W') of clips, with captions in its metadata
+    latents-00000.tar            or these: a WebDataset shard, of each clip a .safetensors with
+                                 "latents" and what else it is conditioned on, and a .json
     texts-00000.safetensors      embeddings of prompts, with the prompts in its metadata
 
 A shard is there whole or not at all, so writing one continues after any interruption.
@@ -14,28 +16,34 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, get_args
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apt.condition import EncodedText
 from apt.data.buckets import Bucket
 from apt.data.captions import CaptionRule, Refused
 from apt.data.dataset import EncodedSample
+from apt.data.latent_shards import (
+    Entry,
+    open_shard,
+    read_entries,
+    read_latents,
+    read_metadata,
+    write_shard,
+)
 from apt.data.order import BucketOrder
+from apt.data.tar import Member
 from apt.errors import DataError
-from apt.files import write_safetensors, write_text
-from apt.untrusted import parse_json, read_json_file
-
-T = TypeVar("T")
+from apt.files import write_text
+from apt.untrusted import read_json_file
 
 _LOG = logging.getLogger(__name__)
+
+ShardKind = Literal["safetensors", "tar"]
 
 INFO_FILE = "latents.json"
 FORMAT = 1
@@ -57,6 +65,7 @@ class CacheInfo:
         source: hash of the clips that were to be encoded.
         num_clips: how many they are; a shard has `CLIPS_PER_SHARD` of them, less broken ones.
         num_prompts: distinct captions and extra prompts that have embeddings at the end.
+        shards: the kind of the files of latents; caches of earlier versions do not say.
     """
 
     codec: dict[str, Any]
@@ -72,11 +81,13 @@ class CacheInfo:
     source: str
     num_clips: int
     num_prompts: int
+    # Not in fingerprints, which are those of earlier versions: names of files tell it as well.
+    shards: ShardKind = field(default="safetensors", repr=False)
 
     def clip_shards(self) -> list[str]:
         """Names of all files of latents."""
         count = -(-self.num_clips // CLIPS_PER_SHARD)
-        return [f"latents-{number:05d}.safetensors" for number in range(count)]
+        return [f"latents-{number:05d}.{self.shards}" for number in range(count)]
 
 
 class LatentFolder:
@@ -116,14 +127,15 @@ class LatentFolder:
             )
         self._clips: list[tuple[str, str, str]] = []
         self._files: list[str] = []
+        self._places: list[Member | None] = []
         members: dict[Bucket, list[int]] = {}
-        for name in self.info.clip_shards():
-            entries = _entries(self.directory / name)
-            for key, caption, bucket, file in _usable(name, entries, captions):
-                if images == "mix" or (images == "only") == (bucket.frames == 1):
-                    members.setdefault(bucket, []).append(len(self._clips))
-                    self._clips.append((name, key, caption))
-                    self._files.append(file or f"{name}, clip {key}")
+        for name in names:
+            for entry in _usable(name, read_entries(self.directory / name), captions):
+                if images == "mix" or (images == "only") == (entry.bucket.frames == 1):
+                    members.setdefault(entry.bucket, []).append(len(self._clips))
+                    self._clips.append((name, entry.key, entry.caption))
+                    self._files.append(entry.file or f"{name}, clip {entry.key}")
+                    self._places.append(entry.at)
         if not self._clips:
             kind = {"mix": "clip", "only": "image", "none": "video"}[images]
             raise DataError(
@@ -162,11 +174,10 @@ class LatentFolder:
 
         Raises DataError if the file has gone or is damaged.
         """
-        name, key, caption = self._clips[index % len(self._clips)]
-        with _opened(self.directory / name) as shard:
-            beside = [name for name in shard.keys() if name.startswith(f"{key}.")]  # noqa: SIM118
-            extra = {name.removeprefix(f"{key}."): shard.get_tensor(name) for name in beside}
-            return EncodedSample(shard.get_tensor(key), caption, extra)
+        number = index % len(self._clips)
+        name, key, caption = self._clips[number]
+        latents, extra = read_latents(self.directory / name, key, self._places[number])
+        return EncodedSample(latents, caption, extra)
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
         """Global batches for ever, each of one bucket; see `BucketOrder`.
@@ -192,7 +203,7 @@ class TextFolder(Mapping[str, EncodedText]):
 
     def __getitem__(self, prompt: str) -> EncodedText:
         path, number = self._places[prompt]
-        with _opened(path) as shard:
+        with open_shard(path) as shard:
             keys = set(shard.keys())
 
             def row(kind: str) -> Tensor | None:
@@ -215,7 +226,9 @@ def read_cache_info(directory: Path) -> CacheInfo:
     try:
         document = read_json_file(path)
         if document.pop("format") == FORMAT:
-            return CacheInfo(**document)
+            info = CacheInfo(**document)
+            if info.shards in get_args(ShardKind):
+                return info
     except FileNotFoundError as error:
         raise DataError(
             f"{directory} has no {INFO_FILE}, so it is no latent cache; make one with "
@@ -239,50 +252,6 @@ def write_cache_info(directory: Path, info: CacheInfo) -> None:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-class Clip(NamedTuple):
-    """Latents (C, T', H', W') of a caption's clip, which had the bucket's size in pixels.
-
-    `extra` is what else the clip is conditioned on, by name; `file` is what it was made of.
-    """
-
-    latents: Tensor
-    caption: str
-    bucket: Bucket
-    extra: Mapping[str, Tensor] = MappingProxyType({})
-    file: str = ""
-
-
-class _Entry(NamedTuple):
-    """What a shard says of a clip; `file` is empty in those of earlier versions."""
-
-    key: str
-    caption: str
-    bucket: Bucket
-    file: str
-
-
-def write_clips(path: Path, clips: list[Clip]) -> None:
-    """Write a shard of clips, whole or not at all.
-
-    Raises DataError for values that are not finite, or a disk that refuses.
-    """
-    tensors = {}
-    for number, clip in enumerate(clips):
-        for name, value in {"latents": clip.latents, **clip.extra}.items():
-            if not bool(torch.isfinite(value).all()):
-                raise DataError(
-                    f"{name} of the clip {clip.caption!r} are NaN or infinite in {value.dtype}; "
-                    "encode in a wider type"
-                )
-        tensors[str(number)] = clip.latents
-        tensors |= {f"{number}.{name}": value for name, value in clip.extra.items()}
-    entries = {
-        str(number): {"caption": clip.caption, "bucket": list(clip.bucket), "file": clip.file}
-        for number, clip in enumerate(clips)
-    }
-    _write(path, tensors, {"clips": json.dumps(entries)})
-
-
 def write_texts(path: Path, texts: Mapping[str, EncodedText]) -> None:
     """Write a shard of embeddings of one row each, whole or not at all.
 
@@ -294,58 +263,10 @@ def write_texts(path: Path, texts: Mapping[str, EncodedText]) -> None:
         for kind, value in vars(text).items()
         if value is not None
     }
-    _write(path, tensors, {"prompts": json.dumps(list(texts))})
+    write_shard(path, tensors, {"prompts": json.dumps(list(texts))})
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    try:
-        write_safetensors(path, tensors, metadata)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror or error}; shards that were written before "
-            "stay, and the same command goes on from them"
-        ) from error
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"{path} is missing or damaged ({error}); delete it and run the same `data encode` "
-            "again, which makes only that file"
-        ) from error
-
-
-def _metadata(path: Path, name: str, parse: Callable[[Any], T]) -> T:
-    """What a shard's metadata says under a name, in the form that `parse` gives it."""
-    with _opened(path) as shard:
-        try:
-            return parse(parse_json(shard.metadata()[name]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{path} is not a file of a latent cache ({error}); delete it"
-            ) from error
-
-
-def _entries(path: Path) -> list[_Entry]:
-    """Of each clip."""
-
-    def parse(clips: dict[str, Any]) -> list[_Entry]:
-        return [
-            _Entry(
-                key,
-                str(entry["caption"]),
-                Bucket(*map(int, entry["bucket"])),
-                str(entry.get("file", "")),
-            )
-            for key, entry in clips.items()
-        ]
-
-    return _metadata(path, "clips", parse)
-
-
-def _usable(shard: str, entries: list[_Entry], rule: CaptionRule | None) -> list[_Entry]:
+def _usable(shard: str, entries: list[Entry], rule: CaptionRule | None) -> list[Entry]:
     """The clips of a shard whose captions can be used, some of them cut."""
     if rule is None:
         return entries
@@ -361,4 +282,4 @@ def _usable(shard: str, entries: list[_Entry], rule: CaptionRule | None) -> list
 
 
 def _prompts(path: Path) -> list[str]:
-    return _metadata(path, "prompts", lambda prompts: [str(prompt) for prompt in prompts])
+    return read_metadata(path, "prompts", lambda prompts: [str(prompt) for prompt in prompts])

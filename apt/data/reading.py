@@ -105,9 +105,9 @@ def name_of(source: Source) -> str:
     return str(source if isinstance(source, str | Path) else getattr(source, "name", "the file"))
 
 
-def reason(error: DataError, path: Path) -> str:
-    """An error of a reader without the path that it begins with."""
-    return str(error).removeprefix(f"{path}: ")
+def reason(error: DataError, source: Source) -> str:
+    """An error of a reader without the name that it begins with."""
+    return str(error).removeprefix(f"{name_of(source)}: ")
 
 
 def is_animated_webp(source: Source) -> bool:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from apt.data.metadata import METADATA_NAMES, read_metadata
+from apt.data.reading import Source
 from apt.data.report import Problem, ProblemKind
 from apt.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_media, may_be_media
 from apt.errors import DataError
@@ -40,9 +41,18 @@ class Entry:
         return self.path
 
     @contextmanager
-    def at_hand(self) -> Iterator[Path]:
+    def at_hand(self) -> Iterator[Source]:
         """The file by itself, for as long as it is read."""
         yield self.path
+
+
+def looked_for() -> str:
+    """What a folder may hold, for messages about folders that hold none of it."""
+    return (
+        f"videos ({' '.join(sorted(VIDEO_SUFFIXES))}) and images "
+        f"({' '.join(sorted(IMAGE_SUFFIXES))}), each with a caption: a row (file_name, caption) in "
+        f"{' or '.join(METADATA_NAMES)}, or a .txt of the same name beside it"
+    )
 
 
 @dataclass(frozen=True)
@@ -56,14 +66,18 @@ class Scan:
         entries: files with a caption, or all.
         problems: files without, metadata that leads nowhere, and media that cannot be looked for.
         left_aside: number of other files by suffix.
+        looked_for: what such a folder may hold, for messages about one that holds none of it.
+        captions_in: where captions are, without metadata.
     """
 
     directory: Path
     metadata: str | None
-    files: dict[str, Path]
+    files: dict[str, Entry]
     entries: list[Entry]
     problems: list[Problem]
     left_aside: Counter[str] = field(default_factory=Counter)
+    looked_for: str = field(default_factory=looked_for)
+    captions_in: str = ".txt files"
 
 
 def scan_folder(directory: str | Path, *, captioned: bool = True) -> Scan:
@@ -115,16 +129,8 @@ def scan_folder(directory: str | Path, *, captioned: bool = True) -> Scan:
     entries.sort(key=lambda entry: entry.name)
     captions = {path.with_suffix(".txt") for path in files.values()} | {metadata}
     left_aside = Counter(_suffix(path) for path in others if path not in captions)
-    return Scan(root, metadata.name if metadata else None, files, entries, problems, left_aside)
-
-
-def looked_for() -> str:
-    """What a folder may hold, for messages about folders that hold none of it."""
-    return (
-        f"videos ({' '.join(sorted(VIDEO_SUFFIXES))}) and images "
-        f"({' '.join(sorted(IMAGE_SUFFIXES))}), each with a caption: a row (file_name, caption) in "
-        f"{' or '.join(METADATA_NAMES)}, or a .txt of the same name beside it"
-    )
+    found = {name: Entry(path, name, "") for name, path in files.items()}
+    return Scan(root, metadata.name if metadata else None, found, entries, problems, left_aside)
 
 
 def _files(root: Path, problems: list[Problem]) -> tuple[dict[str, Path], list[Path]]:

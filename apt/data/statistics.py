@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from apt.data.buckets import ASPECT_RATIOS, Bucket, best_bucket, make_buckets
-from apt.data.decode import probe
+from apt.data.decode import probe_once
 from apt.data.folder import exact_rate
 from apt.data.reading import MediaInfo
 from apt.data.report import problem_lines
@@ -169,7 +169,7 @@ def choose_prompts(
 
 def _probe(path: Path) -> MediaInfo | None:
     try:
-        return probe(path)
+        return probe_once(path)
     except DataError:
         return None  # the data set names it, with the reason
 

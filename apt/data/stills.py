@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from io import BytesIO
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from apt.data.picture import resize_and_crop, to_sdr
-from apt.data.reading import MediaInfo
+from apt.data.reading import MediaInfo, Source, bytes_at, bytes_of, name_of
 from apt.data.tags import color_tags, orientation
 from apt.errors import DataError, MissingDecoderError
 
@@ -32,42 +31,42 @@ _PILLOW_LIMIT = threading.Lock()
 _MOVING = ("GIF", "PNG", "WEBP", "AVIF")
 
 
-def look_still(path: Path) -> MediaInfo | None:
+def look_still(source: Source) -> MediaInfo | None:
     """A picture's size by its header; None if it is a moving one.
 
     Raises:
         DataError: if it is too large, or one of several that the file holds.
     """
-    with _opened(path) as image:
+    with _opened(source) as image:
         if image.format in _MOVING and getattr(image, "n_frames", 1) > 1:
             return None
-        _refuse_pages(path, image)
-        width, height = image.size if orientation(path, image) < 5 else image.size[::-1]
+        _refuse_pages(source, image)
+        width, height = image.size if orientation(source, image) < 5 else image.size[::-1]
         return MediaInfo(True, width, height, 1, Fraction(0), (image.format or "").lower())
 
 
-def read_still(path: Path, size: tuple[int, int] | None) -> Tensor:
+def read_still(source: Source, size: tuple[int, int] | None) -> Tensor:
     """A picture as (3, H, W) float32 in [-1, 1], scaled and cropped to `size` (height, width)."""
-    with _opened(path) as image:
-        turn = orientation(path, image)
+    with _opened(source) as image:
+        turn = orientation(source, image)
         shown = image.size[::-1] if turn < 5 else image.size
         if size:
             _reduce(image, size if turn < 5 else size[::-1])
         with _turn_to_decode(image):
-            tags = color_tags(path, image)
-            stored = np.array(_rgb(path, image, convert_profile=tags.sdr))
+            tags = color_tags(source, image)
+            stored = np.array(_rgb(source, image, convert_profile=tags.sdr))
     pixels = _UPRIGHT[turn](stored)
     frame = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
     return to_sdr(resize_and_crop(frame, size or shown, display_size=shown), tags)
 
 
-def verify_still(path: Path) -> None:
+def verify_still(source: Source) -> None:
     """Decode all of a picture, at a reduced size where its format has that."""
-    with _opened(path) as image:
-        _refuse_pages(path, image)
+    with _opened(source) as image:
+        _refuse_pages(source, image)
         _reduce(image, (1, 1))
         with _turn_to_decode(image):
-            _rgb(path, image, convert_profile=False)
+            _rgb(source, image, convert_profile=False)
 
 
 # What turns the stored picture (h, w, 3) upright, for each EXIF orientation.
@@ -84,51 +83,51 @@ _UPRIGHT = {
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(source: Source) -> Iterator[Image.Image]:
     try:
-        image = _open(path)
+        image = _open(source)
     except UnidentifiedImageError:
-        if not _is_heic(path):
+        if not _is_heic(source):
             raise
-        _let_pillow_read_heic(path)
-        image = _open(path)
+        _let_pillow_read_heic(source)
+        image = _open(source)
     with image:
         if image.width * image.height > MAX_PIXELS:
             raise DataError(
-                f"{path}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}; "
-                "make it smaller"
+                f"{name_of(source)}: {image.width}x{image.height} pixels are more than "
+                f"{MAX_PIXELS:,}; make it smaller"
             )
         yield image
 
 
-def _open(path: Path) -> Image.Image:
+def _open(source: Source) -> Image.Image:
     with _PILLOW_LIMIT:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(path)
+            return Image.open(source)
         finally:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _is_heic(path: Path) -> bool:
+def _is_heic(source: Source) -> bool:
     """By its first bytes: phones and their apps also call such files .jpg."""
-    with path.open("rb") as file:
-        head = file.read(64)
+    with bytes_of(source) as file:
+        head = bytes_at(file, 0, 64)
     brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
     return head[4:8] == b"ftyp" and any(brand in head[8:] for brand in brands)
 
 
-def _let_pillow_read_heic(path: Path) -> None:
+def _let_pillow_read_heic(source: Source) -> None:
     try:
         import pi_heif
     except ImportError:
         raise MissingDecoderError(
-            f"{path}: is HEIC, which takes pi-heif: pip install 'diffusion-apt[heic]'"
+            f"{name_of(source)}: is HEIC, which takes pi-heif: pip install 'diffusion-apt[heic]'"
         ) from None
     pi_heif.register_heif_opener()
 
 
-def _refuse_pages(path: Path, image: Image.Image) -> None:
+def _refuse_pages(source: Source, image: Image.Image) -> None:
     """A TIFF of several pages shows the first alone; smaller copies of it are no pages."""
     if image.format != "TIFF" or getattr(image, "n_frames", 1) == 1:
         return
@@ -139,7 +138,8 @@ def _refuse_pages(path: Path, image: Image.Image) -> None:
     image.seek(0)
     if pages > 1:
         raise DataError(
-            f"{path}: holds {pages} pages, and only the first would be used; save each as a file"
+            f"{name_of(source)}: holds {pages} pages, and only the first would be used; save each "
+            "as a file"
         )
 
 
@@ -155,12 +155,13 @@ def _turn_to_decode(image: Image.Image) -> Iterator[None]:
         yield
 
 
-def _rgb(path: Path, image: Image.Image, *, convert_profile: bool) -> Image.Image:
+def _rgb(source: Source, image: Image.Image, *, convert_profile: bool) -> Image.Image:
     """The whole picture as stored, in 8 bits, over white."""
     image.load()
     if image.mode == "F" or (image.mode == "I" and cast(int, image.getextrema()[1]) > 65535):
         raise DataError(
-            f"{path}: holds numbers of 32 bits, whose white nobody knows; save it with 8 or 16"
+            f"{name_of(source)}: holds numbers of 32 bits, whose white nobody knows; save it with "
+            "8 or 16"
         )
     if image.mode.startswith("I"):
         # Pillow clips 16-bit greys instead of scaling them.

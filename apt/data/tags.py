@@ -4,41 +4,42 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO
 
 from PIL import Image
 
 from apt.data.picture import ColorTags
+from apt.data.reading import Source, bytes_of
 
 _ORIENTATION = 0x0112
 _LATE_TEXT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
 
-def orientation(path: Path, image: Image.Image) -> int:
+def orientation(source: Source, image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8, by which the pixels that Pillow will load are to be turned."""
     if image.format == "TIFF":
         return 1  # Pillow turns these by itself
-    exif = _png_exif(path, image) if image.format == "PNG" else image.getexif()
+    exif = _png_exif(source, image) if image.format == "PNG" else image.getexif()
     found = exif.get(_ORIENTATION, 1)
     return found if found in range(1, 9) else 1
 
 
-def color_tags(path: Path, image: Image.Image) -> ColorTags:
+def color_tags(source: Source, image: Image.Image) -> ColorTags:
     """How the colours are meant, by PNG's cICP chunk or the nclx box of AVIF and HEIC."""
-    with path.open("rb") as file:
+    with bytes_of(source) as file:
         if image.format == "PNG":
             for kind, size in _png_chunks(file):
                 if kind == b"cICP" and size == 4:
                     return ColorTags(*file.read(2))
         elif image.format in ("AVIF", "HEIF"):
+            file.seek(0)
             return _primary_nclx(file)
     return ColorTags()
 
 
-def _png_exif(path: Path, image: Image.Image) -> Image.Exif:
+def _png_exif(source: Source, image: Image.Image) -> Image.Exif:
     """The tags, wherever the file has them, without decoding it, as Pillow would."""
-    with path.open("rb") as file:
+    with bytes_of(source) as file:
         pixels_begun = False
         for kind, size in _png_chunks(file):
             pixels_begun = pixels_begun or kind == b"IDAT"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain, dropwhile
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 from av.container import InputContainer
@@ -58,7 +58,11 @@ class Video:
     def _open(self) -> None:
         # The prefix keeps FFmpeg from reading a protocol into a file's name, and foreign bytes in
         # a title are no reason to refuse a video.
-        file = f"file:{self.source}" if isinstance(self.source, str | Path) else self.source
+        file: Any = self.source
+        if isinstance(self.source, str | Path):
+            file = f"file:{self.source}"
+        else:
+            self.source.seek(0)
         try:
             self.container: InputContainer = av.open(
                 file, "r", metadata_errors="replace", options=_OPTIONS
@@ -87,8 +91,6 @@ class Video:
     def restart(self) -> None:
         """Begin anew at the first byte, which in a stream without an index no seek finds."""
         self.close()
-        if not isinstance(self.source, str | Path):
-            self.source.seek(0)
         self._open()
 
     def seek(self, seconds: Fraction) -> None:

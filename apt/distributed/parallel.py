@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,10 @@ from apt.distributed.device import pick_device
 from apt.distributed.launch import launch_rank, launch_world_size
 from apt.distributed.meeting import join
 from apt.distributed.mesh import GroupName, Layout, ParallelConfig, RankMesh
+from apt.distributed.recorder import record_collectives
 from apt.distributed.sequence import SequenceGroup
 from apt.distributed.sharding import shard
 from apt.distributed.spokesman import claim
-from apt.distributed.watch import record_collectives
 from apt.errors import PeerError
 
 __all__ = ["Parallel"]
@@ -48,6 +49,7 @@ class Parallel:
         *,
         config: ParallelConfig | None = None,
         timeout: timedelta = timedelta(minutes=10),
+        records: Path | None = None,
     ) -> Parallel:
         """Join the process group that `torchrun` describes, or stand alone without one.
 
@@ -55,6 +57,7 @@ class Parallel:
             device: `"auto"` (CUDA where there is one), `"cpu"` or `"cuda"`.
             config: how the ranks are laid out; None shards over all.
             timeout: how long a collective waits for the slowest rank.
+            records: a folder in which GPUs leave their last collectives when one waits longer.
 
         Raises:
             ConfigError: see `pick_device`; the launcher's variables are no numbers, or not those
@@ -67,7 +70,7 @@ class Parallel:
             return cls(rank=0, world_size=1, device=here, mesh=None)
         # Gloo also on GPUs, for the small CPU tensors and objects of logs and checkpoints.
         backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
-        record_collectives()
+        record_collectives(records if here.type == "cuda" else None)
         join(backend, timeout)
         return cls(rank, world_size, here, RankMesh(layout, here.type))
 

@@ -20,10 +20,11 @@ import torch.distributed as dist
 
 from apt.distributed.launch import restarts
 from apt.distributed.meeting import attempt
+from apt.distributed.recorder import last_collective
 from apt.distributed.spokesman import open_store
 from apt.errors import LostRankError
 
-__all__ = ["LostRankError", "is_of_a_collective", "record_collectives", "watched"]
+__all__ = ["LostRankError", "is_of_a_collective", "watched"]
 
 PULSE = 2.0
 """Seconds between two entries of a rank."""
@@ -78,6 +79,7 @@ class _Entry:
         doing: the function that its main thread is in.
         waits: whether that is a collective.
         beat: another one in each entry.
+        last: the collective that it began last; told once a rank has asked.
         alive: whether it still writes any.
     """
 
@@ -85,6 +87,7 @@ class _Entry:
     doing: str
     waits: bool
     beat: int
+    last: str = ""
     alive: bool = True
 
 
@@ -114,6 +117,7 @@ class _Diary:
     def waits_in(self, collective: str) -> None:
         """The main thread has come out of a collective that failed, and looks for the reason."""
         self._failed = collective
+        self._store.set(self._asked, "")
         self._write(-1)
 
     def entries(self, world_size: int) -> dict[int, _Entry | None]:
@@ -139,25 +143,21 @@ class _Diary:
         doing, waits = self._failed, True
         if not self._failed:
             doing, waits = _at(sys._current_frames().get(self._main))
-        entry = _Entry(self._place(), doing, waits, beat)
+        last = last_collective() if self._store.check([self._asked]) else ""
+        entry = _Entry(self._place(), doing, waits, beat, last)
         self._store.set(self._key(self._rank), json.dumps(asdict(entry)))
 
     def _read(self, rank: int) -> _Entry | None:
         key = self._key(rank)
         return _Entry(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
-    def _key(self, rank: int) -> str:
+    @property
+    def _asked(self) -> str:
+        return self._key("asked")
+
+    def _key(self, name: int | str) -> str:
         # The store outlives a restart, and what was noted before it is of other processes.
-        return f"apt/watch/{attempt() or restarts()}/{rank}"
-
-
-def record_collectives() -> None:
-    """Have NCCL keep its last collectives, and write them down when one takes too long.
-
-    Before the process group is made. `TORCH_FR_DUMP_TEMP_FILE` says where to.
-    """
-    for name, value in (("TORCH_FR_BUFFER_SIZE", "2000"), ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")):
-        os.environ.setdefault(name, value)
+        return f"apt/watch/{attempt() or restarts()}/{name}"
 
 
 def is_of_a_collective(error: BaseException) -> bool:
@@ -213,7 +213,9 @@ def _blame(entries: dict[int, _Entry | None]) -> str:
         last = "it never began" if entry is None else f"last seen {_where(entry)}"
         said.append(f"rank {number} is dead, stopped or out of reach: {last}")
     for number in elsewhere if not gone else ():
-        said.append(f"rank {number} keeps the others waiting: it is {_where(there[number])}")
+        entry = there[number]
+        began = f", after {entry.last}" if entry.last else ""
+        said.append(f"rank {number} keeps the others waiting: it is {_where(entry)}{began}")
     if not said:
         said.append("a collective failed, and every rank is in one")
     return "; ".join([*said, *_of_the_others(there, waiting)])
@@ -222,7 +224,9 @@ def _blame(entries: dict[int, _Entry | None]) -> str:
 def _of_the_others(there: dict[int, _Entry], waiting: Sequence[int]) -> list[str]:
     places: dict[str, list[int]] = {}
     for number in waiting:
-        places.setdefault(_where(there[number]), []).append(number)
+        entry = there[number]
+        began = f" ({entry.last})" if entry.last else ""
+        places.setdefault(f"{_where(entry)}{began}", []).append(number)
     return [
         f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}"
         f"{' and more' if len(ranks) > 8 else ''}: {place}"

@@ -178,6 +178,9 @@ class AdversarialConfig(MethodConfig):
             needs a D that is faster than G (Heusel et al. 2017).
         discriminator_backbone_rate: the share of D's rate that its backbone trains at.
         freeze_discriminator_backbone: train D's heads only (APT App. F: worse).
+        generator_captions: "shared" trains G on the captions and sizes of the clips that D has just
+            been trained on, which are read and encoded once; "own" on those of the next batch, so
+            that an update goes over twice as many clips. Which the paper did is not said.
         discriminator_forwards: 2 sends generated samples through D by themselves: less memory at
             the peak, twice the gathering of a sharded D's weights, the same logits.
         discriminator_precision: "run" computes D as the run does all; "tf32" and "fp32" compute it
@@ -208,6 +211,7 @@ class AdversarialConfig(MethodConfig):
     discriminator_learning_rate: float = 0.0
     discriminator_backbone_rate: float = 1.0
     freeze_discriminator_backbone: bool = False
+    generator_captions: Literal["shared", "own"] = "shared"
     discriminator_forwards: Literal[1, 2] = 1
     discriminator_precision: Literal["run", "tf32", "fp32"] = "run"
     rounding_every: int = 0
@@ -243,6 +247,13 @@ class AdversarialConfig(MethodConfig):
                 "(stage.r1), or start one process"
             )
 
+    def check_compiled(self) -> None:
+        if self.terms.exact_r1.weight:
+            raise ConfigError(
+                "stage.terms.exact_r1.weight differentiates twice, which compiled blocks cannot; "
+                "set --no-compile-blocks, or use the approximated R1 (stage.r1)"
+            )
+
     def check_adapters(self) -> None:
         if self.generator_trains != "all":
             raise ConfigError(
@@ -261,6 +272,7 @@ class AdversarialPostTraining(Method):
         super().__init__(start, host)
         self.config = config
         self.objective = _objective(config.objective)
+        self.shares_batch = config.generator_captions == "shared"
 
         backbone, info = host.backbone("discriminator")
         _check_same_latents(start.info, info)

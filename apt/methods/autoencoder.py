@@ -154,11 +154,12 @@ class AutoencoderTraining(Stage):
         """
         offset = (update % PATCH, update // PATCH % PATCH)
         moved = {}
-        if min(_shifted(batches[0].x, offset).shape[3:]) >= PATCH:
-            squares = [
-                patch_frequencies(_shifted(batch.x, offset), PATCH).square().mean(dim=0)
-                for batch in batches
-            ]
+        squares = [
+            patch_frequencies(clips, PATCH).square().mean(dim=0)
+            for clips in (_shifted(batch.x, offset) for batch in batches)
+            if min(clips.shape[3:]) >= PATCH
+        ]
+        if squares:
             moved["power"] = self.running("power", squares, update)
         power = moved.get("power", self.statistics["power"])
         self.generator.zero_grad()

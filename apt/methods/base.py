@@ -303,6 +303,9 @@ class StageConfig(ABC):
     def check_adapters(self) -> None:  # noqa: B027  (most stages can)
         """Raise ConfigError if the stage cannot train adapters in place of the weights."""
 
+    def check_compiled(self) -> None:  # noqa: B027  (most stages can)
+        """Raise ConfigError if the stage does what compiled blocks cannot."""
+
     def check_sharded(self) -> None:  # noqa: B027  (most stages can)
         """Raise ConfigError if the stage cannot be trained by several ranks."""
 
@@ -327,11 +330,14 @@ class Stage(ABC):
         trained: by name; "generator" is always there, and is what gets exported.
         codec: makes latents of pixels and pixels of previews; None works on pixels.
         frozen: parts that have to be on the device and do not train.
+        shares_batch: whether the parts of an update go over the same samples; otherwise each gets
+            a batch of its own.
     """
 
     trained: dict[str, TrainedNetwork]
     codec: LatentCodec | None = None
     frozen: Sequence[nn.Module] = ()
+    shares_batch: bool = True
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -345,8 +351,13 @@ class Stage(ABC):
         a mean over this rank's samples.
         """
 
+    @property
+    def batches_per_update(self) -> int:
+        """Global batches that an update goes over."""
+        return 1 if self.shares_batch else len(self.parts())
+
     def update(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
-        """One whole update: all parts, and their metrics."""
+        """One whole update on the same samples: all parts, and their metrics."""
         metrics: Metrics = {}
         for part in self.parts().values():
             metrics |= part(batches, update)
@@ -444,6 +455,11 @@ class Method(Stage):
         self.codec = start.codec
         self.frozen = (start.codec, start.text_encoder)
 
+    @property
+    def asks_again(self) -> bool:
+        """Whether a second part of an update comes to a sample of the first."""
+        return self.shares_batch and len(self.parts()) > 1
+
     def prompts(self) -> list[str]:
         """Prompts besides the captions that the text encoder will be asked for."""
         return []
@@ -529,7 +545,7 @@ class Method(Stage):
         text = batch.texts.get("captions")
         if text is None:
             text = self.encode_text(batch.captions)
-            if not text.tokens.requires_grad:
+            if not text.tokens.requires_grad and self.asks_again:
                 batch.texts["captions"] = text.to("cpu")
         return self._condition(text.to(batch.x.device), batch.extra)
 

@@ -336,6 +336,17 @@ class DiffusionTransformer(nn.Module):
         """Compute blocks again in the backward pass instead of keeping their activations."""
         self.checkpointing = (Checkpointing() if how else None) if isinstance(how, bool) else how
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Have `torch.compile` make each block when it is next called; copies are not compiled.
+
+        Blocks that are alike share what is made of the first. It is made anew for another size of
+        clips, and with and without gradients.
+        """
+        # Above torch's 8: of each size, sharing rows or not, with gradients and without.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for block in self.block_list():
+            block.compile(backend=backend)
+
     def split_tokens(self, sequence: SequenceGroup | None) -> None:
         """Share the tokens of each sample with other ranks, or no longer.
 

@@ -28,13 +28,13 @@ class Job:
 
     Attributes:
         config: of the run.
-        start: the model that its stage starts from; None for a codec.
+        start: the model that its stage starts from.
         others: those of the stage's other fields.
         sample: the size of clips.
     """
 
     config: TrainConfig
-    start: PlannedModel | None
+    start: PlannedModel
     others: Mapping[str, PlannedModel]
     sample: SampleInfo
 
@@ -52,7 +52,7 @@ class Job:
             stage = dataclasses.replace(stage, layers=tuple(scaled))
         return Job(
             dataclasses.replace(self.config, stage=stage),
-            None if self.start is None else cut(self.start),
+            cut(self.start),
             {name: cut(model) for name, model in self.others.items()},
             self.sample,
         )
@@ -60,14 +60,14 @@ class Job:
     @property
     def depth(self) -> int:
         """Of the backbones; 0 if they differ, or there is none."""
-        models = [*([self.start] if self.start else []), *self.others.values()]
+        models = [self.start, *self.others.values()]
         depths = {int(model.config.depth) for model in models}
         return depths.pop() if len(depths) == 1 else 0
 
     @property
     def blocks_are_alike(self) -> bool:
         """Whether a shallow network tells of a deep one."""
-        models = [*([self.start] if self.start else []), *self.others.values()]
+        models = [self.start, *self.others.values()]
         return self.depth > max(_DEPTHS) and all(
             not getattr(model.config, "dual_attention_layers", ())
             and getattr(model.config, "num_dual_blocks", None) is None

@@ -16,7 +16,7 @@ from apt.train.host import RunHost
 __all__ = ["PlannedHost"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedHost(RunHost):
     """A `RunHost` whose models are built, not loaded.
 
@@ -25,11 +25,10 @@ class PlannedHost(RunHost):
         others: the models of its other fields.
     """
 
-    start: PlannedModel | None = None
+    start: PlannedModel
     others: dict[str, PlannedModel] = dataclasses.field(default_factory=dict)
 
     def model(self) -> ModelBundle:
-        assert self.start is not None
         return self.start.bundle(loads=self.config.stage.start_field is not None)
 
     def backbone(self, field: str) -> tuple[DiffusionTransformer, ModelInfo]:

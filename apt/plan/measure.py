@@ -12,8 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
+from torch.utils.hooks import RemovableHandle
 
 from apt.checkpoints.info import SampleInfo
+from apt.condition import EncodedText
 from apt.data.loader import num_micro_batches
 from apt.distributed.imagined import imagined_ranks
 from apt.distributed.mesh import Layout
@@ -33,9 +35,23 @@ from apt.train.batches import MadeOneByOne, encoded
 from apt.train.config import TrainConfig
 
 __all__ = [
-    "Peak", "PlannedBatches", "Usage", "begin_stage", "follow_update", "make_batches", "measure",
-    "name_states", "share_of_batch",
-]  # fmt: skip
+    "AVERAGES",
+    "BATCH",
+    "FROZEN",
+    "GRADIENTS",
+    "HEADS",
+    "OPTIMIZER",
+    "WEIGHTS",
+    "Peak",
+    "PlannedBatches",
+    "Usage",
+    "begin_stage",
+    "follow_update",
+    "make_batches",
+    "measure",
+    "name_states",
+    "share_of_batch",
+]
 
 WEIGHTS = "weights"
 FROZEN = "frozen weights"
@@ -131,7 +147,7 @@ class Usage:
 def measure(
     config: TrainConfig,
     layout: Layout,
-    start: PlannedModel | None,
+    start: PlannedModel,
     others: Mapping[str, PlannedModel],
     sample: SampleInfo,
     *,
@@ -142,7 +158,7 @@ def measure(
     Args:
         config: of the run.
         layout: of the ranks.
-        start: the model that the stage starts from; None for a codec.
+        start: the model that the stage starts from.
         others: those of the stage's other fields.
         sample: the size of clips.
         gpu: as on a GPU, with its kernels; else as on the CPU.
@@ -186,6 +202,8 @@ def follow_update(stage: Stage, batches: PlannedBatches, tracker: Tracker) -> Us
         tracker.reset()
         with _marks(stage, tracker, mark):
             batches.before.clear()
+            if not stage.shares_batch:
+                batches.forget()
             part(batches, 0)
             for trained in stage.trained.values():
                 trained.zero_grad()  # as the loop of a run does
@@ -226,15 +244,18 @@ def _peak(tracker: Tracker) -> Peak:
 
 @contextlib.contextmanager
 def _marks(stage: Stage, tracker: Tracker, mark: Callable[[], None]) -> Iterator[None]:
-    """A mark at the beginning and end of each network's call, and before weights move."""
+    """A mark wherever a pass begins and ends, forward or backward, halfway through its blocks, and
+    before weights move.
+
+    Between two marks memory rises or falls from block to block all the way, so that the highest
+    point is at the same end whatever the depth.
+    """
     handles = []
     for trained in stage.trained.values():
-        module = trained.module
-        handles.append(module.register_forward_pre_hook(lambda *_: mark(), prepend=True))
-        handles.append(module.register_forward_hook(lambda *_: mark()))
+        handles += _marks_of_passes(trained.module, mark)
         optimizer = cast("Any", trained).optimizer
         handles.append(optimizer.register_step_pre_hook(lambda *_: mark()))
-        for head in _heads(module):
+        for head in _heads(trained.module):
             handles.append(head.register_forward_pre_hook(lambda *_: _scope(tracker, HEADS)))
             handles.append(head.register_forward_hook(lambda *_: _scope(tracker, None)))
     try:
@@ -243,6 +264,37 @@ def _marks(stage: Stage, tracker: Tracker, mark: Callable[[], None]) -> Iterator
         for handle in handles:
             handle.remove()
         tracker.scope = None
+
+
+def _marks_of_passes(module: nn.Module, mark: Callable[[], None]) -> list[RemovableHandle]:
+    """Hooks of a network and of its middle block that mark what passes there, and its gradient."""
+    blocks = cast("Any", module).backbone.block_list()
+    middle: nn.Module = blocks[(len(blocks) - 1) // 2]
+    forward = False  # rather than again, in a backward pass
+
+    def here(tensors: Any) -> None:
+        mark()
+        for tensor in tree_iter(tensors):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: mark())
+                return
+
+    def begins(_: nn.Module, inputs: Any) -> None:
+        nonlocal forward
+        forward = True
+        here(inputs)
+
+    def is_halfway(_: nn.Module, __: Any, tokens: Any) -> None:
+        nonlocal forward
+        if forward:
+            forward = False
+            here(tokens)
+
+    return [
+        module.register_forward_pre_hook(begins, prepend=True),
+        middle.register_forward_hook(is_halfway),
+        module.register_forward_hook(lambda _, __, output: here(output)),
+    ]
 
 
 def _scope(tracker: Tracker, part: str | None) -> None:
@@ -310,7 +362,7 @@ def share_of_batch(config: TrainConfig, layout: Layout) -> int:
 def begin_stage(
     config: TrainConfig,
     parallel: Parallel,
-    start: PlannedModel | None,
+    start: PlannedModel,
     others: Mapping[str, PlannedModel],
 ) -> Stage:
     """The stage at work, with weights that nobody loads."""
@@ -320,7 +372,8 @@ def begin_stage(
 class PlannedBatches(MadeOneByOne):
     """Micro-batches of which one at a time is on the device; the others wait in host memory.
 
-    Each time that one is taken, what had been done before is noted in `before`.
+    As in a run, pixels are encoded when they are first asked for, and captions too. Each time that
+    a micro-batch is taken, what had been done before is noted in `before`.
     """
 
     def __init__(
@@ -332,6 +385,9 @@ class PlannedBatches(MadeOneByOne):
         self._tracker = tracker
         self._captions = ["a caption"] * size
         self._shape = (size, 3, sample.frames, sample.height, sample.width)
+        self._kept: dict[int, Tensor] = {}
+        self._texts: list[dict[str, EncodedText]]
+        self.forget()
         codec = stage.codec
         self.before: list[Work] = []
         self._latents = isinstance(codec, CachedCodec)
@@ -340,12 +396,30 @@ class PlannedBatches(MadeOneByOne):
             self._shape = (size, codec.channels, *clip)
 
     def make(self, number: int) -> MicroBatch:
+        if number not in self._kept:
+            self._kept[number] = self._read()
+        x = self._kept[number]
+        if self._number > 1:
+            x = x.to(self._stage.host.device, copy=True)
+        self._tracker.adopt(x, BATCH)
+        first = number * len(self._captions)
+        return MicroBatch(x, self._captions, first, texts=self._texts[number])
+
+    def forget(self) -> None:
+        """Be those of another batch from now on."""
+        self._kept.clear()
+        self._texts = [{} for _ in range(self._number)]
+
+    def _read(self) -> Tensor:
+        """A micro-batch as it waits for the next part: in host memory, but for an only one."""
         x = torch.zeros(self._shape, device=self._stage.host.device)
         codec = self._stage.codec
         if codec is not None and not self._latents:
             x = encoded(self._stage, codec, x)
-        self._tracker.adopt(x, BATCH)
-        return MicroBatch(x, self._captions, number * len(self._captions))
+        if self._number == 1:
+            return x
+        with self._tracker.elsewhere():
+            return x.to("cpu", copy=True)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for number in range(self._number):

@@ -21,7 +21,7 @@ from apt.checkpoints.weights import Piece
 from apt.condition import EncodedText
 from apt.data.builtin_sources import DIGITS
 from apt.errors import ConfigError
-from apt.methods.base import MethodConfig
+from apt.methods.base import MethodConfig, StageConfig
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.cached import CachedCodec
 from apt.models.codec_shape import codec_shape
@@ -31,7 +31,10 @@ from apt.registry import replace_typed
 from apt.train.config import TrainConfig
 from apt.train.recipes import RECIPES
 
-__all__ = ["PlannedModel", "find_model", "paper_model"]
+__all__ = [
+    "PlannedModel", "find_model", "is_public", "new_model", "paper_model", "registered_model",
+    "sample_size",
+]  # fmt: skip
 
 PAPER = "apt_8b"
 # Of the paper's model, which has no public parts: those of the codecs that its authors' peers use.
@@ -180,6 +183,11 @@ def find_model(config: TrainConfig, field: str) -> PlannedModel:
     return paper_model(f"--stage.{field} is empty: the paper's, {PAPER}; --model names another")
 
 
+def is_public(stage: StageConfig, field: str) -> bool:
+    """Whether a field of a stage names a registered model, not what an earlier run makes."""
+    return split_tag(str(getattr(stage, field)))[0] in MODELS.names()
+
+
 def _named(value: str, seen: tuple[str, ...]) -> PlannedModel:
     architecture, tag = split_tag(value)
     if architecture in MODELS.names():
@@ -284,12 +292,12 @@ def _recipe_that_exports(folder: str) -> TrainConfig | None:
     return None
 
 
-def sample_size(config: TrainConfig, start: PlannedModel | None) -> SampleInfo:
+def sample_size(config: TrainConfig, start: PlannedModel) -> SampleInfo:
     """Size and rate of the clips that a run is planned for: the configuration's, or else those of
     the model that it starts from. Raises ConfigError if neither says."""
     data = config.data
-    default = None if start is None else start.sample
-    if default is None and (start is None or data.source == DIGITS):
+    default = start.sample
+    if default is None and data.source == DIGITS:
         default = data.clip
     frames = 1 if data.images == "only" and data.frames is None else data.frames
     values = {"frames": frames, "height": data.height, "width": data.width, "fps": data.fps}

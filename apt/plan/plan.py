@@ -9,7 +9,7 @@ from apt.methods.base import MethodConfig
 from apt.plan.estimate import Estimate, Job, estimate
 from apt.plan.gpus import PlannedGpu
 from apt.plan.layouts import Choice, choose
-from apt.plan.models import find_model, new_model, registered_model, sample_size
+from apt.plan.models import find_model, is_public, new_model, registered_model, sample_size
 from apt.train.config import TrainConfig
 from apt.train.resolve import rounded
 
@@ -21,7 +21,8 @@ def job_of(config: TrainConfig, model: str = "") -> Job:
 
     Args:
         config: of the run.
-        model: registered name that stands for every model which the stage names; empty takes those.
+        model: registered name that stands for every model which the stage names, and for
+            `lora.base`; empty takes those. What earlier stages make stays a file of its own.
 
     Raises:
         ConfigError: a stage that trains a codec, or a model that is not there yet and that nobody
@@ -37,15 +38,22 @@ def job_of(config: TrainConfig, model: str = "") -> Job:
     unused = {"codec", stage.starts_from if first is None else "codec"}
     fields = [name for name in stage.names_models if name not in unused]
     if model:
-        # Each from a file of its own, as G and D have them.
-        models = {name: dataclasses.replace(registered_model(model), file=name) for name in fields}
+        named = registered_model(model)
+        models = {
+            name: dataclasses.replace(named, file=model if is_public(stage, name) else name)
+            for name in fields
+        }
     else:
         models = {name: find_model(config, name) for name in fields}
     if first is None:
         start = new_model(config)
     else:
         start = models.pop(first)
+        if config.lora.base:  # whose weights the adapters lie beside, and whoever starts from it
+            start = dataclasses.replace(start, file=model or config.lora.base)
+            config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, base=""))
         config = dataclasses.replace(config, stage=stage.filled(start.info))
+    config = dataclasses.replace(config, compile_blocks=False)  # counted op by op
     if config.precision == "auto":
         config = dataclasses.replace(config, precision="bf16")  # which all these GPUs compute in
     return Job(config, start, models, sample_size(config, start))

@@ -9,6 +9,8 @@ from typing import Any
 from apt.plan.estimate import Estimate, Job
 from apt.plan.gpus import GIB
 from apt.plan.layouts import Choice
+from apt.plan.measure import AVERAGES, BATCH, FROZEN, GRADIENTS, HEADS, OPTIMIZER, WEIGHTS
+from apt.plan.tracking import CAST, GATHERED, OTHER
 from apt.train.config import TrainConfig
 
 __all__ = ["describe_changes", "report"]
@@ -35,9 +37,8 @@ def _head(job: Job, taken: Estimate, ranks: int) -> str:
     lines = [f"{job.config.name} on {ranks} x {taken.gpu.name}: clips of {size}"]
     models = {"starts from": job.start, **job.others}
     for field, model in models.items():
-        if model is not None:
-            found = f" ({model.found})" if model.found else ""
-            lines.append(f"  {field}: {model.name}{found}")
+        found = f" ({model.found})" if model.found else ""
+        lines.append(f"  {field}: {model.name}{found}")
     changes = describe_changes(job.config, taken.config)
     lines.append(f"  layout: {taken.layout}" + (f", {changes}" if changes else ""))
     share = taken.config.batch_size // taken.layout.data
@@ -62,10 +63,8 @@ def _memory(taken: Estimate) -> str:
     return table(header, rows)
 
 
-_ORDER = (
-    "weights", "frozen weights", "gradients", "optimiser states", "averages", "gathered blocks",
-    "cast weights", "batch", "activations", "heads and logits",
-)  # fmt: skip
+_STATES = (WEIGHTS, FROZEN, GRADIENTS, OPTIMIZER, AVERAGES)
+_ORDER = (*_STATES, GATHERED, CAST, BATCH, OTHER, HEADS)
 
 
 def _order(part: str) -> int:
@@ -73,10 +72,10 @@ def _order(part: str) -> int:
 
 
 def _verdict(job: Job, taken: Estimate, ranks: int) -> str:
-    have = f"{_gib(taken.gpu.memory).strip()} GiB"
+    have = f"{_gib(taken.gpu.memory)} GiB"
     if taken.fits:
         return f"It fits: of {have}, {taken.room:.0%} stay free."
-    lacking = _gib(taken.needed - taken.gpu.memory).strip()
+    lacking = _gib(taken.needed - taken.gpu.memory)
     advice = "".join(f"\n  - {text}" for text in _advice(job, taken, ranks))
     return f"It does not fit: of {have}, {lacking} GiB are lacking. What would help:{advice}"
 
@@ -84,8 +83,7 @@ def _verdict(job: Job, taken: Estimate, ranks: int) -> str:
 def _advice(job: Job, taken: Estimate, ranks: int) -> list[str]:
     """What to change, by what takes most."""
     config, peak = taken.config, taken.usage.peak
-    states = ("weights", "gradients", "optimiser states", "averages", "frozen weights")
-    kept = sum(peak.parts[part] for part in states)
+    kept = sum(peak.parts[part] for part in _STATES)
     found = []
     size = config.micro_batch_size or config.batch_size // taken.layout.data
     if size > 1:
@@ -93,10 +91,13 @@ def _advice(job: Job, taken: Estimate, ranks: int) -> list[str]:
     if not config.activation_checkpointing:
         found.append("--activation-checkpointing: blocks are computed again")
     if kept > 0.4 * taken.needed:
-        sharded = f"{_gib(kept / 2).strip()} of {_gib(kept).strip()} GiB of states"
+        sharded = f"{_gib(kept / 2)} of {_gib(kept)} GiB of states"
         found.append(f"--gpus {2 * ranks}: {sharded} if twice as many share a copy")
         if not config.lora.rank and config.stage.start_field is not None:
             found.append("--lora.rank 64: adapters train, and weights are frozen in bf16")
+    shared = {model.file for model in job.others.values()}
+    if config.lora.rank and shared and ranks == 1 and job.start.file not in shared:
+        found.append("--lora.base MODEL: G's adapters lie beside the weights that D starts from")
     if not config.bf16_residual and config.precision == "bf16":
         found.append("--bf16-residual: in MMDiT, inputs of blocks take half; results change")
     if job.sample.frames > 1:
@@ -151,7 +152,7 @@ def _tried(config: TrainConfig, choice: Choice) -> str:
         rows.append(
             [
                 str(found.layout) + (f", {changes}" if changes else ""),
-                _gib(found.needed).strip(),
+                _gib(found.needed),
                 _words(found.seconds),
                 mark,
             ]
@@ -166,7 +167,7 @@ def _assumed(job: Job, taken: Estimate) -> str:
     gpu = taken.gpu
     lines = [
         "Counted from the trainer's own networks and steps, run without data. Assumed: "
-        f"{_gib(gpu.reserved).strip()} GiB for CUDA and NCCL, {gpu.node_gb_s:g} GB/s between GPUs "
+        f"{_gib(gpu.reserved)} GiB for CUDA and NCCL, {gpu.node_gb_s:g} GB/s between GPUs "
         f"of a machine and {gpu.network_gb_s:g} GB/s between machines. Not counted: the "
         "allocator's gaps, sample sheets"
     ]

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from apt.distributed.tensors import is_sharded
 
-__all__ = ["Collective", "Tracker", "Work"]
+__all__ = ["CAST", "GATHERED", "OTHER", "Collective", "Tracker", "Work"]
 
 OTHER = "activations"
 GATHERED = "gathered blocks"

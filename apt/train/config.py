@@ -253,6 +253,8 @@ class TrainConfig:
             kept.
         checkpointing: what is kept beside (`apt.models.checkpointing`): the outputs of attention,
             and whether inputs wait in host memory.
+        compile_blocks: let `torch.compile` make the blocks that train; the first updates then take
+            minutes. Results are the same but for rounding.
         bf16_residual: in bf16, tokens between blocks stay bf16 also in MMDiT with shared
             modulation, whose fp32 gates make them fp32: half the memory of checkpoints. The other
             families have bf16 there in any case.
@@ -296,6 +298,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     activation_checkpointing: bool = False
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    compile_blocks: bool = False
     bf16_residual: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: int = 100
@@ -329,6 +332,13 @@ class TrainConfig:
                 "checkpointing.saves_attention and checkpointing.offloads are for blocks that are "
                 "recomputed; add --activation-checkpointing"
             )
+        if self.compile_blocks:
+            self.stage.check_compiled()
+            if self.checkpointing.saves_attention:
+                raise ConfigError(
+                    "checkpointing.saves_attention watches each operation of a block, of which a "
+                    "compiled one has none; leave it out, or set --no-compile-blocks"
+                )
         if self.lora.rank:
             self.stage.check_adapters()
         decay = self.optimizer.decay_updates

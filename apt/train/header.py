@@ -46,6 +46,8 @@ def header(
     ]
     lines += [f"  {name}: {_parameters(part.module)}" for name, part in stage.trained.items()]
     lines += [f"  {text}" for text in _data(config, dataset)]
+    if not stage.shares_batch:
+        lines.append(f"  each of {' and '.join(stage.parts())} has a batch of its own")
     ranks = f", {parallel.world_size} ranks" if parallel.world_size > 1 else ""
     if parallel.layout.shard != parallel.world_size:
         ranks += f" ({parallel.layout})"

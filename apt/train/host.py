@@ -91,6 +91,8 @@ class RunHost:
         config = self.config
         backbone.set_checkpointing(config.activation_checkpointing and config.checkpointing)
         backbone.narrow_residual = config.bf16_residual
+        if config.compile_blocks:
+            backbone.compile_blocks()
         if discriminator and not config.lora.discriminator:
             return
         begun: Mapping[str, Layer] = {}

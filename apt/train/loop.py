@@ -145,7 +145,7 @@ class Run:
                 world_size=self.parallel.data_size,
                 num_workers=config.data.num_workers,
                 seed=config.seed,
-                start_batch=self.done,
+                start_batch=self.done * self.stage.batches_per_update,
                 pin_memory=self.parallel.device.type == "cuda",
             )
             while self.done < config.num_updates and self.update():
@@ -177,10 +177,14 @@ class Run:
             self._settle()
         if self._stops():
             return False
-        due = {n: p for n, p in self.stage.parts().items() if n not in self.progress.parts}
         shows = bool(config.sample_every) and (self.done + 1) % config.sample_every == 0
         batches = self._micro_batches()
-        for name, part in due.items():
+        for number, (name, part) in enumerate(self.stage.parts().items()):
+            if number and not self.stage.shares_batch:
+                batches.skip()
+                batches = self._micro_batches()
+            if name in self.progress.parts:
+                continue
             self.at = name
             if config.replay_every and self.done % config.replay_every == 0:
                 check_replay(self.stage.trained, part, batches[:1], self.done)

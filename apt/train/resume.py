@@ -20,11 +20,12 @@ from apt.train.config_file import METHOD, OBJECTS, plain
 from apt.train.logs import LOG_NAME, read_log
 
 __all__ = [
-    "CHECKPOINTS", "CONFIG_NAME", "Resume", "check_resumable", "find_start",
+    "CHECKPOINTS", "COLLECTIVES", "CONFIG_NAME", "Resume", "check_resumable", "find_start",
     "model_identities", "recorded_objects",
 ]  # fmt: skip
 
 CHECKPOINTS = "checkpoints"
+COLLECTIVES = "collectives"
 CONFIG_NAME = "config.json"
 
 Resume = bool | Literal["auto"]
@@ -39,6 +40,7 @@ _FREE_FIELDS = (
     "micro_batch_size",
     "activation_checkpointing",
     "checkpointing",
+    "compile_blocks",
     "checkpoint_every",
     "keep_checkpoints",
     "checkpoint_every_minutes",
@@ -61,6 +63,8 @@ _FREE_FIELDS = (
     "data.long_captions",
     "data.strict",
 )
+
+_BASE = "lora.base"
 
 _NEWER_FIELDS = (
     "checkpoint_every_minutes", "checkpoint_in_background", "replay_every", "timeout_minutes",
@@ -131,7 +135,9 @@ def check_resumable(
         **_by_option(asdict(ParallelConfig()), "parallel."),
         **_by_option(asdict(Checkpointing()), "checkpointing."),
         "bf16_residual": False,
+        "compile_blocks": False,
         "lora.base": "",
+        "stage.generator_captions": "shared",
         "stage.discriminator_forwards": 1,
         "stage.discriminator_precision": "run",
         "stage.rounding_every": 0,
@@ -154,15 +160,15 @@ def check_resumable(
         )
     differing = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
     models, models_then = model_identities(config), meta.get("models", {})
-    moved = {f"stage.{f}" for f in models if models[f] and models_then.get(f) == models[f]}
+    moved = {_option(f) for f in models if models[f] and models_then.get(f) == models[f]}
     free = [key for key in differing if {key, key.split(".")[0]} & {*_FREE_FIELDS, *moved}]
     said = {key: f"{key} (was {then.get(key)!r}, is {now.get(key)!r})" for key in differing}
     changed = [said[key] for key in differing if key not in free]
     changed += [
-        f"stage.{field} (at {str(getattr(config.stage, field))!r} is another model than it was)"
+        f"{_option(field)} (at {str(now[_option(field)])!r} is another model than it was)"
         for field in models
         if models_then.get(field, models[field]) != models[field]
-        and f"stage.{field}" not in differing
+        and _option(field) not in differing
     ]
     if changed:
         raise ConfigError(
@@ -186,13 +192,22 @@ def recorded_objects(run_dir: Path, found: Path | None) -> dict[str, Any] | None
 
 
 def model_identities(config: TrainConfig) -> dict[str, str]:
-    """For each field of the stage that names a model: what tells it from others, wherever it is.
+    """For each field of the stage that names a model, and for the base of adapters: what tells it
+    from others, wherever it is.
 
     Of a folder its weights; what else lies there may change (it has the options of the run that it
     came of). Of a built-in or Hub model its name.
     """
     stage = config.stage
-    return {field: _identity(str(getattr(stage, field))) for field in stage.names_models}
+    named = {field: str(getattr(stage, field)) for field in stage.names_models}
+    if config.lora.base:
+        named[_BASE] = config.lora.base
+    return {field: _identity(source) for field, source in named.items()}
+
+
+def _option(field: str) -> str:
+    """The option of a field in `model_identities`."""
+    return field if field == _BASE else f"stage.{field}"
 
 
 def _identity(source: str) -> str:

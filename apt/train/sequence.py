@@ -38,6 +38,7 @@ def move_runs(
         dataclasses.replace(
             new,
             run_dir=places[old.run_dir],
+            lora=dataclasses.replace(new.lora, base=moved(new.lora.base)),
             stage=dataclasses.replace(
                 new.stage,
                 **{

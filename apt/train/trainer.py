@@ -30,7 +30,13 @@ from apt.train.loop import Run
 from apt.train.objects import NO_OBJECTS, Objects, check_same_objects
 from apt.train.parts_done import PartsDone
 from apt.train.resolve import Start, advice, prompt_check, resolve_with_notes, rounded
-from apt.train.resume import Resume, check_resumable, find_start, recorded_objects
+from apt.train.resume import (
+    COLLECTIVES,
+    Resume,
+    check_resumable,
+    find_start,
+    recorded_objects,
+)
 from apt.train.run_state import is_of_this_job
 from apt.train.signals import StopRequest
 
@@ -113,6 +119,7 @@ def run(
                     config.device,
                     config=config.parallel,
                     timeout=timedelta(minutes=config.timeout_minutes),
+                    records=run_dir / COLLECTIVES,
                 )
             )
         parallel = laid_out(config, parallel)

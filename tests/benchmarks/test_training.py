@@ -14,6 +14,7 @@ from benchmarks.training import (
     CURVE_UPDATES,
     STAGES,
     Update,
+    alone,
     case_of,
     check_large_step,
     judge_curve,
@@ -68,7 +69,7 @@ def test_the_curve_is_recorded_for_every_stage():
 def test_pretraining_follows_the_recorded_curve():
     """If a recipe, a model or a loss has changed on purpose: python -m benchmarks.training."""
     recorded = json.loads(CURVE.read_text())["losses"]["pretrain"]
-    done = [u.metrics for u in train(stage_config("pretrain", precision="fp32"), CPU, 2)]
+    done = [u.metrics for u in train(stage_config("pretrain", precision="fp32"), alone(CPU), 2)]
     deviation, where = worst_deviation(done, recorded)
     assert deviation < 1e-5, where
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import tarfile
 from itertools import islice
 from pathlib import Path
 
@@ -13,14 +15,13 @@ from safetensors.torch import load_file
 from apt.condition import EncodedText
 from apt.data.buckets import Bucket
 from apt.data.dataset import Batch, EncodedSample
+from apt.data.latent_shards import Clip, write_clips
 from apt.data.latents import (
     CacheInfo,
-    Clip,
     LatentFolder,
     TextFolder,
     read_cache_info,
     write_cache_info,
-    write_clips,
     write_texts,
 )
 from apt.data.loader import make_loader
@@ -220,3 +221,61 @@ def test_values_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="broken"):
         write_clips(tmp_path / "latents-00000.safetensors", [bad])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def tarred(tmp_path: Path) -> Path:
+    """Two WebDataset shards: 64 small clips in bf16, then a wide one with a first frame."""
+    write_cache_info(tmp_path, dataclasses.replace(info(65, 0), shards="tar"))
+    small = [clip(i, dtype=torch.bfloat16) for i in range(64)]
+    write_clips(tmp_path / "latents-00000.tar", small)
+    last = clip(64, WIDE)._replace(extra={"first_frame": torch.arange(3.0)}, file="v.mp4")
+    write_clips(tmp_path / "latents-00001.tar", [last])
+    return tmp_path
+
+
+def test_shards_of_latents_hold_what_other_files_do(tarred: Path) -> None:
+    folder = LatentFolder(tarred)
+    assert len(folder) == 65
+    for index in (0, 63, 65 + 5):
+        sample = folder[index]
+        assert sample.caption == f"clip {index % 65}" and not sample.extra
+        assert torch.equal(sample.latents, clip(index % 65, dtype=torch.bfloat16).latents)
+    last = folder[64]
+    assert torch.equal(last.latents, clip(64, WIDE).latents)
+    assert torch.equal(last.extra["first_frame"], torch.arange(3.0))
+    assert (folder.file_name(64), folder.file_name(1)) == (
+        "v.mp4",
+        "latents-00000.tar, clip 000001",
+    )
+
+
+def test_shards_of_latents_are_those_that_other_tools_read(tarred: Path) -> None:
+    with tarfile.open(tarred / "latents-00001.tar") as shard:
+        assert shard.getnames() == ["000000.safetensors", "000000.json"]
+        said = json.load(shard.extractfile("000000.json"))  # type: ignore[arg-type]
+    assert said == {"caption": "clip 64", "bucket": [5, 8, 16], "file": "v.mp4"}
+
+
+def test_a_loader_goes_on_in_shards(tarred: Path) -> None:
+    whole = [b.captions for b in islice(make_loader(LatentFolder(tarred), batch_size=4), 20)]
+    rest = make_loader(LatentFolder(tarred), batch_size=4, start_batch=15, num_workers=1)
+    assert [b.captions for b in islice(rest, 5)] == whole[15:]
+
+
+def test_damaged_shards_of_latents_are_named(tarred: Path) -> None:
+    folder = LatentFolder(tarred)
+    shard = tarred / "latents-00001.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:560])
+    with pytest.raises(DataError, match=r"latents-00001\.tar"):
+        folder[64]
+    for broken in (content[:100], content.replace(b'"bucket"', b'"basket"')):
+        shard.write_bytes(broken)
+        with pytest.raises(DataError, match=r"latents-00001\.tar is missing or damaged"):
+            LatentFolder(tarred)
+
+
+def test_what_a_cache_was_before_there_were_kinds_of_shards_it_is_still(cache: Path) -> None:
+    """Runs on it go on: its fingerprint holds what `CacheInfo` says of itself."""
+    assert "shards" not in repr(read_cache_info(cache))

@@ -5,15 +5,21 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import tempfile
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from apt.data.check import check_folder
+from apt.data.decode import probe
 from apt.data.folder import VideoFolder
 from apt.data.loader import make_loader
-from apt.data.shards import VideoShards
+from apt.data.shards import VideoShards, scan_shards
+from apt.data.tar import Member, open_member, read_index
 from apt.errors import DataError
 from tests.data.media import noise, write_image, write_video
 
@@ -97,3 +103,51 @@ def test_a_folder_without_shards(tmp_path: Path) -> None:
         VideoShards(tmp_path, buckets=BUCKETS)
     with pytest.raises(DataError, match="no such folder"):
         VideoShards(tmp_path / "nowhere", buckets=BUCKETS)
+
+
+def test_a_check_of_shards_finds_what_one_of_the_files_does(root: Path) -> None:
+    files, shards = check_folder(root / "files"), check_folder(root / "packed", scan=scan_shards)
+    assert shards.ok and shards.decoded
+    for name in ("num_files", "num_videos", "num_images", "resolutions", "durations", "captions"):
+        assert getattr(shards, name) == getattr(files, name)
+
+
+def test_a_check_names_broken_members(root: Path, tmp_path: Path) -> None:
+    video = (root / "files" / "v0.mp4").read_bytes()
+    pack(tmp_path / "a.tar", {"x.mp4": video[: len(video) // 2], "x.txt": b"x", "y.png": b"none"})
+    found = check_folder(tmp_path, scan=scan_shards)
+    assert not found.ok and found.num_files == 2
+    assert {(problem.file, problem.kind) for problem in found.problems} == {
+        ("a.tar/x.mp4", "unreadable"),
+        ("a.tar/y.png", "missing caption"),
+        ("a.tar/y.png", "unreadable"),
+    }
+    assert str(tmp_path) not in str(found.problems)
+
+
+def test_of_a_member_only_what_is_asked_for_is_read(root: Path, tmp_path: Path) -> None:
+    """What is far behind its header and its first frame may as well not be there."""
+    video = (root / "files" / "v0.mp4").read_bytes()
+    pack(tmp_path / "a.tar", {"x.mp4": video + bytes(10**6)})
+    at = read_index(tmp_path / "a.tar")["x"]["mp4"]
+    with (tmp_path / "a.tar").open("r+b") as file:
+        file.truncate(at.offset + len(video) + 2**17)
+    with open_member(tmp_path / "a.tar", at, "x.mp4") as member:
+        assert probe(member) == probe(root / "files" / "v0.mp4")
+
+
+@settings(max_examples=30)
+@given(offset=st.integers(0, 40), size=st.integers(0, 40), steps=st.data())
+def test_a_member_reads_as_a_file_of_its_own(offset: int, size: int, steps: st.DataObject) -> None:
+    content = bytes(range(100))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shard"
+        path.write_bytes(content)
+        own = io.BytesIO(content[offset : offset + size])
+        with open_member(path, Member(offset, size), "x") as member:
+            for _ in range(4):
+                whence = steps.draw(st.sampled_from([io.SEEK_SET, io.SEEK_END]))
+                step = steps.draw(st.integers(0, 50)) * (1 if whence == io.SEEK_SET else -1)
+                assert member.seek(step, whence) == own.seek(step, whence) == member.tell()
+                number = steps.draw(st.integers(-1, 50))
+                assert member.read(number) == own.read(number)

@@ -1,5 +1,7 @@
 """Ranks that die, are stopped or hang while another one waits for them; test_watch.py runs this.
 
+On two GPUs one rank waits for the other inside NCCL, whose watchdog ends it.
+
 Forked from one process, so that torch is imported once, and all at the same time.
 """
 
@@ -12,9 +14,12 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from apt.distributed.parallel import Parallel
 from apt.distributed.watch import watched
@@ -30,6 +35,7 @@ def hang() -> None:
 
 FAULTS: dict[str, Callable[[], None]] = {
     "hangs": hang,
+    "hangs_in_nccl": hang,
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
 }
@@ -52,21 +58,36 @@ def rank_of(fault: str, rank: int, port: int, file: Path) -> None:
     file.write_text(heard)
 
 
+def kernel_of(fault: str, rank: int, port: int, file: Path) -> None:
+    """Two GPUs meet once; then rank 0 sums with rank 1, which does something else."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+    records = file.parent / "collectives"
+    parallel = Parallel.from_environment("cuda", timeout=TIMEOUT, records=records)
+    ones = torch.ones(4, device=parallel.device)
+    dist.all_reduce(ones)
+    torch.cuda.synchronize()
+    if rank == 1:
+        FAULTS[fault]()
+    dist.all_reduce(ones)
+    torch.cuda.synchronize()
+
+
 def start(fault: str, rank: int, port: int, file: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
     try:
-        rank_of(fault, rank, port, file)
+        (kernel_of if fault == "hangs_in_nccl" else rank_of)(fault, rank, port, file)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
     os._exit(0)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, faults: Sequence[str]) -> None:
     pairs: list[tuple[int, int]] = []
-    for fault in FAULTS:
+    for fault in faults:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -76,8 +97,9 @@ def main(folder: Path) -> None:
         os.waitpid(survivor, 0)
         os.kill(lost, signal.SIGKILL)
         os.waitpid(lost, 0)
-    print(json.dumps({fault: (folder / fault).read_text() for fault in FAULTS}))
+    heard = {fault: folder / fault for fault in faults}
+    print(json.dumps({fault: file.read_text() for fault, file in heard.items() if file.exists()}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -20,7 +20,7 @@ from apt.plan.models import find_model
 from apt.plan.plan import job_of
 from apt.plan.report import report
 from apt.plan.tracking import Collective, Work
-from apt.train.config import TrainConfig
+from apt.train.config import LoRAConfig, TrainConfig
 from apt.train.recipes import RECIPES
 
 H100 = find_gpu("h100")
@@ -146,6 +146,17 @@ def test_stages_are_planned_as_they_begin_with_nothing_left_open() -> None:
     filled = job_of(dataclasses.replace(distill, stage=stage, precision="auto")).config
     assert filled.stage.loss.cfg_scale == digits.stage.cfg_scale
     assert filled.precision == "bf16"
+
+
+def test_adapters_beside_a_base_share_it_with_whoever_starts_from_it() -> None:
+    video = RECIPES.get("apt_video_wan")()
+    apart = dataclasses.replace(video, lora=LoRAConfig(rank=4))
+    beside = dataclasses.replace(video, lora=LoRAConfig(rank=4, base="wan2.1_t2v_1.3b"))
+    for model in ("", "wan2.1_t2v_14b"):
+        alone, shared = job_of(apart, model), job_of(beside, model)
+        assert alone.start.file != alone.others["discriminator"].file
+        assert shared.start.file == shared.others["discriminator"].file
+        assert not shared.config.lora.base and shared.config.lora.rank == 4
 
 
 def test_unknown_models_and_gpus() -> None:

@@ -11,13 +11,15 @@ from apt.methods import PretrainConfig
 from apt.methods.apt import AdversarialConfig
 from apt.methods.consistency import DistillConfig
 from apt.train import checkpoint
-from apt.train.config import DataConfig, TrainConfig
+from apt.train.config import DataConfig, LoRAConfig, TrainConfig
 from apt.train.config_file import plain
 from apt.train.logs import LOG_NAME
 from apt.train.resume import Resume, check_resumable, find_start, model_identities
+from apt.train.sequence import move_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore:skipped a damaged checkpoint")
 CONFIG = TrainConfig(name="x", run_dir="x", stage=PretrainConfig(), checkpoint_every=2)
+STARTED = TrainConfig(name="x", run_dir="x", stage=DistillConfig(teacher="digits-diffusion"))
 
 
 def begin(run_dir: Path, *, steps: int, saved: tuple[int, ...]) -> None:
@@ -134,11 +136,41 @@ def test_a_run_from_before_some_options_goes_on_as_it_was(tmp_path: Path):
         check_resumable(dataclasses.replace(config, stage=exact), meta, tmp_path, 1)
 
 
-def test_a_model_may_move_and_not_become_another(tmp_path: Path):
+@pytest.fixture
+def places(tmp_path: Path) -> Path:
+    """Two folders of the same model, "here" and "there"."""
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "apt.json").write_text("{}")
         (tmp_path / place / "transformer.safetensors").write_bytes(b"1234")
+    return tmp_path
+
+
+def test_the_base_of_adapters_may_move_and_not_become_another(places: Path):
+    here, there = (
+        dataclasses.replace(STARTED, lora=LoRAConfig(rank=2, base=str(places / place)))
+        for place in ("here", "there")
+    )
+    meta = {"config": plain(here), "models": model_identities(here)}
+    (taken,) = check_resumable(there, meta, places, 1)
+    assert taken.startswith("lora.base (was ")
+    for place, words in (("there", "was"), ("here", "at .* is another model than it was")):
+        (places / place / "transformer.safetensors").write_bytes(b"12345")
+        with pytest.raises(ConfigError, match=rf"lora\.base \({words}"):
+            check_resumable(there if place == "there" else here, meta, places, 1)
+
+
+def test_stages_in_a_row_find_the_base_of_adapters_in_its_new_place():
+    first = dataclasses.replace(STARTED, run_dir="runs/first")
+    base = LoRAConfig(rank=2, base="runs/first/export")
+    second = dataclasses.replace(STARTED, run_dir="runs/second", lora=base)
+    wanted = [dataclasses.replace(config, run_dir="here") for config in (first, second)]
+    moved = move_runs(wanted, before=[first, second])
+    assert moved[1].lora.base == str(Path("here/first/export"))
+
+
+def test_a_model_may_move_and_not_become_another(places: Path):
+    tmp_path = places
     here, there = (
         dataclasses.replace(CONFIG, stage=DistillConfig(teacher=str(tmp_path / place)))
         for place in ("here", "there")

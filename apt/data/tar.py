@@ -1,0 +1,111 @@
+"""Members of uncompressed `.tar` files, read where they lie; and writing such files."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from apt.errors import DataError
+from apt.files import replacing
+
+__all__ = ["Member", "open_member", "read_index", "read_member", "write_tar"]
+
+
+class Member(NamedTuple):
+    """Where the bytes of a member are in its file."""
+
+    offset: int
+    size: int
+
+
+def read_index(path: Path) -> dict[str, dict[str, Member]]:
+    """The samples of a WebDataset shard, in their order: members of one name but for what follows
+    its first dot, by that.
+
+    Raises:
+        OSError, tarfile.TarError: it cannot be read, or is no uncompressed tar file.
+    """
+    samples: dict[str, dict[str, Member]] = {}
+    with tarfile.open(path, "r:") as shard:
+        for member in shard:
+            folder, _, file = member.name.rpartition("/")
+            stem, _, kind = file.partition(".")
+            if member.isreg() and stem:
+                key = f"{folder}/{stem}" if folder else stem
+                samples.setdefault(key, {})[kind] = Member(member.offset_data, member.size)
+    return samples
+
+
+def read_member(path: Path, at: Member) -> bytes:
+    """The bytes of a member. Raises DataError if the file has gone, or ends before them."""
+    with open_member(path, at, path.name) as file:
+        return file.read()
+
+
+def open_member(path: Path, at: Member, name: str) -> IO[bytes]:
+    """A member as a file of that name, of which only what is asked for is read.
+
+    Raises DataError, also while it is read, if the shard has gone or ends before the member does.
+    """
+    return io.BufferedReader(_Window(path, at, name))
+
+
+def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
+    """Write a tar file, whole or not at all, the same for the same members.
+
+    Raises OSError if the disk refuses.
+    """
+    with replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, path: Path, at: Member, name: str) -> None:
+        self.name = name
+        self._path = path
+        self._begin, self._size = at
+        self._at = 0
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}") from error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        wanted = max(0, min(len(buffer), self._size - self._at))
+        try:
+            self._file.seek(self._begin + self._at)
+            found = self._file.read(wanted)
+        except OSError as error:
+            raise DataError(f"{self._path}: {error.strerror or error}") from error
+        if wanted and not found:
+            raise DataError(f"{self._path}: ends before its member does; fetch the shard again")
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
