@@ -74,10 +74,11 @@ def main(args: Sequence[str], *, prog: str) -> int:
 
     gpu = find_gpu(options.gpu)
     # Of stages in a row, those that train a generator; one alone is told that it cannot be planned.
+    row = configs
     configs = [c for c in configs if isinstance(c.stage, MethodConfig)] or configs
     apart = ""
     for config in configs:
-        job = job_of(config, options.model)
+        job = job_of(config, options.model, row)
         if options.compare:
             text = compare(job, options.gpus)
         else:
