@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from apt.cli.help import asks_for_help, readable_help
 from apt.distributed.launch import is_one_of_many
 from apt.errors import AptError, InputError, PeerError
 from apt.version import __version__
@@ -44,8 +45,9 @@ class Command:
 
     def run(self, args: Sequence[str], *, prog: str) -> int:
         """Parse `args` and do what they say; returns the exit code."""
-        main = importlib.import_module(self.module).main
-        return cast(Callable[..., int | None], main)(args, prog=prog) or 0
+        main = cast(Callable[..., int | None], importlib.import_module(self.module).main)
+        with readable_help() if asks_for_help(args) else contextlib.nullcontext():
+            return main(args, prog=prog) or 0
 
 
 COMMANDS = {

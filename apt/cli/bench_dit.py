@@ -57,7 +57,7 @@ class BenchDit:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Print the estimate, or measure and print one table."""
-    options = tyro.cli(BenchDit, args=args, prog=prog)
+    options = tyro.cli(BenchDit, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
     if bool(options.gpu) != options.floor:
         raise InputError("--floor and --gpu go together: --floor --gpu h100")
 

@@ -36,7 +36,12 @@ class DataCheck:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Print the report. Raises DataError after it if something is wrong with the folder."""
-    options = tyro.cli(DataCheck, args=args, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+    options = tyro.cli(
+        DataCheck,
+        args=args,
+        prog=prog,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+    )
 
     from rich.console import Console
 

@@ -73,7 +73,7 @@ class DataEncode:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Embed the prompts, encode the clips, and say what is in the cache."""
-    options = tyro.cli(DataEncode, args=args, prog=prog)
+    options = tyro.cli(DataEncode, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
     for name in ("batch_size", "clips_per_item"):
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")

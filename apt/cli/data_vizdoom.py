@@ -37,7 +37,7 @@ class DataVizdoom:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Render the clips and say where they are."""
-    options = tyro.cli(DataVizdoom, args=args, prog=prog)
+    options = tyro.cli(DataVizdoom, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
 
     from apt.data.doom import FPS, DoomClips
     from apt.data.write import write_video_folder

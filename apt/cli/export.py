@@ -44,7 +44,7 @@ class Export:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Load the model strictly, write it, and say where it is."""
-    options = tyro.cli(Export, args=args, prog=prog)
+    options = tyro.cli(Export, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
     source = model_to_export(options.source, options.update, options.weights)
 
     import torch

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -50,9 +53,15 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 
 def format_section(title: str, rows: Sequence[Row]) -> str:
-    """A title, aligned rows, and an empty line."""
+    """A title, aligned rows, and an empty line. In a terminal long rows are folded; elsewhere each
+    is one line, for `grep`."""
     width = max((len(row.name) for row in rows), default=0)
     lines = [f"  {row.name:<{width}}  {row.text}".rstrip() for row in rows]
+    if sys.stdout.isatty():
+        columns = max(shutil.get_terminal_size().columns, width + 24)
+        indent = " " * (width + 4)
+        folded = (textwrap.wrap(line, columns, subsequent_indent=indent) for line in lines)
+        lines = [part for parts in folded for part in parts]
     return "\n".join([f"{title}:", *(lines or ["  (none match)"]), ""])
 
 

@@ -74,16 +74,20 @@ def main(args: Sequence[str], *, prog: str) -> int:
 
     gpu = find_gpu(options.gpu)
     # Of stages in a row, those that train a generator; one alone is told that it cannot be planned.
+    row = configs
     configs = [c for c in configs if isinstance(c.stage, MethodConfig)] or configs
-    reports = []
+    apart = ""
     for config in configs:
-        job = job_of(config, options.model)
+        job = job_of(config, options.model, row)
         if options.compare:
-            reports.append(compare(job, options.gpus))
-            continue
-        choice = plan(job, options.gpus, gpu, utilization=options.utilization, whole=options.whole)
-        reports.append(report(job, choice, options.gpus))
-    print("\n\n\n".join(text for text in reports if text))
+            text = compare(job, options.gpus)
+        else:
+            share = options.utilization
+            choice = plan(job, options.gpus, gpu, utilization=share, whole=options.whole)
+            text = report(job, choice, options.gpus)
+        if text:
+            print(apart + text, flush=True)
+            apart = "\n\n"
     return 0
 
 

@@ -45,7 +45,7 @@ class Probe:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Probe, write, and say where."""
-    options = tyro.cli(Probe, args=args, prog=prog)
+    options = tyro.cli(Probe, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
     given = [*options.prompt, *read_prompts(options.prompt_file)]
     check_folder(options.out)
 

@@ -33,7 +33,7 @@ class Pull:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Download, and say where it is."""
-    options = tyro.cli(Pull, args=args, prog=prog)
+    options = tyro.cli(Pull, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
 
     from apt.checkpoints.source import split_hub_id
     from apt.hub.pull import pull_from_hub

@@ -36,7 +36,7 @@ class Push:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Upload, and say where it is."""
-    options = tyro.cli(Push, args=args, prog=prog)
+    options = tyro.cli(Push, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
 
     from apt.checkpoints.info import CodecInfo, read_description
     from apt.checkpoints.runs import model_folder

@@ -62,7 +62,7 @@ class StudyMake:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Generate what is missing, make the pairs, and say where they are."""
-    asked = tyro.cli(StudyMake, args=args, prog=prog)
+    asked = tyro.cli(StudyMake, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
     given = [split_name(text) for text in asked.samples]
     models = [split_model(text) for text in asked.model]
     names = [name for name, _ in given] + [name for name, _, _ in models]

@@ -38,7 +38,7 @@ class StudyReport:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Write the report, and print it."""
-    asked = tyro.cli(StudyReport, args=args, prog=prog)
+    asked = tyro.cli(StudyReport, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
     page = report_study(
         asked.directory,
         asked.directory / "report" if asked.out is None else asked.out,

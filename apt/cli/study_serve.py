@@ -31,7 +31,7 @@ class StudyServe:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Serve and say where."""
-    asked = tyro.cli(StudyServe, args=args, prog=prog)
+    asked = tyro.cli(StudyServe, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
 
     def ready(links: Sequence[str]) -> None:
         with printing():

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -123,20 +124,33 @@ def parse_recipe(
         parsed = []
         for stage in stages:
             default = make(_without_options(stage), begun.resume)
-            one = tyro.cli(
-                type(default),
-                args=begun.rest,
-                prog=f"{prog} {begun.words}",
-                description=begun.description(type(default)),
-                default=default,
-                # A recipe's stage is of one kind; its fields are options, not a choice of kinds.
-                config=(tyro.conf.AvoidSubcommands,),
-            )
+            try:
+                one = tyro.cli(
+                    type(default),
+                    args=begun.rest,
+                    prog=f"{prog} {begun.words}",
+                    description=begun.description(type(default)),
+                    default=default,
+                    # A stage is of one kind; its fields are options, not a choice of kinds.
+                    config=(tyro.conf.AvoidSubcommands,),
+                )
+            except SystemExit as exit_:
+                if exit_.code and len(stages) > 1:
+                    print(_of_a_row(stages, stage), file=sys.stderr)
+                raise
             parsed.append(one)
     configs = [_with_options(one.config, stage) for one, stage in zip(parsed, stages, strict=True)]
     if len(configs) > 1 and len({config.run_dir for config in configs}) == 1:
         configs = move_runs(configs, before=stages)
     return parsed[0], configs
+
+
+def _of_a_row(stages: Sequence[TrainConfig], stage: TrainConfig) -> str:
+    """What to know of options that one stage of several does not take."""
+    return (
+        f"That was {stage.name}, of {len(stages)} stages that all get the same options. What one "
+        f"stage alone takes goes to its own recipe: {', '.join(each.name for each in stages)}."
+    )
 
 
 def _without_options(stage: TrainConfig) -> TrainConfig:
@@ -209,15 +223,18 @@ def _own_options(recipe: Callable[..., Any]) -> str:
     """The options that a recipe's function takes, as its docstring explains them."""
     explained = (inspect.getdoc(recipe) or "").partition("Args:\n")[2]
     defaults = inspect.signature(recipe).parameters
-    lines = inspect.cleandoc(explained).splitlines()
+    options: list[str] = []
+    for line in inspect.cleandoc(explained).splitlines():
+        if line.partition(":")[0] in defaults:
+            options.append(line)
+        else:
+            options[-1] += f" {line.strip()}"
     return "\n".join(
         [
             "Options of the recipe itself:",
             *(
-                f"  --{line} (default: {defaults[line.partition(':')[0]].default})"
-                if line.partition(":")[0] in defaults
-                else f"  {line}"
-                for line in lines
+                f"  --{option} (default: {defaults[option.partition(':')[0]].default})"
+                for option in options
             ),
         ]
     )

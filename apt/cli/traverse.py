@@ -46,7 +46,7 @@ class Traverse:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Walk, write, and say where."""
-    options = tyro.cli(Traverse, args=args, prog=prog)
+    options = tyro.cli(Traverse, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
     if not options.model or len(set(options.model)) < len(options.model):
         raise InputError(f"--model takes models, each once; got {', '.join(options.model)}")
     check_folder(options.out)

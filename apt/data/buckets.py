@@ -133,8 +133,9 @@ def best_bucket(
         scale = max(bucket.height / height, bucket.width / width)
         if bucket.frames > frames or scale > max_upscale:
             continue
-        kept = bucket.height * bucket.width / (scale**2 * height * width)
-        amount = math.prod(bucket) * kept
+        # One division of whole numbers: equals come out equal.
+        sides = (bucket.height * width, bucket.width * height)
+        amount = math.prod(bucket) * min(sides) / max(sides)
         if amount > most:
             best, most = bucket, amount
     return best

@@ -55,9 +55,9 @@ class BucketOrder(Generic[Shape]):
         for shape, size in sizes.items():
             if size < batch_size:
                 _LOG.warning(
-                    "bucket %s has %d items for batches of %d: a batch repeats them; use fewer "
-                    "buckets, a smaller batch or more files",
-                    shape, size, batch_size,
+                    "bucket %s has %d %s for batches of %d: a batch repeats what is there; use "
+                    "fewer buckets, a smaller batch or more files",
+                    shape, size, "item" if size == 1 else "items", batch_size,
                 )  # fmt: skip
 
         def completed(epochs: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from apt.checkpoints.external import (
     read_config,
     torch_dtype,
 )
-from apt.errors import CheckpointError, ConfigError, InputError
+from apt.errors import AptError, CheckpointError, ConfigError, InputError
 from apt.models.architectures import CODECS
 from apt.models.codecs import causal_latent_shape
 from apt.models.protocols import LatentCodec
@@ -66,6 +66,8 @@ class DiffusersCodecConfig:
 class DiffusersCodec(LatentCodec):
     """Pixels to normalised latents, `(mode of the posterior - mean) / std`, and back.
 
+    A class that was not named is put to work once, on a small clip.
+
     Gradients do not pass. Always in evaluation mode. Without `weights` it tells its shapes alone.
 
     Raises:
@@ -81,7 +83,8 @@ class DiffusersCodec(LatentCodec):
         folder = local_folder(config.repo, config.revision, [config.subfolder]) / config.subfolder
         description = read_config(folder)
         found = description.get("_class_name")
-        if not config.class_name:
+        is_named = bool(config.class_name)
+        if not is_named:
             config = dataclasses.replace(config, class_name=str(found))
         vae_class = getattr(diffusers, config.class_name, None)
         if vae_class is None:
@@ -117,6 +120,8 @@ class DiffusersCodec(LatentCodec):
         self._mean, self._std = self._statistics()
         self.requires_grad_(False)
         self.eval()
+        if weights and not is_named:
+            self._check_that_it_works()
 
     def train(self, mode: bool = True) -> DiffusersCodec:
         """Stay in evaluation mode: it is frozen."""
@@ -163,8 +168,36 @@ class DiffusersCodec(LatentCodec):
             frames, height, width, self.temporal_compression, self.spatial_compression
         )
 
+    def _check_that_it_works(self) -> None:
+        """Put a small clip through a class that was taken unseen: they differ in what they ask for.
+
+        Raises ConfigError if that fails, or ends in another size.
+        """
+        side = 4 * self.spatial_compression
+        frames = 1 + self.temporal_compression
+        clip = torch.zeros(1, 3, frames, side, side)
+        name = f"{self.config.class_name} of diffusers is not called as other autoencoders are"
+        try:
+            back = self.decode(self.encode(clip))
+        except AptError:
+            raise
+        except Exception as error:  # whatever code of others raises
+            raise ConfigError(
+                f"{name}: {frames} frames of {side}x{side} fail in it ({type(error).__name__}: "
+                f"{error}); use another one"
+            ) from error
+        if back.shape != clip.shape:
+            raise ConfigError(
+                f"{name}: it makes {tuple(back.shape)} of {tuple(clip.shape)}; use another one"
+            )
+
     def _posterior_mode(self, x: Tensor) -> Tensor:
-        return self.vae.encode(x).latent_dist.mode()
+        encoded = self.vae.encode(x)
+        # Autoencoders without a posterior give their latents themselves, under either name.
+        for name in ("latent", "latents"):
+            if hasattr(encoded, name):
+                return cast(Tensor, getattr(encoded, name))
+        return cast(Tensor, encoded.latent_dist.mode())
 
     def _decode_raw(self, raw: Tensor) -> Tensor:
         return self.vae.decode(raw, return_dict=False)[0]
@@ -185,6 +218,9 @@ class DiffusersCodec(LatentCodec):
             return 1
         if given is not None:
             return given
+        halvings = self.vae.config.get("temperal_downsample")  # Wan's own spelling, and its heirs'
+        if isinstance(halvings, (list, tuple)):
+            return 2 ** sum(map(bool, halvings))
         return int(
             self._required(
                 "temporal_compression", "temporal_compression_ratio", "scale_factor_temporal"

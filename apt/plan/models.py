@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from apt.checkpoints.reading import StoredTensor
 from apt.checkpoints.source import list_pretrained
 from apt.checkpoints.weights import Piece
 from apt.condition import EncodedText
-from apt.data.builtin_sources import DIGITS
+from apt.data.builtin_sources import DIGITS, Folder, Latents
 from apt.errors import ConfigError
 from apt.methods.base import MethodConfig, StageConfig
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
@@ -30,6 +31,7 @@ from apt.models.transformer import DiffusionTransformer
 from apt.registry import replace_typed
 from apt.train.config import TrainConfig
 from apt.train.recipes import RECIPES
+from apt.train.resolve import resolve
 
 __all__ = [
     "PlannedModel", "find_model", "is_public", "new_model", "paper_model", "registered_model",
@@ -160,23 +162,28 @@ def paper_model(found: str) -> PlannedModel:
     return PlannedModel(PAPER, config, None, _TEXT_TOKENS, found=found)
 
 
-def find_model(config: TrainConfig, field: str) -> PlannedModel:
+Row = Sequence[TrainConfig]
+"""Stages that are planned together: what one of them exports, a later one starts from."""
+
+
+def find_model(config: TrainConfig, field: str, row: Row = ()) -> PlannedModel:
     """The model that a field of a stage names.
 
-    It is a registered model, a folder that is there, or what a recipe exports, which is looked up
-    in turn. Where the stage names none, it is that of its other field, or else the paper's.
+    It is a registered model, what a stage of the row exports, a folder that is there, or what a
+    recipe exports, which is looked up in turn. Where the stage names none, it is that of its other
+    field, or else the paper's.
 
     Raises ConfigError for a name that is none of these.
     """
     stage = config.stage
     value = str(getattr(stage, field))
     if value:
-        return dataclasses.replace(_named(value, ()), file=value)
+        return dataclasses.replace(_named(value, (), row), file=value)
     others = [str(getattr(stage, name)) for name in stage.names_models]
     other = next((value for value in others if value), "")
     if other:
         return dataclasses.replace(
-            _named(other, ()),
+            _named(other, (), row),
             file=other,
             found=f"--stage.{field} is empty: the model of {other}",
         )
@@ -188,13 +195,14 @@ def is_public(stage: StageConfig, field: str) -> bool:
     return split_tag(str(getattr(stage, field)))[0] in MODELS.names()
 
 
-def _named(value: str, seen: tuple[str, ...]) -> PlannedModel:
+def _named(value: str, seen: tuple[str, ...], row: Row) -> PlannedModel:
     architecture, tag = split_tag(value)
     if architecture in MODELS.names():
         return _registered(architecture, tag)
-    if value in list_pretrained() or Path(value).exists():
+    maker = _stage_that_exports(value, row)
+    if maker is None and (value in list_pretrained() or Path(value).exists()):
         return _described(describe_model(value), value)
-    maker = _recipe_that_exports(value)
+    maker = maker or _recipe_that_exports(value)
     if maker is None or value in seen:
         raise ConfigError(
             f"{value!r} is not there yet, and no recipe exports it: name the model that it will be "
@@ -203,11 +211,12 @@ def _named(value: str, seen: tuple[str, ...]) -> PlannedModel:
     start = maker.stage.start_field
     words = f"{value} is what {maker.name} makes"
     if start is None:
-        return dataclasses.replace(new_model(maker), found=words)
+        return dataclasses.replace(new_model(maker, row), found=words)
     before = str(getattr(maker.stage, start))
     if not before:
         return paper_model(f"{words}, which starts from the paper's, {PAPER}")
-    return dataclasses.replace(_named(before, (*seen, value)), found=f"{words}, from {before}")
+    made_from = _named(before, (*seen, value), row)
+    return dataclasses.replace(made_from, found=f"{words}, from {before}")
 
 
 def registered_model(name: str) -> PlannedModel:
@@ -250,9 +259,9 @@ def _described(info: ModelInfo, value: str) -> PlannedModel:
     )
 
 
-def new_model(config: TrainConfig) -> PlannedModel:
+def new_model(config: TrainConfig, row: Row = ()) -> PlannedModel:
     """What a stage that begins anew builds."""
-    model, codec, sampling = config.model, _new_codec(config), SamplingInfo()
+    model, codec, sampling = config.model, _new_codec(config, row), SamplingInfo()
     if isinstance(config.stage, MethodConfig):
         sampling = config.stage.sampling(sampling)
     backbone: Any = replace_typed(MODELS.get(model.name)(), model.options)
@@ -262,7 +271,7 @@ def new_model(config: TrainConfig) -> PlannedModel:
     return PlannedModel(
         model.name,
         backbone,
-        config.data.clip,
+        _new_clips(config, codec),
         _TEXT_TOKENS,
         text_encoder=ComponentInfo(
             architecture=model.text_encoder, config=dict(model.text_encoder_options)
@@ -272,23 +281,46 @@ def new_model(config: TrainConfig) -> PlannedModel:
     )
 
 
-def _new_codec(config: TrainConfig) -> ComponentInfo:
+def _new_clips(config: TrainConfig, codec: ComponentInfo) -> SampleInfo:
+    """As the run itself would choose them; of a folder that is not there the largest."""
+    data = config.data
+    is_there = bool(data.path) and Path(data.path).is_dir()
+    if isinstance(data.make_source(), (Folder, Latents)) and not is_there:
+        side = math.isqrt(data.max_pixels)
+        largest = {"frames": data.max_frames, "height": side, "width": side, "fps": 0.0}
+        is_open = {name: size for name, size in largest.items() if getattr(data, name) is None}
+        return dataclasses.replace(data, **is_open).clip
+    stage = config.stage
+    if stage.trained_codec():
+        stage = dataclasses.replace(stage, codec="")
+    model = dataclasses.replace(
+        config.model, codec=codec.architecture, codec_options=dict(codec.config)
+    )
+    known = dataclasses.replace(config, stage=stage, model=model, sample_prompts=())
+    return resolve(known, None).data.clip
+
+
+def _new_codec(config: TrainConfig, row: Row) -> ComponentInfo:
     source = config.stage.trained_codec()
-    if source and (source in list_pretrained() or Path(source).exists()):
+    maker = _stage_that_exports(source, row) if source else config
+    if maker is None and (source in list_pretrained() or Path(source).exists()):
         return describe(source).codec
-    maker = _recipe_that_exports(source) if source else config
+    maker = maker or _recipe_that_exports(source)
     if maker is None:
         raise ConfigError(f"{source!r} is not there yet, and no recipe exports it")
     model = maker.model
     return ComponentInfo(architecture=model.codec, config=dict(model.codec_options))
 
 
+def _stage_that_exports(folder: str, row: Row) -> TrainConfig | None:
+    return next((config for config in row if f"{config.run_dir}/export" == folder), None)
+
+
 def _recipe_that_exports(folder: str) -> TrainConfig | None:
     for name in RECIPES.names():
         made = RECIPES.get(name)()
-        for config in [made] if isinstance(made, TrainConfig) else made:
-            if f"{config.run_dir}/export" == folder:
-                return config
+        if found := _stage_that_exports(folder, [made] if isinstance(made, TrainConfig) else made):
+            return found
     return None
 
 

@@ -9,20 +9,21 @@ from apt.methods.base import MethodConfig
 from apt.plan.estimate import Estimate, Job, estimate
 from apt.plan.gpus import PlannedGpu
 from apt.plan.layouts import Choice, choose
-from apt.plan.models import find_model, is_public, new_model, registered_model, sample_size
+from apt.plan.models import Row, find_model, is_public, new_model, registered_model, sample_size
 from apt.train.config import TrainConfig
 from apt.train.resolve import rounded
 
 __all__ = ["job_of", "plan"]
 
 
-def job_of(config: TrainConfig, model: str = "") -> Job:
+def job_of(config: TrainConfig, model: str = "", row: Row = ()) -> Job:
     """What is to be trained.
 
     Args:
         config: of the run.
         model: registered name that stands for every model which the stage names, and for
             `lora.base`; empty takes those. What earlier stages make stays a file of its own.
+        row: stages that come with it, by which what it starts from is made.
 
     Raises:
         ConfigError: a stage that trains a codec, or a model that is not there yet and that nobody
@@ -44,9 +45,9 @@ def job_of(config: TrainConfig, model: str = "") -> Job:
             for name in fields
         }
     else:
-        models = {name: find_model(config, name) for name in fields}
+        models = {name: find_model(config, name, row) for name in fields}
     if first is None:
-        start = new_model(config)
+        start = new_model(config, row)
     else:
         start = models.pop(first)
         if config.lora.base:  # whose weights the adapters lie beside, and whoever starts from it

@@ -124,8 +124,10 @@ class ModelConfig:
     Attributes:
         name: registered backbone.
         options: fields of its config to change, for example {"depth": 4}.
-        text_encoder, text_encoder_options: likewise; it is trained if it has weights of its own.
-        codec, codec_options: likewise; a codec run trains it, later runs never do.
+        text_encoder, text_encoder_options: registered text encoder, and fields of its config; it
+            is trained if it has weights of its own.
+        codec, codec_options: registered codec, and fields of its config; a codec run trains it,
+            later runs never do.
     """
 
     name: str = "mmdit_digits"
@@ -259,7 +261,8 @@ class TrainConfig:
             modulation, whose fp32 gates make them fp32: half the memory of checkpoints. The other
             families have bf16 there in any case.
         device: "auto", "cpu" or "cuda".
-        checkpoint_every: updates between checkpoints; keep_checkpoints: how many stay.
+        checkpoint_every: updates between checkpoints.
+        keep_checkpoints: how many of the newest stay.
         checkpoint_every_minutes: of rank 0's clock, after which one is written besides, at the end
             of the update; 0 goes by updates alone.
         checkpoint_in_background: train on while a copy of the state, in host memory, is hashed and

@@ -60,7 +60,7 @@ def own_pretrain(size: Size = "tiny", codec: str = "runs/own/codec/export") -> T
     """Flow matching on your own videos and images, in the latents of `own_codec`.
 
     Args:
-        size: of the model: tiny (4 M parameters), mini (21 M) or small (0.3 B).
+        size: of the model: tiny (4 M parameters), mini (18 M) or small (0.3 B).
         codec: what it works in: the folder that own_codec exported, a public one by its name
             (wan_vae, sd3_vae, ...), or a folder or Hub id of one.
     """
@@ -108,7 +108,7 @@ def own(size: Size = "tiny", codec: str = LEARNED_CODEC) -> Sequence[TrainConfig
     """A codec and all three stages on a folder of your own (--data.path), in a row.
 
     Args:
-        size: of the model: tiny (4 M parameters; clips of up to 17 frames of 64x64), mini (21 M; 33
+        size: of the model: tiny (4 M parameters; clips of up to 17 frames of 64x64), mini (18 M; 33
             of 128x128) or small (0.3 B; 49 of 256x256). Any --data.frames, --data.height,
             --data.width and --data.fps can be asked for.
         codec: video_ae, which is trained first; or one that is ready, without that stage: a public

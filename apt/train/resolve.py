@@ -180,7 +180,10 @@ class _Resolving:
         elif self.folder is not None:
             clip, origin = self.of_folder(data, self.folder)
         else:
-            clip, origin = data.clip, ""
+            others = ", ".join(f"--data.{name}" for name in still_open)
+            clip, origin = data.clip, f"if {others} say nothing else"
+            if data.source in (DIGITS, OBJECT):
+                origin = ""
         data = dataclasses.replace(
             data,
             **{name: getattr(clip, name) for name in _SIZE if getattr(data, name) is None},

@@ -14,7 +14,7 @@ from apt.checkpoints.info import CodecInfo, ModelInfo
 from apt.checkpoints.load import describe
 from apt.distributed.launch import restarts
 from apt.distributed.parallel import Parallel
-from apt.errors import ConfigError, InputError
+from apt.errors import CheckpointError, ConfigError, InputError
 from apt.methods.base import Stage
 from apt.models.cached import CachedCodec
 from apt.models.protocols import LatentCodec, TextEncoder
@@ -267,12 +267,21 @@ def _start(config: TrainConfig, objects: Objects) -> Start:
     stage, field = config.stage, config.stage.start_field
     if field is not None:
         bundle = objects.bundles.get(field)
-        info = describe(stage.source(field)) if bundle is None else bundle.info
+        info = _describe(stage.source(field), field) if bundle is None else bundle.info
         return info if isinstance(info, ModelInfo) else None  # loading says what is wrong with it
     codec = stage.trained_codec()
-    found = describe(codec) if codec else None
+    found = _describe(codec, "codec") if codec else None
     # A whole model that lends its codec was made for other clips.
     return found if isinstance(found, CodecInfo) else None
+
+
+def _describe(source: str, field: str) -> ModelInfo | CodecInfo:
+    """What is said of a model, or an error that says which option named it."""
+    try:
+        return describe(source)
+    except CheckpointError as error:
+        option = f"--stage.{field.replace('_', '-')}"
+        raise type(error)(f"{option} names what this stage starts from: {error}") from error
 
 
 def _state(stage: Stage) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def mmdit_tiny() -> MMDiTConfig:
 
 @MODELS.register("mmdit_mini")
 def mmdit_mini() -> MMDiTConfig:
-    """21 M parameters for clips of your own, in latents: on a workstation."""
+    """18 M parameters for clips of your own, in latents: on a workstation."""
     return dataclasses.replace(mmdit_tiny(), hidden_size=384, depth=8, num_heads=6)
 
 
