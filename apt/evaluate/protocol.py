@@ -1,0 +1,107 @@
+"""A protocol: which prompts, how many samples of each, and what is measured of them.
+
+Protocols are functions in `PROTOCOLS`, whose arguments are the command's options. A measure is a
+function of the samples of one model and one evaluation seed; what it compares them with, and the
+networks that it needs, it holds itself, so that they are prepared once for all models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from apt.errors import ConfigError
+from apt.generate_options import GenerateOptions
+from apt.registry import Registry
+from apt.samples import Sample, SampleKey
+
+Figures = Mapping[str, float]
+"""Figures by name; `Protocol.figures` says what each is."""
+
+Measure = Callable[[Sequence[Sample]], Figures]
+"""Files with their prompts and seeds, in the protocol's order, to figures."""
+
+PairMeasure = Callable[[Sequence[Sample], Sequence[Sample]], Figures]
+"""Samples, and the first model's samples of the same prompts and seeds, to figures."""
+
+SEED_STRIDE = 1_000_000
+"""Between evaluation seeds, more than the samples of one."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a figure is called in tables and plots, and which way is better; "" is neither."""
+
+    title: str
+    better: Literal["lower", "higher", ""] = ""
+
+    @property
+    def heading(self) -> str:
+        """The title with an arrow."""
+        arrow = {"lower": " ↓", "higher": " ↑", "": ""}[self.better]
+        return self.title + arrow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """One evaluation, the same for every model.
+
+    Attributes:
+        name: of the protocol.
+        about: what it measures, in sentences for the page (Markdown).
+        prompts: no two the same.
+        samples_per_prompt: of each evaluation seed.
+        seeds: evaluation seeds; each is a set of samples with noise of its own, and figures are
+            given with their spread over these.
+        options: frames, height and width; what they leave open is each model's own.
+        figures: all that the measures give, in the order of the page.
+        measures: of each model's samples.
+        pair_measures: of each further model's samples against the first model's.
+        references: real files by prompt, to be shown beside samples.
+        settings: what else decides the figures, for the record: folders, networks.
+    """
+
+    name: str
+    about: str
+    prompts: tuple[str, ...]
+    samples_per_prompt: int = 1
+    seeds: tuple[int, ...] = (0,)
+    options: GenerateOptions = GenerateOptions()
+    figures: Mapping[str, Figure]
+    measures: tuple[Measure, ...] = ()
+    pair_measures: tuple[PairMeasure, ...] = ()
+    references: Mapping[str, Path] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(set(self.prompts)) < len(self.prompts):
+            raise ConfigError(
+                f"the protocol {self.name!r} needs different prompts, at least one; got "
+                f"{len(self.prompts)}, {len(set(self.prompts))} of them different"
+            )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ConfigError(
+                f"seeds must be different numbers from 0, at least one; got {self.seeds}"
+            )
+        if self.samples_per_prompt < 1:
+            raise ConfigError(f"samples_per_prompt must be positive, got {self.samples_per_prompt}")
+        if len(self.prompts) * self.samples_per_prompt > SEED_STRIDE:
+            raise ConfigError(f"a protocol makes at most {SEED_STRIDE} samples of a seed")
+
+    def keys(self, seed: int) -> list[SampleKey]:
+        """Prompts and noise seeds of the samples of one evaluation seed.
+
+        All noise is different, and the same for every model.
+        """
+        first = seed * SEED_STRIDE
+        each = self.samples_per_prompt
+        return [
+            (prompt, first + number * each + index)
+            for number, prompt in enumerate(self.prompts)
+            for index in range(each)
+        ]
+
+
+PROTOCOLS: Registry[Protocol] = Registry("protocol")
