@@ -6,11 +6,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from apt.evaluate.bars import PAPER, Bar, agrees
-from apt.evaluate.judges import BLURRED, DESCRIPTIONS, FRAMES
-from apt.evaluate.measure import Spread
-from apt.evaluate.methods import ABLATIONS, APT, APT_PAPER, CONSISTENCY, DIFFUSION_GUIDED, LONG
-from apt.evaluate.results import Cost, MethodResult, Results, Snapshot
+from apt.evaluate.digits.bars import PAPER, Bar, agrees
+from apt.evaluate.digits.judges import BLURRED, DESCRIPTIONS, FRAMES
+from apt.evaluate.digits.measure import Spread
+from apt.evaluate.digits.methods import (
+    ABLATIONS,
+    APT,
+    APT_PAPER,
+    CONSISTENCY,
+    DIFFUSION_GUIDED,
+    LONG,
+)
+from apt.evaluate.digits.results import Cost, MethodResult, Results, Snapshot
 from apt.evaluate.tables import image, percent, plus_minus, table
 
 MAIN = "main"

@@ -15,18 +15,18 @@ from apt.checkpoints.bundle import ModelBundle, component_info, save_bundle
 from apt.checkpoints.info import ModelInfo, SampleInfo, SamplingInfo, read_info, write_info
 from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, MovingDigits
 from apt.errors import CheckpointError, ConfigError, DataError
-from apt.evaluate import ClassifierConfig, EvaluateConfig, evaluate_digits
-from apt.evaluate.bars import read_causes
-from apt.evaluate.clips import (
+from apt.evaluate.digits import ClassifierConfig, EvaluateConfig, evaluate_digits
+from apt.evaluate.digits.bars import read_causes
+from apt.evaluate.digits.classifier import real_clips
+from apt.evaluate.digits.clips import (
     caption_set,
     generate,
     real_for_captions,
     real_reference,
 )
-from apt.evaluate.digits_classifier import real_clips
-from apt.evaluate.measure import FIGURES
-from apt.evaluate.methods import APT, DIFFUSION_GUIDED
-from apt.evaluate.runs import DISCRIMINATOR_LOSS, INPUT_GRADIENT
+from apt.evaluate.digits.measure import FIGURES
+from apt.evaluate.digits.methods import APT, DIFFUSION_GUIDED
+from apt.evaluate.digits.runs import DISCRIMINATOR_LOSS, INPUT_GRADIENT
 from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.pixels import to_uint8
 

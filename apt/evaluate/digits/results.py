@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 
 from apt.checkpoints.info import ModelInfo
-from apt.evaluate.digits_classifier import Accuracy
-from apt.evaluate.measure import Measurement, Spread, spread, summarise
-from apt.evaluate.methods import Group, Method, updates_of
+from apt.evaluate.digits.classifier import Accuracy
+from apt.evaluate.digits.measure import Measurement, Spread, spread, summarise
+from apt.evaluate.digits.methods import Group, Method, updates_of
 
 
 def trial(run: int, seed: int) -> str:

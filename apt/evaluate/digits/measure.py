@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from apt.evaluate.clips import CaptionSet
-from apt.evaluate.digits_classifier import DigitsClassifier, Judgement, judge
+from apt.evaluate.digits.classifier import DigitsClassifier, Judgement, judge
+from apt.evaluate.digits.clips import CaptionSet
 from apt.metrics import (
     Diversity,
     PatchFrechet,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from apt.evaluate.measure import spread
-from apt.evaluate.methods import (
+from apt.evaluate.digits.measure import spread
+from apt.evaluate.digits.methods import (
     APT,
     CODEC,
     CONSISTENCY,
@@ -17,8 +17,8 @@ from apt.evaluate.methods import (
     LONG,
     NO_REGULARISER,
 )
-from apt.evaluate.results import MethodResult, Results, Snapshot
-from apt.evaluate.runs import CURVES
+from apt.evaluate.digits.results import MethodResult, Results, Snapshot
+from apt.evaluate.digits.runs import CURVES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apt.evaluate import plots
-from apt.evaluate.bars import check_bars, read_causes
-from apt.evaluate.clips import CaptionSet
-from apt.evaluate.methods import APT, CONSISTENCY, DIFFUSION_GUIDED
-from apt.evaluate.report import Pictures, report_text
-from apt.evaluate.results import Results
+from apt.evaluate.digits import plots
+from apt.evaluate.digits.bars import check_bars, read_causes
+from apt.evaluate.digits.clips import CaptionSet
+from apt.evaluate.digits.methods import APT, CONSISTENCY, DIFFUSION_GUIDED
+from apt.evaluate.digits.report import Pictures, report_text
+from apt.evaluate.digits.results import Results
 from apt.files import without_nan
 from apt.media import write_contact_sheet
 from apt.pixels import to_frames

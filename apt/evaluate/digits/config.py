@@ -7,8 +7,8 @@ from pathlib import Path
 
 from apt.data.digits import TRAIN_LABELS
 from apt.errors import ConfigError
-from apt.evaluate.clips import Precision
-from apt.evaluate.digits_classifier import ClassifierConfig
+from apt.evaluate.digits.classifier import ClassifierConfig
+from apt.evaluate.digits.clips import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
