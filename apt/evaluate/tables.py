@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from apt.evaluate.digits.measure import Spread
+from apt.evaluate.spread import Spread
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from apt.errors import DataError
 from apt.evaluate.digits.judges import DESCRIPTIONS
-from apt.evaluate.digits.measure import Spread
 from apt.evaluate.digits.methods import (
     APT,
     APT_TWO,
@@ -21,6 +20,7 @@ from apt.evaluate.digits.methods import (
 )
 from apt.evaluate.digits.results import Results
 from apt.evaluate.digits.runs import DISCRIMINATOR_LOSS, INPUT_GRADIENT
+from apt.evaluate.spread import Spread
 
 # APT Table 5, COCO-5K: diffusion with 25 steps, consistency with 1, APT with 1.
 PAPER = {

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from apt.evaluate.digits.bars import PAPER, Bar, agrees
 from apt.evaluate.digits.judges import BLURRED, DESCRIPTIONS, FRAMES
-from apt.evaluate.digits.measure import Spread
 from apt.evaluate.digits.methods import (
     ABLATIONS,
     APT,
@@ -18,6 +17,7 @@ from apt.evaluate.digits.methods import (
     LONG,
 )
 from apt.evaluate.digits.results import Cost, MethodResult, Results, Snapshot
+from apt.evaluate.spread import Spread
 from apt.evaluate.tables import image, percent, plus_minus, table
 
 MAIN = "main"

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from apt.checkpoints.info import ModelInfo
 from apt.evaluate.digits.classifier import Accuracy
-from apt.evaluate.digits.measure import Measurement, Spread, spread, summarise
+from apt.evaluate.digits.measure import Measurement, summarise
 from apt.evaluate.digits.methods import Group, Method, updates_of
+from apt.evaluate.spread import Spread, spread
 
 
 def trial(run: int, seed: int) -> str:
