@@ -1,18 +1,20 @@
 """A protocol: which prompts, how many samples of each, and what is measured of them.
 
-Protocols are functions in `PROTOCOLS`, whose arguments are the command's options. A measure is a
+Protocols are classes in `PROTOCOLS`, whose fields are the command's options. A measure is a
 function of the samples of one model and one evaluation seed; what it compares them with, and the
 networks that it needs, it holds itself, so that they are prepared once for all models.
 """
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from apt.errors import ConfigError
+from apt.evaluate.choice import ModelChoice
 from apt.generate_options import GenerateOptions
 from apt.registry import Registry
 from apt.samples import Sample, SampleKey
@@ -32,10 +34,12 @@ SEED_STRIDE = 1_000_000
 
 @dataclass(frozen=True)
 class Figure:
-    """What a figure is called in tables and plots, and which way is better; "" is neither."""
+    """What a figure is called in tables and plots, which way is better ("" is neither), and on
+    which axis it is drawn; "share" is one from 0 to 1."""
 
     title: str
     better: Literal["lower", "higher", ""] = ""
+    scale: Literal["linear", "log", "share"] = "linear"
 
     @property
     def heading(self) -> str:
@@ -104,4 +108,26 @@ class Protocol:
         ]
 
 
-PROTOCOLS: Registry[Protocol] = Registry("protocol")
+@dataclass(frozen=True)
+class Request:
+    """What a protocol is made for.
+
+    Attributes:
+        out: folder of the evaluation, where a protocol may put files that it prepares.
+        models: that are evaluated.
+    """
+
+    out: Path
+    models: tuple[ModelChoice, ...]
+
+
+class ProtocolConfig(typing.Protocol):
+    """The options of a protocol: a frozen dataclass, whose docstrings are the command's help."""
+
+    def build(self, request: Request) -> Protocol:
+        """The protocol. Raises InputError for options or files that do not fit."""
+        ...
+
+
+PROTOCOLS: Registry[ProtocolConfig] = Registry("protocol")
+"""By the names that `diffusion-apt evaluate` takes."""

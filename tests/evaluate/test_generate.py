@@ -16,12 +16,7 @@ from apt.evaluate.models import SampleModel, load_model
 from apt.samples import MANIFEST, SampleKey, read_samples
 from tests.tiny import tiny_bundle
 
-KEYS: Sequence[SampleKey] = [
-    ("a red one", 0),
-    ("a red one", 5),
-    ("a blue two", 0),
-    ("a blue two", 5),
-]
+KEYS: list[SampleKey] = [(text, seed) for text in ("a red one", "a blue two") for seed in (0, 5)]
 
 
 @pytest.fixture(scope="module")

@@ -41,9 +41,10 @@ from apt.evaluate.digits.methods import (
     Method,
     ablation_methods,
 )
-from apt.evaluate.digits.page import machine, write_page
+from apt.evaluate.digits.page import write_page
 from apt.evaluate.digits.results import Cost, Curve, MethodResult, Results, Snapshot, trial
 from apt.evaluate.digits.runs import check_data, read_cost, read_curves, snapshot_folders
+from apt.evaluate.machine import machine
 from apt.metrics import Diversity, power_spectrum
 
 _MAIN_JUDGE = "main"

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from apt.evaluate.digits import plots
@@ -55,16 +52,6 @@ def write_page(
     report = out / REPORT
     report.write_text(text, encoding="utf-8")
     return report
-
-
-def machine() -> str:
-    """Processor, cores and torch, in words."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
-    return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def _rows(captions: CaptionSet) -> tuple[list[int], list[str]]:

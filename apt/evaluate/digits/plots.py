@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from apt.evaluate.digits.methods import (
 )
 from apt.evaluate.digits.results import MethodResult, Results, Snapshot
 from apt.evaluate.digits.runs import CURVES
-from apt.evaluate.plotting import logarithmic, new_figure, save_figure
+from apt.evaluate.plotting import Panel, logarithmic, new_figure, plot_bars, save_figure
 from apt.evaluate.spread import spread
 
 if TYPE_CHECKING:
@@ -37,39 +37,21 @@ _COLOURS = {
 def plot_methods(results: Results, path: Path) -> Path:
     """Bars with error bars: both Fréchet distances and the accuracy of every method."""
     rows = [*results.real, *results.methods]
-    figure = new_figure(13, 0.36 * len(rows) + 1.4)
-    axes = figure.subplots(1, 3, sharey=True)
-    panels = (
-        ("frechet", "Fréchet distance (log)\nclassifier features, lower is better"),
-        ("patch", "patch distance (log)\npixel detail, lower is better"),
-        ("accuracy", "caption accuracy\nhigher is better"),
-    )
     summaries = [row.summary() for row in rows]
-    for axis, (name, title) in zip(axes, panels, strict=True):
-        means = [summary[name].mean for summary in summaries]
-        errors = np.asarray([summary[name].known for summary in summaries])
-        colours = [_COLOURS[_family(row)] for row in rows]
-        axis.barh(range(len(rows)), means, xerr=errors, color=colours, height=0.7, capsize=2)
-        axis.set_title(title, fontsize=10)
-        for y, (mean, error) in enumerate(zip(means, errors, strict=True)):
-            axis.annotate(
-                f"{mean:.3g}",
-                (mean + error, y),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        if name == "accuracy":
-            axis.set_xlim(0, 1.15)
-        else:
-            logarithmic(axis, "x")
-            axis.set_xlim(min(means) / 1.5, max(means) * 3)
-        axis.grid(axis="x", alpha=0.3)
-        axis.set_axisbelow(True)
-    axes[0].set_yticks(range(len(rows)), [row.label for row in rows], fontsize=9)
-    axes[0].invert_yaxis()
-    return save_figure(figure, path)
+    panels: tuple[tuple[str, str, Literal["log", "share"]], ...] = (
+        ("frechet", "Fréchet distance (log)\nclassifier features, lower is better", "log"),
+        ("patch", "patch distance (log)\npixel detail, lower is better", "log"),
+        ("accuracy", "caption accuracy\nhigher is better", "share"),
+    )
+    return plot_bars(
+        path,
+        [row.label for row in rows],
+        [
+            Panel(title=title, values=[summary[name] for summary in summaries], scale=scale)
+            for name, title, scale in panels
+        ],
+        colours=[_COLOURS[_family(row)] for row in rows],
+    )
 
 
 def plot_regulariser(results: Results, path: Path) -> Path | None:

@@ -1,0 +1,8 @@
+"""The protocols; importing this registers them."""
+
+from __future__ import annotations
+
+from apt.evaluate.protocol import PROTOCOLS
+from apt.evaluate.protocols.prompts import Prompts
+
+__all__ = ["PROTOCOLS", "Prompts"]

@@ -1,0 +1,84 @@
+"""What an evaluation found, before it is put in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from apt.evaluate.protocol import Protocol
+from apt.evaluate.spread import Spread, spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelResult:
+    """What was found of one model.
+
+    Attributes:
+        name, place: of the choice.
+        settings: of its samples, as their manifest has them.
+        figures: by evaluation seed, and then by name.
+    """
+
+    name: str
+    place: str
+    settings: Mapping[str, Any]
+    figures: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Spread]:
+        """Mean and spread of every figure over the seeds."""
+        names = dict.fromkeys(name for figures in self.figures.values() for name in figures)
+        return {
+            name: spread([figures[name] for figures in self.figures.values() if name in figures])
+            for name in names
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Everything the page is written from.
+
+    Attributes:
+        protocol: that was followed.
+        command: that made it.
+        machine: where it was measured.
+        software: the version of this package.
+        models: in the order of the command.
+    """
+
+    protocol: Protocol
+    command: str
+    machine: str
+    software: str
+    models: list[ModelResult]
+
+    def document(self) -> dict[str, Any]:
+        """Every figure, and what decides them, as JSON."""
+        protocol = self.protocol
+        return {
+            "protocol": protocol.name,
+            "command": self.command,
+            "machine": self.machine,
+            "software": self.software,
+            "settings": dict(protocol.settings),
+            "prompts": len(protocol.prompts),
+            "samples_per_prompt": protocol.samples_per_prompt,
+            "seeds": list(protocol.seeds),
+            "figures": {
+                name: {"title": figure.title, "better": figure.better}
+                for name, figure in protocol.figures.items()
+            },
+            "models": [
+                {
+                    "name": model.name,
+                    "place": model.place,
+                    "settings": dict(model.settings),
+                    "figures": {f"seed {seed}": dict(f) for seed, f in model.figures.items()},
+                    "summary": {
+                        name: {"mean": value.mean, "std": value.std}
+                        for name, value in model.summary().items()
+                    },
+                }
+                for model in self.models
+            ],
+        }
