@@ -55,7 +55,7 @@ class Protocol:
     Attributes:
         name: of the protocol.
         about: what it measures, in sentences for the page (Markdown).
-        prompts: no two the same.
+        prompts: in an order that the seeds of their noise depend on; some may be the same.
         samples_per_prompt: of each evaluation seed.
         seeds: evaluation seeds; each is a set of samples with noise of its own, and figures are
             given with their spread over these.
@@ -80,11 +80,8 @@ class Protocol:
     settings: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.prompts or len(set(self.prompts)) < len(self.prompts):
-            raise ConfigError(
-                f"the protocol {self.name!r} needs different prompts, at least one; got "
-                f"{len(self.prompts)}, {len(set(self.prompts))} of them different"
-            )
+        if not self.prompts:
+            raise ConfigError(f"the protocol {self.name!r} has no prompts; give at least one")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ConfigError(
                 f"seeds must be different numbers from 0, at least one; got {self.seeds}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 
@@ -94,6 +95,20 @@ def test_a_broken_file_is_made_again(tmp_path: Path, model: SampleModel, whole: 
     generate_samples(folder, model, KEYS)
     assert read_samples(folder).samples[KEYS[1]].sha256 == broken.sha256
     assert broken.path.read_bytes() == (whole / broken.path.name).read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    tmp_path: Path, model: SampleModel, whole: Path
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(InputError, match="cannot write"):
+            generate_samples(tmp_path, model, KEYS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    generate_samples(tmp_path, model, KEYS)
+    assert lines_of(tmp_path) == lines_of(whole)
 
 
 def test_other_settings_are_refused(tmp_path: Path, place: str) -> None:
