@@ -44,7 +44,7 @@ def generate_samples(
     """
     check_folder(folder)
     rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world_size)
-    _together(parallel, lambda: gather_manifests(folder, model))
+    together(parallel, lambda: gather_manifests(folder, model))
     outputs = plan_outputs(folder, model, keys)
     record = _record(folder / MANIFEST, model)
     left = [output for output in outputs if not record.has(output)]
@@ -64,7 +64,7 @@ def generate_samples(
         parallel.agree(problem)
     elif problem is not None:
         raise problem
-    _together(parallel, lambda: gather_manifests(folder, model))
+    together(parallel, lambda: gather_manifests(folder, model))
     progress(len(outputs), len(outputs))
     return folder
 
@@ -139,7 +139,7 @@ def _record(path: Path, model: SampleModel) -> OutputRecord:
     )
 
 
-def _together(parallel: Parallel | None, action: Callable[[], object]) -> None:
+def together(parallel: Parallel | None, action: Callable[[], object]) -> None:
     """Run an action on rank 0 while the others wait; it fails on all."""
     if parallel is None:
         action()

@@ -11,7 +11,7 @@ import torch
 from apt.distributed.parallel import Parallel
 from apt.errors import DataError, InputError
 from apt.evaluate.choice import ModelChoice, check_model
-from apt.evaluate.generate import generate_samples
+from apt.evaluate.generate import generate_samples, together
 from apt.evaluate.machine import machine
 from apt.evaluate.measured import Measured
 from apt.evaluate.models import DtypeName, load_model
@@ -68,6 +68,9 @@ def evaluate(
     check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     protocol = config.build(Request(out, tuple(models)))
+    with progress("what is real") as update:
+        update(0, 1)
+        together(parallel, protocol.prepare)
     keys = [key for seed in protocol.seeds for key in protocol.keys(seed)]
     folders = {name: out / "samples" / name for name in names}
     for choice in models:

@@ -63,6 +63,8 @@ class Protocol:
         figures: all that the measures give, in the order of the page.
         measures: of each model's samples.
         pair_measures: of each further model's samples against the first model's.
+        prepare: makes ready what the measures hold, such as networks and what is real; called once,
+            before anything is generated.
         references: real files by prompt, to be shown beside samples.
         settings: what else decides the figures, for the record: folders, networks.
     """
@@ -76,6 +78,7 @@ class Protocol:
     figures: Mapping[str, Figure]
     measures: tuple[Measure, ...] = ()
     pair_measures: tuple[PairMeasure, ...] = ()
+    prepare: Callable[[], object] = lambda: None
     references: Mapping[str, Path] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
 
