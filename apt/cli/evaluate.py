@@ -94,7 +94,6 @@ def overview(prog: str) -> str:
     from apt.evaluate.protocols import PROTOCOLS
 
     protocols = {name: PROTOCOLS.summary(name) for name in PROTOCOLS.names()}
-    protocols = {DIGITS: "The models that ship, with everything on their results page."} | protocols
     peers = {name: f"{peer.about} ({peer.licence})" for name, peer in PEERS.items()}
     width = max(map(len, [*protocols, *peers]))
     return "\n".join(

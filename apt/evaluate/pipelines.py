@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,17 @@ import torch
 from torch import Tensor
 
 from apt.checkpoints.digest import weights_digest
+from apt.checkpoints.external import first_line, import_hub_extra
 from apt.checkpoints.info import PIPELINE_FILE
+from apt.checkpoints.reading import read_json, read_pipeline
 from apt.checkpoints.source import Source, locate
 from apt.device import explained_memory, find_device
-from apt.errors import CheckpointError, InputError, MissingPackageError
+from apt.errors import CheckpointError, InputError
 from apt.evaluate.peers import Peer
 from apt.generate_options import DIFFUSERS_NAMES, GenerateOptions
 from apt.hub.download import download
 from apt.samples import SampleKey
+from apt.untrusted import check_links, read_entries
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS = ".safetensors"
@@ -96,9 +101,7 @@ def load_peer(
         settings["unet"] = weights_digest(file)
         _fill(pipeline.unet, file)
     if peer.scheduler is not None:
-        import diffusers
-
-        kind = getattr(diffusers, peer.scheduler)
+        kind = getattr(import_hub_extra("diffusers"), peer.scheduler)
         changes = dict(peer.scheduler_options)
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changes)
     return PipelineModel(pipeline, own.replace(given), settings, call=peer.call, device=device)
@@ -218,34 +221,69 @@ def _fetched(source: Source) -> Source:
             f"{source.name!r} has no {PIPELINE_FILE}, so it is no pipeline of diffusers; a model "
             "of this package is named without 'diffusers:'"
         )
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-        names = [name for name, value in parts.items() if isinstance(value, list)]
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{str(index)!r} is damaged: {error}; download it again") from error
-    source.fetch([PIPELINE_FILE, *(f"{name}/*" for name in names)])
+    _, parts = read_pipeline(index)
+    source.fetch([PIPELINE_FILE, *(f"{name}/*" for name in parts)])
     return source
 
 
 def _load(source: Source, dtype: str) -> Any:
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError as error:
-        raise MissingPackageError(
-            f"pipelines of diffusers need it ({error}): pip install 'diffusion-apt[hub]'"
-        ) from error
-    with explained_memory(f"loading {source.name!r}", "try --dtype bfloat16"):
+    diffusers = import_hub_extra("diffusers")
+    with (
+        staged_pipeline(source.folder) as stage,
+        explained_memory(f"loading {source.name!r}", "try --dtype bfloat16"),
+    ):
         try:
-            return DiffusionPipeline.from_pretrained(
-                str(source.folder),
+            return diffusers.DiffusionPipeline.from_pretrained(
+                str(stage),
                 torch_dtype=_DTYPES[dtype],
                 use_safetensors=True,
                 local_files_only=True,
+                trust_remote_code=False,
             )
         except (OSError, ValueError, AttributeError, ImportError) as error:
             raise CheckpointError(
-                f"diffusers cannot load the pipeline {source.name!r}: {error}"
+                f"diffusers cannot load the pipeline {source.name!r}: {first_line(error)}"
             ) from error
+
+
+@contextmanager
+def staged_pipeline(folder: Path) -> Iterator[Path]:
+    """A folder with the checked configurations of a pipeline, and links to its weights and words.
+
+    Raises CheckpointError for one that names code, damaged headers, links to elsewhere, or a disk
+    that refuses.
+    """
+    index, parts = read_pipeline(folder / PIPELINE_FILE)
+    with ExitStack() as stack:
+        try:
+            stage = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="apt-")))
+            (stage / PIPELINE_FILE).write_text(json.dumps(index), encoding="utf-8")
+            for part in parts:
+                (stage / part).mkdir()
+                files = [f for f in sorted((folder / part).glob("*")) if f.suffix in _KINDS]
+                check_links(folder, files)
+                for file in files:
+                    _stage(file, stage / part / file.name)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot prepare {str(folder)!r} ({error.strerror or error}); free some space, or "
+                "set TMPDIR to a disk that has some"
+            ) from error
+        yield stage
+
+
+_KINDS = (".json", ".model", _SAFETENSORS, ".txt")
+_TABLES = ("added_tokens.json", "tokenizer.json", "vocab.json")
+"""Of words, which may be anything."""
+
+
+def _stage(file: Path, place: Path) -> None:
+    if file.suffix == ".json" and file.name not in _TABLES:
+        place.write_text(json.dumps(read_json(file)), encoding="utf-8")
+        return
+    if file.suffix == _SAFETENSORS:
+        read_entries(file)
+    place.symlink_to(file.resolve())
 
 
 def _unet_file(peer: Peer, given: Path | None) -> Path | None:

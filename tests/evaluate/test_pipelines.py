@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,3 +118,19 @@ def test_what_does_not_fit_is_one_line(folders: Mapping[str, Path], tmp_path: Pa
     save_file({"a": torch.zeros(1)}, other)
     with pytest.raises(CheckpointError, match="does not fit the pipeline's UNet"):
         load_peer(hyper, GenerateOptions(), unet=other, device="cpu")
+
+
+def test_a_pipeline_that_names_code_is_refused(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    hostile = tmp_path / "hostile"
+    shutil.copytree(folders["sdxl"], hostile)
+    config = hostile / "unet" / "config.json"
+    document = json.loads(config.read_text())
+    config.write_text(json.dumps(document | {"auto_map": {"AutoModel": "mine.Model"}}))
+    (hostile / "unet" / "mine.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(CheckpointError, match=r"names code.*auto_map"):
+        load_model(parse_model(f"diffusers:{hostile}"))
+    config.write_text(json.dumps(document))
+    index = hostile / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": ["mine", "Model"]}))
+    with pytest.raises(CheckpointError, match="names code"):
+        load_model(parse_model(f"diffusers:{hostile}"))
