@@ -71,13 +71,25 @@ class OutputRecord:
         path: of the record, JSON lines.
         settings: what else decides the content of the files, as JSON.
         resume: go on with a record that is there; otherwise it is begun anew with the first file.
+        again: what to do after a full disk, for messages.
+        anew: what to do about other settings, for messages.
 
     Raises:
         InputError: a record that cannot be read, or of other settings; a file that is no record.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool,
+        again: str = "go on with --resume",
+        anew: str = "leave out --resume to begin anew",
+    ) -> None:
         self._path = path
+        self._again = again
+        self._anew = anew
         self._settings = json.loads(json.dumps(settings))
         self._lines: list[dict[str, Any]] = []
         self._done: dict[tuple[str, str, int], tuple[int, str]] = {}
@@ -108,17 +120,31 @@ class OutputRecord:
                 "bytes": size,
                 "sha256": digest,
             }
-            if self._lines:
-                self._append([line])
-            else:
-                self._path.unlink(missing_ok=True)
-                self._append([{"settings": self._settings}, line])
+            self._note([line])
         except OSError as error:
-            raise InputError(
-                f"cannot write {str(self._path)!r}: {error.strerror or error}; free some space, "
-                "and go on with --resume"
-            ) from error
-        self._lines.append(line)
+            raise self._refused(error) from error
+
+    def take(self, other: OutputRecord) -> None:
+        """Note what another record of the same settings has. Raises InputError as `add`."""
+        try:
+            if other._lines:
+                self._note(other._lines)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def _note(self, lines: list[dict[str, Any]]) -> None:
+        if not self._lines:
+            self._path.unlink(missing_ok=True)
+            self._append([{"settings": self._settings}, *lines])
+        else:
+            self._append(lines)
+        self._lines += lines
+
+    def _refused(self, error: OSError) -> InputError:
+        return InputError(
+            f"cannot write {str(self._path)!r}: {error.strerror or error}; free some space, and "
+            f"{self._again}"
+        )
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -170,7 +196,7 @@ class OutputRecord:
             )
             raise InputError(
                 f"the files of {str(self._path)!r} were made with other settings: {changes}; use "
-                "the same ones, or leave out --resume to begin anew"
+                f"the same ones, or {self._anew}"
             )
 
 

@@ -37,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "philox": set(),
     "flow": {"condition", "errors"},
     "pixels": {"errors"},
+    "prompts": {"errors"},
     "generate_options": {"errors", "registry"},
     "outputs": {"errors"},
     "samples": {"errors", "outputs", "untrusted"},
@@ -65,6 +66,7 @@ ARROWS: dict[str, set[str]] = {
         "data",
         "metrics",
         "media",
+        "prompts",
         "samples",
     }
     | MODELS

@@ -59,7 +59,7 @@ COMMANDS = {
     "data vizdoom": Command("apt.cli.data_vizdoom", "render first-person clips as video files"),
     "data encode": Command("apt.cli.data_encode", "videos as latents, encoded once for all runs"),
     "data check": Command("apt.cli.data_check", "report what is in a folder of captioned videos"),
-    "evaluate digits": Command("apt.cli.evaluate_digits", "measure the digits models"),
+    "evaluate": Command("apt.cli.evaluate", "measure models by a protocol, side by side"),
     "probe": Command("apt.cli.probe", "what each layer of a model knows of the sample"),
     "traverse": Command("apt.cli.traverse", "walk between noises, models side by side"),
     "study make": Command("apt.cli.study_make", "pairs of samples for a preference study"),

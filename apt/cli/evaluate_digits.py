@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from apt.evaluate import EvaluateConfig, evaluate_digits
+from apt.evaluate.digits import EvaluateConfig, evaluate_digits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import tyro
 
-from apt.cli.generate import read_prompts
 from apt.errors import InputError
 from apt.outputs import check_folder
+from apt.prompts import read_prompts
 
 
 @dataclass(frozen=True, kw_only=True)

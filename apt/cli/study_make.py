@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +11,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from apt.checkpoints.source import locate
-from apt.cli.generate import read_prompts
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 from apt.errors import InputError
-from apt.generate_options import GenerateOptions
-from apt.samples import SampleFolder, read_samples
+from apt.evaluate.choice import ModelChoice, check_model, parse_model, parse_name
+from apt.prompts import read_prompts
+from apt.samples import SampleFolder, SampleKey, read_samples
 from apt.study.make import MakeConfig, make_study
 from apt.study.pairs import choose_comparisons, choose_keys
 
@@ -43,7 +40,8 @@ class StudyMake:
     with a name for the model: --samples apt=out/apt --samples base=out/base."""
     model: Many = ()
     """A model to generate with, perhaps with a name and options: --model digits --model
-    two=digits,num_steps=2. Needs --prompts."""
+    two=digits,num_steps=2; as `evaluate` takes it, peers and diffusers pipelines too. Needs
+    --prompts."""
     prompts: Path | None = None
     """Text with one prompt per line, for --model."""
     seeds: int | None = None
@@ -63,9 +61,9 @@ class StudyMake:
 def main(args: Sequence[str], *, prog: str) -> None:
     """Generate what is missing, make the pairs, and say where they are."""
     asked = tyro.cli(StudyMake, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
-    given = [split_name(text) for text in asked.samples]
-    models = [split_model(text) for text in asked.model]
-    names = [name for name, _ in given] + [name for name, _, _ in models]
+    given = [parse_name(text) for text in asked.samples]
+    models = [parse_model(text) for text in asked.model]
+    names = [name for name, _ in given] + [model.name for model in models]
     if len(set(names)) < len(names):
         raise InputError(f"models need different names, got {names}; name them with NAME=...")
     if models and asked.prompts is None:
@@ -86,8 +84,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
     choose_comparisons(names, comparisons)
     folders = {name: read_samples(Path(folder).expanduser()) for name, folder in given}
     if models:
-        for _, model, _ in models:
-            locate(model)
+        for model in models:
+            check_model(model)
         lines = list(dict.fromkeys(read_prompts(asked.prompts)))
         keys = choose_keys(
             list(itertools.product(lines, range(seeds))),
@@ -96,8 +94,9 @@ def main(args: Sequence[str], *, prog: str) -> None:
             config.seed,
         )
         prompts = list(dict.fromkeys(prompt for prompt, _ in keys))
-        for name, model, options in models:
-            folders[name] = _generate(asked, name, model, options, prompts, range(seeds))
+        wanted = list(itertools.product(prompts, range(seeds)))
+        for model in models:
+            folders[model.name] = _generate(asked, model, wanted)
     with progress_bar("checking samples") as update:
         study = make_study(asked.directory, folders, comparisons, config, progress=update)
     with printing():
@@ -107,57 +106,15 @@ def main(args: Sequence[str], *, prog: str) -> None:
         )
 
 
-def _generate(
-    asked: StudyMake,
-    name: str,
-    model: str,
-    options: GenerateOptions,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-) -> SampleFolder:
-    from apt.device import find_device
+def _generate(asked: StudyMake, choice: ModelChoice, keys: Sequence[SampleKey]) -> SampleFolder:
     from apt.evaluate.generate import generate_samples
+    from apt.evaluate.models import load_model
 
-    device = None if asked.device is None else find_device(asked.device)
-    folder = asked.directory / "samples" / name
-    with progress_bar(f"generating with {name}") as update:
-        generate_samples(
-            folder, model, prompts, seeds, options=options, device=device, progress=update
-        )
+    folder = asked.directory / "samples" / choice.name
+    model = load_model(choice, device=asked.device)
+    with progress_bar(f"generating with {choice.name}") as update:
+        generate_samples(folder, model, keys, progress=update)
     return read_samples(folder)
-
-
-def split_name(text: str) -> tuple[str, str]:
-    """The name and the place of NAME=PLACE; without a name, the last part of the place.
-
-    Raises InputError for a name that could not be a folder's.
-    """
-    name, sign, place = text.partition("=")
-    if not sign or "/" in name:
-        name, place = Path(text).name, text
-    if not re.fullmatch(r"[\w.@+-]+", name) or name in (".", ".."):
-        raise InputError(
-            f"{name!r} is no name of a model here; name it with letters, digits and -, as in "
-            f"apt={place}"
-        )
-    return name, place
-
-
-def split_model(text: str) -> tuple[str, str, GenerateOptions]:
-    """The name, model and options of NAME=MODEL,option=value,...
-
-    Raises InputError for an option that does not exist.
-    """
-    options: dict[str, object] = {}
-    rest = text
-    while found := re.fullmatch(r"(.+),(\w+)=([^,=]*)", rest):
-        try:
-            options[found[2]] = ast.literal_eval(found[3])
-        except (ValueError, SyntaxError):
-            options[found[2]] = found[3]
-        rest = found[1]
-    name, model = split_name(rest)
-    return name, model, GenerateOptions().replace(options)
 
 
 def split_comparison(text: str) -> tuple[str, str]:

@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from apt.errors import InputError
-from apt.generate_options import GenerateOptions
+from apt.distributed.parallel import Parallel
+from apt.errors import AptError
+from apt.evaluate.models import SampleModel
 from apt.media import write_media
-from apt.outputs import Output, OutputRecord, check_folder
-from apt.pipeline import OneStepPipeline
-from apt.samples import MANIFEST
+from apt.outputs import RECORD_SUFFIX, Output, OutputRecord, check_folder
+from apt.samples import MANIFEST, SampleKey
+
+_OF_RANKS = f"{Path(MANIFEST).stem}-rank*{RECORD_SUFFIX}"
 
 
 def generate_samples(
     folder: Path,
-    model: str,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    model: SampleModel,
+    keys: Sequence[SampleKey],
     *,
-    options: GenerateOptions = GenerateOptions(),
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    parallel: Parallel | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Make every prompt with every seed: .mp4, or .png where the model makes single frames.
+    """Make a file for each prompt and seed: .mp4, or .png where the model makes single frames.
 
-    An interrupted call is repeated, and makes what is left.
+    An interrupted call is repeated, and makes what is left, as many ranks as it may then have; so
+    does one after a file was damaged or lost.
 
     Args:
         folder: for the files and their manifest (`apt.samples`); made if need be.
-        model: a built-in name, a folder or a Hub id.
-        prompts: no two the same.
-        seeds: no two the same.
-        options: how; what they leave open is the model's own.
-        device: None takes a GPU if there is one.
-        dtype: of the weights.
+        model: what makes them.
+        keys: no two the same.
+        parallel: ranks that share the work; each notes what it made in a manifest of its own.
         progress: called with the number of samples that are there, and of all.
 
     Returns the folder.
@@ -48,46 +40,108 @@ def generate_samples(
     Raises:
         InputError: for a prompt, seed or option that does not fit; for a folder that cannot be
             written, or that has samples of other settings.
-        CheckpointError: for a model that is not there.
+        PeerError: for an error of another rank, after this one has made its share.
     """
     check_folder(folder)
-    pipeline = OneStepPipeline.from_pretrained(model, device=device, dtype=dtype)
-    sample = pipeline.info.sample
-    frames, *_ = sample.sized(options.frames, options.height, options.width)
-    if frames > 1 and not sample.fps:
-        raise InputError(
-            f"{model} was trained on clips at each video's own rate; make its samples with "
-            "`diffusion-apt generate --fps`, and compare that folder"
-        )
-    plan = pipeline.plan(options)
-    origin = pipeline.bundle.origin
-    settings: dict[str, Any] = {
-        **dataclasses.asdict(options),
-        "model": model,
-        "model_content": origin and (origin.revision or origin.weights),
-        "dtype": str(dtype).removeprefix("torch."),
-        "fps": sample.fps,
-        "num_steps": len(plan.timesteps) - 1,
-        "sampler": plan.sampler,
-        "cfg_scale": plan.cfg_scale,
-    }
-    suffix = ".png" if frames == 1 else ".mp4"
-    outputs = [
-        Output(path=folder / f"prompt{number}-seed{seed}{suffix}", prompt=prompt, seed=seed)
-        for (number, prompt), seed in itertools.product(enumerate(prompts), seeds)
-    ]
-    record = OutputRecord(folder / MANIFEST, settings, resume=True)
+    rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world_size)
+    together(parallel, lambda: gather_manifests(folder, model))
+    outputs = plan_outputs(folder, model, keys)
+    record = _record(folder / MANIFEST, model)
     left = [output for output in outputs if not record.has(output)]
-    done = len(outputs) - len(left)
-    progress(done, len(outputs))
-    if not left:
-        return folder
-    videos = pipeline.stream(
-        [output.prompt for output in left], seed=[output.seed for output in left], options=options
-    )
-    for output, video in zip(left, videos, strict=True):
-        write_media(output.path, video, fps=sample.fps)
-        record.add(output)
-        done += 1
-        progress(done, len(outputs))
+    problem: AptError | None = None
+    try:
+        make_share(
+            folder,
+            model,
+            left,
+            rank=rank,
+            world=world,
+            progress=lambda made: progress(len(outputs) - len(left) + made, len(outputs)),
+        )
+    except AptError as error:
+        problem = error
+    if parallel is not None:
+        parallel.agree(problem)
+    elif problem is not None:
+        raise problem
+    together(parallel, lambda: gather_manifests(folder, model))
+    progress(len(outputs), len(outputs))
     return folder
+
+
+def plan_outputs(folder: Path, model: SampleModel, keys: Sequence[SampleKey]) -> list[Output]:
+    """The file of each prompt and seed, in their order; prompts are numbered as they come up."""
+    suffix = ".png" if model.frames == 1 else ".mp4"
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in keys))}
+    return [
+        Output(
+            path=folder / f"prompt{numbers[prompt]}-seed{seed}{suffix}", prompt=prompt, seed=seed
+        )
+        for prompt, seed in keys
+    ]
+
+
+def make_share(
+    folder: Path,
+    model: SampleModel,
+    left: Sequence[Output],
+    *,
+    rank: int,
+    world: int,
+    progress: Callable[[int], None] = lambda made: None,
+) -> None:
+    """Make what one of several ranks makes of the outputs that are left, and note it.
+
+    Args:
+        folder: of the manifests.
+        model: what makes them.
+        left: the same for all ranks.
+        rank, world: whose share, of how many.
+        progress: called with the number of files made of all that are left, as if all ranks were
+            equally fast.
+
+    Raises InputError as `generate_samples`.
+    """
+    share = left[rank::world]
+    progress(0)
+    if not share:
+        return
+    name = MANIFEST if world == 1 else _OF_RANKS.replace("*", str(rank))
+    record = _record(folder / name, model)
+    samples = model.stream([(output.prompt, output.seed) for output in share])
+    for made, (output, video) in enumerate(zip(share, samples, strict=True), start=1):
+        write_media(output.path, video, fps=model.fps)
+        record.add(output)
+        progress(min(made * world, len(left)))
+
+
+def gather_manifests(folder: Path, model: SampleModel) -> None:
+    """Move what the manifests of ranks say into the folder's own, which goes on with it.
+
+    Raises InputError for manifests of other settings, or a disk that refuses.
+    """
+    found = sorted(folder.glob(_OF_RANKS))
+    if not found:
+        return
+    whole = _record(folder / MANIFEST, model)
+    for path in found:
+        whole.take(_record(path, model))
+        path.unlink()
+
+
+def _record(path: Path, model: SampleModel) -> OutputRecord:
+    return OutputRecord(
+        path,
+        model.settings,
+        resume=True,
+        again="make them again: what is there is kept",
+        anew="choose another folder or name",
+    )
+
+
+def together(parallel: Parallel | None, action: Callable[[], object]) -> None:
+    """Run an action on rank 0 while the others wait; it fails on all."""
+    if parallel is None:
+        action()
+    else:
+        parallel.on_main(action)

@@ -1,380 +1,158 @@
-"""The digits report as Markdown. Every figure in it comes from the results."""
+"""The page of an evaluation: Markdown, one HTML file, a JSON file of every figure, pictures."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from apt.evaluate.bars import PAPER, Bar, agrees
-from apt.evaluate.judges import BLURRED, DESCRIPTIONS, FRAMES
-from apt.evaluate.measure import Spread
-from apt.evaluate.methods import ABLATIONS, APT, APT_PAPER, CONSISTENCY, DIFFUSION_GUIDED, LONG
-from apt.evaluate.results import Cost, MethodResult, Results, Snapshot
-from apt.evaluate.tables import image, percent, plus_minus, table
+from apt.errors import InputError
+from apt.evaluate.html_page import Grid, write_html_page
+from apt.evaluate.plotting import Panel, plot_bars
+from apt.evaluate.results import Evaluation, ModelResult
+from apt.evaluate.sheet import write_sample_sheet
+from apt.evaluate.tables import image, plus_minus, table
+from apt.files import without_nan, write_text
+from apt.samples import SampleFolder
 
-MAIN = "main"
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """File names of the plots and sheets, beside the report; None where there is nothing."""
-
-    methods: str | None
-    regulariser: str | None
-    progress: str | None
-    distillation: str | None
-    spectrum: str | None
-    comparison: str
-    sheets: dict[str, str]
+_ROWS = 8
+_COLOURS = ("#4c78a8", "#e39c37", "#2e8b57", "#8a6fb0", "#b0483a", "#777777")
+_REAL = "real"
+_SHOWN_SETTINGS = ("num_steps", "cfg_scale", "sampler", "scheduler", "dtype", "licence")
 
 
-def report_text(
-    results: Results,
-    bars: Sequence[Bar],
-    causes: Mapping[str, str],
-    pictures: Pictures,
-    *,
-    data_file: str,
-) -> str:
-    """The whole page; `causes` say of a bar's key why it was missed."""
-    main = [*results.real, *(m for m in results.methods if m.group != "ablation")]
+def write_report(out: Path, evaluation: Evaluation, folders: Mapping[str, SampleFolder]) -> Path:
+    """Write everything to a folder that is there; returns the Markdown page.
+
+    Args:
+        out: the folder.
+        evaluation: all figures.
+        folders: samples, by the names of the models.
+
+    Raises:
+        InputError: the disk refuses.
+        DataError: a sample that cannot be shown.
+    """
+    name = evaluation.protocol.name
+    grid = _grid(evaluation, folders)
+    sheet = out / f"{name}_samples.png"
+    try:
+        write_sample_sheet(
+            sheet,
+            [[file for file in row if file is not None] for row in grid.files],
+            rows=grid.rows,
+            columns=grid.columns,
+        )
+        plot = _plot(out / f"{name}_figures.png", evaluation)
+        document = without_nan(evaluation.document())
+        data = out / f"{name}.json"
+        write_text(data, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        text = report_text(evaluation, data=data.name, plot=plot, sheet=sheet.name)
+        page = out / f"{name}.md"
+        write_text(page, text)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the page to {str(out)!r}: {error.strerror or error}; free some space, "
+            "and evaluate again: what is there is kept"
+        ) from error
+    title = f"{name}: {', '.join(grid.columns)}"
+    write_html_page(page.with_suffix(".html"), text, title=title, grids={sheet.name: grid})
+    return page
+
+
+def report_text(evaluation: Evaluation, *, data: str, plot: str | None, sheet: str) -> str:
+    """The page as Markdown. Every figure in it comes from the evaluation.
+
+    Args:
+        evaluation: all figures.
+        data, plot, sheet: files beside the page.
+    """
+    protocol = evaluation.protocol
+    each = protocol.samples_per_prompt
+    number = len(protocol.prompts) * each
+    seeds = ", ".join(map(str, protocol.seeds))
+    spread = (
+        f"Figures are mean ± standard deviation over {len(protocol.seeds)} evaluation seeds "
+        f"({seeds}), each with noise of its own, which is the same for all models."
+        if len(protocol.seeds) > 1
+        else f"One evaluation seed ({seeds}): no spread is known."
+    )
     parts = [
-        "# Moving digits: results",
-        "Made by `diffusion-apt evaluate digits`; the figures of every trial are in "
-        f"[{data_file}]({data_file}). Device: {results.machine}.",
-        _how_measured(results),
-        "## What it must show",
-        _bars_table(bars, causes),
-        _left_out(bar.claim for bar in bars if bar.reached is None),
-        _paper_note(),
-        image(pictures.comparison, "Methods side by side"),
-        "## Methods",
-        _methods_table(main),
-        _not_run(results, (APT_PAPER.name,), "Not trained"),
-        image(pictures.methods, "Distances and accuracy of every method"),
-        image(pictures.spectrum, "Radial power relative to real clips"),
-        "## Words and diversity",
-        _words_table(main),
-        *_judges(results),
-        *_regulariser(pictures),
-        *_ablations(results),
-        *_progress(results, pictures),
-        *_distillation(results, pictures),
-        "## What it took",
-        _costs(results.costs),
+        f"# {protocol.name}: {', '.join(model.name for model in evaluation.models)}",
+        f"Every figure of every seed is in [{data}]({data}).",
+        "## How it is measured",
+        protocol.about,
+        f"{len(protocol.prompts)} prompts with {each} sample{'s' * (each > 1)} of each, {number} a "
+        f"seed. {spread} Measured on {evaluation.machine}, by {evaluation.software}.",
+        "## Figures",
+        _figures_table(evaluation),
+        image(plot, "Every figure of every model"),
         "## Samples",
-        "First training run, first seed, first captions; the same noise for every method.",
-        *(f"### {label}\n\n{image(file, label)}" for label, file in pictures.sheets.items()),
+        "First seed, first prompts, the same noise for every model.",
+        image(sheet, "Samples of all models side by side"),
+        "## Models",
+        _models_table(evaluation.models),
+        f"Made by `{evaluation.command}`." if evaluation.command else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _how_measured(r: Results) -> str:
-    test, held, train = (r.classifiers[MAIN][split] for split in ("test", "heldout", "train"))
-    captions = r.num_samples // r.samples_per_caption
-    training = (
-        f"{r.runs} training runs of other seeds"
-        if r.runs > 1
-        else "one training run: the spread "
-        "is that of captions, noise and real clips, and not of training"
-    )
-    return "\n".join(
-        [
-            "## How it is measured",
-            "",
-            f"- **Samples**: {r.num_samples} per trial for every method ({captions} training "
-            f"captions, {r.samples_per_caption} of each); {len(r.seeds)} evaluation seeds "
-            f"({', '.join(map(str, r.seeds))}) of {training}. Captions, noise and real clips "
-            f"change with the seed. Networks compute in {r.precision}. Figures are mean ± standard "
-            "deviation over all trials.",
-            f"- **Clips**: the {r.setting} digits. **Reference**: {r.num_reference} real clips of "
-            "handwriting that no model has seen. The rows of real clips are other clips, as many "
-            "as of each method: what a perfect generator would get. The codec's reconstruction is "
-            "of real clips, and the floor of everything that is made in its latents.",
-            "- **Fréchet distance**: in the last hidden layer of a small classifier trained on "
-            "real clips of the training handwriting. Its own accuracy, digit, colour and "
-            f"direction all right: {percent(test.all)} on held-out handwriting "
-            f"(digit {percent(test.digit)}, colour {percent(test.colour)}, direction "
-            f"{percent(test.direction)}), {percent(held.all)} on held-out captions too, "
-            f"{percent(train.all)} on new clips of the training handwriting.",
-            "- **Patch distance**: Fréchet distance of high-passed 8×8 pixel patches, as the "
-            "paper's PFID sees detail without resizing. It sees blur, ghosting and half-grey "
-            "pixels, which classifier features overlook.",
-            "- **Spectrum**: root mean square difference of the log power spectra, radially "
-            "averaged over frames (spatial) and along time (temporal), in dB.",
-            "- **Accuracy**: share of samples in which the classifier reads digit, colour and "
-            f"direction as in the caption. *Held-out captions*: the same for {r.num_heldout} "
-            "samples of captions that were never trained on.",
-            "- **Diversity**: mean pixel distance between samples of one caption (within) and of "
-            "different ones (across), divided by that of real clips of the same captions.",
-        ]
-    )
-
-
-def _bars_table(bars: Sequence[Bar], causes: Mapping[str, str]) -> str:
+def _figures_table(evaluation: Evaluation) -> str:
+    figures = evaluation.protocol.figures
+    if not figures:
+        return "This protocol measures nothing: look, and rate with `diffusion-apt study make`."
     rows = []
-    for bar in bars:
-        if bar.reached is None:
-            continue
-        missed = causes.get(bar.key, "its cause is not known yet")
-        verdict = "pass" if bar.passed else f"**missed**: {missed}"
-        if bar.passed is None:
-            verdict = "not judged: a single trial has no spread"
-        reached = plus_minus(bar.reached)
-        rows.append([bar.claim, bar.bar, bar.goal or "–", bar.paper or "–", reached, verdict])
-    return table(["", "bar", "goal", "paper", "reached", ""], rows)
-
-
-def _left_out(claims: Iterable[str]) -> str:
-    names = list(claims)
-    return f"Not run, so not judged: {'; '.join(names)}." if names else ""
-
-
-def _not_run(results: Results, names: Sequence[str], words: str) -> str:
-    labels = {APT_PAPER.name: APT_PAPER.label}
-    labels |= {f"ablation_{name}": label for name, (label, _) in ABLATIONS.items()}
-    missing = [labels[name] for name in names if results.method(name) is None]
-    return f"{words}: {'; '.join(missing)}." if missing else ""
-
-
-def _paper_note() -> str:
-    def line(figure: str, name: str) -> str:
-        p = PAPER[figure]
-        apt, consistency, diffusion = (
-            p[APT.name],
-            p[CONSISTENCY.name],
-            p[DIFFUSION_GUIDED.name],
+    for model in evaluation.models:
+        summary = model.summary()
+        rows.append(
+            [model.name, *(plus_minus(summary[n]) if n in summary else "–" for n in figures)]
         )
-        return (
-            f"{name} {apt:g} / {consistency:g} = {apt / consistency:.2f} and "
-            f"{apt:g} / {diffusion:g} = {apt / diffusion:.2f}"
-        )
-
-    return (
-        "The paper's ratios are those of its Table 5 (COCO-5K, images): "
-        f"{line('frechet', 'FID')}; {line('patch', 'PFID')}. Ratios and differences of ours are "
-        "formed trial by trial, since methods share captions and noise; those without the "
-        "regulariser are of the ends of two runs, and their spreads add in quadrature."
-    )
+    return table(["model", *(figure.heading for figure in figures.values())], rows)
 
 
-def _methods_table(methods: Sequence[MethodResult]) -> str:
-    header = [
-        "method",
-        "updates",
-        "evaluations",
-        "Fréchet ↓",
-        "patch ↓",
-        "spatial spectrum, dB ↓",
-        "temporal spectrum, dB ↓",
-        "accuracy ↑",
-        "held-out captions ↑",
-    ]
-    figures = (
-        "frechet",
-        "patch",
-        "spatial_spectrum",
-        "temporal_spectrum",
-        "accuracy",
-        "heldout_accuracy",
-    )
-    return table(header, [_method_row(m, figures) for m in methods])
-
-
-def _words_table(methods: Sequence[MethodResult]) -> str:
-    header = [
-        "method",
-        "updates",
-        "evaluations",
-        "digit ↑",
-        "colour ↑",
-        "direction ↑",
-        "diversity within a caption",
-        "diversity across captions",
-    ]
-    figures = ("digit", "colour", "direction", "within", "across")
-    return table(header, [_method_row(m, figures) for m in methods])
-
-
-def _method_row(method: MethodResult, figures: Sequence[str]) -> list[str]:
-    label = method.label if method.cfg_scale is None else f"{method.label} {method.cfg_scale:g}"
-    counts = (method.updates, method.evaluations)
-    summary = method.summary()
-    return [
-        label,
-        *("–" if count is None else str(count) for count in counts),
-        *(plus_minus(summary[name]) for name in figures),
-    ]
-
-
-_JUDGED = (("frechet", "Fréchet distance, ratio"), ("accuracy", "accuracy, difference"))
-
-
-def _judges(results: Results) -> list[str]:
-    names = [name for name in (FRAMES, BLURRED) if name in results.classifiers]
-    if not names:
-        return []
-    right = "; ".join(
-        f"*{name}*: {DESCRIPTIONS[name]}; it reads {percent(results.classifiers[name]['test'].all)}"
-        " of real held-out handwriting"
-        for name in names
-    )
-    rows = []
-    for other in (CONSISTENCY, DIFFUSION_GUIDED):
-        for figure, words in _JUDGED:
-            form = results.ratio if figure == "frechet" else results.difference
-            zero = 1.0 if figure == "frechet" else 0.0
-            main = form(APT.name, other.name, figure)
-            if main is None:
-                continue
-            row = [f"{words} to {other.label}", plus_minus(main)]
-            for name in names:
-                found = form(APT.name, other.name, figure, name)
-                assert found is not None, "every judge has seen every trial"
-                same = agrees(main.mean - zero, found.mean - zero)
-                near = abs(main.mean - zero) <= main.known or abs(found.mean - zero) <= found.known
-                verdict = "agrees" if same else "differs"
-                row.append(f"{plus_minus(found)}, {verdict}{' (within the spread)' * near}")
-            rows.append(row)
-    if not rows:
-        return []
-    return [
-        "## Independent judges",
-        f"One-step APT against others. {right}.",
-        table(["one-step APT", "main judge", *names], rows),
-    ]
-
-
-def _regulariser(pictures: Pictures) -> list[str]:
-    title = "## With and without the regulariser (APT Figure 5)"
-    if pictures.regulariser is None:
-        return [title, "Not run (`diffusion-apt train digits_ablations`)."]
-    return [
-        title,
-        image(pictures.regulariser, "D's loss, its input gradient, diversity and distances"),
-        "Constant rates, past the peak of quality. The penalty is not part of D's loss. At this "
-        "scale samples do not become plain colours without the regulariser: that needs a D much "
-        "stronger than a small one; `examples/minimal.py` shows, on a mixture in two dimensions, "
-        "the game that does not come to rest.",
-    ]
-
-
-def _ablations(results: Results) -> list[str]:
-    found = [m for m in results.methods if m.group == "ablation"]
-    reference = results.method(f"ablation_{LONG}")
-    if reference is None or len(found) < 2:
-        return ["## Ablations", "Not run (`diffusion-apt train digits_ablations`)."]
-    base = reference.summary()
-    header = [
-        "changed",
-        "updates",
-        "Fréchet ↓",
-        "patch ↓",
-        "accuracy ↑",
-        "diversity within",
-        "the paper",
-        "here",
-    ]
-    figures = ("frechet", "patch", "accuracy", "within")
-    rows = []
-    for method in found:
-        summary = method.summary()
-        said = "–" if method is reference else ABLATIONS[method.name.removeprefix("ablation_")][1]
-        verdict = "–" if method is reference else _compared(base, summary)
-        updates = str(method.updates) if method.updates else "–"
-        cells = (plus_minus(summary[name]) for name in figures)
-        rows.append([method.label, updates, *cells, said, verdict])
-    return [
-        "## Ablations",
-        "One step of EMA weights, all after as many updates from the same start at constant rates. "
-        "The last column is about both distances, and says nothing where they differ by less than "
-        "the spreads, added in quadrature.",
-        table(header, rows),
-        _not_run(results, [f"ablation_{name}" for name in ABLATIONS], "Not run"),
-    ]
-
-
-def _compared(base: Mapping[str, Spread], other: Mapping[str, Spread]) -> str:
-    """Whether both distances are worse than the base's."""
-    words = []
-    for figure, name in (("frechet", "Fréchet"), ("patch", "patch")):
-        change = other[figure].mean - base[figure].mean
-        limit = math.hypot(base[figure].std, other[figure].std)
-        if abs(change) <= limit:
-            words.append(f"{name} within the spread")
-            continue
-        alone = "" if math.isfinite(limit) else " in a single trial"
-        words.append(f"{name} {'worse' if change > 0 else 'better'}{alone}")
-    return ", ".join(words)
-
-
-def _progress(results: Results, pictures: Pictures) -> list[str]:
-    title = "## Quality against updates, EMA and raw weights (APT Figure 9)"
-    rows = _snapshot_rows(results, APT.run)
-    if not rows:
-        return [title, "Not run: no snapshots were found."]
-    start = "0 updates is the consistency model, which APT starts from. "
-    return [
-        title,
-        image(pictures.progress, "Quality against updates, EMA and raw weights"),
-        table(_SNAPSHOT_HEADER, rows),
-        (start if rows[0][0] == "0" else "") + _snapshot_note(results),
-    ]
-
-
-def _distillation(results: Results, pictures: Pictures) -> list[str]:
-    rows = _snapshot_rows(results, CONSISTENCY.run)
-    if not rows:
-        return []
-    return [
-        "## The length of distillation",
-        "What APT gains over its start depends on how long that was distilled, so the length was "
-        "fixed before any ratio was measured.",
-        image(pictures.distillation, "One-step quality against updates of distillation"),
-        table(_SNAPSHOT_HEADER, rows),
-        _snapshot_note(results),
-    ]
-
-
-_SNAPSHOT_HEADER = ["updates", "weights", "Fréchet ↓", "patch ↓", "accuracy ↑", "diversity within"]
-
-
-def _snapshot_rows(results: Results, run: str) -> list[list[str]]:
-    found: list[Snapshot] = [*results.of_run(run, "ema"), *results.of_run(run, "raw")]
-    rows = []
-    for snapshot in sorted(found, key=lambda s: (s.update, s.weights)):
-        summary = snapshot.summary()
-        cells = (plus_minus(summary[name]) for name in ("frechet", "patch", "accuracy", "within"))
-        weights = "EMA" if snapshot.weights == "ema" else "raw"
-        rows.append([str(snapshot.update), weights, *cells])
-    return rows
-
-
-def _snapshot_note(results: Results) -> str:
-    if results.snapshot_samples == results.num_samples:
-        return f"{results.snapshot_samples} samples per trial, as in the tables above."
-    return (
-        f"{results.snapshot_samples} samples per trial; a Fréchet distance of fewer samples is "
-        "larger, so these compare among themselves only."
-    )
-
-
-def _costs(costs: Sequence[Cost]) -> str:
-    if not costs:
-        return "The runs have no speed.jsonl, which holds the times of updates."
+def _models_table(models: list[ModelResult]) -> str:
+    known = [key for key in _SHOWN_SETTINGS if any(m.settings.get(key) is not None for m in models)]
     rows = [
-        [str(c.run), c.stage, str(c.updates), f"{c.seconds / 60:.1f}"]
-        for c in costs
-        if not c.stage.startswith("ablations/")
+        [m.name, f"`{m.place}`", *(_cell(m.settings.get(key)) for key in known)] for m in models
     ]
-    ablations = [c for c in costs if c.stage.startswith("ablations/")]
-    if ablations:
-        minutes = sum(c.seconds for c in ablations) / 60
-        updates = sum(c.updates for c in ablations)
-        rows.append(["all", f"{len(ablations)} ablations", str(updates), f"{minutes:.1f}"])
-    total = sum(c.seconds for c in costs) / 3600
-    return (
-        table(["training run", "stage", "updates", "minutes"], rows)
-        + f"\n\n{total:.1f} hours of training in all, as the clock ran."
-    )
+    return table(["model", "place", *(key.replace("_", " ") for key in known)], rows)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _plot(path: Path, evaluation: Evaluation) -> str | None:
+    figures = evaluation.protocol.figures
+    if not figures:
+        return None
+    summaries = [model.summary() for model in evaluation.models]
+    panels = [
+        Panel(
+            title=figure.heading,
+            values=[summary.get(name) for summary in summaries],
+            scale=figure.scale,
+        )
+        for name, figure in figures.items()
+    ]
+    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(summaries))]
+    labels = [model.name for model in evaluation.models]
+    return plot_bars(path, labels, panels, colours=colours).name
+
+
+def _grid(evaluation: Evaluation, folders: Mapping[str, SampleFolder]) -> Grid:
+    """The first sample of each of the first prompts, and the real file where there is one."""
+    protocol = evaluation.protocol
+    keys = protocol.keys(protocol.seeds[0])[:: protocol.samples_per_prompt][:_ROWS]
+    columns: list[str] = [model.name for model in evaluation.models]
+    files: list[list[Path | None]] = [
+        [folders[name].samples[key].path for name in columns] for key in keys
+    ]
+    if all(prompt in protocol.references for prompt, _ in keys):
+        for row, (prompt, _) in zip(files, keys, strict=True):
+            row.append(protocol.references[prompt])
+        columns = [*columns, _REAL]
+    return Grid(rows=[prompt for prompt, _ in keys], columns=columns, files=files)

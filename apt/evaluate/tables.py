@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from apt.evaluate.measure import Spread
+from apt.evaluate.spread import Spread
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column is text and whose others are figures."""
     align = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [header, align, *rows]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 def plus_minus(value: Spread) -> str:

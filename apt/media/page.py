@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +9,7 @@ from pathlib import Path
 from string import Template
 
 from apt.errors import InputError
-
-_VIDEO_TYPES = {".mp4": "video/mp4", ".webm": "video/webm"}
-_IMAGE_TYPES = {".gif": "image/gif", ".webp": "image/webp", ".png": "image/png"}
+from apt.media.parts import COLOURS, CONTROL, SCRIPT, VIDEO_TYPES, embed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +61,17 @@ def write_html(
         raise InputError("the page needs at least one prompt and one sampler")
     slowest = max(column.seconds for column in columns)
     page = _PAGE.substitute(
+        colours=COLOURS,
         title=html.escape(title),
         note=f"<p>{html.escape(note)}</p>" if note else "",
-        control=_CONTROL if _has_videos(columns) else "",
-        script=_SCRIPT if _has_videos(columns) else "",
+        control=CONTROL if _has_videos(columns) else "",
+        script=SCRIPT if _has_videos(columns) else "",
         heads="".join(_heading(column, slowest) for column in columns),
         rows="\n".join(
             f"<tr><th scope=row>{html.escape(prompt)}</th>"
             + "".join(
                 f"<td><small>{_short(column)}</small>"
-                f"{_embed(column.files[row], f'{html.escape(prompt)}, {_short(column)}')}</td>"
+                f"{embed(column.files[row], f'{html.escape(prompt)}, {_short(column)}')}</td>"
                 for column in columns
             )
             + "</tr>"
@@ -114,22 +112,7 @@ def _short(column: SamplerColumn) -> str:
 
 
 def _has_videos(columns: Sequence[SamplerColumn]) -> bool:
-    return any(file.suffix.lower() in _VIDEO_TYPES for column in columns for file in column.files)
-
-
-def _embed(file: Path, label: str) -> str:
-    suffix = file.suffix.lower()
-    kind = _VIDEO_TYPES.get(suffix) or _IMAGE_TYPES.get(suffix)
-    if kind is None:
-        raise InputError(f"{str(file)!r} is not a video or picture that a page can show")
-    try:
-        data = base64.b64encode(file.read_bytes()).decode("ascii")
-    except OSError as error:
-        raise InputError(f"cannot read {str(file)!r}: {error.strerror}") from error
-    source = f"data:{kind};base64,{data}"
-    if suffix in _VIDEO_TYPES:
-        return f'<video muted playsinline controls aria-label="{label}" src="{source}"></video>'
-    return f'<img alt="{label}" src="{source}">'
+    return any(file.suffix.lower() in VIDEO_TYPES for column in columns for file in column.files)
 
 
 _PAGE = Template("""<!doctype html>
@@ -138,11 +121,7 @@ _PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-:root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --faint: #59636e;
-  --line: #d8dee4; --good: #1a7f37 }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #0d1117; --ink: #e6edf3; --faint: #9198a1; --line: #30363d; --good: #3fb950 }
-}
+$colours
 body { margin: 2.5rem auto; max-width: 62rem; padding: 0 1.25rem; background: var(--page);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 }
@@ -184,51 +163,3 @@ $rows
 $script
 </html>
 """)
-
-_CONTROL = '<button type="button" aria-keyshortcuts="Space" hidden>Pause</button>'
-
-# The videos are as long as each other, but browsers let them drift: they begin anew together.
-_SCRIPT = """<script>
-"use strict";
-const videos = [...document.querySelectorAll("video")];
-const button = document.querySelector("button");
-let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
-let ended = new Set();
-let timer = 0;
-
-function begin() {
-  ended = new Set();
-  for (const video of videos) { video.currentTime = 0; video.play().catch(() => {}); }
-}
-
-function show() {
-  button.textContent = playing ? "Pause" : "Play";
-  clearTimeout(timer);
-  if (!playing) { for (const video of videos) video.pause(); }
-  else if (ended.size) begin();
-  else {
-    for (const video of videos) {
-      video.currentTime = videos[0].currentTime;
-      video.play().catch(() => {});
-    }
-  }
-}
-
-function toggle() { playing = !playing; show(); }
-
-for (const video of videos) {
-  video.controls = false;
-  video.addEventListener("ended", () => {
-    ended.add(video);
-    if (playing && ended.size === videos.length) timer = setTimeout(begin, 500);
-  });
-}
-button.hidden = false;
-button.addEventListener("click", toggle);
-document.addEventListener("keydown", (event) => {
-  if (event.key !== " " || event.target === button) return;
-  event.preventDefault();
-  toggle();
-});
-show();
-</script>"""

@@ -76,7 +76,7 @@ class TransformersTextConfig:
         """The encoder's own check, of the tokenizer alone: weights are neither read nor fetched."""
         transformers = import_hub_extra("transformers")
         folder = local_folder(self.repo, self.revision, (self.tokenizer_subfolder,))
-        tokenizer = _load_tokenizer(transformers, folder / self.tokenizer_subfolder)
+        tokenizer = load_tokenizer(transformers, folder / self.tokenizer_subfolder)
         return partial(_check, tokenizer, self)
 
 
@@ -108,7 +108,7 @@ class TransformersTextEncoder(TextEncoder):
                 f"{config.architecture!r}; choose the text encoder that fits it"
             )
         self.config = config
-        self.tokenizer = _load_tokenizer(transformers, folder / config.tokenizer_subfolder)
+        self.tokenizer = load_tokenizer(transformers, folder / config.tokenizer_subfolder)
         self.model = load_complete(
             getattr(transformers, _class_name(config)),
             folder / config.subfolder,
@@ -221,7 +221,8 @@ def _class_name(config: TransformersTextConfig) -> str:
     return {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}[config.architecture]
 
 
-def _load_tokenizer(transformers: Any, folder: Path) -> Any:
+def load_tokenizer(transformers: Any, folder: Path) -> Any:
+    """A tokenizer that pads on the right. Raises CheckpointError for one that cannot be used."""
     with staged_tokenizer(folder) as stage:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("tyro")
 
 from apt.checkpoints.bundle import save_bundle
-from apt.cli.study_make import split_comparison, split_model, split_name
+from apt.cli.study_make import split_comparison
 from apt.errors import InputError
 from apt.study.document import read_study
 from tests.cli.shell import error_line, invoke
@@ -87,19 +87,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         assert message in error_line(invoke("study", *command))
 
 
-def test_names_models_and_comparisons() -> None:
-    assert split_name("out/apt/") == ("apt", "out/apt/")
-    assert split_name("x=out/apt") == ("x", "out/apt")
-    assert split_name("owner/name@main") == ("name@main", "owner/name@main")
-    assert split_name("a/b=c/d.e") == ("d.e", "a/b=c/d.e")
-    name, model, options = split_model("two=a,b/digits,num_steps=2,cfg_scale=1.5")
-    assert (name, model, options.num_steps, options.cfg_scale) == ("two", "a,b/digits", 2, 1.5)
+def test_comparisons_are_two_names() -> None:
     assert split_comparison("a:b") == ("a", "b")
     for wrong in ("a", "a:", ":b", "a:b:c"):
         with pytest.raises(InputError, match="a comparison is two names"):
             split_comparison(wrong)
-    for wrong in ("a b=x", "..", "=x"):
-        with pytest.raises(InputError, match="no name of a model"):
-            split_name(wrong)
-    with pytest.raises(InputError, match="no option 'num_step'"):
-        split_model("digits,num_step=2")

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from apt.evaluate.bars import check_bars
-from apt.evaluate.measure import FIGURES, Measurement
-from apt.evaluate.methods import APT, CONSISTENCY, LONG, NO_REGULARISER
-from apt.evaluate.results import Curve, MethodResult, Results
-from apt.evaluate.runs import DISCRIMINATOR_LOSS
+from apt.evaluate.digits.bars import check_bars
+from apt.evaluate.digits.measure import FIGURES, Measurement
+from apt.evaluate.digits.methods import APT, CONSISTENCY, LONG, NO_REGULARISER
+from apt.evaluate.digits.results import Curve, MethodResult, Results
+from apt.evaluate.digits.runs import DISCRIMINATOR_LOSS
 
 
 def measurement(accuracy: float) -> Measurement:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from apt.checkpoints.load import load_codec
 from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, Label, MovingDigits, Setting, Split
-from apt.evaluate.digits_classifier import real_clips
-from apt.evaluate.methods import Method
+from apt.evaluate.digits.classifier import real_clips
+from apt.evaluate.digits.methods import Method
 from apt.pipeline import OneStepPipeline
 from apt.pixels import to_uint8
 from apt.rng import generator_for

@@ -32,7 +32,7 @@ from apt.data.digits import (
     clip_size,
 )
 from apt.errors import CheckpointError, ConfigError, InputError
-from apt.evaluate.digits_networks import NETWORKS, seen
+from apt.evaluate.digits.networks import NETWORKS, seen
 from apt.pixels import to_uint8
 from apt.rng import generator_for
 
@@ -46,7 +46,7 @@ class ClassifierConfig:
     """How the classifier is built and trained; equal configs give equal classifiers.
 
     Attributes:
-        network: "glimpse" or "frames" (`apt.evaluate.digits_networks`).
+        network: "glimpse" or "frames" (`apt.evaluate.digits.networks`).
         blur: standard deviation, in pixels of 32, of the blur that it sees clips through.
         optimizer: "adamw", or "sgd" with momentum.
         setting: of the moving digits that are judged.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
-from apt.evaluate.clips import CaptionSet
-from apt.evaluate.digits_classifier import DigitsClassifier, Judgement, judge
+from apt.evaluate.digits.classifier import DigitsClassifier, Judgement, judge
+from apt.evaluate.digits.clips import CaptionSet
+from apt.evaluate.spread import Spread, spread
 from apt.metrics import (
     Diversity,
     PatchFrechet,
@@ -70,27 +69,6 @@ class Measurement:
 FIGURES = tuple(
     f.name for f in dataclasses.fields(Measurement) if f.name not in ("radial_power", "opinions")
 )
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation (nan for a single value) over trials."""
-
-    mean: float
-    std: float
-
-    @property
-    def known(self) -> float:
-        """The deviation, or 0 where a single value has none."""
-        return self.std if math.isfinite(self.std) else 0.0
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation with n - 1."""
-    array = np.asarray(values, dtype=np.float64)
-    # An infinite ratio has no spread either.
-    known = len(array) > 1 and bool(np.isfinite(array).all())
-    return Spread(float(array.mean()), float(array.std(ddof=1)) if known else math.nan)
 
 
 def summarise(measurements: Sequence[Measurement]) -> dict[str, Spread]:

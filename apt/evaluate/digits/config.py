@@ -7,8 +7,8 @@ from pathlib import Path
 
 from apt.data.digits import TRAIN_LABELS
 from apt.errors import ConfigError
-from apt.evaluate.clips import Precision
-from apt.evaluate.digits_classifier import ClassifierConfig
+from apt.evaluate.digits.classifier import ClassifierConfig
+from apt.evaluate.digits.clips import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class EvaluateConfig:
         cache: folder of the classifiers and of slow samples; None is ``evaluation`` in the first
             root.
         independent_judges: ask two more classifiers.
+        render: write the page anew from the figures and sheets in ``out``; nothing is measured.
         classifier: the main judge; its setting of the digits is that of all real clips.
     """
 
@@ -47,6 +48,7 @@ class EvaluateConfig:
     precision: Precision = "bf16"
     cache: Path | None = None
     independent_judges: bool = True
+    render: bool = False
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
     def __post_init__(self) -> None:

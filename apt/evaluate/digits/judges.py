@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from apt.evaluate.digits_classifier import ClassifierConfig
+from apt.evaluate.digits.classifier import ClassifierConfig
 
 FRAMES, BLURRED = "whole frames", "blurred"
 

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from apt.evaluate import plots
-from apt.evaluate.bars import check_bars, read_causes
-from apt.evaluate.clips import CaptionSet
-from apt.evaluate.methods import APT, CONSISTENCY, DIFFUSION_GUIDED
-from apt.evaluate.report import Pictures, report_text
-from apt.evaluate.results import Results
+from apt.errors import DataError
+from apt.evaluate.digits import plots
+from apt.evaluate.digits.bars import check_bars, read_causes
+from apt.evaluate.digits.clips import CaptionSet
+from apt.evaluate.digits.methods import APT, CONSISTENCY, DIFFUSION_GUIDED
+from apt.evaluate.digits.report import Pictures, report_text
+from apt.evaluate.digits.results import Results
+from apt.evaluate.digits.saved import read_results
+from apt.evaluate.html_page import write_html_page
 from apt.files import without_nan
 from apt.media import write_contact_sheet
 from apt.pixels import to_frames
 
 REPORT, DATA, CAUSES = "digits.md", "digits.json", "digits_causes.json"
+_COMPARISON = "digits_comparison.png"
 _SHEET_ROWS = 8
 _BESIDE = ("real", DIFFUSION_GUIDED.name, CONSISTENCY.name, APT.name)
 
@@ -39,32 +40,54 @@ def write_page(
         shown: clips of the first trial by method, and "real" ones.
     """
     out.mkdir(parents=True, exist_ok=True)
-    causes = read_causes(out / CAUSES)
+    _write_comparison(out, results, captions, shown)
+    _write_sheets(out, results, captions, shown)
+    document = json.dumps(without_nan(dataclasses.asdict(results)), indent=1) + "\n"
+    (out / DATA).write_text(document, encoding="utf-8")
+    return render_page(out, results)
+
+
+def render_page(out: Path, results: Results | None = None) -> Path:
+    """Write the page, as Markdown and as one HTML file, with its plots; returns the former's path.
+
+    Args:
+        out: the folder, with the sheets of samples.
+        results: all figures; None reads those that are there.
+
+    Raises DataError for figures or sheets that are not there, or cannot be read.
+    """
+    results = read_results(out / DATA) if results is None else results
+    sheets = {label: file for label, file in _sheet_files(results) if (out / file).is_file()}
+    if not sheets or not (out / _COMPARISON).is_file():
+        raise DataError(
+            f"{str(out)!r} has figures and no pictures of samples ({_COMPARISON}); measure again"
+        )
     pictures = Pictures(
         methods=_name(plots.plot_methods(results, out / "digits_methods.png")),
         regulariser=_name(plots.plot_regulariser(results, out / "digits_regulariser.png")),
         progress=_name(plots.plot_progress(results, out / "digits_progress.png")),
         distillation=_name(plots.plot_distillation(results, out / "digits_distillation.png")),
         spectrum=_name(plots.plot_spectrum(results, out / "digits_spectrum.png")),
-        comparison=_write_comparison(out, results, captions, shown),
-        sheets=_write_sheets(out, results, captions, shown),
+        comparison=_COMPARISON,
+        sheets=sheets,
     )
-    document = json.dumps(without_nan(dataclasses.asdict(results)), indent=1) + "\n"
-    (out / DATA).write_text(document, encoding="utf-8")
-    text = report_text(results, check_bars(results), causes, pictures, data_file=DATA)
+    text = report_text(
+        results, check_bars(results), read_causes(out / CAUSES), pictures, data_file=DATA
+    )
     report = out / REPORT
     report.write_text(text, encoding="utf-8")
+    write_html_page(report.with_suffix(".html"), text, title="Moving digits: results")
     return report
 
 
-def machine() -> str:
-    """Processor, cores and torch, in words."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
-    return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}"
+def _sheet_files(results: Results) -> list[tuple[str, str]]:
+    """Label and file of each sheet that the page shows."""
+    methods = [(m.name, m.label) for m in results.methods if m.group != "ablation"]
+    return [(label, _sheet_file(name)) for name, label in [("real", "real clips"), *methods]]
+
+
+def _sheet_file(name: str) -> str:
+    return f"digits_samples_{name}.png"
 
 
 def _rows(captions: CaptionSet) -> tuple[list[int], list[str]]:
@@ -75,39 +98,33 @@ def _rows(captions: CaptionSet) -> tuple[list[int], list[str]]:
 
 def _write_sheets(
     out: Path, results: Results, captions: CaptionSet, shown: Mapping[str, Tensor]
-) -> dict[str, str]:
+) -> None:
     rows, texts = _rows(captions)
     labels = {m.name: m.label for m in results.methods} | {"real": "real clips"}
-    sheets = {}
     for name, clips in shown.items():
-        file = out / f"digits_samples_{name}.png"
         write_contact_sheet(
-            file,
+            out / _sheet_file(name),
             [[video[:: _stride(clips, 5)]] for video in to_frames(clips[rows])],
             rows=texts,
             columns=[labels[name]],
             scale=2,
         )
-        sheets[labels[name]] = file.name
-    return sheets
 
 
 def _write_comparison(
     out: Path, results: Results, captions: CaptionSet, shown: Mapping[str, Tensor]
-) -> str:
+) -> None:
     rows, texts = _rows(captions)
     labels = {m.name: m.label for m in results.methods} | {"real": "real clips"}
     names = [name for name in _BESIDE if name in shown]
     frames = [to_frames(shown[name][rows])[:, :: _stride(shown[name], 3)] for name in names]
-    file = out / "digits_comparison.png"
     write_contact_sheet(
-        file,
+        out / _COMPARISON,
         [list(row) for row in zip(*frames, strict=True)],
         rows=texts,
         columns=[labels[name] for name in names],
         scale=2,
     )
-    return file.name
 
 
 def _stride(clips: Tensor, shown: int) -> int:

@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apt.errors import DataError
-from apt.evaluate.judges import DESCRIPTIONS
-from apt.evaluate.measure import Spread
-from apt.evaluate.methods import APT, APT_TWO, CONSISTENCY, DIFFUSION_GUIDED, LONG, NO_REGULARISER
-from apt.evaluate.results import Results
-from apt.evaluate.runs import DISCRIMINATOR_LOSS, INPUT_GRADIENT
+from apt.evaluate.digits.judges import DESCRIPTIONS
+from apt.evaluate.digits.methods import (
+    APT,
+    APT_TWO,
+    CONSISTENCY,
+    DIFFUSION_GUIDED,
+    LONG,
+    NO_REGULARISER,
+)
+from apt.evaluate.digits.results import Results
+from apt.evaluate.digits.runs import DISCRIMINATOR_LOSS, INPUT_GRADIENT
+from apt.evaluate.spread import Spread
 
 # APT Table 5, COCO-5K: diffusion with 25 steps, consistency with 1, APT with 1.
 PAPER = {

@@ -17,22 +17,22 @@ from torch import Tensor
 from apt.checkpoints.info import read_info
 from apt.checkpoints.runs import is_run
 from apt.errors import CheckpointError, ConfigError
-from apt.evaluate.clips import (
+from apt.evaluate.digits.classifier import (
+    Accuracy,
+    DigitsClassifier,
+    load_classifier,
+)
+from apt.evaluate.digits.clips import (
     CaptionSet,
     caption_set,
     generate,
     real_for_captions,
     real_reference,
 )
-from apt.evaluate.config import EvaluateConfig
-from apt.evaluate.digits_classifier import (
-    Accuracy,
-    DigitsClassifier,
-    load_classifier,
-)
-from apt.evaluate.judges import independent_judges
-from apt.evaluate.measure import Judge, Measurement, pixel_diversity
-from apt.evaluate.methods import (
+from apt.evaluate.digits.config import EvaluateConfig
+from apt.evaluate.digits.judges import independent_judges
+from apt.evaluate.digits.measure import Judge, Measurement, pixel_diversity
+from apt.evaluate.digits.methods import (
     APT,
     CONSISTENCY,
     LONG,
@@ -41,9 +41,10 @@ from apt.evaluate.methods import (
     Method,
     ablation_methods,
 )
-from apt.evaluate.page import machine, write_page
-from apt.evaluate.results import Cost, Curve, MethodResult, Results, Snapshot, trial
-from apt.evaluate.runs import check_data, read_cost, read_curves, snapshot_folders
+from apt.evaluate.digits.page import render_page, write_page
+from apt.evaluate.digits.results import Cost, Curve, MethodResult, Results, Snapshot, trial
+from apt.evaluate.digits.runs import check_data, read_cost, read_curves, snapshot_folders
+from apt.evaluate.machine import machine
 from apt.metrics import Diversity, power_spectrum
 
 _MAIN_JUDGE = "main"
@@ -54,15 +55,19 @@ _STAGES = ("codec", "pretrain", "distill", "apt", "apt_paper")
 def evaluate_digits(config: EvaluateConfig) -> Path:
     """Measure every model of the runs and write the report; returns its path.
 
-    Writes ``digits.md``, ``digits.json`` (every figure of every trial) and PNGs. What was not
-    trained is left out and named, unless it is one of the main models. Why a bar was missed is read
-    from ``digits_causes.json`` beside the report. The same models and config give the same figures.
+    Writes ``digits.md``, the same as one HTML file, ``digits.json`` (every figure of every trial)
+    and PNGs. What was not trained is left out and named, unless it is one of the main models. Why a
+    bar was missed is read from ``digits_causes.json`` beside the report. The same models and config
+    give the same figures.
 
     Raises:
         CheckpointError: a main run has no exported model, or one of other data, or a model cannot
             be loaded.
         ConfigError: a method is unknown.
+        DataError: there is nothing to render.
     """
+    if config.render:
+        return render_page(config.out)
     chosen = [_choose(config, root) for root in config.runs]
     for root, methods in zip(config.runs, chosen, strict=True):
         for method in methods:

@@ -9,8 +9,8 @@ from pathlib import Path
 from apt.checkpoints.info import read_info
 from apt.data.digits import Setting, clip_size
 from apt.errors import CheckpointError, DataError
-from apt.evaluate.methods import LOG, SNAPSHOTS, SPEED
-from apt.evaluate.results import Cost, Curve
+from apt.evaluate.digits.methods import LOG, SNAPSHOTS, SPEED
+from apt.evaluate.digits.results import Cost, Curve
 
 DISCRIMINATOR_LOSS = "discriminator/loss"
 INPUT_GRADIENT = "discriminator/input_gradient"

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from apt.evaluate.measure import spread
-from apt.evaluate.methods import (
+from apt.evaluate.digits.methods import (
     APT,
     CODEC,
     CONSISTENCY,
@@ -17,12 +16,13 @@ from apt.evaluate.methods import (
     LONG,
     NO_REGULARISER,
 )
-from apt.evaluate.results import MethodResult, Results, Snapshot
-from apt.evaluate.runs import CURVES
+from apt.evaluate.digits.results import MethodResult, Results, Snapshot
+from apt.evaluate.digits.runs import CURVES
+from apt.evaluate.plotting import Panel, logarithmic, new_figure, plot_bars, save_figure
+from apt.evaluate.spread import spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _COLOURS = {
     "diffusion": "#4c78a8",
@@ -32,45 +32,26 @@ _COLOURS = {
     "codec": "#8a6fb0",
     "real": "#777777",
 }
-_DOTS_PER_INCH = 120
 
 
 def plot_methods(results: Results, path: Path) -> Path:
     """Bars with error bars: both Fréchet distances and the accuracy of every method."""
     rows = [*results.real, *results.methods]
-    figure = _figure(13, 0.36 * len(rows) + 1.4)
-    axes = figure.subplots(1, 3, sharey=True)
-    panels = (
-        ("frechet", "Fréchet distance (log)\nclassifier features, lower is better"),
-        ("patch", "patch distance (log)\npixel detail, lower is better"),
-        ("accuracy", "caption accuracy\nhigher is better"),
-    )
     summaries = [row.summary() for row in rows]
-    for axis, (name, title) in zip(axes, panels, strict=True):
-        means = [summary[name].mean for summary in summaries]
-        errors = np.asarray([summary[name].known for summary in summaries])
-        colours = [_COLOURS[_family(row)] for row in rows]
-        axis.barh(range(len(rows)), means, xerr=errors, color=colours, height=0.7, capsize=2)
-        axis.set_title(title, fontsize=10)
-        for y, (mean, error) in enumerate(zip(means, errors, strict=True)):
-            axis.annotate(
-                f"{mean:.3g}",
-                (mean + error, y),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        if name == "accuracy":
-            axis.set_xlim(0, 1.15)
-        else:
-            _logarithmic(axis, "x")
-            axis.set_xlim(min(means) / 1.5, max(means) * 3)
-        axis.grid(axis="x", alpha=0.3)
-        axis.set_axisbelow(True)
-    axes[0].set_yticks(range(len(rows)), [row.label for row in rows], fontsize=9)
-    axes[0].invert_yaxis()
-    return _save(figure, path)
+    panels: tuple[tuple[str, str, Literal["log", "share"]], ...] = (
+        ("frechet", "Fréchet distance (log)\nclassifier features, lower is better", "log"),
+        ("patch", "patch distance (log)\npixel detail, lower is better", "log"),
+        ("accuracy", "caption accuracy\nhigher is better", "share"),
+    )
+    return plot_bars(
+        path,
+        [row.label for row in rows],
+        [
+            Panel(title=title, values=[summary[name] for summary in summaries], scale=scale)
+            for name, title, scale in panels
+        ],
+        colours=[_COLOURS[_family(row)] for row in rows],
+    )
 
 
 def plot_regulariser(results: Results, path: Path) -> Path | None:
@@ -78,7 +59,7 @@ def plot_regulariser(results: Results, path: Path) -> Path | None:
     runs = [(f"ablations/{run}", label, colour) for run, label, colour in _FIGURE_5]
     if any(run not in results.curves for run, _, _ in runs):
         return None
-    figure = _figure(15, 3.4)
+    figure = new_figure(15, 3.4)
     axes = figure.subplots(1, 5)
     for run, label, colour in runs:
         for axis, name in zip(axes[:2], CURVES, strict=True):
@@ -105,9 +86,9 @@ def plot_regulariser(results: Results, path: Path) -> Path | None:
         axis.set_xlabel("update")
         axis.grid(alpha=0.3, which="both")
     for axis in axes[3:]:
-        _logarithmic(axis, "y")
+        logarithmic(axis, "y")
     axes[0].legend(loc="best", fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_progress(results: Results, path: Path) -> Path | None:
@@ -123,7 +104,7 @@ def plot_distillation(results: Results, path: Path) -> Path | None:
 def _plot_snapshots(results: Results, run: str, path: Path) -> Path | None:
     if not results.of_run(run):
         return None
-    figure = _figure(13, 3.9)
+    figure = new_figure(13, 3.9)
     axes = figure.subplots(1, 3)
     panels = (
         ("frechet", "Fréchet distance (log)"),
@@ -139,10 +120,10 @@ def _plot_snapshots(results: Results, run: str, path: Path) -> Path | None:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("generator updates")
         if name != "accuracy":
-            _logarithmic(axis, "y")
+            logarithmic(axis, "y")
         axis.grid(alpha=0.3, which="both")
     axes[0].legend(fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_spectrum(results: Results, path: Path) -> Path | None:
@@ -154,7 +135,7 @@ def plot_spectrum(results: Results, path: Path) -> Path | None:
     ]
     if not shown:
         return None
-    figure = _figure(7.5, 4)
+    figure = new_figure(7.5, 4)
     axis = figure.subplots()
     frequencies = np.arange(1, len(results.reference_power) + 1)
     reference = np.asarray(results.reference_power)
@@ -169,7 +150,7 @@ def plot_spectrum(results: Results, path: Path) -> Path | None:
     axis.set_ylabel("power relative to real clips, dB")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 _FIGURE_5 = (
@@ -192,17 +173,6 @@ def _plot_band(axis: Axes, points: Sequence[Snapshot], name: str, label: str, co
     )
 
 
-def _logarithmic(axis: Axes, which: Literal["x", "y"]) -> None:
-    """A logarithmic axis with plain numbers: 1, 2, 5, 10."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set(**{f"{which}scale": "log"})
-    scale = axis.xaxis if which == "x" else axis.yaxis
-    scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    scale.set_minor_formatter(NullFormatter())
-
-
 def _running_mean(values: Sequence[float], half: int) -> list[float]:
     return [spread(values[max(0, i - half) : i + half + 1]).mean for i in range(len(values))]
 
@@ -213,15 +183,3 @@ def _family(row: MethodResult) -> str:
     if row.group == "ablation":
         return "ablation"
     return row.name.split("_")[0]
-
-
-def _figure(width: float, height: float) -> Figure:
-    # Slow to import, and only needed once there is something to draw.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=_DOTS_PER_INCH, metadata={"Software": None})
-    return path

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,18 @@ from apt.checkpoints.bundle import ModelBundle, component_info, save_bundle
 from apt.checkpoints.info import ModelInfo, SampleInfo, SamplingInfo, read_info, write_info
 from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, MovingDigits
 from apt.errors import CheckpointError, ConfigError, DataError
-from apt.evaluate import ClassifierConfig, EvaluateConfig, evaluate_digits
-from apt.evaluate.bars import read_causes
-from apt.evaluate.clips import (
+from apt.evaluate.digits import ClassifierConfig, EvaluateConfig, evaluate_digits
+from apt.evaluate.digits.bars import read_causes
+from apt.evaluate.digits.classifier import real_clips
+from apt.evaluate.digits.clips import (
     caption_set,
     generate,
     real_for_captions,
     real_reference,
 )
-from apt.evaluate.digits_classifier import real_clips
-from apt.evaluate.measure import FIGURES
-from apt.evaluate.methods import APT, DIFFUSION_GUIDED
-from apt.evaluate.runs import DISCRIMINATOR_LOSS, INPUT_GRADIENT
+from apt.evaluate.digits.measure import FIGURES
+from apt.evaluate.digits.methods import APT, DIFFUSION_GUIDED
+from apt.evaluate.digits.runs import DISCRIMINATOR_LOSS, INPUT_GRADIENT
 from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.pixels import to_uint8
 
@@ -184,6 +186,32 @@ def test_raw_figures_give_the_table(report: Path) -> None:
     codec = next(m for m in data["methods"] if m["name"] == "codec")
     back = codec["measurements"]["run 2, seed 1"]
     assert [back[name] for name in FIGURES] == pytest.approx([real[name] for name in FIGURES])
+
+
+def test_the_page_is_rendered_from_what_was_saved(report: Path, tmp_path: Path) -> None:
+    for file in report.parent.iterdir():
+        if "samples" in file.name or "comparison" in file.name or file.suffix == ".json":
+            shutil.copy(file, tmp_path)
+    again = evaluate_digits(EvaluateConfig(out=tmp_path, render=True))
+    names = sorted(file.name for file in report.parent.iterdir())
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (report.parent / name).read_bytes(), name
+    assert again.name == report.name
+    (tmp_path / "digits_comparison.png").unlink()
+    with pytest.raises(DataError, match="no pictures of samples"):
+        evaluate_digits(EvaluateConfig(out=tmp_path, render=True))
+    (tmp_path / "digits.json").write_text('{"runs": 1, "more": 2}')
+    with pytest.raises(DataError, match="measure again"):
+        evaluate_digits(EvaluateConfig(out=tmp_path, render=True))
+
+
+def test_the_html_page_needs_no_other_file(report: Path) -> None:
+    text = report.with_suffix(".html").read_text()
+    pictures = re.findall(r'src="([^"]{,40})', text)
+    assert len(pictures) == len(list(report.parent.glob("*.png")))
+    assert all(source.startswith("data:image/png;base64,") for source in pictures)
+    assert "http" not in re.sub(r'src="[^"]*"', "", text)
 
 
 def test_bars_are_judged_and_causes_told(report: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from apt.data.digits import Label, MovingDigits
 from apt.errors import CheckpointError, ConfigError, InputError
-from apt.evaluate.digits_classifier import (
+from apt.evaluate.digits.classifier import (
     ClassifierConfig,
     DigitsClassifier,
     Judgement,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from apt.errors import DataError
-from apt.evaluate.results import Cost, Curve
-from apt.evaluate.runs import DISCRIMINATOR_LOSS, read_cost, read_curves, snapshot_folders
+from apt.evaluate.digits.results import Cost, Curve
+from apt.evaluate.digits.runs import DISCRIMINATOR_LOSS, read_cost, read_curves, snapshot_folders
 
 
 def test_reads_a_log_that_a_kill_cut_short(tmp_path: Path) -> None:

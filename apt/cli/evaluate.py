@@ -1,0 +1,141 @@
+"""`diffusion-apt evaluate`: models through a protocol, to a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from apt.cli.output import printing
+from apt.cli.progress import progress_bar
+from apt.distributed.launch import is_one_of_many
+from apt.errors import InputError
+from apt.evaluate.choice import parse_model
+from apt.evaluate.peers import PEERS
+
+DIGITS = "digits"
+_PATIENCE = timedelta(days=7)
+"""For the slowest rank, whose samples may take long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every protocol needs."""
+
+    model: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """A model: a built-in name, a folder (a training run, an export) or a Hub id of ours; a
+    published peer by its name; or diffusers:FOLDER and diffusers:owner/name for any pipeline. Give
+    it once for each model, with a name before it and options behind it where they are needed:
+    --model digits --model two=digits,num_steps=2 --model wan=diffusers:some/wan,num_steps=25,
+    cfg_scale=5,fps=16. Options are those of `generate`: num_steps, cfg_scale, negative_prompt,
+    sampler, frames, height, width; and fps, and unet (a peer's weights as safetensors)."""
+    out: Path
+    """Folder for samples, figures and the page. The same call again goes on where it stopped."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; None takes a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number type of the weights; None is float32, and what the card says for a peer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview(Options):
+    """Evaluate models by a protocol: diffusion-apt evaluate PROTOCOL --model A --model B --out DIR.
+
+    Each model makes the same prompts from the same noise; then everything is measured, and a page
+    is written as Markdown and as one HTML file, with a JSON file of every figure. Under torchrun
+    the ranks share the samples: torchrun --nproc-per-node 8 -m apt evaluate PROTOCOL ...
+    """
+
+    protocol: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROTOCOL")]
+    """Its name comes first; `diffusion-apt evaluate` without one lists them."""
+
+
+def main(args: Sequence[str], *, prog: str) -> None:
+    """Evaluate and say where the page is."""
+    if not args:
+        with printing():
+            print(overview(prog))
+        return
+    name, *rest = args
+    if name == DIGITS and not any(arg.partition("=")[0] == "--model" for arg in rest):
+        from apt.cli.evaluate_digits import main as evaluate_digits
+
+        return evaluate_digits(rest, prog=f"{prog} {DIGITS}")
+    if name.startswith("-"):
+        tyro.cli(Overview, args=args, prog=prog)
+        raise InputError(f"the protocol's name comes first: {prog} PROTOCOL [OPTIONS]")
+    from apt.evaluate.protocols import PROTOCOLS
+
+    kind: Any = PROTOCOLS.get(name)
+    both = dataclasses.make_dataclass(
+        "Evaluate",
+        [
+            ("options", Annotated[Options, tyro.conf.arg(name="")]),
+            ("protocol", Annotated[kind, tyro.conf.arg(name="")]),
+        ],
+        kw_only=True,
+        frozen=True,
+    )
+    asked: Any = tyro.cli(
+        both, args=rest, prog=f"{prog} {name}", description=PROTOCOLS.summary(name)
+    )
+    command = shlex.join([*prog.split(), *args])
+    _evaluate(asked.protocol, asked.options, command)
+
+
+def overview(prog: str) -> str:
+    """Protocols and peers by name."""
+    from apt.evaluate.protocols import PROTOCOLS
+
+    protocols = {name: PROTOCOLS.summary(name) for name in PROTOCOLS.names()}
+    peers = {name: f"{peer.about} ({peer.licence})" for name, peer in PEERS.items()}
+    width = max(map(len, [*protocols, *peers]))
+    return "\n".join(
+        [
+            f"usage: {prog} PROTOCOL --model A --model B ... --out DIR [OPTIONS]",
+            "",
+            "protocols:",
+            *(f"  {name:<{width}}  {about}" for name, about in protocols.items()),
+            "",
+            "peers that --model takes by name, beside models of ours and diffusers:FOLDER:",
+            *(f"  {name:<{width}}  {about}" for name, about in peers.items()),
+            "",
+            f"`{prog} PROTOCOL --help` shows the options.",
+        ]
+    )
+
+
+def _evaluate(protocol: Any, options: Options, command: str) -> None:
+    models = [parse_model(text) for text in options.model]
+
+    from apt.evaluate.harness import evaluate
+
+    def run(parallel: Any = None) -> Path | None:
+        return evaluate(
+            protocol,
+            models,
+            options.out,
+            device=options.device if parallel is None else parallel.device,
+            dtype=options.dtype,
+            command=command,
+            parallel=parallel,
+            progress=progress_bar,
+        )
+
+    if is_one_of_many():
+        from apt.distributed.parallel import Parallel
+
+        with Parallel.from_environment(options.device or "auto", timeout=_PATIENCE) as parallel:
+            page = run(parallel)
+    else:
+        page = run()
+    if page is not None:
+        with printing():
+            print(page)
+            print(page.with_suffix(".html"))

@@ -1,0 +1,147 @@
+"""One way for all: generate what a protocol asks of each model, measure it, write the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from apt.distributed.parallel import Parallel
+from apt.errors import DataError, InputError
+from apt.evaluate.choice import ModelChoice, check_model
+from apt.evaluate.generate import generate_samples, together
+from apt.evaluate.machine import machine
+from apt.evaluate.measured import Measured
+from apt.evaluate.models import DtypeName, load_model
+from apt.evaluate.protocol import Protocol, ProtocolConfig, Request
+from apt.evaluate.report import write_report
+from apt.evaluate.results import Evaluation, ModelResult
+from apt.outputs import check_folder, file_content
+from apt.samples import Sample, SampleFolder, read_samples
+from apt.version import __version__
+
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""A bar with a description, which is told what is done and of how much."""
+
+
+def evaluate(
+    config: ProtocolConfig,
+    models: Sequence[ModelChoice],
+    out: Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: DtypeName | None = None,
+    command: str = "",
+    parallel: Parallel | None = None,
+    progress: Progress = lambda _: nullcontext(lambda done, total: None),
+) -> Path | None:
+    """Evaluate models by a protocol; returns the page, None on other ranks than the first.
+
+    Writes ``samples/<model>/`` and, by the protocol's name, a page as Markdown and as one HTML
+    file, and a JSON file of every figure. An interrupted call is repeated: samples and figures
+    that are there are kept, files that were damaged are made again.
+
+    Args:
+        config: the protocol's options.
+        models: at least one, with different names.
+        out: folder, made if need be.
+        device: None takes a GPU if there is one.
+        dtype: of the weights; None is float32, and what a peer's card says.
+        command: that was called, for the page.
+        parallel: ranks that share the samples.
+        progress: shows how far the work is.
+
+    Raises:
+        InputError: models, options or files that do not fit, or a disk that refuses.
+        CheckpointError: a model that is nowhere, or cannot be loaded.
+        DataError: a sample or a reference that cannot be read.
+    """
+    names = [choice.name for choice in models]
+    if not names or len(set(names)) < len(names):
+        raise InputError(
+            f"models need different names, and at least one; got {names}; name them with NAME=..."
+        )
+    for choice in models:
+        check_model(choice)
+    check_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    protocol = config.build(Request(out, tuple(models)))
+    with progress("what is real") as update:
+        update(0, 1)
+        together(parallel, protocol.prepare)
+    keys = [key for seed in protocol.seeds for key in protocol.keys(seed)]
+    folders = {name: out / "samples" / name for name in names}
+    for choice in models:
+        with progress(f"samples of {choice.name}") as update:
+            model = load_model(choice.sized(protocol.options), device=device, dtype=dtype)
+            generate_samples(folders[choice.name], model, keys, parallel=parallel, progress=update)
+        del model  # the next one needs its memory
+    if parallel is not None and not parallel.is_main:
+        return None
+    found = {name: read_samples(folder) for name, folder in folders.items()}
+    evaluation = Evaluation(
+        protocol=protocol,
+        command=command,
+        machine=machine(),
+        software=f"diffusion-apt {__version__}",
+        models=measure(protocol, models, found, out, progress),
+    )
+    return write_report(out, evaluation, found)
+
+
+def measure(
+    protocol: Protocol,
+    models: Sequence[ModelChoice],
+    folders: dict[str, SampleFolder],
+    out: Path,
+    progress: Progress,
+) -> list[ModelResult]:
+    """Every figure of every model and seed; those of earlier calls are not measured again."""
+    measured = Measured(out, [protocol.name, dict(protocol.settings), __version__])
+    results = []
+    first = folders[models[0].name]
+    for choice in models:
+        folder = folders[choice.name]
+        result = ModelResult(name=choice.name, place=choice.place, settings=folder.settings)
+        with progress(f"figures of {choice.name}") as update:
+            for done, seed in enumerate(protocol.seeds):
+                update(done, len(protocol.seeds))
+                result.figures[seed] = _figures(protocol, seed, folder, first, measured)
+        results.append(result)
+    return results
+
+
+def _figures(
+    protocol: Protocol, seed: int, folder: SampleFolder, first: SampleFolder, measured: Measured
+) -> dict[str, float]:
+    samples = _samples(protocol, seed, folder)
+    figures: dict[str, float] = {}
+    for number, one in enumerate(protocol.measures):
+        figures |= measured.get(number, [samples], lambda one=one: one(samples))
+    if folder is not first:
+        others = _samples(protocol, seed, first)
+        for number, pair in enumerate(protocol.pair_measures, start=len(protocol.measures)):
+            figures |= measured.get(
+                number, [samples, others], lambda pair=pair: pair(samples, others)
+            )
+    unknown = figures.keys() - protocol.figures.keys()
+    assert not unknown, f"the protocol does not say what {unknown} are"
+    return figures
+
+
+def _samples(protocol: Protocol, seed: int, folder: SampleFolder) -> list[Sample]:
+    """In the protocol's order, as they were made. Raises DataError for one that is not."""
+    samples = [folder.samples[key] for key in protocol.keys(seed)]
+    for sample in samples:
+        try:
+            whole = file_content(sample.path)[1] == sample.sha256
+        except OSError:
+            whole = False
+        if not whole:
+            raise DataError(
+                f"{str(sample.path)!r} was cut off or changed since it was made; evaluate again: "
+                "it is made anew, and what else is there is kept"
+            )
+    return samples

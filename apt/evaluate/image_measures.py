@@ -1,0 +1,304 @@
+"""Measures of generated images against real ones: FID, PFID, FDr, CLIP score.
+
+They read files batch by batch and keep means and covariances in fp64, so memory does not grow with
+their number. What is real is looked at once, when a measure is made, and serves for all models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apt.data.decode import probe
+from apt.errors import DataError, InputError
+from apt.evaluate.clip_score import Similarity
+from apt.evaluate.features import Features
+from apt.evaluate.pictures import (
+    Picture,
+    clean_resize,
+    crop_middle,
+    crop_square,
+    read_picture,
+    upsample,
+)
+from apt.metrics.frechet import GaussianStatistics, frechet_distance, gaussian_statistics
+
+T = TypeVar("T")
+
+Advance = Callable[[int], None]
+"""Told how many more pictures are done."""
+
+SMALL, LARGE = 512, 1024
+"""Pictures whose shorter side is at most `SMALL` are enlarged to `LARGE` for PFID (Lin et al.,
+2024)."""
+
+_DECODERS = 4
+
+
+def _nobody(_: int) -> None:
+    """Nobody listens."""
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Items one behind another, `size` at a time."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def whole(path: Path, size: int) -> Picture:
+    """A file's largest square in the middle, resized as clean-fid does."""
+    return clean_resize(crop_square(read_picture(path)), (size, size))
+
+
+def patch(path: Path, size: int) -> Picture:
+    """The middle of a real picture, not resized."""
+    return crop_middle(read_picture(path), size)
+
+
+def patch_of_generated(path: Path, size: int) -> Picture:
+    """The middle of a generated picture; one of a model of 512 pixels is enlarged before."""
+    picture = read_picture(path)
+    small = min(picture.shape[:2]) <= SMALL
+    return crop_middle(upsample(picture, LARGE) if small else picture, size)
+
+
+def prepared(
+    files: Sequence[Path], prepare: Callable[[Path], Picture], batch_size: int
+) -> Iterator[Tensor]:
+    """Pictures of one size, batch by batch: (B, H, W, 3), uint8 or float32."""
+    with ThreadPoolExecutor(_DECODERS) as pool:
+        for chunk in batches(files, batch_size):
+            yield torch.from_numpy(np.stack(list(pool.map(prepare, chunk))))
+
+
+def feature_statistics(
+    files: Sequence[Path],
+    features: Features,
+    prepare: Callable[[Path, int], Picture] = whole,
+    *,
+    batch_size: int = 32,
+    advance: Advance = _nobody,
+) -> GaussianStatistics:
+    """Mean and covariance of the features of files.
+
+    Args:
+        files: images.
+        features: the network.
+        prepare: a file and the network's size to a picture of that size.
+        batch_size: pictures that the network sees at once; the figures do not depend on it.
+        advance: told of progress.
+
+    Raises:
+        DataError: a file that cannot be decoded.
+        InputError: fewer than two files, or features that are not finite.
+    """
+
+    def rows() -> Iterator[Tensor]:
+        size = features.size
+        for pictures in prepared(files, lambda path: prepare(path, size), batch_size):
+            yield features(pictures)
+            advance(len(pictures))
+
+    return gaussian_statistics(rows())
+
+
+class Fid:
+    """Fréchet Inception distance (Heusel et al., 2017), as APT's Appendix A has it.
+
+    Pictures are cropped to their middle square and resized to 299 pixels as clean-fid does (Parmar
+    et al., 2022). Lower is better; it is biased upwards by few samples (compare equal numbers), and
+    singular below 2048 of them.
+
+    Args:
+        reference: files of real images, at least two.
+        features: Inception, or another network, for another Fréchet distance.
+        batch_size: pictures that the network sees at once.
+        advance: told of progress.
+    """
+
+    def __init__(
+        self,
+        reference: Sequence[Path],
+        features: Features,
+        *,
+        batch_size: int = 32,
+        advance: Advance = _nobody,
+    ) -> None:
+        self._features, self._batch_size, self._advance = features, batch_size, advance
+        self._real = self.statistics(reference)
+
+    def statistics(self, files: Sequence[Path]) -> GaussianStatistics:
+        """Of features of files; see `feature_statistics`."""
+        return feature_statistics(
+            files, self._features, batch_size=self._batch_size, advance=self._advance
+        )
+
+    def __call__(self, files: Sequence[Path]) -> float:
+        """The squared distance, 0 for equal statistics."""
+        return frechet_distance(self.statistics(files), self._real)
+
+
+class PatchFid:
+    """Patch FID (Lin et al., 2024; APT, Appendix A): detail, at the resolution that was generated.
+
+    Patches of 299 pixels from the middle, not resized. Generated pictures whose shorter side is at
+    most 512 pixels are first enlarged to 1024, bilinearly; real ones never are, and those with a
+    side below 299 are left out. Arguments as for `Fid`.
+
+    Attributes:
+        left_out: how many real files were too small.
+
+    Raises:
+        DataError: all real files are too small.
+        InputError: a generated one is: with a shorter side from 513 pixels it cannot be.
+    """
+
+    def __init__(
+        self,
+        reference: Sequence[Path],
+        features: Features,
+        *,
+        batch_size: int = 32,
+        advance: Advance = _nobody,
+    ) -> None:
+        self._features, self._batch_size, self._advance = features, batch_size, advance
+        large = [path for path in reference if _shorter_side(path) >= features.size]
+        self.left_out = len(reference) - len(large)
+        if not large:
+            raise DataError(
+                f"none of the {len(reference)} real images has {features.size} pixels on its "
+                "shorter side, so there are no patches; give a folder of larger images"
+            )
+        self._real = self._statistics(large, patch)
+
+    def _statistics(
+        self, files: Sequence[Path], prepare: Callable[[Path, int], Picture]
+    ) -> GaussianStatistics:
+        return feature_statistics(
+            files, self._features, prepare, batch_size=self._batch_size, advance=self._advance
+        )
+
+    def __call__(self, files: Sequence[Path]) -> float:
+        """The squared distance, 0 for equal statistics."""
+        return frechet_distance(self._statistics(files, patch_of_generated), self._real)
+
+
+def _shorter_side(path: Path) -> int:
+    info = probe(path)
+    return min(info.height, info.width)
+
+
+@dataclass(frozen=True)
+class FrechetRatios:
+    """What `FrechetRatio` gives.
+
+    Attributes:
+        mean: over the networks; 1 is as far from the reference as real images are.
+        ratios: by network.
+        distances: Fréchet distances of the generated images by network.
+    """
+
+    mean: float
+    ratios: Mapping[str, float]
+    distances: Mapping[str, float]
+
+
+class FrechetRatio:
+    """FDr^k: Fréchet distances in k representations, each over that of held-out real images.
+
+    The mean over networks of FD(generated, reference) / FD(held out, reference): 1 is what real
+    images reach. One network's distance can be optimised, and misranks models; several are harder
+    to fool. Source: Yang et al., "Representation Fréchet Loss for Visual Generation" (arXiv
+    2604.28190) and its evaluation code, with Inception, ConvNeXt-V2-B, DINOv2-L, MAE-L, SigLIP 2
+    So400m and CLIP-L (`apt.evaluate.features.FDR_FEATURES`) on ImageNet, where the held-out images
+    are its validation set.
+
+    Differences from there: real images are the user's own; pictures are resized as clean-fid does
+    to the size that each network was trained at (theirs come in 256 pixels). So figures compare
+    models here, not with that paper's tables. Distances fall with the number of images on either
+    side: hold out as many as are generated.
+
+    Args:
+        reference: files of real images.
+        features: networks with different names.
+        heldout: other real images; None holds back every second file of `reference`.
+        batch_size: pictures that a network sees at once.
+        advance: told of progress.
+
+    Raises:
+        InputError: no networks, two of one name, too few images, or held-out images that are those
+            of the reference.
+    """
+
+    def __init__(
+        self,
+        reference: Sequence[Path],
+        features: Sequence[Features],
+        *,
+        heldout: Sequence[Path] | None = None,
+        batch_size: int = 32,
+        advance: Advance = _nobody,
+    ) -> None:
+        names = [network.name for network in features]
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"FDr needs networks with different names, at least one; got {names}")
+        if heldout is None:
+            reference, heldout = reference[::2], reference[1::2]
+        self._distances = {
+            network.name: Fid(reference, network, batch_size=batch_size, advance=advance)
+            for network in features
+        }
+        self.heldout = {name: distance(heldout) for name, distance in self._distances.items()}
+        equal = [name for name, distance in self.heldout.items() if distance <= 0]
+        if equal:
+            raise InputError(
+                f"the held-out images are as the reference to {', '.join(equal)}, so nothing can "
+                "be measured against them; hold out other real images"
+            )
+
+    def __call__(self, files: Sequence[Path]) -> FrechetRatios:
+        """The ratios of generated images."""
+        distances = {name: distance(files) for name, distance in self._distances.items()}
+        ratios = {name: distances[name] / self.heldout[name] for name in distances}
+        return FrechetRatios(sum(ratios.values()) / len(ratios), ratios, distances)
+
+
+def clip_score(
+    files: Sequence[Path],
+    prompts: Sequence[str],
+    similarity: Similarity,
+    *,
+    batch_size: int = 32,
+    advance: Advance = _nobody,
+) -> float:
+    """Mean over images of 100 times the cosine with their prompts, as APT's Tables 5 and 6.
+
+    Args:
+        files: images.
+        prompts: what each was made from.
+        similarity: CLIP, or another network.
+        batch_size: pictures that the network sees at once.
+        advance: told of progress.
+
+    Raises:
+        InputError: other numbers of prompts than of files, or none.
+        DataError: a file that cannot be decoded.
+    """
+    if not files or len(files) != len(prompts):
+        raise InputError(
+            f"a CLIP score needs a prompt for each image; got {len(files)} images and "
+            f"{len(prompts)} prompts"
+        )
+    pictures = prepared(files, lambda path: whole(path, similarity.size), batch_size)
+    total = 0.0
+    for batch, texts in zip(pictures, batches(prompts, batch_size), strict=True):
+        total += float(similarity(batch, texts).sum())
+        advance(len(texts))
+    return 100 * total / len(files)

@@ -1,0 +1,115 @@
+"""Models at work: from a choice to what makes samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from apt.errors import InputError
+from apt.evaluate.choice import PIPELINE_PREFIX, ModelChoice, check_model
+from apt.evaluate.peers import PEERS
+from apt.pipeline import OneStepPipeline
+from apt.samples import SampleKey
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+class SampleModel(Protocol):
+    """What makes samples.
+
+    Attributes:
+        settings: everything that decides its samples besides prompt and seed, as JSON.
+        frames: of a sample; 1 is an image.
+        fps: frames per second of its videos.
+    """
+
+    settings: Mapping[str, Any]
+    frames: int
+    fps: float
+
+    def stream(self, keys: Sequence[SampleKey]) -> Iterator[Tensor]:
+        """The samples, uint8 (T, H, W, 3), one after the other.
+
+        Raises InputError for a prompt, size or option that does not fit.
+        """
+        ...
+
+
+def load_model(
+    choice: ModelChoice,
+    *,
+    device: torch.device | str | None = None,
+    dtype: DtypeName | None = None,
+) -> SampleModel:
+    """Load a model.
+
+    Args:
+        choice: which, and how it samples.
+        device: None takes a GPU if there is one.
+        dtype: of the weights; None is float32, and what a peer's card says.
+
+    Raises:
+        CheckpointError: a model that is nowhere, or cannot be loaded.
+        InputError: an option that does not fit.
+    """
+    check_model(choice)
+    if choice.place.startswith(PIPELINE_PREFIX) or choice.place in PEERS:
+        # Brings diffusers, which models of ours do without.
+        from apt.evaluate.pipelines import load_peer, load_pipeline
+
+        if choice.place in PEERS:
+            return load_peer(
+                PEERS[choice.place], choice.options, unet=choice.unet, device=device, dtype=dtype
+            )
+        place = choice.place.removeprefix(PIPELINE_PREFIX)
+        return load_pipeline(
+            place, choice.options, fps=choice.fps, device=device, dtype=dtype or "float32"
+        )
+    return OwnModel(choice, device=device, dtype=dtype or "float32")
+
+
+class OwnModel:
+    """A model of ours; see `SampleModel`. Arguments and errors are those of `load_model`."""
+
+    def __init__(
+        self,
+        choice: ModelChoice,
+        *,
+        device: torch.device | str | None = None,
+        dtype: DtypeName = "float32",
+    ) -> None:
+        self._pipeline = OneStepPipeline.from_pretrained(
+            choice.place, device=device, dtype=getattr(torch, dtype)
+        )
+        self._options = choice.options
+        sample = self._pipeline.info.sample
+        self.frames, *_ = sample.sized(
+            self._options.frames, self._options.height, self._options.width
+        )
+        self.fps = sample.fps if choice.fps is None else choice.fps
+        if self.frames > 1 and not self.fps:
+            raise InputError(
+                f"{choice.place} was trained on clips at each video's own rate; say at which one "
+                f"its samples play, as in {choice.place},fps=24"
+            )
+        plan = self._pipeline.plan(self._options)
+        origin = self._pipeline.bundle.origin
+        self.settings: Mapping[str, Any] = {
+            **dataclasses.asdict(self._options),
+            "model": choice.place,
+            "model_content": origin and (origin.revision or origin.weights),
+            "dtype": dtype,
+            "fps": self.fps,
+            "num_steps": len(plan.timesteps) - 1,
+            "sampler": plan.sampler,
+            "cfg_scale": plan.cfg_scale,
+        }
+
+    def stream(self, keys: Sequence[SampleKey]) -> Iterator[Tensor]:
+        """See `SampleModel`."""
+        prompts, seeds = [prompt for prompt, _ in keys], [seed for _, seed in keys]
+        return self._pipeline.stream(prompts, seed=seeds, options=self._options)

@@ -1,0 +1,10 @@
+"""The protocols; importing this registers them."""
+
+from __future__ import annotations
+
+from apt.evaluate.protocol import PROTOCOLS
+from apt.evaluate.protocols.coco import Coco
+from apt.evaluate.protocols.digits import Digits
+from apt.evaluate.protocols.prompts import Prompts
+
+__all__ = ["PROTOCOLS", "Coco", "Digits", "Prompts"]

@@ -1,0 +1,103 @@
+"""What pages are put together from that are whole in one file."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+from apt.errors import InputError
+
+VIDEO_TYPES = {".mp4": "video/mp4", ".webm": "video/webm"}
+_IMAGE_TYPES = {
+    ".gif": "image/gif",
+    ".jpg": "image/jpeg",
+    ".png": "image/png",
+    ".webp": "image/webp",
+}
+
+
+def data_uri(file: Path) -> str:
+    """A video or picture as the source of an element.
+
+    Raises InputError for a file of another kind, or one that cannot be read.
+    """
+    suffix = file.suffix.lower()
+    kind = VIDEO_TYPES.get(suffix) or _IMAGE_TYPES.get(suffix)
+    if kind is None:
+        raise InputError(f"{str(file)!r} is not a video or picture that a page can show")
+    try:
+        data = base64.b64encode(file.read_bytes()).decode("ascii")
+    except OSError as error:
+        raise InputError(f"cannot read {str(file)!r}: {error.strerror}") from error
+    return f"data:{kind};base64,{data}"
+
+
+def embed(file: Path, label: str) -> str:
+    """A video or picture as an element; errors as of `data_uri`.
+
+    Args:
+        file: that is shown.
+        label: for who does not see it, as HTML.
+    """
+    source = data_uri(file)
+    if file.suffix.lower() in VIDEO_TYPES:
+        return f'<video muted playsinline controls aria-label="{label}" src="{source}"></video>'
+    return f'<img alt="{label}" src="{source}">'
+
+
+COLOURS = """:root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --faint: #59636e;
+  --line: #d8dee4; --good: #1a7f37 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #0d1117; --ink: #e6edf3; --faint: #9198a1; --line: #30363d; --good: #3fb950 }
+}"""
+"""Light, and dark for who prefers that."""
+
+CONTROL = '<button type="button" aria-keyshortcuts="Space" hidden>Pause</button>'
+"""Holds all videos, and lets them go on."""
+
+# The videos are as long as each other, but browsers let them drift: they begin anew together.
+SCRIPT = """<script>
+"use strict";
+const videos = [...document.querySelectorAll("video")];
+const button = document.querySelector("button");
+let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+let ended = new Set();
+let timer = 0;
+
+function begin() {
+  ended = new Set();
+  for (const video of videos) { video.currentTime = 0; video.play().catch(() => {}); }
+}
+
+function show() {
+  button.textContent = playing ? "Pause" : "Play";
+  clearTimeout(timer);
+  if (!playing) { for (const video of videos) video.pause(); }
+  else if (ended.size) begin();
+  else {
+    for (const video of videos) {
+      video.currentTime = videos[0].currentTime;
+      video.play().catch(() => {});
+    }
+  }
+}
+
+function toggle() { playing = !playing; show(); }
+
+for (const video of videos) {
+  video.controls = false;
+  video.addEventListener("ended", () => {
+    ended.add(video);
+    if (playing && ended.size === videos.length) timer = setTimeout(begin, 500);
+  });
+}
+button.hidden = false;
+button.addEventListener("click", toggle);
+document.addEventListener("keydown", (event) => {
+  if (event.key !== " " || event.target === button) return;
+  event.preventDefault();
+  toggle();
+});
+show();
+</script>"""
+"""Plays all videos of a page together."""
