@@ -287,10 +287,15 @@ def _new_clips(config: TrainConfig, codec: ComponentInfo) -> SampleInfo:
     is_there = bool(data.path) and Path(data.path).is_dir()
     if isinstance(data.make_source(), (Folder, Latents)) and not is_there:
         side = math.isqrt(data.max_pixels)
-        largest = {"frames": data.max_frames, "height": side, "width": side, "fps": 0.0}
+        largest: dict[str, Any] = {
+            "frames": data.max_frames,
+            "height": side,
+            "width": side,
+            "fps": 0.0,
+        }
         is_open = {name: size for name, size in largest.items() if getattr(data, name) is None}
         return dataclasses.replace(data, **is_open).clip
-    stage = config.stage
+    stage: Any = config.stage
     if stage.trained_codec():
         stage = dataclasses.replace(stage, codec="")
     model = dataclasses.replace(

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# torchvision replaces a CPU build of torch by one for CUDA; what is asked for here needs none of it.
+# torchvision would bring a CUDA build of torch; what is asked for here needs none of it.
 for name in ("torchvision", "torchvision.models", "torchvision.models.utils", "requests"):
     sys.modules[name] = types.ModuleType(name)
 sys.modules["torchvision.models.utils"].load_state_dict_from_url = None
