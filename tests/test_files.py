@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from apt.checkpoints.lora import LoRALayer, save_lora
 from apt.data.buckets import Bucket
-from apt.data.latents import Clip, write_clips
+from apt.data.latent_shards import Clip, write_clips
 from apt.errors import CheckpointError, DataError
 from apt.files import read_lines, read_text, replacing, write_safetensors, write_text
 

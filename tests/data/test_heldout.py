@@ -14,7 +14,8 @@ from apt.data.buckets import Bucket
 from apt.data.clips import check_clips
 from apt.data.folder import VideoFolder
 from apt.data.heldout import Divisible, hold_out
-from apt.data.latents import CacheInfo, Clip, LatentFolder, write_cache_info, write_clips
+from apt.data.latent_shards import Clip, write_clips
+from apt.data.latents import CacheInfo, LatentFolder, write_cache_info
 from apt.data.loader import make_loader
 from apt.data.order import BucketOrder
 from apt.data.source import ClipRequest
