@@ -6,19 +6,21 @@ that has made a library import it, and pickles that leave the same mark.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import shutil
 import socket
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.export import export_model
@@ -27,6 +29,7 @@ from apt.checkpoints.load import load_bundle, load_model
 from apt.checkpoints.lora import find_lora, load_lora
 from apt.data.latents import LatentFolder, read_cache_info
 from apt.data.scan import scan_folder
+from apt.data.tar import write_tar
 from apt.errors import CheckpointError, DataError, InputError
 from apt.hub.push import push_to_hub
 from apt.media import write_mp4
@@ -347,6 +350,43 @@ def test_latent_caches(tmp_path: Path, mark: Path) -> None:
         save_file({"0": torch.zeros(1)}, shard, metadata={"clips": clips})
         with pytest.raises(DataError, match="not a file of a latent cache"):
             LatentFolder(tmp_path)
+
+
+def test_shards_of_latents(tmp_path: Path, mark: Path) -> None:
+    info = {
+        "format": 1, "codec": {}, "text_encoder": None, "channels": 4, "temporal_compression": 4,
+        "spatial_compression": 8, "frames": 1, "height": 8, "width": 8, "fps": 8, "dtype": "x",
+        "source": "x", "num_clips": 1, "num_prompts": 0, "shards": "../../x",
+    }  # fmt: skip
+    (tmp_path / "latents.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match="another format"):
+        read_cache_info(tmp_path)
+    (tmp_path / "latents.json").write_text(json.dumps({**info, "shards": "tar"}))
+    shard, fact = tmp_path / "latents-00000.tar", b'{"caption": "a", "bucket": [1, 8, 8]}'
+    for said in (b"[" * 100_000, b"[1]", b'{"caption": "a", "bucket": [1]}'):
+        write_tar(shard, {"0.safetensors": b"", "0.json": said})
+        with pytest.raises(DataError, match="missing or damaged"):
+            LatentFolder(tmp_path)
+    with tarfile.open(shard, "w") as tar:  # a link is no member that is read
+        link = tarfile.TarInfo("0.safetensors")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        said_file = tarfile.TarInfo("0.json")
+        said_file.size = len(fact)
+        tar.addfile(said_file, io.BytesIO(fact))
+    with pytest.raises(DataError, match="missing or damaged"):
+        LatentFolder(tmp_path)
+    pickled = io.BytesIO()
+    torch.save(Pickled(mark), pickled)
+    for tensors in (
+        pickled.getvalue(),
+        (2**60).to_bytes(8, "little"),
+        save({"other": torch.zeros(1)}),
+    ):
+        write_tar(shard, {"0.safetensors": tensors, "0.json": fact})
+        folder = LatentFolder(tmp_path)
+        with pytest.raises(DataError, match="missing or damaged"):
+            folder[0]
 
 
 def test_manifests_of_data(tmp_path: Path) -> None:

@@ -45,9 +45,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
     from rich.console import Console
 
+    from apt.data.builtin_sources import Folder, Shards
     from apt.data.check import check_folder
-    from apt.data.scan import scan_folder
-    from apt.data.shards import scan_shards
 
     captions = None
     if options.model is not None:
@@ -61,7 +60,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
             decode=not options.headers_only,
             captions=captions,
             progress=update,
-            scan=scan_shards if options.source == "webdataset" else scan_folder,
+            scan=Shards.scan if options.source == "webdataset" else Folder.scan,
         )
     with printing():
         Console(soft_wrap=True).print(found.render())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NoReturn, TypeVar
@@ -9,11 +10,12 @@ from typing import ClassVar, NoReturn, TypeVar
 from apt.data.digits import MovingDigits, Setting, clip_size
 from apt.data.folder import VideoFolder
 from apt.data.latents import LatentFolder
-from apt.data.shards import VideoShards
+from apt.data.scan import Scan, scan_folder
+from apt.data.shards import VideoShards, scan_shards
 from apt.data.source import DATASETS, ClipRequest, DataSource
 from apt.errors import ConfigError
 
-__all__ = ["DATASETS", "DIGITS", "OBJECT", "Digits", "Folder", "Latents", "Shards"]
+__all__ = ["DATASETS", "DIGITS", "OBJECT", "Digits", "Files", "Folder", "Latents", "Shards"]
 
 Clips = TypeVar("Clips", bound=VideoFolder)
 
@@ -48,12 +50,26 @@ class Digits(DataSource):
         return MovingDigits(request.seed, "test", setting=self.setting)
 
 
-@DATASETS.register("folder")
 @dataclass(frozen=True, kw_only=True)
-class Folder(DataSource):
-    """Your own captioned videos and images, in a folder (--data.path)."""
+class Files(DataSource):
+    """Captioned videos and images in a folder, which can be listed without decoding them."""
 
     path: str = ""
+
+    @staticmethod
+    @abstractmethod
+    def scan(directory: str | Path, *, captioned: bool = True) -> Scan:
+        """List them; see `apt.data.scan.scan_folder`."""
+
+
+@DATASETS.register("folder")
+@dataclass(frozen=True, kw_only=True)
+class Folder(Files):
+    """Your own captioned videos and images, in a folder (--data.path)."""
+
+    @staticmethod
+    def scan(directory: str | Path, *, captioned: bool = True) -> Scan:
+        return scan_folder(directory, captioned=captioned)
 
     def open(self, request: ClipRequest) -> VideoFolder:
         return _folder(VideoFolder, self.path, request)
@@ -61,10 +77,12 @@ class Folder(DataSource):
 
 @DATASETS.register("webdataset")
 @dataclass(frozen=True, kw_only=True)
-class Shards(DataSource):
+class Shards(Files):
     """WebDataset shards, `.tar` files of captioned videos and images, in a folder (--data.path)."""
 
-    path: str = ""
+    @staticmethod
+    def scan(directory: str | Path, *, captioned: bool = True) -> Scan:
+        return scan_shards(directory, captioned=captioned)
 
     def open(self, request: ClipRequest) -> VideoShards:
         return _folder(VideoShards, self.path, request)

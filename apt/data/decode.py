@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -30,20 +30,6 @@ from apt.errors import DataError
 def is_image(source: Source) -> bool:
     """Whether the name is that of a picture, still or moving; all else is read as a video."""
     return Path(name_of(source)).suffix.lower() in IMAGE_SUFFIXES
-
-
-def probe_once(path: Path) -> MediaInfo:
-    """What `probe` finds, without opening a file again that is as it was then."""
-    try:
-        state = path.stat()
-    except OSError:
-        return probe(path)  # which says what is wrong
-    return _probed(path, state.st_mtime_ns, state.st_size)
-
-
-@cache
-def _probed(path: Path, changed: int, size: int) -> MediaInfo:
-    return probe(path)
 
 
 def probe(source: Source) -> MediaInfo:

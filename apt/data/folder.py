@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from torch import Tensor
 from apt.data.buckets import MAX_UPSCALE, Bucket, best_bucket, check_buckets
 from apt.data.captions import CaptionRule, Refused
 from apt.data.dataset import Sample
-from apt.data.decode import probe, probe_once, read_clip, read_image
+from apt.data.decode import probe, read_clip, read_image
 from apt.data.order import BucketOrder
 from apt.data.reading import MediaInfo, Source, reason
 from apt.data.report import DataReport, Problem, problem_lines
@@ -32,6 +32,10 @@ _LOG = logging.getLogger(__name__)
 
 _MAX_REPLACEMENTS = 16
 """So many broken files in a row are no accident: a disk is gone, or the folder was moved."""
+
+_LOOKED_AT: dict[tuple[Hashable, int, int], MediaInfo] = {}
+"""What files hold, by their places, times of change and sizes: a run looks at a folder for its size
+and then for its clips."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,7 @@ class VideoFolder:
         items = []
         files = {entry.place: entry for entry in entries}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            infos = dict(zip(files, pool.map(_probe_or_error, files.values()), strict=True))
+            infos = dict(zip(files, pool.map(_look_or_error, files.values()), strict=True))
         for entry in entries:
             info = infos[entry.place]
             if isinstance(info, DataError):
@@ -290,10 +294,25 @@ def exact_rate(fps: float | Fraction) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
-def _probe_or_error(entry: Entry) -> MediaInfo | DataError:
+def look_at(entry: Entry) -> MediaInfo:
+    """What a file holds; one that is as it was is not opened again.
+
+    Raises DataError, without its name, if it cannot be read.
+    """
     try:
+        state = entry.path.stat()
+        key = (entry.place, state.st_mtime_ns, state.st_size)
+    except OSError as error:
+        raise DataError(str(error.strerror or error)) from error
+    if key not in _LOOKED_AT:
         with entry.at_hand() as file, _without_name(file):
-            return probe_once(file) if isinstance(file, Path) else probe(file)
+            _LOOKED_AT[key] = probe(file)
+    return _LOOKED_AT[key]
+
+
+def _look_or_error(entry: Entry) -> MediaInfo | DataError:
+    try:
+        return look_at(entry)
     except DataError as error:
         return error
 

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from apt.data.buckets import Bucket
-from apt.data.tar import Member, read_index, read_member, write_tar
+from apt.data.tar import Member, read_index, read_member, read_members, write_tar
 from apt.errors import DataError
 from apt.files import write_safetensors
 from apt.untrusted import parse_json
@@ -97,9 +97,11 @@ def read_entries(path: Path) -> list[Entry]:
             path, "clips", lambda clips: [_entry(key, fact) for key, fact in clips.items()]
         )
     try:
+        samples = read_index(path)
+        facts = read_members(path, [parts["json"] for parts in samples.values()])
         return [
-            _entry(key, parse_json(read_member(path, parts["json"])), parts["safetensors"])
-            for key, parts in read_index(path).items()
+            _entry(key, parse_json(fact), parts["safetensors"])
+            for (key, parts), fact in zip(samples.items(), facts, strict=True)
         ]
     except (OSError, tarfile.TarError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error

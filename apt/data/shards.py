@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from apt.data.folder import VideoFolder
-from apt.data.reading import Source
+from apt.data.reading import Source, reason
 from apt.data.report import Problem
 from apt.data.scan import Entry, Scan
 from apt.data.suffixes import is_media
-from apt.data.tar import Member, open_member, read_index, read_member
+from apt.data.tar import Member, open_member, read_index, read_members
 from apt.errors import DataError
 from apt.untrusted import parse_json
 
@@ -71,11 +71,15 @@ def scan_shards(directory: str | Path, *, captioned: bool = True) -> Scan:
         name = path.relative_to(root).as_posix()
         try:
             samples = read_index(path)
+            captions = _captions(path, samples)
+        except DataError as error:
+            problems.append(Problem("unreadable", name, reason(error, path)))
+            continue
         except (tarfile.TarError, OSError) as error:
             problems.append(Problem("unreadable", name, f"no uncompressed tar file ({error})"))
             continue
         for key, parts in samples.items():
-            caption = _caption(path, parts)
+            caption = captions.get(key, "")
             for kind in parts:
                 member = f"{name}/{key}.{kind}"
                 if not is_media(Path(f"x.{kind}")):
@@ -96,15 +100,26 @@ _LOOKED_FOR = (
 )
 
 
-def _caption(path: Path, parts: dict[str, Member]) -> str:
-    """Empty if there is none that can be read."""
+def _captions(path: Path, samples: Mapping[str, Mapping[str, Member]]) -> dict[str, str]:
+    """Of each sample that has one; empty if it cannot be read."""
+    kinds = {
+        key: next((kind for kind in ("txt", "json") if kind in parts), "")
+        for key, parts in samples.items()
+    }
+    kinds = {key: kind for key, kind in kinds.items() if kind}
+    contents = read_members(path, [samples[key][kind] for key, kind in kinds.items()])
+    return {
+        key: _caption(kind, content)
+        for (key, kind), content in zip(kinds.items(), contents, strict=True)
+    }
+
+
+def _caption(kind: str, content: bytes) -> str:
     try:
-        if "txt" in parts:
-            return read_member(path, parts["txt"]).decode().strip()
-        if "json" in parts:
-            document = parse_json(read_member(path, parts["json"]).decode())
-            found = document.get("caption") or document.get("text")
-            return found.strip() if isinstance(found, str) else ""
+        if kind == "txt":
+            return content.decode().strip()
+        document = parse_json(content.decode())
+        found = document.get("caption") or document.get("text")
+        return found.strip() if isinstance(found, str) else ""
     except (ValueError, AttributeError):
         return ""
-    return ""

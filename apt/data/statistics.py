@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from apt.data.buckets import ASPECT_RATIOS, Bucket, best_bucket, make_buckets
-from apt.data.decode import probe_once
-from apt.data.folder import exact_rate
+from apt.data.folder import exact_rate, look_at
 from apt.data.reading import MediaInfo
 from apt.data.report import problem_lines
-from apt.data.scan import Scan, looked_for, scan_folder
+from apt.data.scan import Entry, Scan, scan_folder
 from apt.errors import DataError
 
 __all__ = [
@@ -72,42 +71,46 @@ class FolderStatistics:
         return " and ".join(named)
 
 
-def read_statistics(directory: str | Path, *, captioned: bool = True) -> FolderStatistics:
+def read_statistics(
+    directory: str | Path, *, captioned: bool = True, scan: Callable[..., Scan] = scan_folder
+) -> FolderStatistics:
     """Read the headers of a folder's files.
 
     Args:
         directory: the folder; see `apt.data.scan`.
         captioned: only files with a caption.
+        scan: finds the files, as `apt.data.scan.scan_folder` does.
 
     Raises:
         DataError: no such folder, or nothing usable in it.
     """
-    scan = scan_folder(directory, captioned=captioned)
-    captions: dict[Path, list[str]] = {}
-    for entry in scan.entries:
-        captions.setdefault(entry.path, []).append(entry.caption)
+    found = scan(directory, captioned=captioned)
+    captions: dict[Hashable, list[str]] = {}
+    for entry in found.entries:
+        captions.setdefault(entry.place, []).append(entry.caption)
+    files = {entry.place: entry for entry in found.entries}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        infos = dict(zip(captions, pool.map(_probe, captions), strict=True))
-    read = {path: info for path, info in infos.items() if info is not None}
+        infos = dict(zip(files, pool.map(_look, files.values()), strict=True))
+    read = {place: info for place, info in infos.items() if info is not None}
     if not read:
-        raise DataError(_nothing(scan, len(infos)))
+        raise DataError(_nothing(found, len(infos)))
     return FolderStatistics(
-        directory=scan.directory,
+        directory=found.directory,
         videos=[info for info in read.values() if not info.is_image],
         images=[info for info in read.values() if info.is_image],
-        captions=[caption for path in read for caption in captions[path]],
+        captions=[caption for place in read for caption in captions[place]],
     )
 
 
-def read_captions(directory: str | Path) -> list[str]:
+def read_captions(directory: str | Path, *, scan: Callable[..., Scan] = scan_folder) -> list[str]:
     """The captions in a folder, in the order of the files, of which none is opened.
 
     Raises DataError if there are none, or no such folder.
     """
-    scan = scan_folder(directory)
-    if not scan.entries:
-        raise DataError(_nothing(scan, 0))
-    return [entry.caption for entry in scan.entries]
+    found = scan(directory)
+    if not found.entries:
+        raise DataError(_nothing(found, 0))
+    return [entry.caption for entry in found.entries]
 
 
 def choose_clip(
@@ -167,9 +170,9 @@ def choose_prompts(
     return tuple(distinct[(2 * i + 1) * len(distinct) // (2 * count)] for i in range(count))
 
 
-def _probe(path: Path) -> MediaInfo | None:
+def _look(entry: Entry) -> MediaInfo | None:
     try:
-        return probe_once(path)
+        return look_at(entry)
     except DataError:
         return None  # the data set names it, with the reason
 
@@ -180,7 +183,7 @@ def _nothing(scan: Scan, unreadable: int) -> str:
         found.append(f"  {unreadable} files that cannot be read (`diffusion-apt data check`)")
     return "\n".join(
         [
-            f"{scan.directory}: nothing usable; looked for {looked_for()}. Found:",
+            f"{scan.directory}: nothing usable; looked for {scan.looked_for}. Found:",
             *(found or ["  no such files"]),
         ]
     )

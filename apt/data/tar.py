@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from apt.errors import DataError
 from apt.files import replacing
 
-__all__ = ["Member", "open_member", "read_index", "read_member", "write_tar"]
+__all__ = ["Member", "open_member", "read_index", "read_member", "read_members", "write_tar"]
 
 
 class Member(NamedTuple):
@@ -41,8 +41,22 @@ def read_index(path: Path) -> dict[str, dict[str, Member]]:
 
 def read_member(path: Path, at: Member) -> bytes:
     """The bytes of a member. Raises DataError if the file has gone, or ends before them."""
-    with open_member(path, at, path.name) as file:
-        return file.read()
+    return read_members(path, [at])[0]
+
+
+def read_members(path: Path, places: Sequence[Member]) -> list[bytes]:
+    """The bytes of several members, in one go. Raises DataError as `read_member`."""
+    found = []
+    try:
+        with path.open("rb") as file:
+            for at in places:
+                file.seek(at.offset)
+                found.append(file.read(at.size))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    if any(len(content) < at.size for content, at in zip(found, places, strict=True)):
+        raise DataError(_ends_early(path))
+    return found
 
 
 def open_member(path: Path, at: Member, name: str) -> IO[bytes]:
@@ -100,7 +114,7 @@ class _Window(io.RawIOBase):
         except OSError as error:
             raise DataError(f"{self._path}: {error.strerror or error}") from error
         if wanted and not found:
-            raise DataError(f"{self._path}: ends before its member does; fetch the shard again")
+            raise DataError(_ends_early(self._path))
         buffer[: len(found)] = found
         self._at += len(found)
         return len(found)
@@ -109,3 +123,7 @@ class _Window(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
+
+
+def _ends_early(path: Path) -> str:
+    return f"{path}: ends before its member does; fetch the shard again"

@@ -342,8 +342,10 @@ class DiffusionTransformer(nn.Module):
         Blocks that are alike share what is made of the first. It is made anew for another size of
         clips, and with and without gradients.
         """
+        from torch._dynamo import config as dynamo
+
         # Above torch's 8: of each size, sharing rows or not, with gradients and without.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
         for block in self.block_list():
             block.compile(backend=backend)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from apt.checkpoints.info import CodecInfo, ModelInfo, SampleInfo
 from apt.checkpoints.load import describe, load_prompt_check
-from apt.data.builtin_sources import DIGITS, OBJECT, Folder
+from apt.data.builtin_sources import DIGITS, OBJECT, Files
 from apt.data.latents import read_cache_info
 from apt.data.statistics import (
     ClipSize,
@@ -61,9 +61,9 @@ def check_captions(config: TrainConfig) -> None:
     """
     source = config.data.make_source()
     begins = config.stage.reads_captions and config.stage.start_field is None
-    if not begins or not isinstance(source, Folder) or not source.path:
+    if not begins or not isinstance(source, Files) or not source.path:
         return
-    captions = read_captions(source.path)
+    captions = read_captions(source.path, scan=source.scan)
     usable = _takes(prompt_check(config))
     if not any(usable(caption) for caption in captions):
         raise DataError(
@@ -139,9 +139,10 @@ class _Resolving:
     def folder(self) -> FolderStatistics | None:
         """The files of the folder; None for another source."""
         source = self.config.data.make_source()
-        if not isinstance(source, Folder) or not source.path:
+        if not isinstance(source, Files) or not source.path:
             return None
-        return read_statistics(source.path, captioned=self.config.stage.reads_captions)
+        captioned = self.config.stage.reads_captions
+        return read_statistics(source.path, captioned=captioned, scan=source.scan)
 
     def size(self) -> DataConfig:
         """Size and rate of clips, and what sizes are multiples of."""

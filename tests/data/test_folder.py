@@ -12,9 +12,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from apt.data import folder as folder_module
 from apt.data.dataset import Sample
-from apt.data.decode import read_clip
+from apt.data.decode import probe, read_clip
 from apt.data.folder import VideoFolder, exact_rate
+from apt.data.reading import MediaInfo
+from apt.data.statistics import read_statistics
 from apt.errors import ConfigError, DataError
 from tests.data.media import (
     corner_colours,
@@ -318,3 +321,23 @@ def test_the_fingerprint_sees_what_would_change_the_samples(tmp_path: Path) -> N
     (tmp_path / "b.txt").unlink()
     seen.add(fingerprint())
     assert len(seen) == 5
+
+
+def test_a_file_is_looked_at_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+
+    def watching(file: Path) -> MediaInfo:
+        looked.append(file.name)
+        return probe(file)
+
+    monkeypatch.setattr(folder_module, "probe", watching)
+    for name in ("a.mp4", "b.mp4"):
+        write_video(caption(tmp_path / name), noise(9, 16, 16), 8)
+    sizes = read_statistics(tmp_path)
+    VideoFolder(tmp_path, buckets=[(9, 16, 16)])
+    assert sorted(looked) == ["a.mp4", "b.mp4"] and len(sizes.videos) == 2
+    write_video(tmp_path / "b.mp4", noise(13, 16, 16), 8)
+    assert VideoFolder(tmp_path, buckets=[(9, 16, 16)]).items[1].info.frames == 13
+    assert looked[2:] == ["b.mp4"]

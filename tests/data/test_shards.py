@@ -14,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apt.data.builtin_sources import Shards
 from apt.data.check import check_folder
 from apt.data.decode import probe
 from apt.data.folder import VideoFolder
 from apt.data.loader import make_loader
 from apt.data.shards import VideoShards, scan_shards
+from apt.data.statistics import read_captions, read_statistics
 from apt.data.tar import Member, open_member, read_index
 from apt.errors import DataError
 from tests.data.media import noise, write_image, write_video
@@ -151,3 +153,10 @@ def test_a_member_reads_as_a_file_of_its_own(offset: int, size: int, steps: st.D
                 assert member.seek(step, whence) == own.seek(step, whence) == member.tell()
                 number = steps.draw(st.integers(-1, 50))
                 assert member.read(number) == own.read(number)
+
+
+def test_shards_tell_which_clips_they_can_give(root: Path) -> None:
+    files = read_statistics(root / "files")
+    shards = read_statistics(root / "packed", scan=Shards.scan)
+    assert (shards.videos, shards.images) == (files.videos, files.images)
+    assert shards.captions == files.captions == read_captions(root / "packed", scan=Shards.scan)

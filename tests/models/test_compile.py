@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def check(name: str, backend: str) -> None:
     case = CASES[name]
     model = case.build(depth=2)
     expected = passed(copy.deepcopy(model), case)
-    for how in (False, Checkpointing()):
+    ways: tuple[bool | Checkpointing, ...] = (False, Checkpointing())
+    for how in ways:
         compiled = copy.deepcopy(model)
         compiled.set_checkpointing(how)
         compiled.compile_blocks(backend)
@@ -64,7 +66,7 @@ def test_compiled_blocks_compute_the_same(name: str) -> None:
     check(name, "inductor")
 
 
-def settings(root: Path, name: str, **changes: object) -> TrainConfig:
+def settings(root: Path, name: str, **changes: Any) -> TrainConfig:
     base = TrainConfig(
         name="tiny",
         run_dir=str(root / name),
@@ -79,7 +81,7 @@ def settings(root: Path, name: str, **changes: object) -> TrainConfig:
         activation_checkpointing=True,
         device="cpu",
     )
-    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(base, **changes)
 
 
 @pytest.mark.slow
@@ -93,9 +95,10 @@ def test_a_compiled_run_is_the_run(tmp_path: Path) -> None:
 
 
 def test_what_compiled_blocks_cannot_do_is_refused(tmp_path: Path) -> None:
-    for changes, words in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"checkpointing": Checkpointing(saves_attention=True)}, "saves_attention"),
         ({"stage": AdversarialConfig(terms=Terms(exact_r1=R1(weight=1.0)))}, "exact_r1"),
-    ):
+    ]
+    for changes, words in cases:
         with pytest.raises(ConfigError, match=f"{words}.*--no-compile-blocks"):
             settings(tmp_path, "refused", compile_blocks=True, **changes)

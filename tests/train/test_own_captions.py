@@ -24,11 +24,12 @@ Drawn = list[tuple[int, str, int, str]]
 
 
 def config(root: Path, name: str, **stage: Any) -> TrainConfig:
-    start = {field: str(root / field) for field in ("generator", "discriminator")}
+    options: dict[str, Any] = {"generator_captions": "own", **stage}
+    options |= {field: str(root / field) for field in ("generator", "discriminator")}
     return TrainConfig(
         name="tiny",
         run_dir=str(root / name),
-        stage=AdversarialConfig(**start, **{"generator_captions": "own", **stage}),
+        stage=AdversarialConfig(**options),
         optimizer=OptimizerConfig(learning_rate=1e-3, eps=1e-3),
         num_updates=UPDATES,
         batch_size=BATCH,
