@@ -181,7 +181,7 @@ class _Resolving:
             clip, origin = self.of_folder(data, self.folder)
         else:
             others = ", ".join(f"--data.{name}" for name in still_open)
-            clip, origin = data.clip, f"if {others} say nothing else"
+            clip, origin = data.clip, f"the default of {others}"
             if data.source in (DIGITS, OBJECT):
                 origin = ""
         data = dataclasses.replace(

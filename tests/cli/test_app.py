@@ -32,13 +32,6 @@ def test_version() -> None:
     assert run_cli("--version").stdout == f"diffusion-apt {__version__}\n"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(name: str) -> None:
-    result = invoke(*name.split(), "--help")
-    assert result.returncode == 0, result.stderr
-    assert f"usage: diffusion-apt {name}" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
