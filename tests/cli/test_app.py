@@ -11,7 +11,7 @@ from apt.cli import app
 from apt.cli.app import COMMANDS, Command
 from apt.errors import DataError
 from apt.version import __version__
-from tests.cli.shell import error_line, invoke, run_cli
+from tests.cli.shell import error_line, run_cli
 
 
 @pytest.mark.parametrize("args", [(), ("--help",), ("-h",)])
