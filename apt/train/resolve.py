@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -209,6 +210,8 @@ class _Resolving:
             multiple=data.size_multiple or 1,
             max_frames=data.max_frames,
             max_pixels=data.max_pixels,
+            # Clips have 4k + 1 frames anyway.
+            frame_step=math.lcm(4, self.codec.temporal_compression),
             frames=data.frames,
             height=data.height,
             width=data.width,

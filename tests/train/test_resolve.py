@@ -167,6 +167,14 @@ def test_a_first_stage_takes_what_the_folder_gives(tmp_path: Path) -> None:
     assert resolve(quiet, None).sample_prompts == ()
 
 
+def test_frames_are_what_the_codec_folds(tmp_path: Path) -> None:
+    data = DataConfig(source="folder", path=str(own_folder(tmp_path / "clips")), max_frames=13)
+    deep = ModelConfig(codec_options={"temporal": 8})
+    for model, frames in ((ModelConfig(), 13), (deep, 9)):
+        settings = config(PretrainConfig(), data=data, model=model)
+        assert resolve(settings, None).data.frames == frames
+
+
 def test_a_size_that_nothing_gives_is_told_with_the_options_that_set_it() -> None:
     shards = DataConfig(source="webdataset", path="somewhere", fps=12.0)
     _, notes = resolve_with_notes(config(PretrainConfig(), data=shards), None)
