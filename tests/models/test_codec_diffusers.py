@@ -344,6 +344,11 @@ def test_latents_without_a_posterior(tmp_path):
     torch.testing.assert_close(codec.decode(latents)[:, :, 1], vae.decode(peer).sample.clamp(-1, 1))
 
 
+def test_an_autoencoder_has_to_be_named():
+    with pytest.raises(ConfigError, match="--model.codec-options repo DIR"):
+        create_codec("diffusers_vae")
+
+
 @pytest.mark.parametrize("what", ["encode", "decode"])
 def test_a_class_that_is_called_otherwise_is_one_line(folders, monkeypatch, what):
     def otherwise(self, x, *, num_frames):
