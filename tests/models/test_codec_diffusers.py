@@ -345,7 +345,7 @@ def test_latents_without_a_posterior(tmp_path):
 
 
 def test_an_autoencoder_has_to_be_named():
-    with pytest.raises(ConfigError, match="--model.codec-options repo DIR"):
+    with pytest.raises(ConfigError, match=r"codec-options repo DIR"):
         create_codec("diffusers_vae")
 
 
