@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from apt import evaluate as evaluate
     from apt import flow as flow
     from apt import hub as hub
+    from apt import inside as inside
     from apt import kernels as kernels
     from apt import losses as losses
     from apt import media as media
     from apt import methods as methods
     from apt import metrics as metrics
     from apt import models as models
+    from apt import samples as samples
+    from apt import study as study
     from apt import train as train
     from apt.checkpoints.bundle import ModelBundle, save_bundle, save_codec
     from apt.checkpoints.export import export_model
@@ -55,12 +58,15 @@ _MODULES = (
     "evaluate",
     "flow",
     "hub",
+    "inside",
     "kernels",
     "losses",
     "media",
     "methods",
     "metrics",
     "models",
+    "samples",
+    "study",
     "train",
 )
 _SOURCES = {

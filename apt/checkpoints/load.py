@@ -216,7 +216,7 @@ def _is_autoencoder(folder: Path) -> bool:
     """Whether the folder is an autoencoder of diffusers by itself."""
     if (folder / INFO_FILE).exists() or not (folder / "config.json").is_file():
         return False
-    return str(read_json(folder / "config.json").get("_class_name")).startswith("Autoencoder")
+    return "Autoencoder" in str(read_json(folder / "config.json").get("_class_name"))
 
 
 def as_file(name_or_path: str | Path) -> Path | None:

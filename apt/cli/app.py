@@ -187,6 +187,7 @@ def overview(commands: dict[str, Command]) -> str:
             f"`{PROG} COMMAND --help` shows the options of a command.",
             "--import MODULE, anywhere, loads models, methods and recipes of your own.",
             "--debug, anywhere, shows the traceback of an error; --version prints the version.",
+            "The exit code is 0 for success, 2 for an error that you can mend.",
         ]
     )
 

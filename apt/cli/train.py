@@ -223,18 +223,19 @@ def _own_options(recipe: Callable[..., Any]) -> str:
     """The options that a recipe's function takes, as its docstring explains them."""
     explained = (inspect.getdoc(recipe) or "").partition("Args:\n")[2]
     defaults = inspect.signature(recipe).parameters
-    options: list[str] = []
+    texts: dict[str, str] = {}
+    name = ""
     for line in inspect.cleandoc(explained).splitlines():
-        if line.partition(":")[0] in defaults:
-            options.append(line)
-        else:
-            options[-1] += f" {line.strip()}"
+        begins = line.partition(":")[0]
+        name = begins if begins in defaults else name
+        if name:
+            texts[name] = f"{texts[name]} {line.strip()}" if name in texts else line
     return "\n".join(
         [
             "Options of the recipe itself:",
             *(
-                f"  --{option} (default: {defaults[option.partition(':')[0]].default})"
-                for option in options
+                f"  --{texts.get(name, name)} (default: {option.default})"
+                for name, option in defaults.items()
             ),
         ]
     )

@@ -33,9 +33,6 @@ MOST = 0.9
 MAX_FPS = 30
 """Above it, every second (third, ...) frame is taken: a clip of few frames would show no motion."""
 
-SHORTEST = 5
-"""Frames of a clip that moves: 4k + 1."""
-
 _DISTINCT_SIZES = 400
 
 
@@ -119,6 +116,7 @@ def choose_clip(
     multiple: int,
     max_frames: int,
     max_pixels: int,
+    frame_step: int = 4,
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -136,6 +134,8 @@ def choose_clip(
         multiple: of heights and widths.
         max_frames: of a clip.
         max_pixels: height times width, at most.
+        frame_step: a clip that moves has a multiple of this many frames after its first, which is
+            itself a multiple of 4.
         frames, height, width, fps: what is settled already; None is chosen.
         native_ratio: clips keep shapes near their own, and height times width is a budget.
 
@@ -146,7 +146,7 @@ def choose_clip(
     if fps is None or not videos:
         fps = _rate([info.fps for info in videos]) if videos else 0.0
     if frames is None:
-        frames = _frames(found, fps, max_frames) if videos else 1
+        frames = _frames(found, fps, max_frames, frame_step) if videos else 1
     sizes = Counter((info.height, info.width) for info in videos or found.images)
     if height is None or width is None:
         height, width = _size(found, sizes, multiple, max_pixels, height, width, native_ratio)
@@ -202,22 +202,23 @@ def _rate(rates: Sequence[Fraction]) -> float:
     return float(best / math.ceil(best / MAX_FPS))
 
 
-def _frames(found: FolderStatistics, fps: float, max_frames: int) -> int:
-    """The longest 4k + 1 that most videos reach at a rate."""
+def _frames(found: FolderStatistics, fps: float, max_frames: int, step: int) -> int:
+    """The longest step * k + 1 that most videos reach at a rate."""
     rate = exact_rate(fps) if fps else None
     lengths = sorted(info.clip_frames(rate or info.fps) for info in found.videos)
     reached = lengths[math.floor((1 - MOST) * len(lengths))]
-    frames = (min(reached, max_frames) - 1) // 4 * 4 + 1
-    if frames >= SHORTEST or max_frames < SHORTEST:
+    frames = (min(reached, max_frames) - 1) // step * step + 1
+    shortest = step + 1
+    if frames >= shortest or max_frames < shortest:
         return max(frames, 1)
-    short = sum(length < SHORTEST for length in lengths)
+    short = sum(length < shortest for length in lengths)
     if 2 * short > len(lengths):
         raise DataError(
-            f"{found.directory}: {short} of {len(lengths)} videos have fewer than {SHORTEST} "
+            f"{found.directory}: {short} of {len(lengths)} videos have fewer than {shortest} "
             f"frames at {fps:g} fps, too short for clips that move; use longer ones, a higher "
             "--data.fps, or single frames with --data.frames 1"
         )
-    return SHORTEST
+    return shortest
 
 
 def _size(

@@ -80,6 +80,11 @@ class DiffusersCodec(LatentCodec):
     def __init__(self, config: DiffusersCodecConfig, *, weights: bool = True) -> None:
         super().__init__()
         diffusers = import_hub_extra("diffusers")
+        if not config.repo:
+            raise ConfigError(
+                "this codec needs the folder or Hub id of an autoencoder, as its option repo "
+                "(--model.codec-options repo DIR)"
+            )
         folder = local_folder(config.repo, config.revision, [config.subfolder]) / config.subfolder
         description = read_config(folder)
         found = description.get("_class_name")

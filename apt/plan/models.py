@@ -287,17 +287,15 @@ def _new_clips(config: TrainConfig, codec: ComponentInfo) -> SampleInfo:
     is_there = bool(data.path) and Path(data.path).is_dir()
     if isinstance(data.make_source(), (Folder, Latents)) and not is_there:
         side = math.isqrt(data.max_pixels)
-        largest: dict[str, Any] = {
-            "frames": data.max_frames,
-            "height": side,
-            "width": side,
-            "fps": 0.0,
+        largest = {"frames": data.max_frames, "height": side, "width": side, "fps": 0.0}
+        still_open: dict[str, Any] = {
+            name: size for name, size in largest.items() if getattr(data, name) is None
         }
-        is_open = {name: size for name, size in largest.items() if getattr(data, name) is None}
-        return dataclasses.replace(data, **is_open).clip
-    stage: Any = config.stage
+        return dataclasses.replace(data, **still_open).clip
+    stage = config.stage
     if stage.trained_codec():
-        stage = dataclasses.replace(stage, codec="")
+        named_otherwise: dict[str, Any] = {"codec": ""}
+        stage = dataclasses.replace(stage, **named_otherwise)
     model = dataclasses.replace(
         config.model, codec=codec.architecture, codec_options=dict(codec.config)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -182,7 +183,7 @@ class _Resolving:
             clip, origin = self.of_folder(data, self.folder)
         else:
             others = ", ".join(f"--data.{name}" for name in still_open)
-            clip, origin = data.clip, f"if {others} say nothing else"
+            clip, origin = data.clip, f"the default of {others}"
             if data.source in (DIGITS, OBJECT):
                 origin = ""
         data = dataclasses.replace(
@@ -210,6 +211,8 @@ class _Resolving:
             multiple=data.size_multiple or 1,
             max_frames=data.max_frames,
             max_pixels=data.max_pixels,
+            # Clips have 4k + 1 frames anyway.
+            frame_step=math.lcm(4, self.codec.temporal_compression),
             frames=data.frames,
             height=data.height,
             width=data.width,

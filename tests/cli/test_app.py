@@ -11,7 +11,7 @@ from apt.cli import app
 from apt.cli.app import COMMANDS, Command
 from apt.errors import DataError
 from apt.version import __version__
-from tests.cli.shell import error_line, invoke, run_cli
+from tests.cli.shell import error_line, run_cli
 
 
 @pytest.mark.parametrize("args", [(), ("--help",), ("-h",)])
@@ -30,13 +30,6 @@ def test_a_group_lists_its_commands() -> None:
 
 def test_version() -> None:
     assert run_cli("--version").stdout == f"diffusion-apt {__version__}\n"
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(name: str) -> None:
-    result = invoke(*name.split(), "--help")
-    assert result.returncode == 0, result.stderr
-    assert f"usage: diffusion-apt {name}" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 pytest.importorskip("tyro")
 
 
+from apt.cli.app import main
 from apt.cli.list import SECTIONS
 from apt.losses import list_losses
 from apt.models import list_models
@@ -35,6 +38,17 @@ def test_one_section(section: str, expected: list[str]) -> None:
     result = invoke("list", section)
     assert names(result.stdout) == expected
     assert all(len(line.split()) > 1 for line in result.stdout.splitlines()[1:-1]), "no summary"
+
+
+def test_in_a_terminal_long_rows_are_folded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    main(["list", "models"])
+    folded = capsys.readouterr().out
+    assert max(map(len, folded.splitlines())) <= 80
+    assert folded.split() == invoke("list", "models").stdout.split()
 
 
 def test_models_tell_size_formats_licence_and_source() -> None:

@@ -98,6 +98,12 @@ def test_best_bucket_never_enlarges_and_nothing_keeps_more(
         assert kept(best) >= max(map(kept, fitting)) * (1 - 1e-9)
 
 
+def test_of_two_that_keep_as_much_the_shape_that_loses_nothing_wins() -> None:
+    exact, wider = Bucket(1, 48, 64), Bucket(1, 48, 80)  # 3072 pixels, and 4/5 of 3840
+    for scale in (2, 3, 5, 7, 11):
+        assert best_bucket([exact, wider], frames=1, height=48 * scale, width=64 * scale) == exact
+
+
 def test_best_bucket_follows_shape_and_length() -> None:
     buckets = make_buckets(1280 * 720, 16, frames=[17, 49])
     assert best_bucket(buckets, frames=200, height=1080, width=1920) == (49, 720, 1280)

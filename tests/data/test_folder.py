@@ -242,7 +242,7 @@ def test_one_video_fills_a_batch_with_many_clips(
     folder = VideoFolder(tmp_path, buckets=SQUARE, fps=8)
     with caplog.at_level(logging.WARNING):
         batch = next(folder.batches(8, seed=0))
-    assert "1 items for batches of 8" in caplog.text
+    assert "1 item for batches of 8" in caplog.text
     assert sorted(batch) == list(range(8))
     assert len({numbers(folder[index].pixels)[0] for index in batch}) > 3
     with pytest.raises(ConfigError):

@@ -58,6 +58,13 @@ def test_limits_are_of_the_model() -> None:
     assert 1.3 < clip.width / clip.height < 2.2
 
 
+def test_lengths_are_those_that_the_codec_folds() -> None:
+    clip = video(320, 176, 30, 16)
+    assert [chosen(clip, frame_step=step).frames for step in (4, 8, 12)] == [29, 25, 25]
+    with pytest.raises(DataError, match="fewer than 9 frames at 16 fps"):
+        chosen(video(320, 176, 8, 16), frame_step=8)
+
+
 @pytest.mark.parametrize(
     ("rates", "expected"),
     [

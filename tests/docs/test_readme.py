@@ -1,8 +1,10 @@
-"""The Python of README.md has the types that it seems to have, for a user's own checker too."""
+"""The Python of README.md and docs/own_parts.md has the types that it seems to have, for a user's
+own checker too."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,29 +23,51 @@ reveal_type(r1)
 reveal_type(pipe("a", num_inference_steps=2, guidance_scale=2.0, output_type="np"))
 reveal_type(apt.kernels.query_pooling)
 """
+OBJECTS = """
+import apt
+from apt.data.source import ClipRequest
+from my_module import Bars
+
+my_backbone = apt.create_model("mmdit_digits")
+my_encoder = apt.create_text_encoder("bytes")
+my_codec = apt.create_codec("patchify")
+my_clips = Bars(3, ClipRequest(frames=1, height=8, width=8))
+"""
+"""What the page on own parts takes as given."""
 WRONG = ['pipe("a", num_step=2)', 'pipe("a", guidance_scale="high")', "r1.sigam"]
 
 
-def python_of(page: Path) -> str:
-    """All blocks of Python, which go on from each other."""
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    return "\n".join(blocks)
+def blocks_of(page: str) -> list[str]:
+    """The blocks of Python on a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def write_own_parts(folder: Path) -> list[Path]:
+    """The module on the page on own parts, and a script of its other block."""
+    module, script = blocks_of("docs/own_parts.md")
+    files = {"my_module.py": module, "objects.py": OBJECTS + script}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return [folder / name for name in files]
 
 
 @pytest.mark.slow  # reads torch's types: a minute where mypy has no cache
 def test_the_readme_passes_mypy_strict(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
-    readme = python_of(ROOT / "README.md")
+    readme = "\n".join(blocks_of("README.md"))  # which go on from each other
     assert "OneStepPipeline" in readme and "create_discriminator" in readme
     text = "\n".join([readme + REVEALED, *WRONG])
     file = tmp_path / "readme.py"
     file.write_text(text)
     result = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent",
-         "--no-error-summary", str(file)],
-        cwd=ROOT, capture_output=True, text=True,
+         "--no-error-summary", str(file), *map(str, write_own_parts(tmp_path))],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"MYPYPATH": str(tmp_path)},
     )  # fmt: skip
     assert not result.stderr, result.stderr
+    others = re.findall(r"^.*(?:my_module|objects)\.py:\d+: error:.*$", result.stdout, re.MULTILINE)
+    assert not others
     errors = {int(n) for n in re.findall(r"readme\.py:(\d+): error:", result.stdout)}
     assert [text.splitlines()[n - 1] for n in sorted(errors)] == WRONG, result.stdout
     shown = re.findall(r'Revealed type is "(.*)"', result.stdout)
@@ -57,13 +81,13 @@ def test_the_readme_passes_mypy_strict(tmp_path: Path) -> None:
 def test_the_readme_passes_pyright_strict(tmp_path: Path) -> None:
     """With basedpyright, which brings its own node; not among the development tools."""
     pytest.importorskip("basedpyright")
-    text = "\n".join([python_of(ROOT / "README.md"), *WRONG[:2]])
+    text = "\n".join([*blocks_of("README.md"), *WRONG[:2]])
     (tmp_path / "readme.py").write_text(text)
+    own = write_own_parts(tmp_path)
     settings = {
-        "include": ["readme.py"],
+        "include": ["readme.py", *(file.name for file in own)],
         "typeCheckingMode": "strict",
         "extraPaths": [str(ROOT)],
-        "pythonPath": sys.executable,
     }
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
     result = subprocess.run(
@@ -71,5 +95,6 @@ def test_the_readme_passes_pyright_strict(tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     found = json.loads(result.stdout)["generalDiagnostics"]
+    assert {Path(problem["file"]).name for problem in found} <= {"readme.py"}, result.stdout
     lines = [text.splitlines()[problem["range"]["start"]["line"]] for problem in found]
     assert sorted(set(lines)) == sorted(WRONG[:2]), result.stdout

@@ -125,6 +125,21 @@ def test_a_codec_alone_goes_the_same_way(hub: HubServer, tmp_path: Path) -> None
     assert result.stdout.strip() == f"(2.0, 3.0) {total}", result.stderr
 
 
+@pytest.mark.slow
+def test_an_autoencoder_of_diffusers_by_its_id(hub: HubServer, tmp_path: Path) -> None:
+    from tests.models.test_wan_pipeline import tiny_vae
+
+    tiny_vae(16).save_pretrained(tmp_path / "vae")
+    sha = hub.add("owner/vae", tmp_path / "vae")
+    code = """
+import apt
+from apt.checkpoints.load import describe
+print(describe("owner/vae").codec.config["revision"], apt.load_codec("owner/vae").channels)
+"""
+    result = run_python(hub, tmp_path / "home", code)
+    assert result.stdout.strip() == f"{sha} 16", result.stderr
+
+
 def test_pushing_again_sends_only_what_changed(hub: HubServer, own: Path, tmp_path: Path) -> None:
     def push() -> int:
         before = len(hub.requests("PUT /storage"))

@@ -319,6 +319,46 @@ def test_a_folder_with_an_autoencoder_alone_is_a_codec(folders, name, part):
     assert component_info("diffusers_vae", codec).config["class_name"] == codec.config.class_name
 
 
+def test_latents_without_a_posterior(tmp_path):
+    torch.manual_seed(0)
+    shape = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {
+            "block_types": ("ResBlock",) * 2,
+            "block_out_channels": (8, 8),
+            "layers_per_block": (1, 1),
+            "qkv_multiscales": ((), ()),
+        }.items()
+    }
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4, downsample_block_type="conv", scaling_factor=0.5, **shape
+    )
+    vae.save_pretrained(tmp_path)
+    codec = load_codec(tmp_path)
+    assert (codec.channels, codec.temporal_compression, codec.spatial_compression) == (4, 1, 2)
+    x = video(3)
+    latents = codec.encode(x)
+    peer = vae.eval().encode(x[:, :, 1]).latent
+    torch.testing.assert_close(latents[:, :, 1], 0.5 * peer)
+    torch.testing.assert_close(codec.decode(latents)[:, :, 1], vae.decode(peer).sample.clamp(-1, 1))
+
+
+def test_an_autoencoder_has_to_be_named():
+    with pytest.raises(ConfigError, match=r"codec-options repo DIR"):
+        create_codec("diffusers_vae")
+
+
+@pytest.mark.parametrize("what", ["encode", "decode"])
+def test_a_class_that_is_called_otherwise_is_one_line(folders, monkeypatch, what):
+    def otherwise(self, x, *, num_frames):
+        raise AssertionError
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, what, otherwise)
+    with pytest.raises(CheckpointError, match=r"not called as other .* \(TypeError: .*num_frames"):
+        load_codec(folders / "kl")
+
+
 def test_a_folder_without_weights_is_no_codec(folders, tmp_path):
     with pytest.raises(CheckpointError, match=r"cogvideox/vae' cannot be used: .* spatial_comp"):
         load_codec(folders / "cogvideox" / "vae")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,7 @@ from apt.plan.report import report
 from apt.plan.tracking import Collective, Work
 from apt.train.config import LoRAConfig, TrainConfig
 from apt.train.recipes import RECIPES
+from tests.data.media import numbered, write_video
 
 H100 = find_gpu("h100")
 
@@ -157,6 +159,26 @@ def test_adapters_beside_a_base_share_it_with_whoever_starts_from_it() -> None:
         assert alone.start.file != alone.others["discriminator"].file
         assert shared.start.file == shared.others["discriminator"].file
         assert not shared.config.lora.base and shared.config.lora.rank == 4
+
+
+def test_a_row_is_planned_with_what_its_own_stages_make(tmp_path: Path) -> None:
+    for number in range(2):
+        write_video(tmp_path / f"{number}.mp4", numbered(12, 96, 128), 8)
+        (tmp_path / f"{number}.txt").write_text("a clip")
+
+    def planned(path: str, size: str) -> Job:
+        row = [
+            dataclasses.replace(stage, data=dataclasses.replace(stage.data, path=path))
+            for stage in RECIPES.create("own", size=size)  # type: ignore[arg-type, union-attr]
+        ]
+        return job_of(row[-1], row=row)
+
+    mini, tiny = planned(str(tmp_path), "mini"), planned("", "tiny")
+    assert [job.start.name for job in (mini, tiny)] == ["mmdit_mini", "mmdit_tiny"]
+    assert mini.others["discriminator"].name == "mmdit_mini"
+    # Of the folder, or else the largest clips that the recipe takes.
+    assert mini.sample == SampleInfo(frames=9, height=96, width=128, fps=8.0)
+    assert (tiny.sample.frames, tiny.sample.height, tiny.sample.width) == (17, 64, 64)
 
 
 def test_unknown_models_and_gpus() -> None:

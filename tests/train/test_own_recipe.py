@@ -197,8 +197,22 @@ def test_errors_are_one_line_each(clips: Path, tmp_path: Path) -> None:
 def test_its_own_options_are_explained_and_checked() -> None:
     text = invoke("train", "own", "--help").stdout
     assert "--size: of the model: tiny (4 M parameters" in text and "--codec: video_ae" in text
+    assert "(default: tiny)\n  --codec" in text
     wrong = invoke("train", "own", "--size", "huge")
     assert wrong.returncode == 2 and "'huge'" in wrong.stderr and "'mini'" in wrong.stderr
+
+
+def test_an_option_of_one_stage_is_not_one_of_the_row() -> None:
+    result = invoke("train", "own", "--stage.cfg-scale", "3")
+    assert result.returncode == 2 and "Unrecognized options: --stage.cfg-scale" in result.stderr
+    assert "That was own_codec, of 4 stages" in result.stderr.splitlines()[-1]
+    assert "own_codec, own_pretrain, own_distill, own_apt." in result.stderr
+
+
+def test_a_stage_whose_start_is_not_there_names_the_option(clips: Path, tmp_path: Path) -> None:
+    asked = ("train", "own_distill", "--data.path", clips, "--run-dir", tmp_path / "run")
+    line = error_line(invoke(*asked, "--stage.teacher", tmp_path / "none"))
+    assert line.startswith("--stage.teacher names what this stage starts from: there is no model")
 
 
 def test_the_stages_hang_together() -> None:

@@ -167,6 +167,24 @@ def test_a_first_stage_takes_what_the_folder_gives(tmp_path: Path) -> None:
     assert resolve(quiet, None).sample_prompts == ()
 
 
+def test_frames_are_what_the_codec_folds(tmp_path: Path) -> None:
+    data = DataConfig(source="folder", path=str(own_folder(tmp_path / "clips")), max_frames=13)
+    deep = ModelConfig(codec_options={"temporal": 8})
+    for model, frames in ((ModelConfig(), 13), (deep, 9)):
+        settings = config(PretrainConfig(), data=data, model=model)
+        assert resolve(settings, None).data.frames == frames
+
+
+def test_a_size_that_nothing_gives_is_told_with_the_options_that_set_it() -> None:
+    shards = DataConfig(source="webdataset", path="somewhere", fps=12.0)
+    _, notes = resolve_with_notes(config(PretrainConfig(), data=shards), None)
+    assert notes[0].startswith(
+        "  size: 9 frames of 32x32 at 12 fps, the default of --data.frames, "
+    )
+    assert "--data.fps" not in notes[0]
+    assert not resolve_with_notes(config(PretrainConfig()), None)[1]  # the digits have their own
+
+
 def test_a_trained_codec_gives_the_size_and_another_does_not(tmp_path: Path) -> None:
     folder = str(own_folder(tmp_path / "clips"))
     settings = config(PretrainConfig(), data=DataConfig(source="folder", path=folder))
