@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,6 +88,7 @@ def evaluate(
         machine=machine(),
         software=f"diffusion-apt {__version__}",
         models=measure(protocol, models, found, out, progress),
+        real={} if protocol.real is None else protocol.real(),
     )
     return write_report(out, evaluation, found)
 
@@ -119,13 +121,11 @@ def _figures(
     samples = _samples(protocol, seed, folder)
     figures: dict[str, float] = {}
     for number, one in enumerate(protocol.measures):
-        figures |= measured.get(number, [samples], lambda one=one: one(samples))
+        figures |= measured.get(number, [samples], partial(one, samples))
     if folder is not first:
         others = _samples(protocol, seed, first)
         for number, pair in enumerate(protocol.pair_measures, start=len(protocol.measures)):
-            figures |= measured.get(
-                number, [samples, others], lambda pair=pair: pair(samples, others)
-            )
+            figures |= measured.get(number, [samples, others], partial(pair, samples, others))
     unknown = figures.keys() - protocol.figures.keys()
     assert not unknown, f"the protocol does not say what {unknown} are"
     return figures

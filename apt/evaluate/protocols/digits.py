@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ class Digits:
         captions = caption_set(0, self.captions * each, each, setting)
         kept = request.out / "judge" if self.cache is None else self.cache
 
-        @cache
+        @functools.cache
         def judge() -> Judge:
             classifier, _ = load_classifier(self.classifier, kept)
             return Judge(classifier, real_reference(self.num_reference, setting))
