@@ -57,7 +57,9 @@ class Measured:
             figures = {name: float(value) for name, value in measure().items()}
             try:
                 with self._path.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"of": key, "figures": figures}) + "\n")
+                    # As text, so that infinity is one too, and no digit is lost.
+                    written = {name: repr(value) for name, value in figures.items()}
+                    stream.write(json.dumps({"of": key, "figures": written}) + "\n")
             except OSError as error:
                 raise InputError(
                     f"cannot write {str(self._path)!r}: {error.strerror or error}; free some "

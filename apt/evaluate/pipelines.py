@@ -192,7 +192,7 @@ def _call_options(
     kind: str, options: GenerateOptions, accepted: Mapping[str, inspect.Parameter]
 ) -> dict[str, Any]:
     """Options as the pipeline names them. Raises InputError for those that it does not take."""
-    found = {}
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if value == field.default or field.name == "batch_size":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from apt.evaluate.features import FEATURES, Features
 from apt.evaluate.harness import evaluate
 from apt.evaluate.image_measures import Fid, PatchFid
 from apt.evaluate.protocol import SEED_STRIDE, Request
-from apt.evaluate.protocols import Clips, Coco, Digits, Video
+from apt.evaluate.protocols import Clips, Coco, Digits, Prompts, Video
 from apt.evaluate.video_measures import FrechetVideo, measure_movement, of_frames
 from apt.media import write_mp4
 from apt.pixels import to_frames
@@ -121,6 +122,20 @@ def test_clips_of_an_own_folder_end_to_end(model: ModelChoice, tmp_path: Path) -
     assert html.count("data:video/mp4") == 8  # four prompts, a sample and a clip of each
     with pytest.raises(InputError, match=r"give --frames, --height"):
         config.build(Request(tmp_path, (parse_model("sdxl"),)))
+
+
+def test_prompts_hold_further_models_against_the_first(model: ModelChoice, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red one\n")
+    config = Prompts(prompts=tmp_path / "prompts.txt", fidelity=("psnr", "ssim"))
+    (measure,) = config.build(Request(tmp_path, (model,))).pair_measures
+    samples = []
+    for number in range(2):
+        path = write_mp4(tmp_path / f"{number}.mp4", moving_square(number), fps=8, scale=1)
+        samples.append(Sample(path=path, prompt="a red one", seed=number, sha256=""))
+    equal = measure(samples, samples)
+    assert equal == {"psnr": math.inf, "ssim": pytest.approx(1.0)}
+    found = measure(samples[:1], samples[1:])
+    assert 5 < found["psnr"] < 30 and found["ssim"] < 0.95
 
 
 def test_videos_without_a_reference_or_a_network(model: ModelChoice, tmp_path: Path) -> None:

@@ -77,17 +77,16 @@ class Clips(VideoOptions):
     def _size(self, request: Request) -> tuple[int, int, int, float]:
         """Frames, height, width and rate, as asked for or those of the first model."""
         own = _trained(request.models[0].place)
-        asked = (self.frames, self.height, self.width, self.fps)
-        trained = (None,) * 4 if own is None else (own.frames, own.height, own.width, own.fps)
-        frames, height, width, fps = (
-            theirs if given is None else given for given, theirs in zip(asked, trained, strict=True)
-        )
+        frames = self.frames or (own and own.frames)
+        height = self.height or (own and own.height)
+        width = self.width or (own and own.width)
+        fps = self.fps or (own and own.fps)
         if not (frames and height and width and fps):
             raise InputError(
                 f"{request.models[0].place} does not say how long and large its clips are; give "
                 "--frames, --height, --width and --fps"
             )
-        return int(frames), int(height), int(width), float(fps)
+        return frames, height, width, fps
 
 
 def _trained(place: str) -> SampleInfo | None:
