@@ -86,13 +86,13 @@ class Digits:
                 captions=len(set(captions.trained)),
                 heldout=len(set(captions.heldout)),
                 reference=self.num_reference,
-                height=size.height,
-                width=size.width,
+                height=size.side,
+                width=size.side,
             ),
             prompts=tuple(dict.fromkeys(label.caption for label in captions.labels)),
             samples_per_prompt=each,
             seeds=self.seeds,
-            options=GenerateOptions(frames=size.frames, height=size.height, width=size.width),
+            options=GenerateOptions(frames=size.frames, height=size.side, width=size.side),
             figures=_FIGURES,
             measures=(lambda samples: _measure(judge(), captions, samples),),
             prepare=judge,
@@ -102,7 +102,7 @@ class Digits:
 
 def _measure(judge: Judge, captions: CaptionSet, samples: Sequence[Sample]) -> Figures:
     size = clip_size(captions.setting)
-    clips = torch.stack([_read(s.path, size.frames, (size.height, size.width)) for s in samples])
+    clips = torch.stack([_read(s.path, size.frames, (size.side, size.side)) for s in samples])
     # Real clips are other ones for each seed, as the noise is.
     of_seed = dataclasses.replace(captions, seed=samples[0].seed // SEED_STRIDE)
     real = pixel_diversity(real_for_captions(of_seed, "test"), of_seed)
