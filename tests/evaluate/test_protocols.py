@@ -107,9 +107,8 @@ def test_clips_of_an_own_folder_end_to_end(model: ModelChoice, tmp_path: Path) -
     info = probe(real[0])
     assert (info.frames, info.fps) == (5, 8)
     # What is there is what was cut, of the model's size, enlarged as samples are.
-    samples = [
-        sample.path for sample in read_samples(page.parent / "samples" / "tiny").samples.values()
-    ]
+    made = read_samples(page.parent / "samples" / "tiny").samples
+    samples = [sample.path for sample in made.values()]
     assert len(samples) == 3
     assert (probe(samples[0]).height, probe(samples[0]).frames) == (info.height, 5)
     features = of_frames(tiny_features())
