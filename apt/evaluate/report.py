@@ -75,7 +75,7 @@ def report_text(evaluation: Evaluation, *, data: str, plot: str | None, sheet: s
     seeds = ", ".join(map(str, protocol.seeds))
     spread = (
         f"Figures are mean ± standard deviation over {len(protocol.seeds)} evaluation seeds "
-        f"({seeds}), each with noise of its own, which is the same for all models."
+        f"({seeds}), each with noise seeds of its own, the same for all models."
         if len(protocol.seeds) > 1
         else f"One evaluation seed ({seeds}): no spread is known."
     )
@@ -90,7 +90,7 @@ def report_text(evaluation: Evaluation, *, data: str, plot: str | None, sheet: s
         _figures_table(evaluation),
         image(plot, "Every figure of every model"),
         "## Samples",
-        "First seed, first prompts, the same noise for every model.",
+        "First evaluation seed, first prompts, the same noise seeds for every model.",
         image(sheet, "Samples of all models side by side"),
         "## Models",
         _models_table(evaluation.models),

@@ -40,7 +40,7 @@ class Prompts:
 
     def build(self, request: Request) -> Protocol:
         """The protocol. Raises InputError for prompts that cannot be read."""
-        about = "The same prompts and noise for every model."
+        about = "The same prompts and noise seeds for every model."
         if self.fidelity:
             about += " Each further model's samples are held against those of the first one."
         return Protocol(

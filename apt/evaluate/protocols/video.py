@@ -85,7 +85,7 @@ class Video(VideoOptions):
         files = () if self.reference is None else tuple(_videos(self.reference))
         return video_protocol(
             "video",
-            "Videos of the same prompts and noise for every model.",
+            "Videos of the same prompts and noise seeds for every model.",
             tuple(dict.fromkeys(read_prompts(self.prompts))),
             lambda: files,
             self,
