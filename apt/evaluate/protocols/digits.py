@@ -102,7 +102,7 @@ class Digits:
 
 def _measure(judge: Judge, captions: CaptionSet, samples: Sequence[Sample]) -> Figures:
     size = clip_size(captions.setting)
-    clips = torch.stack([_read(s.path, size.frames, (size.side, size.side)) for s in samples])
+    clips = torch.stack([read_digits(s.path, size.frames, (size.side, size.side)) for s in samples])
     # Real clips are other ones for each seed, as the noise is.
     of_seed = dataclasses.replace(captions, seed=samples[0].seed // SEED_STRIDE)
     real = pixel_diversity(real_for_captions(of_seed, "test"), of_seed)
@@ -110,8 +110,11 @@ def _measure(judge: Judge, captions: CaptionSet, samples: Sequence[Sample]) -> F
     return {name: found.figure(name) for name in FIGURES}
 
 
-def _read(path: Path, frames: int, size: tuple[int, int]) -> Tensor:
-    """A clip (3, T, H, W) in [-1, 1], in 8 bits, of which each pixel was a square in the file."""
+def read_digits(path: Path, frames: int, size: tuple[int, int]) -> Tensor:
+    """A clip (3, T, H, W) in [-1, 1], in 8 bits, of which each pixel is a square in the file.
+
+    Raises DataError for a file that cannot be decoded, or whose frames are no multiple of `size`.
+    """
     info = probe(path)
     clip = read_clip(path, start=Fraction(0), num_frames=frames, fps=info.fps, info=info)
     if any(found % wanted for found, wanted in zip(clip.shape[2:], size, strict=True)):
