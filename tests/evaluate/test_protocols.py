@@ -24,9 +24,11 @@ from apt.evaluate.digits.measure import Judge, pixel_diversity
 from apt.evaluate.features import FEATURES, Features
 from apt.evaluate.harness import evaluate
 from apt.evaluate.image_measures import Fid, PatchFid
+from apt.evaluate.measured import Measured
 from apt.evaluate.protocol import SEED_STRIDE, Request
-from apt.evaluate.protocols import Clips, Coco, Digits, Prompts, Video
+from apt.evaluate.protocols import Clips, Coco, Digits, Prompts, VBench, Video
 from apt.evaluate.protocols.digits import read_digits
+from apt.evaluate.vbench_run import DIMENSIONS
 from apt.evaluate.video_measures import FrechetVideo, measure_movement, of_frames
 from apt.media import write_mp4
 from apt.pixels import to_frames
@@ -154,6 +156,32 @@ def test_videos_without_a_reference_or_a_network(model: ModelChoice, tmp_path: P
     protocol.prepare()
     with pytest.raises(DataError, match="0 videos"):
         dataclasses.replace(config, reference=tmp_path).build(Request(tmp_path, (model,)))
+
+
+def test_vbench_reads_what_it_left_once_it_has_run(model: ModelChoice, tmp_path: Path) -> None:
+    source = tmp_path / "info.json"
+    source.write_text(json.dumps([{"prompt_en": "a bird", "dimension": ["color"]}]))
+    protocol = VBench(source=source).build(Request(tmp_path, (model,)))
+    (measure,) = protocol.measures
+    samples = []
+    for prompt, seed in protocol.keys(0):
+        path = tmp_path / "samples" / "mine" / f"{seed}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(seed))
+        samples.append(Sample(path=path, prompt=prompt, seed=seed, sha256=str(seed)))
+    measured = Measured(tmp_path, [])
+    assert measured.get(0, [samples], lambda: measure(samples)) == {}
+    (videos,) = (tmp_path / "vbench" / "mine").glob("*/videos")
+    assert sorted(path.name for path in videos.iterdir()) == [f"a bird-{n}.mp4" for n in range(5)]
+    results = videos.parent / "results"
+    results.mkdir()
+    for number, name in enumerate(DIMENSIONS):
+        content = json.dumps({name: [0.5 + number / 100, []]})
+        (results / f"{name}_eval_results.json").write_text(content)
+    found = measured.get(0, [samples], lambda: measure(samples))
+    assert found.keys() == protocol.figures.keys()
+    assert found["aesthetic_quality"] == 0.54
+    assert found["total"] == pytest.approx((4 * found["quality"] + found["semantic"]) / 5)
 
 
 def test_coco_end_to_end(model: ModelChoice, tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ _ABOUT = """\
 The figures of the digits' results page, which says what each is: {captions} captions that models
 were trained on, and {heldout} that they were not, against {reference} real clips of handwriting
 that no model has seen. The judge is a classifier trained on real clips. Here samples are video
-files, whose frames are averaged back to {height}×{width}; the page's are not compressed, so figures
-agree with it to a small part of their spread, and not to the last digit."""
+files, whose frames are averaged back to {height}×{width}. The page's are not compressed: compare
+these figures among themselves, and not with it; the spectra differ most."""
 
 
 @PROTOCOLS.register("digits")
