@@ -140,7 +140,7 @@ def load_complete(
         }
     with staged_component(folder) as stage:
         try:
-            with _quiet(model_class.__module__.partition(".")[0]):
+            with quiet_library(model_class.__module__.partition(".")[0]):
                 model, info = model_class.from_pretrained(
                     stage,
                     **options,
@@ -175,7 +175,7 @@ def load_complete(
 
 
 @contextmanager
-def _quiet(library: str) -> Iterator[None]:
+def quiet_library(library: str) -> Iterator[None]:
     """Keep the warnings of transformers or diffusers, and outside terminals their progress bars,
     to themselves: what matters is in our own errors. Settings are as before afterwards."""
     settings = importlib.import_module(f"{library}.utils.logging")

@@ -60,6 +60,7 @@ COMMANDS = {
     "data encode": Command("apt.cli.data_encode", "videos as latents, encoded once for all runs"),
     "data check": Command("apt.cli.data_check", "report what is in a folder of captioned videos"),
     "evaluate": Command("apt.cli.evaluate", "measure models by a protocol, side by side"),
+    "compare": Command("apt.cli.compare", "two runs of one model against each other, as a gate"),
     "probe": Command("apt.cli.probe", "what each layer of a model knows of the sample"),
     "traverse": Command("apt.cli.traverse", "walk between noises, models side by side"),
     "study make": Command("apt.cli.study_make", "pairs of samples for a preference study"),

@@ -80,24 +80,34 @@ def parse_model(text: str) -> ModelChoice:
             values[found[2]] = found[3]
         rest = found[1]
     name, place = parse_name(rest)
-    fps, unet = values.pop("fps", None), values.pop("unet", None)
-    if fps is not None and not (isinstance(fps, int | float) and 0 < fps <= 1000):
-        raise InputError(f"fps must be above 0 and at most 1000, got {fps!r} in {text!r}")
+    unet, asked = values.pop("unet", None), values.pop("fps", None)
+    fps = None
+    if asked is not None:
+        if not (isinstance(asked, int | float) and 0 < asked <= 1000):
+            raise InputError(f"fps must be above 0 and at most 1000, got {asked!r} in {text!r}")
+        fps = float(asked)
     return ModelChoice(
         name=name,
         place=place,
         options=GenerateOptions().replace(values),
-        fps=None if fps is None else float(fps),
+        fps=fps,
         unet=None if unet is None else Path(str(unet)),
     )
 
 
 def check_model(choice: ModelChoice) -> None:
-    """Raise CheckpointError for a model that is nowhere. Nothing large is fetched yet."""
+    """Look at a choice before anything large is fetched.
+
+    Raises CheckpointError for a model that is nowhere, InputError for an option that it ignores.
+    """
+    if choice.place in PEERS:
+        if choice.fps is not None:
+            raise InputError(f"{choice.place} makes pictures, which have no fps; leave it out")
+        return
+    if choice.unet is not None:
+        raise InputError(f"{choice.place} is none of the peers, so it takes no unet; leave it out")
     place = choice.place.removeprefix(PIPELINE_PREFIX)
     known = place in list_pretrained() or Path(place).expanduser().exists()
-    if place == choice.place and place in PEERS:
-        return
     if not known and split_hub_id(place) is None:
         names = [*list_pretrained(), *PEERS]
         raise CheckpointError(

@@ -88,6 +88,7 @@ def evaluate(
         machine=machine(),
         software=f"diffusion-apt {__version__}",
         models=measure(protocol, models, found, out, progress),
+        real={} if protocol.real is None else protocol.real(),
     )
     return write_report(out, evaluation, found)
 

@@ -41,7 +41,7 @@ class Measured:
     def get(
         self, number: int, samples: Sequence[Sequence[Sample]], measure: Callable[[], Figures]
     ) -> dict[str, float]:
-        """The figures of these samples, from the file or measured and noted.
+        """The figures of these samples, from the file or measured and noted; none are not noted.
 
         Args:
             number: which of the protocol's measures.
@@ -55,9 +55,13 @@ class Measured:
         key = hashlib.sha256(text.encode()).hexdigest()
         if key not in self._known:
             figures = {name: float(value) for name, value in measure().items()}
+            if not figures:
+                return {}
             try:
                 with self._path.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"of": key, "figures": figures}) + "\n")
+                    # As text, so that infinity is one too, and no digit is lost.
+                    written = {name: repr(value) for name, value in figures.items()}
+                    stream.write(json.dumps({"of": key, "figures": written}) + "\n")
             except OSError as error:
                 raise InputError(
                     f"cannot write {str(self._path)!r}: {error.strerror or error}; free some "

@@ -75,7 +75,10 @@ PEERS: Mapping[str, Peer] = {
         about="FLUX.1 [dev], the base of schnell in the paper's tables, 25 steps",
         repo="black-forest-labs/FLUX.1-dev",
         licence="FLUX.1 [dev] Non-Commercial License (gated)",
-        source="card: licence, guidance 3.5 (50 steps there), 512 tokens; the paper: 25 steps, 3.5",
+        source=(
+            "card: licence; the paper: 25 steps, guidance 3.5; 512 tokens are diffusers' default. "
+            "The card's own example could not be read here"
+        ),
         dtype="bfloat16",
         num_steps=25,
         guidance_scale=3.5,
@@ -95,8 +98,8 @@ PEERS: Mapping[str, Peer] = {
         repo="stabilityai/stable-diffusion-3.5-large",
         licence=_STABILITY,
         source=(
-            "card: licence; its guidance 3.5 (28 steps there) is from memory, the card's text was "
-            "not at hand; the paper: 25 steps at diffusers' default, which is 7"
+            "card: licence; the paper: 25 steps, at diffusers' default guidance, which is 7. The "
+            "3.5 here is said to be the card's, whose text could not be read"
         ),
         dtype="bfloat16",
         num_steps=25,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from apt.checkpoints.digest import weights_digest
-from apt.checkpoints.external import first_line, import_hub_extra
+from apt.checkpoints.external import first_line, import_hub_extra, quiet_library
 from apt.checkpoints.info import PIPELINE_FILE
 from apt.checkpoints.reading import read_json, read_pipeline
 from apt.checkpoints.source import Source, locate
@@ -24,7 +24,6 @@ from apt.device import explained_memory, find_device
 from apt.errors import CheckpointError, InputError
 from apt.evaluate.peers import Peer
 from apt.generate_options import DIFFUSERS_NAMES, GenerateOptions
-from apt.hub.download import download
 from apt.samples import SampleKey
 from apt.untrusted import check_links, read_entries
 
@@ -193,7 +192,7 @@ def _call_options(
     kind: str, options: GenerateOptions, accepted: Mapping[str, inspect.Parameter]
 ) -> dict[str, Any]:
     """Options as the pipeline names them. Raises InputError for those that it does not take."""
-    found = {}
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if value == field.default or field.name == "batch_size":
@@ -230,6 +229,7 @@ def _load(source: Source, dtype: str) -> Any:
     diffusers = import_hub_extra("diffusers")
     with (
         staged_pipeline(source.folder) as stage,
+        quiet_library("diffusers"),
         explained_memory(f"loading {source.name!r}", "try --dtype bfloat16"),
     ):
         try:
@@ -240,9 +240,11 @@ def _load(source: Source, dtype: str) -> Any:
                 local_files_only=True,
                 trust_remote_code=False,
             )
-        except (OSError, ValueError, AttributeError, ImportError) as error:
+        # Whatever a configuration of others makes the library raise.
+        except Exception as error:
+            reason = first_line(error).replace(str(stage), str(source.folder))
             raise CheckpointError(
-                f"diffusers cannot load the pipeline {source.name!r}: {first_line(error)}"
+                f"diffusers cannot load the pipeline {source.name!r}: {reason}"
             ) from error
 
 
@@ -299,10 +301,9 @@ def _unet_file(peer: Peer, given: Path | None) -> Path | None:
             "name that file with unet=FILE"
         )
     if given is None:
-        folder = Path(peer.unet.repo)
-        if not folder.is_dir():
-            folder = download(peer.unet.repo, None, [peer.unet.name])
-        given = folder / peer.unet.name
+        source = locate(peer.unet.repo)
+        source.fetch([peer.unet.name])
+        given = source.folder / peer.unet.name
     if given.suffix != _SAFETENSORS or not given.is_file():
         raise CheckpointError(f"{str(given)!r} is no {_SAFETENSORS} file that is there")
     return given

@@ -42,7 +42,7 @@ def plot_bars(
     """Bars with error bars: a panel for each figure, a bar for each label."""
     columns = min(_PANELS_IN_A_ROW, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = new_figure(13 * columns / _PANELS_IN_A_ROW + 1, rows * (0.36 * len(labels) + 1.4))
+    figure = new_figure(max(6, 13 * columns / _PANELS_IN_A_ROW), rows * (0.36 * len(labels) + 1.4))
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis, panel in zip(grid.flat, panels, strict=False):
         _draw_bars(axis, panel, colours)

@@ -14,6 +14,7 @@ from apt.evaluate.results import Evaluation, ModelResult
 from apt.evaluate.sheet import write_sample_sheet
 from apt.evaluate.tables import image, plus_minus, table
 from apt.files import without_nan, write_text
+from apt.media.parts import is_shown
 from apt.samples import SampleFolder
 
 _ROWS = 8
@@ -74,7 +75,7 @@ def report_text(evaluation: Evaluation, *, data: str, plot: str | None, sheet: s
     seeds = ", ".join(map(str, protocol.seeds))
     spread = (
         f"Figures are mean ± standard deviation over {len(protocol.seeds)} evaluation seeds "
-        f"({seeds}), each with noise of its own, which is the same for all models."
+        f"({seeds}), each with noise seeds of its own, the same for all models."
         if len(protocol.seeds) > 1
         else f"One evaluation seed ({seeds}): no spread is known."
     )
@@ -89,7 +90,7 @@ def report_text(evaluation: Evaluation, *, data: str, plot: str | None, sheet: s
         _figures_table(evaluation),
         image(plot, "Every figure of every model"),
         "## Samples",
-        "First seed, first prompts, the same noise for every model.",
+        "First evaluation seed, first prompts, the same noise seeds for every model.",
         image(sheet, "Samples of all models side by side"),
         "## Models",
         _models_table(evaluation.models),
@@ -103,6 +104,9 @@ def _figures_table(evaluation: Evaluation) -> str:
     if not figures:
         return "This protocol measures nothing: look, and rate with `diffusion-apt study make`."
     rows = []
+    if real := evaluation.real:
+        cells = (f"{real[name]:.3g}" if name in real else "–" for name in figures)
+        rows.append([_REAL, *cells])
     for model in evaluation.models:
         summary = model.summary()
         rows.append(
@@ -151,8 +155,9 @@ def _grid(evaluation: Evaluation, folders: Mapping[str, SampleFolder]) -> Grid:
     files: list[list[Path | None]] = [
         [folders[name].samples[key].path for name in columns] for key in keys
     ]
-    if all(prompt in protocol.references for prompt, _ in keys):
-        for row, (prompt, _) in zip(files, keys, strict=True):
-            row.append(protocol.references[prompt])
+    real = [protocol.references.get(prompt) for prompt, _ in keys]
+    if all(file is not None and is_shown(file) for file in real):
+        for row, file in zip(files, real, strict=True):
+            row.append(file)
         columns = [*columns, _REAL]
     return Grid(rows=[prompt for prompt, _ in keys], columns=columns, files=files)

@@ -32,6 +32,11 @@ def data_uri(file: Path) -> str:
     return f"data:{kind};base64,{data}"
 
 
+def is_shown(file: Path) -> bool:
+    """Whether `embed` takes a file of this name."""
+    return file.suffix.lower() in {**VIDEO_TYPES, **_IMAGE_TYPES}
+
+
 def embed(file: Path, label: str) -> str:
     """A video or picture as an element; errors as of `data_uri`.
 

@@ -41,5 +41,8 @@ def test_a_model_that_is_nowhere_is_one_line_with_near_names() -> None:
     for text, near in (("digitz", "'digits'"), ("sdxl_turbo", "'sdxl-turbo'")):
         with pytest.raises(CheckpointError, match=near):
             check_model(parse_model(text))
+    for text, option in (("flux-schnell,fps=8", "no fps"), ("digits,unet=a", "no unet")):
+        with pytest.raises(InputError, match=option):
+            check_model(parse_model(text))
     with pytest.raises(CheckpointError, match="there is no model 'diffusers:nowhere'"):
         check_model(parse_model("diffusers:nowhere"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,6 +22,7 @@ from apt.evaluate.harness import evaluate
 from apt.evaluate.protocol import SEED_STRIDE, Figure, Figures, Protocol, Request
 from apt.generate_options import GenerateOptions
 from apt.samples import Sample, read_samples
+from tests.cli.shell import ROOT
 from tests.tiny import tiny_bundle
 
 
@@ -152,3 +155,23 @@ def test_what_is_wrong_is_one_line_before_anything_is_made(
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file; name a folder"):
         evaluate(protocol, models, tmp_path / "file")
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun_write_the_page_of_one(
+    models: list[ModelChoice], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red one\na blue two\na green three\n")
+    manifests, pages = [], []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        out = tmp_path / name
+        options = ["--model", models[0].place, "--out", out, "--prompts", tmp_path / "prompts.txt"]
+        command = [sys.executable, *launcher, "-m", "apt", "evaluate", "prompts", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-2:] == [f"{out}/prompts.md", f"{out}/prompts.html"]
+        manifests.append(sorted((out / "samples/tiny/samples.jsonl").read_text().splitlines()))
+        pages.append((out / "prompts.md").read_text().replace(str(out), "OUT"))
+    assert manifests[0] == manifests[1] and len(manifests[0]) == 4
+    assert pages[0] == pages[1]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,8 +42,8 @@ _ABOUT = """\
 The figures of the digits' results page, which says what each is: {captions} captions that models
 were trained on, and {heldout} that they were not, against {reference} real clips of handwriting
 that no model has seen. The judge is a classifier trained on real clips. Here samples are video
-files, whose frames are averaged back to {height}×{width}; the page's are not compressed, so figures
-agree with it to a small part of their spread, and not to the last digit."""
+files, whose frames are averaged back to {height}×{width}. The page's are not compressed: compare
+these figures among themselves, and not with it; the spectra differ most."""
 
 
 @PROTOCOLS.register("digits")
@@ -75,7 +75,7 @@ class Digits:
         captions = caption_set(0, self.captions * each, each, setting)
         kept = request.out / "judge" if self.cache is None else self.cache
 
-        @cache
+        @functools.cache
         def judge() -> Judge:
             classifier, _ = load_classifier(self.classifier, kept)
             return Judge(classifier, real_reference(self.num_reference, setting))
@@ -102,7 +102,7 @@ class Digits:
 
 def _measure(judge: Judge, captions: CaptionSet, samples: Sequence[Sample]) -> Figures:
     size = clip_size(captions.setting)
-    clips = torch.stack([_read(s.path, size.frames, (size.side, size.side)) for s in samples])
+    clips = torch.stack([read_digits(s.path, size.frames, (size.side, size.side)) for s in samples])
     # Real clips are other ones for each seed, as the noise is.
     of_seed = dataclasses.replace(captions, seed=samples[0].seed // SEED_STRIDE)
     real = pixel_diversity(real_for_captions(of_seed, "test"), of_seed)
@@ -110,8 +110,11 @@ def _measure(judge: Judge, captions: CaptionSet, samples: Sequence[Sample]) -> F
     return {name: found.figure(name) for name in FIGURES}
 
 
-def _read(path: Path, frames: int, size: tuple[int, int]) -> Tensor:
-    """A clip (3, T, H, W) in [-1, 1], in 8 bits, of which each pixel was a square in the file."""
+def read_digits(path: Path, frames: int, size: tuple[int, int]) -> Tensor:
+    """A clip (3, T, H, W) in [-1, 1], in 8 bits, of which each pixel is a square in the file.
+
+    Raises DataError for a file that cannot be decoded, or whose frames are no multiple of `size`.
+    """
     info = probe(path)
     clip = read_clip(path, start=Fraction(0), num_frames=frames, fps=info.fps, info=info)
     if any(found % wanted for found, wanted in zip(clip.shape[2:], size, strict=True)):

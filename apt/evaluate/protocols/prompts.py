@@ -1,19 +1,25 @@
-"""Samples of a file of prompts side by side, without a measure."""
+"""Samples of a file of prompts side by side: to look at, and one model's against another's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from apt.evaluate.protocol import PROTOCOLS, Protocol, Request
+from apt.data.decode import probe
+from apt.evaluate.compare import FIDELITIES, Fidelity
+from apt.evaluate.protocol import PROTOCOLS, Figure, Figures, Protocol, Request
+from apt.evaluate.video_measures import read_video
 from apt.generate_options import GenerateOptions
 from apt.prompts import read_prompts
+from apt.samples import Sample
 
 
 @PROTOCOLS.register("prompts")
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts of your own, samples side by side: to look at, and for a preference study."""
+    """Prompts of your own, side by side: to look at, for a study, or to check a change."""
 
     prompts: Path
     """Text with one prompt per line."""
@@ -27,15 +33,38 @@ class Prompts:
     """Height in pixels."""
     width: int | None = None
     """Width in pixels."""
+    fidelity: tuple[Literal["psnr", "ssim", "flip", "cvvdp"], ...] = ()
+    """How near each further model's samples are to the first one's, prompt by prompt and seed by
+    seed: for 8-bit weights, exports and kernels, not for different models. `compare` checks two
+    folders of samples against limits."""
 
     def build(self, request: Request) -> Protocol:
         """The protocol. Raises InputError for prompts that cannot be read."""
+        about = "The same prompts and noise seeds for every model."
+        if self.fidelity:
+            about += " Each further model's samples are held against those of the first one."
         return Protocol(
             name="prompts",
-            about="Nothing is measured. The same prompts and noise for every model.",
+            about=about,
             prompts=tuple(dict.fromkeys(read_prompts(self.prompts))),
             samples_per_prompt=self.samples_per_prompt,
             seeds=self.seeds,
             options=GenerateOptions(frames=self.frames, height=self.height, width=self.width),
-            figures={},
+            figures={name: _figure(FIDELITIES[name]) for name in self.fidelity},
+            pair_measures=(self._measure,) if self.fidelity else (),
+            settings={"fidelity": list(self.fidelity)},
         )
+
+    def _measure(self, samples: Sequence[Sample], others: Sequence[Sample]) -> Figures:
+        """Means over the pairs. Raises InputError for samples of different sizes."""
+        total = dict.fromkeys(self.fidelity, 0.0)
+        for sample, other in zip(samples, others, strict=True):
+            clips = read_video(other.path), read_video(sample.path)
+            fps = float(probe(other.path).fps)
+            for name in total:
+                total[name] += FIDELITIES[name].measure(*clips, fps)
+        return {name: value / len(samples) for name, value in total.items()}
+
+
+def _figure(fidelity: Fidelity) -> Figure:
+    return Figure(fidelity.title, "higher" if fidelity.higher_is_better else "lower")

@@ -1,0 +1,226 @@
+"""Two runs of one model, sample by sample: did a change of the code change what it makes?
+
+Full-reference measures, for 8-bit weights, VAEs, kernels and exports. They compare samples of the
+same prompt and seed, so they say nothing of two different models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from apt.data.decode import probe
+from apt.errors import InputError, MissingPackageError, listed
+from apt.evaluate.video_measures import read_video
+from apt.files import without_nan, write_text
+from apt.metrics.fidelity import check_alike, psnr, ssim
+from apt.samples import read_samples
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """A measure of a video against the one that it should equal.
+
+    Attributes:
+        title: with its unit.
+        higher_is_better: else lower.
+        measure: reference and test, uint8 (T, H, W, 3), and frames per second, to the figure.
+    """
+
+    title: str
+    higher_is_better: bool
+    measure: Callable[[Tensor, Tensor, float], float]
+
+    def worst(self, values: Sequence[float]) -> float:
+        """The figure that is furthest from equality."""
+        return min(values) if self.higher_is_better else max(values)
+
+    def passes(self, value: float, limit: float) -> bool:
+        """Whether a figure reaches a limit."""
+        return value >= limit if self.higher_is_better else value <= limit
+
+
+def _flip(reference: Tensor, test: Tensor, _: float) -> float:
+    try:
+        import flip_evaluator
+    except ImportError as error:
+        raise _missing("flip-evaluator", error) from error
+    check_alike(reference, test)
+    errors = [
+        flip_evaluator.evaluate(a.numpy() / 255.0, b.numpy() / 255.0, "LDR", applyMagma=False)[1]
+        for a, b in zip(reference.float(), test.float(), strict=True)
+    ]
+    return sum(errors) / len(errors)
+
+
+def _cvvdp(reference: Tensor, test: Tensor, fps: float) -> float:
+    try:
+        import pycvvdp
+    # A torchvision that was built for another torch raises RuntimeError.
+    except (ImportError, RuntimeError) as error:
+        raise _missing("cvvdp", error) from error
+    check_alike(reference, test)
+    metric = pycvvdp.cvvdp(display_name="standard_fhd", quiet=True, device=reference.device)
+    still = len(reference) == 1
+    order = "HWC" if still else "FHWC"
+    frames = [clip[0].numpy() if still else clip.numpy() for clip in (test, reference)]
+    quality, _ = metric.predict(*frames, dim_order=order, frames_per_second=fps)
+    return float(quality)
+
+
+def _missing(package: str, error: Exception) -> MissingPackageError:
+    return MissingPackageError(
+        f"this needs {package}, which does not import here ({error}); "
+        "run `pip install diffusion-apt[eval]`"
+    )
+
+
+FIDELITIES: Mapping[str, Fidelity] = {
+    "psnr": Fidelity("PSNR (dB)", True, lambda a, b, _: psnr(a, b)),
+    "ssim": Fidelity("SSIM", True, lambda a, b, _: ssim(a, b)),
+    # NVIDIA's FLIP of SDR frames at its default of 67 pixels per degree, mean over frames and
+    # pixels; 0 is equal, 1 the most different (Andersson et al., 2020).
+    "flip": Fidelity("FLIP", False, _flip),
+    # ColorVideoVDP's JOD on a full-HD screen at its usual distance; 10 is equal, 1 less is seen by
+    # three of four people (Mantiuk et al., 2024).
+    "cvvdp": Fidelity("ColorVideoVDP (JOD)", True, _cvvdp),
+}
+"""Measures by name. FLIP and ColorVideoVDP are in the extra `eval`."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Figures of every pair.
+
+    Attributes:
+        names: of the pairs.
+        figures: by measure, one for each pair.
+        limits: that the worst pair has to reach, by measure.
+    """
+
+    names: Sequence[str]
+    figures: Mapping[str, Sequence[float]]
+    limits: Mapping[str, float]
+
+    def worst(self, measure: str) -> tuple[str, float]:
+        """The worst pair's name and figure."""
+        values = self.figures[measure]
+        worst = FIDELITIES[measure].worst(values)
+        return self.names[values.index(worst)], worst
+
+    @property
+    def failed(self) -> list[str]:
+        """Measures whose worst pair misses its limit."""
+        return [
+            name
+            for name, limit in self.limits.items()
+            if not FIDELITIES[name].passes(self.worst(name)[1], limit)
+        ]
+
+    def render(self) -> str:
+        """A table: mean and worst figure of each measure, and whether its limit is met."""
+        lines = [f"{len(self.names)} pairs"]
+        for name, values in self.figures.items():
+            pair, worst = self.worst(name)
+            line = f"{FIDELITIES[name].title}: mean {_mean(values):.4g}, worst {worst:.4g} ({pair})"
+            if name in self.limits:
+                missed = name in self.failed
+                line += f", limit {self.limits[name]:g}: {'MISSED' if missed else 'met'}"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def write_json(self, path: Path) -> None:
+        """All figures; infinity, which JSON does not have, as null.
+
+        Raises InputError if the file cannot be written.
+        """
+        document: dict[str, Any] = {"pairs": list(self.names), "measures": {}}
+        for name, values in self.figures.items():
+            document["measures"][name] = {
+                "figures": list(values),
+                "limit": self.limits.get(name),
+                "met": name not in self.failed,
+            }
+        try:
+            write_text(path, json.dumps(without_nan(document), indent=1) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"cannot write {str(path)!r}: {error.strerror or error}; choose another place"
+            ) from error
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def pair_files(reference: Path, test: Path) -> dict[str, tuple[Path, Path]]:
+    """Pairs to compare, by name: two files, or the samples of two folders by prompt and seed.
+
+    Raises:
+        InputError: a file and a folder, or folders without the same prompts and seeds.
+        DataError: a folder without a manifest of samples.
+    """
+    if reference.is_file() and test.is_file():
+        return {test.name: (reference, test)}
+    if reference.is_file() or test.is_file():
+        raise InputError(f"{str(reference)!r} and {str(test)!r}: give two files, or two folders")
+    first, second = read_samples(reference).samples, read_samples(test).samples
+    alone = [f"{prompt!r} seed {seed}" for prompt, seed in first.keys() ^ second.keys()]
+    if alone:
+        raise InputError(
+            f"{len(alone)} samples are in one of {str(reference)!r} and {str(test)!r} alone: "
+            f"{listed(sorted(alone))}; make both with the same prompts and seeds"
+        )
+    return {
+        f"{prompt!r} seed {seed}": (sample.path, second[prompt, seed].path)
+        for (prompt, seed), sample in first.items()
+    }
+
+
+def compare(
+    reference: Path,
+    test: Path,
+    *,
+    measures: Sequence[str] = ("psnr", "ssim"),
+    limits: Mapping[str, float] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:
+    """Compare two files, or all samples of two folders.
+
+    Args:
+        reference: what is right.
+        test: what is looked at.
+        measures: names in `FIDELITIES`.
+        limits: by measure, what the worst pair has to reach; these measures are taken too.
+        progress: told how many pairs of how many are done.
+
+    Raises:
+        InputError: unknown measures, or pairs that do not fit together.
+        DataError: files or manifests that cannot be read.
+        MissingPackageError: a measure of the extra `eval` that is not installed.
+    """
+    limits = dict(limits or {})
+    names = list(dict.fromkeys([*measures, *limits]))
+    unknown = [name for name in names if name not in FIDELITIES]
+    if unknown or not names:
+        raise InputError(f"unknown measures {unknown}; choose from {', '.join(FIDELITIES)}")
+    pairs = pair_files(reference, test)
+    figures: dict[str, list[float]] = {name: [] for name in names}
+    for done, (pair, (right, looked_at)) in enumerate(pairs.items(), 1):
+        info = probe(right)
+        first, second = read_video(right), read_video(looked_at)
+        for name in names:
+            try:
+                figure = FIDELITIES[name].measure(first, second, float(info.fps))
+            except MissingPackageError:
+                raise
+            except InputError as error:
+                raise InputError(f"{pair}: {error}") from error
+            figures[name].append(figure)
+        progress(done, len(pairs))
+    return Comparison(list(pairs), figures, limits)

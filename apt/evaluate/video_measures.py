@@ -1,0 +1,190 @@
+"""Measures of generated videos: distances in features, sharpness, flicker, motion, diversity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apt.data.decode import probe, read_clip, read_image
+from apt.errors import InputError
+from apt.evaluate.features import Features
+from apt.evaluate.pictures import clean_resize, crop_square
+from apt.metrics.diversity import Diversity, pairwise_diversity
+from apt.metrics.frechet import GaussianStatistics, frechet_distance, gaussian_statistics
+from apt.metrics.motion import flicker, frame_change, motion, sharpness
+from apt.pixels import to_frames
+
+Advance = Callable[[int], None]
+"""Told how many more videos are done."""
+
+
+def _nobody(_: int) -> None:
+    """Nobody listens."""
+
+
+def read_video(path: Path) -> Tensor:
+    """All frames of a file, at its own rate, uint8 (T, H, W, 3); one of an image.
+
+    Raises DataError if it cannot be decoded whole.
+    """
+    info = probe(path)
+    if info.is_image:
+        return to_frames(read_image(path)[None])[0]
+    clip = read_clip(
+        path, start=Fraction(0), num_frames=round(info.length), fps=info.fps, info=info
+    )
+    return to_frames(clip[None])[0]
+
+
+@dataclass(frozen=True)
+class VideoFeatures:
+    """A network that sees videos, such as the I3D of FVD (Unterthiner et al., 2018).
+
+    Attributes:
+        name: for tables and records.
+        network: clips (B, T, H, W, 3), uint8, on the CPU, to features (B, D) of any float type. It
+            is given them as the files hold them: it chooses frames and resizes itself.
+    """
+
+    name: str
+    network: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def __call__(self, clips: Tensor) -> Tensor:
+        """Features (B, D) on the CPU in float64.
+
+        Raises InputError if the network gives anything else than a row for each clip.
+        """
+        features = self.network(clips)
+        if features.ndim != 2 or len(features) != len(clips) or not features.is_floating_point():
+            raise InputError(
+                f"the features {self.name!r} came as {features.dtype} {tuple(features.shape)} for "
+                f"{len(clips)} clips; expected floats of shape ({len(clips)}, D)"
+            )
+        return features.double().cpu()
+
+
+def of_frames(features: Features) -> VideoFeatures:
+    """Features of videos from those of pictures: what frames show, and how much that changes.
+
+    The mean over frames, and the mean over pairs of neighbours of the absolute difference, (B, 2D):
+    a frozen video differs from a moving one in the second half. Zeros there for one frame.
+    """
+
+    def extract(clips: Tensor) -> Tensor:
+        rows = []
+        for clip in clips:
+            size = (features.size, features.size)
+            frames = [clean_resize(crop_square(frame), size) for frame in clip.numpy()]
+            seen = features(torch.stack([torch.from_numpy(frame) for frame in frames])).double()
+            change = seen.diff(dim=0).abs().sum(dim=0) / max(1, len(seen) - 1)
+            rows.append(torch.cat([seen.mean(dim=0), change]))
+        return torch.stack(rows)
+
+    return VideoFeatures(f"{features.name} of frames", extract)
+
+
+def video_features(
+    files: Sequence[Path], features: VideoFeatures, *, advance: Advance = _nobody
+) -> Iterator[Tensor]:
+    """Features (1, D) of one file after another, so that sizes and lengths may differ.
+
+    Raises DataError for a file that cannot be decoded.
+    """
+    for path in files:
+        yield features(read_video(path)[None])
+        advance(1)
+
+
+class FrechetVideo:
+    """Fréchet distance between videos in the features of a network: FVD, if that is its I3D.
+
+    Figures of different networks, and of different numbers of videos, cannot be compared. Lower is
+    better.
+
+    Args:
+        reference: files of real videos, at least two.
+        features: the network.
+        advance: told of progress.
+    """
+
+    def __init__(
+        self, reference: Sequence[Path], features: VideoFeatures, *, advance: Advance = _nobody
+    ) -> None:
+        self._features, self._advance = features, advance
+        self._real = self._statistics(reference)
+
+    def _statistics(self, files: Sequence[Path]) -> GaussianStatistics:
+        return gaussian_statistics(video_features(files, self._features, advance=self._advance))
+
+    def __call__(self, files: Sequence[Path]) -> float:
+        """The squared distance, 0 for equal statistics."""
+        return frechet_distance(self._statistics(files), self._real)
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Figures of videos, each a mean over them; `apt.metrics.motion` defines them.
+
+    Attributes:
+        sharpness: variance of the Laplacian, squared grey levels, mean over frames.
+        flicker: amplitude of jumps of brightness, grey levels.
+        frame_change: from one frame to the next, grey levels.
+        motion: of the fastest parts, share of the shorter side per frame.
+        frozen: share of the videos without any motion.
+    """
+
+    sharpness: float
+    flicker: float
+    frame_change: float
+    motion: float
+    frozen: float
+
+
+def measure_movement(files: Sequence[Path], *, advance: Advance = _nobody) -> Movement:
+    """Sharpness, flicker and motion of video files.
+
+    Raises:
+        DataError: a file that cannot be decoded.
+        InputError: no files, or one of fewer than three frames.
+    """
+    if not files:
+        raise InputError("there are no videos to measure; give at least one file")
+    rows = []
+    for path in files:
+        clip = read_video(path)
+        try:
+            moves = motion(clip)
+            rows.append(
+                (
+                    float(sharpness(clip).double().mean()),
+                    flicker(clip),
+                    frame_change(clip),
+                    moves,
+                    float(moves == 0),
+                )
+            )
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        advance(1)
+    return Movement(*torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist())
+
+
+def video_diversity(
+    files: Sequence[Path],
+    prompts: Sequence[Hashable],
+    features: VideoFeatures,
+    *,
+    advance: Advance = _nobody,
+) -> Diversity:
+    """Mean distance in features between videos of one prompt, and of different prompts.
+
+    Raises InputError as `apt.metrics.pairwise_diversity`, DataError for a broken file.
+    """
+    rows = torch.cat(list(video_features(files, features, advance=advance)))
+    return pairwise_diversity(rows, prompts)

@@ -1,0 +1,151 @@
+"""What a video does over time, and how sharp its frames are, from its pixels alone.
+
+Clips are (T, H, W, 3) uint8, or float32 in [0, 255]. Luma is BT.709's of the R'G'B' values, in grey
+levels of 0 to 255. No figure here is good by itself: a frozen video has the least flicker, and
+noise the most detail. They are read together, and beside those of real videos.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apt.errors import InputError
+
+_BT709 = (0.2126, 0.7152, 0.0722)
+
+_CELLS = 4
+_WORKING_SIDE = 128
+_BLOCK = 8
+_REACH = 8
+_FEWEST = 0.02
+_EXPLAINED = 0.7
+_VISIBLE = 1.0
+
+
+def luma(clip: Tensor) -> Tensor:
+    """(T, H, W) float32 in [0, 255]. Raises InputError for anything but (T, H, W, 3)."""
+    if clip.ndim != 4 or clip.shape[-1] != 3 or not clip.numel():
+        raise InputError(
+            f"a clip has the shape {tuple(clip.shape)}; expected (T, H, W, 3) in [0, 255]"
+        )
+    return clip.float() @ torch.tensor(_BT709, device=clip.device)
+
+
+def sharpness(clip: Tensor) -> Tensor:
+    """How sharp each frame is: the variance of its Laplacian, (T,), in squared grey levels.
+
+    The Laplacian of luma is the sum of the four neighbours less four times the pixel, without the
+    border. The focus measure of Pech-Pacheco et al. (2000). Compare it at equal sizes, and beside
+    real videos: noise and ringing raise it too.
+
+    Raises InputError for frames below 3x3 pixels.
+    """
+    frames = luma(clip)
+    if min(frames.shape[1:]) < 3:
+        raise InputError(f"sharpness needs frames of at least 3x3 pixels, got {clip.shape[1:3]}")
+    inner = frames[:, 1:-1, 1:-1]
+    around = frames[:, :-2, 1:-1] + frames[:, 2:, 1:-1] + frames[:, 1:-1, :-2] + frames[:, 1:-1, 2:]
+    return (around - 4 * inner).flatten(1).var(dim=1, unbiased=False)
+
+
+def flicker(clip: Tensor) -> float:
+    """Amplitude in grey levels with which brightness jumps from frame to frame.
+
+    The mean of |m(t-1) - 2 m(t) + m(t+1)| / 4, where m is the mean luma of each of 4x4 cells of the
+    frame (fewer in frames of fewer pixels). Brightness that alternates by plus and minus a gives a;
+    a frozen video, a steady fade, and whatever moves within a cell give 0. Not VBench's "temporal
+    flickering", which is 1 less the mean change between frames over 255, and so rewards what does
+    not move: `frame_change` is that change.
+
+    Raises InputError for fewer than three frames.
+    """
+    if len(clip) < 3:
+        raise InputError(f"flicker needs at least 3 frames, got {len(clip)}")
+    frames = luma(clip)
+    cells = (min(_CELLS, frames.shape[1]), min(_CELLS, frames.shape[2]))
+    means = F.adaptive_avg_pool2d(frames[:, None], cells).double()
+    return float((means[:-2] - 2 * means[1:-1] + means[2:]).abs().mean() / 4)
+
+
+def frame_change(clip: Tensor) -> float:
+    """Mean absolute change of a value from one frame to the next, in grey levels; 0 is frozen.
+
+    VBench's temporal flickering is (255 - this) / 255 (Huang et al., 2024).
+
+    Raises InputError for fewer than two frames.
+    """
+    luma(clip[:1])
+    if len(clip) < 2:
+        raise InputError(f"the change between frames needs at least 2 frames, got {len(clip)}")
+    return float(clip.float().diff(dim=0).abs().mean())
+
+
+def motion(clip: Tensor) -> float:
+    """Speed of what moves: share of the frame's shorter side per frame; 0 is frozen.
+
+    Each block of 8x8 pixels is looked for in the next frame, by the least absolute difference of
+    luma without its mean, in whole pixels at most 8 away each way. Frames whose shorter side is
+    over 128 pixels are first reduced to that. A block counts as moved if it changed by more than
+    one grey level on average, and the place where it is found explains at least 0.7 of that change:
+    so noise and flicker do not pass for motion. The figure is the mean over pairs of frames of the
+    median displacement of the blocks that moved, 0 where fewer than 2 % did. A small thing over a
+    still background counts by its own speed, as in VBench's dynamic degree (Huang et al., 2024),
+    which takes the longest vectors of optical flow. Speeds below half a pixel, or above 8, of the
+    128 are not seen, and a cut may pass for motion.
+
+    Raises InputError for fewer than two frames, or frames below 8x8 pixels.
+    """
+    if len(clip) < 2:
+        raise InputError(f"motion needs at least 2 frames, got {len(clip)}")
+    frames = luma(clip)
+    shorter = min(frames.shape[1:])
+    if shorter < _BLOCK:
+        raise InputError(f"motion needs frames of at least 8x8 pixels, got {clip.shape[1:3]}")
+    if shorter > _WORKING_SIDE:
+        scale = _WORKING_SIDE / shorter
+        size = [max(_WORKING_SIDE, round(side * scale)) for side in frames.shape[1:]]
+        frames = F.interpolate(frames[:, None], size, mode="bilinear", antialias=True)[:, 0]
+    speeds = [_speed(first, second) for first, second in itertools.pairwise(frames)]
+    return sum(speeds) / len(speeds) / min(frames.shape[1:])
+
+
+def _speed(first: Tensor, second: Tensor) -> float:
+    """Median displacement in pixels of the blocks of (H, W) that moved."""
+    lengths = _displacements(first, second)
+    moved = lengths[lengths > 0]
+    return float(moved.median()) if len(moved) > _FEWEST * len(lengths) else 0.0
+
+
+def _displacements(first: Tensor, second: Tensor) -> Tensor:
+    """Lengths (blocks,) in pixels, of where blocks of (H, W) are found in the second frame."""
+    height, width = (side - side % _BLOCK for side in first.shape)
+    blocks = _blocks(first[:height, :width])
+    padded = F.pad(second[None, None], (_REACH,) * 4, mode="replicate")[0, 0]
+    # The shortest first, so that of equal matches it is the one.
+    span = range(-_REACH, _REACH + 1)
+    steps = sorted(
+        ((y, x) for y in span for x in span), key=lambda step: step[0] ** 2 + step[1] ** 2
+    )
+    best = torch.full((len(blocks),), float("inf"), device=first.device)
+    length = torch.zeros_like(best)
+    for y, x in steps:
+        top, left = _REACH + y, _REACH + x
+        candidate = _blocks(padded[top : top + height, left : left + width])
+        error = (candidate - blocks).abs().mean(dim=1)
+        if (y, x) == (0, 0):
+            still = error
+        found = error < best
+        best = torch.where(found, error, best)
+        length = torch.where(found, torch.full_like(length, (y * y + x * x) ** 0.5), length)
+    moved = (still > _VISIBLE) & (best <= (1 - _EXPLAINED) * still)
+    return torch.where(moved, length, torch.zeros_like(length))
+
+
+def _blocks(frame: Tensor) -> Tensor:
+    """(H, W) to (blocks, 64), each without its mean."""
+    blocks = frame.unfold(0, _BLOCK, _BLOCK).unfold(1, _BLOCK, _BLOCK).reshape(-1, _BLOCK**2)
+    return blocks - blocks.mean(dim=1, keepdim=True)
