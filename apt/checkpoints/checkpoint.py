@@ -12,7 +12,7 @@ from torch import nn
 
 from apt.checkpoints.info import ComponentInfo
 from apt.checkpoints.layouts import Family, diffusion_model, family_marks, family_of, map_keys
-from apt.checkpoints.origin import Origin, begin_at
+from apt.checkpoints.origin import StoredPieces, begin_at
 from apt.checkpoints.reading import StoredTensor, read_stored
 from apt.checkpoints.weights import Marks, Piece, check_fit, fill
 from apt.errors import CheckpointError, InputError
@@ -55,7 +55,7 @@ class Checkpoint:
         source = str(self.weights)
         if torch.device(device).type == "meta":
             check_fit(module, pieces, source=source, marks=marks)
-            begin_at(module, Origin(pieces, source))
+            begin_at(module, StoredPieces(pieces, source))
             return module.eval()
         fill(module, pieces, source=source, device=device, marks=marks)
         return module.to(device).eval()

@@ -30,7 +30,7 @@ from apt.checkpoints.public import (
     single_file,
 )
 from apt.checkpoints.reading import read_json
-from apt.checkpoints.source import ASSETS, Source, list_pretrained, locate
+from apt.checkpoints.source import ASSETS, Source, is_here, list_pretrained, locate
 from apt.checkpoints.weights import load_weights
 from apt.device import find_device
 from apt.errors import CheckpointError, InputError, MissingPackageError
@@ -233,8 +233,7 @@ def locate_model(
     The second value is where in the folder their transformer is; None leaves that to the folder.
     """
     name = str(name_or_folder)
-    is_folder = name in list_pretrained() or Path(name).exists()
-    if isinstance(name_or_folder, str) and not is_folder:
+    if isinstance(name_or_folder, str) and not is_here(name):
         architecture, tag = split_tag(name)
         if architecture in MODELS.names():
             entry = MODELS.pretrained(architecture)[find_tag(architecture, tag or True)]

@@ -77,6 +77,11 @@ def list_pretrained() -> list[str]:
     return sorted(path.parent.name for path in ASSETS.glob(f"*/{INFO_FILE}"))
 
 
+def is_here(name: str) -> bool:
+    """Whether a name stands for a model of the package, or for a file or folder that is there."""
+    return name in list_pretrained() or Path(name).expanduser().exists()
+
+
 def locate(name_or_folder: str | Path, revision: str | None = None) -> Source:
     """Where the model of a name is; of a Hub repository only `DESCRIPTIONS` are fetched.
 

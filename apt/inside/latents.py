@@ -13,12 +13,16 @@ from apt.flow import bind_guided, sample
 from apt.pipeline import OneStepPipeline, SamplingPlan
 
 
-def encode(pipeline: OneStepPipeline, prompts: Sequence[str]) -> Condition:
-    """A condition of one row per prompt. Raises InputError for a prompt that is no text."""
-    pipeline.bundle.text_encoder.check(prompts)
-    encoded = {text: pipeline.bundle.text_encoder([text]) for text in dict.fromkeys(prompts)}
-    text = EncodedText.concatenate([encoded[prompt] for prompt in prompts])
-    return Condition(text).to(pipeline.device, pipeline.dtype)
+def encode(pipeline: OneStepPipeline, prompts: Sequence[str]) -> list[EncodedText]:
+    """Each prompt, in one row, on the device. Raises InputError for a prompt that is no text."""
+    encoder = pipeline.bundle.text_encoder
+    encoder.check(prompts)
+    with pipeline.at_work(encoder):
+        encoded = {
+            text: encoder([text]).to(pipeline.device, pipeline.dtype)
+            for text in dict.fromkeys(prompts)
+        }
+    return [encoded[prompt] for prompt in prompts]
 
 
 def sample_from(pipeline: OneStepPipeline, c: Condition, z: Tensor, plan: SamplingPlan) -> Tensor:
@@ -32,15 +36,19 @@ def sample_from(pipeline: OneStepPipeline, c: Condition, z: Tensor, plan: Sampli
         channels, frames, height, width = z.shape[1:]
         return pipeline.noise([0], (channels, frames, height, width), step).expand_as(z)
 
-    negative = encode(pipeline, [plan.negative_prompt]) if plan.cfg_scale != 1 else c
-    predict = bind_guided(pipeline.bundle.backbone, c, negative, plan.cfg_scale)
-    return sample(predict, z, plan.timesteps, sampler=plan.sampler, noise=fresh)
+    backbone, negative = pipeline.bundle.backbone, c
+    if plan.cfg_scale != 1:
+        negative = Condition(*encode(pipeline, [plan.negative_prompt]))
+    predict = bind_guided(backbone, c, negative, plan.cfg_scale)
+    with pipeline.at_work(backbone):
+        return sample(predict, z, plan.timesteps, sampler=plan.sampler, noise=fresh)
 
 
 def decode(pipeline: OneStepPipeline, x: Tensor) -> Tensor:
     """Pixels (B, 3, T, H, W) fp32 in [-1, 1], one sample at a time."""
-    decoded = [pipeline.bundle.codec.decode(latent[None]).float().clamp(-1, 1) for latent in x]
-    return torch.cat(decoded)
+    codec = pipeline.bundle.codec
+    with pipeline.at_work(codec):
+        return torch.cat([codec.decode(latent[None]).float().clamp(-1, 1) for latent in x])
 
 
 def to_tokens(x: Tensor, grid: Sequence[int]) -> Tensor:

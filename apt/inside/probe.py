@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from apt.condition import Condition, EncodedText
 from apt.errors import InputError
 from apt.flow import bind, one_step_sample
 from apt.inside.latents import decode, encode, to_latents, to_tokens
@@ -132,11 +133,12 @@ def _samples(
     pipeline: OneStepPipeline, prompts: Sequence[str], seeds: Sequence[int], batch_size: int
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Batches of all layers' tokens (B, L, D), and the one-step samples (B, C, T, H, W) fp32."""
-    backbone = pipeline.bundle.backbone
+    backbone, texts = pipeline.bundle.backbone, encode(pipeline, prompts)
     for start in range(0, len(seeds), batch_size):
         part = seeds[start : start + batch_size]
-        c = encode(pipeline, [prompts[(start + i) % len(prompts)] for i in range(len(part))])
-        with _kept_tokens(backbone) as hidden:
+        rows = [texts[(start + i) % len(texts)] for i in range(len(part))]
+        c = Condition(EncodedText.concatenate(rows))
+        with pipeline.at_work(backbone), _kept_tokens(backbone) as hidden:
             x = one_step_sample(bind(backbone, c), pipeline.noise(part))
         yield hidden, x
 

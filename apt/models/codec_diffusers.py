@@ -62,6 +62,10 @@ class DiffusersCodecConfig:
         """Load the weights, downloading what is not in the Hub's cache."""
         return DiffusersCodec(self)
 
+    def shape(self) -> DiffusersCodec:
+        """Channels and compression alone, without the weights."""
+        return DiffusersCodec(self, weights=False)
+
 
 class DiffusersCodec(LatentCodec):
     """Pixels to normalised latents, `(mode of the posterior - mean) / std`, and back.

@@ -70,3 +70,14 @@ def create_text_encoder(name: str, /, **overrides: Any) -> TextEncoder:
 def create_codec(name: str, /, **overrides: Any) -> LatentCodec:
     """Build a registered latent codec; overrides are fields of its config."""
     return replace_typed(CODECS.get(name)(), overrides).build()
+
+
+def describe_codec(name: str, /, **overrides: Any) -> LatentCodec:
+    """A codec that tells its channels and compression, and need not do more.
+
+    A config that reads the weights of others gives it as `shape()`. Raises as `create_codec`,
+    except for faults of weights.
+    """
+    config = replace_typed(CODECS.get(name)(), overrides)
+    codec: LatentCodec = config.shape() if hasattr(config, "shape") else config.build()
+    return codec

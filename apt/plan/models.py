@@ -14,9 +14,9 @@ import torch
 from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import ComponentInfo, ModelInfo, SampleInfo, SamplingInfo
 from apt.checkpoints.load import describe, describe_model
-from apt.checkpoints.origin import Origin, begin_at
+from apt.checkpoints.origin import StoredPieces, begin_at
 from apt.checkpoints.reading import StoredTensor
-from apt.checkpoints.source import list_pretrained
+from apt.checkpoints.source import is_here
 from apt.checkpoints.weights import Piece
 from apt.condition import EncodedText
 from apt.data.builtin_sources import DIGITS
@@ -24,11 +24,12 @@ from apt.errors import ConfigError
 from apt.methods.base import MethodConfig
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.cached import CachedCodec
-from apt.models.codec_shape import codec_shape
+from apt.models.create import describe_codec
 from apt.models.protocols import LatentCodec, TextEncoder
 from apt.models.transformer import DiffusionTransformer
 from apt.registry import replace_typed
 from apt.train.config import TrainConfig
+from apt.train.recipe_names import stages_of
 from apt.train.recipes import RECIPES
 
 __all__ = ["PlannedModel", "find_model", "paper_model"]
@@ -94,7 +95,7 @@ class PlannedModel:
             key: Piece(PlannedTensor(file, key, tuple(value.shape), "F32"))
             for key, value in backbone.state_dict().items()
         }
-        begin_at(backbone, Origin(pieces, str(file)))
+        begin_at(backbone, StoredPieces(pieces, str(file)))
         return backbone.eval()
 
     def _text_encoder(self) -> TextEncoder:
@@ -184,7 +185,7 @@ def _named(value: str, seen: tuple[str, ...]) -> PlannedModel:
     architecture, tag = split_tag(value)
     if architecture in MODELS.names():
         return _registered(architecture, tag)
-    if value in list_pretrained() or Path(value).exists():
+    if is_here(value):
         return _described(describe_model(value), value)
     maker = _recipe_that_exports(value)
     if maker is None or value in seen:
@@ -249,8 +250,8 @@ def new_model(config: TrainConfig) -> PlannedModel:
         sampling = config.stage.sampling(sampling)
     backbone: Any = replace_typed(MODELS.get(model.name)(), model.options)
     if "in_channels" not in model.options:  # as `apt.train.resolve` has it
-        shape = codec_shape(replace_typed(CODECS.get(codec.architecture)(), codec.config))
-        backbone = dataclasses.replace(backbone, in_channels=shape.channels)
+        channels = describe_codec(codec.architecture, **codec.config).channels
+        backbone = dataclasses.replace(backbone, in_channels=channels)
     return PlannedModel(
         model.name,
         backbone,
@@ -266,7 +267,7 @@ def new_model(config: TrainConfig) -> PlannedModel:
 
 def _new_codec(config: TrainConfig) -> ComponentInfo:
     source = config.stage.trained_codec()
-    if source and (source in list_pretrained() or Path(source).exists()):
+    if source and is_here(source):
         return describe(source).codec
     maker = _recipe_that_exports(source) if source else config
     if maker is None:
@@ -277,8 +278,7 @@ def _new_codec(config: TrainConfig) -> ComponentInfo:
 
 def _recipe_that_exports(folder: str) -> TrainConfig | None:
     for name in RECIPES.names():
-        made = RECIPES.get(name)()
-        for config in [made] if isinstance(made, TrainConfig) else made:
+        for config in stages_of(RECIPES.get(name)()):
             if f"{config.run_dir}/export" == folder:
                 return config
     return None

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from apt.checkpoints.runs import EXPORT, SNAPSHOTS
 from apt.data.dataset import Batch, TrainingData
 from apt.data.loader import make_loader, num_micro_batches, share_of_rank
 from apt.device import peak_memory
@@ -161,7 +162,7 @@ class Run:
                 self.log.message(f"{signal}: saved after {self._where()}; continue with --resume")
                 self.parallel.on_main(lambda: self._write_state("unfinished", signal))
                 return
-            self.export(self.run_dir / "export", updates=self.done)
+            self.export(self.run_dir / EXPORT, updates=self.done)
             self.parallel.on_main(self._plot)
         # The next stage, on any rank, reads what rank 0 has written.
         self.parallel.on_main(lambda: self._write_state("finished"))
@@ -236,7 +237,7 @@ class Run:
         self.attempt_on_main(partial(self.log.write, update, metrics, timing))
         if update in config.snapshot_at:
             for weights in ("ema", "raw"):
-                folder = self.run_dir / "snapshots" / str(update) / weights
+                folder = self.run_dir / SNAPSHOTS / str(update) / weights
                 self.compute(partial(self.export, folder, updates=update, weights=weights))
         return metrics
 

@@ -110,7 +110,7 @@ def test_prompts_times_seeds_and_contact_sheet(model: Path, tmp_path: Path) -> N
         "3",
         "4",
     ]
-    result = run_cli(
+    result = invoke(
         "generate", *arguments, "--out", tmp_path / "x.gif", "--contact-sheet", sheet,
         "--num-steps", "2", "--frames", "1", "--height", "32",
     )  # fmt: skip
