@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.bundle import ModelBundle, Origin
-from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.info import ModelInfo
 from apt.checkpoints.load import load_bundle
 from apt.checkpoints.lora import find_lora, load_lora, merge_lora
+from apt.checkpoints.source import weights_digest
 from apt.condition import Condition, EncodedText
 from apt.device import explained_memory, find_device, require_memory
 from apt.distributed.sequence import SequenceGroup

@@ -11,7 +11,6 @@ import torch
 
 from apt.checkpoints.bundle import ModelBundle, Origin, described
 from apt.checkpoints.checkpoint import Checkpoint, configured, empty_module, unbuildable
-from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.info import (
     INFO_FILE,
     PIPELINE_FILE,
@@ -30,7 +29,7 @@ from apt.checkpoints.public import (
     single_file,
 )
 from apt.checkpoints.reading import read_json
-from apt.checkpoints.source import ASSETS, Source, is_here, list_pretrained, locate
+from apt.checkpoints.source import ASSETS, Source, is_here, list_pretrained, locate, weights_digest
 from apt.checkpoints.weights import load_weights
 from apt.device import find_device
 from apt.errors import CheckpointError, InputError, MissingPackageError

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.runs import model_folder
+from apt.checkpoints.source import weights_digest
 from apt.device import explained_memory
 from apt.distributed.launch import is_one_of_many, launch_rank, launch_world_size
 from apt.errors import InputError

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from apt.data.buckets import Bucket
 from apt.data.captions import Refused
-from apt.data.dataset import Sample, VideoDataset
-from apt.data.order import BucketOrder
+from apt.data.dataset import BucketOrder, Sample, VideoDataset
 from apt.data.source import ClipRequest
 from apt.errors import DataError
 

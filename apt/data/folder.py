@@ -19,9 +19,8 @@ from torch import Tensor
 
 from apt.data.buckets import MAX_UPSCALE, Bucket, best_bucket, check_buckets
 from apt.data.captions import CaptionRule, Refused
-from apt.data.dataset import Sample
+from apt.data.dataset import BucketOrder, Sample
 from apt.data.decode import probe, read_clip, read_image
-from apt.data.order import BucketOrder
 from apt.data.reading import MediaInfo, reason
 from apt.data.report import DataReport, Problem, problem_lines
 from apt.data.scan import Entry, Scan, looked_for, scan_folder

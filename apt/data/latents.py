@@ -27,8 +27,7 @@ from torch import Tensor
 from apt.condition import EncodedText
 from apt.data.buckets import Bucket
 from apt.data.captions import CaptionRule, Refused
-from apt.data.dataset import EncodedSample
-from apt.data.order import BucketOrder
+from apt.data.dataset import BucketOrder, EncodedSample
 from apt.errors import DataError
 from apt.files import write_safetensors, write_text
 from apt.untrusted import parse_json, read_json_file

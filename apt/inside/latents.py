@@ -13,8 +13,13 @@ from apt.flow import bind_guided, sample
 from apt.pipeline import OneStepPipeline, SamplingPlan
 
 
-def encode(pipeline: OneStepPipeline, prompts: Sequence[str]) -> list[EncodedText]:
-    """Each prompt, in one row, on the device. Raises InputError for a prompt that is no text."""
+def encode(pipeline: OneStepPipeline, prompts: Sequence[str]) -> Condition:
+    """A condition of one row per prompt. Raises InputError for a prompt that is no text."""
+    return Condition(EncodedText.concatenate(encode_each(pipeline, prompts)))
+
+
+def encode_each(pipeline: OneStepPipeline, prompts: Sequence[str]) -> list[EncodedText]:
+    """One row for each prompt, on the device. Raises as `encode`."""
     encoder = pipeline.bundle.text_encoder
     encoder.check(prompts)
     with pipeline.at_work(encoder):
@@ -36,9 +41,8 @@ def sample_from(pipeline: OneStepPipeline, c: Condition, z: Tensor, plan: Sampli
         channels, frames, height, width = z.shape[1:]
         return pipeline.noise([0], (channels, frames, height, width), step).expand_as(z)
 
-    backbone, negative = pipeline.bundle.backbone, c
-    if plan.cfg_scale != 1:
-        negative = Condition(*encode(pipeline, [plan.negative_prompt]))
+    backbone = pipeline.bundle.backbone
+    negative = encode(pipeline, [plan.negative_prompt]) if plan.cfg_scale != 1 else c
     predict = bind_guided(backbone, c, negative, plan.cfg_scale)
     with pipeline.at_work(backbone):
         return sample(predict, z, plan.timesteps, sampler=plan.sampler, noise=fresh)

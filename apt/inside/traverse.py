@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt.condition import Condition
 from apt.errors import InputError
 from apt.generate_options import GenerateOptions
 from apt.inside.latents import decode, encode, sample_from
@@ -103,7 +102,7 @@ def traverse(
     fractions = torch.arange(num_between) / num_between
     legs = [great_circle(a, b, fractions) for a, b in itertools.pairwise(places)]
     z = torch.cat([*legs, places[-1:]])
-    c = Condition(*encode(pipeline, [prompt]))
+    c = encode(pipeline, [prompt])
     parts = [
         decode(pipeline, sample_from(pipeline, c.expand(len(part)), part, plan))
         for part in z.split(options.batch_size)

@@ -35,13 +35,11 @@ from apt.train.logs import RunLog
 from apt.train.monitor import CollapseMonitor, TrainingStopped, sample_statistics
 from apt.train.networks import NonFiniteGradient
 from apt.train.outcome import save_outcome
-from apt.train.parts_done import PartsDone
 from apt.train.plots import plot_losses
 from apt.train.resume import CHECKPOINTS, CONFIG_NAME, model_identities
-from apt.train.retention import Retention
-from apt.train.run_state import State, write_state
+from apt.train.run_state import PartsDone, State, write_state
 from apt.train.sample_sheets import decode_samples, draw_samples, write_sheet
-from apt.train.saving import Saver
+from apt.train.saving import Retention, Saver
 from apt.train.signals import StopRequest
 from apt.train.speed import Update, speed
 from apt.train.weights_and_biases import WandbLog

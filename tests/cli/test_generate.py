@@ -306,6 +306,13 @@ def test_a_model_that_was_trained_on_is_another(model: Path, tmp_path: Path) -> 
     info = (copy / "apt.json").read_text()
     (copy / "apt.json").write_text(info.replace('"fps": 8', '"fps": 9'))
     assert "model_content was" in error_line(listed(copy, out, "--resume"))
+    (copy / "apt.json").write_text(info)
+    assert listed(copy, out, "--resume").returncode == 0
+    bundle = load_bundle(copy)
+    next(bundle.backbone.parameters()).data += 1
+    save_bundle(copy, bundle)
+    assert (copy / "apt.json").read_text() == info
+    assert "model_content was" in error_line(listed(copy, out, "--resume"))
 
 
 def test_one_file_needs_no_record(model: Path, tmp_path: Path) -> None:

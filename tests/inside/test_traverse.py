@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -75,3 +76,39 @@ def test_what_differs_along_a_way_is_the_first_noise_alone() -> None:
 def test_ways_that_are_none_are_refused(asked: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         traverse(OneStepPipeline(tiny_bundle()), "a", **asked)  # type: ignore[arg-type]
+
+
+def test_parts_that_are_offloaded_come_to_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = tiny_bundle("diffusion")
+    how = GenerateOptions(num_steps=2, cfg_scale=2.0)
+    expected = traverse(OneStepPipeline(bundle), "a", num_between=1, options=how)
+    parts: dict[str, Any] = {
+        name: getattr(bundle, name) for name in ("text_encoder", "backbone", "codec")
+    }
+    # Another spelling of the same device tells where a part was sent to last.
+    place = dict.fromkeys(parts, "cpu")
+    worked: list[tuple[str, str]] = []
+    for name, part in parts.items():
+
+        def move(device: Any, name: str = name, part: Any = part) -> Any:
+            place[name] = str(device)
+            return torch.nn.Module.to(part, device)
+
+        monkeypatch.setattr(part, "to", move)
+    for name, part, method in (
+        ("text_encoder", parts["text_encoder"], "forward"),
+        ("backbone", parts["backbone"], "forward"),
+        ("codec", parts["codec"], "decode"),
+    ):
+
+        def work(*args: Any, name: str = name, real: Any = getattr(part, method)) -> Any:
+            worked.append((name, place[name]))
+            return real(*args)
+
+        monkeypatch.setattr(part, method, work)
+    offloaded = OneStepPipeline(bundle, offload_to=torch.device("cpu", 0))
+    found = traverse(offloaded, "a", num_between=1, options=how)
+    assert {name for name, _ in worked} == set(parts)
+    assert {where for _, where in worked} == {"cpu:0"}
+    assert set(place.values()) == {"cpu"}
+    assert torch.equal(found.pixels, expected.pixels)

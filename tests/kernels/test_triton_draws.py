@@ -22,10 +22,9 @@ from apt import philox
 from apt.errors import InputError
 from apt.kernels import kernel_backend, perturbed_batch, sample_shifted_timesteps
 from apt.kernels.backends import interpreted
-from apt.kernels.draws import PhiloxKey
 from apt.kernels.perturbed_batch import perturbed_batch_op
 from apt.kernels.sample_shifted_timesteps import timesteps_op
-from apt.rng import Draw
+from apt.rng import Draw, PhiloxKey
 
 pytest.importorskip("triton")
 import triton
