@@ -16,7 +16,7 @@ from apt.checkpoints.origin import StoredPieces, begin_at
 from apt.checkpoints.reading import StoredTensor, read_stored
 from apt.checkpoints.weights import Marks, Piece, check_fit, fill
 from apt.errors import CheckpointError, InputError
-from apt.registry import Buildable, Registry, replace_typed, suggest
+from apt.registry import Buildable, Registry, suggest
 
 C = TypeVar("C", bound=Buildable)
 
@@ -118,7 +118,7 @@ def configured(registry: Registry[C], part: ComponentInfo, origin: Path) -> C:
             f"{suggest(part.architecture, registry.names())}"
         )
     try:
-        return replace_typed(registry.get(part.architecture)(), part.config)
+        return registry.configured(part.architecture, part.config)
     except InputError as error:
         raise unbuildable(origin, error) from error
 

@@ -27,7 +27,6 @@ from apt.models.cached import CachedCodec
 from apt.models.create import describe_codec
 from apt.models.protocols import LatentCodec, TextEncoder
 from apt.models.transformer import DiffusionTransformer
-from apt.registry import replace_typed
 from apt.train.config import TrainConfig
 from apt.train.recipe_names import stages_of
 from apt.train.recipes import RECIPES
@@ -102,7 +101,7 @@ class PlannedModel:
         if self.text_encoder is None:
             return PlannedText(self.config, self.text_tokens)
         part = self.text_encoder
-        made = replace_typed(TEXT_ENCODERS.get(part.architecture)(), part.config).build()
+        made = TEXT_ENCODERS.configured(part.architecture, part.config).build()
         return cast("TextEncoder", made)
 
     def _codec(self) -> LatentCodec:
@@ -115,7 +114,7 @@ class PlannedModel:
                 spatial_compression=height,
             )
         part = self.codec
-        made: LatentCodec = replace_typed(CODECS.get(part.architecture)(), part.config).build()
+        made: LatentCodec = CODECS.configured(part.architecture, part.config).build()
         return made.requires_grad_(False).eval()
 
 
@@ -226,7 +225,7 @@ def _registered(name: str, tag: str | None) -> PlannedModel:
 
 
 def _described(info: ModelInfo, value: str) -> PlannedModel:
-    config = replace_typed(MODELS.get(info.model.architecture)(), info.model.config)
+    config = MODELS.configured(info.model.architecture, info.model.config)
     own_text = info.text_encoder.weights is not None
     entries = MODELS.pretrained(info.model.architecture)
     entry = next(iter(entries.values()), None)
@@ -248,7 +247,7 @@ def new_model(config: TrainConfig) -> PlannedModel:
     model, codec, sampling = config.model, _new_codec(config), SamplingInfo()
     if isinstance(config.stage, MethodConfig):
         sampling = config.stage.sampling(sampling)
-    backbone: Any = replace_typed(MODELS.get(model.name)(), model.options)
+    backbone: Any = MODELS.configured(model.name, model.options)
     if "in_channels" not in model.options:  # as `apt.train.resolve` has it
         channels = describe_codec(codec.architecture, **codec.config).channels
         backbone = dataclasses.replace(backbone, in_channels=channels)

@@ -26,7 +26,6 @@ from apt.models.architectures import MODELS, TEXT_ENCODERS
 from apt.models.create import describe_codec
 from apt.models.protocols import LatentCodec, PromptCheck
 from apt.models.tokens import tokens_multiple
-from apt.registry import replace_typed
 from apt.train.config import DataConfig, TrainConfig
 from apt.train.objects import NO_OBJECTS, Objects
 
@@ -242,9 +241,9 @@ class _Resolving:
             return self.objects.bundles[field].backbone.config
         if isinstance(self.start, ModelInfo):
             part = self.start.model
-            return replace_typed(MODELS.get(part.architecture)(), part.config)
+            return MODELS.configured(part.architecture, part.config)
         model = self.config.model
-        return replace_typed(MODELS.get(model.name)(), model.options)
+        return MODELS.configured(model.name, model.options)
 
     def multiple(self) -> int:
         """Pixels along a side that become one token."""
@@ -366,8 +365,8 @@ def prompt_check(config: TrainConfig, objects: Objects = NO_OBJECTS) -> PromptCh
     if field is not None:
         return load_prompt_check(config.stage.source(field))
     model = config.model
-    encoder = TEXT_ENCODERS.get(model.text_encoder)()
-    return replace_typed(encoder, model.text_encoder_options).prompt_check()
+    encoder = TEXT_ENCODERS.configured(model.text_encoder, model.text_encoder_options)
+    return encoder.prompt_check()
 
 
 def advice(config: TrainConfig, start: SampleInfo | None) -> list[str]:
