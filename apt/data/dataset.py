@@ -4,6 +4,7 @@ rely on."""
 from __future__ import annotations
 
 import bisect
+import copy
 import dataclasses
 import logging
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from apt.data.buckets import Bucket
 from apt.data.report import Problem
 from apt.errors import ConfigError, DataError
 from apt.rng import generator_for
@@ -114,6 +116,7 @@ class Batch:
 
 
 Item = TypeVar("Item", covariant=True)
+Own = TypeVar("Own", bound="Shuffled")
 
 
 class Indexed(Protocol[Item]):
@@ -238,3 +241,24 @@ class BucketOrder(Generic[Shape]):
         generator = generator_for("item order", seed, str(shape), epoch)
         order = torch.randperm(len(items), generator=generator).tolist()
         return [epoch * self._num_items + items[place] for place in order]
+
+
+class Shuffled:
+    """A data set whose items are shuffled in passes, by an order that it sets as `_order`."""
+
+    _order: BucketOrder[Bucket]
+
+    @property
+    def members(self) -> Mapping[Bucket, list[int]]:
+        """The items of each bucket."""
+        return self._order.members
+
+    def part(self: Own, items: Collection[int]) -> Own:
+        """The same data set with some of its items alone; an index is the same sample as before."""
+        other = copy.copy(self)
+        other._order = self._order.part(items)
+        return other
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
+        """Global batches for ever, each of one bucket; see `BucketOrder`."""
+        return self._order.batches(batch_size, seed=seed, start=start)

@@ -9,12 +9,11 @@ A shard is there whole or not at all, so writing one continues after any interru
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +26,7 @@ from torch import Tensor
 from apt.condition import EncodedText
 from apt.data.buckets import Bucket
 from apt.data.captions import CaptionRule, Refused
-from apt.data.dataset import BucketOrder, EncodedSample
+from apt.data.dataset import BucketOrder, EncodedSample, Shuffled
 from apt.errors import DataError
 from apt.files import write_safetensors, write_text
 from apt.untrusted import parse_json, read_json_file
@@ -78,7 +77,7 @@ class CacheInfo:
         return [f"latents-{number:05d}.safetensors" for number in range(count)]
 
 
-class LatentFolder:
+class LatentFolder(Shuffled):
     """The clips of a latent cache, as `EncodedSample`s.
 
     Args:
@@ -145,17 +144,6 @@ class LatentFolder:
         """The file that a sample was made of; in caches of earlier versions its place in them."""
         return self._files[index % len(self._files)]
 
-    @property
-    def members(self) -> Mapping[Bucket, list[int]]:
-        """The items of each bucket."""
-        return self._order.members
-
-    def part(self, items: Collection[int]) -> LatentFolder:
-        """The same cache with some of its clips alone; an index is the same sample as before."""
-        other = copy.copy(self)
-        other._order = self._order.part(items)
-        return other
-
     def __getitem__(self, index: int) -> EncodedSample:
         """Sample `index`: clip `index % len(self)`.
 
@@ -166,13 +154,6 @@ class LatentFolder:
             beside = [name for name in shard.keys() if name.startswith(f"{key}.")]  # noqa: SIM118
             extra = {name.removeprefix(f"{key}."): shard.get_tensor(name) for name in beside}
             return EncodedSample(shard.get_tensor(key), caption, extra)
-
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
-        """Global batches for ever, each of one bucket; see `BucketOrder`.
-
-        The order is that of the videos themselves, if each gave one clip.
-        """
-        return self._order.batches(batch_size, seed=seed, start=start)
 
 
 class TextFolder(Mapping[str, EncodedText]):

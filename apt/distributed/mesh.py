@@ -97,10 +97,6 @@ class Layout:
         """Which of the `data` groups a rank belongs to."""
         return rank // self.sequence
 
-    def sequence_rank(self, rank: int) -> int:
-        """Which slice of its samples' tokens a rank has."""
-        return rank % self.sequence
-
     def __str__(self) -> str:
         return f"replicate {self.replicate} x shard {self.shard} x sequence {self.sequence}"
 

@@ -22,7 +22,6 @@ from apt.checkpoints.external import (
 )
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models.architectures import CODECS
-from apt.models.codecs import causal_latent_shape
 from apt.models.protocols import LatentCodec
 
 
@@ -160,12 +159,6 @@ class DiffusersCodec(LatentCodec):
         raw = (latents.float() * std + mean).to(self.vae.dtype)
         pixels = self._decode_raw(raw) if self._is_video else _per_frame(self._decode_raw, raw)
         return pixels.float().clamp(-1, 1)
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T', H', W') for a clip; raises InputError with the nearest sizes that fit."""
-        return causal_latent_shape(
-            frames, height, width, self.temporal_compression, self.spatial_compression
-        )
 
     def _posterior_mode(self, x: Tensor) -> Tensor:
         return self.vae.encode(x).latent_dist.mode()
