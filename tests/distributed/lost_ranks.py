@@ -77,7 +77,3 @@ def main(folder: Path) -> None:
         os.kill(lost, signal.SIGKILL)
         os.waitpid(lost, 0)
     print(json.dumps({fault: (folder / fault).read_text() for fault in FAULTS}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

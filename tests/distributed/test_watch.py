@@ -1,24 +1,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_main
 
 
 def test_a_lost_rank_is_named_with_where_it_was_and_what_the_others_wait_in(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.lost_ranks", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    lost, said = tmp_path / "lost", tmp_path / "said"
+    lost.mkdir(), said.mkdir()
+    done = run_main("tests.distributed.lost_ranks", lost, folder=said)
     heard = json.loads(done.stdout)
     hung = heard["hangs"]
     assert "rank 1 keeps the others waiting: it is in wait (" in hung, heard

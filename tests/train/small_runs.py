@@ -237,7 +237,3 @@ def main(root: Path) -> None:
     report["collapse"] = Child(config(root, "apt", "collapse", monitor=stop)).wait()
     report["misfits"] = misfits(root)
     (root / "report.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,8 +1,9 @@
 """Forks processes on request: run as a script, it has torch and our package loaded already.
 
-Loading torch, and what diffusers and transformers load beside it, takes longer than what the tests
-of the Hub do. huggingface_hub reads its settings when it is imported, so that and what imports it
-is left to each process: to it, they are fresh.
+Loading torch, and what diffusers and transformers load beside it, takes longer than what most tests
+do with it. It computes nothing, so its children may start threads. huggingface_hub reads its
+settings when it is imported, so that and what imports it is left to each process: to it, they are
+fresh.
 
 A request is a line of JSON on stdin: the code, its arguments, its environment, and a folder for
 its `stdout`, `stderr` and, when it has ended, `code`. The answer is the process's id.
