@@ -37,11 +37,12 @@ from apt.train.networks import NonFiniteGradient
 from apt.train.outcome import save_outcome
 from apt.train.plots import plot_losses
 from apt.train.resume import CHECKPOINTS, CONFIG_NAME, model_identities
-from apt.train.run_state import PartsDone, State, write_state
+from apt.train.run_state import State, write_state
 from apt.train.sample_sheets import decode_samples, draw_samples, write_sheet
 from apt.train.saving import Retention, Saver
 from apt.train.signals import StopRequest
 from apt.train.speed import Update, speed
+from apt.train.state import PartsDone
 from apt.train.weights_and_biases import WandbLog
 
 __all__ = ["Run"]

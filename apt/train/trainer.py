@@ -30,8 +30,9 @@ from apt.train.loop import Run
 from apt.train.objects import NO_OBJECTS, Objects, check_same_objects
 from apt.train.resolve import Start, advice, prompt_check, resolve_with_notes, rounded
 from apt.train.resume import Resume, check_resumable, find_start, recorded_objects
-from apt.train.run_state import PartsDone, is_of_this_job
+from apt.train.run_state import is_of_this_job
 from apt.train.signals import StopRequest
+from apt.train.state import PartsDone
 
 __all__ = ["laid_out", "make_stage", "run"]
 
