@@ -50,7 +50,7 @@ class VideoFolder(Shuffled):
 
     A file that cannot be used is named in `report` and skipped. One that fails only when its clip
     is decoded is named too, and another file of its bucket takes its place: which one depends on
-    the index alone.
+    the index alone. Of a `part`, it is one of that, and all parts have one report.
 
     Args:
         directory: the folder; sub-folders count, hidden files do not.

@@ -80,6 +80,8 @@ class CacheInfo:
 class LatentFolder(Shuffled):
     """The clips of a latent cache, as `EncodedSample`s.
 
+    The order is that of the videos themselves, if each gave one clip.
+
     Args:
         directory: written by `diffusion-apt data encode`.
         images: "mix" has all clips, "only" those of one frame, "none" the longer ones.
