@@ -64,6 +64,11 @@ class MissingDecoderError(DataError, MissingPackageError):
     """A file of a data set that needs an optional package."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, shortly."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def listed(items: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     names = list(items)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.bundle import ModelBundle, Origin
-from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.info import ModelInfo
 from apt.checkpoints.load import load_bundle
 from apt.checkpoints.lora import find_lora, load_lora, merge_lora
+from apt.checkpoints.source import weights_digest
 from apt.condition import Condition, EncodedText
 from apt.device import explained_memory, find_device, require_memory
 from apt.distributed.sequence import SequenceGroup
@@ -470,7 +470,7 @@ class OneStepPipeline:
             with explained_memory(doing, _SMALLER):
                 end = min(start + step, len(request.prompts))
                 latents = self._latents(request, range(start, end))
-            with self._at_work(self.bundle.codec):
+            with self.at_work(self.bundle.codec):
                 for x in latents:
                     with explained_memory(doing, _SMALLER):
                         pixels = self.bundle.codec.decode(x).float().clamp(-1, 1)
@@ -481,11 +481,11 @@ class OneStepPipeline:
         """Latents of some of the videos, one tensor for each network call."""
         texts = dict.fromkeys(request.prompts[place] for place in places)
         plan, size = request.plan, request.batch_size
-        with self._at_work(self.bundle.text_encoder):
+        with self.at_work(self.bundle.text_encoder):
             encoded = {text: self._encode(text) for text in texts}
             negative = self._encode(plan.negative_prompt) if plan.cfg_scale != 1 else None
         made = []
-        with self._at_work(self.bundle.backbone):
+        with self.at_work(self.bundle.backbone):
             for start in range(0, len(places), size):
                 call = places[start : start + size]
                 text = [encoded[request.prompts[place]] for place in call]
@@ -510,18 +510,6 @@ class OneStepPipeline:
                 f"{str(self.dtype).removeprefix('torch.')}, so there is nothing to show: load the "
                 "model in bfloat16 or float32, lower the scale of a LoRA, or use other weights"
             )
-
-    @contextmanager
-    def _at_work(self, part: nn.Module) -> Iterator[None]:
-        """Have a part on the device, and with `offload` back in main memory afterwards."""
-        if self._offload_to is None:
-            yield
-            return
-        part.to(self._offload_to)
-        try:
-            yield
-        finally:
-            part.to("cpu")
 
     def latent_shape(
         self, frames: int | None = None, height: int | None = None, width: int | None = None
@@ -560,6 +548,18 @@ class OneStepPipeline:
         # The key holds the seed alone: a video does not depend on its place in the batch.
         draws = [sample_noise(1, shape, Draw(seed, step, stream="generate")) for seed in seeds]
         return torch.cat(draws).to(self.device)
+
+    @contextmanager
+    def at_work(self, part: nn.Module) -> Iterator[None]:
+        """Have a part on the device, and with `offload` back in main memory afterwards."""
+        if self._offload_to is None:
+            yield
+            return
+        part.to(self._offload_to)
+        try:
+            yield
+        finally:
+            part.to("cpu")
 
     def _latent_size(self, size: tuple[int, ...]) -> tuple[int, int, int] | None:
         """Latent (T, H, W) of (frames, height, width), or None if the model cannot take it."""

@@ -55,6 +55,13 @@ class Registry(Generic[T]):
             raise InputError(f"unknown {self.kind} {name!r}; {suggest(name, self._builders)}")
         return self._builders[name]
 
+    def configured(self, name: str, options: Mapping[str, Any]) -> T:
+        """What the builder makes by itself, a dataclass, with fields that a user gave.
+
+        Raises InputError as `get` and `replace_typed`.
+        """
+        return replace_typed(self.get(name)(), options)
+
     def summary(self, name: str) -> str:
         """The first line of the builder's docstring."""
         return (inspect.getdoc(self.get(name)) or "").partition("\n")[0]

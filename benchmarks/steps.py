@@ -17,7 +17,7 @@ from apt.bench.dit import Workload, default_variants, measure_dit
 from apt.bench.kernels import COMPILE, Direction, OpCase, measure_op, variant_names
 from apt.bench.ops import OPS
 from apt.bench.shapes import SHAPES
-from apt.bench.timing import clock_for
+from apt.bench.timing import MINIMUM_ROUNDS, clock_for
 from benchmarks import encoders, training
 
 Context = Mapping[str, Any]
@@ -42,7 +42,7 @@ def network(context: Context, workload: Found, only: Sequence[str] | None = None
         device=device,
         clock=clock_for(device),
         ceilings=Ceilings.from_dict(context["ceilings"]),
-        rounds=5,
+        rounds=MINIMUM_ROUNDS if context["rehearsal"] else 5,
         max_seconds=40,
     )
     return told(found)
@@ -67,7 +67,7 @@ def op(
         device=device,
         clock=clock_for(device),
         ceilings=Ceilings.from_dict(context["ceilings"]),
-        rounds=5 if context["rehearsal"] else 50,
+        rounds=MINIMUM_ROUNDS if context["rehearsal"] else 50,
         only=variants,
         max_seconds=5,
     )

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from apt.checkpoints.bundle import save_bundle
-from apt.checkpoints.digest import weights_digest
+from apt.checkpoints.source import weights_digest
 from apt.errors import InputError
 from apt.media import SUFFIXES, read_tags, write_contact_sheet, write_media
 from apt.pipeline import OneStepPipeline

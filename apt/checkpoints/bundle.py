@@ -32,7 +32,7 @@ class Origin:
     Attributes:
         name: built-in name or Hub id; of a local model its recipe, or else its architecture.
         revision: commit on the Hub.
-        weights: digest (`apt.checkpoints.digest`) of what is local.
+        weights: digest (`apt.checkpoints.source.weights_digest`) of what is local.
     """
 
     name: str

@@ -12,11 +12,11 @@ from torch import nn
 
 from apt.checkpoints.info import ComponentInfo
 from apt.checkpoints.layouts import Family, diffusion_model, family_marks, family_of, map_keys
-from apt.checkpoints.origin import Origin, begin_at
+from apt.checkpoints.origin import StoredPieces, begin_at
 from apt.checkpoints.reading import StoredTensor, read_stored
 from apt.checkpoints.weights import Marks, Piece, check_fit, fill
 from apt.errors import CheckpointError, InputError
-from apt.registry import Buildable, Registry, replace_typed, suggest
+from apt.registry import Buildable, Registry, suggest
 
 C = TypeVar("C", bound=Buildable)
 
@@ -55,7 +55,7 @@ class Checkpoint:
         source = str(self.weights)
         if torch.device(device).type == "meta":
             check_fit(module, pieces, source=source, marks=marks)
-            begin_at(module, Origin(pieces, source))
+            begin_at(module, StoredPieces(pieces, source))
             return module.eval()
         fill(module, pieces, source=source, device=device, marks=marks)
         return module.to(device).eval()
@@ -118,7 +118,7 @@ def configured(registry: Registry[C], part: ComponentInfo, origin: Path) -> C:
             f"{suggest(part.architecture, registry.names())}"
         )
     try:
-        return replace_typed(registry.get(part.architecture)(), part.config)
+        return registry.configured(part.architecture, part.config)
     except InputError as error:
         raise unbuildable(origin, error) from error
 

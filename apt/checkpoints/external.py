@@ -21,7 +21,7 @@ import torch
 
 from apt.checkpoints.reading import INDEX_SUFFIX, inert, read_document, read_json, shard_names
 from apt.checkpoints.weights import check_finite
-from apt.errors import CheckpointError, MissingPackageError, listed
+from apt.errors import CheckpointError, MissingPackageError, first_line, listed
 from apt.hub.download import VARIANTS, download
 from apt.untrusted import read_entries
 
@@ -204,11 +204,6 @@ def _bars_in_terminals_alone(settings: ModuleType) -> Iterator[None]:
         settings.enable_progress_bar()
         if hub_was_quiet:
             disable_progress_bars()
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, shortly."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @contextmanager

@@ -113,6 +113,14 @@ class ModelInfo:
     training: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
 
+    def sample_prompts(self) -> tuple[str, ...]:
+        """The prompts that it was shown with in training; none where its record has no such."""
+        config = self.training.get("config")
+        shown = config.get("sample_prompts") if isinstance(config, Mapping) else None
+        if not isinstance(shown, (list, tuple)) or not all(isinstance(text, str) for text in shown):
+            return ()
+        return tuple(shown)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodecInfo:

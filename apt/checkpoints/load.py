@@ -11,7 +11,6 @@ import torch
 
 from apt.checkpoints.bundle import ModelBundle, Origin, described
 from apt.checkpoints.checkpoint import Checkpoint, configured, empty_module, unbuildable
-from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.info import (
     INFO_FILE,
     PIPELINE_FILE,
@@ -30,7 +29,7 @@ from apt.checkpoints.public import (
     single_file,
 )
 from apt.checkpoints.reading import read_json
-from apt.checkpoints.source import ASSETS, Source, list_pretrained, locate
+from apt.checkpoints.source import ASSETS, Source, is_here, list_pretrained, locate, weights_digest
 from apt.checkpoints.weights import load_weights
 from apt.device import find_device
 from apt.errors import CheckpointError, InputError, MissingPackageError
@@ -233,8 +232,7 @@ def locate_model(
     The second value is where in the folder their transformer is; None leaves that to the folder.
     """
     name = str(name_or_folder)
-    is_folder = name in list_pretrained() or Path(name).exists()
-    if isinstance(name_or_folder, str) and not is_folder:
+    if isinstance(name_or_folder, str) and not is_here(name):
         architecture, tag = split_tag(name)
         if architecture in MODELS.names():
             entry = MODELS.pretrained(architecture)[find_tag(architecture, tag or True)]

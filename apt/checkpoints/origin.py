@@ -26,7 +26,7 @@ Frozen = MutableMapping[tuple[Any, ...], nn.Parameter]
 
 
 @dataclass(frozen=True)
-class Origin:
+class StoredPieces:
     """Where the weights of a module are.
 
     Attributes:
@@ -37,7 +37,7 @@ class Origin:
     pieces: Mapping[str, Piece]
     source: str
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredPieces:
         return self
 
 
@@ -49,7 +49,7 @@ class _Awaited(NamedTuple):
     piece: Piece
 
 
-def begin_at(module: Any, origin: Origin) -> None:
+def begin_at(module: Any, origin: StoredPieces) -> None:
     """Say where the weights of a module on the meta device are, which it has in full as yet."""
     module.origin = origin
     for layer in module.modules():
@@ -120,7 +120,7 @@ def _awaited(network: nn.Module) -> Iterator[_Awaited]:
                 yield _Awaited(owner, name, piece)
 
 
-def _piece(origin: Origin, owner: nn.Module, key: str) -> Piece | None:
+def _piece(origin: StoredPieces, owner: nn.Module, key: str) -> Piece | None:
     piece = origin.pieces.get(f".{key}".replace(BASE_LAYER, ".").removeprefix("."))
     rows = getattr(owner, "stored_rows", ())
     return piece if piece is None or not rows else dataclasses.replace(piece, rows=rows)

@@ -82,7 +82,7 @@ def single_file(
     Raises CheckpointError if no registered model has just these tensors.
     """
     if architecture is not None:
-        config = replace_typed(MODELS.get(architecture)(), options or {})
+        config = MODELS.configured(architecture, options or {})
         return Checkpoint(path, architecture, config)
     if options:
         raise InputError("options need an architecture to be options of")

@@ -1,4 +1,4 @@
-"""A training run's folder where a model is named: the model that it made."""
+"""What is in the folder of a training run, and the model that it stands for where one is named."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from apt.checkpoints.info import INFO_FILE, PIPELINE_FILE
-from apt.errors import CheckpointError
+from apt.errors import CheckpointError, DataError
 
 EXPORT, SNAPSHOTS = "export", "snapshots"
-_STATE = "state.json"
-_OF_A_RUN = (_STATE, "log.jsonl")
+LOG_NAME, SPEED_NAME, STATE_NAME = "log.jsonl", "speed.jsonl", "state.json"
 _STATES = {"running": "is at work, or was killed", "failed": "ended with an error"}
 
 
@@ -23,7 +22,7 @@ def is_model(folder: Path) -> bool:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of one training run."""
-    there = (folder / EXPORT / INFO_FILE, *(folder / name for name in _OF_A_RUN))
+    there = (folder / EXPORT / INFO_FILE, folder / STATE_NAME, folder / LOG_NAME)
     return not is_model(folder) and any(path.exists() for path in there)
 
 
@@ -59,6 +58,44 @@ def model_folder(folder: Path) -> Path:
     return taken
 
 
+def read_log(run_dir: Path, name: str = LOG_NAME) -> list[dict[str, float | None]]:
+    """Read `log.jsonl` of a run, or `speed.jsonl`: one dict per line, `step` and the metrics.
+
+    Non-finite values were written as null and come back as `None`.
+
+    Raises:
+        DataError: the file is missing, or a line before the last is no entry.
+    """
+    file = run_dir / name
+    if not file.is_file():
+        raise DataError(f"{run_dir} has no {name}; expected the folder of a training run")
+    return [json.loads(line) for line in log_lines(file)]
+
+
+def log_lines(file: Path) -> list[str]:
+    """The lines of a log, without one that a kill cut short at the end.
+
+    Raises DataError for one that is no entry: a whole `step`, and numbers or null by name.
+    """
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry["step"], int):
+                raise ValueError("its step is no whole number")
+            for name, value in entry.items():
+                if not (value is None or isinstance(value, (int, float))):
+                    raise ValueError(f"{name} is no number")
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{str(file)!r}, line {number}, is not a log entry ({error}); restore the file, or "
+                "move it away"
+            ) from error
+    return lines
+
+
 def snapshot_folder(run: Path, update: int, weights: str) -> Path:
     """The model of a run's snapshot. Raises CheckpointError that names those there are."""
     folder = run / SNAPSHOTS / str(update) / weights
@@ -91,7 +128,7 @@ def _refuse_several(folder: Path) -> None:
 def _progress(run: Path) -> str:
     """How far a run is, as far as it says so."""
     try:
-        state: dict[str, Any] = json.loads((run / _STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads((run / STATE_NAME).read_text(encoding="utf-8"))
         words = _STATES.get(state["state"], "was stopped")
         return f" (it {words} after {state['update']} of {state['num_updates']} updates)"
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,8 +1,9 @@
-"""From the name of a model to a folder: built-in names, folders, Hub ids."""
+"""From the name of a model to a folder (built-in names, folders, Hub ids) and to its weights."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 """How diffusers names the weights of a transformer."""
+_ENDS = 2**20
+"""Bytes at either end of a file of weights that tell it from others."""
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 DESCRIPTIONS = [INFO_FILE, PIPELINE_FILE, "config.json", "*/config.json", "*.index.json"]
@@ -75,6 +78,11 @@ class Source:
 def list_pretrained() -> list[str]:
     """Names of the models that come with the package."""
     return sorted(path.parent.name for path in ASSETS.glob(f"*/{INFO_FILE}"))
+
+
+def is_here(name: str) -> bool:
+    """Whether a name stands for a model of the package, or for a file or folder that is there."""
+    return name in list_pretrained() or Path(name).expanduser().exists()
 
 
 def locate(name_or_folder: str | Path, revision: str | None = None) -> Source:
@@ -146,3 +154,20 @@ def find_weights(folder: Path) -> Path:
             "never loaded: convert them with save_pretrained(safe_serialization=True)"
         )
     raise CheckpointError(f"{str(folder)!r} holds no .safetensors file; copy or download it again")
+
+
+def weights_digest(place: Path) -> str:
+    """The "sha256:..." of a file of weights, or of those of a folder.
+
+    Of the names and sizes of the safetensors files, and of both ends of each: training moves every
+    weight, and reading all of a large model takes minutes. A single file counts without its name.
+    """
+    digest = hashlib.sha256()
+    for path in [place] if place.is_file() else sorted(place.rglob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(place).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_ENDS))
+            file.seek(max(size - _ENDS, 0))
+            digest.update(file.read())
+    return f"sha256:{digest.hexdigest()}"

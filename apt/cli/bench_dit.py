@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
@@ -82,13 +81,14 @@ def registered_model(name: str) -> tuple[str, dict[str, Any]]:
 
     Raises InputError for a model of another shape than the registered one.
     """
-    from apt.checkpoints.load import find_model, load_codec
-    from apt.checkpoints.source import list_pretrained
+    from apt.checkpoints.load import find_model
+    from apt.checkpoints.source import is_here
     from apt.models import MODELS
+    from apt.models.create import describe_codec
 
     if name in MODELS.names():
         return name, {}
-    if "/" not in name and not Path(name).exists() and name not in list_pretrained():
+    if "/" not in name and not is_here(name):
         return name, {}
     _, info, checkpoint = find_model(name)
     if checkpoint.config != MODELS.get(checkpoint.architecture)():
@@ -98,7 +98,8 @@ def registered_model(name: str) -> tuple[str, dict[str, Any]]:
         )
     clip = info.sample
     size = (clip.frames, clip.height, clip.width)
-    frames, height, width = load_codec(name).latent_shape(*size)
+    codec = describe_codec(info.codec.architecture, **info.codec.config)
+    frames, height, width = codec.latent_shape(*size)
     compression = (
         (clip.frames - 1) // max(frames - 1, 1) or 1,
         clip.height // height,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from apt.checkpoints.runs import model_folder
+from apt.checkpoints.source import weights_digest
 from apt.device import explained_memory
 from apt.distributed.launch import is_one_of_many, launch_rank, launch_world_size
 from apt.errors import InputError
@@ -245,22 +246,21 @@ def _settings(asked: Generate) -> dict[str, object]:
     return {
         **values,
         **dataclasses.asdict(asked.options),
-        "model_content": _description(asked.model),
-        "lora_content": None if asked.lora is None else _description(asked.lora),
+        "model_content": _content(asked.model),
+        "lora_content": None if asked.lora is None else _content(asked.lora),
     }
 
 
-def _description(name: str) -> str | None:
-    """What a local model or LoRA says of itself, shortly; None for other names."""
+def _content(name: str) -> list[str] | None:
+    """What a local model or LoRA has and says of itself, as digests; None for other names."""
     path = Path(name).expanduser()
-    if path.is_file():
-        return f"{path.stat().st_size} bytes"
     if path.is_dir():
         path = model_folder(path)
-    for file in ("apt.json", "model_index.json", "adapter_config.json"):
-        if (path / file).is_file():
-            return hashlib.sha256((path / file).read_bytes()).hexdigest()[:16]
-    return None
+    if not path.exists():
+        return None
+    files = [path / file for file in ("apt.json", "model_index.json", "adapter_config.json")]
+    said = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    return [weights_digest(path), *said]
 
 
 @contextmanager

@@ -54,8 +54,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     from apt.pipeline import OneStepPipeline
 
     pipeline = OneStepPipeline.from_pretrained(options.model, device=options.device)
-    previews = pipeline.info.training.get("config", {}).get("sample_prompts", ())
-    prompts = given or list(previews)
+    prompts = given or list(pipeline.info.sample_prompts())
     if not prompts:
         raise InputError(
             f"{options.model!r} does not say what it was previewed with; pass --prompt"

@@ -22,6 +22,7 @@ from apt.distributed.spokesman import report
 from apt.errors import InputError
 from apt.train.config import TrainConfig
 from apt.train.config_file import plain, read_configs
+from apt.train.recipe_names import stages_of
 from apt.train.recipes import RECIPES
 from apt.train.resolve import check_captions
 from apt.train.resume import COLLECTIVES, CONFIG_NAME, Resume
@@ -215,8 +216,7 @@ def _from_recipe(name: str, rest: list[str], prog: str) -> _Begun:
         own_options = _own_options(recipe)
     else:
         made = recipe()
-    stages = [made] if isinstance(made, TrainConfig) else list(made)
-    return _Begun(stages, name, rest, own_options=own_options)
+    return _Begun(stages_of(made), name, rest, own_options=own_options)
 
 
 def _own_options(recipe: Callable[..., Any]) -> str:

@@ -72,8 +72,8 @@ def make_buckets(
     for level in range(levels):
         pixels = max_pixels / 2**level
         for ratio in aspect_ratios:
-            height = _round_to(math.sqrt(pixels / ratio), multiple)
-            width = _round_to(math.sqrt(pixels * ratio), multiple)
+            height = round_to(math.sqrt(pixels / ratio), multiple)
+            width = round_to(math.sqrt(pixels * ratio), multiple)
             while height * width > max_pixels:
                 # Shrink the side whose loss leaves the shape nearer to the ratio.
                 shorter = abs(math.log(width / max(height - multiple, 1) / ratio))
@@ -141,5 +141,6 @@ def best_bucket(
     return best
 
 
-def _round_to(value: float, multiple: int) -> int:
+def round_to(value: float, multiple: int) -> int:
+    """The multiple that is nearest, at least one."""
     return max(multiple, round(value / multiple) * multiple)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from apt.data.buckets import Bucket
 from apt.data.captions import Refused
-from apt.data.dataset import Sample, VideoDataset
-from apt.data.order import BucketOrder
+from apt.data.dataset import BucketOrder, Sample, Shuffled, VideoDataset
 from apt.data.source import ClipRequest
 from apt.errors import DataError
 
@@ -86,7 +84,7 @@ def clip_size(dataset: Any) -> Bucket | None:
     return Bucket(*pixels.shape[1:])
 
 
-class _CheckedItems:
+class _CheckedItems(Shuffled):
     """A map-style data set, shuffled in passes. Index `epoch * len + item` is an item in a pass."""
 
     def __init__(self, dataset: MapStyle, request: ClipRequest) -> None:
@@ -117,21 +115,6 @@ class _CheckedItems:
                 "data set without batches of its own have one size"
             )
         return sample
-
-    @property
-    def members(self) -> Mapping[Bucket, list[int]]:
-        """The items of each bucket."""
-        return self._order.members
-
-    def part(self, items: Collection[int]) -> _CheckedItems:
-        """The same with some of the items alone; an index is the same sample as before."""
-        other = copy.copy(self)
-        other._order = self._order.part(items)
-        return other
-
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
-        """Global batches for ever; see `BucketOrder`."""
-        return self._order.batches(batch_size, seed=seed, start=start)
 
     def file_name(self, index: int) -> str:
         """The name of a sample, for messages."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,9 +18,8 @@ from torch import Tensor
 
 from apt.data.buckets import MAX_UPSCALE, Bucket, best_bucket, check_buckets
 from apt.data.captions import CaptionRule, Refused
-from apt.data.dataset import Sample
+from apt.data.dataset import BucketOrder, Sample, Shuffled
 from apt.data.decode import probe, read_clip, read_image
-from apt.data.order import BucketOrder
 from apt.data.reading import MediaInfo, Source, reason
 from apt.data.report import DataReport, Problem, problem_lines
 from apt.data.scan import Entry, Scan, scan_folder
@@ -47,7 +45,7 @@ class Item:
     bucket: Bucket
 
 
-class VideoFolder:
+class VideoFolder(Shuffled):
     """Captioned videos and images (one-frame videos), as clips in aspect-ratio buckets.
 
     Captions are found as `apt.data.scan` says. Index `epoch * len(folder) + item` is a clip of
@@ -56,7 +54,7 @@ class VideoFolder:
 
     A file that cannot be used is named in `report` and skipped. One that fails only when its clip
     is decoded is named too, and another file of its bucket takes its place: which one depends on
-    the index alone.
+    the index alone. Of a `part`, it is one of that, and all parts have one report.
 
     Args:
         directory: the folder; sub-folders count, hidden files do not.
@@ -172,24 +170,6 @@ class VideoFolder:
             f"row cannot be decoded, the last: {problems[-1]}; is the folder still there? "
             f"`diffusion-apt data check` tests every file"
         )
-
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
-        """Global batches for ever, each of one bucket; see `BucketOrder`."""
-        return self._order.batches(batch_size, seed=seed, start=start)
-
-    @property
-    def members(self) -> Mapping[Bucket, list[int]]:
-        """The items of each bucket."""
-        return self._order.members
-
-    def part(self, items: Collection[int]) -> VideoFolder:
-        """The same folder with some of its items alone; what replaces a broken file is one of them.
-
-        An index is the same sample as before, and the report is one.
-        """
-        other = copy.copy(self)
-        other._order = self._order.part(items)
-        return other
 
     def _split(self, index: int) -> tuple[int, int]:
         if index < 0:

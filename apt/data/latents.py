@@ -11,12 +11,11 @@ A shard is there whole or not at all, so writing one continues after any interru
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,7 +25,7 @@ from torch import Tensor
 from apt.condition import EncodedText
 from apt.data.buckets import Bucket
 from apt.data.captions import CaptionRule, Refused
-from apt.data.dataset import EncodedSample
+from apt.data.dataset import BucketOrder, EncodedSample, Shuffled
 from apt.data.latent_shards import (
     Entry,
     open_shard,
@@ -35,7 +34,6 @@ from apt.data.latent_shards import (
     read_metadata,
     write_shard,
 )
-from apt.data.order import BucketOrder
 from apt.data.tar import Member
 from apt.errors import DataError
 from apt.files import write_text
@@ -90,8 +88,10 @@ class CacheInfo:
         return [f"latents-{number:05d}.{self.shards}" for number in range(count)]
 
 
-class LatentFolder:
+class LatentFolder(Shuffled):
     """The clips of a latent cache, as `EncodedSample`s.
+
+    The order is that of the videos themselves, if each gave one clip.
 
     Args:
         directory: written by `diffusion-apt data encode`.
@@ -158,17 +158,6 @@ class LatentFolder:
         """The file that a sample was made of; in caches of earlier versions its place in them."""
         return self._files[index % len(self._files)]
 
-    @property
-    def members(self) -> Mapping[Bucket, list[int]]:
-        """The items of each bucket."""
-        return self._order.members
-
-    def part(self, items: Collection[int]) -> LatentFolder:
-        """The same cache with some of its clips alone; an index is the same sample as before."""
-        other = copy.copy(self)
-        other._order = self._order.part(items)
-        return other
-
     def __getitem__(self, index: int) -> EncodedSample:
         """Sample `index`: clip `index % len(self)`.
 
@@ -178,13 +167,6 @@ class LatentFolder:
         name, key, caption = self._clips[number]
         latents, extra = read_latents(self.directory / name, key, self._places[number])
         return EncodedSample(latents, caption, extra)
-
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
-        """Global batches for ever, each of one bucket; see `BucketOrder`.
-
-        The order is that of the videos themselves, if each gave one clip.
-        """
-        return self._order.batches(batch_size, seed=seed, start=start)
 
 
 class TextFolder(Mapping[str, EncodedText]):

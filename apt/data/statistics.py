@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from apt.data.buckets import ASPECT_RATIOS, Bucket, best_bucket, make_buckets
+from apt.data.buckets import ASPECT_RATIOS, Bucket, best_bucket, make_buckets, round_to
 from apt.data.folder import exact_rate, look_at
 from apt.data.reading import MediaInfo
 from apt.data.report import problem_lines
@@ -260,16 +260,13 @@ def _candidates(
 ) -> list[tuple[int, int]]:
     """Sizes near a shape (width over height), from the one that keeps least of it."""
 
-    def nearest(side: float) -> int:
-        return max(multiple, round(side / multiple) * multiple)
-
     if height is not None:
-        return [(height, nearest(height * shape))]
+        return [(height, round_to(height * shape, multiple))]
     if width is not None:
-        return [(nearest(width / shape), width)]
+        return [(round_to(width / shape, multiple), width)]
     steps = range(multiple, max(multiple, math.ceil(math.sqrt(max_pixels) * 3)) + 1, multiple)
-    both = {(nearest(side / shape), side) for side in steps}
-    both |= {(side, nearest(side * shape)) for side in steps}
+    both = {(round_to(side / shape, multiple), side) for side in steps}
+    both |= {(side, round_to(side * shape, multiple)) for side in steps}
     fitting = [size for size in both if size[0] * size[1] <= max_pixels]
 
     def kept(size: tuple[int, int]) -> float:

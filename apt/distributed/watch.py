@@ -22,7 +22,7 @@ from apt.distributed.launch import restarts
 from apt.distributed.meeting import attempt
 from apt.distributed.recorder import last_collective
 from apt.distributed.spokesman import open_store
-from apt.errors import LostRankError
+from apt.errors import LostRankError, first_line
 
 __all__ = ["LostRankError", "is_of_a_collective", "watched"]
 
@@ -67,7 +67,7 @@ def watched(
                 words = _blame(diary.entries(world_size))
             except dist.DistError:
                 words = f"the rank that has the store is dead or out of reach, in {collective}"
-            raise LostRankError(f"{words} ({_first_line(error)})") from error
+            raise LostRankError(f"{words} ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,3 @@ def _of_the_others(there: dict[int, _Entry], waiting: Sequence[int]) -> list[str
 
 def _where(entry: _Entry) -> str:
     return f"in {entry.doing}, {entry.place}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

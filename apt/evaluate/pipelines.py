@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.external import first_line, import_hub_extra, quiet_library
 from apt.checkpoints.info import PIPELINE_FILE
 from apt.checkpoints.reading import read_json, read_pipeline
-from apt.checkpoints.source import Source, locate
+from apt.checkpoints.source import Source, locate, weights_digest
 from apt.device import explained_memory, find_device
 from apt.errors import CheckpointError, InputError
 from apt.evaluate.peers import Peer

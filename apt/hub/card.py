@@ -8,6 +8,7 @@ from typing import Any
 
 from apt.checkpoints.info import PIPELINE_FILE, CodecInfo, ModelInfo
 from apt.checkpoints.source import split_hub_id
+from apt.hub.client import page
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS
 from apt.registry import Registry
 
@@ -118,7 +119,7 @@ def _summary(info: ModelInfo | CodecInfo, base_id: str | None, commit: str | Non
     size = info.sample
     what = "Images" if size.frames == 1 else f"Videos of {size.frames} frames at {size.fps:g} fps"
     summary = info.summary or f"a model of the stage {info.stage!r}"
-    start = f", made from [{base_id}]({_link(base_id)})" if base_id else ""
+    start = f", made from [{base_id}]({page(base_id)})" if base_id else ""
     at = f" at commit `{commit}`" if base_id and commit else ""
     summary = f"{summary[:1].upper()}{summary[1:]}"
     what = f"{what}, {size.width}x{size.height}"
@@ -129,12 +130,6 @@ def _summary(info: ModelInfo | CodecInfo, base_id: str | None, commit: str | Non
         f"architecture `{info.model.architecture}`. Steps: {info.sampling.num_steps}; "
         f"guidance: {info.sampling.cfg_scale:g}."
     )
-
-
-def _link(repo_id: str) -> str:
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{repo_id}"
 
 
 def _snippets(info: ModelInfo | CodecInfo, repo_id: str, in_diffusers: bool) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from apt.errors import CheckpointError, HubUnreachableError, InputError
+from apt.errors import CheckpointError, HubUnreachableError, InputError, first_line
 
 T = TypeVar("T")
 
@@ -113,17 +113,17 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
     # Derives from RepositoryNotFoundError, so it comes first.
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{cannot}: access is gated; accept the licence at {_page(repo_id)}, and "
+            f"{cannot}: access is gated; accept the licence at {page(repo_id)}, and "
             f"{_token_advice()}"
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{cannot}: the Hub has no such model, or it is private ({_page(repo_id)}): check the "
+            f"{cannot}: the Hub has no such model, or it is private ({page(repo_id)}): check the "
             f"spelling, or {_token_advice()}"
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(
-            f"the Hub model {repo_id!r} has no revision {revision!r}; see {_page(repo_id)}/commits"
+            f"the Hub model {repo_id!r} has no revision {revision!r}; see {page(repo_id)}/commits"
         ) from error
     except LocalEntryNotFoundError as error:
         raise HubUnreachableError(f"{cannot}: {_unreachable(error)}") from error
@@ -147,11 +147,11 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
             ) from error
         kind = HubUnreachableError if may_pass(status) else CheckpointError
         raise kind(
-            f"{cannot}: the Hub answers {status} ({_first_line(error)}); try again later"
+            f"{cannot}: the Hub answers {status} ({first_line(error)}); try again later"
         ) from error
     except HTTPError as error:
         raise HubUnreachableError(
-            f"{cannot}: the connection failed {ATTEMPTS} times ({_first_line(error)}); try again"
+            f"{cannot}: the connection failed {ATTEMPTS} times ({first_line(error)}); try again"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{cannot}: {_disk_trouble(error)}") from error
@@ -163,7 +163,7 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
     # Names of files that lead out of the repository's folder; what Xet raises, and httpx for an
     # address that is none.
     except (ValueError, RuntimeError, XetDownloadError, _invalid_url(HTTPError)) as error:
-        raise CheckpointError(f"{cannot}: {_first_line(error)}") from error
+        raise CheckpointError(f"{cannot}: {first_line(error)}") from error
 
 
 def _invalid_url(http_error: type[Exception]) -> type[Exception]:
@@ -182,7 +182,7 @@ def _disk_trouble(error: OSError) -> str:
             f"cannot write {str(error.filename)!r} ({error.strerror}); set HF_HOME or --local-dir "
             "to a folder that you may write to"
         )
-    return f"{_first_line(error)}; try again"
+    return f"{first_line(error)}; try again"
 
 
 def require_token() -> None:
@@ -237,7 +237,8 @@ def _unreachable(error: BaseException) -> str:
     return f"it is neither a folder nor whole in the local cache, and {why}"
 
 
-def _page(repo_id: str) -> str:
+def page(repo_id: str) -> str:
+    """Where people look at a repository."""
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{repo_id}"
@@ -249,7 +250,3 @@ def _token_advice() -> str:
     if get_token() is None:
         return "log in with `hf auth login`, or set HF_TOKEN"
     return "use a token (`hf auth login`, HF_TOKEN) that has access: the one that is set has none"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

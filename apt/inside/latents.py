@@ -15,10 +15,19 @@ from apt.pipeline import OneStepPipeline, SamplingPlan
 
 def encode(pipeline: OneStepPipeline, prompts: Sequence[str]) -> Condition:
     """A condition of one row per prompt. Raises InputError for a prompt that is no text."""
-    pipeline.bundle.text_encoder.check(prompts)
-    encoded = {text: pipeline.bundle.text_encoder([text]) for text in dict.fromkeys(prompts)}
-    text = EncodedText.concatenate([encoded[prompt] for prompt in prompts])
-    return Condition(text).to(pipeline.device, pipeline.dtype)
+    return Condition(EncodedText.concatenate(encode_each(pipeline, prompts)))
+
+
+def encode_each(pipeline: OneStepPipeline, prompts: Sequence[str]) -> list[EncodedText]:
+    """One row for each prompt, on the device. Raises as `encode`."""
+    encoder = pipeline.bundle.text_encoder
+    encoder.check(prompts)
+    with pipeline.at_work(encoder):
+        encoded = {
+            text: encoder([text]).to(pipeline.device, pipeline.dtype)
+            for text in dict.fromkeys(prompts)
+        }
+    return [encoded[prompt] for prompt in prompts]
 
 
 def sample_from(pipeline: OneStepPipeline, c: Condition, z: Tensor, plan: SamplingPlan) -> Tensor:
@@ -32,15 +41,18 @@ def sample_from(pipeline: OneStepPipeline, c: Condition, z: Tensor, plan: Sampli
         channels, frames, height, width = z.shape[1:]
         return pipeline.noise([0], (channels, frames, height, width), step).expand_as(z)
 
+    backbone = pipeline.bundle.backbone
     negative = encode(pipeline, [plan.negative_prompt]) if plan.cfg_scale != 1 else c
-    predict = bind_guided(pipeline.bundle.backbone, c, negative, plan.cfg_scale)
-    return sample(predict, z, plan.timesteps, sampler=plan.sampler, noise=fresh)
+    predict = bind_guided(backbone, c, negative, plan.cfg_scale)
+    with pipeline.at_work(backbone):
+        return sample(predict, z, plan.timesteps, sampler=plan.sampler, noise=fresh)
 
 
 def decode(pipeline: OneStepPipeline, x: Tensor) -> Tensor:
     """Pixels (B, 3, T, H, W) fp32 in [-1, 1], one sample at a time."""
-    decoded = [pipeline.bundle.codec.decode(latent[None]).float().clamp(-1, 1) for latent in x]
-    return torch.cat(decoded)
+    codec = pipeline.bundle.codec
+    with pipeline.at_work(codec):
+        return torch.cat([codec.decode(latent[None]).float().clamp(-1, 1) for latent in x])
 
 
 def to_tokens(x: Tensor, grid: Sequence[int]) -> Tensor:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from apt.condition import Condition, EncodedText
 from apt.errors import InputError
 from apt.flow import bind, one_step_sample
-from apt.inside.latents import decode, encode, to_latents, to_tokens
+from apt.inside.latents import decode, encode_each, to_latents, to_tokens
 from apt.models.transformer import DiffusionTransformer, Tokens
 from apt.pipeline import OneStepPipeline
 
@@ -97,8 +98,10 @@ def probe_layers(
             "value; ask for more samples"
         )
 
+    texts = encode_each(pipeline, [*prompts, *shown])
+    asked, previewed = texts[: len(prompts)], texts[len(prompts) :]
     sums = [_Sums() for _ in range(backbone.depth)]
-    for hidden, x in _samples(pipeline, prompts, range(seed, seed + num_samples), batch_size):
+    for hidden, x in _samples(pipeline, asked, range(seed, seed + num_samples), batch_size):
         for layer, h_BLD in zip(sums, hidden, strict=True):
             layer.add(h_BLD, to_tokens(x, grid))
     fits = [layer.solve() for layer in sums]
@@ -106,7 +109,7 @@ def probe_layers(
     unseen = range(_HELD_OUT_SEED + seed, _HELD_OUT_SEED + seed + num_held_out)
     errors = torch.zeros(len(fits), dtype=torch.float64)
     finals = []
-    for hidden, x in _samples(pipeline, prompts, unseen, batch_size):
+    for hidden, x in _samples(pipeline, asked, unseen, batch_size):
         target = to_tokens(x, grid)
         finals.append(target)
         for number, ((weight, bias), h_BLD) in enumerate(zip(fits, hidden, strict=True)):
@@ -119,7 +122,7 @@ def probe_layers(
     ]
 
     pixels = []
-    for hidden, x in _samples(pipeline, shown, [_HELD_OUT_SEED + seed] * len(shown), 1):
+    for hidden, x in _samples(pipeline, previewed, [_HELD_OUT_SEED + seed] * len(shown), 1):
         each = [
             to_latents(h_BLD.float() @ layer.weight.T + layer.bias, grid, shape)
             for layer, h_BLD in zip(layers, hidden, strict=True)
@@ -129,14 +132,15 @@ def probe_layers(
 
 
 def _samples(
-    pipeline: OneStepPipeline, prompts: Sequence[str], seeds: Sequence[int], batch_size: int
+    pipeline: OneStepPipeline, texts: Sequence[EncodedText], seeds: Sequence[int], batch_size: int
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Batches of all layers' tokens (B, L, D), and the one-step samples (B, C, T, H, W) fp32."""
     backbone = pipeline.bundle.backbone
     for start in range(0, len(seeds), batch_size):
         part = seeds[start : start + batch_size]
-        c = encode(pipeline, [prompts[(start + i) % len(prompts)] for i in range(len(part))])
-        with _kept_tokens(backbone) as hidden:
+        rows = [texts[(start + i) % len(texts)] for i in range(len(part))]
+        c = Condition(EncodedText.concatenate(rows))
+        with pipeline.at_work(backbone), _kept_tokens(backbone) as hidden:
             x = one_step_sample(bind(backbone, c), pipeline.noise(part))
         yield hidden, x
 

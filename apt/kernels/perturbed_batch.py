@@ -20,10 +20,9 @@ from torch import Tensor
 from apt import philox
 from apt.errors import InputError
 from apt.kernels.backends import resolve_backend
-from apt.kernels.draws import key_of
 from apt.kernels.fused_op import FusedOp
 from apt.kernels.signatures import PerturbedBatch
-from apt.rng import Draw
+from apt.rng import Draw, key_of
 
 
 def perturbed_batch(

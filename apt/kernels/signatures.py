@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apt.kernels.draws import PhiloxKey
+from apt.rng import PhiloxKey
 
 
 class ModulatedNorm(NamedTuple):

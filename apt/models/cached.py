@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from apt.condition import EncodedText
-from apt.errors import InputError
+from apt.errors import InputError, listed
 from apt.models.protocols import LatentCodec, TextEncoder
-
-_LISTED = 3
 
 
 class CachedTextEncoder(TextEncoder):
@@ -45,11 +43,9 @@ class CachedTextEncoder(TextEncoder):
         """Raise InputError for prompts that were not stored."""
         missing = sorted({prompt for prompt in prompts if prompt not in self._texts})
         if missing:
-            shown = ", ".join(map(repr, missing[:_LISTED]))
-            more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
             raise InputError(
-                f"the latent cache has no embedding of {shown}{more}; name it with `data encode "
-                "--prompts` (a cache that is there gets what is missing)"
+                f"the latent cache has no embedding of {listed(map(repr, missing))}; name it with "
+                "`data encode --prompts` (a cache that is there gets what is missing)"
             )
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from apt.errors import ConfigError, InputError
 from apt.models.architectures import CODECS
-from apt.models.codecs import causal_latent_shape
 from apt.models.protocols import LatentCodec
 
 Conv = TypeVar("Conv", bound=nn.Conv3d)
@@ -142,12 +141,6 @@ class CausalCodec(LatentCodec):
             mean, std = self._statistics(piece)
             for chunk in piece.float().split(self.config.chunk, dim=2):
                 yield self.decoder(chunk * std + mean, memory).float()
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T', H', W') for a clip; raises InputError with the nearest sizes that fit."""
-        return causal_latent_shape(
-            frames, height, width, self.temporal_compression, self.spatial_compression
-        )
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.config.latents_mean or (0.0,) * self.channels

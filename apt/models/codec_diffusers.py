@@ -22,7 +22,6 @@ from apt.checkpoints.external import (
 )
 from apt.errors import AptError, CheckpointError, ConfigError, InputError
 from apt.models.architectures import CODECS
-from apt.models.codecs import causal_latent_shape
 from apt.models.protocols import LatentCodec
 
 
@@ -61,6 +60,10 @@ class DiffusersCodecConfig:
     def build(self) -> DiffusersCodec:
         """Load the weights, downloading what is not in the Hub's cache."""
         return DiffusersCodec(self)
+
+    def shape(self) -> DiffusersCodec:
+        """Channels and compression alone, without the weights."""
+        return DiffusersCodec(self, weights=False)
 
 
 class DiffusersCodec(LatentCodec):
@@ -166,12 +169,6 @@ class DiffusersCodec(LatentCodec):
         raw = (latents.float() * std + mean).to(self.vae.dtype)
         pixels = self._decode_raw(raw) if self._is_video else _per_frame(self._decode_raw, raw)
         return pixels.float().clamp(-1, 1)
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T', H', W') for a clip; raises InputError with the nearest sizes that fit."""
-        return causal_latent_shape(
-            frames, height, width, self.temporal_compression, self.spatial_compression
-        )
 
     def _check_that_it_works(self) -> None:
         """Put a small clip through a class that was taken unseen: they differ in what they ask for.

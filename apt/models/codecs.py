@@ -93,12 +93,6 @@ class PatchifyCodec(LatentCodec):
             values = _transform(values, self._basis(values, -2).mT, self._basis(values, -1).mT)
         return values * self.config.std + self.config.mean
 
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T', H', W') for a clip; raises InputError with the nearest sizes that fit."""
-        return causal_latent_shape(
-            frames, height, width, self.temporal_compression, self.spatial_compression
-        )
-
     def _basis(self, values: Tensor, dim: int) -> Tensor:
         size = values.shape[dim]
         return lapped_basis(size, self.spatial_compression, values.dtype, values.device)
@@ -150,31 +144,3 @@ def lapped_basis(
 def patchify() -> PatchifyConfig:
     """Lossless: pixels folded into channels (for small videos)."""
     return PatchifyConfig()
-
-
-def causal_latent_shape(
-    frames: int, height: int, width: int, temporal: int, spatial: int
-) -> tuple[int, int, int]:
-    """(T', H', W') for a clip, whose first frame is a latent frame of its own.
-
-    Args:
-        frames, height, width: of the clip.
-        temporal: frames per latent frame after the first.
-        spatial: pixels per latent along height and width.
-
-    Raises:
-        InputError: sizes that do not fit, with the nearest that do.
-    """
-    if frames < 1 or (frames - 1) % temporal:
-        low = max(frames - 1, 0) // temporal * temporal + 1
-        raise InputError(
-            f"{frames} frames do not fit; use {low} or {low + temporal} ({temporal}k + 1)"
-        )
-    for name, size in (("height", height), ("width", width)):
-        if size < spatial or size % spatial:
-            low = max(size // spatial, 1) * spatial
-            raise InputError(
-                f"{name} {size} does not fit; use a multiple of {spatial}, such as {low} or "
-                f"{low + spatial}"
-            )
-    return (frames - 1) // temporal + 1, height // spatial, width // spatial

@@ -13,7 +13,6 @@ from apt.errors import InputError
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.protocols import LatentCodec, TextEncoder
 from apt.models.transformer import DiffusionTransformer
-from apt.registry import replace_typed
 
 
 def create_model(
@@ -48,7 +47,7 @@ def create_model(
         if pretrained not in (False, True, tag):
             raise InputError(f"{name}.{tag} and pretrained={pretrained!r} name two tags; name one")
         pretrained = tag
-    config = replace_typed(MODELS.get(name)(), overrides)
+    config = MODELS.configured(name, overrides)
     if pretrained is not False:
         entry = MODELS.pretrained(name)[find_tag(name, pretrained)]
         source = locate(entry.repo, entry.revision)
@@ -64,9 +63,20 @@ def create_model(
 
 def create_text_encoder(name: str, /, **overrides: Any) -> TextEncoder:
     """Build a registered text encoder; overrides are fields of its config."""
-    return replace_typed(TEXT_ENCODERS.get(name)(), overrides).build()
+    return TEXT_ENCODERS.configured(name, overrides).build()
 
 
 def create_codec(name: str, /, **overrides: Any) -> LatentCodec:
     """Build a registered latent codec; overrides are fields of its config."""
-    return replace_typed(CODECS.get(name)(), overrides).build()
+    return CODECS.configured(name, overrides).build()
+
+
+def describe_codec(name: str, /, **overrides: Any) -> LatentCodec:
+    """A codec that tells its channels and compression, and need not do more.
+
+    A config that reads the weights of others gives it as `shape()`. Raises as `create_codec`,
+    except for faults of weights.
+    """
+    config = CODECS.configured(name, overrides)
+    codec: LatentCodec = config.shape() if hasattr(config, "shape") else config.build()
+    return codec

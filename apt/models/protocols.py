@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from apt.condition import EncodedText
+from apt.errors import InputError
 
 
 class TextEncoder(nn.Module):
@@ -67,5 +68,21 @@ class LatentCodec(nn.Module):
         raise NotImplementedError
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T', H', W'); raises InputError for sizes that do not fit, naming ones that do."""
-        raise NotImplementedError
+        """(T', H', W') of a clip whose first frame is a latent frame of its own.
+
+        Raises InputError for sizes that do not fit, naming the nearest that do.
+        """
+        temporal, spatial = self.temporal_compression, self.spatial_compression
+        if frames < 1 or (frames - 1) % temporal:
+            low = max(frames - 1, 0) // temporal * temporal + 1
+            raise InputError(
+                f"{frames} frames do not fit; use {low} or {low + temporal} ({temporal}k + 1)"
+            )
+        for name, size in (("height", height), ("width", width)):
+            if size < spatial or size % spatial:
+                low = max(size // spatial, 1) * spatial
+                raise InputError(
+                    f"{name} {size} does not fit; use a multiple of {spatial}, such as {low} or "
+                    f"{low + spatial}"
+                )
+        return (frames - 1) // temporal + 1, height // spatial, width // spatial

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from apt.checkpoints.external import (
     DType,
-    first_line,
     import_hub_extra,
     load_complete,
     local_folder,
@@ -27,7 +26,7 @@ from apt.checkpoints.external import (
     torch_dtype,
 )
 from apt.condition import EncodedText
-from apt.errors import CheckpointError, InputError, PromptLengthError
+from apt.errors import CheckpointError, InputError, PromptLengthError, first_line
 from apt.models.architectures import TEXT_ENCODERS
 from apt.models.protocols import PromptCheck, TextEncoder
 

@@ -15,9 +15,9 @@ import torch
 from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import ComponentInfo, ModelInfo, SampleInfo, SamplingInfo
 from apt.checkpoints.load import describe, describe_model
-from apt.checkpoints.origin import Origin, begin_at
+from apt.checkpoints.origin import StoredPieces, begin_at
 from apt.checkpoints.reading import StoredTensor
-from apt.checkpoints.source import list_pretrained
+from apt.checkpoints.source import is_here
 from apt.checkpoints.weights import Piece
 from apt.condition import EncodedText
 from apt.data.builtin_sources import DIGITS, Folder, Latents
@@ -25,11 +25,11 @@ from apt.errors import ConfigError
 from apt.methods.base import MethodConfig, StageConfig
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.cached import CachedCodec
-from apt.models.codec_shape import codec_shape
+from apt.models.create import describe_codec
 from apt.models.protocols import LatentCodec, TextEncoder
 from apt.models.transformer import DiffusionTransformer
-from apt.registry import replace_typed
 from apt.train.config import TrainConfig
+from apt.train.recipe_names import stages_of
 from apt.train.recipes import RECIPES
 from apt.train.resolve import resolve
 
@@ -99,14 +99,14 @@ class PlannedModel:
             key: Piece(PlannedTensor(file, key, tuple(value.shape), "F32"))
             for key, value in backbone.state_dict().items()
         }
-        begin_at(backbone, Origin(pieces, str(file)))
+        begin_at(backbone, StoredPieces(pieces, str(file)))
         return backbone.eval()
 
     def _text_encoder(self) -> TextEncoder:
         if self.text_encoder is None:
             return PlannedText(self.config, self.text_tokens)
         part = self.text_encoder
-        made = replace_typed(TEXT_ENCODERS.get(part.architecture)(), part.config).build()
+        made = TEXT_ENCODERS.configured(part.architecture, part.config).build()
         return cast("TextEncoder", made)
 
     def _codec(self) -> LatentCodec:
@@ -119,7 +119,7 @@ class PlannedModel:
                 spatial_compression=height,
             )
         part = self.codec
-        made: LatentCodec = replace_typed(CODECS.get(part.architecture)(), part.config).build()
+        made: LatentCodec = CODECS.configured(part.architecture, part.config).build()
         return made.requires_grad_(False).eval()
 
 
@@ -200,7 +200,7 @@ def _named(value: str, seen: tuple[str, ...], row: Row) -> PlannedModel:
     if architecture in MODELS.names():
         return _registered(architecture, tag)
     maker = _stage_that_exports(value, row)
-    if maker is None and (value in list_pretrained() or Path(value).exists()):
+    if maker is None and is_here(value):
         return _described(describe_model(value), value)
     maker = maker or _recipe_that_exports(value)
     if maker is None or value in seen:
@@ -242,7 +242,7 @@ def _registered(name: str, tag: str | None) -> PlannedModel:
 
 
 def _described(info: ModelInfo, value: str) -> PlannedModel:
-    config = replace_typed(MODELS.get(info.model.architecture)(), info.model.config)
+    config = MODELS.configured(info.model.architecture, info.model.config)
     own_text = info.text_encoder.weights is not None
     entries = MODELS.pretrained(info.model.architecture)
     entry = next(iter(entries.values()), None)
@@ -264,10 +264,10 @@ def new_model(config: TrainConfig, row: Row = ()) -> PlannedModel:
     model, codec, sampling = config.model, _new_codec(config, row), SamplingInfo()
     if isinstance(config.stage, MethodConfig):
         sampling = config.stage.sampling(sampling)
-    backbone: Any = replace_typed(MODELS.get(model.name)(), model.options)
+    backbone: Any = MODELS.configured(model.name, model.options)
     if "in_channels" not in model.options:  # as `apt.train.resolve` has it
-        shape = codec_shape(replace_typed(CODECS.get(codec.architecture)(), codec.config))
-        backbone = dataclasses.replace(backbone, in_channels=shape.channels)
+        channels = describe_codec(codec.architecture, **codec.config).channels
+        backbone = dataclasses.replace(backbone, in_channels=channels)
     return PlannedModel(
         model.name,
         backbone,
@@ -306,7 +306,7 @@ def _new_clips(config: TrainConfig, codec: ComponentInfo) -> SampleInfo:
 def _new_codec(config: TrainConfig, row: Row) -> ComponentInfo:
     source = config.stage.trained_codec()
     maker = _stage_that_exports(source, row) if source else config
-    if maker is None and (source in list_pretrained() or Path(source).exists()):
+    if maker is None and is_here(source):
         return describe(source).codec
     maker = maker or _recipe_that_exports(source)
     if maker is None:
@@ -321,8 +321,7 @@ def _stage_that_exports(folder: str, row: Row) -> TrainConfig | None:
 
 def _recipe_that_exports(folder: str) -> TrainConfig | None:
     for name in RECIPES.names():
-        made = RECIPES.get(name)()
-        if found := _stage_that_exports(folder, [made] if isinstance(made, TrainConfig) else made):
+        if found := _stage_that_exports(folder, stages_of(RECIPES.get(name)())):
             return found
     return None
 

@@ -26,7 +26,7 @@ from apt.errors import InputError
 from apt.study.criteria import CRITERIA
 from apt.study.document import MEDIA, Study
 from apt.study.media import MEDIA_TYPES, STILL
-from apt.study.store import AnswerStore, ConflictError, Shown, StorageError
+from apt.study.store import AnswerStore, ConflictError, Shown, StorageError, next_position
 from apt.untrusted import parse_json
 
 if TYPE_CHECKING:
@@ -138,10 +138,10 @@ class StudyApp:
         if task := re.fullmatch(r"tasks/(\d{1,6})", name, re.ASCII):
             if method == "POST":
                 return self._answer(rater, int(task[1]), environ)
-            return _json(self._describe(self._task(rater, int(task[1]))))
+            return _json(self._describe(self._store.task(rater, int(task[1]))))
         media = re.fullmatch(r"media/(\d{1,6})/(left|right)", name, re.ASCII)
         if media and method != "POST":
-            return self._sample(self._task(rater, int(media[1])), media[2], environ)
+            return self._sample(self._store.task(rater, int(media[1])), media[2], environ)
         return _problem(HTTPStatus.NOT_FOUND, "There is nothing here.")
 
     def _about(self, rater: int) -> dict[str, Any]:
@@ -151,15 +151,8 @@ class StudyApp:
             "rater": rater,
             "criteria": [dataclasses.asdict(criterion) for criterion in CRITERIA],
             "tasks": len(tasks),
-            "next": _first_open(tasks),
+            "next": next_position(tasks),
         }
-
-    def _task(self, rater: int, position: int) -> Shown:
-        """A task that was answered, or is the next; what comes later is not shown."""
-        tasks = self._store.tasks(rater)
-        if position >= len(tasks) or position > _first_open(tasks):
-            raise ConflictError("This pair is not to be rated now.")
-        return tasks[position]
 
     def _describe(self, shown: Shown) -> dict[str, Any]:
         pair = self._study.find(shown.task.pair)
@@ -213,11 +206,6 @@ class StudyApp:
             return Response(HTTPStatus.OK, blocks, headers)
         headers["Content-Range"] = f"bytes {first}-{last - 1}/{size}"
         return Response(HTTPStatus.PARTIAL_CONTENT, blocks, headers)
-
-
-def _first_open(tasks: list[Shown]) -> int:
-    """Position of the first task without an answer; their number if there is none."""
-    return next((shown.position for shown in tasks if shown.version == 0), len(tasks))
 
 
 def _range(header: str, size: int) -> tuple[int, int]:

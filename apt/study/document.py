@@ -41,11 +41,6 @@ class Pair:
     seed: int
     files: tuple[str, str]
 
-    @property
-    def is_check(self) -> bool:
-        """Whether this is an attention check."""
-        return self.first == INTACT
-
 
 @dataclass(frozen=True, kw_only=True)
 class Study:

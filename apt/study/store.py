@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -161,6 +161,13 @@ class AnswerStore:
         with self._lock, self._explained():
             return self._of(self._connection, rater)
 
+    def task(self, rater: int, position: int) -> Shown:
+        """One that was answered, or is the next.
+
+        Raises ConflictError for what comes later, and StorageError.
+        """
+        return _due(self.tasks(rater), position)
+
     def answer(self, rater: int, position: int, version: int, choices: Choices | None) -> None:
         """Keep an answer; when this returns, it is on the disk.
 
@@ -179,15 +186,7 @@ class AnswerStore:
         check_choices(choices)
         text = None if choices is None else json.dumps(dict(choices), sort_keys=True)
         with self._transaction() as connection:
-            first = connection.execute(
-                f"SELECT MIN(position) FROM ({_CURRENT}) WHERE rater = ? AND version IS NULL",
-                (rater,),
-            ).fetchone()[0]
-            tasks = connection.execute(
-                "SELECT COUNT(*) FROM tasks WHERE rater = ?", (rater,)
-            ).fetchone()[0]
-            if not 0 <= position < tasks or (first is not None and position > first):
-                raise ConflictError("This pair is not to be rated now.")
+            _due(self._of(connection, rater), position)
             kept = connection.execute(
                 "SELECT version, choices FROM answers WHERE rater = ? AND position = ? "
                 "ORDER BY version",
@@ -281,6 +280,18 @@ def _shown(row: tuple[int, int, str, str, int, int | None, str | None]) -> Shown
         version=version or 0,
         choices=None if choices is None else json.loads(choices),
     )
+
+
+def next_position(tasks: Sequence[Shown]) -> int:
+    """Position of the first task without an answer; their number if there is none."""
+    return next((shown.position for shown in tasks if shown.version == 0), len(tasks))
+
+
+def _due(tasks: Sequence[Shown], position: int) -> Shown:
+    """A rater's task that may be shown and answered. Raises ConflictError."""
+    if not 0 <= position < len(tasks) or position > next_position(tasks):
+        raise ConflictError("This pair is not to be rated now.")
+    return tasks[position]
 
 
 def _now() -> datetime:

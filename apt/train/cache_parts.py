@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 from apt.checkpoints.info import ComponentInfo
 from apt.data.latents import LatentFolder
 from apt.errors import ConfigError
 from apt.models.architectures import CODECS, TEXT_ENCODERS
 from apt.models.cached import CachedCodec, CachedTextEncoder
-from apt.registry import Buildable, Registry, replace_typed
-
-C = TypeVar("C", bound=Buildable)
 
 # How a part computes, not what.
 _FREE_OPTIONS = ("dtype", "tiling", "slicing", "chunk")
@@ -22,7 +19,7 @@ def cached_codec(cache: LatentFolder, part: ComponentInfo) -> CachedCodec:
     """The model's codec as far as its latents tell; raises ConfigError if another one made them."""
     _check("codec", cache, cache.info.codec, part)
     return CachedCodec(
-        _config(CODECS, part),
+        CODECS.configured(part.architecture, part.config),
         channels=cache.info.channels,
         temporal_compression=cache.info.temporal_compression,
         spatial_compression=cache.info.spatial_compression,
@@ -32,11 +29,7 @@ def cached_codec(cache: LatentFolder, part: ComponentInfo) -> CachedCodec:
 def cached_text_encoder(cache: LatentFolder, part: ComponentInfo) -> CachedTextEncoder:
     """The model's text encoder as a table; raises ConfigError if another one made it."""
     _check("text encoder", cache, cache.info.text_encoder, part)
-    return CachedTextEncoder(_config(TEXT_ENCODERS, part), cache.texts)
-
-
-def _config(registry: Registry[C], part: ComponentInfo) -> Any:
-    return replace_typed(registry.get(part.architecture)(), part.config)
+    return CachedTextEncoder(TEXT_ENCODERS.configured(part.architecture, part.config), cache.texts)
 
 
 def _check(

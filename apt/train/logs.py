@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apt.errors import DataError
+from apt.checkpoints.runs import LOG_NAME, SPEED_NAME, log_lines, read_log
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,37 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LOG_NAME", "SPEED_NAME", "RunLog", "read_log"]
 
-LOG_NAME = "log.jsonl"
-SPEED_NAME = "speed.jsonl"
-
 _COLUMNS = 80
-
-
-def read_log(run_dir: Path, name: str = LOG_NAME) -> list[dict[str, float | None]]:
-    """Read `log.jsonl` of a run, or `speed.jsonl`: one dict per line, `step` and the metrics.
-
-    Non-finite values were written as null and come back as `None`.
-
-    Raises:
-        DataError: the file is missing, or a line before the last is not JSON.
-    """
-    file = run_dir / name
-    if not file.is_file():
-        raise DataError(f"{run_dir} has no {name}; expected the folder of a training run")
-    return [json.loads(line) for line in _whole_lines(file)]
-
-
-def _whole_lines(file: Path) -> list[str]:
-    """The lines of a JSONL file, without one that a kill cut short at the end."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        try:
-            json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{file}, line {number}, is not a log entry: {error}") from error
-    return lines
 
 
 class RunLog:
@@ -293,7 +263,7 @@ def _write_all(file: io.RawIOBase, data: bytes, path: Path) -> None:
 def _open_after(file: Path, done: int) -> io.RawIOBase:
     """Open the log for appending behind the line of `done`, dropping what is later."""
     if file.exists():
-        lines = _whole_lines(file)
+        lines = log_lines(file)
         kept = "".join(line for line in lines if json.loads(line)["step"] <= done)
         temporary = file.with_name(f".{file.name}.tmp")
         with temporary.open("w", encoding="utf-8") as stream:

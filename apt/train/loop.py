@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from apt.checkpoints.runs import EXPORT, SNAPSHOTS
 from apt.data.dataset import Batch, TrainingData
 from apt.data.loader import make_loader, num_micro_batches, share_of_rank
 from apt.device import peak_memory
@@ -34,15 +35,14 @@ from apt.train.logs import RunLog
 from apt.train.monitor import CollapseMonitor, TrainingStopped, sample_statistics
 from apt.train.networks import NonFiniteGradient
 from apt.train.outcome import save_outcome
-from apt.train.parts_done import PartsDone
 from apt.train.plots import plot_losses
 from apt.train.resume import CHECKPOINTS, CONFIG_NAME, model_identities
-from apt.train.retention import Retention
 from apt.train.run_state import State, write_state
 from apt.train.sample_sheets import decode_samples, draw_samples, write_sheet
-from apt.train.saving import Saver
+from apt.train.saving import Retention, Saver
 from apt.train.signals import StopRequest
 from apt.train.speed import Update, speed
+from apt.train.state import PartsDone
 from apt.train.weights_and_biases import WandbLog
 
 __all__ = ["Run"]
@@ -161,7 +161,7 @@ class Run:
                 self.log.message(f"{signal}: saved after {self._where()}; continue with --resume")
                 self.parallel.on_main(lambda: self._write_state("unfinished", signal))
                 return
-            self.export(self.run_dir / "export", updates=self.done)
+            self.export(self.run_dir / EXPORT, updates=self.done)
             self.parallel.on_main(self._plot)
         # The next stage, on any rank, reads what rank 0 has written.
         self.parallel.on_main(lambda: self._write_state("finished"))
@@ -240,7 +240,7 @@ class Run:
         self.attempt_on_main(partial(self.log.write, update, metrics, timing))
         if update in config.snapshot_at:
             for weights in ("ema", "raw"):
-                folder = self.run_dir / "snapshots" / str(update) / weights
+                folder = self.run_dir / SNAPSHOTS / str(update) / weights
                 self.compute(partial(self.export, folder, updates=update, weights=weights))
         return metrics
 

@@ -34,7 +34,13 @@ def plot_losses(run_dir: Path) -> Path:
         raise DataError(f"the log in {run_dir} holds no metrics to draw; train for an update first")
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+    width, height = 5 * columns, 3.2 * rows
+    figure = Figure(figsize=(width, height))
+    # Margins in inches: a layout engine would draw everything twice to find them.
+    figure.subplots_adjust(
+        left=0.8 / width, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - 0.35 / height,
+        wspace=0.9 / 4.1, hspace=0.85 / 2.35,
+    )  # fmt: skip
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (title, names) in zip(axes, panels.items(), strict=False):
         for name in names:
@@ -42,7 +48,7 @@ def plot_losses(run_dir: Path) -> Path:
             x, y = [step for step, _ in points], [value for _, value in points]
             label = name.rpartition("/")[0] or name
             axis.plot(x, y, label=label, linewidth=1.2, marker="." if len(points) == 1 else None)
-        axis.set_title(title)
+        axis.set_title(title, y=1)
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
         if len(names) > 1:

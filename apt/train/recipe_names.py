@@ -14,3 +14,8 @@ RECIPES: Registry[TrainConfig | Sequence[TrainConfig]] = Registry("recipe")
 def list_recipes(pattern: str = "*") -> list[str]:
     """Names of registered recipes that match a shell-style pattern, sorted."""
     return RECIPES.names(pattern)
+
+
+def stages_of(made: TrainConfig | Sequence[TrainConfig]) -> list[TrainConfig]:
+    """What a recipe returned, as a row of runs."""
+    return [made] if isinstance(made, TrainConfig) else list(made)

@@ -23,11 +23,10 @@ from apt.data.statistics import (
 from apt.device import computes_in_bf16
 from apt.errors import DataError, InputError
 from apt.methods.base import MethodConfig
-from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS
-from apt.models.codec_shape import codec_shape
+from apt.models.architectures import MODELS, TEXT_ENCODERS
+from apt.models.create import describe_codec
 from apt.models.protocols import LatentCodec, PromptCheck
 from apt.models.tokens import tokens_multiple
-from apt.registry import replace_typed
 from apt.train.config import DataConfig, TrainConfig
 from apt.train.objects import NO_OBJECTS, Objects
 
@@ -236,8 +235,8 @@ class _Resolving:
         elif source := self.config.stage.trained_codec():
             part = describe(source).codec
         else:
-            return codec_shape(replace_typed(CODECS.get(model.codec)(), model.codec_options))
-        return codec_shape(replace_typed(CODECS.get(part.architecture)(), part.config))
+            return describe_codec(model.codec, **model.codec_options)
+        return describe_codec(part.architecture, **part.config)
 
     @property
     def backbone_config(self) -> Any:
@@ -249,9 +248,9 @@ class _Resolving:
             return self.objects.bundles[field].backbone.config
         if isinstance(self.start, ModelInfo):
             part = self.start.model
-            return replace_typed(MODELS.get(part.architecture)(), part.config)
+            return MODELS.configured(part.architecture, part.config)
         model = self.config.model
-        return replace_typed(MODELS.get(model.name)(), model.options)
+        return MODELS.configured(model.name, model.options)
 
     def multiple(self) -> int:
         """Pixels along a side that become one token."""
@@ -299,7 +298,7 @@ class _Resolving:
             return tuple(self.before.get("sample_prompts", ()))
         if not config.sample_every or not config.stage.reads_captions:
             return ()
-        if shown := _shown_before(self.start):
+        if isinstance(self.start, ModelInfo) and (shown := self.start.sample_prompts()):
             return shown
         if self.folder is None:
             return ()
@@ -321,15 +320,6 @@ def _newly_set(written: Any, filled: Any) -> list[str]:
                 f"{field.name} {new:g}" if isinstance(new, float) else f"{field.name} {new}"
             )
     return found
-
-
-def _shown_before(start: Start) -> tuple[str, ...]:
-    """The prompts that a model was shown with in training; its record is free in form."""
-    config = start.training.get("config", {}) if isinstance(start, ModelInfo) else {}
-    shown = config.get("sample_prompts") if isinstance(config, Mapping) else None
-    if not isinstance(shown, (list, tuple)) or not all(isinstance(text, str) for text in shown):
-        return ()
-    return tuple(shown)
 
 
 def _takes(check: PromptCheck | None) -> Callable[[str], bool]:
@@ -382,8 +372,8 @@ def prompt_check(config: TrainConfig, objects: Objects = NO_OBJECTS) -> PromptCh
     if field is not None:
         return load_prompt_check(config.stage.source(field))
     model = config.model
-    encoder = TEXT_ENCODERS.get(model.text_encoder)()
-    return replace_typed(encoder, model.text_encoder_options).prompt_check()
+    encoder = TEXT_ENCODERS.configured(model.text_encoder, model.text_encoder_options)
+    return encoder.prompt_check()
 
 
 def advice(config: TrainConfig, start: SampleInfo | None) -> list[str]:

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.runs import model_folder
+from apt.checkpoints.source import weights_digest
 from apt.distributed.collectives import everywhere, rank
 from apt.distributed.mesh import ParallelConfig
 from apt.errors import CheckpointError, ConfigError

@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from apt.checkpoints.runs import STATE_NAME
 from apt.distributed.launch import job, under_torchrun
 from apt.files import write_text
 
 __all__ = [
-    "EXIT_UNFINISHED", "STATE_NAME", "State", "exit_status", "is_of_this_job", "write_state",
+    "EXIT_UNFINISHED", "STATE_NAME", "State", "exit_status", "is_of_this_job",
+    "write_state",
 ]  # fmt: skip
 
-STATE_NAME = "state.json"
 EXIT_UNFINISHED = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
 

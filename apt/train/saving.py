@@ -1,27 +1,64 @@
-"""Checkpoints that are written while training goes on."""
+"""Checkpoints that are written while training goes on, and which of them stay."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from apt.distributed.collectives import own_group
+from apt.distributed.collectives import everywhere, own_group
 from apt.distributed.parallel import Parallel
 from apt.distributed.storage import HostCopies
 from apt.train import checkpoint
-from apt.train.retention import Retention
 
-__all__ = ["Saver"]
+__all__ = ["Retention", "Saver"]
 
 _PATIENCE = 60.0
 _TIMEOUT = timedelta(hours=2)  # ranks may have much to write, and not all as much
 
 Position = tuple[int, int]
 """Whole updates, and parts of the next one."""
+
+Signature = tuple[tuple[str, int, int], ...]
+"""Names, sizes and times of a checkpoint's files."""
+
+
+class Retention:
+    """Keeps the newest good checkpoints of a run, and deletes older ones.
+
+    What this process has saved or verified is known to be good for as long as its files stay
+    untouched; anything else is read before it counts. Every rank makes one and calls it alike.
+
+    Args:
+        root: folder of the run's checkpoints.
+        keep: how many good ones stay.
+    """
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self.root = root
+        self.keep = keep
+        self._known: dict[str, Signature] = {}
+
+    def trust(self, path: Path) -> None:
+        """This checkpoint was just saved, or has just been verified."""
+        self._known[path.name] = everywhere(lambda: _signature(path))[0]
+
+    def prune(self) -> None:
+        """Delete what is older than the ones to keep. Raises CheckpointError if that fails."""
+        checkpoint.prune(self.root, self.keep, intact=self._intact)
+
+    def _intact(self, path: Path) -> bool:
+        signature = everywhere(lambda: _signature(path))[0]
+        if self._known.get(path.name) == signature:
+            return True
+        if not checkpoint.is_intact(path):
+            return False
+        self._known[path.name] = signature
+        return True
 
 
 class Saver:
@@ -104,3 +141,8 @@ class Saver:
                 self._run(work)
         except BaseException as error:
             self._error = error
+
+
+def _signature(path: Path) -> Signature:
+    stats = ((file.name, file.stat()) for file in path.iterdir())
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))

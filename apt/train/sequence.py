@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.checkpoints.info import INFO_FILE, read_description
+from apt.checkpoints.runs import EXPORT
 from apt.train.config import TrainConfig
 
 
@@ -53,7 +54,7 @@ def move_runs(
 
 def is_finished(config: TrainConfig) -> bool:
     """Whether the run's folder has the model of its last update."""
-    export = Path(config.run_dir) / "export"
+    export = Path(config.run_dir) / EXPORT
     if not (export / INFO_FILE).is_file():
         return False
     return bool(read_description(export).training.get("updates") == config.num_updates)

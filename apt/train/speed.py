@@ -22,6 +22,8 @@ from apt.models.costs import COUNTERS, dit_cost
 
 __all__ = ["model_flops", "peak_tflops", "speed"]
 
+_COUNTED: dict[str, float | None] = {}
+
 
 def model_flops(passes: Sequence[Pass], latent_shape: tuple[int, ...]) -> float | None:
     """Of one sample of an update; None for a network that nobody has counted, or sizes that its
@@ -39,14 +41,24 @@ def model_flops(passes: Sequence[Pass], latent_shape: tuple[int, ...]) -> float 
         if type(config) not in COUNTERS:
             return None
         # A discriminator has lost the blocks that no head reads.
+        flops = _forward_flops(dataclasses.replace(config, depth=one.backbone.depth), latent_shape)
+        if flops is None:
+            return None
+        total += one.samples * (1 + one.backward) * flops
+    return total
+
+
+def _forward_flops(config: Any, latent_shape: tuple[int, ...]) -> float | None:
+    """Counted once for each network and size: it is asked for in every update."""
+    key = repr((config, latent_shape))
+    if key not in _COUNTED:
         frames, height, width = latent_shape
         try:
-            cut = dataclasses.replace(config, depth=one.backbone.depth)
-            cost = dit_cost(cut, 1, (frames, height, width), text_tokens=0)
+            cost = dit_cost(config, 1, (frames, height, width), text_tokens=0)
+            _COUNTED[key] = cost.flops
         except InputError:
-            return None
-        total += one.samples * (1 + one.backward) * cost.flops
-    return total
+            _COUNTED[key] = None
+    return _COUNTED[key]
 
 
 def peak_tflops(device: torch.device) -> float | None:

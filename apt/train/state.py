@@ -1,16 +1,20 @@
-"""The tensors of a training state, keyed by parameter name, as live views.
+"""What training changes: tensors by parameter name, as live views, and the parts of an update.
 
-Both functions return the very tensors that train, not copies. A checkpoint is therefore restored
-by loading into them in place, and the same state works in one process (plain tensors) and under
-FSDP2 (DTensors, each rank holding its shard).
+`model_state` and `optimizer_state` return the very tensors that train, not copies. A checkpoint is
+therefore restored by loading into them in place, and the same state works in one process (plain
+tensors) and under FSDP2 (DTensors, each rank holding its shard).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["model_state", "optimizer_state"]
+__all__ = ["PartsDone", "model_state", "optimizer_state"]
 
 
 def model_state(module: nn.Module) -> dict[str, Tensor]:
@@ -78,3 +82,44 @@ def _create_missing_state(optimizer: torch.optim.Optimizer, parameters: list[nn.
             for value in optimizer.state[p].values():
                 if isinstance(value, Tensor):
                     value.zero_()
+
+
+@dataclass
+class PartsDone:
+    """The parts of the update under way that have moved weights, and what they measured: with it an
+    error in the middle of an update loses nothing.
+
+    Attributes:
+        parts: names of the parts that are done: of an adversarial update, the discriminator's half
+            and the generator's.
+        metrics: of those parts, means over all ranks.
+    """
+
+    parts: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any] | None) -> PartsDone:
+        """What a checkpoint says; nothing, if it was saved between updates."""
+        under_way = (meta or {}).get("under_way")
+        if under_way is None:
+            return cls()
+        return cls(list(under_way["parts"]), dict(under_way["metrics"]))
+
+    def as_meta(self) -> dict[str, Any]:
+        """What a checkpoint has to say of it."""
+        if not self.parts:
+            return {}
+        # Pairs: a manifest sorts its keys, and a log has them in the order of the update.
+        metrics = [[name, value] for name, value in self.metrics.items()]
+        return {"under_way": {"parts": list(self.parts), "metrics": metrics}}
+
+    def finish(self, part: str, metrics: Mapping[str, float]) -> None:
+        """A part has moved its weights."""
+        self.parts.append(part)
+        self.metrics |= metrics
+
+    def clear(self) -> None:
+        """The update is over and recorded."""
+        self.parts.clear()
+        self.metrics.clear()

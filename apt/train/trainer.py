@@ -28,7 +28,6 @@ from apt.train.host import RunHost
 from apt.train.lock import RunLock
 from apt.train.loop import Run
 from apt.train.objects import NO_OBJECTS, Objects, check_same_objects
-from apt.train.parts_done import PartsDone
 from apt.train.resolve import Start, advice, prompt_check, resolve_with_notes, rounded
 from apt.train.resume import (
     COLLECTIVES,
@@ -39,6 +38,7 @@ from apt.train.resume import (
 )
 from apt.train.run_state import is_of_this_job
 from apt.train.signals import StopRequest
+from apt.train.state import PartsDone
 
 __all__ = ["laid_out", "make_stage", "run"]
 

@@ -22,7 +22,6 @@ from apt.kernels._triton.query_pooling import pool
 from apt.kernels._triton.residual_modulated_norm import residual_modulated_norm
 from apt.kernels._triton.sample_shifted_timesteps import shifted_timesteps
 from apt.kernels._triton.segment_sum import segment_sum
-from apt.kernels.draws import PhiloxKey
 from apt.kernels.signatures import (
     ModulatedNorm,
     NormRope,
@@ -34,6 +33,7 @@ from apt.kernels.signatures import (
     RopeOptions,
     ShiftedTimesteps,
 )
+from apt.rng import PhiloxKey
 
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
 

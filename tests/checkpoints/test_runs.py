@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from apt.checkpoints.bundle import save_bundle
-from apt.checkpoints.digest import weights_digest
 from apt.checkpoints.load import (
     describe,
     find_model,
@@ -23,6 +22,7 @@ from apt.checkpoints.load import (
 )
 from apt.checkpoints.lora import find_lora
 from apt.checkpoints.runs import model_folder
+from apt.checkpoints.source import weights_digest
 from apt.errors import CheckpointError
 from apt.pipeline import OneStepPipeline
 from tests.cli.shell import error_line, invoke

@@ -10,13 +10,13 @@ import pytest
 
 from apt.data.decode import read_clip
 from apt.data.digits import MovingDigits
-from tests.cli.shell import error_line, invoke, run_cli
+from tests.cli.shell import error_line, invoke
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "digits"
-    result = run_cli("data", "digits", folder, "--num", "3", "--seed", "5", "--split", "test")
+    result = invoke("data", "digits", folder, "--num", "3", "--seed", "5", "--split", "test")
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"3 videos and metadata.csv in {folder}\n"
     return folder

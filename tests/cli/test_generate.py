@@ -110,7 +110,7 @@ def test_prompts_times_seeds_and_contact_sheet(model: Path, tmp_path: Path) -> N
         "3",
         "4",
     ]
-    result = run_cli(
+    result = invoke(
         "generate", *arguments, "--out", tmp_path / "x.gif", "--contact-sheet", sheet,
         "--num-steps", "2", "--frames", "1", "--height", "32",
     )  # fmt: skip
@@ -305,6 +305,13 @@ def test_a_model_that_was_trained_on_is_another(model: Path, tmp_path: Path) -> 
     assert listed(copy, out).returncode == 0
     info = (copy / "apt.json").read_text()
     (copy / "apt.json").write_text(info.replace('"fps": 8', '"fps": 9'))
+    assert "model_content was" in error_line(listed(copy, out, "--resume"))
+    (copy / "apt.json").write_text(info)
+    assert listed(copy, out, "--resume").returncode == 0
+    bundle = load_bundle(copy)
+    next(bundle.backbone.parameters()).data += 1
+    save_bundle(copy, bundle)
+    assert (copy / "apt.json").read_text() == info
     assert "model_content was" in error_line(listed(copy, out, "--resume"))
 
 

@@ -14,7 +14,7 @@ from apt.cli.list import SECTIONS
 from apt.losses import list_losses
 from apt.models import list_models
 from apt.train.recipes import list_recipes
-from tests.cli.shell import invoke, run_cli
+from tests.cli.shell import invoke
 
 
 def names(output: str) -> list[str]:
@@ -23,7 +23,7 @@ def names(output: str) -> list[str]:
 
 
 def test_everything() -> None:
-    result = run_cli("list")
+    result = invoke("list")
     assert result.returncode == 0, result.stderr
     titles = [line for line in result.stdout.splitlines() if line and not line.startswith(" ")]
     assert titles == [f"{title}:" for title in SECTIONS]

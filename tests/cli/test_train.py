@@ -14,7 +14,7 @@ from apt.train.config_file import plain
 from apt.train.logs import SPEED_NAME, RunLog, read_log
 from apt.train.recipes_digits import digits_apt, digits_codec
 from apt.train.run_state import exit_status
-from tests.cli.shell import Result, error_line, invoke, run_cli
+from tests.cli.shell import Result, error_line, invoke
 from tests.train.deaths import stopping
 
 TINY = (
@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three stages in a row."""
     root = tmp_path_factory.mktemp("runs") / "digits"
     options = ["--negative-prompt", "one", "--checkpoint-every", "1"]
-    result = run_cli("train", "digits_pixels", "--run-dir", root, *TINY, *options)
+    result = invoke("train", "digits_pixels", "--run-dir", root, *TINY, *options)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         f"digits_pixels_{stage}: {root / stage / 'export'}"

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from apt.data.buckets import Bucket
 from apt.data.clips import check_clips
+from apt.data.dataset import BucketOrder
 from apt.data.folder import VideoFolder
 from apt.data.heldout import Divisible, hold_out
 from apt.data.latent_shards import Clip, write_clips
 from apt.data.latents import CacheInfo, LatentFolder, write_cache_info
 from apt.data.loader import make_loader
-from apt.data.order import BucketOrder
 from apt.data.source import ClipRequest
 from apt.errors import ConfigError
 from tests.data.media import noise, write_image

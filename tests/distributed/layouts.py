@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -48,8 +46,3 @@ def described(parallel: Parallel) -> dict[str, object]:
             dist.all_gather_into_tensor(members, torch.tensor([parallel.rank]), group=group)
         groups[name] = members.tolist()
     return {"groups": groups, "data": [parallel.data_rank, parallel.data_size]}
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    os._exit(0)  # as the command does: what forked ranks leave may keep Python from its end

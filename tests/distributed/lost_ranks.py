@@ -99,7 +99,3 @@ def main(folder: Path, faults: Sequence[str]) -> None:
         os.waitpid(lost, 0)
     heard = {fault: folder / fault for fault in faults}
     print(json.dumps({fault: file.read_text() for fault, file in heard.items() if file.exists()}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +10,8 @@ from hypothesis import strategies as st
 
 from apt.distributed.mesh import Layout, ParallelConfig
 from apt.errors import ConfigError
+from tests.processes import run_main
 
-ROOT = Path(__file__).parents[2]
 SIZES = st.integers(1, 6)
 
 
@@ -23,10 +19,7 @@ SIZES = st.integers(1, 6)
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of four ranks found in each layout."""
     folder = tmp_path_factory.mktemp("layouts")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.distributed.layouts", str(folder)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_main("tests.distributed.layouts", folder, folder=folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,17 +16,14 @@ from apt.distributed.sequence import SequenceGroup
 from apt.errors import ConfigError, InputError
 from apt.kernels import attention
 from tests.models.backbones import CASES
+from tests.processes import run_main
 from tests.train.own_classes import Mixer
 
-ROOT = Path(__file__).parents[2]
 BAR = 1e-5  # relative, in fp32
 
 
 def distances(folder: Path, kind: str) -> dict[str, dict[str, dict[str, float]]]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.distributed.token_splits", str(folder), kind]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_main("tests.distributed.token_splits", folder, kind, folder=folder)
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 

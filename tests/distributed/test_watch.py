@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,19 +8,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_main
 
 
 def heard_by_the_survivor(folder: Path, *faults: str) -> dict[str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.lost_ranks", str(folder), *faults],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    lost, said = folder / "lost", folder / "said"
+    lost.mkdir(), said.mkdir()
+    done = run_main("tests.distributed.lost_ranks", lost, list(faults), folder=said)
     found: dict[str, str] = json.loads(done.stdout)
     return found
 
@@ -42,7 +35,7 @@ def test_a_lost_rank_is_named_with_where_it_was_and_what_the_others_wait_in(tmp_
 @pytest.mark.multigpu
 def test_nccl_writes_down_what_each_rank_did_last(tmp_path: Path) -> None:
     heard_by_the_survivor(tmp_path, "hangs_in_nccl")
-    dumps = tmp_path / "collectives"
+    dumps = tmp_path / "lost" / "collectives"
     assert (dumps / "rank_0").stat().st_size
     command = [sys.executable, "-m", "torch.distributed.flight_recorder.fr_trace", str(dumps)]
     options = ["-p", "rank_", "--allow-incomplete-ranks", "-j"]

@@ -4,8 +4,6 @@ this. Each rank computes both, and writes how far they are apart."""
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -251,8 +249,3 @@ def over_ranks(value: Tensor, group: SequenceGroup) -> Tensor:
 def distance(found: Tensor, expected: Tensor) -> float:
     difference = (found.detach() - expected.detach()).double().norm()
     return float(difference / expected.detach().double().norm())
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
-    os._exit(0)  # as the command does: what forked ranks leave may keep Python from its end

@@ -20,9 +20,14 @@ PROMPTS = ["a red seven moving left", "a blue two moving up"]
 
 def test_projections_are_the_least_squares_of_the_tokens() -> None:
     pipeline = OneStepPipeline(tiny_bundle())
+    encoder, encoded = pipeline.bundle.text_encoder, []
+    assert isinstance(encoder, nn.Module)
+    hook = encoder.register_forward_pre_hook(lambda _, prompts: encoded.extend(prompts[0]))
     result = probe_layers(
         pipeline, PROMPTS, shown=PROMPTS, num_samples=5, num_held_out=3, batch_size=2
     )
+    hook.remove()
+    assert encoded == PROMPTS, "each once"
     backbone = pipeline.bundle.backbone
     c, z = (
         encode(pipeline, [PROMPTS[i % 2] for i in range(5)]),

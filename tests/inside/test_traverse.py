@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -75,3 +76,37 @@ def test_what_differs_along_a_way_is_the_first_noise_alone() -> None:
 def test_ways_that_are_none_are_refused(asked: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         traverse(OneStepPipeline(tiny_bundle()), "a", **asked)  # type: ignore[arg-type]
+
+
+def test_parts_that_are_offloaded_come_to_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = tiny_bundle("diffusion")
+    how = GenerateOptions(num_steps=2, cfg_scale=2.0)
+    expected = traverse(OneStepPipeline(bundle), "a", num_between=1, options=how)
+    # Another spelling of the same device tells where a part was sent to last.
+    places: dict[str, str] = {}
+    worked: list[tuple[str, str]] = []
+
+    def watch(name: str, method: str) -> None:
+        part: Any = getattr(bundle, name)
+        real = getattr(part, method)
+
+        def move(device: Any) -> Any:
+            places[name] = str(device)
+            return torch.nn.Module.to(part, device)
+
+        def work(*args: Any) -> Any:
+            worked.append((name, places[name]))
+            return real(*args)
+
+        monkeypatch.setattr(part, "to", move)
+        monkeypatch.setattr(part, method, work)
+
+    watch("text_encoder", "forward")
+    watch("backbone", "forward")
+    watch("codec", "decode")
+    offloaded = OneStepPipeline(bundle, offload_to=torch.device("cpu", 0))
+    found = traverse(offloaded, "a", num_between=1, options=how)
+    here = ("text_encoder", "backbone", "codec")
+    assert set(worked) == {(name, "cpu:0") for name in here}
+    assert places == dict.fromkeys(here, "cpu")
+    torch.testing.assert_close(found.pixels, expected.pixels, atol=1e-5, rtol=0)

@@ -22,10 +22,9 @@ from apt import philox
 from apt.errors import InputError
 from apt.kernels import kernel_backend, perturbed_batch, sample_shifted_timesteps
 from apt.kernels.backends import interpreted
-from apt.kernels.draws import PhiloxKey
 from apt.kernels.perturbed_batch import perturbed_batch_op
 from apt.kernels.sample_shifted_timesteps import timesteps_op
-from apt.rng import Draw
+from apt.rng import Draw, PhiloxKey
 
 pytest.importorskip("triton")
 import triton
@@ -202,10 +201,10 @@ def test_the_ops_keep_the_rules_of_torch_library(backend):
     key = (3, 5, 7, "noise", backend)
     torch.library.opcheck(timesteps_op.overload, (5, 12.0, *key, torch.device(DEVICE)))
     real, fake = torch.randn(2, 3, 2, 5, device=DEVICE).unbind()
-    for x_real, x_fake in ((real, fake), (real.clone().requires_grad_(), fake.requires_grad_())):
-        for num_perturbed in (0, 2, 3):
-            values = (x_real, x_fake, 0.1, num_perturbed, *key)
-            torch.library.opcheck(perturbed_batch_op.overload, values)
+    torch.library.opcheck(perturbed_batch_op.overload, (real, fake, 0.1, 2, *key))
+    wanted = (real.clone().requires_grad_(), fake.requires_grad_())
+    for num_perturbed in (0, 2, 3):
+        torch.library.opcheck(perturbed_batch_op.overload, (*wanted, 0.1, num_perturbed, *key))
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

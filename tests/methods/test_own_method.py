@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from apt.checkpoints.info import read_info
-from tests.cli.shell import error_line, run_cli
+from tests.cli.shell import error_line, invoke, run_cli
 
 MODULE = Path(__file__).with_name("regression.py")
 
@@ -38,7 +39,8 @@ def test_it_is_trained_and_exported(run_dir: Path) -> None:
 
 def test_it_is_sampled_without_the_module(run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.png"
-    result = run_cli(
+    assert "my_method" not in sys.modules
+    result = invoke(
         "generate", "--model", run_dir / "export", "--prompt", "a red seven moving left",
         "--out", out,
     )  # fmt: skip
@@ -59,5 +61,8 @@ def test_it_is_listed(tmp_path: Path) -> None:
         (["--import", "not_there.py"], "no such file"),
     ],
 )
-def test_a_module_that_is_not_there(args: list[str], message: str, tmp_path: Path) -> None:
-    assert message in error_line(run_cli("list", *args, cwd=tmp_path))
+def test_a_module_that_is_not_there(
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in error_line(invoke("list", *args))

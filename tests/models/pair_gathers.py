@@ -1,10 +1,8 @@
-"""One of two ranks that count FSDP's all-gathers: python pair_gathers.py RANK FOLDER."""
+"""One of two ranks that count FSDP's all-gathers."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,8 +58,3 @@ def main(rank: int, folder: Path) -> None:
     found = {"blocks": discriminator.backbone.depth, "pair": count(pair), "apart": count(apart)}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-    os._exit(0)  # as the command does, because gloo's threads may abort Python's shutdown
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

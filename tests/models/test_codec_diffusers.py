@@ -15,8 +15,7 @@ from apt.checkpoints.load import NO_SIZE, describe, load_codec
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models.architectures import CODECS
 from apt.models.codec_diffusers import DiffusersCodecConfig
-from apt.models.codec_shape import codec_shape
-from apt.models.create import create_codec
+from apt.models.create import create_codec, describe_codec
 from apt.models.protocols import LatentCodec
 
 diffusers = pytest.importorskip("diffusers")
@@ -312,7 +311,7 @@ def test_a_folder_with_an_autoencoder_alone_is_a_codec(folders, name, part):
     x = video(5)
     named = create_codec(f"{name}_vae", repo=str(folders / name))
     torch.testing.assert_close(codec.encode(x), named.encode(x))
-    shape = codec_shape(codec.config)
+    shape = describe_codec("diffusers_vae", **dataclasses.asdict(codec.config))
     for field in ("channels", "temporal_compression", "spatial_compression"):
         assert getattr(shape, field) == getattr(codec, field)
     assert all(p.is_meta for p in shape.parameters())

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from apt.models.discriminator import discriminate_groups
 from apt.rng import Draw
 from tests.memory import peak_bytes, saved_bytes
 from tests.models.nets import POOLED_DIM, inputs, tiny_mmdit
+from tests.processes import start_main
 
 KEY = Draw(3, 5, 7, "perturbation")
 ROWS = 3  # real samples, and rows of conditions
@@ -152,24 +150,13 @@ def test_memory_against_three_copies_of_the_conditions():
 
 def test_sharded_weights_are_gathered_once_for_all_groups(tmp_path: Path) -> None:
     """By two ranks: once in the forward and once in the backward pass of each block."""
-    script = Path(__file__).with_name("pair_gathers.py")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
     ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start_main("tests.models.pair_gathers", rank, tmp_path, folder=tmp_path)
         for rank in range(2)
     ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=600)
-        assert rank.returncode == 0, errors[-4000:]
+    for running in ranks:
+        done = running.wait_for()
+        assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         blocks = found["blocks"]

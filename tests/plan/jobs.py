@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,3 @@ def main(folder: Path) -> None:
                 (folder / f"{parallel.world_size}.json").write_text(json.dumps(found))
 
         gang(world, work, ParallelConfig())
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

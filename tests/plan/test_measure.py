@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +21,7 @@ from apt.plan.measure import Usage, begin_stage, make_batches
 from apt.plan.tracking import Tracker
 from apt.train.batches import encoded
 from tests.plan.jobs import JOBS, ON_RANKS, RANKS, in_layout
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_main
 
 
 def planned(job: Job, world: int = 1) -> Usage:
@@ -40,10 +35,7 @@ def peaks(usage: Usage) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict[str, float]]]:
     folder = tmp_path_factory.mktemp("plan")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.plan.jobs", str(folder)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_main("tests.plan.jobs", folder, folder=folder)
     return {world: json.loads((folder / f"{world}.json").read_text()) for world in RANKS}
 
 

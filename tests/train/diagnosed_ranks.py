@@ -86,8 +86,3 @@ def main(folder: Path) -> None:
             os._exit(1)
         os._exit(0)
     assert all(os.waitpid(pid, 0)[1] == 0 for pid in children)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    os._exit(0)  # as the command does: what forked ranks leave may keep Python from its end

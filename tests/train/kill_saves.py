@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import traceback
 import warnings
 from itertools import count
@@ -107,7 +106,3 @@ def main(root: Path) -> None:
     kinds = sorted({"old" if name.endswith(".old") else "temporary" for name in left})
     listing = sorted(os.listdir(root))
     print(json.dumps({"kills": change, "left": kinds, "listing": listing, "last": step}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

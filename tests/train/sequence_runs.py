@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +124,3 @@ def other_layouts(root: Path) -> dict[str, list[Any]]:
     four = run_ranks(longer, LAYOUTS["four"], resume=True)
     whole = dataclasses.replace(config(root, "apt", "longer"), num_updates=UPDATES + 2)
     return {"moved/apt": [alone, *four], "longer/apt": [Child(whole).wait()]}
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
-    os._exit(0)  # as the command does: what forked ranks leave may keep Python from its end

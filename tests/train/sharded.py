@@ -7,8 +7,6 @@ that are added up are the same ones.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,8 +171,3 @@ def main(root: Path, names: list[str]) -> None:
     begun = [begin(LAYOUTS[name][0], work(name), LAYOUTS[name][1]) for name in names]
     for children in begun:
         wait_for(children)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
-    os._exit(0)  # as the command does: what forked ranks leave may keep Python from its end

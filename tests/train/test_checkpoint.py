@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from hypothesis import strategies as st
 from apt.distributed import storage
 from apt.errors import CheckpointError, InputError
 from apt.train import checkpoint, manifest
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_main
 
 
 def make_state(seed: int = 0) -> dict[str, Any]:
@@ -303,14 +301,9 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path):
 
 
 def test_kill_at_any_moment_leaves_a_verified_checkpoint(tmp_path: Path):
-    script = Path(__file__).with_name("kill_saves.py")
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    saves, said = tmp_path / "saves", tmp_path / "said"
+    saves.mkdir(), said.mkdir()
+    done = run_main("tests.train.kill_saves", saves, folder=said)
     report = json.loads(done.stdout)
     assert report["kills"] > 20  # a change each: files, folders, renames, deletions
     assert report["left"] == ["old", "temporary"]  # also between the two renames of a replacement

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from torch import Tensor
 from apt.errors import HardwareError
 from apt.train.diagnosis import check_replay, where_not_finite
 from apt.train.networks import NonFiniteGradient
+from tests.processes import run_main
 from tests.train.tiny_methods import micro_batches, pretrain, weights
 
 
@@ -93,15 +91,7 @@ def test_a_replay_moves_nothing_and_finds_a_rank_that_computes_otherwise() -> No
 
 @pytest.mark.slow
 def test_the_rank_is_named_although_gradients_are_sums_over_ranks(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.train.diagnosed_ranks", str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_main("tests.train.diagnosed_ranks", tmp_path, folder=tmp_path)
     for rank in range(2):
         not_finite, not_the_same = json.loads((tmp_path / str(rank)).read_text())
         assert "(first the output of generator.backbone.blocks.1." in not_finite

@@ -222,6 +222,11 @@ def test_later_stages_take_the_rest_from_their_teacher(tmp_path: Path) -> None:
     assert resolve(other, TEACHER).sample_prompts == ("x",)
 
 
+@pytest.mark.parametrize("record", [{}, {"config": 1}, {"config": {"sample_prompts": [1]}}])
+def test_a_record_of_free_form_may_have_no_prompts(record: dict[str, Any]) -> None:
+    assert dataclasses.replace(TEACHER, training=record).sample_prompts() == ()
+
+
 def test_a_resumed_run_keeps_what_it_began_with(tmp_path: Path) -> None:
     folder = own_folder(tmp_path / "clips")
     settings = config(

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,27 +16,15 @@ from torch import Tensor
 from apt.train import checkpoint
 from apt.train.logs import LOG_NAME, SPEED_NAME, read_log
 from apt.train.manifest import read_manifest
+from tests.processes import run_main
 from tests.train.small_runs import ACCUMULATED, STAGES, UPDATES
-
-SCRIPT = Path(__file__).with_name("small_runs.py")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs that `small_runs.py` makes."""
     root = tmp_path_factory.mktemp("runs")
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(root)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_main("tests.train.small_runs", root, folder=root)
     return root
 
 

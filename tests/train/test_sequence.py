@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from apt.train.logs import read_log
+from tests.processes import run_main
 from tests.train.sequence_runs import LAYOUTS, PENALTIES, UPDATES
 from tests.train.small_runs import STAGES
 
-ROOT = Path(__file__).parents[2]
-
 
 def runs(root: Path, kind: str) -> tuple[Path, dict[str, Any]]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.train.sequence_runs", str(root), kind]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_main("tests.train.sequence_runs", root, kind, folder=root)
     return root, json.loads((root / "report.json").read_text())
 
 

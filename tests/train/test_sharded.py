@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.processes import run_main
 from tests.train.sharded import LAYOUTS
 
-ROOT = Path(__file__).parents[2]
 STAGES = ("pretrain", "distill", "apt")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("two", "four", "hybrid", "once")]
 
@@ -44,10 +41,7 @@ class Found:
         # Together, except those that quick tests ask for alone.
         alone = name in ("one", "two")
         names = [name] if alone else ["four", "hybrid", "once"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "tests.train.sharded", str(self.folder), *names]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_main("tests.train.sharded", self.folder, names, folder=self.folder)
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from apt.checkpoints.info import read_info
+from apt.checkpoints.runs import read_log
 from apt.data.digits import Setting, clip_size
 from apt.errors import CheckpointError, DataError
 from apt.evaluate.digits.methods import LOG, SNAPSHOTS, SPEED
@@ -91,18 +91,5 @@ def read_cost(root: Path, stage: str, run: int) -> Cost | None:
 
 def _entries(file: Path) -> Iterator[tuple[int, dict[str, float | None]]]:
     """The updates of a log and what it says of each, without a line that a kill cut short."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            continue
-        try:
-            entry = json.loads(line)
-            yield (
-                int(entry["step"]),
-                {name: None if value is None else float(value) for name, value in entry.items()},
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{str(file)!r}, line {number}, is not a log entry ({error}); expected JSON with "
-                "'step'. Restore the file, or remove it to leave out what it tells."
-            ) from error
+    for entry in read_log(file.parent, file.name):
+        yield int(entry["step"] or 0), entry

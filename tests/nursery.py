@@ -1,7 +1,9 @@
 """Forks processes on request: run as a script, it has torch and our package loaded already.
 
-Loading torch takes longer than what the tests of the Hub do. huggingface_hub reads its settings
-when it is imported, so that is left to each process: to it, they are fresh.
+Loading torch, and what diffusers and transformers load beside it, takes longer than what most tests
+do with it. It computes nothing, so its children may start threads. huggingface_hub reads its
+settings when it is imported, so that and what imports it is left to each process: to it, they are
+fresh.
 
 A request is a line of JSON on stdin: the code, its arguments, its environment, and a folder for
 its `stdout`, `stderr` and, when it has ended, `code`. The answer is the process's id.
@@ -9,6 +11,7 @@ its `stdout`, `stderr` and, when it has ended, `code`. The answer is the process
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -21,6 +24,11 @@ import apt.checkpoints.load
 import apt.cli.app
 import apt.hub
 import apt.pipeline
+import apt.train.trainer
+
+for name in ("av", "matplotlib.figure", "scipy.stats", "sklearn.datasets", "tyro"):
+    importlib.import_module(name)
+importlib.import_module("torch.utils.tensorboard")
 
 
 def run(request: dict[str, Any]) -> NoReturn:
@@ -49,7 +57,7 @@ def run(request: dict[str, Any]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    assert apt.cli.app and apt.hub and apt.checkpoints.load and apt.pipeline
+    assert apt.cli.app and apt.hub and apt.checkpoints.load and apt.pipeline and apt.train.trainer
     assert "huggingface_hub" not in sys.modules
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the children
     for line in sys.stdin:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from apt.train import checkpoint
-from apt.train.retention import Retention
+from apt.train.saving import Retention
 
 
 def save(retention: Retention, step: int) -> None:
