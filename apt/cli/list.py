@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Section = Literal[
     "all", "models", "text_encoders", "codecs", "heads", "losses", "datasets", "recipes",
-    "kernels", "attention",
+    "features", "kernels", "attention",
 ]  # fmt: skip
 
 
@@ -25,7 +25,7 @@ class ListCommand:
     """What can be chosen by name and, for kernels and attention, what runs on this machine."""
 
     section: Annotated[tyro.conf.Positional[Section], tyro.conf.arg(metavar="SECTION")] = "all"
-    """all, or: models, text_encoders, codecs, heads, losses, datasets, recipes, kernels,
+    """all, or: models, text_encoders, codecs, heads, losses, datasets, recipes, features, kernels,
     attention."""
     pattern: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATTERN")] = "*"
     """Only names that match this shell-style pattern; put it in quotes."""
@@ -138,6 +138,12 @@ def _recipes() -> list[Row]:
     return _registered(RECIPES)
 
 
+def _features() -> list[Row]:
+    from apt.evaluate.features import FEATURES
+
+    return _registered(FEATURES)
+
+
 def _kernels() -> list[Row]:
     from apt.kernels import kernel_status
 
@@ -159,6 +165,7 @@ SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "losses": _losses,
     "datasets": _datasets,
     "recipes": _recipes,
+    "features": _features,
     "kernels": _kernels,
     "attention": _attention,
 }

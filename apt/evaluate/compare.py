@@ -6,12 +6,14 @@ same prompt and seed, so they say nothing of two different models.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from apt.data.decode import probe
@@ -59,18 +61,23 @@ def _flip(reference: Tensor, test: Tensor, _: float) -> float:
 
 
 def _cvvdp(reference: Tensor, test: Tensor, fps: float) -> float:
-    try:
-        import pycvvdp
-    # A torchvision that was built for another torch raises RuntimeError.
-    except (ImportError, RuntimeError) as error:
-        raise _missing("cvvdp", error) from error
     check_alike(reference, test)
-    metric = pycvvdp.cvvdp(display_name="standard_fhd", quiet=True, device=reference.device)
+    metric = _cvvdp_metric()
     still = len(reference) == 1
     order = "HWC" if still else "FHWC"
     frames = [clip[0].numpy() if still else clip.numpy() for clip in (test, reference)]
     quality, _ = metric.predict(*frames, dim_order=order, frames_per_second=fps)
     return float(quality)
+
+
+@functools.cache
+def _cvvdp_metric() -> Any:
+    try:
+        import pycvvdp
+    # A torchvision that was built for another torch raises RuntimeError.
+    except (ImportError, RuntimeError) as error:
+        raise _missing("cvvdp", error) from error
+    return pycvvdp.cvvdp(display_name="standard_fhd", quiet=True, device=torch.device("cpu"))
 
 
 def _missing(package: str, error: Exception) -> MissingPackageError:

@@ -42,7 +42,9 @@ Branch = Sequence[Sequence[Layer]]
 class Convolution(nn.Module):
     """Convolution, batch normalisation and ReLU. `same` pads, so that the size stays."""
 
-    def __init__(self, in_channels: int, layer: Layer, *, stride: int = 1, same: bool = True):
+    def __init__(
+        self, in_channels: int, layer: Layer, *, stride: int = 1, same: bool = True
+    ) -> None:
         super().__init__()
         channels, kernel = layer
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel

@@ -45,13 +45,15 @@ def read_vbench_prompts(source: Path) -> dict[str, tuple[str, ...]]:
         for entry in _full_info(source):
             for dimension in entry["dimension"]:
                 dimensions.setdefault(str(entry["prompt_en"]), []).append(str(dimension))
+        if not dimensions:
+            raise ValueError("no prompts")
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(
             f"cannot read VBench's prompts from {str(source)!r} ({error!r}); give vbench's wheel "
             f"(`pip download --no-deps vbench`), its installed folder, or {FULL_INFO}"
         ) from error
     odd = [prompt for prompt in dimensions if "/" in prompt or not prompt]
-    if odd or not dimensions:
+    if odd:
         raise DataError(f"{str(source)!r} has prompts that are no names of files: {listed(odd)}")
     return {prompt: tuple(found) for prompt, found in dimensions.items()}
 

@@ -36,7 +36,7 @@ DIMENSIONS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate what is not there yet; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("videos", type=Path, help="folder of PROMPT-0.mp4 to PROMPT-4.mp4")
     parser.add_argument("results", type=Path, help="folder for the figures")
     parser.add_argument("--dimensions", nargs="+", choices=DIMENSIONS, default=DIMENSIONS)

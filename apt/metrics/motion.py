@@ -136,11 +136,10 @@ def _displacements(first: Tensor, second: Tensor) -> Tensor:
         top, left = _REACH + y, _REACH + x
         candidate = _blocks(padded[top : top + height, left : left + width])
         error = (candidate - blocks).abs().mean(dim=1)
-        if (y, x) == (0, 0):
-            still = error
         found = error < best
         best = torch.where(found, error, best)
         length = torch.where(found, torch.full_like(length, (y * y + x * x) ** 0.5), length)
+    still = (_blocks(second[:height, :width]) - blocks).abs().mean(dim=1)
     moved = (still > _VISIBLE) & (best <= (1 - _EXPLAINED) * still)
     return torch.where(moved, length, torch.zeros_like(length))
 
