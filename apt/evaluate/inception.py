@@ -10,8 +10,8 @@ and take whole numbers alone, whereas clean-fid's resize is not rounded.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
-import os
 import tempfile
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -240,11 +240,11 @@ def load_inception(weights: Path | None = None) -> Inception:
         ) from error
     if hashlib.sha256(content).hexdigest() != WEIGHTS_SHA256:
         raise CheckpointError(
-            f"{str(path)!r} is not Inception's weights (SHA-256); delete it, and it is fetched "
-            f"again, or take the file of {WEIGHTS_URL}"
+            f"{str(path)!r} is not Inception's weights (SHA-256); expected the file of "
+            f"{WEIGHTS_URL}"
         )
-    # The one pickle that is read here: these very bytes, of which the checksum above leaves no
-    # doubt, as nobody publishes them otherwise.
+    # The one pickle that is read anywhere here: nobody publishes these weights otherwise, and by
+    # its checksum it is this very file.
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     network = Inception()
     network.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
@@ -257,12 +257,19 @@ def _fetch(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             partial = Path(folder) / path.name
+            digest = hashlib.sha256()
             request = urllib.request.urlopen(WEIGHTS_URL, timeout=_PATIENCE)
             with request as source, partial.open("wb") as target:
                 while chunk := source.read(_CHUNK):
+                    digest.update(chunk)
                     target.write(chunk)
-            os.replace(partial, path)
-    except OSError as error:
+            if digest.hexdigest() != WEIGHTS_SHA256:
+                raise CheckpointError(
+                    f"what came from {WEIGHTS_URL} is not Inception's weights (SHA-256); a proxy "
+                    "on the way may alter it, try another network"
+                )
+            partial.replace(path)
+    except (OSError, http.client.HTTPException) as error:
         raise CheckpointError(
             f"cannot download Inception's weights for FID ({error}); where there is no network, "
             f"put the file of {WEIGHTS_URL} (95.6 MB) at {str(path)!r}"
