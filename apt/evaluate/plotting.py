@@ -51,6 +51,8 @@ def plot_bars(
     for row in grid:
         row[0].set_yticks(range(len(labels)), labels, fontsize=9)
     grid[0, 0].invert_yaxis()
+    if any(value is None for panel in panels for value in panel.values):
+        grid[0, 0].set_ylim(len(labels) - 0.5, -0.5)  # a gap at an end is one, too
     return save_figure(figure, path)
 
 

@@ -45,7 +45,6 @@ print(json.dumps(float(frechet_distance(*moments))))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.network
 def test_resizer_and_distance(tmp_path: Path) -> None:
     packages = tmp_path / "packages"
@@ -104,7 +103,6 @@ np.save(sys.argv[1] + "/features.npy", network(pictures.permute(0, 3, 1, 2))[0].
 """
 
 
-@pytest.mark.slow
 @pytest.mark.network
 def test_inception_is_torch_fidelitys(tmp_path: Path) -> None:
     """With weights drawn at random: the real ones are a download."""
