@@ -59,9 +59,11 @@ def format_section(title: str, rows: Sequence[Row]) -> str:
     lines = [f"  {row.name:<{width}}  {row.text}".rstrip() for row in rows]
     if sys.stdout.isatty():
         columns = max(shutil.get_terminal_size().columns, width + 24)
-        indent = " " * (width + 4)
-        folded = (textwrap.wrap(line, columns, subsequent_indent=indent) for line in lines)
-        lines = [part for parts in folded for part in parts]
+        # Names are copied: they are not cut at their hyphens.
+        fold = textwrap.TextWrapper(
+            columns, subsequent_indent=" " * (width + 4), break_on_hyphens=False
+        )
+        lines = [part for line in lines for part in fold.wrap(line)]
     return "\n".join([f"{title}:", *(lines or ["  (none match)"]), ""])
 
 

@@ -9,8 +9,7 @@ import pytest
 pytest.importorskip("tyro")
 
 
-from apt.cli.app import main
-from apt.cli.list import SECTIONS
+from apt.cli.list import SECTIONS, Row, format_section
 from apt.losses import list_losses
 from apt.models import list_models
 from apt.train.recipes import list_recipes
@@ -40,15 +39,16 @@ def test_one_section(section: str, expected: list[str]) -> None:
     assert all(len(line.split()) > 1 for line in result.stdout.splitlines()[1:-1]), "no summary"
 
 
-def test_in_a_terminal_long_rows_are_folded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+def test_in_a_terminal_long_rows_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [Row("short", "a word"), Row("a_long_name", "of hyphen-ated-words and  gaps " * 5)]
+    plain = format_section("things", rows)
+    assert len(plain.splitlines()) == 3
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    main(["list", "models"])
-    folded = capsys.readouterr().out
-    assert max(map(len, folded.splitlines())) <= 80
-    assert folded.split() == invoke("list", "models").stdout.split()
+    folded = format_section("things", rows)
+    assert folded.split() == plain.split()
+    assert max(map(len, folded.splitlines())) <= 40
+    assert all(line.startswith(" " * 15) for line in folded.splitlines()[3:])
 
 
 def test_models_tell_size_formats_licence_and_source() -> None:
