@@ -245,10 +245,8 @@ def _peak(tracker: Tracker) -> Peak:
 @contextlib.contextmanager
 def _marks(stage: Stage, tracker: Tracker, mark: Callable[[], None]) -> Iterator[None]:
     """A mark wherever a pass begins and ends, forward or backward, halfway through its blocks, and
-    before weights move.
-
-    Between two marks memory rises or falls from block to block all the way, so that the highest
-    point is at the same end whatever the depth.
+    before weights move: between two marks memory mostly rises or falls from block to block all the
+    way, so that the highest point is at the same end whatever the depth.
     """
     handles = []
     for trained in stage.trained.values():
