@@ -62,6 +62,7 @@ ARROWS: dict[str, set[str]] = {
     "encode": {"data"} | MODELS | BASE,
     "evaluate": {
         "generate_options",
+        "inside",
         "pipeline",
         "data",
         "metrics",

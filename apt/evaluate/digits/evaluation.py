@@ -30,6 +30,7 @@ from apt.evaluate.digits.clips import (
     real_reference,
 )
 from apt.evaluate.digits.config import EvaluateConfig
+from apt.evaluate.digits.inside import write_inside
 from apt.evaluate.digits.judges import independent_judges
 from apt.evaluate.digits.measure import Judge, Measurement, pixel_diversity
 from apt.evaluate.digits.methods import (
@@ -41,7 +42,7 @@ from apt.evaluate.digits.methods import (
     Method,
     ablation_methods,
 )
-from apt.evaluate.digits.page import render_page, write_page
+from apt.evaluate.digits.page import render_page, shown_captions, write_page
 from apt.evaluate.digits.results import Cost, Curve, MethodResult, Results, Snapshot, trial
 from apt.evaluate.digits.runs import check_data, read_cost, read_curves, snapshot_folders
 from apt.evaluate.machine import machine
@@ -56,9 +57,9 @@ def evaluate_digits(config: EvaluateConfig) -> Path:
     """Measure every model of the runs and write the report; returns its path.
 
     Writes ``digits.md``, the same as one HTML file, ``digits.json`` (every figure of every trial)
-    and PNGs. What was not trained is left out and named, unless it is one of the main models. Why a
-    bar was missed is read from ``digits_causes.json`` beside the report. The same models and config
-    give the same figures.
+    and PNGs, some of them in ``digits_inside``. What was not trained is left out and named, unless
+    it is one of the main models. Why a bar was missed is read from ``digits_causes.json`` beside
+    the report. The same models and config give the same figures.
 
     Raises:
         CheckpointError: a main run has no exported model, or one of other data, or a model cannot
@@ -78,12 +79,17 @@ def evaluate_digits(config: EvaluateConfig) -> Path:
             for method in methods:
                 evaluation.measure(method, root, number)
         snapshots = [] if config.methods else evaluation.measure_snapshots()
+    captions = evaluation.sets[0]
+    if not config.methods:
+        write_inside(
+            config.out, config.runs[0], shown_captions(captions), batch_size=config.batch_size
+        )
     results = Results(
         runs=len(config.runs),
         seeds=config.seeds,
         num_samples=config.num_samples,
         samples_per_caption=config.samples_per_caption,
-        num_heldout=len(evaluation.sets[0].heldout),
+        num_heldout=len(captions.heldout),
         num_reference=config.num_reference,
         snapshot_samples=config.snapshot_samples,
         setting=config.classifier.setting,
@@ -97,7 +103,7 @@ def evaluate_digits(config: EvaluateConfig) -> Path:
         costs=_costs(config.runs),
         reference_power=evaluation.reference_power,
     )
-    return write_page(config.out, results, evaluation.sets[0], evaluation.shown)
+    return write_page(config.out, results, captions, evaluation.shown)
 
 
 def _choose(config: EvaluateConfig, root: Path) -> list[Method]:

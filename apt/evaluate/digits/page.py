@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from apt.errors import DataError
-from apt.evaluate.digits import plots
+from apt.evaluate.digits import inside, plots
 from apt.evaluate.digits.bars import check_bars, read_causes
 from apt.evaluate.digits.clips import CaptionSet
 from apt.evaluate.digits.methods import APT, CONSISTENCY, DIFFUSION_GUIDED
@@ -69,6 +69,9 @@ def render_page(out: Path, results: Results | None = None) -> Path:
         distillation=_name(plots.plot_distillation(results, out / "digits_distillation.png")),
         spectrum=_name(plots.plot_spectrum(results, out / "digits_spectrum.png")),
         comparison=_COMPARISON,
+        layers=_if_there(out, inside.LAYERS),
+        errors=_if_there(out, inside.ERRORS),
+        ways=_if_there(out, inside.WAYS),
         sheets=sheets,
     )
     text = report_text(
@@ -88,6 +91,11 @@ def _sheet_files(results: Results) -> list[tuple[str, str]]:
 
 def _sheet_file(name: str) -> str:
     return f"digits_samples_{name}.png"
+
+
+def shown_captions(captions: CaptionSet) -> list[str]:
+    """Those of the samples that the page shows."""
+    return _rows(captions)[1]
 
 
 def _rows(captions: CaptionSet) -> tuple[list[int], list[str]]:
@@ -130,6 +138,10 @@ def _write_comparison(
 def _stride(clips: Tensor, shown: int) -> int:
     """Between frames, of which so many are shown from first to last."""
     return (clips.shape[2] - 1) // (shown - 1)
+
+
+def _if_there(out: Path, file: str) -> str | None:
+    return file if (out / file).is_file() else None
 
 
 def _name(path: Path | None) -> str | None:

@@ -33,6 +33,9 @@ class Pictures:
     distillation: str | None
     spectrum: str | None
     comparison: str
+    layers: str | None
+    errors: str | None
+    ways: str | None
     sheets: dict[str, str]
 
 
@@ -68,6 +71,7 @@ def report_text(
         *_ablations(results),
         *_progress(results, pictures),
         *_distillation(results, pictures),
+        *_inside(pictures),
         "## What it took",
         _costs(results.costs),
         "## Samples",
@@ -327,6 +331,22 @@ def _progress(results: Results, pictures: Pictures) -> list[str]:
         image(pictures.progress, "Quality against updates, EMA and raw weights"),
         table(_SNAPSHOT_HEADER, rows),
         (start if rows[0][0] == "0" else "") + _snapshot_note(results),
+    ]
+
+
+def _inside(pictures: Pictures) -> list[str]:
+    if not pictures.layers:
+        return []
+    return [
+        "## Inside the model (APT Appendices G and I)",
+        "What a linear projection to the final latents reads from each layer of the one-step model "
+        "(`diffusion-apt probe`): its error on noise that it was not fitted on, and pictures.",
+        image(pictures.errors, "Error of each layer's projection"),
+        image(pictures.layers, "What each layer knows"),
+        "One caption on the way from one noise to the next, and to a third "
+        "(`diffusion-apt traverse`). A model that switches between modes has a largest step far "
+        "above the mean one.",
+        image(pictures.ways, "Ways between three noises"),
     ]
 
 

@@ -159,8 +159,10 @@ def test_times_are_those_of_the_log_without_what_was_done_twice(report: Path) ->
 def test_every_picture_of_the_report_is_there_and_is_none_too_many(report: Path) -> None:
     text = report.read_text()
     shown = {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
-    assert shown == {path.name for path in report.parent.glob("*.png")}
-    assert len(shown) == 6 + 7  # plots and comparison; sheets of real clips and six methods
+    there = {str(path.relative_to(report.parent)) for path in report.parent.rglob("*.png")}
+    assert shown == there
+    # Plots and comparison; sheets of real clips and six methods; layers and ways.
+    assert len(shown) == 6 + 7 + 3
     for name in shown:
         pixels = np.asarray(Image.open(report.parent / name).convert("L"))
         assert pixels.std() > 5
