@@ -127,7 +127,7 @@ def test_an_unreachable_hub_is_an_os_error(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert len(lines) == 3, result
     for line in lines:
-        assert line.startswith("cannot download 'owner/model'") and "cannot be reached" in line
+        assert "cannot download 'owner/model'" in line and "cannot be reached" in line
 
 
 def save_wan(folder: Path) -> None:

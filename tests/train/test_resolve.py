@@ -176,8 +176,8 @@ def test_frames_are_what_the_codec_folds(tmp_path: Path) -> None:
 
 
 def test_a_size_that_nothing_gives_is_told_with_the_options_that_set_it() -> None:
-    shards = DataConfig(source="webdataset", path="somewhere", fps=12.0)
-    _, notes = resolve_with_notes(config(PretrainConfig(), data=shards), None)
+    nowhere_yet = DataConfig(source="webdataset", path="", fps=12.0)
+    _, notes = resolve_with_notes(config(PretrainConfig(), data=nowhere_yet), None)
     assert notes[0].startswith(
         "  size: 9 frames of 32x32 at 12 fps, the default of --data.frames, "
     )
