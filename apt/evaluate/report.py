@@ -120,7 +120,7 @@ def _models_table(models: list[ModelResult]) -> str:
     rows = [
         [m.name, f"`{m.place}`", *(_cell(m.settings.get(key)) for key in known)] for m in models
     ]
-    return table(["model", "place", *(key.replace("_", " ") for key in known)], rows)
+    return table(["model", "place", *(key.replace("_", " ") for key in known)], rows, words=(0, 1))
 
 
 def _cell(value: Any) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from apt.evaluate.spread import Spread
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are figures."""
-    align = ["---"] + ["---:"] * (len(header) - 1)
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, words: Collection[int] = (0,)
+) -> str:
+    """A table whose columns are figures, but for those of these numbers, which are text."""
+    align = ["---" if column in words else "---:" for column in range(len(header))]
     lines = [[cell.replace("|", "\\|") for cell in row] for row in [header, align, *rows]]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 

@@ -134,7 +134,7 @@ def _bars_table(bars: Sequence[Bar], causes: Mapping[str, str]) -> str:
             verdict = "not judged: a single trial has no spread"
         reached = plus_minus(bar.reached)
         rows.append([bar.claim, bar.bar, bar.goal or "–", bar.paper or "–", reached, verdict])
-    return table(["", "bar", "goal", "paper", "reached", ""], rows)
+    return table(["", "bar", "goal", "paper", "reached", ""], rows, words=(0, 5))
 
 
 def _left_out(claims: Iterable[str]) -> str:
@@ -301,7 +301,7 @@ def _ablations(results: Results) -> list[str]:
         "One step of EMA weights, all after as many updates from the same start at constant rates. "
         "The last column is about both distances, and says nothing where they differ by less than "
         "the spreads, added in quadrature.",
-        table(header, rows),
+        table(header, rows, words=(0, 6, 7)),
         _not_run(results, [f"ablation_{name}" for name in ABLATIONS], "Not run"),
     ]
 
