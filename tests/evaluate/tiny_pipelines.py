@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("diffusers")
+
 import torch
 from diffusers import (
     AutoencoderKL,

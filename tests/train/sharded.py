@@ -146,7 +146,8 @@ def whole(stage: Any) -> dict[str, Tensor]:
 
 def main(root: Path, names: list[str]) -> None:
     save_start(root)
-    write_shards(root / "deep")
+    if not (root / "deep").exists():  # another call's
+        write_shards(root / "deep")
 
     def work(name: str) -> Callable[[Parallel], None]:
         def go(parallel: Parallel) -> None:

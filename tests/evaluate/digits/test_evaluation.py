@@ -191,12 +191,13 @@ def test_raw_figures_give_the_table(report: Path) -> None:
 
 
 def test_the_page_is_rendered_from_what_was_saved(report: Path, tmp_path: Path) -> None:
-    for file in report.parent.iterdir():
+    for file in report.parent.glob("*.*"):
         if "samples" in file.name or "comparison" in file.name or file.suffix == ".json":
             shutil.copy(file, tmp_path)
+    shutil.copytree(report.parent / "digits_inside", tmp_path / "digits_inside")
     again = evaluate_digits(EvaluateConfig(out=tmp_path, render=True))
-    names = sorted(file.name for file in report.parent.iterdir())
-    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    names = sorted(file.name for file in report.parent.glob("*.*"))
+    assert sorted(file.name for file in tmp_path.glob("*.*")) == names
     for name in names:
         assert (tmp_path / name).read_bytes() == (report.parent / name).read_bytes(), name
     assert again.name == report.name
@@ -211,7 +212,7 @@ def test_the_page_is_rendered_from_what_was_saved(report: Path, tmp_path: Path) 
 def test_the_html_page_needs_no_other_file(report: Path) -> None:
     text = report.with_suffix(".html").read_text()
     pictures = re.findall(r'src="([^"]{,40})', text)
-    assert len(pictures) == len(list(report.parent.glob("*.png")))
+    assert len(pictures) == len(list(report.parent.rglob("*.png")))
     assert all(source.startswith("data:image/png;base64,") for source in pictures)
     assert "http" not in re.sub(r'src="[^"]*"', "", text)
 
