@@ -70,13 +70,20 @@ def test_weights_averages_and_targets_are_those_of_one_rank(
     assert apart[worst] < (1e-5 if precision == "fp32" else 2e-3), (worst, apart[worst])
 
 
+def of_all_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """Without the collapse monitor's, which looks at the first rank's own samples."""
+    return {key: value for key, value in metrics.items() if not key.startswith("samples/")}
+
+
 @pytest.mark.parametrize("name", SLOW)
 def test_metrics_are_those_of_one_rank(found: Found, name: str) -> None:
     expected, got = found.report("one"), found.report(name)
+    del expected["stream"]  # no training
     for key, values in expected.items():
         tolerance = 1e-5 if key.endswith("fp32") else 2e-2
         for update in ("metrics 0", "metrics 1"):
-            assert got[key][update] == pytest.approx(values[update], rel=tolerance, abs=1e-5), key
+            alike, found_alike = of_all_ranks(values[update]), of_all_ranks(got[key][update])
+            assert found_alike == pytest.approx(alike, rel=tolerance, abs=1e-5), key
 
 
 @pytest.mark.parametrize("name", SLOW)
