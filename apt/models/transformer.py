@@ -336,18 +336,24 @@ class DiffusionTransformer(nn.Module):
         """Compute blocks again in the backward pass instead of keeping their activations."""
         self.checkpointing = (Checkpointing() if how else None) if isinstance(how, bool) else how
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
+    def compile_blocks(self, backend: str = "inductor", *, trains: bool = False) -> None:
         """Have `torch.compile` make each block when it is next called; copies are not compiled.
 
         Blocks that are alike share what is made of the first. It is made anew for another size of
         clips, and with and without gradients.
+
+        Args:
+            backend: of `torch.compile`.
+            trains: gradients will be asked for.
         """
         from torch._dynamo import config as dynamo
 
         # Above torch's 8: of each size, sharing rows or not, with gradients and without.
         dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+        # torch 2.13's vectorised code for CPUs gets gradients of SD 3.5's blocks wrong.
+        scalar = {"cpp.simdlen": 1} if trains and backend == "inductor" else None
         for block in self.block_list():
-            block.compile(backend=backend)
+            block.compile(backend=backend, options=scalar)
 
     def split_tokens(self, sequence: SequenceGroup | None) -> None:
         """Share the tokens of each sample with other ranks, or no longer.

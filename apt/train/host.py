@@ -92,7 +92,7 @@ class RunHost:
         backbone.set_checkpointing(config.activation_checkpointing and config.checkpointing)
         backbone.narrow_residual = config.bf16_residual
         if config.compile_blocks:
-            backbone.compile_blocks()
+            backbone.compile_blocks(trains=True)
         if discriminator and not config.lora.discriminator:
             return
         begun: Mapping[str, Layer] = {}
