@@ -41,14 +41,19 @@ class Features:
 
         Raises InputError if the network gives anything else than a row for each picture.
         """
-        features = self.network(pictures)
-        if features.ndim != 2 or len(features) != len(pictures) or not features.is_floating_point():
-            raise InputError(
-                f"the features {self.name!r} came as {features.dtype} {tuple(features.shape)} for "
-                f"{len(pictures)} pictures; expected floats of shape ({len(pictures)}, D)"
-            )
+        features = check_rows(self.name, self.network(pictures), len(pictures), "pictures")
         wide = features if features.dtype == torch.float64 else features.float()
         return wide.cpu()
+
+
+def check_rows(name: str, features: Tensor, number: int, what: str) -> Tensor:
+    """Features as a network gave them; raises InputError unless they are a row for each input."""
+    if features.ndim != 2 or len(features) != number or not features.is_floating_point():
+        raise InputError(
+            f"the features {name!r} came as {features.dtype} {tuple(features.shape)} for "
+            f"{number} {what}; expected floats of shape ({number}, D)"
+        )
+    return features
 
 
 FEATURES: Registry[Features] = Registry("features")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from apt.data.decode import probe
 from apt.errors import DataError, InputError
+from apt.evaluate.advance import Advance, nobody
 from apt.evaluate.clip_score import Similarity
 from apt.evaluate.features import Features
 from apt.evaluate.pictures import (
@@ -32,18 +33,11 @@ from apt.metrics.frechet import GaussianStatistics, frechet_distance, gaussian_s
 
 T = TypeVar("T")
 
-Advance = Callable[[int], None]
-"""Told how many more pictures are done."""
-
 SMALL, LARGE = 512, 1024
 """Pictures whose shorter side is at most `SMALL` are enlarged to `LARGE` for PFID (Lin et al.,
 2024)."""
 
 _DECODERS = 4
-
-
-def _nobody(_: int) -> None:
-    """Nobody listens."""
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -84,7 +78,7 @@ def feature_statistics(
     prepare: Callable[[Path, int], Picture] = whole,
     *,
     batch_size: int = 32,
-    advance: Advance = _nobody,
+    advance: Advance = nobody,
 ) -> GaussianStatistics:
     """Mean and covariance of the features of files.
 
@@ -129,7 +123,7 @@ class Fid:
         features: Features,
         *,
         batch_size: int = 32,
-        advance: Advance = _nobody,
+        advance: Advance = nobody,
     ) -> None:
         self._features, self._batch_size, self._advance = features, batch_size, advance
         self._real = self.statistics(reference)
@@ -166,7 +160,7 @@ class PatchFid:
         features: Features,
         *,
         batch_size: int = 32,
-        advance: Advance = _nobody,
+        advance: Advance = nobody,
     ) -> None:
         self._features, self._batch_size, self._advance = features, batch_size, advance
         large = [path for path in reference if _shorter_side(path) >= features.size]
@@ -244,7 +238,7 @@ class FrechetRatio:
         *,
         heldout: Sequence[Path] | None = None,
         batch_size: int = 32,
-        advance: Advance = _nobody,
+        advance: Advance = nobody,
     ) -> None:
         names = [network.name for network in features]
         if not names or len(set(names)) < len(names):
@@ -276,7 +270,7 @@ def clip_score(
     similarity: Similarity,
     *,
     batch_size: int = 32,
-    advance: Advance = _nobody,
+    advance: Advance = nobody,
 ) -> float:
     """Mean over images of 100 times the cosine with their prompts, as APT's Tables 5 and 6.
 

@@ -12,19 +12,13 @@ from torch import Tensor
 
 from apt.data.decode import probe, read_clip, read_image
 from apt.errors import InputError
-from apt.evaluate.features import Features
+from apt.evaluate.advance import Advance, nobody
+from apt.evaluate.features import Features, check_rows
 from apt.evaluate.pictures import clean_resize, crop_square
 from apt.metrics.diversity import Diversity, pairwise_diversity
 from apt.metrics.frechet import GaussianStatistics, frechet_distance, gaussian_statistics
 from apt.metrics.motion import flicker, frame_change, motion, sharpness
 from apt.pixels import to_frames
-
-Advance = Callable[[int], None]
-"""Told how many more videos are done."""
-
-
-def _nobody(_: int) -> None:
-    """Nobody listens."""
 
 
 def read_video(path: Path) -> Tensor:
@@ -60,12 +54,7 @@ class VideoFeatures:
 
         Raises InputError if the network gives anything else than a row for each clip.
         """
-        features = self.network(clips)
-        if features.ndim != 2 or len(features) != len(clips) or not features.is_floating_point():
-            raise InputError(
-                f"the features {self.name!r} came as {features.dtype} {tuple(features.shape)} for "
-                f"{len(clips)} clips; expected floats of shape ({len(clips)}, D)"
-            )
+        features = check_rows(self.name, self.network(clips), len(clips), "clips")
         return features.double().cpu()
 
 
@@ -90,7 +79,7 @@ def of_frames(features: Features) -> VideoFeatures:
 
 
 def video_features(
-    files: Sequence[Path], features: VideoFeatures, *, advance: Advance = _nobody
+    files: Sequence[Path], features: VideoFeatures, *, advance: Advance = nobody
 ) -> Iterator[Tensor]:
     """Features (1, D) of one file after another, so that sizes and lengths may differ.
 
@@ -114,7 +103,7 @@ class FrechetVideo:
     """
 
     def __init__(
-        self, reference: Sequence[Path], features: VideoFeatures, *, advance: Advance = _nobody
+        self, reference: Sequence[Path], features: VideoFeatures, *, advance: Advance = nobody
     ) -> None:
         self._features, self._advance = features, advance
         self._real = self._statistics(reference)
@@ -146,7 +135,7 @@ class Movement:
     frozen: float
 
 
-def measure_movement(files: Sequence[Path], *, advance: Advance = _nobody) -> Movement:
+def measure_movement(files: Sequence[Path], *, advance: Advance = nobody) -> Movement:
     """Sharpness, flicker and motion of video files.
 
     Raises:
@@ -180,7 +169,7 @@ def video_diversity(
     prompts: Sequence[Hashable],
     features: VideoFeatures,
     *,
-    advance: Advance = _nobody,
+    advance: Advance = nobody,
 ) -> Diversity:
     """Mean distance in features between videos of one prompt, and of different prompts.
 
