@@ -122,7 +122,7 @@ def _figures(
     figures: dict[str, float] = {}
     for number, one in enumerate(protocol.measures):
         figures |= measured.get(number, [samples], partial(one, samples))
-    if folder is not first:
+    if protocol.pair_measures and folder is not first:
         others = _samples(protocol, seed, first)
         for number, pair in enumerate(protocol.pair_measures, start=len(protocol.measures)):
             figures |= measured.get(number, [samples, others], partial(pair, samples, others))
