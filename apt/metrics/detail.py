@@ -8,7 +8,7 @@ each spatial and temporal frequency.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,18 +36,19 @@ class PatchFrechet:
     such as the share of patches without any detail.
 
     ``real`` is (N, 3, T, H, W) in [-1, 1]; H and W at least ``patch_size``; every
-    ``frame_stride``-th frame is used. Raises ``InputError`` for other shapes.
+    ``frame_stride``-th frame is used. Clips of several sizes, or more than fit into memory, come
+    as batches of that shape; those of ``real`` are gone through twice. Raises ``InputError`` for
+    other shapes, and for no clips.
     """
 
     def __init__(
         self,
-        real: Tensor,
+        real: Tensor | Iterable[Tensor],
         *,
         patch_size: int = 8,
         frame_stride: int = 2,
         noise_floor: float = 0.05,
     ) -> None:
-        _check_clips(real, min_size=patch_size)
         self.patch_size = patch_size
         self.frame_stride = frame_stride
         squares = torch.zeros(3 * (patch_size**2 - 1), dtype=torch.float64)
@@ -55,27 +56,30 @@ class PatchFrechet:
         for coefficients in self._coefficients(real):
             squares += coefficients.double().square().sum(dim=0)
             count += len(coefficients)
+        if not count:
+            raise InputError("there are no real clips to compare with; give at least one")
         self._scale = (squares / count + noise_floor**2).sqrt().float()
         self._real = gaussian_statistics(self._features(real))
 
-    def __call__(self, clips: Tensor) -> float:
+    def __call__(self, clips: Tensor | Iterable[Tensor]) -> float:
         """Distance of ``clips`` (N, 3, T, H, W) in [-1, 1] to the real ones; 0 is equal."""
         return frechet_distance(self.statistics(clips), self._real)
 
-    def statistics(self, clips: Tensor) -> GaussianStatistics:
+    def statistics(self, clips: Tensor | Iterable[Tensor]) -> GaussianStatistics:
         """Mean and covariance of the patch features of ``clips``."""
-        _check_clips(clips, min_size=self.patch_size)
         return gaussian_statistics(self._features(clips))
 
-    def _features(self, clips: Tensor) -> Iterator[Tensor]:
+    def _features(self, clips: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         for coefficients in self._coefficients(clips):
             scaled = coefficients / self._scale
             yield torch.cat([scaled, scaled.abs().sqrt()], dim=1)
 
-    def _coefficients(self, clips: Tensor) -> Iterator[Tensor]:
-        for chunk in clips.split(_CHUNK):
-            frames = chunk[:, :, :: self.frame_stride].float().cpu()
-            yield patch_frequencies(frames, self.patch_size)
+    def _coefficients(self, clips: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        for batch in [clips] if isinstance(clips, Tensor) else clips:
+            _check_clips(batch, min_size=self.patch_size)
+            for chunk in batch.split(_CHUNK):
+                frames = chunk[:, :, :: self.frame_stride].float().cpu()
+                yield patch_frequencies(frames, self.patch_size)
 
 
 def patch_frequencies(clips: Tensor, patch_size: int = 8) -> Tensor:

@@ -125,6 +125,16 @@ def test_equal_clips_have_no_distance(fresh: Tensor) -> None:
     assert (found.spatial, found.temporal) == (0, 0)
 
 
+def test_clips_in_batches_have_the_distance_of_all(real: Tensor, fresh: Tensor) -> None:
+    whole = PatchFrechet(real[:64])(fresh)
+    batches = PatchFrechet(real[:64].split(10))(iter(fresh.split(7)))
+    assert batches == pytest.approx(whole, rel=1e-4)
+    sizes = [fresh[:8], fresh[8:16, ..., :24, :16]]
+    assert PatchFrechet(sizes)(sizes) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(InputError, match="no real clips"):
+        PatchFrechet([])
+
+
 def test_dct_is_scipys() -> None:
     x = np.random.default_rng(0).normal(size=8)
     np.testing.assert_allclose(

@@ -69,6 +69,7 @@ class Clips(VideoOptions):
             cut,
             self,
             number=number,
+            size=(height, width),
             options=GenerateOptions(frames=frames, height=height, width=width),
             references=dict(zip(prompts, files, strict=True)),
             settings={"videos": str(self.videos), "clips": digest},

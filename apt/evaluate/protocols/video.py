@@ -13,6 +13,7 @@ from apt.evaluate.features import FEATURES
 from apt.evaluate.protocol import PROTOCOLS, Figure, Figures, Measure, Protocol, Request
 from apt.evaluate.video_measures import (
     FrechetVideo,
+    PatchFrechetVideo,
     VideoFeatures,
     measure_movement,
     of_frames,
@@ -43,6 +44,9 @@ _ABOUT = """\
 _DISTANCE = """
 - **Fréchet distance** to {number} real videos in the features *{features}*: as FVD, and FVD itself
   where these are its I3D. Figures of other features or numbers of videos cannot be compared."""
+_PATCHES = """
+- **patch distance** to {number} real videos: a Fréchet distance between patches of 8×8
+  pixels, which sees blur, ghosting and grain at full resolution and asks no network."""
 _DIVERSITY = """
 - **diversity**: mean distance in these features between samples of one prompt (within), and of
   different ones (across)."""
@@ -103,6 +107,7 @@ def video_protocol(
     config: VideoOptions,
     *,
     number: int,
+    size: tuple[int, int] | None = None,
     options: GenerateOptions,
     references: Mapping[str, Path] | None = None,
     settings: Mapping[str, object],
@@ -114,11 +119,18 @@ def video_protocol(
         reference: gives the real videos, once.
         config: what else is measured, and with what.
         number: of real videos; 0 measures no distance.
+        size: (H, W) of all videos, where files enlarge them; None: that of the files.
     """
     figures, text = dict(_MOVEMENT), _ABOUT
     measures: list[Measure] = [lambda samples: _movement(_files(samples))]
     real_files = cache(reference)
     makers: list[Callable[[], object]] = [real_files]
+    if number:
+        patches = cache(lambda: PatchFrechetVideo(real_files(), size=size))
+        makers.append(patches)
+        figures = {"patch": Figure("patch distance", "lower", "log")} | figures
+        measures.append(lambda samples: {"patch": patches()(_files(samples))})
+        text += _PATCHES.format(number=number)
     if config.features != NO_FEATURES:
         features = cache(lambda: _features(config))
         makers.append(features)
