@@ -15,7 +15,7 @@ Replay = Callable[[Measurement], None]
 
 
 class ReplayClock:
-    """A timer that stands still but for the samples it is told."""
+    """A timer that stands still except for the samples it is told."""
 
     def __init__(self) -> None:
         self.now = 0.0

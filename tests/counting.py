@@ -57,7 +57,7 @@ class CollectiveCounter(TorchDispatchMode):
         if not known:
             return
         tensors = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
-        # c10d is given outputs too: the smaller side is what a rank puts in, but for a scatter.
+        # c10d is given outputs too: the smaller side is what a rank puts in, except in a scatter.
         sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
         self.calls[known[0]] += 1
         self.sent[known[0]] += max(sizes) if known[0] == "reduce_scatter" else min(sizes)

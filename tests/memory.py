@@ -29,7 +29,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 def saved_bytes(function: Callable[[], object], *, without: Tensor) -> int:
-    """What autograd keeps for the backward pass of `function`, each storage once, but for one."""
+    """What autograd keeps for the backward pass of `function`, each storage once, except one."""
     sizes: dict[int, int] = {}
 
     def note(value: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ class _Inside(Entry):
 class VideoShards(VideoFolder):
     """The clips of a folder of WebDataset shards, in all else as `VideoFolder`.
 
-    Members of one name but for what follows its first dot are a sample: a video or an image, and
-    its caption in `.txt`, or in `.json` as "caption" or "text". The index of each shard is read at
+    Members whose names agree up to the first dot are one sample: a video or an image, and its
+    caption in `.txt`, or in `.json` as "caption" or "text". The index of each shard is read at
     the start, and a clip is read from its place in the file, so the order is shuffled over all
     shards, and a resume continues at the exact sample.
 

@@ -22,8 +22,10 @@ class Member(NamedTuple):
 
 
 def read_index(path: Path) -> dict[str, dict[str, Member]]:
-    """The samples of a WebDataset shard, in their order: members of one name but for what follows
-    its first dot, by that.
+    """The samples of a WebDataset shard, in their order.
+
+    Members whose names agree up to the first dot are one sample; the rest of the name tells them
+    apart.
 
     Raises:
         OSError, tarfile.TarError: it cannot be read, or is no uncompressed tar file.

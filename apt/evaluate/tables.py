@@ -11,7 +11,7 @@ from apt.evaluate.spread import Spread
 def table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, words: Collection[int] = (0,)
 ) -> str:
-    """A table whose columns are figures, but for those of these numbers, which are text."""
+    """A table whose columns are figures, except those of these numbers, which are text."""
     align = ["---" if column in words else "---:" for column in range(len(header))]
     lines = [[cell.replace("|", "\\|") for cell in row] for row in [header, align, *rows]]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)

@@ -3,8 +3,8 @@
     softmax(q k^T / sqrt(Dh) + mask) v
 
 Who chooses, first to last: the `backend` argument, the innermost `attention_backend(...)`, the
-environment variable APT_ATTENTION_BACKEND, and "native", which lets torch pick per call, but for
-short bf16 sequences that train on the CPU: these take plain products. A backend that was asked for
+environment variable APT_ATTENTION_BACKEND, and "native", which lets torch pick per call, except
+that short bf16 sequences that train on the CPU take plain products. A backend that was asked for
 by name runs or raises with the reason; nothing else is tried in its place.
 
 Shapes: B samples, Lq and Lk tokens, H heads, Dh channels per head.

@@ -235,7 +235,7 @@ class TrainConfig:
         run_dir: where checkpoints, logs, samples and the finished model go.
         stage: the options of the stage that it is (`apt.methods`).
         model, data, optimizer, lora, heldout, monitor, parallel: see there. Generator and
-            discriminator have one optimizer config, as in the paper, but for D's own learning rate
+            discriminator have one optimizer config, as in the paper, except D's own learning rate
             if the stage gives one.
         seed: of everything random.
         num_updates: updates of the (generator's) weights.
@@ -256,7 +256,7 @@ class TrainConfig:
         checkpointing: what is kept beside (`apt.models.checkpointing`): the outputs of attention,
             and whether inputs wait in host memory.
         compile_blocks: let `torch.compile` make the blocks that train; the first updates then take
-            minutes. Results are the same but for rounding.
+            minutes. Results are the same except for rounding.
         bf16_residual: in bf16, tokens between blocks stay bf16 also in MMDiT with shared
             modulation, whose fp32 gates make them fp32: half the memory of checkpoints. The other
             families have bf16 there in any case.

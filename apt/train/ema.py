@@ -84,7 +84,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module, update: int = 0) -> None:
-        """Move the average one step towards the module's present weights, but for what was lent.
+        """Move the average one step towards the module's present weights, except what was lent.
 
         `update` counts from 0; only the warm-up looks at it.
         """

@@ -30,7 +30,7 @@ def header(
     *,
     done: int,
 ) -> list[str]:
-    """Lines of at most 80 columns, but for names: what is trained, on what, where and how.
+    """Lines of at most 80 columns, except names: what is trained, on what, where and how.
 
     Args:
         config: with nothing left open.

@@ -133,7 +133,7 @@ def test_one_nan_or_a_missing_row_is_wrong(function: Callable[[Inputs], Outputs]
 
 
 def one_row_wrong(inputs: Inputs) -> Outputs:
-    """The op, but for its last row."""
+    """The op, except its last row."""
     out = modulated_norm(**inputs, backend="reference").clone()
     out[-1, -1] = 0
     return out

@@ -56,7 +56,7 @@ def write_heic(
 
 
 def _hevc(picture: np.ndarray) -> tuple[bytes, bytes]:
-    """(decoder configuration, coded picture), without loss but for the conversion to YCbCr."""
+    """(decoder configuration, coded picture), without loss except for the conversion to YCbCr."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         options = {"x265-params": "log-level=none:lossless=1:bframes=0"}

@@ -214,7 +214,7 @@ def compared(
     theirs = gradients(model)
     mine = {k: over_ranks(value, group) for k, value in gradients(split_model).items()}
     assert mine.keys() == theirs.keys()
-    # Of all parameters in one: a gradient that is 0 but for rounding has no direction.
+    # Of all parameters in one: a gradient that is 0 except for rounding has no direction.
     whole = torch.cat([theirs[k].flatten() for k in theirs])
     split = torch.cat([mine[k].flatten() for k in theirs])
     size = float(whole.norm())

@@ -199,7 +199,7 @@ def test_parts_of_the_tokens_merge_to_the_whole(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_token(dtype):
-    """There is nothing to choose: the query has no gradient, but for rounding."""
+    """There is nothing to choose: the query has no gradient, except rounding."""
     case = Case(2, 1, dtype=dtype)
     inputs = case.draw()
     ours = case.output_and_gradients(inputs)

@@ -486,7 +486,7 @@ def _backward(inputs: PoolingBackward) -> tuple[Tensor, Tensor]:
     if not inputs.folded_grad:
         return grad_x, inputs.folded.new_empty(0)
     of_folded = _weighted_sum(x, grad_products, None, None, over_samples=True)
-    # Gradients of scores add up to 0, but for the rounding of delta and dp. What is left would
+    # Gradients of scores add up to 0, except for rounding of delta and dp. What is left would
     # enter with the weights of the whole sum, and the true gradient may be far smaller.
     per_token = rstd.reciprocal().masked_fill(rstd == 0, 0.0)  # padding
     rest = torch.einsum("bhn,bn->bh", grad_products, per_token)

@@ -99,8 +99,8 @@ def config_to_diffusers(config: SD3Config) -> dict[str, Any]:
 def key_rules(config: SD3Config) -> Sequence[KeyRule]:
     """From the original layout to ours.
 
-    Modulation is shift before scale there. So it is in diffusers, but for the norms behind which
-    nothing follows: the output's, and that of the text in the last block.
+    Modulation is shift before scale there, as in diffusers, except in norms that nothing follows:
+    the output's, and that of the text in the last block.
     """
     last = config.depth - 1
     n, kind = r"(\d+)", r"(weight|bias)"
