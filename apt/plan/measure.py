@@ -409,7 +409,7 @@ class PlannedBatches(MadeOneByOne):
         self._texts = [{} for _ in range(self._number)]
 
     def _read(self) -> Tensor:
-        """A micro-batch as it waits for the next part: in host memory, unless it is the only one."""
+        """A micro-batch as it waits for the next part: in host memory, unless the only one."""
         x = torch.zeros(self._shape, device=self._stage.host.device)
         codec = self._stage.codec
         if codec is not None and not self._latents:
