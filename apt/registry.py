@@ -35,11 +35,19 @@ class Registry(Generic[T]):
         self._builders: dict[str, Callable[..., T]] = {}
 
     def register(self, name: str) -> Callable[[B], B]:
-        """Decorator: put a builder under `name`. Raises ValueError if the name is taken."""
+        """Decorator: put a builder under `name`.
+
+        A definition that is run again, as a notebook's cell is, replaces its earlier self. Raises
+        ConfigError if another has the name.
+        """
 
         def add(builder: B) -> B:
-            if name in self._builders:
-                raise ValueError(f"{self.kind} {name!r} is registered twice; choose another name")
+            there = self._builders.get(name)
+            if there is not None and _place(there) != _place(builder):
+                raise ConfigError(
+                    f"{self.kind} {name!r} is registered twice, as {_place(there)} and as "
+                    f"{_place(builder)}; choose another name"
+                )
             self._builders[name] = builder
             return builder
 
@@ -119,6 +127,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(repr(match) for match in close)}?"
     return f"choose from: {', '.join(names) or 'nothing, none is registered'}"
+
+
+def _place(builder: Callable[..., Any]) -> str:
+    return f"{builder.__module__}.{builder.__qualname__}"
 
 
 def _parameter_types(builder: Callable[..., Any]) -> dict[str, Any]:

@@ -62,8 +62,25 @@ def test_registering_returns_the_builder() -> None:
 
 def test_a_name_is_taken_once() -> None:
     registry = shapes()
-    with pytest.raises(ValueError, match="shape 'square' is registered twice"):
-        registry.register("square")(lambda: None)
+    twice = r"shape 'square' is registered twice, as test\S+square and as test\S+other"
+
+    def other() -> object:
+        return "other"
+
+    with pytest.raises(ConfigError, match=twice.replace("test", r"tests\.test")):
+        registry.register("square")(other)
+    assert registry.create("square") == ("square", 1.0, "red")
+
+
+def test_a_definition_that_is_run_again_replaces_itself() -> None:
+    registry: Registry[int] = Registry("number")
+    for value in (1, 2):
+
+        @registry.register("one")
+        def one(value: int = value) -> int:
+            return value
+
+    assert registry.create("one") == 2
 
 
 @pytest.mark.parametrize("call", ["get", "create", "summary"])

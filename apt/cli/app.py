@@ -240,9 +240,25 @@ def _import_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{IMPORT_OPTION} {path}: there is no such file")
     name = path.stem
-    spec = importlib.util.spec_from_file_location(name, path)
+    if name in sys.modules and _same_file(getattr(sys.modules[name], "__file__", None), path):
+        return
+    if name.isidentifier() and (name in sys.modules or _is_another(name, path)):
+        raise InputError(
+            f"{IMPORT_OPTION} {path}: another module is called {name!r}; rename the file"
+        )
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
         raise InputError(f"{IMPORT_OPTION} {path}: it is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
+
+
+def _is_another(name: str, path: Path) -> bool:
+    """Whether Python finds something else under the name of a file."""
+    found = importlib.util.find_spec(name)
+    return found is not None and not _same_file(found.origin, path)
+
+
+def _same_file(origin: str | None, path: Path) -> bool:
+    return origin is not None and os.path.realpath(origin) == os.path.realpath(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -66,3 +67,26 @@ def test_a_module_that_is_not_there(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert message in error_line(invoke("list", *args))
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("json.py", "", r"another module is called 'json'; rename the file"),
+        ("twice.py", "own", r"recipe 'own' is registered twice, as twice\.mine and as apt\.train"),
+    ],
+)
+def test_names_that_are_taken(name: str, code: str, message: str, tmp_path: Path) -> None:
+    register = (
+        "from apt.train.recipe_names import RECIPES\n\n"
+        f"@RECIPES.register({code!r})\ndef mine():\n    pass\n"
+    )
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / name).write_text(register if code else "")
+    result = run_cli("list", "recipes", "--import", f"parts/{name}", cwd=tmp_path)
+    assert re.search(message, error_line(result))
+
+
+def test_a_file_may_be_named_twice(tmp_path: Path) -> None:
+    both = ("--import", str(MODULE), "--import", str(MODULE))
+    assert run_cli("list", "recipes", *both, cwd=tmp_path).returncode == 0
