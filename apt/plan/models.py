@@ -12,9 +12,8 @@ from typing import Any, cast
 
 import torch
 
-from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import ComponentInfo, ModelInfo, SampleInfo, SamplingInfo
-from apt.checkpoints.load import describe, describe_model
+from apt.checkpoints.load import ModelBundle, describe, describe_model
 from apt.checkpoints.origin import StoredPieces, begin_at
 from apt.checkpoints.reading import StoredTensor
 from apt.checkpoints.source import is_here

@@ -11,9 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import ModelInfo
-from apt.checkpoints.load import describe_model, load_model
+from apt.checkpoints.load import ModelBundle, describe_model, load_model
 from apt.checkpoints.lora import find_lora, load_lora
 from apt.checkpoints.lora.layers import Layer
 from apt.checkpoints.origin import Frozen, fill_from_origins

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.bundle import ModelBundle, component_info
 from apt.checkpoints.info import ComponentInfo, ModelInfo, SamplingInfo
 from apt.checkpoints.load import (
+    ModelBundle,
+    component_info,
     describe,
     describe_model,
     load_bundle,

@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import CodecInfo, ModelInfo
-from apt.checkpoints.load import describe
+from apt.checkpoints.load import ModelBundle, describe
 from apt.distributed.launch import restarts
 from apt.distributed.parallel import Parallel
 from apt.errors import CheckpointError, ConfigError, InputError

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.info import SampleInfo
+from apt.checkpoints.save import save_bundle
 from apt.condition import Condition
 from apt.data.dataset import Batch, Sample
 from apt.errors import InputError

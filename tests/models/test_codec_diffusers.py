@@ -9,9 +9,8 @@ import sys
 import pytest
 import torch
 
-from apt.checkpoints.bundle import component_info
 from apt.checkpoints.info import CodecInfo
-from apt.checkpoints.load import NO_SIZE, describe, load_codec
+from apt.checkpoints.load import NO_SIZE, component_info, describe, load_codec
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models.architectures import CODECS
 from apt.models.codec_diffusers import DiffusersCodecConfig

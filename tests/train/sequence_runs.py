@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.save import save_bundle
 from apt.data.digits import MovingDigits
 from apt.distributed.mesh import ParallelConfig
 from apt.losses import ApproximateR1, ApproximateR2

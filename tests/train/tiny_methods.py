@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from apt.checkpoints.bundle import ModelBundle, save_bundle
+from apt.checkpoints.load import ModelBundle
+from apt.checkpoints.save import save_bundle
 from apt.distributed.parallel import Parallel
 from apt.methods.apt import AdversarialConfig, AdversarialPostTraining
 from apt.methods.base import MethodConfig, MicroBatch
