@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt.checkpoints.checkpoint import Checkpoint, configured, empty_module, unbuildable
 from apt.checkpoints.info import (
     INFO_FILE,
     PIPELINE_FILE,
@@ -32,7 +31,7 @@ from apt.checkpoints.public import (
 )
 from apt.checkpoints.reading import read_json
 from apt.checkpoints.source import ASSETS, Source, is_here, list_pretrained, locate, weights_digest
-from apt.checkpoints.weights import load_weights
+from apt.checkpoints.weights import Checkpoint, configured, empty_module, load_weights, unbuildable
 from apt.device import find_device
 from apt.errors import CheckpointError, ConfigError, InputError, MissingPackageError
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag

@@ -14,10 +14,9 @@ import torch
 
 from apt.checkpoints.info import ComponentInfo, ModelInfo, SampleInfo, SamplingInfo
 from apt.checkpoints.load import ModelBundle, describe, describe_model
-from apt.checkpoints.origin import StoredPieces, begin_at
-from apt.checkpoints.reading import StoredTensor
+from apt.checkpoints.reading import Piece, StoredTensor
 from apt.checkpoints.source import is_here
-from apt.checkpoints.weights import Piece
+from apt.checkpoints.weights import StoredPieces, begin_at
 from apt.condition import EncodedText
 from apt.data.builtin_sources import DIGITS, Folder, Latents
 from apt.errors import ConfigError

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from apt.checkpoints.checkpoint import shapes_of
 from apt.checkpoints.info import CODEC_FILE, TEXT_ENCODER_FILE, ComponentInfo
 from apt.checkpoints.load import ModelBundle, component_info
+from apt.checkpoints.weights import shapes_of
 from apt.data.builtin_sources import OBJECT
 from apt.data.clips import clip_size
 from apt.errors import ConfigError, InputError
