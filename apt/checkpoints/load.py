@@ -32,10 +32,11 @@ from apt.checkpoints.public import (
 from apt.checkpoints.reading import read_json
 from apt.checkpoints.source import ASSETS, Source, is_here, list_pretrained, locate, weights_digest
 from apt.checkpoints.weights import Checkpoint, configured, empty_module, load_weights, unbuildable
+from apt.condition import PromptCheck, TextEncoder
 from apt.device import find_device
 from apt.errors import CheckpointError, ConfigError, InputError, MissingPackageError
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
-from apt.models.protocols import LatentCodec, PromptCheck, TextEncoder
+from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 
 

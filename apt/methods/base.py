@@ -26,7 +26,7 @@ from apt.checkpoints.save import save_bundle
 from apt.checkpoints.weights import empty_module
 from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
-from apt.models.protocols import LatentCodec
+from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 from apt.rng import Draw, sample_noise, sample_uniform
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from apt.condition import EncodedText
 from apt.data.dataset import Batch
 from apt.methods.base import MicroBatch, Stage
-from apt.models.protocols import LatentCodec
+from apt.models.codecs import LatentCodec
 
 __all__ = ["MadeOneByOne", "MicroBatches", "encoded"]
 

@@ -20,7 +20,7 @@ from apt.distributed.collectives import everywhere
 from apt.distributed.parallel import Parallel
 from apt.distributed.sharding import linear_layers
 from apt.methods.base import Stage
-from apt.models.protocols import LatentCodec
+from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 from apt.train.adapters import add_adapters
 from apt.train.config import TrainConfig

@@ -22,14 +22,15 @@ from apt.checkpoints.load import (
     load_model,
     load_text_encoder,
 )
+from apt.condition import TextEncoder
 from apt.data.latents import LatentFolder
 from apt.distributed.sharding import reduce_gradients
 from apt.distributed.tensors import local, whole
 from apt.errors import ConfigError
 from apt.kernels import FusedRMSprop
 from apt.methods.base import MethodConfig, MicroBatch
+from apt.models.codecs import LatentCodec
 from apt.models.create import create_codec, create_model, create_text_encoder
-from apt.models.protocols import LatentCodec, TextEncoder
 from apt.train.cache_parts import cached_codec, cached_text_encoder
 from apt.train.config import OptimizerConfig, TrainConfig
 from apt.train.ema import EMA

@@ -11,12 +11,13 @@ from typing import Any
 
 from apt.checkpoints.info import CodecInfo, ModelInfo
 from apt.checkpoints.load import ModelBundle, describe
+from apt.condition import TextEncoder
 from apt.distributed.launch import restarts
 from apt.distributed.parallel import Parallel
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.methods.base import Stage
 from apt.models.cached import CachedCodec
-from apt.models.protocols import LatentCodec, TextEncoder
+from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 from apt.train import checkpoint
 from apt.train.config import TrainConfig

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from apt.checkpoints.info import SampleInfo
 from apt.checkpoints.save import save_bundle
-from apt.condition import Condition
+from apt.condition import Condition, extra_condition
 from apt.data.dataset import Batch, Sample
 from apt.errors import InputError
 from apt.flow import SamplerName, bind, bind_guided, sample
@@ -31,7 +31,6 @@ from apt.methods.terms import Terms
 from apt.models import MODELS, create_discriminator, create_model
 from apt.models.discriminator import discriminate_groups
 from apt.models.mmdit import MMDiT, MMDiTConfig
-from apt.models.tokens import extra_condition
 from apt.models.transformer import Context, Tokens
 from apt.pipeline import OneStepPipeline
 from apt.rng import Draw, sample_noise
