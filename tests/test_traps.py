@@ -44,7 +44,7 @@ from apt.models.discriminator import paper_layers
 from apt.rng import Draw
 from apt.train.config import OptimizerConfig, TrainConfig
 from apt.train.host import RunHost
-from apt.train.networks import initial_bundle
+from apt.train.initial import initial_bundle
 from tests.tiny import tiny_bundle
 
 NUM = 6

@@ -37,8 +37,8 @@ from apt.train.resume import (
     recorded_objects,
 )
 from apt.train.run_state import is_of_this_job
+from apt.train.saving import PartsDone
 from apt.train.signals import StopRequest
-from apt.train.state import PartsDone
 
 __all__ = ["laid_out", "make_stage", "run"]
 

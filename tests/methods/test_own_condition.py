@@ -34,8 +34,8 @@ from apt.models.mmdit import MMDiT, MMDiTConfig
 from apt.models.transformer import Context, Tokens
 from apt.pipeline import OneStepPipeline
 from apt.rng import Draw, sample_noise
-from apt.train.batches import MicroBatches
-from apt.train.networks import initial_bundle
+from apt.train.host import MicroBatches
+from apt.train.initial import initial_bundle
 from tests.train.tiny_methods import (
     CAPTIONS,
     LATENT_SHAPE,

@@ -19,7 +19,7 @@ from apt.plan.compare import real_peaks
 from apt.plan.estimate import Job, estimate
 from apt.plan.measure import Usage, begin_stage, make_batches
 from apt.plan.tracking import Tracker
-from apt.train.batches import encoded
+from apt.train.host import encoded
 from tests.plan.jobs import JOBS, ON_RANKS, RANKS, in_layout
 from tests.processes import run_main
 
