@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from apt import samples as samples
     from apt import study as study
     from apt import train as train
-    from apt.checkpoints.bundle import ModelBundle, save_bundle, save_codec
     from apt.checkpoints.export import export_model
-    from apt.checkpoints.load import load_bundle, load_codec, load_model
+    from apt.checkpoints.load import ModelBundle, load_bundle, load_codec, load_model
+    from apt.checkpoints.save import save_bundle, save_codec
     from apt.checkpoints.source import list_pretrained
     from apt.condition import Condition, EncodedText
     from apt.errors import AptError
@@ -70,9 +70,9 @@ _MODULES = (
     "train",
 )
 _SOURCES = {
-    "apt.checkpoints.bundle": ("ModelBundle", "save_bundle", "save_codec"),
     "apt.checkpoints.export": ("export_model",),
-    "apt.checkpoints.load": ("load_bundle", "load_codec", "load_model"),
+    "apt.checkpoints.load": ("ModelBundle", "load_bundle", "load_codec", "load_model"),
+    "apt.checkpoints.save": ("save_bundle", "save_codec"),
     "apt.checkpoints.source": ("list_pretrained",),
     "apt.errors": ("AptError",),
     "apt.condition": ("Condition", "EncodedText"),

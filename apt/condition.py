@@ -1,18 +1,20 @@
 """What a network is told of each sample: its text, and whatever else was given with it.
 
-Text encoders make the text, and the `embed` of a model family opens it. All between them, from data
-and caches through losses, guidance and the discriminator to samplers, hands a `Condition` on whole,
-so that one with first frames or a camera in it goes the same way.
+Text encoders make the text, and the `embed` of a model family opens it, by the functions at the
+end. All between them, from data and caches through losses, guidance and the discriminator to
+samplers, hands a `Condition` on whole, so that one with first frames or a camera in it goes the
+same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt.errors import InputError
 
@@ -99,6 +101,36 @@ class EncodedText:
         return EncodedText(torch.cat(tokens), mask, torch.cat(pooled) if pooled else None)
 
 
+class TextEncoder(nn.Module):
+    """Prompts to the text of conditions.
+
+    Attributes:
+        config: the frozen dataclass it was built from.
+        embedding_dim: E.
+        max_length: the longest prompt it takes, in its own tokens.
+    """
+
+    config: Any
+    embedding_dim: int
+    max_length: int
+
+    def forward(self, prompts: Sequence[str]) -> EncodedText:
+        """Encode prompts; raises InputError for a prompt that it cannot take."""
+        raise NotImplementedError
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise InputError as encoding would, PromptLengthError for length, and compute nothing."""
+        raise NotImplementedError
+
+
+class PromptCheck(Protocol):
+    """`TextEncoder.check` by itself: it needs a tokenizer at most, and no weights."""
+
+    def __call__(self, prompts: Sequence[str]) -> None:
+        """Raise PromptLengthError for a prompt that is too long, InputError for other faults."""
+        ...
+
+
 @dataclass(frozen=True)
 class Condition:
     """What R samples are conditioned on.
@@ -167,6 +199,47 @@ class Condition:
             EncodedText.concatenate([c.text for c in conditions]),
             {name: torch.cat([c.extra[name] for c in conditions]) for name in conditions[0].extra},
         )
+
+
+def check_extra(c: Condition, names: Collection[str]) -> None:
+    """Raise InputError for something given beside the text that a model does not read."""
+    unread = sorted(c.extra.keys() - set(names))
+    if unread:
+        known = ", ".join(sorted(names)) or "text alone"
+        raise InputError(
+            f"this model does not read {', '.join(unread)} of a condition; it reads {known}"
+        )
+
+
+def extra_condition(c: Condition, name: str) -> Tensor:
+    """What is given under a name, (R, ...); raises InputError if it is not."""
+    if name not in c.extra:
+        raise InputError(
+            f"this model needs {name!r} beside the text, got {', '.join(c.extra) or 'text alone'}"
+        )
+    return c.extra[name]
+
+
+def text_tokens(c: Condition, size: int) -> Tensor:
+    """The embeddings (R, S, E) of text; raises InputError unless E is `size`."""
+    if c.text.tokens.shape[2] != size:
+        raise InputError(
+            f"this model needs text tokens of {size} dimensions, got {c.text.tokens.shape[2]}; use "
+            "the text encoder that it was trained with"
+        )
+    return c.text.tokens
+
+
+def pooled_text(c: Condition, size: int) -> Tensor:
+    """The pooled vectors (R, P) of text; raises InputError unless it has them and P is `size`."""
+    pooled = c.text.pooled
+    if pooled is None or pooled.shape[1] != size:
+        given = "none" if pooled is None else tuple(pooled.shape)
+        raise InputError(
+            f"this model needs text with a pooled vector of {size} dimensions, got {given}; use "
+            "the text encoder that it was trained with"
+        )
+    return pooled
 
 
 def _to(value: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:

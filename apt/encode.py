@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from apt.checkpoints.info import ComponentInfo
-from apt.condition import EncodedText
+from apt.condition import EncodedText, TextEncoder
 from apt.data.buckets import Bucket
 from apt.data.dataset import Sample
 from apt.data.folder import VideoFolder
@@ -29,7 +29,7 @@ from apt.data.latents import (
     write_texts,
 )
 from apt.errors import DataError
-from apt.models.protocols import LatentCodec, TextEncoder
+from apt.models.codecs import LatentCodec
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]

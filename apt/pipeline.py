@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.bundle import ModelBundle, Origin
 from apt.checkpoints.info import ModelInfo
-from apt.checkpoints.load import load_bundle
+from apt.checkpoints.load import ModelBundle, Origin, load_bundle
 from apt.checkpoints.lora import find_lora, load_lora, merge_lora
 from apt.checkpoints.source import weights_digest
 from apt.condition import Condition, EncodedText

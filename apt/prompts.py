@@ -12,13 +12,11 @@ _LINE_ENDS = re.compile(r"[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 """What Unicode counts among line ends and people do not: web pages have them in a sentence."""
 
 
-def read_prompts(path: Path | None) -> list[str]:
+def read_prompts(path: Path) -> list[str]:
     """The lines of a prompt file that are not empty. Raises InputError if it cannot be read.
 
     The text is UTF-8, or UTF-16 with a mark, as Windows writes it; lines end as on any system.
     """
-    if path is None:
-        return []
     try:
         content = path.read_bytes()
         is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

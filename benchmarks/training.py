@@ -31,9 +31,9 @@ from apt.distributed.parallel import Parallel
 from apt.files import write_text
 from apt.kernels import kernel_backend
 from apt.methods import MicroBatch, PretrainConfig
-from apt.train.batches import MicroBatches
 from apt.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from apt.train.datasets import make_dataset
+from apt.train.host import MicroBatches
 from apt.train.recipes import RECIPES
 from apt.train.trainer import make_stage
 

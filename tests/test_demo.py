@@ -13,8 +13,8 @@ pytest.importorskip("av")
 import av
 from PIL import Image
 
-from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.info import SamplingInfo
+from apt.checkpoints.save import save_bundle
 from tests.tiny import tiny_bundle
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.py"

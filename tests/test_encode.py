@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from apt.checkpoints.bundle import ModelBundle, component_info, save_bundle
 from apt.checkpoints.info import ModelInfo, SampleInfo, read_info
-from apt.checkpoints.load import load_bundle
+from apt.checkpoints.load import ModelBundle, component_info, load_bundle
+from apt.checkpoints.save import save_bundle
 from apt.data.dataset import Sample
 from apt.data.folder import VideoFolder
 from apt.data.latents import CLIPS_PER_SHARD, LatentFolder, read_cache_info

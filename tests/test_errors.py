@@ -18,9 +18,9 @@ from PIL import Image
 
 import apt
 import apt.errors
-from apt.checkpoints.bundle import ModelBundle, component_info, save_bundle
 from apt.checkpoints.info import INFO_FILE
-from apt.checkpoints.load import load_bundle
+from apt.checkpoints.load import ModelBundle, component_info, load_bundle
+from apt.checkpoints.save import save_bundle
 from apt.data.decode import read_image
 from apt.data.doom import DoomClips
 from apt.kernels import attention_backend, kernel_backend

@@ -22,11 +22,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.export import export_model
 from apt.checkpoints.info import TRANSFORMER_FILE, read_info
 from apt.checkpoints.load import load_bundle, load_model
 from apt.checkpoints.lora import find_lora, load_lora
+from apt.checkpoints.save import save_bundle
 from apt.data.latents import LatentFolder, read_cache_info
 from apt.data.scan import scan_folder
 from apt.data.tar import write_tar

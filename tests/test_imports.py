@@ -23,7 +23,7 @@ BASE = {
 # Files of a room that lie above its others: what a model is, above the models that files fill.
 UPPER_FLOORS = {
     "hub": {"card", "pull", "push"},
-    "checkpoints": {"bundle", "export", "load", "public"},
+    "checkpoints": {"export", "load", "public", "save"},
 }
 MODELS = {"models", "checkpoints", "checkpoints, upper floor"}
 ARROWS: dict[str, set[str]] = {

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.save import save_bundle
 from apt.checkpoints.source import weights_digest
 from apt.errors import InputError
 from apt.media import SUFFIXES, read_tags, write_contact_sheet, write_media

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.info import SamplingInfo
 from apt.checkpoints.lora import LORA_FILE, LoRALayer, save_lora
+from apt.checkpoints.save import save_bundle
 from apt.condition import Condition
 from apt.errors import CheckpointError, InputError
 from apt.generate_options import GenerateOptions

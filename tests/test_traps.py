@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.save import save_bundle
 from apt.condition import Condition
 from apt.distributed.parallel import Parallel
 from apt.errors import InputError
@@ -44,7 +44,7 @@ from apt.models.discriminator import paper_layers
 from apt.rng import Draw
 from apt.train.config import OptimizerConfig, TrainConfig
 from apt.train.host import RunHost
-from apt.train.networks import initial_bundle
+from apt.train.initial import initial_bundle
 from tests.tiny import tiny_bundle
 
 NUM = 6

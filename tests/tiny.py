@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from apt.checkpoints.bundle import ModelBundle, component_info
 from apt.checkpoints.info import ModelInfo, SampleInfo, SamplingInfo
+from apt.checkpoints.load import ModelBundle, component_info
 from apt.models import create_codec, create_model, create_text_encoder
 
 

@@ -7,7 +7,7 @@
 
 A folder can also be a pipeline of diffusers, with or without an apt.json, and a backbone can be one
 file in the layout of its authors. The room has two floors. Below the models, which are filled from
-it, is what a file is: `reading`, `info`, `source`, `runs`, `digest`, `scales`, `weights`, `origin`,
-`layouts`, `checkpoint`, `external`, `lora`. Above them is what a model is: `public`, `load`,
-`bundle`, `export`.
+it, is what a file is: `reading`, `info`, `source`, `runs`, `scales`, `foreign`, `layouts`,
+`weights`, `origin`, `external`, `lora`. Above them is what a model is: `public`, `load`, `save`,
+`export`.
 """

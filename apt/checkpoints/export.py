@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 
-from apt.checkpoints.bundle import save_bundle, save_codec
 from apt.checkpoints.external import COMPONENT_FILES, is_component_file
 from apt.checkpoints.info import (
     PIPELINE_FILE,
@@ -25,6 +24,7 @@ from apt.checkpoints.info import (
 from apt.checkpoints.layouts import COMFYUI_PREFIX, Family, all_families, family_of, original_layout
 from apt.checkpoints.load import describe, describe_model, load_bundle, load_codec, load_model
 from apt.checkpoints.reading import INDEX_SUFFIX, read_json, read_pipeline
+from apt.checkpoints.save import save_bundle, save_codec
 from apt.checkpoints.source import WEIGHTS_STEM, Source, locate
 from apt.checkpoints.weights import cast_type, save_tensors
 from apt.errors import CheckpointError, InputError

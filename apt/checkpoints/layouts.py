@@ -12,9 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apt.checkpoints.reading import StoredTensor
+from apt.checkpoints.reading import Piece, StoredTensor
 from apt.checkpoints.scales import with_scales
-from apt.checkpoints.weights import Piece
 from apt.errors import CheckpointError
 from apt.flow import FlowAdapter
 from apt.registry import Buildable, Registry
@@ -137,7 +136,7 @@ def all_families() -> list[Family]:
 
 
 def family_marks() -> dict[str, Sequence[str]]:
-    """How to tell the families by their keys, for messages; see `apt.checkpoints.weights`."""
+    """How to tell the families by their keys, for messages; see `apt.checkpoints.foreign`."""
     return {f"a checkpoint of the {f.name} family": f.marks for f in all_families()}
 
 

@@ -1,16 +1,17 @@
-"""Models loaded: whole, or a part of one; from a folder, a file, the Hub, or by name."""
+"""A whole model, and how it or a part of it is loaded: from a folder, a file, the Hub, a name."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from apt.checkpoints.bundle import ModelBundle, Origin, described
-from apt.checkpoints.checkpoint import Checkpoint, configured, empty_module, unbuildable
 from apt.checkpoints.info import (
     INFO_FILE,
     PIPELINE_FILE,
@@ -30,12 +31,95 @@ from apt.checkpoints.public import (
 )
 from apt.checkpoints.reading import read_json
 from apt.checkpoints.source import ASSETS, Source, is_here, list_pretrained, locate, weights_digest
-from apt.checkpoints.weights import load_weights
+from apt.checkpoints.weights import Checkpoint, configured, empty_module, load_weights, unbuildable
+from apt.condition import PromptCheck, TextEncoder
 from apt.device import find_device
-from apt.errors import CheckpointError, InputError, MissingPackageError
+from apt.errors import CheckpointError, ConfigError, InputError, MissingPackageError
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
-from apt.models.protocols import LatentCodec, PromptCheck, TextEncoder
+from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Which weights a model has, in words that others can use: no folder of this machine.
+
+    Attributes:
+        name: built-in name or Hub id; of a local model its recipe, or else its architecture.
+        revision: commit on the Hub.
+        weights: digest (`apt.checkpoints.source.weights_digest`) of what is local.
+    """
+
+    name: str
+    revision: str | None = None
+    weights: str | None = None
+
+
+@dataclass
+class ModelBundle:
+    """A model with all that it takes to generate, and where it was loaded from, if it was."""
+
+    backbone: DiffusionTransformer
+    text_encoder: TextEncoder
+    codec: LatentCodec
+    info: ModelInfo
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        if self.backbone.in_channels != self.codec.channels:
+            raise ConfigError(
+                f"the backbone takes {self.backbone.in_channels} latent channels, the codec makes "
+                f"{self.codec.channels}; set in_channels to that"
+            )
+
+    def __repr__(self) -> str:
+        """In a line: what it is, its parts, and the size of what it makes."""
+        info, sample = self.info, self.info.sample
+        return (
+            f"ModelBundle({info.stage}: {self.backbone!r}, text encoder "
+            f"{info.text_encoder.architecture}, codec {info.codec.architecture}, {sample.frames} "
+            f"frames of {sample.height}x{sample.width} at {sample.fps:g} fps)"
+        )
+
+    def modules(self) -> list[nn.Module]:
+        """All parts."""
+        return [self.backbone, self.text_encoder, self.codec]
+
+    def own_modules(self) -> list[nn.Module]:
+        """The networks whose weights belong to this model, not to a public checkpoint.
+
+        A codec is never among them: it computes in fp32, or as its config says.
+        """
+        own_text = self.info.text_encoder.weights is not None
+        return [self.backbone, self.text_encoder] if own_text else [self.backbone]
+
+
+def component_info(
+    architecture: str,
+    part: DiffusionTransformer | TextEncoder | LatentCodec,
+    weights: str | None = None,
+) -> ComponentInfo:
+    """Describe a part for `apt.json`: its registered name, its config, and its file of weights."""
+    return ComponentInfo(
+        architecture=architecture, config=dataclasses.asdict(part.config), weights=weights
+    )
+
+
+def described(bundle: ModelBundle) -> ModelInfo:
+    """`info` with the config that each part has."""
+    info = bundle.info
+
+    def in_full(
+        said: ComponentInfo, part: DiffusionTransformer | TextEncoder | LatentCodec
+    ) -> ComponentInfo:
+        return component_info(said.architecture, part, said.weights)
+
+    return dataclasses.replace(
+        info,
+        model=in_full(info.model, bundle.backbone),
+        text_encoder=in_full(info.text_encoder, bundle.text_encoder),
+        codec=in_full(info.codec, bundle.codec),
+    )
 
 
 def load_bundle(

@@ -8,15 +8,15 @@ from the files what it keeps, one tensor at a time, and nothing else is ever in 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.weights import Piece, copy_piece, put_empty
-from apt.distributed.tensors import own_rows
+from apt.checkpoints.reading import Piece
+from apt.checkpoints.weights import StoredPieces, copy_piece, put_empty
+from apt.distributed.tensors import local, own_rows
 
 BASE_LAYER = ".base_layer."
 """What peft puts into the name of a layer that it puts an adapter beside."""
@@ -25,37 +25,12 @@ Frozen = MutableMapping[tuple[Any, ...], nn.Parameter]
 """Weights that do not train, by where they come from: networks on one device can share them."""
 
 
-@dataclass(frozen=True)
-class StoredPieces:
-    """Where the weights of a module are.
-
-    Attributes:
-        pieces: by name in the module as it was built.
-        source: for messages.
-    """
-
-    pieces: Mapping[str, Piece]
-    source: str
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StoredPieces:
-        return self
-
-
 class _Awaited(NamedTuple):
     """A tensor of a network that has no memory yet, and what it will hold."""
 
     owner: nn.Module
     name: str
     piece: Piece
-
-
-def begin_at(module: Any, origin: StoredPieces) -> None:
-    """Say where the weights of a module on the meta device are, which it has in full as yet."""
-    module.origin = origin
-    for layer in module.modules():
-        # Rows that it was built without are not in the files either.
-        if hasattr(layer, "stored_rows"):
-            del layer.stored_rows
 
 
 def fill_from_origins(
@@ -89,7 +64,7 @@ def fill_from_origins(
                 continue
             if target.is_meta:
                 target = put_empty(owner, name, device)
-            copy_piece(piece, target, own_rows(target))
+            copy_piece(piece, local(target), own_rows(target))
             if frozen is not None and shares:
                 frozen[key] = target
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from apt.checkpoints.checkpoint import Checkpoint, check_kind, shapes_of
+from apt.checkpoints.foreign import looks_like
 from apt.checkpoints.info import (
     INFO_FILE,
     PIPELINE_FILE,
@@ -28,7 +28,7 @@ from apt.checkpoints.info import (
 from apt.checkpoints.layouts import Family, all_families, diffusion_model, map_keys
 from apt.checkpoints.reading import StoredTensor, read_json, read_pipeline, read_stored
 from apt.checkpoints.source import Source, find_weights, locate
-from apt.checkpoints.weights import looks_like
+from apt.checkpoints.weights import Checkpoint, check_kind, shapes_of
 from apt.errors import CheckpointError, InputError, listed
 from apt.models.architectures import (
     CODECS,

@@ -208,6 +208,44 @@ class StoredTensor:
         return (value.reshape(rows, parts, -1) * scale.reshape(rows, parts, 1)).reshape(value.shape)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a module, as a part of a stored one.
+
+    Attributes:
+        stored: where it lies.
+        part, parts: it is part number `part`, from 0, of `parts` equal ones along dimension 0.
+        swap_halves: the two halves along dimension 0 trade places.
+        rows: slices of what that gives, one after the other; empty takes all.
+    """
+
+    stored: StoredTensor
+    part: int = 0
+    parts: int = 1
+    swap_halves: bool = False
+    rows: tuple[slice, ...] = ()
+
+    def __hash__(self) -> int:
+        return hash((self.stored.file, self.stored.key, self.part, self.parts))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the part. A tensor that cannot be cut keeps its own, which then fits nothing."""
+        shape = self.stored.shape
+        if self.parts == 1 or not shape or shape[0] % self.parts:
+            return shape
+        return (shape[0] // self.parts, *shape[1:])
+
+    def take(self, whole: Tensor) -> Tensor:
+        """The part of the stored tensor."""
+        import torch  # slow, and descriptions are read without it
+
+        part = whole if self.parts == 1 else whole.chunk(self.parts)[self.part]
+        if self.swap_halves:
+            part = torch.cat(part.chunk(2)[::-1])
+        return torch.cat([part[rows] for rows in self.rows]) if self.rows else part
+
+
 def read_stored(path: str | Path) -> dict[str, StoredTensor]:
     """What a checkpoint holds, by key: `path` is a .safetensors file or an index of shards.
 

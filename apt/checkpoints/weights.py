@@ -1,60 +1,161 @@
-"""Tensors between files and modules: every key accounted for, every value finite."""
+"""Modules filled from checkpoints: built without memory, every key accounted for, every value
+finite."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.reading import StoredTensor, read_stored
-from apt.distributed.tensors import local
-from apt.errors import LISTED, CheckpointError, listed
+from apt.checkpoints.foreign import Marks, Shapes, advice
+from apt.checkpoints.info import ComponentInfo
+from apt.checkpoints.layouts import Family, diffusion_model, family_marks, family_of, map_keys
+from apt.checkpoints.reading import Piece, StoredTensor, read_stored
+from apt.errors import CheckpointError, InputError, listed
 from apt.files import write_safetensors
+from apt.registry import Buildable, Registry, suggest
 
-Shapes = Mapping[str, tuple[int, ...]]
-Marks = Mapping[str, Sequence[str]]
-"""Names of families, each with fragments of keys that all occur in its files."""
+C = TypeVar("C", bound=Buildable)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A tensor of a module, as a part of a stored one.
+class Checkpoint:
+    """Where a backbone's weights are, and what they are weights of.
 
     Attributes:
-        stored: where it lies.
-        part, parts: it is part number `part`, from 0, of `parts` equal ones along dimension 0.
-        swap_halves: the two halves along dimension 0 trade places.
-        rows: slices of what that gives, one after the other; empty takes all.
+        weights: a safetensors file, or the index of shards.
+        architecture: registered name; `config` may differ from what is registered.
+        config: to build from.
     """
 
-    stored: StoredTensor
-    part: int = 0
-    parts: int = 1
-    swap_halves: bool = False
-    rows: tuple[slice, ...] = ()
+    weights: Path
+    architecture: str
+    config: Buildable
 
-    def __hash__(self) -> int:
-        return hash((self.stored.file, self.stored.key, self.part, self.parts))
+    def load(
+        self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Any:
+        """Build and load, strictly; the backbone is in evaluation mode.
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the part. A tensor that cannot be cut keeps its own, which then fits nothing."""
-        shape = self.stored.shape
-        if self.parts == 1 or not shape or shape[0] % self.parts:
-            return shape
-        return (shape[0] // self.parts, *shape[1:])
+        Peak memory is that of the loaded model and one tensor: it is built without memory, and
+        each tensor is cast on its way from the mapped file. On the meta device it has no weights
+        yet, and an `origin` that they can be had from, which fits it.
+        """
+        module = empty_module(self.config, dtype)
+        stored = read_stored(self.weights)
+        marks: Marks = {}
+        is_own = {key: tensor.shape for key, tensor in stored.items()} == _shapes(module)
+        if is_own and not any(tensor.may_need_scale for tensor in stored.values()):
+            pieces = {key: Piece(tensor) for key, tensor in stored.items()}
+        else:
+            pieces, marks = self._converted(stored, module), family_marks()
+        source = str(self.weights)
+        if torch.device(device).type == "meta":
+            check_fit(module, pieces, source=source, marks=marks)
+            begin_at(module, StoredPieces(pieces, source))
+            return module.eval()
+        fill(module, pieces, source=source, device=device, marks=marks)
+        return module.to(device).eval()
 
-    def take(self, whole: Tensor) -> Tensor:
-        """The part of the stored tensor."""
-        part = whole if self.parts == 1 else whole.chunk(self.parts)[self.part]
-        if self.swap_halves:
-            part = torch.cat(part.chunk(2)[::-1])
-        return torch.cat([part[rows] for rows in self.rows]) if self.rows else part
+    def _converted(self, stored: Mapping[str, StoredTensor], module: nn.Module) -> dict[str, Piece]:
+        """Where each tensor of the module lies in a file that is not in our own layout."""
+        model = diffusion_model(stored)
+        family = family_of(self.config)
+        if family is not None:
+            check_kind(self.weights, family, model)
+        rules = () if family is None else family.rules_for(self.config)
+        return map_keys(model, module.state_dict().keys(), rules)
+
+
+def check_kind(path: Path, family: Family, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise CheckpointError that says what a checkpoint of the family is, if it is none of those
+    that our module takes."""
+    relative = family.relative({key: tensor.shape for key, tensor in stored.items()})
+    if relative is not None:
+        raise CheckpointError(
+            f"{str(path)!r} is {relative}; of the family {family.name!r} only the plain "
+            f"{family.makes} models are here: use the checkpoint of one"
+        )
+
+
+def empty_module(config: Buildable, dtype: torch.dtype | None = None) -> Any:
+    """The module of a config on the meta device, for `fill`.
+
+    `dtype` casts it as `module.to` does, so layers that keep fp32 keep it.
+
+    Raises InputError for a module with buffers that no checkpoint would hold.
+    """
+    with torch.device("meta"):
+        module = config.build()
+    lost = [name for name, _ in module.named_buffers() if name not in module.state_dict()]
+    if lost:
+        raise InputError(
+            f"{type(module).__name__} has buffers that no checkpoint holds ({', '.join(lost)}); "
+            "register them with persistent=True, or compute them where they are used"
+        )
+    return module if dtype is None else module.to(dtype)
+
+
+def shapes_of(config: Buildable) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's state, without building it in memory."""
+    return _shapes(empty_module(config))
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+
+
+def configured(registry: Registry[C], part: ComponentInfo, origin: Path) -> C:
+    """The config of a part as a folder describes it; what it refuses is the folder's fault."""
+    if part.architecture not in registry.names():
+        raise CheckpointError(
+            f"{str(origin)!r} describes the {registry.kind} {part.architecture!r}, which is not "
+            "registered here: import the module that registers it (diffusion-apt --import MODULE), "
+            "or use a newer version of this package, if it is one of that; otherwise "
+            f"{suggest(part.architecture, registry.names())}"
+        )
+    try:
+        return registry.configured(part.architecture, part.config)
+    except InputError as error:
+        raise unbuildable(origin, error) from error
+
+
+def unbuildable(origin: Path, error: InputError) -> CheckpointError:
+    """The error for a description that a part refuses."""
+    return CheckpointError(
+        f"{str(origin)!r} describes a model that cannot be built: {error}; it may come from a "
+        "newer version of this package"
+    )
+
+
+@dataclass(frozen=True)
+class StoredPieces:
+    """Where the weights of a module are.
+
+    Attributes:
+        pieces: by name in the module as it was built.
+        source: for messages.
+    """
+
+    pieces: Mapping[str, Piece]
+    source: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredPieces:
+        return self
+
+
+def begin_at(module: Any, origin: StoredPieces) -> None:
+    """Say where the weights of a module on the meta device are, which it has in full as yet."""
+    module.origin = origin
+    for layer in module.modules():
+        # Rows that it was built without are not in the files either.
+        if hasattr(layer, "stored_rows"):
+            del layer.stored_rows
 
 
 def load_weights(
@@ -126,12 +227,12 @@ def copy_piece(piece: Piece, target: Tensor, rows: slice | None = None) -> None:
     """Copy a stored tensor into one of a module, casting to its dtype.
 
     Args:
-        target: sharded or not, on any device.
-        rows: which of the whole a sharded target has on this rank; None if it is not sharded.
+        target: on any device; of a sharded one, this rank's part.
+        rows: which of the whole that part is; None if it is the whole.
 
     Raises CheckpointError for values that are not finite.
     """
-    target, file, key = local(target.detach()), str(piece.stored.file), piece.stored.key
+    target, file, key = target.detach(), str(piece.stored.file), piece.stored.key
     with piece.stored.mapped() as whole:
         value = piece.take(whole)
         value = value if rows is None else value[rows]
@@ -243,82 +344,11 @@ def _check_keys(source: str, stored: Shapes, expected: Shapes, marks: Marks) -> 
         )
         if items
     ]
-    guess = _guess(missing, unexpected, stored, expected, marks)
+    guess = advice(missing, unexpected, stored, expected, marks)
     raise CheckpointError(
         f"{source!r} does not fit the model that it is loaded into: {'; '.join(problems)}. {guess}"
     )
 
 
-def looks_like(keys: Collection[str], marks: Marks) -> str | None:
-    """What a checkpoint with these keys probably is: a family of `marks`, or a known other kind."""
-    for name, fragments in (*_ADAPTERS, *marks.items(), *_OTHERS):
-        if fragments and all(any(fragment in key for key in keys) for fragment in fragments):
-            return name
-    return None
-
-
-def _guess(
-    missing: list[str], unexpected: list[str], stored: Shapes, expected: Shapes, marks: Marks
-) -> str:
-    for prefix in _WRAPPER_PREFIXES:
-        if {key.removeprefix(prefix): shape for key, shape in stored.items()} == dict(expected):
-            return f"It fits once the prefix {prefix!r} is taken off its keys."
-    if not missing and not unexpected:
-        return "The keys agree, so the config is of another size of the same model."
-    family = looks_like(stored.keys(), marks)
-    if family is not None and family != looks_like(expected.keys(), marks):
-        return f"Its keys look like {family}; load it as that."
-    pairs = [
-        f"{key} (for {close[0]}?)"
-        for key in unexpected[:LISTED]
-        if (close := difflib.get_close_matches(key, missing[:2000], n=1, cutoff=0.8))
-    ]
-    if pairs:
-        return f"Similar names: {', '.join(pairs)}."
-    return f"It shares {len(expected.keys() & stored.keys())} of {len(expected)} keys with it."
-
-
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
-
-
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "transformer.")
-"""What wrapping a module adds to its keys."""
-
-_ADAPTERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("a LoKr adapter, not a whole model", (".lokr_w",)),
-    ("a LoHa adapter, not a whole model", (".hada_w",)),
-    ("a LoRA, not a whole model", (".lora_A.",)),
-    ("a LoRA of another naming, not a whole model", (".lora_down.",)),
-    ("a LoRA of an old naming, not a whole model", ("lora.down.",)),
-    ("differences from a model (a LoRA cut from a fine-tune), not a whole model", (".diff_b",)),
-)
-"""They change a model, and their keys have the marks of its family."""
-
-_OTHERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("a ControlNet, which guides a model and is none itself", ("controlnet_blocks.",)),
-    ("a ControlNet, which guides a model and is none itself", ("control_model.",)),
-    ("an IP-Adapter, which adds to a model and is none itself", ("image_proj.", "to_k_ip")),
-    ("an IP-Adapter, which adds to a model and is none itself", ("image_proj.", "ip_adapter.")),
-    ("the module that makes a Wan a VACE, without the Wan", ("vace_blocks.",)),
-    (
-        "FLUX or another model of two kinds of blocks, which this package has no model of",
-        ("double_blocks.", "single_blocks."),
-    ),
-    (
-        "FLUX, which this package has no model of",
-        ("single_transformer_blocks.", "transformer_blocks."),
-    ),
-    ("a T5 or UMT5 text encoder", ("shared.weight", "encoder.block.")),
-    ("a T5 or UMT5 text encoder", ("encoder.block.", ".SelfAttention.")),
-    ("a UMT5 text encoder in the layout of Wan's authors", ("token_embedding.", ".ffn.gate.")),
-    ("a CLIP text encoder", ("text_model.encoder.layers.",)),
-    ("a CLIP text encoder", ("transformer.resblocks.", "token_embedding.")),
-    ("an image encoder (CLIP or SigLIP)", ("vision_model.encoder.",)),
-    ("an image encoder (CLIP), as image-to-video models use it", ("visual.transformer.",)),
-    ("an image or video autoencoder (VAE)", ("encoder.", "decoder.")),
-    ("the decoder of an image or video autoencoder (VAE)", ("decoder.", "up_blocks.")),
-    ("a U-Net such as Stable Diffusion 1.5 or XL", ("input_blocks.", "output_blocks.")),
-    ("a U-Net such as Stable Diffusion 1.5 or XL", ("down_blocks.", "up_blocks.")),
-)
-"""Kinds of checkpoints that are no family of ours: each with fragments that all occur."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from apt.cli.help import asks_for_help, readable_help
+from apt.cli.help import readable_help
 from apt.distributed.launch import is_one_of_many
 from apt.errors import AptError, InputError, PeerError
 from apt.version import __version__
@@ -46,7 +46,8 @@ class Command:
     def run(self, args: Sequence[str], *, prog: str) -> int:
         """Parse `args` and do what they say; returns the exit code."""
         main = cast(Callable[..., int | None], importlib.import_module(self.module).main)
-        with readable_help() if asks_for_help(args) else contextlib.nullcontext():
+        asks = "-h" in args or "--help" in args
+        with readable_help() if asks else contextlib.nullcontext():
             return main(args, prog=prog) or 0
 
 

@@ -89,7 +89,9 @@ class Generate:
 def main(args: Sequence[str], *, prog: str) -> None:
     """Generate, write, and say what was written."""
     asked = tyro.cli(Generate, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
-    prompts = [*asked.prompt, *read_prompts(asked.prompt_file)]
+    prompts = list(asked.prompt)
+    if asked.prompt_file is not None:
+        prompts += read_prompts(asked.prompt_file)
     if not prompts:
         raise InputError('there is no prompt: pass --prompt "a red seven moving left", or a file')
     # Nothing of this may come up only after the time that loading and generating take.

@@ -9,17 +9,12 @@ import io
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
 from types import MappingProxyType
 from typing import TextIO
 
 _BOX = "╭│╰"
-
-
-def asks_for_help(args: Sequence[str]) -> bool:
-    """Whether a command's arguments ask for its options."""
-    return "-h" in args or "--help" in args
 
 
 @contextlib.contextmanager

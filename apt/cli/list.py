@@ -80,7 +80,7 @@ def _status(rows: Sequence[BackendStatus]) -> list[Row]:
 
 def _models() -> list[Row]:
     from apt.models.catalogue import catalogue
-    from apt.models.transformer import count_words
+    from apt.models.layers import count_words
 
     entries = catalogue()
     cells = []

@@ -46,7 +46,9 @@ class Probe:
 def main(args: Sequence[str], *, prog: str) -> None:
     """Probe, write, and say where."""
     options = tyro.cli(Probe, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
-    given = [*options.prompt, *read_prompts(options.prompt_file)]
+    given = list(options.prompt)
+    if options.prompt_file is not None:
+        given += read_prompts(options.prompt_file)
     check_folder(options.out)
 
     from apt.inside import probe_layers

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from apt.data.captions import CaptionRule, Refused
 from apt.data.decode import probe, verify
-from apt.data.reading import MediaInfo, reason
+from apt.data.reading import Entry, MediaInfo, reason
 from apt.data.report import Problem, problem_lines
-from apt.data.scan import Entry, Scan, scan_folder
+from apt.data.scan import Scan, scan_folder
 from apt.errors import DataError
 
 if TYPE_CHECKING:

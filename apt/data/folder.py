@@ -20,9 +20,9 @@ from apt.data.buckets import MAX_UPSCALE, Bucket, best_bucket, check_buckets
 from apt.data.captions import CaptionRule, Refused
 from apt.data.dataset import BucketOrder, Sample, Shuffled
 from apt.data.decode import probe, read_clip, read_image
-from apt.data.reading import MediaInfo, Source, reason
+from apt.data.reading import Entry, MediaInfo, Source, reason
 from apt.data.report import DataReport, Problem, problem_lines
-from apt.data.scan import Entry, Scan, scan_folder
+from apt.data.scan import Scan, scan_folder
 from apt.errors import ConfigError, DataError
 from apt.rng import generator_for
 

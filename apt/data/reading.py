@@ -1,12 +1,12 @@
-"""Files that are read: what they say that they hold, and errors of all that reads them as
-`DataError`."""
+"""Files that are read: their captions, what they say that they hold, and errors of all that reads
+them as `DataError`."""
 
 from __future__ import annotations
 
 import math
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,6 +31,25 @@ _PILLOW_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file with its caption; `name` is its path relative to the folder, with slashes."""
+
+    path: Path
+    name: str
+    caption: str
+
+    @property
+    def place(self) -> Hashable:
+        """What tells the file from others; several captions have it in common."""
+        return self.path
+
+    @contextmanager
+    def at_hand(self) -> Iterator[Source]:
+        """The file by itself, for as long as it is read."""
+        yield self.path
 
 
 @dataclass(frozen=True)

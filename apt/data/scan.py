@@ -13,37 +13,17 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from apt.data.metadata import METADATA_NAMES, read_metadata
-from apt.data.reading import Source
+from apt.data.reading import Entry
 from apt.data.report import Problem, ProblemKind
 from apt.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_media, may_be_media
 from apt.errors import DataError
 from apt.files import read_text
 from apt.untrusted import is_inside
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file with its caption; `name` is its path relative to the folder, with slashes."""
-
-    path: Path
-    name: str
-    caption: str
-
-    @property
-    def place(self) -> Hashable:
-        """What tells the file from others; several captions have it in common."""
-        return self.path
-
-    @contextmanager
-    def at_hand(self) -> Iterator[Source]:
-        """The file by itself, for as long as it is read."""
-        yield self.path
 
 
 def looked_for() -> str:

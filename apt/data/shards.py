@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apt.data.folder import VideoFolder
-from apt.data.reading import Source, reason
+from apt.data.reading import Entry, Source, reason
 from apt.data.report import Problem
-from apt.data.scan import Entry, Scan
+from apt.data.scan import Scan
 from apt.data.suffixes import is_media
 from apt.data.tar import Member, open_member, read_index, read_members
 from apt.errors import DataError

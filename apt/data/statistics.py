@@ -13,9 +13,9 @@ from pathlib import Path
 
 from apt.data.buckets import ASPECT_RATIOS, Bucket, best_bucket, make_buckets, round_to
 from apt.data.folder import exact_rate, look_at
-from apt.data.reading import MediaInfo
+from apt.data.reading import Entry, MediaInfo
 from apt.data.report import problem_lines
-from apt.data.scan import Entry, Scan, scan_folder
+from apt.data.scan import Scan, scan_folder
 from apt.errors import DataError
 
 __all__ = [

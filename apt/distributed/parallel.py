@@ -94,7 +94,7 @@ class Parallel:
     @property
     def data_size(self) -> int:
         """How many ranks, or groups of ranks, have samples of their own."""
-        return self.layout.data
+        return 1 if self.mesh is None else self.layout.data
 
     def group(self, name: GroupName) -> dist.ProcessGroup | None:
         """This rank's group of a name; None if it is alone in it. The first call is collective."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from apt.media.files import (
     SUFFIXES,
+    Tags,
     auto_scale,
     check_settings,
     enlarge,
+    read_tags,
     write_gif,
     write_media,
     write_mp4,
@@ -15,7 +17,6 @@ from apt.media.files import (
 )
 from apt.media.page import SamplerColumn, write_html
 from apt.media.sheet import contact_sheet, moving_sheet, write_contact_sheet
-from apt.media.tags import Tags, read_tags
 
 __all__ = [
     "SUFFIXES",

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from apt.errors import InputError, MissingPackageError
-from apt.media.files import Frames, as_frames, enlarge, write_png
-from apt.media.tags import Tags
+from apt.media.files import Frames, Tags, as_frames, enlarge, write_png
 
 PAPER = (255, 255, 255)
 INK = (31, 35, 40)

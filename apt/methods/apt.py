@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import ModelInfo, SamplingInfo
+from apt.checkpoints.load import ModelBundle
 from apt.checks import check_positive
 from apt.condition import Condition
 from apt.errors import ConfigError, InputError

@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from apt.checkpoints.bundle import component_info, save_codec
 from apt.checkpoints.info import CODEC_STAGE, CodecInfo, SampleInfo
+from apt.checkpoints.load import component_info
+from apt.checkpoints.save import save_codec
 from apt.checks import check_range
 from apt.errors import ConfigError
 from apt.methods.base import (

@@ -19,13 +19,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.bundle import ModelBundle, save_bundle
-from apt.checkpoints.checkpoint import empty_module
 from apt.checkpoints.info import ModelInfo, SampleInfo, SamplingInfo
+from apt.checkpoints.load import ModelBundle
 from apt.checkpoints.lora import LoRALayer, MergedWeights, save_lora
+from apt.checkpoints.save import save_bundle
+from apt.checkpoints.weights import empty_module
 from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
-from apt.models.protocols import LatentCodec
+from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 from apt.rng import Draw, sample_noise, sample_uniform
 

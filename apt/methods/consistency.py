@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import ModelInfo, SamplingInfo
+from apt.checkpoints.load import ModelBundle
 from apt.checks import check_range
 from apt.condition import Condition
 from apt.flow import bind

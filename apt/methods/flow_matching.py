@@ -10,8 +10,8 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import SamplingInfo
+from apt.checkpoints.load import ModelBundle
 from apt.checks import check_positive
 from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError

@@ -13,8 +13,8 @@ from typing import Protocol
 from torch import nn
 
 from apt.checkpoints.info import SampleInfo, SamplingInfo
+from apt.condition import PromptCheck
 from apt.errors import InputError
-from apt.models.protocols import PromptCheck
 from apt.registry import B, Buildable, Registry
 
 

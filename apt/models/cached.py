@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from apt.condition import EncodedText
+from apt.condition import EncodedText, TextEncoder
 from apt.errors import InputError, listed
-from apt.models.protocols import LatentCodec, TextEncoder
+from apt.models.codecs import LatentCodec
 
 
 class CachedTextEncoder(TextEncoder):

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from apt.checkpoints.checkpoint import Checkpoint
 from apt.checkpoints.source import find_weights, locate
+from apt.checkpoints.weights import Checkpoint
+from apt.condition import TextEncoder
 from apt.device import find_device
 from apt.errors import InputError
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
-from apt.models.protocols import LatentCodec, TextEncoder
+from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 
 

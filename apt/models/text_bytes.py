@@ -11,11 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from apt.condition import EncodedText
+from apt.condition import EncodedText, PromptCheck, TextEncoder
 from apt.errors import InputError, PromptLengthError
 from apt.kernels import attention
 from apt.models.architectures import TEXT_ENCODERS
-from apt.models.protocols import PromptCheck, TextEncoder
 
 _NGRAM = 3
 

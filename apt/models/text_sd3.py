@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from apt.checkpoints.external import DType
-from apt.condition import EncodedText
+from apt.condition import EncodedText, PromptCheck, TextEncoder
 from apt.errors import CheckpointError
 from apt.models.architectures import TEXT_ENCODERS
-from apt.models.protocols import PromptCheck, TextEncoder
 from apt.models.text_transformers import TransformersTextConfig
 
 _CLIP_LENGTH = 77

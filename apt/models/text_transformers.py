@@ -25,10 +25,9 @@ from apt.checkpoints.external import (
     staged_tokenizer,
     torch_dtype,
 )
-from apt.condition import EncodedText
+from apt.condition import EncodedText, PromptCheck, TextEncoder
 from apt.errors import CheckpointError, InputError, PromptLengthError, first_line
 from apt.models.architectures import TEXT_ENCODERS
-from apt.models.protocols import PromptCheck, TextEncoder
 
 # model_type values in config.json that each architecture loads; a whole CLIP holds a text part
 _MODEL_TYPES = {"t5": ("t5",), "umt5": ("umt5",), "clip": ("clip_text_model", "clip")}

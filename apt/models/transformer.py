@@ -17,16 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from apt.condition import Condition
+from apt.condition import Condition, check_extra
 from apt.distributed.sequence import SequenceGroup, TokenSplit
 from apt.errors import ConfigError, InputError
+from apt.kernels.modulated_norm import take_rows
 from apt.models.checkpointing import Checkpointing
-from apt.models.tokens import check_extra, check_layers, check_rows
+from apt.models.layers import described_weights
+
+_LARGEST_PATCH = 16
 
 
 class TransformerConfig(Protocol):
@@ -50,6 +53,34 @@ class TransformerConfig(Protocol):
     def build(self) -> DiffusionTransformer:
         """The module, with random weights."""
         ...
+
+
+def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:
+    """Tokens along (T, H, W); raises InputError if the patch size does not divide."""
+    for name, size, patch in zip(
+        ("frames", "height", "width"), latent_shape, patch_size, strict=True
+    ):
+        if size < patch or size % patch:
+            raise InputError(f"latent {name} {size} is not a multiple of the patch, {patch}")
+    t, h, w = (size // patch for size, patch in zip(latent_shape, patch_size, strict=True))
+    return t, h, w
+
+
+def tokens_multiple(backbone_config: Any) -> int:
+    """Latents along a side of a frame that become one token: the patch of a backbone.
+
+    Raises ConfigError for a patch that is no square of at most 16.
+    """
+    for side in range(1, _LARGEST_PATCH + 1):
+        try:
+            backbone_config.token_grid((1, side, side))
+        except InputError:
+            continue
+        return side
+    raise ConfigError(
+        f"{type(backbone_config).__name__} tells no patch of height and width; set "
+        "--data.size-multiple to the pixels that become one token"
+    )
 
 
 class Tokens(NamedTuple):
@@ -116,40 +147,6 @@ class TransformerBlock(nn.Module):
 
 def _apply(block: TransformerBlock, context: Context, visual: Tensor, text: Tensor) -> Tokens:
     return block(Tokens(visual, text), context)
-
-
-@torch.no_grad()
-def keep_rows(layer: nn.Linear, *rows: slice) -> nn.Linear:
-    """A linear layer with some of another's outputs, in this order, on its device.
-
-    It says which, in `stored_rows`, for weights that are yet to come from a file.
-    """
-    weight = torch.cat([layer.weight[part] for part in rows])
-    kept: Any = nn.Linear(
-        layer.in_features, len(weight), bias=layer.bias is not None, device="meta"
-    )
-    kept.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-    if layer.bias is not None:
-        bias = torch.cat([layer.bias[part] for part in rows])
-        kept.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
-    kept.stored_rows = rows
-    return cast(nn.Linear, kept)
-
-
-def described_weights(module: nn.Module) -> str:
-    """How many, of which type and where, as "5.8 M parameters, float32 on cpu"."""
-    parameters = list(module.parameters())
-    if not parameters:
-        return "no parameters"
-    first = parameters[0]
-    number = count_words(sum(parameter.numel() for parameter in parameters))
-    return f"{number} parameters, {str(first.dtype).removeprefix('torch.')} on {first.device}"
-
-
-def count_words(parameters: int) -> str:
-    """A number of parameters for people: "5.8 M", "8.16 B"."""
-    small = parameters < 10**8
-    return f"{parameters / 1e6:.1f} M" if small else f"{parameters / 1e9:.2f} B"
 
 
 class DiffusionTransformer(nn.Module):
@@ -390,3 +387,39 @@ def check_rotary_heads(hidden_size: int, num_heads: int) -> None:
         )
     if hidden_size // num_heads < 6:
         raise ConfigError("a head needs at least 6 dimensions for rotary positions in 3D")
+
+
+def check_layers(layers: Sequence[int], depth: int) -> None:
+    """Raise InputError unless there are layers and all are blocks, counted from 1."""
+    if not layers or min(layers) < 1 or max(layers) > depth:
+        raise InputError(f"layers must lie in 1..{depth}, got {list(layers)}")
+
+
+def check_rows(
+    x: Tensor, t: Tensor, c: Condition, rows: Tensor | None, *, num_tokens: int | None = None
+) -> None:
+    """Raise InputError unless t (R,) and c (R rows) fit x (B, ...) and rows (B,).
+
+    `num_tokens` L also allows a timestep per token, (R, L).
+    """
+    if rows is not None and (rows.shape != x.shape[:1] or rows.dtype != torch.int64):
+        raise InputError(
+            f"rows must be ({x.shape[0]},) int64, the row of each sample, got "
+            f"{tuple(rows.shape)} {rows.dtype}"
+        )
+    num_rows = x.shape[0] if rows is None else t.shape[0]
+    per_token = num_tokens is not None and t.shape == (num_rows, num_tokens)
+    if (t.shape != (num_rows,) and not per_token) or len(c) != num_rows:
+        shape = f"({num_rows},)" + (f" or ({num_rows}, {num_tokens})" if num_tokens else "")
+        raise InputError(
+            f"{x.shape[0]} samples need {num_rows} timesteps and conditions, timesteps of shape "
+            f"{shape}; got {tuple(t.shape)} and {len(c)} conditions; pass `rows` to share them"
+        )
+
+
+def joint_mask(c: Condition, rows: Tensor | None, num_visual: int) -> Tensor | None:
+    """Keys (B, L + S) that count when visual and text tokens attend jointly; None if all do."""
+    if c.text.mask is None:
+        return None
+    mask = take_rows(c.text.mask, rows)
+    return torch.cat([mask.new_ones(len(mask), num_visual), mask], dim=1)

@@ -6,8 +6,8 @@ import dataclasses
 
 from torch import nn
 
-from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import ModelInfo
+from apt.checkpoints.load import ModelBundle
 from apt.checkpoints.origin import fill_from_origins
 from apt.models.transformer import DiffusionTransformer
 from apt.plan.models import PlannedModel

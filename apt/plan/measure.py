@@ -31,8 +31,8 @@ from apt.plan.host import PlannedHost
 from apt.plan.models import PlannedModel
 from apt.plan.tracking import OTHER, Tracker, Work
 from apt.plan.without_data import without_data
-from apt.train.batches import MadeOneByOne, encoded
 from apt.train.config import TrainConfig
+from apt.train.host import MadeOneByOne, encoded
 
 __all__ = [
     "AVERAGES",

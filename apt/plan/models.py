@@ -12,21 +12,19 @@ from typing import Any, cast
 
 import torch
 
-from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import ComponentInfo, ModelInfo, SampleInfo, SamplingInfo
-from apt.checkpoints.load import describe, describe_model
-from apt.checkpoints.origin import StoredPieces, begin_at
-from apt.checkpoints.reading import StoredTensor
+from apt.checkpoints.load import ModelBundle, describe, describe_model
+from apt.checkpoints.reading import Piece, StoredTensor
 from apt.checkpoints.source import is_here
-from apt.checkpoints.weights import Piece
-from apt.condition import EncodedText
+from apt.checkpoints.weights import StoredPieces, begin_at
+from apt.condition import EncodedText, TextEncoder
 from apt.data.builtin_sources import DIGITS, Folder, Latents
 from apt.errors import ConfigError
 from apt.methods.base import MethodConfig, StageConfig
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.cached import CachedCodec
+from apt.models.codecs import LatentCodec
 from apt.models.create import describe_codec
-from apt.models.protocols import LatentCodec, TextEncoder
 from apt.models.transformer import DiffusionTransformer
 from apt.train.config import TrainConfig
 from apt.train.recipe_names import stages_of

@@ -16,7 +16,7 @@ from apt.errors import ConfigError, MissingPackageError
 from apt.models.transformer import DiffusionTransformer
 from apt.rng import generator_for
 from apt.train.config import LoRAConfig
-from apt.train.state import model_state
+from apt.train.networks import model_state
 
 _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from apt.condition import PromptCheck
 from apt.data.captions import CaptionRule
 from apt.data.clips import check_clips
 from apt.data.dataset import TrainingData
@@ -11,7 +12,6 @@ from apt.data.digits import MovingDigits
 from apt.data.folder import VideoFolder
 from apt.data.latents import LatentFolder
 from apt.data.source import ClipRequest
-from apt.models.protocols import PromptCheck
 from apt.train.config import DataConfig
 
 # These look at what they read themselves.

@@ -1,8 +1,13 @@
-"""What a run tells while it trains: JSONL files, TensorBoard, and a progress line."""
+"""What a run tells while it trains: metrics and its speed, in JSONL files, TensorBoard and a line.
+
+Operations are the model's: those of its matrix products and attention once forward, once more for
+gradients of inputs and once more for those of weights. What is computed again counts nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -10,14 +15,21 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from apt.checkpoints.runs import LOG_NAME, SPEED_NAME, log_lines, read_log
+from apt.distributed.parallel import Parallel
+from apt.errors import InputError
+from apt.kernels.roofline import GPUS
+from apt.methods.base import Pass
+from apt.models.costs import COUNTERS, dit_cost
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -25,9 +37,20 @@ if TYPE_CHECKING:
 
     from apt.train.weights_and_biases import WandbLog
 
-__all__ = ["LOG_NAME", "SPEED_NAME", "RunLog", "read_log"]
+__all__ = [
+    "LOG_NAME",
+    "SPEED_NAME",
+    "RunLog",
+    "Update",
+    "model_flops",
+    "peak_tflops",
+    "read_log",
+    "speed",
+]
 
 _COLUMNS = 80
+
+_COUNTED: dict[str, float | None] = {}
 
 
 class RunLog:
@@ -272,3 +295,95 @@ def _open_after(file: Path, done: int) -> io.RawIOBase:
             os.fsync(stream.fileno())
         temporary.replace(file)
     return file.open("ab", buffering=0)
+
+
+def model_flops(passes: Sequence[Pass], latent_shape: tuple[int, ...]) -> float | None:
+    """Of one sample of an update; None for a network that nobody has counted, or sizes that its
+    counter does not take.
+
+    Text is left out, but in Wan, which pads every prompt to one length.
+
+    Args:
+        passes: of the stage, see `Stage.passes`.
+        latent_shape: (T, H, W) of the sample.
+    """
+    total = 0.0
+    for one in passes:
+        config: Any = one.backbone.config
+        if type(config) not in COUNTERS:
+            return None
+        # A discriminator has lost the blocks that no head reads.
+        flops = _forward_flops(dataclasses.replace(config, depth=one.backbone.depth), latent_shape)
+        if flops is None:
+            return None
+        total += one.samples * (1 + one.backward) * flops
+    return total
+
+
+def _forward_flops(config: Any, latent_shape: tuple[int, ...]) -> float | None:
+    """Counted once for each network and size: it is asked for in every update."""
+    key = repr((config, latent_shape))
+    if key not in _COUNTED:
+        frames, height, width = latent_shape
+        try:
+            cost = dit_cost(config, 1, (frames, height, width), text_tokens=0)
+            _COUNTED[key] = cost.flops
+        except InputError:
+            _COUNTED[key] = None
+    return _COUNTED[key]
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The vendor's figure for dense bf16 of the GPU that is here; None if it is not known."""
+    if device.type != "cuda":
+        return None
+    here = torch.cuda.get_device_name(device).upper()
+    for key, gpu in GPUS.items():
+        word, _, kind = key.upper().removeprefix("RTX").partition("-")
+        if word in here and (kind == "PCIE") == ("PCIE" in here):
+            return gpu.peak.matmul_tflops
+    return None
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update that is done.
+
+    Attributes:
+        seconds: that it took.
+        waited: of them for data, on this rank.
+        samples: over all ranks.
+        latent_shape: (T, H, W) of each; None if it is not known.
+    """
+
+    seconds: float
+    waited: float
+    samples: int
+    latent_shape: tuple[int, ...] | None
+
+
+def speed(update: Update, passes: Sequence[Pass], parallel: Parallel) -> dict[str, float]:
+    """Figures for `speed.jsonl`; every rank must call it."""
+    seconds = max(update.seconds, 1e-9)
+    found = {
+        "speed/seconds_per_update": update.seconds,
+        "speed/samples_per_second": update.samples / seconds,
+    }
+    waits = parallel.of_each(update.waited)
+    found["speed/data_wait_seconds"] = max(waits)
+    if len(waits) > 1:
+        found["speed/data_wait_spread_seconds"] = max(waits) - min(waits)
+        found["speed/slowest_rank"] = float(waits.index(max(waits)))
+    if not passes or update.latent_shape is None:
+        return found
+    tokens = math.prod(passes[0].backbone.token_grid(update.latent_shape))
+    found["speed/tokens_per_second"] = update.samples * tokens / seconds
+    flops = model_flops(passes, update.latent_shape)
+    if flops is None:
+        return found
+    tflops = update.samples * flops / seconds / parallel.world_size / 1e12
+    found["speed/model_tflops_per_rank"] = tflops
+    peak = peak_tflops(parallel.device)
+    if peak is not None:
+        found["speed/mfu"] = tflops / peak
+    return found

@@ -22,27 +22,29 @@ from apt.distributed.watch import is_of_a_collective, watched
 from apt.errors import CheckpointError
 from apt.files import write_text
 from apt.methods.base import MicroBatch, Stage
-from apt.train.batches import MicroBatches
 from apt.train.config import TrainConfig
 from apt.train.config_file import OBJECTS, plain
 from apt.train.diagnosis import check_replay, where_not_finite
 from apt.train.failures import explained
 from apt.train.header import header
 from apt.train.heldout import HeldOut
-from apt.train.latent_statistics import LatentStatistics
+from apt.train.host import MicroBatches
 from apt.train.lock import FolderInUse, RunLock
-from apt.train.logs import RunLog
-from apt.train.monitor import CollapseMonitor, TrainingStopped, sample_statistics
+from apt.train.logs import RunLog, Update, speed
+from apt.train.monitor import (
+    CollapseMonitor,
+    LatentStatistics,
+    TrainingStopped,
+    sample_statistics,
+)
 from apt.train.networks import NonFiniteGradient
 from apt.train.outcome import save_outcome
 from apt.train.plots import plot_losses
 from apt.train.resume import CHECKPOINTS, CONFIG_NAME, model_identities
 from apt.train.run_state import State, write_state
 from apt.train.sample_sheets import decode_samples, draw_samples, write_sheet
-from apt.train.saving import Retention, Saver
+from apt.train.saving import PartsDone, Retention, Saver
 from apt.train.signals import StopRequest
-from apt.train.speed import Update, speed
-from apt.train.state import PartsDone
 from apt.train.weights_and_biases import WandbLog
 
 __all__ = ["Run"]
@@ -84,8 +86,8 @@ class Run:
         self.run_dir = Path(config.run_dir)
         self.retention = Retention(self.run_dir / CHECKPOINTS, config.keep_checkpoints)
         self.saver = Saver(self.retention, parallel)
-        codec = stage.codec
-        self.statistics = None if codec is None else LatentStatistics(codec.config, config)
+        codec, chosen = stage.codec, config.stage.start_field is None
+        self.statistics = None if codec is None else LatentStatistics(codec.config, chosen=chosen)
         self.monitor = CollapseMonitor(config.monitor)
         self.models = model_identities(config)
         self.notes: list[str] = []

@@ -1,39 +1,28 @@
-"""The networks of a run: built or loaded, put in place, sharded, and given an optimiser."""
+"""A network that trains: its optimiser, its average, and its tensors by name.
+
+`model_state` and `optimizer_state` return the very tensors that train, not copies. A checkpoint is
+therefore restored by loading into them in place, and the same state works in one process (plain
+tensors) and under FSDP2 (DTensors, each rank holding its shard).
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from apt.checkpoints.bundle import ModelBundle, component_info
-from apt.checkpoints.info import ComponentInfo, ModelInfo, SamplingInfo
-from apt.checkpoints.load import (
-    describe,
-    describe_model,
-    load_bundle,
-    load_codec,
-    load_model,
-    load_text_encoder,
-)
-from apt.data.latents import LatentFolder
 from apt.distributed.sharding import reduce_gradients
-from apt.distributed.tensors import local, whole
-from apt.errors import ConfigError
+from apt.distributed.tensors import is_sharded, local, whole
+from apt.errors import CheckpointError, InputError
 from apt.kernels import FusedRMSprop
-from apt.methods.base import MethodConfig, MicroBatch
-from apt.models.create import create_codec, create_model, create_text_encoder
-from apt.models.protocols import LatentCodec, TextEncoder
-from apt.train.cache_parts import cached_codec, cached_text_encoder
-from apt.train.config import OptimizerConfig, TrainConfig
-from apt.train.ema import EMA
-from apt.train.objects import NO_OBJECTS, Objects
-from apt.train.state import model_state, optimizer_state
+from apt.methods.base import MicroBatch
+from apt.train.config import OptimizerConfig
 from apt.train.witness import Rehearsed
 
 
@@ -62,6 +51,8 @@ class Trained:
     config: OptimizerConfig
     num_updates: int
     ema: EMA | None = None
+    sharded: bool = False
+    """Over ranks, which a single process need not ask after."""
     reduces_once: bool = False
     moves: int = 0
     """How often its weights began to move, in this process."""
@@ -74,8 +65,9 @@ class Trained:
     def accumulated(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
         """Micro-batches whose gradients add up, in a loop around forward and backward pass."""
         for number, batch in enumerate(batches, start=1):
-            last = number == len(batches)
-            reduce_gradients(self.module, last=last, once=self.reduces_once)
+            if self.sharded:
+                last = number == len(batches)
+                reduce_gradients(self.module, last=last, once=self.reduces_once)
             yield batch
 
     def step(self, update: int) -> float:
@@ -86,7 +78,7 @@ class Trained:
         if self.rehearses:
             raise Rehearsed
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = gradient_norm(parameters)
+        norm = self._gradient_norm(parameters)
         if not math.isfinite(norm):
             raise NonFiniteGradient(self.module)
         limit = self.config.max_grad_norm
@@ -117,21 +109,20 @@ class Trained:
             state["ema"] = self.ema.state_dict()
         return state
 
+    def _gradient_norm(self, parameters: Sequence[Tensor]) -> float:
+        """The 2-norm of all gradients over all ranks."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return 0.0
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return (whole(norm) if self.sharded else norm).item()
+
 
 def learning_rate(config: OptimizerConfig, update: int, num_updates: int) -> float:
     """The rate of update number `update`, from 0, of a run of `num_updates`."""
     rise = (update + 1) / max(config.warmup_updates, 1)
     fall = (num_updates - update) / max(config.decay_updates, 1)
     return config.learning_rate * min(1.0, rise, fall if config.decay_updates else 1.0)
-
-
-def gradient_norm(parameters: Sequence[Tensor]) -> float:
-    """The 2-norm of all gradients over all ranks."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return 0.0
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return whole(norm).item()
 
 
 def make_optimizer(
@@ -172,124 +163,206 @@ def make_optimizer(
     )
 
 
-def initial_bundle(config: TrainConfig, objects: Objects = NO_OBJECTS) -> ModelBundle:
-    """The generator that a run starts from.
+class EMA:
+    """Exponential moving average of a module's weights (APT Sec. 3.5 and App. D: decay 0.995).
 
-    Pre-training: random weights from `config.seed`. Later stages: the model that they start from,
-    whose text encoder and codec they keep, its backbone on the meta device with the `origin` of its
-    weights. `objects` are in place of what they name.
+    Keeps `ema = decay * ema + (1 - decay) * weights` beside a module.
+
+    Floating-point parameters are averaged in fp32 whatever their own dtype; persistent buffers
+    and integer tensors are copied as they are; parameters that do not train are left out, as their
+    average would be the same in twice the memory. The first value is the module's current one.
+    Under FSDP2 every rank averages its own shard, so nothing is communicated and the result is the
+    one of a single process.
+
+    Args:
+        module: the module to follow; sharding, if any, must already be done.
+        decay: in [0, 1]; the paper uses 0.995.
+        inside: the module that carries the average, of the same shape and sharded alike, in place
+            of memory of its own; what it has now is the first value. Nothing else may move it.
+        warmup: in update n, from 0, the decay is at most (1 + n) / (10 + n), so that an average of
+            few updates is not one of the weights that it began with.
 
     Raises:
-        ConfigError: parts that do not fit each other, or no model to start from.
+        InputError: `decay` lies outside [0, 1].
     """
-    field = config.stage.start_field
-    if field is None:
-        return _new_bundle(config, objects)
-    bundle = _started_bundle(config, objects, field)
-    if config.lora.base:
-        base = load_model(config.lora.base, device="meta")
-        if base.config != bundle.backbone.config:
-            raise ConfigError(
-                f"lora.base {config.lora.base!r} is another architecture than "
-                f"{config.stage.source(field)!r}; name the model that its adapters were trained on"
-            )
-        bundle = dataclasses.replace(bundle, backbone=base)
-    return bundle
+
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float,
+        *,
+        warmup: bool = False,
+        inside: nn.Module | None = None,
+    ) -> None:
+        if not 0.0 <= decay <= 1.0:
+            raise InputError(f"EMA decay {decay} is not in [0, 1]; the paper uses 0.995.")
+        self.decay = decay
+        self.warmup = warmup
+        buffers = {name for name, _ in module.named_buffers()}
+        state = model_state(module)
+        frozen = {
+            name
+            for name, value in module.state_dict(keep_vars=True).items()
+            if isinstance(value, nn.Parameter) and not value.requires_grad
+        }
+        kept = {k: v for k, v in state.items() if k not in frozen}
+        self._averaged = [k for k, v in kept.items() if k not in buffers and v.is_floating_point()]
+        names = set(self._averaged)
+        self._copied = [k for k in kept if k not in names]
+        self._sharded = any(is_sharded(type(value)) for value in kept.values())
+        self._inside = inside
+        if inside is not None:
+            carried = model_state(inside)
+            self._shadow = {k: carried[k] for k in kept}
+            return
+        self._shadow = {
+            k: v.to(torch.float32 if k in names else v.dtype, copy=True) for k, v in kept.items()
+        }
+
+    def lend(self, module: nn.Module) -> dict[Tensor, Tensor]:
+        """Averages by trained parameter, for an optimiser that moves both in one pass.
+
+        From now on whoever has them keeps them up to date, at the constant decay, and `update`
+        leaves them out.
+        """
+        lent: dict[Tensor, Tensor] = {}
+        for name, value in module.state_dict(keep_vars=True).items():
+            if name in self._averaged and value.requires_grad and value not in lent:
+                lent[value] = self._shadow[name]
+                self._averaged.remove(name)
+        return lent
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, update: int = 0) -> None:
+        """Move the average one step towards the module's present weights, except what was lent.
+
+        `update` counts from 0; only the warm-up looks at it.
+        """
+        state = model_state(module)
+        if self._inside is not None:
+            model_state(self._inside)  # so that it gathers its weights anew, see there
+        shadows = [self._own(self._shadow[k]) for k in self._averaged]
+        weights = [self._own(state[k]).to(torch.float32) for k in self._averaged]
+        if shadows:
+            decay = min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
+            get_ema_multi_avg_fn(decay)(shadows, weights, None)
+        for name in self._copied:
+            self._shadow[name].copy_(state[name])
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return local(tensor) if self._sharded else tensor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged tensors by name (live: loading into them in place restores).
+
+        What does not train is not among them; the module has it.
+        """
+        return dict(self._shadow)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` in; names, shapes and dtypes must match exactly.
+
+        Raises:
+            CheckpointError: names, shapes or dtypes differ.
+        """
+        if state.keys() != self._shadow.keys():
+            odd = sorted(state.keys() ^ self._shadow.keys())
+            raise CheckpointError(f"the EMA state does not fit the model; differing names: {odd}")
+        for name, shadow in self._shadow.items():
+            value = state[name]
+            if value.shape != shadow.shape or value.dtype != shadow.dtype:
+                raise CheckpointError(
+                    f"EMA tensor {name!r} is {value.dtype} {tuple(value.shape)}, "
+                    f"expected {shadow.dtype} {tuple(shadow.shape)}"
+                )
+        for name, shadow in self._shadow.items():
+            shadow.copy_(state[name])
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Write the average into `module`, cast to the module's own dtypes."""
+        state = model_state(module)
+        for name, value in self._shadow.items():
+            state[name].copy_(value)
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Let `module` carry the average inside the `with` block; its weights come back."""
+        state = model_state(module)
+        kept = {name: state[name].clone() for name in self._shadow}
+        self.copy_to(module)
+        try:
+            yield
+        finally:
+            state = model_state(module)
+            with torch.no_grad():
+                for name, value in kept.items():
+                    state[name].copy_(value)
 
 
-def _started_bundle(config: TrainConfig, objects: Objects, field: str) -> ModelBundle:
-    cache = config.data.make_source().latent_cache()
-    if field in objects.bundles:
-        bundle = objects.bundles[field]
-        if cache is not None:
-            cached_codec(LatentFolder(cache), bundle.info.codec)  # raises if another one made it
-        return bundle
-    source = config.stage.source(field)
-    if cache is not None:
-        return _bundle_on_cache(source, LatentFolder(cache))
-    return load_bundle(source, device="meta")
+def model_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by name, detached, sharing their storage.
+
+    Args:
+        module: any module, sharded with FSDP2 or not.
+    """
+    # Only state_dict() is safe under FSDP2: its hook puts the sharded parameters back, while
+    # named_parameters() yields whole ones after a forward that was not resharded.
+    return dict(module.state_dict())
 
 
-def _bundle_on_cache(source: str, cache: LatentFolder) -> ModelBundle:
-    """The model without what its latents and embeddings were made by."""
-    backbone, info = load_model(source, device="meta"), describe_model(source)
-    codec: LatentCodec = cached_codec(cache, info.codec)
-    if info.codec.weights is not None:
-        codec = load_codec(source)  # it is small, and goes into the model that comes out
-    if info.text_encoder.weights is None:
-        return ModelBundle(backbone, cached_text_encoder(cache, info.text_encoder), codec, info)
-    return ModelBundle(backbone, load_text_encoder(source), codec, info)
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """Return the optimiser's tensors as `{parameter name: {state name: tensor}}`, live.
 
+    State that the optimiser has not created yet is created here as zeros, which is where
+    RMSprop, Adam(W) and SGD with momentum begin. Hyper-parameters are not part of it: they
+    belong to the configuration.
 
-def _new_bundle(config: TrainConfig, objects: Objects) -> ModelBundle:
-    model, stage = config.model, config.stage
-    assert isinstance(stage, MethodConfig), "only a generator is built anew"
-    torch.manual_seed(config.seed)
-    text_encoder, text_info = _text_encoder(config, objects)
-    codec, codec_info = _codec(config, objects)
-    options: dict[str, Any] = model.options
-    backbone = objects.model
-    if backbone is None:
-        backbone = create_model(model.name, **options)
-    if backbone.in_channels != codec.channels:
-        raise ConfigError(
-            f"model {model.name!r} takes {backbone.in_channels} channels, but codec "
-            f"{codec_info.architecture!r} gives {codec.channels}; set --model.options in_channels "
-            f"{codec.channels}"
+    Args:
+        module: owns every parameter that the optimiser updates.
+        optimizer: any `torch.optim` optimiser whose state starts at zero.
+
+    Raises:
+        ValueError: the optimiser updates a parameter that `module` does not own.
+    """
+    names: dict[int, str] = {}
+    for name, parameter in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(parameter), name)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    strangers = sum(id(p) not in names for p in parameters)
+    if strangers:
+        raise ValueError(
+            f"{strangers} of the optimiser's {len(parameters)} parameters are not in the module. "
+            "Make the optimiser after the module was sharded, from this module's parameters."
         )
-    if backbone.config.text_dim != text_encoder.embedding_dim:
-        raise ConfigError(
-            f"model {model.name!r} takes text of {backbone.config.text_dim} dimensions, but "
-            f"{model.text_encoder!r} gives {text_encoder.embedding_dim}; set --model.options "
-            f"text_dim {text_encoder.embedding_dim}"
-        )
-    info = ModelInfo(
-        stage=stage.exports_as,
-        model=component_info(model.name, backbone),
-        text_encoder=text_info,
-        codec=codec_info,
-        sample=config.data.clip,
-        sampling=stage.sampling(SamplingInfo(negative_prompt=config.negative_prompt or "")),
-    )
-    return ModelBundle(backbone, text_encoder, codec, info)
+    _create_missing_state(optimizer, parameters)
+    return {
+        names[id(p)]: {k: v for k, v in optimizer.state[p].items() if isinstance(v, Tensor)}
+        for p in parameters
+    }
 
 
-def initial_codec(config: TrainConfig, objects: Objects) -> tuple[str, LatentCodec]:
-    """A codec with random weights from `config.seed`, or the given one, and its name."""
-    if objects.codec is not None:
-        return config.model.codec, objects.codec
-    torch.manual_seed(config.seed)
-    model = config.model
-    return model.codec, create_codec(model.codec, **model.codec_options)
-
-
-def _text_encoder(config: TrainConfig, objects: Objects) -> tuple[TextEncoder, ComponentInfo]:
-    given, model = objects.text_encoder, config.model
-    if given is not None:
-        return given, objects.info("text_encoder", given)
-    text_encoder = create_text_encoder(model.text_encoder, **model.text_encoder_options)
-    return text_encoder, component_info(model.text_encoder, text_encoder)
-
-
-def _codec(config: TrainConfig, objects: Objects) -> tuple[LatentCodec, ComponentInfo]:
-    """The codec of a new model: one that was trained, or one without weights of its own."""
-    model, source = config.model, config.stage.trained_codec()
-    if objects.codec is not None:
-        codec = objects.codec.requires_grad_(False).eval()
-        info = objects.info("codec", codec)
-    elif source:
-        codec, found = load_codec(source), describe(source).codec
-        info = component_info(found.architecture, codec, found.weights)
-    else:
-        codec = create_codec(model.codec, **model.codec_options)
-        info = component_info(model.codec, codec)
-        if any(parameter.requires_grad for parameter in codec.parameters()):
-            raise ConfigError(
-                f"codec {model.codec!r} is not trained yet: train it (`diffusion-apt train "
-                "digits_codec`), and name the folder that it exported with --stage.codec"
-            )
-    cache = config.data.make_source().latent_cache()
-    if cache is None:
-        return codec, info
-    cached = cached_codec(LatentFolder(cache), info)
-    return (cached if info.weights is None else codec), info
+def _create_missing_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    missing = {id(p) for p in parameters if not optimizer.state[p]}
+    if not missing:
+        return
+    gradients = [p.grad for p in parameters]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for p in parameters:
+            # Ones, not zeros: with eps = 0 RMSprop would divide zero by zero.
+            p.grad = torch.ones_like(p) if id(p) in missing else None
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+    finally:
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+    for p in parameters:
+        if id(p) in missing:
+            for value in optimizer.state[p].values():
+                if isinstance(value, Tensor):
+                    value.zero_()

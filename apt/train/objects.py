@@ -11,15 +11,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from apt.checkpoints.bundle import ModelBundle, component_info
-from apt.checkpoints.checkpoint import shapes_of
 from apt.checkpoints.info import CODEC_FILE, TEXT_ENCODER_FILE, ComponentInfo
+from apt.checkpoints.load import ModelBundle, component_info
+from apt.checkpoints.weights import shapes_of
+from apt.condition import TextEncoder
 from apt.data.builtin_sources import OBJECT
 from apt.data.clips import clip_size
 from apt.errors import ConfigError, InputError
 from apt.methods.base import MethodConfig
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS
-from apt.models.protocols import LatentCodec, TextEncoder
+from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 from apt.registry import Buildable, Registry
 from apt.train.config import DataConfig, TrainConfig

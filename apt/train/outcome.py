@@ -15,7 +15,7 @@ from apt.distributed.tensors import WholeTensors
 from apt.methods.base import Outcome, Stage
 from apt.train.adapters import BaseWeights, find_adapters
 from apt.train.config import TrainConfig
-from apt.train.state import model_state
+from apt.train.networks import model_state
 
 
 def save_outcome(

@@ -10,6 +10,7 @@ from typing import Any
 
 from apt.checkpoints.info import CodecInfo, ModelInfo, SampleInfo
 from apt.checkpoints.load import describe, load_prompt_check
+from apt.condition import PromptCheck
 from apt.data.builtin_sources import DIGITS, OBJECT, Files
 from apt.data.latents import read_cache_info
 from apt.data.statistics import (
@@ -24,9 +25,9 @@ from apt.device import computes_in_bf16
 from apt.errors import DataError, InputError
 from apt.methods.base import MethodConfig
 from apt.models.architectures import MODELS, TEXT_ENCODERS
+from apt.models.codecs import LatentCodec
 from apt.models.create import describe_codec
-from apt.models.protocols import LatentCodec, PromptCheck
-from apt.models.tokens import tokens_multiple
+from apt.models.transformer import tokens_multiple
 from apt.train.config import DataConfig, TrainConfig
 from apt.train.objects import NO_OBJECTS, Objects
 

@@ -1,9 +1,11 @@
-"""Checkpoints that are written while training goes on, and which of them stay."""
+"""What is done of an update, and checkpoints: written while training goes on, the newest stay."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from apt.distributed.parallel import Parallel
 from apt.distributed.storage import HostCopies
 from apt.train import checkpoint
 
-__all__ = ["Retention", "Saver"]
+__all__ = ["PartsDone", "Retention", "Saver"]
 
 _PATIENCE = 60.0
 _TIMEOUT = timedelta(hours=2)  # ranks may have much to write, and not all as much
@@ -25,6 +27,47 @@ Position = tuple[int, int]
 
 Signature = tuple[tuple[str, int, int], ...]
 """Names, sizes and times of a checkpoint's files."""
+
+
+@dataclass
+class PartsDone:
+    """The parts of the update under way that have moved weights, and what they measured: with it an
+    error in the middle of an update loses nothing.
+
+    Attributes:
+        parts: names of the parts that are done: of an adversarial update, the discriminator's half
+            and the generator's.
+        metrics: of those parts, means over all ranks.
+    """
+
+    parts: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any] | None) -> PartsDone:
+        """What a checkpoint says; nothing, if it was saved between updates."""
+        under_way = (meta or {}).get("under_way")
+        if under_way is None:
+            return cls()
+        return cls(list(under_way["parts"]), dict(under_way["metrics"]))
+
+    def as_meta(self) -> dict[str, Any]:
+        """What a checkpoint has to say of it."""
+        if not self.parts:
+            return {}
+        # Pairs: a manifest sorts its keys, and a log has them in the order of the update.
+        metrics = [[name, value] for name, value in self.metrics.items()]
+        return {"under_way": {"parts": list(self.parts), "metrics": metrics}}
+
+    def finish(self, part: str, metrics: Mapping[str, float]) -> None:
+        """A part has moved its weights."""
+        self.parts.append(part)
+        self.metrics |= metrics
+
+    def clear(self) -> None:
+        """The update is over and recorded."""
+        self.parts.clear()
+        self.metrics.clear()
 
 
 class Retention:

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import CodecInfo, ModelInfo
-from apt.checkpoints.load import describe
+from apt.checkpoints.load import ModelBundle, describe
+from apt.condition import TextEncoder
 from apt.distributed.launch import restarts
 from apt.distributed.parallel import Parallel
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.methods.base import Stage
 from apt.models.cached import CachedCodec
-from apt.models.protocols import LatentCodec, TextEncoder
+from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
@@ -37,8 +37,8 @@ from apt.train.resume import (
     recorded_objects,
 )
 from apt.train.run_state import is_of_this_job
+from apt.train.saving import PartsDone
 from apt.train.signals import StopRequest
-from apt.train.state import PartsDone
 
 __all__ = ["laid_out", "make_stage", "run"]
 

@@ -16,10 +16,10 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file
 
 import apt
-from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.export import Format, export_model
 from apt.checkpoints.info import SamplingInfo, read_info, write_info
 from apt.checkpoints.load import load_bundle
+from apt.checkpoints.save import save_bundle
 from apt.errors import CheckpointError, InputError
 from apt.methods.apt import generate
 from apt.pipeline import OneStepPipeline

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from apt.checkpoints.bundle import component_info, save_bundle
 from apt.checkpoints.info import INFO_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE, read_info
-from apt.checkpoints.load import load_bundle
+from apt.checkpoints.load import component_info, load_bundle
 from apt.checkpoints.reading import read_header
+from apt.checkpoints.save import save_bundle
 from apt.checkpoints.source import locate
 from apt.checkpoints.weights import load_weights, save_weights
 from apt.condition import Condition

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import apt
-from apt.checkpoints.checkpoint import empty_module, shapes_of
 from apt.checkpoints.export import export_model
 from apt.checkpoints.layouts import FAMILIES, KeyRule, map_keys, original_layout
 from apt.checkpoints.load import load_bundle, load_model
+from apt.checkpoints.weights import empty_module, shapes_of
 from apt.errors import CheckpointError, InputError
 from apt.models.architectures import MODELS
 from apt.models.create import create_model
@@ -357,7 +357,7 @@ def test_our_own_folder_as_a_backbone(tmp_path: Path) -> None:
 MEASURE = """
 import sys, torch
 from apt.checkpoints.weights import save_weights
-from apt.checkpoints.checkpoint import Checkpoint
+from apt.checkpoints.weights import Checkpoint
 from apt.models.architectures import MODELS
 from apt.registry import replace_typed
 from pathlib import Path

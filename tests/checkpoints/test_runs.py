@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.load import (
     describe,
     find_model,
@@ -22,6 +21,7 @@ from apt.checkpoints.load import (
 )
 from apt.checkpoints.lora import find_lora
 from apt.checkpoints.runs import model_folder
+from apt.checkpoints.save import save_bundle
 from apt.checkpoints.source import weights_digest
 from apt.errors import CheckpointError
 from apt.pipeline import OneStepPipeline

@@ -22,9 +22,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import apt.media
-from apt.checkpoints.bundle import ModelBundle, component_info, save_bundle
 from apt.checkpoints.info import ModelInfo, SampleInfo
-from apt.checkpoints.load import load_bundle
+from apt.checkpoints.load import ModelBundle, component_info, load_bundle
+from apt.checkpoints.save import save_bundle
 from apt.cli.generate import output_paths, read_prompts, what_ran
 from apt.kernels.attention_choice import AttentionUse
 from apt.models import create_codec, create_model, create_text_encoder

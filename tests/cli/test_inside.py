@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.info import SamplingInfo
+from apt.checkpoints.save import save_bundle
 from tests.cli.shell import invoke
 from tests.tiny import tiny_bundle
 

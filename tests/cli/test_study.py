@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("tyro")
 
-from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.save import save_bundle
 from apt.cli.study_make import split_comparison
 from apt.errors import InputError
 from apt.study.document import read_study

@@ -16,8 +16,7 @@ from torch.distributed.tensor import DTensor
 from apt.distributed.parallel import Parallel
 from apt.errors import CheckpointError
 from apt.train import checkpoint
-from apt.train.ema import EMA
-from apt.train.state import model_state, optimizer_state
+from apt.train.networks import EMA, model_state, optimizer_state
 
 STEPS = 3
 BATCH = 8

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.save import save_bundle
 from apt.errors import InputError
 from apt.evaluate.choice import parse_model
 from apt.evaluate.generate import gather_manifests, generate_samples, make_share, plan_outputs

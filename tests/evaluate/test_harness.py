@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.save import save_bundle
 from apt.data.decode import probe, read_clip
 from apt.errors import CheckpointError, DataError, InputError
 from apt.evaluate.choice import ModelChoice, parse_model

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
-from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.save import save_bundle
 from apt.data.decode import probe
 from apt.errors import ConfigError, DataError, InputError
 from apt.evaluate.choice import ModelChoice, parse_model

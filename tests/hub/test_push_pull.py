@@ -17,7 +17,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import apt
-from apt.checkpoints.bundle import component_info, save_bundle, save_codec
 from apt.checkpoints.export import export_model
 from apt.checkpoints.info import (
     CodecInfo,
@@ -27,7 +26,8 @@ from apt.checkpoints.info import (
     read_info,
     write_info,
 )
-from apt.checkpoints.load import load_bundle
+from apt.checkpoints.load import component_info, load_bundle
+from apt.checkpoints.save import save_bundle, save_codec
 from apt.hub.card import make_card
 from apt.models import MODELS, create_codec
 from tests.cli.shell import error_line, invoke

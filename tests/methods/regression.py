@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt.checkpoints.bundle import ModelBundle
 from apt.checkpoints.info import SamplingInfo
+from apt.checkpoints.load import ModelBundle
 from apt.condition import Condition
 from apt.flow import bind, euler_sample, sampling_timesteps
 from apt.methods import Host, Method, MethodConfig, MicroBatch

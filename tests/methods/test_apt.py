@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.info import TEXT_ENCODER_FILE
 from apt.checkpoints.load import load_bundle
+from apt.checkpoints.save import save_bundle
 from apt.condition import Condition
 from apt.errors import ConfigError, InputError
 from apt.kernels import perturbed_batch, sample_shifted_timesteps

@@ -27,9 +27,8 @@ from apt.methods.autoencoder import (
 from apt.methods.base import MicroBatch
 from apt.metrics.detail import patch_frequencies
 from apt.models.codec_causal import CausalCodec
-from apt.train.batches import MicroBatches
 from apt.train.config import DataConfig, LoRAConfig, ModelConfig, TrainConfig
-from apt.train.host import RunHost
+from apt.train.host import MicroBatches, RunHost
 from apt.train.logs import read_log
 from apt.train.recipes import RECIPES
 from apt.train.sequence import is_finished

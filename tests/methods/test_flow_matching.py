@@ -14,7 +14,7 @@ from apt.methods.base import MicroBatch
 from apt.methods.flow_matching import FlowMatchingPretraining, PretrainConfig
 from apt.rng import Draw, sample_noise, sample_uniform
 from apt.train.config import ModelConfig, OptimizerConfig
-from apt.train.networks import initial_bundle
+from apt.train.initial import initial_bundle
 from tests.train.tiny_methods import (
     CAPTIONS,
     FROZEN,

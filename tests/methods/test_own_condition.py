@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.info import SampleInfo
-from apt.condition import Condition
+from apt.checkpoints.save import save_bundle
+from apt.condition import Condition, extra_condition
 from apt.data.dataset import Batch, Sample
 from apt.errors import InputError
 from apt.flow import SamplerName, bind, bind_guided, sample
@@ -31,12 +31,11 @@ from apt.methods.terms import Terms
 from apt.models import MODELS, create_discriminator, create_model
 from apt.models.discriminator import discriminate_groups
 from apt.models.mmdit import MMDiT, MMDiTConfig
-from apt.models.tokens import extra_condition
 from apt.models.transformer import Context, Tokens
 from apt.pipeline import OneStepPipeline
 from apt.rng import Draw, sample_noise
-from apt.train.batches import MicroBatches
-from apt.train.networks import initial_bundle
+from apt.train.host import MicroBatches
+from apt.train.initial import initial_bundle
 from tests.train.tiny_methods import (
     CAPTIONS,
     LATENT_SHAPE,

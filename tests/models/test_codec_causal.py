@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from apt.checkpoints.bundle import component_info, save_bundle, save_codec
 from apt.checkpoints.export import export_model
 from apt.checkpoints.info import CODEC_FILE, CodecInfo, SampleInfo, read_info
-from apt.checkpoints.load import describe, load_bundle, load_codec
+from apt.checkpoints.load import component_info, describe, load_bundle, load_codec
+from apt.checkpoints.save import save_bundle, save_codec
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models import create_codec
 from apt.models.codec_causal import CausalCodec, CausalCodecConfig, Memory
-from apt.models.protocols import LatentCodec
+from apt.models.codecs import LatentCodec
 from tests.memory import peak_bytes
 from tests.tiny import tiny_bundle
 

@@ -9,14 +9,13 @@ import sys
 import pytest
 import torch
 
-from apt.checkpoints.bundle import component_info
 from apt.checkpoints.info import CodecInfo
-from apt.checkpoints.load import NO_SIZE, describe, load_codec
+from apt.checkpoints.load import NO_SIZE, component_info, describe, load_codec
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models.architectures import CODECS
 from apt.models.codec_diffusers import DiffusersCodecConfig
+from apt.models.codecs import LatentCodec
 from apt.models.create import create_codec, describe_codec
-from apt.models.protocols import LatentCodec
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from apt.condition import TextEncoder
 from apt.errors import InputError
 from apt.models import create_text_encoder
-from apt.models.protocols import TextEncoder
 from apt.models.text_bytes import ByteTextEncoder, _bucket, _parts
 
 

@@ -9,10 +9,10 @@ import shutil
 import pytest
 import torch
 
+from apt.condition import TextEncoder
 from apt.errors import CheckpointError, InputError
 from apt.models.architectures import TEXT_ENCODERS
 from apt.models.create import create_text_encoder
-from apt.models.protocols import TextEncoder
 from apt.models.text_sd3 import SD3TextConfig
 from tests.models.tiny_sd3 import POOLED_DIM, PROMPTS, TEXT_DIM, tiny_pipeline
 

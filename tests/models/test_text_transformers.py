@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 
+from apt.condition import TextEncoder
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models.architectures import TEXT_ENCODERS
 from apt.models.create import create_text_encoder
-from apt.models.protocols import TextEncoder
 from apt.models.text_transformers import TransformersTextConfig, clean_prompt
 from tests.models.tiny_tokenizers import clip_tokenizer, unigram_tokenizer
 

@@ -13,13 +13,13 @@ from apt.distributed.imagined import imagined_ranks
 from apt.distributed.mesh import Layout, ParallelConfig
 from apt.errors import ConfigError
 from apt.methods.base import Stage
-from apt.models.protocols import LatentCodec
+from apt.models.codecs import LatentCodec
 from apt.plan import measure
 from apt.plan.compare import real_peaks
 from apt.plan.estimate import Job, estimate
 from apt.plan.measure import Usage, begin_stage, make_batches
 from apt.plan.tracking import Tracker
-from apt.train.batches import encoded
+from apt.train.host import encoded
 from tests.plan.jobs import JOBS, ON_RANKS, RANKS, in_layout
 from tests.processes import run_main
 

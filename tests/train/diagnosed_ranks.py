@@ -21,7 +21,8 @@ from apt.errors import HardwareError
 from apt.methods import PretrainConfig
 from apt.train.diagnosis import check_replay, where_not_finite
 from apt.train.host import RunHost
-from apt.train.networks import NonFiniteGradient, initial_bundle
+from apt.train.initial import initial_bundle
+from apt.train.networks import NonFiniteGradient
 from tests.train.tiny_methods import micro_batches, randomize, train_config
 
 BAD = 1

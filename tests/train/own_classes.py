@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from apt.condition import Condition, EncodedText
+from apt.condition import Condition, EncodedText, PromptCheck, TextEncoder
 from apt.data.source import ClipRequest, DataSource
 from apt.errors import InputError, PromptLengthError
 from apt.losses import UnpairedObjective
-from apt.models.protocols import LatentCodec, PromptCheck, TextEncoder
+from apt.models.codecs import LatentCodec
 from apt.models.transformer import Context, DiffusionTransformer, Tokens, TransformerBlock
 
 CLIP = (5, 8, 8)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from apt.checkpoints.bundle import save_bundle
+from apt.checkpoints.save import save_bundle
 from apt.data.digits import MovingDigits
 from apt.distributed.mesh import ParallelConfig
 from apt.losses import ApproximateR1, ApproximateR2
@@ -24,7 +24,7 @@ from apt.methods.base import StageConfig
 from apt.methods.consistency import DistillConfig
 from apt.methods.terms import Terms
 from apt.train.config import TrainConfig
-from apt.train.networks import initial_bundle
+from apt.train.initial import initial_bundle
 from tests.train import small_runs
 from tests.train.small_runs import STAGES, Child
 

@@ -27,8 +27,8 @@ from apt.methods.consistency import DistillConfig
 from apt.methods.flow_matching import PretrainConfig
 from apt.models import create_model
 from apt.train.config import OptimizerConfig, TrainConfig
+from apt.train.networks import model_state
 from apt.train.outcome import save_outcome
-from apt.train.state import model_state
 from apt.train.trainer import make_stage
 from tests.counting import CollectiveCounter, LiveTensors, bytes_of
 from tests.distributed.gang import begin, wait_for

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import apt.train
-from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.info import SampleInfo, SamplingInfo, read_info
+from apt.checkpoints.save import save_bundle
 from apt.errors import ConfigError
 from apt.methods import PretrainConfig
 from apt.train.config import DataConfig, LoRAConfig, TrainConfig

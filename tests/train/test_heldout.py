@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import apt.train
-from apt.checkpoints.bundle import ModelBundle
+from apt.checkpoints.load import ModelBundle
 from apt.data.clips import check_clips
 from apt.data.dataset import Batch, EncodedSample
 from apt.data.heldout import hold_out

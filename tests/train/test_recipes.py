@@ -18,7 +18,7 @@ from apt.methods import (
 from apt.models import MODELS, create_codec, create_model, create_text_encoder
 from apt.models.discriminator import paper_layers
 from apt.train.config import TrainConfig
-from apt.train.networks import initial_bundle
+from apt.train.initial import initial_bundle
 from apt.train.recipes import RECIPES, list_recipes
 
 ABLATIONS: dict[str, dict[str, Any]] = {

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from apt.checkpoints.bundle import save_bundle
 from apt.checkpoints.info import CodecInfo, SampleInfo, SamplingInfo
 from apt.checkpoints.load import NO_SIZE
+from apt.checkpoints.save import save_bundle
 from apt.device import computes_in_bf16
 from apt.errors import ConfigError
 from apt.losses import Consistency

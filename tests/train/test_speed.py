@@ -14,7 +14,7 @@ from apt.methods.apt import AdversarialConfig
 from apt.methods.base import MicroBatch
 from apt.methods.consistency import DistillConfig
 from apt.methods.flow_matching import PretrainConfig
-from apt.train.speed import Update, model_flops, speed
+from apt.train.logs import Update, model_flops, speed
 from tests.train.tiny_methods import (
     CAPTIONS,
     TINY_MODEL,

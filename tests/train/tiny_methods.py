@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from apt.checkpoints.bundle import ModelBundle, save_bundle
+from apt.checkpoints.load import ModelBundle
+from apt.checkpoints.save import save_bundle
 from apt.distributed.parallel import Parallel
 from apt.methods.apt import AdversarialConfig, AdversarialPostTraining
 from apt.methods.base import MethodConfig, MicroBatch
@@ -17,7 +18,7 @@ from apt.methods.consistency import ConsistencyDistillation, DistillConfig
 from apt.methods.flow_matching import FlowMatchingPretraining, PretrainConfig
 from apt.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from apt.train.host import RunHost
-from apt.train.networks import initial_bundle
+from apt.train.initial import initial_bundle
 from apt.train.outcome import save_outcome
 
 # 12 channels: a frame's 2x2 pixels in colour.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apt.models.mmdit import cost, sizes
+from apt.models.mmdit import cost
 from apt.models.mmdit.model import MMDiT, MMDiTConfig
 
-__all__ = ["MMDiT", "MMDiTConfig", "cost", "sizes"]
+__all__ = ["MMDiT", "MMDiTConfig", "cost"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apt.models.sd3 import checkpoint, cost, sizes
+from apt.models.sd3 import checkpoint, cost
 from apt.models.sd3.model import SD3, SD3Config
 
-__all__ = ["SD3", "SD3Config", "checkpoint", "cost", "sizes"]
+__all__ = ["SD3", "SD3Config", "checkpoint", "cost"]

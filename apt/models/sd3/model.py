@@ -19,26 +19,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from apt.condition import Condition
+from apt.condition import Condition, pooled_text, text_tokens
 from apt.distributed.sequence import TokenSplit
 from apt.errors import ConfigError, InputError
 from apt.flow import FlowAdapter
 from apt.kernels import attention, modulated_norm, qk_norm_rope, residual_modulated_norm
 from apt.kernels.modulated_norm import take_rows
-from apt.models.tokens import (
-    FeedForward,
-    joint_mask,
-    pooled_text,
-    text_tokens,
-    timestep_sinusoids,
-    token_grid,
-)
+from apt.models.layers import FeedForward, keep_rows, timestep_sinusoids
 from apt.models.transformer import (
     Context,
     DiffusionTransformer,
     Tokens,
     TransformerBlock,
-    keep_rows,
+    joint_mask,
+    token_grid,
 )
 
 FLOW = FlowAdapter(time_scale=1000.0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from apt.models.wan import checkpoint, cost, sizes
+from apt.models.wan import checkpoint, cost
+from apt.models.wan.checkpoint import NEGATIVE_PROMPT
 from apt.models.wan.model import Wan, WanConfig
-from apt.models.wan.sizes import NEGATIVE_PROMPT
 
-__all__ = ["NEGATIVE_PROMPT", "Wan", "WanConfig", "checkpoint", "cost", "sizes"]
+__all__ = ["NEGATIVE_PROMPT", "Wan", "WanConfig", "checkpoint", "cost"]

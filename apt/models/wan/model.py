@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from apt.condition import Condition
+from apt.condition import Condition, text_tokens
 from apt.distributed.sequence import TokenSplit
 from apt.errors import ConfigError, InputError
 from apt.flow import FlowAdapter
@@ -36,19 +36,14 @@ from apt.kernels import (
     residual_modulated_norm,
 )
 from apt.kernels.modulated_norm import take_rows
-from apt.models.tokens import (
-    FeedForward,
-    rope_table,
-    text_tokens,
-    timestep_sinusoids,
-    token_grid,
-)
+from apt.models.layers import FeedForward, rope_table, timestep_sinusoids
 from apt.models.transformer import (
     Context,
     DiffusionTransformer,
     Tokens,
     TransformerBlock,
     check_rotary_heads,
+    token_grid,
 )
 
 FLOW = FlowAdapter(time_scale=1000.0)

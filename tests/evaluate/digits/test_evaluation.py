@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from apt.checkpoints.bundle import ModelBundle, component_info, save_bundle
 from apt.checkpoints.info import ModelInfo, SampleInfo, SamplingInfo, read_info, write_info
+from apt.checkpoints.load import ModelBundle, component_info
+from apt.checkpoints.save import save_bundle
 from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, MovingDigits
 from apt.errors import CheckpointError, ConfigError, DataError
 from apt.evaluate.digits import ClassifierConfig, EvaluateConfig, evaluate_digits

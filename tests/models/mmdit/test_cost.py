@@ -11,7 +11,7 @@ from apt.condition import Condition, EncodedText
 from apt.kernels.roofline import GPUS, H100_ATTENTION_TFLOPS, Rates
 from apt.models.costs import dit_cost
 from apt.models.mmdit import MMDiTConfig
-from apt.models.mmdit.sizes import apt_8b
+from apt.models.mmdit.model import apt_8b
 from tests.models.costs.flops import counted_by_torch, flops_of
 
 SMALL = MMDiTConfig(in_channels=4, hidden_size=48, depth=3, num_heads=4, text_dim=20)

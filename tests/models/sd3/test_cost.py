@@ -10,7 +10,7 @@ import torch
 from apt.condition import Condition, EncodedText
 from apt.models.costs import dit_cost
 from apt.models.sd3 import SD3Config
-from apt.models.sd3.sizes import sd3_5_large, sd3_5_medium
+from apt.models.sd3.checkpoint import sd3_5_large, sd3_5_medium
 from tests.models.costs.flops import counted_by_torch, flops_of
 
 SMALL = SD3Config(

@@ -10,7 +10,7 @@ import torch
 from apt.condition import Condition, EncodedText
 from apt.models.costs import dit_cost
 from apt.models.wan import WanConfig
-from apt.models.wan.sizes import wan21_t2v_1_3b
+from apt.models.wan.checkpoint import wan21_t2v_1_3b
 from tests.models.costs.flops import counted_by_torch, flops_of
 
 SMALL = WanConfig(

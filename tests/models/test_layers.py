@@ -10,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apt.condition import Condition, EncodedText
-from apt.errors import InputError
 from apt.kernels import qk_norm_rope
-from apt.models.tokens import check_layers, check_rows, rope_table, token_grid
+from apt.models.layers import rope_table
 
 
 @settings(max_examples=25, deadline=None)
@@ -65,44 +63,3 @@ def test_rope_is_diffusers(grid: tuple[int, int, int], head_dim: int) -> None:
     ours = rope_table(grid, head_dim, 10_000.0, torch.device("cpu"))
     for table, expected in zip(ours, (cos, sin), strict=True):
         torch.testing.assert_close(table, expected[0, :, 0, ::2], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("latents", "patch", "grid"),
-    [((3, 4, 6), (1, 2, 2), (3, 2, 3)), ((4, 1, 9), (2, 1, 3), (2, 1, 3))],
-)
-def test_token_grid(
-    latents: tuple[int, int, int], patch: tuple[int, int, int], grid: tuple[int, int, int]
-) -> None:
-    assert token_grid(latents, patch) == grid
-
-
-def test_sizes_that_no_patch_divides() -> None:
-    for latents, name in (((3, 4, 4), "frames 3"), ((2, 5, 4), "height 5"), ((2, 4, 1), "width 1")):
-        with pytest.raises(InputError, match=name):
-            token_grid(latents, (2, 2, 2))
-
-
-def test_layers_are_counted_from_1() -> None:
-    check_layers([1, 3], 3)
-    for layers in ([], [0], [1, 4]):
-        with pytest.raises(InputError, match=r"1\.\.3"):
-            check_layers(layers, 3)
-
-
-def test_rows_of_timesteps_and_conditions() -> None:
-    x, c = torch.zeros(3, 1, 1, 1, 4), Condition(EncodedText(torch.zeros(2, 1, 1)))
-    rows = torch.tensor([0, 1, 1])
-    check_rows(x, torch.zeros(2), c, rows)
-    check_rows(x, torch.zeros(2, 4), c, rows, num_tokens=4)
-    check_rows(x[:2], torch.zeros(2), c, None)
-    for t, text, index, tokens in (
-        (torch.zeros(2), c, None, None),
-        (torch.zeros(3), c, None, None),
-        (torch.zeros(1), c, rows, None),
-        (torch.zeros(2, 4), c, rows, None),
-        (torch.zeros(2, 3), c, rows, 4),
-        (torch.zeros(2, 1), c, rows, 4),
-    ):
-        with pytest.raises(InputError, match="pass `rows`"):
-            check_rows(x, t, text, index, num_tokens=tokens)

@@ -1,93 +1,25 @@
-"""A whole model, with all that it takes to generate, and how it is saved."""
+"""Whole models, and codecs, saved as folders."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apt.checkpoints.info import (
     CODEC_FILE,
     TEXT_ENCODER_FILE,
     TRANSFORMER_FILE,
     CodecInfo,
-    ComponentInfo,
-    ModelInfo,
     write_info,
 )
+from apt.checkpoints.load import ModelBundle, component_info, described
 from apt.checkpoints.weights import save_tensors, save_weights
-from apt.errors import CheckpointError, ConfigError
-from apt.models.protocols import LatentCodec, TextEncoder
-from apt.models.transformer import DiffusionTransformer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Which weights a model has, in words that others can use: no folder of this machine.
-
-    Attributes:
-        name: built-in name or Hub id; of a local model its recipe, or else its architecture.
-        revision: commit on the Hub.
-        weights: digest (`apt.checkpoints.source.weights_digest`) of what is local.
-    """
-
-    name: str
-    revision: str | None = None
-    weights: str | None = None
-
-
-@dataclass
-class ModelBundle:
-    """A model with all that it takes to generate, and where it was loaded from, if it was."""
-
-    backbone: DiffusionTransformer
-    text_encoder: TextEncoder
-    codec: LatentCodec
-    info: ModelInfo
-    origin: Origin | None = None
-
-    def __post_init__(self) -> None:
-        if self.backbone.in_channels != self.codec.channels:
-            raise ConfigError(
-                f"the backbone takes {self.backbone.in_channels} latent channels, the codec makes "
-                f"{self.codec.channels}; set in_channels to that"
-            )
-
-    def __repr__(self) -> str:
-        """In a line: what it is, its parts, and the size of what it makes."""
-        info, sample = self.info, self.info.sample
-        return (
-            f"ModelBundle({info.stage}: {self.backbone!r}, text encoder "
-            f"{info.text_encoder.architecture}, codec {info.codec.architecture}, {sample.frames} "
-            f"frames of {sample.height}x{sample.width} at {sample.fps:g} fps)"
-        )
-
-    def modules(self) -> list[nn.Module]:
-        """All parts."""
-        return [self.backbone, self.text_encoder, self.codec]
-
-    def own_modules(self) -> list[nn.Module]:
-        """The networks whose weights belong to this model, not to a public checkpoint.
-
-        A codec is never among them: it computes in fp32, or as its config says.
-        """
-        own_text = self.info.text_encoder.weights is not None
-        return [self.backbone, self.text_encoder] if own_text else [self.backbone]
-
-
-def component_info(
-    architecture: str,
-    part: DiffusionTransformer | TextEncoder | LatentCodec,
-    weights: str | None = None,
-) -> ComponentInfo:
-    """Describe a part for `apt.json`: its registered name, its config, and its file of weights."""
-    return ComponentInfo(
-        architecture=architecture, config=dataclasses.asdict(part.config), weights=weights
-    )
+from apt.errors import CheckpointError
+from apt.models.codecs import LatentCodec
 
 
 def save_bundle(
@@ -119,7 +51,7 @@ def save_bundle(
         if getattr(parts, name) != getattr(bundle.info, name):
             raise CheckpointError(
                 f"cannot save to {str(folder)!r}: info.{name}.config differs from the config of "
-                "the part itself; describe it with apt.checkpoints.bundle.component_info"
+                "the part itself; describe it with apt.checkpoints.load.component_info"
             )
     text_weights = None if external_text_encoder else TEXT_ENCODER_FILE
     codec_weights = None if bundle.info.codec.weights is None else CODEC_FILE
@@ -167,7 +99,7 @@ def save_codec(
     if component_info(info.codec.architecture, codec).config != info.codec.config:
         raise CheckpointError(
             f"cannot save to {str(folder)!r}: info.codec.config differs from the codec's config; "
-            "describe it with apt.checkpoints.bundle.component_info"
+            "describe it with apt.checkpoints.load.component_info"
         )
     info = dataclasses.replace(info, codec=dataclasses.replace(info.codec, weights=CODEC_FILE))
     try:
@@ -179,20 +111,3 @@ def save_codec(
             f"cannot save to {str(folder)!r}: {error.strerror or error}"
         ) from error
     return root
-
-
-def described(bundle: ModelBundle) -> ModelInfo:
-    """`info` with the config that each part has."""
-    info = bundle.info
-
-    def in_full(
-        said: ComponentInfo, part: DiffusionTransformer | TextEncoder | LatentCodec
-    ) -> ComponentInfo:
-        return component_info(said.architecture, part, said.weights)
-
-    return dataclasses.replace(
-        info,
-        model=in_full(info.model, bundle.backbone),
-        text_encoder=in_full(info.text_encoder, bundle.text_encoder),
-        codec=in_full(info.codec, bundle.codec),
-    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apt.data.dataset import Batch, Sample
 from apt.data.loader import make_loader
-from apt.train.batches import MicroBatches
+from apt.train.host import MicroBatches
 from tests.train.tiny_methods import single
 
 

@@ -1,0 +1,107 @@
+"""Layers and tables that families share, and what is said of a module's weights."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_sinusoids(time: Tensor, size: int) -> Tensor:
+    """Cosines, then sines (..., size) fp32 of times (...) in diffusers' scale, 1000 t.
+
+    In fp32 and in diffusers' order of operations: the angles reach 1000, where one ulp is visible.
+    """
+    half = size // 2
+    index = torch.arange(half, dtype=torch.float32, device=time.device)
+    frequencies = torch.exp(-math.log(10_000) * index / half)
+    angles = time.float()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@lru_cache(maxsize=64)
+def rope_table(
+    grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (L, Dh / 2) fp32 of 3D rotary positions.
+
+    Height and width get a third of the dimensions each (rounded down to even), time the rest.
+    """
+    spatial = head_dim // 6 * 2
+    sizes = (head_dim - 2 * spatial, spatial, spatial)
+    axes = []
+    for length, size in zip(grid, sizes, strict=True):
+        frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        axes.append(torch.arange(length, dtype=torch.float64)[:, None] * frequencies)
+    t, h, w = grid
+    angles = torch.cat(
+        [
+            axes[0][:, None, None].expand(t, h, w, -1),
+            axes[1][None, :, None].expand(t, h, w, -1),
+            axes[2][None, None, :].expand(t, h, w, -1),
+        ],
+        dim=-1,
+    ).reshape(t * h * w, head_dim // 2)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, linear; numbered as in diffusers, where a dropout of 0 is number 1."""
+
+    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            GELUProjection(hidden_size, mlp_size), nn.Identity(), nn.Linear(mlp_size, hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class GELUProjection(nn.Module):
+    """The first layer and activation of a `FeedForward`."""
+
+    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, mlp_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+@torch.no_grad()
+def keep_rows(layer: nn.Linear, *rows: slice) -> nn.Linear:
+    """A linear layer with some of another's outputs, in this order, on its device.
+
+    It says which, in `stored_rows`, for weights that are yet to come from a file.
+    """
+    weight = torch.cat([layer.weight[part] for part in rows])
+    kept: Any = nn.Linear(
+        layer.in_features, len(weight), bias=layer.bias is not None, device="meta"
+    )
+    kept.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    if layer.bias is not None:
+        bias = torch.cat([layer.bias[part] for part in rows])
+        kept.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
+    kept.stored_rows = rows
+    return cast(nn.Linear, kept)
+
+
+def described_weights(module: nn.Module) -> str:
+    """How many, of which type and where, as "5.8 M parameters, float32 on cpu"."""
+    parameters = list(module.parameters())
+    if not parameters:
+        return "no parameters"
+    first = parameters[0]
+    number = count_words(sum(parameter.numel() for parameter in parameters))
+    return f"{number} parameters, {str(first.dtype).removeprefix('torch.')} on {first.device}"
+
+
+def count_words(parameters: int) -> str:
+    """A number of parameters for people: "5.8 M", "8.16 B"."""
+    small = parameters < 10**8
+    return f"{parameters / 1e6:.1f} M" if small else f"{parameters / 1e9:.2f} B"

@@ -1,0 +1,152 @@
+"""What a run starts from: a model that is built anew, or the one that its stage names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from apt.checkpoints.info import ComponentInfo, ModelInfo, SamplingInfo
+from apt.checkpoints.load import (
+    ModelBundle,
+    component_info,
+    describe,
+    describe_model,
+    load_bundle,
+    load_codec,
+    load_model,
+    load_text_encoder,
+)
+from apt.condition import TextEncoder
+from apt.data.latents import LatentFolder
+from apt.errors import ConfigError
+from apt.methods.base import MethodConfig
+from apt.models.codecs import LatentCodec
+from apt.models.create import create_codec, create_model, create_text_encoder
+from apt.train.cache_parts import cached_codec, cached_text_encoder
+from apt.train.config import TrainConfig
+from apt.train.objects import NO_OBJECTS, Objects
+
+
+def initial_bundle(config: TrainConfig, objects: Objects = NO_OBJECTS) -> ModelBundle:
+    """The generator that a run starts from.
+
+    Pre-training: random weights from `config.seed`. Later stages: the model that they start from,
+    whose text encoder and codec they keep, its backbone on the meta device with the `origin` of its
+    weights. `objects` are in place of what they name.
+
+    Raises:
+        ConfigError: parts that do not fit each other, or no model to start from.
+    """
+    field = config.stage.start_field
+    if field is None:
+        return _new_bundle(config, objects)
+    bundle = _started_bundle(config, objects, field)
+    if config.lora.base:
+        base = load_model(config.lora.base, device="meta")
+        if base.config != bundle.backbone.config:
+            raise ConfigError(
+                f"lora.base {config.lora.base!r} is another architecture than "
+                f"{config.stage.source(field)!r}; name the model that its adapters were trained on"
+            )
+        bundle = dataclasses.replace(bundle, backbone=base)
+    return bundle
+
+
+def _started_bundle(config: TrainConfig, objects: Objects, field: str) -> ModelBundle:
+    cache = config.data.make_source().latent_cache()
+    if field in objects.bundles:
+        bundle = objects.bundles[field]
+        if cache is not None:
+            cached_codec(LatentFolder(cache), bundle.info.codec)  # raises if another one made it
+        return bundle
+    source = config.stage.source(field)
+    if cache is not None:
+        return _bundle_on_cache(source, LatentFolder(cache))
+    return load_bundle(source, device="meta")
+
+
+def _bundle_on_cache(source: str, cache: LatentFolder) -> ModelBundle:
+    """The model without what its latents and embeddings were made by."""
+    backbone, info = load_model(source, device="meta"), describe_model(source)
+    codec: LatentCodec = cached_codec(cache, info.codec)
+    if info.codec.weights is not None:
+        codec = load_codec(source)  # it is small, and goes into the model that comes out
+    if info.text_encoder.weights is None:
+        return ModelBundle(backbone, cached_text_encoder(cache, info.text_encoder), codec, info)
+    return ModelBundle(backbone, load_text_encoder(source), codec, info)
+
+
+def _new_bundle(config: TrainConfig, objects: Objects) -> ModelBundle:
+    model, stage = config.model, config.stage
+    assert isinstance(stage, MethodConfig), "only a generator is built anew"
+    torch.manual_seed(config.seed)
+    text_encoder, text_info = _text_encoder(config, objects)
+    codec, codec_info = _codec(config, objects)
+    options: dict[str, Any] = model.options
+    backbone = objects.model
+    if backbone is None:
+        backbone = create_model(model.name, **options)
+    if backbone.in_channels != codec.channels:
+        raise ConfigError(
+            f"model {model.name!r} takes {backbone.in_channels} channels, but codec "
+            f"{codec_info.architecture!r} gives {codec.channels}; set --model.options in_channels "
+            f"{codec.channels}"
+        )
+    if backbone.config.text_dim != text_encoder.embedding_dim:
+        raise ConfigError(
+            f"model {model.name!r} takes text of {backbone.config.text_dim} dimensions, but "
+            f"{model.text_encoder!r} gives {text_encoder.embedding_dim}; set --model.options "
+            f"text_dim {text_encoder.embedding_dim}"
+        )
+    info = ModelInfo(
+        stage=stage.exports_as,
+        model=component_info(model.name, backbone),
+        text_encoder=text_info,
+        codec=codec_info,
+        sample=config.data.clip,
+        sampling=stage.sampling(SamplingInfo(negative_prompt=config.negative_prompt or "")),
+    )
+    return ModelBundle(backbone, text_encoder, codec, info)
+
+
+def initial_codec(config: TrainConfig, objects: Objects) -> tuple[str, LatentCodec]:
+    """A codec with random weights from `config.seed`, or the given one, and its name."""
+    if objects.codec is not None:
+        return config.model.codec, objects.codec
+    torch.manual_seed(config.seed)
+    model = config.model
+    return model.codec, create_codec(model.codec, **model.codec_options)
+
+
+def _text_encoder(config: TrainConfig, objects: Objects) -> tuple[TextEncoder, ComponentInfo]:
+    given, model = objects.text_encoder, config.model
+    if given is not None:
+        return given, objects.info("text_encoder", given)
+    text_encoder = create_text_encoder(model.text_encoder, **model.text_encoder_options)
+    return text_encoder, component_info(model.text_encoder, text_encoder)
+
+
+def _codec(config: TrainConfig, objects: Objects) -> tuple[LatentCodec, ComponentInfo]:
+    """The codec of a new model: one that was trained, or one without weights of its own."""
+    model, source = config.model, config.stage.trained_codec()
+    if objects.codec is not None:
+        codec = objects.codec.requires_grad_(False).eval()
+        info = objects.info("codec", codec)
+    elif source:
+        codec, found = load_codec(source), describe(source).codec
+        info = component_info(found.architecture, codec, found.weights)
+    else:
+        codec = create_codec(model.codec, **model.codec_options)
+        info = component_info(model.codec, codec)
+        if any(parameter.requires_grad for parameter in codec.parameters()):
+            raise ConfigError(
+                f"codec {model.codec!r} is not trained yet: train it (`diffusion-apt train "
+                "digits_codec`), and name the folder that it exported with --stage.codec"
+            )
+    cache = config.data.make_source().latent_cache()
+    if cache is None:
+        return codec, info
+    cached = cached_codec(LatentFolder(cache), info)
+    return (cached if info.weights is None else codec), info
