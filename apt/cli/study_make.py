@@ -84,6 +84,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     choose_comparisons(names, comparisons)
     folders = {name: read_samples(Path(folder).expanduser()) for name, folder in given}
     if models:
+        assert asked.prompts is not None
         for model in models:
             check_model(model)
         lines = list(dict.fromkeys(read_prompts(asked.prompts)))
