@@ -27,8 +27,8 @@ _WALKS_PROMPTS = (
     "first-person view of a small hall: the camera slides right, a cacodemon in sight",
     "first-person view of a brick corridor: the camera turns right, a soldier in sight",
 )
-# Batches are halved and the codec's training is shortened, so that all of it takes about an hour of
-# one CPU core: a first look, not the most that such a model can learn.
+# Batches are halved and training is shortened, so that all of it takes about an hour of one CPU core:
+# a first look, not the most that such a model can learn.
 _WALKS_STAGES: tuple[dict[str, Any], ...] = (
     {
         "name": "walks_codec",
@@ -43,7 +43,7 @@ _WALKS_STAGES: tuple[dict[str, Any], ...] = (
             max_grad_norm=1.0,
         ),
     },
-    {"name": "walks_pretrain", "batch_size": 16},
+    {"name": "walks_pretrain", "num_updates": 4000, "batch_size": 16},
     {"name": "walks_distill", "batch_size": 16},
     {"name": "walks_apt", "batch_size": 16},
 )
