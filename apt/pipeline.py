@@ -555,11 +555,11 @@ class OneStepPipeline:
         if self._offload_to is None:
             yield
             return
-        part.to(self._offload_to)
+        _move(part, self._offload_to)
         try:
             yield
         finally:
-            part.to("cpu")
+            _move(part, "cpu")
 
     def _latent_size(self, size: tuple[int, ...]) -> tuple[int, int, int] | None:
         """Latent (T, H, W) of (frames, height, width), or None if the model cannot take it."""
@@ -645,6 +645,12 @@ _MOST_STEPS = 1000
 _SMALLER = (
     "ask for fewer frames or a smaller size, or try batch_size 1, bfloat16, or offload on a GPU"
 )
+
+
+def _move(part: nn.Module, device: torch.device | str) -> None:
+    """Weights that are copied in inference mode could never be trained."""
+    with torch.inference_mode(False):
+        part.to(device)
 
 
 def _one_row_each(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -333,6 +334,16 @@ def test_offload_has_one_part_at_a_time_on_the_device(
         for device in ("cpu:0", "cpu")
     ]
     assert offloaded.device == torch.device("cpu", 0)
+
+
+def test_weights_that_offload_has_copied_can_still_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = tiny_bundle()
+    for part in bundle.modules():
+        # As between two devices: every weight is copied.
+        copied = partial(nn.Module._apply, part, torch.Tensor.clone)
+        monkeypatch.setattr(part, "to", lambda device, copied=copied: copied())
+    OneStepPipeline(bundle, offload_to=torch.device("cpu", 0))(PROMPT)
+    assert not any(p.is_inference() for part in bundle.modules() for p in part.parameters())
 
 
 def test_a_lora_is_merged_and_taken_off(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from apt.condition import Condition, EncodedText
 from apt.errors import InputError
-from apt.kernels import qk_norm_rope
+from apt.kernels import norm_rope, qk_norm_rope
+from apt.kernels.norm_rope import Layout
+from apt.models.mmdit.model import position_table
 from apt.models.tokens import check_layers, check_rows, rope_table, token_grid
 
 
@@ -106,3 +108,16 @@ def test_rows_of_timesteps_and_conditions() -> None:
     ):
         with pytest.raises(InputError, match="pass `rows`"):
             check_rows(x, t, text, index, num_tokens=tokens)
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_tables_of_an_inference_serve_training(layout: Layout) -> None:
+    rope_table.cache_clear()
+    position_table.cache_clear()
+    with torch.inference_mode():
+        position_table((2, 2, 2), 12, torch.device("cpu"))
+    cos, sin = rope_table((2, 2, 2), 12, 100.0, torch.device("cpu"))
+    assert rope_table.cache_info().hits == 1
+    q = torch.randn(1, 8, 1, 12, requires_grad=True)
+    norm_rope(q, None, cos, sin, layout=layout).sum().backward()
+    assert not position_table((2, 2, 2), 12, torch.device("cpu")).is_inference()
