@@ -473,9 +473,9 @@ class OneStepPipeline:
             with self.at_work(self.bundle.codec):
                 for x in latents:
                     with explained_memory(doing, _SMALLER):
-                        pixels = self.bundle.codec.decode(x).float().clamp(-1, 1)
-                    self._check_finite(pixels, "pixels")
-                    yield pixels
+                        pixels = self.bundle.codec.decode(x).float()
+                    self._check_finite(pixels, "pixels")  # infinity would be clamped to white
+                    yield pixels.clamp(-1, 1)
 
     def _latents(self, request: _Request, places: Sequence[int]) -> list[Tensor]:
         """Latents of some of the videos, one tensor for each network call."""

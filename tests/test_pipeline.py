@@ -414,12 +414,13 @@ def test_what_is_not_finite_is_an_error_and_no_black_video(value: float) -> None
             call(PROMPT)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_pixels_that_are_not_finite(
-    pipeline: OneStepPipeline, monkeypatch: pytest.MonkeyPatch
+    value: float, pipeline: OneStepPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A VAE may overflow where the transformer does not."""
     decode = pipeline.bundle.codec.decode
-    monkeypatch.setattr(pipeline.bundle.codec, "decode", lambda x: decode(x) * float("nan"))
+    monkeypatch.setattr(pipeline.bundle.codec, "decode", lambda x: decode(x) + value)
     with pytest.raises(InputError, match="values of the pixels are NaN"):
         pipeline(PROMPT)
 

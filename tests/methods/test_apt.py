@@ -451,6 +451,14 @@ def test_mismatched_pairs_leave_out_equal_captions(tmp_path: Path) -> None:
     assert all(value is not None and value.isfinite().all() for value in grads.values())
 
 
+def test_mismatched_pairs_need_a_neighbour(tmp_path: Path) -> None:
+    """Of micro-batches of one the term would be 0 in every update, and nobody told."""
+    terms = Terms(mismatched=MismatchedCondition(weight=2.0))
+    stage = adversarial(tmp_path, terms=terms)
+    with pytest.raises(ConfigError, match="--micro-batch-size to 2 or more"):
+        stage.discriminator_step(micro_batches(1), 0)
+
+
 def test_head_and_layers_are_configurable(tmp_path: Path) -> None:
     stage = adversarial(tmp_path, head="conv3d", layers=(1, 2))
     _, discriminator = networks(stage)
