@@ -522,6 +522,9 @@ class OneStepPipeline:
         trained = self.info.sample
         own = (trained.frames, trained.height, trained.width)
         size = trained.sized(frames, height, width)
+        latent = self._latent_size(size)
+        if latent is not None:
+            return (self.bundle.codec.channels, *latent)
         for axis, name in enumerate(("frames", "height", "width")):
             alone = (*own[:axis], size[axis], *own[axis + 1 :])
             if self._latent_size(alone) is None:
@@ -530,9 +533,7 @@ class OneStepPipeline:
                     f"{name} = {size[axis]} does not fit this model; use {near}. It was trained "
                     f"on {own[0]} frames of {own[1]}x{own[2]} (height x width)"
                 )
-        latent = self._latent_size(size)
-        assert latent is not None, "the axes fit one by one"
-        return (self.bundle.codec.channels, *latent)
+        raise AssertionError("the axes fit one by one")
 
     def noise(
         self, seeds: Sequence[int], shape: tuple[int, int, int, int] | None = None, step: int = 0

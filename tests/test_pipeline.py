@@ -414,6 +414,13 @@ def test_what_is_not_finite_is_an_error_and_no_black_video(value: float) -> None
             call(PROMPT)  # type: ignore[operator]
 
 
+def test_a_size_that_fits_is_taken_whatever_the_model_was_trained_on() -> None:
+    bundle = tiny_bundle()
+    odd = dataclasses.replace(bundle.info.sample, height=33)
+    bundle.info = dataclasses.replace(bundle.info, sample=odd)
+    assert OneStepPipeline(bundle).latent_shape(frames=5, height=32) == (768, 2, 4, 4)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_pixels_that_are_not_finite(
     value: float, pipeline: OneStepPipeline, monkeypatch: pytest.MonkeyPatch
