@@ -472,9 +472,9 @@ class OneStepPipeline:
             with self.at_work(self.bundle.codec):
                 for x in latents:
                     with explained_memory(doing, _SMALLER):
-                        pixels = self.bundle.codec.decode(x).float().clamp(-1, 1)
-                    self._check_finite(pixels, "pixels")
-                    yield pixels
+                        pixels = self.bundle.codec.decode(x).float()
+                    self._check_finite(pixels, "pixels")  # infinity would be clamped to white
+                    yield pixels.clamp(-1, 1)
 
     def _latents(self, request: _Request, places: Sequence[int]) -> list[Tensor]:
         """Latents of some of the videos, one tensor for each network call."""
@@ -521,6 +521,9 @@ class OneStepPipeline:
         trained = self.info.sample
         own = (trained.frames, trained.height, trained.width)
         size = trained.sized(frames, height, width)
+        latent = self._latent_size(size)
+        if latent is not None:
+            return (self.bundle.codec.channels, *latent)
         for axis, name in enumerate(("frames", "height", "width")):
             alone = (*own[:axis], size[axis], *own[axis + 1 :])
             if self._latent_size(alone) is None:
@@ -529,9 +532,7 @@ class OneStepPipeline:
                     f"{name} = {size[axis]} does not fit this model; use {near}. It was trained "
                     f"on {own[0]} frames of {own[1]}x{own[2]} (height x width)"
                 )
-        latent = self._latent_size(size)
-        assert latent is not None, "the axes fit one by one"
-        return (self.bundle.codec.channels, *latent)
+        raise AssertionError("the axes fit one by one")
 
     def noise(
         self, seeds: Sequence[int], shape: tuple[int, int, int, int] | None = None, step: int = 0
@@ -554,11 +555,11 @@ class OneStepPipeline:
         if self._offload_to is None:
             yield
             return
-        part.to(self._offload_to)
+        _move(part, self._offload_to)
         try:
             yield
         finally:
-            part.to("cpu")
+            _move(part, "cpu")
 
     def _latent_size(self, size: tuple[int, ...]) -> tuple[int, int, int] | None:
         """Latent (T, H, W) of (frames, height, width), or None if the model cannot take it."""
@@ -644,6 +645,12 @@ _MOST_STEPS = 1000
 _SMALLER = (
     "ask for fewer frames or a smaller size, or try batch_size 1, bfloat16, or offload on a GPU"
 )
+
+
+def _move(part: nn.Module, device: torch.device | str) -> None:
+    """Weights that are copied in inference mode could never be trained."""
+    with torch.inference_mode(False):
+        part.to(device)
 
 
 def _one_row_each(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -335,6 +336,16 @@ def test_offload_has_one_part_at_a_time_on_the_device(
     assert offloaded.device == torch.device("cpu", 0)
 
 
+def test_weights_that_offload_has_copied_can_still_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = tiny_bundle()
+    for part in bundle.modules():
+        # As between two devices: every weight is copied.
+        copied = partial(nn.Module._apply, part, torch.Tensor.clone)
+        monkeypatch.setattr(part, "to", lambda device, copied=copied: copied())
+    OneStepPipeline(bundle, offload_to=torch.device("cpu", 0))(PROMPT)
+    assert not any(p.is_inference() for part in bundle.modules() for p in part.parameters())
+
+
 def test_a_lora_is_merged_and_taken_off(tmp_path: Path) -> None:
     pipe = OneStepPipeline(tiny_bundle())
     before = pipe(PROMPT)
@@ -403,12 +414,20 @@ def test_what_is_not_finite_is_an_error_and_no_black_video(value: float) -> None
             call(PROMPT)  # type: ignore[operator]
 
 
+def test_a_size_that_fits_is_taken_whatever_the_model_was_trained_on() -> None:
+    bundle = tiny_bundle()
+    odd = dataclasses.replace(bundle.info.sample, height=33)
+    bundle.info = dataclasses.replace(bundle.info, sample=odd)
+    assert OneStepPipeline(bundle).latent_shape(frames=5, height=32) == (768, 2, 4, 4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_pixels_that_are_not_finite(
-    pipeline: OneStepPipeline, monkeypatch: pytest.MonkeyPatch
+    value: float, pipeline: OneStepPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A VAE may overflow where the transformer does not."""
     decode = pipeline.bundle.codec.decode
-    monkeypatch.setattr(pipeline.bundle.codec, "decode", lambda x: decode(x) * float("nan"))
+    monkeypatch.setattr(pipeline.bundle.codec, "decode", lambda x: decode(x) + value)
     with pytest.raises(InputError, match="values of the pixels are NaN"):
         pipeline(PROMPT)
 

@@ -40,8 +40,6 @@ SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _SCHEDULER_CONFIG = {
     "_class_name": SCHEDULER,
     "num_train_timesteps": 1000,
-    # One step starts at t = 1 whatever the shift is.
-    "shift": 1.0,
     "use_dynamic_shifting": False,
 }
 
@@ -177,7 +175,9 @@ def _export_pipeline(
     _save_transformer(backbone, family, folder / "transformer", dtype, max_shard_size)
     scheduler = folder / "scheduler"
     scheduler.mkdir(exist_ok=True)
-    _write_json(scheduler / "scheduler_config.json", _SCHEDULER_CONFIG)
+    # One step starts at t = 1 whatever the shift is; many need that of the model.
+    shift = {"shift": info.sampling.timestep_shift}
+    _write_json(scheduler / "scheduler_config.json", _SCHEDULER_CONFIG | shift)
     write_info(folder, without_folders(_portable(info)))
     index["transformer"] = ["diffusers", family.diffusers_class]
     index["scheduler"] = ["diffusers", SCHEDULER]

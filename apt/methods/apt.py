@@ -335,9 +335,11 @@ class AdversarialPostTraining(Method):
     @contextmanager
     def products(self) -> Iterator[None]:
         """Whether products in fp32, also of backward passes, are in TF32 inside."""
+        if self.config.discriminator_precision == "run":
+            yield
+            return
         before = torch.backends.cuda.matmul.allow_tf32
-        if self.config.discriminator_precision != "run":
-            torch.backends.cuda.matmul.allow_tf32 = self.config.discriminator_precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = self.config.discriminator_precision == "tf32"
         try:
             yield
         finally:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from apt.errors import ConfigError
 from apt.kernels import perturbed_batch
 from apt.losses import R1, ApproximateR2, FeatureMatching, LogitCentring, MismatchedCondition
 from apt.rng import Draw
@@ -102,8 +103,17 @@ def logit_centring(loss: LogitCentring) -> DiscriminatorTerm:
 def mismatched_condition(
     loss: MismatchedCondition, x: Tensor, captions: Sequence[str]
 ) -> DiscriminatorTerm:
-    """Real samples under their neighbour's condition, where its caption is another (App. J)."""
+    """Real samples under their neighbour's condition, where its caption is another (App. J).
+
+    Raises ConfigError for a sample without a neighbour, for which the term would never be there.
+    """
     num = len(captions)
+    if num == 1:
+        raise ConfigError(
+            "stage.terms.mismatched.weight shows samples under each other's captions, and a "
+            "micro-batch is one sample here; set --micro-batch-size to 2 or more, or the weight "
+            "to 0"
+        )
     others = [i for i in range(num) if captions[i] != captions[(i + 1) % num]]
     chosen = torch.tensor(others, dtype=torch.int64, device=x.device)
 

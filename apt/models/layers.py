@@ -34,19 +34,21 @@ def rope_table(
     spatial = head_dim // 6 * 2
     sizes = (head_dim - 2 * spatial, spatial, spatial)
     axes = []
-    for length, size in zip(grid, sizes, strict=True):
-        frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-        axes.append(torch.arange(length, dtype=torch.float64)[:, None] * frequencies)
-    t, h, w = grid
-    angles = torch.cat(
-        [
-            axes[0][:, None, None].expand(t, h, w, -1),
-            axes[1][None, :, None].expand(t, h, w, -1),
-            axes[2][None, None, :].expand(t, h, w, -1),
-        ],
-        dim=-1,
-    ).reshape(t * h * w, head_dim // 2)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    # Kept for later callers, who may train: then it is saved for their backward passes.
+    with torch.inference_mode(False):
+        for length, size in zip(grid, sizes, strict=True):
+            frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+            axes.append(torch.arange(length, dtype=torch.float64)[:, None] * frequencies)
+        t, h, w = grid
+        angles = torch.cat(
+            [
+                axes[0][:, None, None].expand(t, h, w, -1),
+                axes[1][None, :, None].expand(t, h, w, -1),
+                axes[2][None, None, :].expand(t, h, w, -1),
+            ],
+            dim=-1,
+        ).reshape(t * h * w, head_dim // 2)
+        return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 class FeedForward(nn.Module):

@@ -6,6 +6,7 @@ They are frozen and are not saved with a model of ours: the config names where t
 from __future__ import annotations
 
 import html
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -176,12 +177,23 @@ class TransformersTextEncoder(TextEncoder):
             )
 
 
-def clean_prompt(prompt: str) -> str:
-    """HTML entities as characters, white space as single spaces: diffusers' cleaning for Wan.
+# As ftfy does: quotation marks are straight, letters and punctuation of full width are plain.
+_PLAIN = {
+    **dict.fromkeys(map(ord, "\u02bc\u2018\u2019\u201a\u201b"), "'"),
+    **dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"'),
+    **{code: unicodedata.normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFF0)},
+    0xFEFF: None,
+}
 
-    It also mends wrongly decoded text if ftfy is installed; results must not depend on that here.
+
+def clean_prompt(prompt: str) -> str:
+    """HTML entities as characters, white space as single spaces, typographic quotes straightened:
+    what the cleaning of Wan's authors, and of diffusers with ftfy, makes of text.
+
+    ftfy also mends wrongly decoded text, which is left as it is here.
     """
-    return " ".join(html.unescape(html.unescape(prompt)).split())
+    text = html.unescape(html.unescape(prompt)).translate(_PLAIN)
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _tokenize(

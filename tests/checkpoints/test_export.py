@@ -21,6 +21,7 @@ from apt.checkpoints.info import SamplingInfo, read_info, write_info
 from apt.checkpoints.load import load_bundle
 from apt.checkpoints.save import save_bundle
 from apt.errors import CheckpointError, InputError
+from apt.flow import sampling_timesteps
 from apt.methods.apt import generate
 from apt.pipeline import OneStepPipeline
 from tests.checkpoints.test_load import assert_same, state, stored
@@ -166,6 +167,19 @@ def test_stock_diffusers_makes_what_ours_makes(exported: Path) -> None:
         ours = generate(bundle.backbone, z, apt.Condition(text([PROMPT])))
     error = (ours - expected).abs().max() / expected.abs().max()
     assert error < 1e-5
+
+
+def test_stock_diffusers_shifts_timesteps_as_the_model_does(trained: Path, tmp_path: Path) -> None:
+    """A diffusion model, which takes many steps, is exported too."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    model = shutil.copytree(trained, tmp_path / "model")
+    sampling = SamplingInfo(num_steps=25, cfg_scale=5.0, timestep_shift=5.0, sampler="euler")
+    write_info(model, dataclasses.replace(read_info(model), stage="diffusion", sampling=sampling))
+    out = export_model(model, tmp_path / "out", format="diffusers")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(out, subfolder="scheduler")
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0, 5)[:-1].tolist())
+    torch.testing.assert_close(scheduler.sigmas, sampling_timesteps(4, shift=5.0))
 
 
 def test_our_pipeline_generates_from_the_export(exported: Path) -> None:

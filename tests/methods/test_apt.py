@@ -451,6 +451,28 @@ def test_mismatched_pairs_leave_out_equal_captions(tmp_path: Path) -> None:
     assert all(value is not None and value.isfinite().all() for value in grads.values())
 
 
+def test_mismatched_pairs_need_a_neighbour(tmp_path: Path) -> None:
+    """Of micro-batches of one the term would be 0 in every update, and nobody told."""
+    terms = Terms(mismatched=MismatchedCondition(weight=2.0))
+    stage = adversarial(tmp_path, terms=terms)
+    with pytest.raises(ConfigError, match="--micro-batch-size to 2 or more"):
+        stage.discriminator_step(micro_batches(1), 0)
+
+
+def test_precision_of_products_is_the_users_own_unless_d_has_one(tmp_path: Path) -> None:
+    matmul = torch.backends.cuda.matmul
+    matmul.fp32_precision, before = "tf32", matmul.fp32_precision
+    try:
+        with adversarial(tmp_path).products():
+            matmul.fp32_precision = "none"  # as torch has it: what is set for all backends
+        assert matmul.fp32_precision == "none"
+        with adversarial(tmp_path, discriminator_precision="tf32").products():
+            assert matmul.fp32_precision == "tf32"
+        assert not matmul.allow_tf32
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_head_and_layers_are_configurable(tmp_path: Path) -> None:
     stage = adversarial(tmp_path, head="conv3d", layers=(1, 2))
     _, discriminator = networks(stage)

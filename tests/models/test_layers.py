@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apt.kernels import qk_norm_rope
+from apt.kernels import norm_rope, qk_norm_rope
+from apt.kernels.norm_rope import Layout
 from apt.models.layers import rope_table
+from apt.models.mmdit.model import position_table
 
 
 @settings(max_examples=25, deadline=None)
@@ -63,3 +65,16 @@ def test_rope_is_diffusers(grid: tuple[int, int, int], head_dim: int) -> None:
     ours = rope_table(grid, head_dim, 10_000.0, torch.device("cpu"))
     for table, expected in zip(ours, (cos, sin), strict=True):
         torch.testing.assert_close(table, expected[0, :, 0, ::2], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_tables_of_an_inference_serve_training(layout: Layout) -> None:
+    rope_table.cache_clear()
+    position_table.cache_clear()
+    with torch.inference_mode():
+        position_table((2, 2, 2), 12, torch.device("cpu"))
+    cos, sin = rope_table((2, 2, 2), 12, 100.0, torch.device("cpu"))
+    assert rope_table.cache_info().hits == 1
+    q = torch.randn(1, 8, 1, 12, requires_grad=True)
+    norm_rope(q, None, cos, sin, layout=layout).sum().backward()
+    assert not position_table((2, 2, 2), 12, torch.device("cpu")).is_inference()

@@ -203,6 +203,21 @@ def test_wan_s_prompts_are_cleaned_as_diffusers_does(folders):
     assert as_it_is.shape != tidy.shape
 
 
+@pytest.mark.parametrize(
+    ("prompt", "cleaned"),
+    [  # as ftfy 6.3.1 has them, with which Wan's authors clean
+        ("a cat\u2019s \u201ctoy\u201d", 'a cat\'s "toy"'),
+        ("\u201eone\u201f \u02bctwo\u02bc", "\"one\" 'two'"),
+        ("\u8272\u8c03\uff0c\u8fc7\u66dd\uff08\uff11\uff09", "\u8272\u8c03,\u8fc7\u66dd(1)"),
+        ("it&rsquo;s", "it's"),
+        ("\ufeffcafe\u0301\u3000noir\u2026", "caf\u00e9 noir\u2026"),
+        ("\u00abtwo\u00bb \u00d7 \u00bd", "\u00abtwo\u00bb \u00d7 \u00bd"),
+    ],
+)
+def test_typography_is_what_wan_was_trained_on(prompt, cleaned):
+    assert clean_prompt(prompt) == cleaned
+
+
 def test_options_that_do_not_fit(folders):
     with pytest.raises(InputError, match="belong to 'clip'"):
         load(folders, "t5", skip_layers=1)

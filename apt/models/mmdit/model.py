@@ -325,7 +325,8 @@ class TimestepEmbedding(nn.Module):
 def position_table(grid: tuple[int, int, int], size: int, device: torch.device) -> Tensor:
     """Sinusoids (L, D) fp32 of absolute positions: the angles of `rope_table` with base 100."""
     cos, sin = rope_table(grid, size, 100.0, device)
-    return torch.cat([cos, sin], dim=-1)
+    with torch.inference_mode(False):  # kept for later callers, as the table it is made of
+        return torch.cat([cos, sin], dim=-1)
 
 
 # --- sizes that are registered ------------------------------------------------------------------
