@@ -27,8 +27,8 @@ _WALKS_PROMPTS = (
     "first-person view of a small hall: the camera slides right, a cacodemon in sight",
     "first-person view of a brick corridor: the camera turns right, a soldier in sight",
 )
-# Batches are halved and training is shortened, so that all of it takes about an hour of one CPU core:
-# a first look, not the most that such a model can learn.
+# Batches are halved and training is shortened, so that all of it takes about an hour of one core: a
+# first look, not the most that such a model can learn.
 _WALKS_STAGES: tuple[dict[str, Any], ...] = (
     {
         "name": "walks_codec",
