@@ -1,7 +1,8 @@
-"""One generated video to one file: .mp4, .gif, .webp or .png.
+"""Write one video to one file: .mp4, .gif, .webp or .png.
 
-Frames are uint8 (T, H, W, 3), RGB. Frames of a few dozen pixels are unreadable on a screen, and
-players smooth them; so they are enlarged by a whole factor, each pixel becoming a square.
+Frames are uint8 (T, H, W, 3), RGB. Frames of a few dozen pixels are too small to see, and players
+blur them when they scale them up. Small frames are therefore enlarged by a whole factor first, so
+that each pixel becomes a square.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _BT709 = 1  # the code of BT.709 in H.264's tables of primaries and transfer fun
 
 
 def auto_scale(height: int, width: int) -> int:
-    """The whole factor that brings the shorter side near 256 pixels; 1 for frames above that."""
+    """Return the whole factor that brings the shorter side near 256 pixels, at least 1."""
     return max(1, COMFORTABLE_SIDE // min(height, width))
 
 
@@ -37,7 +38,7 @@ def as_frames(frames: Frames) -> NDArray[np.uint8]:
     """Check frames and return them as a contiguous array (T, H, W, 3).
 
     Raises:
-        InputError: unless they are uint8 of that shape with at least one pixel.
+        InputError: if they are not uint8 of that shape with at least one pixel.
     """
     array = (
         frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
@@ -67,19 +68,19 @@ def write_mp4(
 ) -> Path:
     """Write H.264 in yuv420p, which every browser and player can show.
 
-    Args:
-        path: its folder is created if it does not exist.
-        frames: uint8 (T, H, W, 3).
-        fps: frames per second.
-        scale: whole enlargement factor; None chooses one for frames that are small.
-        tags: how it was made, which the file then says: see `apt.media.tags`.
-
     The format stores colour for blocks of 2x2 pixels, so an odd height or width gains one repeated
     row or column.
 
+    Args:
+        path: file to write; its folder is created if needed.
+        frames: uint8 (T, H, W, 3).
+        fps: frames per second.
+        scale: whole enlargement factor; None enlarges small frames (see `auto_scale`).
+        tags: how the video was made; stored in the file (see `apt.media.tags`).
+
     Raises:
-        InputError: for other frames, a rate that is not positive, tags that JSON does not hold, or
-            a path that cannot be written.
+        InputError: for frames of another shape or dtype, a frame rate out of range, tags that are
+            not JSON, or a path that cannot be written.
     """
     import av
     from av.video.reformatter import ColorRange, Colorspace
@@ -92,7 +93,7 @@ def write_mp4(
         container.metadata.update(metadata)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
         stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
-        # Untagged colour is read as BT.601 or BT.709 by the player's taste.
+        # Without these tags, some players assume BT.601 and some BT.709.
         stream.codec_context.colorspace = Colorspace.ITU709
         stream.codec_context.color_range = ColorRange.MPEG
         stream.codec_context.color_primaries = _BT709
@@ -113,14 +114,14 @@ def write_gif(
     scale: int | None = None,
     tags: Tags | None = None,
 ) -> Path:
-    """Write a looping GIF with a palette of 256 colours per frame. Arguments as `write_mp4`.
+    """Write a looping GIF with a palette of 256 colours per frame. Takes what `write_mp4` takes.
 
     GIF counts in hundredths of a second, so the rate is met to that precision.
     """
     array = as_frames(frames)
     images = []
     for frame in array:
-        # The palette is chosen before enlarging, or dithering would speckle the enlarged pixels.
+        # The palette is chosen before enlarging: dithering would speckle the enlarged pixels.
         palette = Image.fromarray(frame).quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
         factor = enlarge(frame, scale).shape[0] // frame.shape[0]
         size = (frame.shape[1] * factor, frame.shape[0] * factor)
@@ -136,10 +137,10 @@ def write_webp(
     scale: int | None = None,
     tags: Tags | None = None,
 ) -> Path:
-    """Write a looping animated WebP. Arguments as `write_mp4`.
+    """Write a looping animated WebP. Takes what `write_mp4` takes.
 
-    Enlarged frames are stored without loss, which is smaller for squares of one colour; others at
-    quality 90.
+    Enlarged frames are stored without loss, which makes smaller files for squares of one colour.
+    Others are stored at quality 90.
     """
     array = as_frames(frames)
     pixels = enlarge(array, scale)
@@ -152,7 +153,7 @@ def write_webp(
 def write_png(
     path: str | Path, frames: Frames, *, scale: int | None = None, tags: Tags | None = None
 ) -> Path:
-    """Write the frames side by side as one PNG (an image is a single frame), without loss."""
+    """Write the frames side by side as one PNG, without loss. An image is a single frame."""
     strip = np.concatenate(list(enlarge(as_frames(frames), scale)), axis=1)
     text = png_text(tags)
     with _writing(path, ".png") as target:
@@ -168,10 +169,10 @@ def write_media(
     scale: int | None = None,
     tags: Tags | None = None,
 ) -> Path:
-    """Write frames in the format that the suffix of `path` names: one of `SUFFIXES`.
+    """Write frames in the format named by the suffix of `path`, one of `SUFFIXES`.
 
     Raises:
-        InputError: for another suffix, and as the writer of that format does.
+        InputError: for another suffix, and for everything that the format's writer refuses.
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".png":
@@ -190,10 +191,10 @@ def check_settings(
     fps: float,
     scale: int | None = None,
 ) -> None:
-    """Raise InputError for what `write_media` could not write, before there is anything to write.
+    """Raise InputError if `write_media` could not write such a video, before one is generated.
 
     Args:
-        path: whose suffix names the format.
+        path: file to write; its suffix names the format.
         size: frames, height and width of the video.
         fps, scale: as for `write_media`.
     """
@@ -205,7 +206,7 @@ def check_settings(
     _frame_rate(fps)
     frames, height, width = size
     factor = _factor(height, width, scale)
-    # A picture has its frames side by side.
+    # A PNG holds all frames side by side.
     sides = (height * factor, width * factor * (frames if suffix == ".png" else 1))
     if max(sides) > _LARGEST[suffix]:
         raise InputError(
@@ -223,15 +224,15 @@ def check_settings(
 
 _ANIMATED = {".mp4": write_mp4, ".gif": write_gif, ".webp": write_webp}
 SUFFIXES = (*_ANIMATED, ".png")
-"""The file name endings that `write_media` understands."""
+"""The file suffixes that `write_media` can write."""
 
 
 _LARGEST = {".mp4": 16384, ".gif": 65535, ".webp": 16383, ".png": 2**31 - 1}
-"""Pixels along a side that the formats, and the encoders here, hold."""
+"""The most pixels along a side that each format and its encoder allow."""
 
 
 def _factor(height: int, width: int, scale: int | None) -> int:
-    """The factor of enlargement. Raises InputError for one below 1."""
+    """Return the enlargement factor. Raises InputError if it is below 1."""
     factor = auto_scale(height, width) if scale is None else scale
     if factor < 1:
         raise InputError(f"scale must be a whole number of at least 1, got {scale}")
@@ -263,7 +264,7 @@ def _write_animation(
 
 @contextmanager
 def _writing(path: str | Path, suffix: str) -> Iterator[Path]:
-    """Yield a file beside `path` that takes its place when the block ends well."""
+    """Yield a temporary file beside `path`, moved to `path` if the block succeeds."""
     final = Path(path)
     if final.suffix.lower() != suffix:
         raise InputError(f"the file name {str(path)!r} must end in {suffix}")

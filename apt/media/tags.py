@@ -1,12 +1,12 @@
-"""How a file was made, inside it: prompt, seed, model and settings.
+"""Tags that record in a file how it was made: prompt, seed, model and settings.
 
     .mp4     title and comment of the container
     .png     text chunks: Title and Comment
     .gif     the comment
     .webp    EXIF: ImageDescription and UserComment
 
-The title is the prompt, for people and other programs. The comment is all of it, as JSON in ASCII,
-so that every prompt comes back as it was whatever a format or a program takes comments for.
+The title is the prompt, for people and other programs. The comment holds all tags as ASCII JSON,
+so every prompt survives, whatever encoding a format or a program assumes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from apt.errors import InputError
 from apt.untrusted import parse_json
 
 Tags = Mapping[str, Any]
-"""What JSON holds, by name; `OneStepPipeline.tags` makes them."""
+"""JSON values by name; `OneStepPipeline.tags` makes them."""
 
 _OURS = "diffusion-apt"
 _VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv")
@@ -33,11 +33,11 @@ _IN_ASCII = b"ASCII\x00\x00\x00"
 
 
 def read_tags(path: str | Path) -> dict[str, Any]:
-    """What a file says of how it was made, as it was given to the writer.
+    """Read the tags of a file, as they were given to the writer.
 
     Raises:
-        InputError: for a file that cannot be read, or that says nothing, as most files of other
-            programs and those that were written anew by an editor or a messenger.
+        InputError: for a file that cannot be read or has no such tags. Files of other programs have
+            none, and editors and messengers remove them when they write a file again.
     """
     file = Path(path)
     comment = _comment_of_video(file) if file.suffix.lower() in _VIDEOS else _comment_of_image(file)
@@ -48,13 +48,13 @@ def read_tags(path: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         pass
     raise InputError(
-        f"{str(path)!r} does not say how it was made: it is not of this package, or another "
-        "program has written it anew"
+        f"{str(path)!r} does not say how it was made: this package did not write it, or another "
+        "program has rewritten it"
     )
 
 
 def container_metadata(tags: Tags | None) -> dict[str, str]:
-    """As a video's container holds them."""
+    """Return tags as the metadata of a video container."""
     if tags is None:
         return {}
     title = _title(tags)
@@ -62,7 +62,7 @@ def container_metadata(tags: Tags | None) -> dict[str, str]:
 
 
 def png_text(tags: Tags | None) -> PngImagePlugin.PngInfo | None:
-    """As a PNG's text chunks; those that are not Latin-1 become international ones."""
+    """Return tags as text chunks of a PNG; text outside Latin-1 becomes iTXt chunks."""
     if tags is None:
         return None
     text = PngImagePlugin.PngInfo()
@@ -73,12 +73,12 @@ def png_text(tags: Tags | None) -> PngImagePlugin.PngInfo | None:
 
 
 def gif_options(tags: Tags | None) -> dict[str, Any]:
-    """As an option of Pillow's for GIF."""
+    """Return tags as Pillow's options for GIF."""
     return {} if tags is None else {"comment": _comment(tags).encode()}
 
 
 def webp_options(tags: Tags | None) -> dict[str, Any]:
-    """As an option of Pillow's for WebP."""
+    """Return tags as Pillow's options for WebP."""
     if tags is None:
         return {}
     exif = Image.Exif()
@@ -92,11 +92,11 @@ def _comment(tags: Tags) -> str:
     try:
         return json.dumps({_OURS: dict(tags)}, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InputError(f"tags must be what JSON holds, by name: {error}") from error
+        raise InputError(f"tags must be JSON values by name: {error}") from error
 
 
 def _title(tags: Tags) -> str:
-    """A prompt on one line; nothing for several."""
+    """Return the prompt on one line; empty if the tags hold a list of prompts or none."""
     prompt = tags.get("prompt")
     if not isinstance(prompt, str):
         return ""
@@ -130,5 +130,5 @@ def _comment_of_image(file: Path) -> str:
 def _unreadable(file: Path, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or error
     return InputError(
-        f"cannot read {str(file)!r} ({reason}); expected a video, or a .png, .gif or .webp"
+        f"cannot read {str(file)!r} ({reason}); expected a video, .png, .gif or .webp"
     )
