@@ -7,6 +7,7 @@ that each pixel becomes a square.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -19,6 +20,7 @@ from PIL import Image
 
 from apt.device import require_memory
 from apt.errors import InputError
+from apt.files import replacing
 from apt.media.tags import Tags, container_metadata, gif_options, png_text, webp_options
 
 Frames = torch.Tensor | NDArray[np.uint8]
@@ -116,17 +118,20 @@ def write_gif(
 ) -> Path:
     """Write a looping GIF with a palette of 256 colours per frame. Takes what `write_mp4` takes.
 
-    GIF counts in hundredths of a second, so the rate is met to that precision.
+    GIF counts in hundredths of a second. Each frame ends at the nearest one, so errors do not add
+    up. Browsers slow down GIFs of more than 50 frames per second.
     """
     array = as_frames(frames)
+    height, width = array.shape[1:3]
+    factor = _factor(height, width, scale)
     images = []
     for frame in array:
         # The palette is chosen before enlarging: dithering would speckle the enlarged pixels.
         palette = Image.fromarray(frame).quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
-        factor = enlarge(frame, scale).shape[0] // frame.shape[0]
-        size = (frame.shape[1] * factor, frame.shape[0] * factor)
+        size = (width * factor, height * factor)
         images.append(palette.resize(size, Image.Resampling.NEAREST))
-    return _write_animation(path, ".gif", images, fps, disposal=2, **gif_options(tags))
+    durations = _durations(len(images), fps, unit=10)
+    return _write_animation(path, ".gif", images, durations, disposal=2, **gif_options(tags))
 
 
 def write_webp(
@@ -145,9 +150,8 @@ def write_webp(
     array = as_frames(frames)
     pixels = enlarge(array, scale)
     images = [Image.fromarray(frame) for frame in pixels]
-    lossless = pixels.shape != array.shape
-    options = webp_options(tags)
-    return _write_animation(path, ".webp", images, fps, lossless=lossless, quality=90, **options)
+    options = {"lossless": pixels.shape != array.shape, "quality": 90, **webp_options(tags)}
+    return _write_animation(path, ".webp", images, _durations(len(images), fps, unit=1), **options)
 
 
 def write_png(
@@ -174,13 +178,9 @@ def write_media(
     Raises:
         InputError: for another suffix, and for everything that the format's writer refuses.
     """
-    suffix = Path(path).suffix.lower()
+    suffix = _suffix(path)
     if suffix == ".png":
         return write_png(path, frames, scale=scale, tags=tags)
-    if suffix not in _ANIMATED:
-        raise InputError(
-            f"cannot write {str(path)!r}: the suffix {suffix!r} is not one of {', '.join(SUFFIXES)}"
-        )
     return _ANIMATED[suffix](path, frames, fps=fps, scale=scale, tags=tags)
 
 
@@ -198,11 +198,7 @@ def check_settings(
         size: frames, height and width of the video.
         fps, scale: as for `write_media`.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(
-            f"cannot write {str(path)!r}: the suffix {suffix!r} is not one of {', '.join(SUFFIXES)}"
-        )
+    suffix = _suffix(path)
     _frame_rate(fps)
     frames, height, width = size
     factor = _factor(height, width, scale)
@@ -231,6 +227,16 @@ _LARGEST = {".mp4": 16384, ".gif": 65535, ".webp": 16383, ".png": 2**31 - 1}
 """The most pixels along a side that each format and its encoder allow."""
 
 
+def _suffix(path: str | Path) -> str:
+    """Return the suffix of a path in lower case. Raises InputError if it is not in `SUFFIXES`."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"cannot write {str(path)!r}: the suffix {suffix!r} is not one of {', '.join(SUFFIXES)}"
+        )
+    return suffix
+
+
 def _factor(height: int, width: int, scale: int | None) -> int:
     """Return the enlargement factor. Raises InputError if it is below 1."""
     factor = auto_scale(height, width) if scale is None else scale
@@ -245,17 +251,30 @@ def _frame_rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
+def _durations(count: int, fps: float, *, unit: int) -> list[int]:
+    """Return how long each frame is shown, in milliseconds, as multiples of `unit`.
+
+    Each frame ends at the multiple nearest to its exact end, so that errors do not add up.
+    """
+    rate = _frame_rate(fps)
+    ends = [round(1000 * number / rate / unit) * unit for number in range(count + 1)]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
 def _write_animation(
-    path: str | Path, suffix: str, images: list[Image.Image], fps: float, **options: object
+    path: str | Path,
+    suffix: str,
+    images: list[Image.Image],
+    durations: list[int],
+    **options: object,
 ) -> Path:
-    duration = round(1000 / _frame_rate(fps))
     with _writing(path, suffix) as target:
         images[0].save(
             target,
             format=suffix[1:].upper(),
             save_all=True,
             append_images=images[1:],
-            duration=duration,
+            duration=durations,
             loop=0,
             **options,
         )
@@ -268,14 +287,10 @@ def _writing(path: str | Path, suffix: str) -> Iterator[Path]:
     final = Path(path)
     if final.suffix.lower() != suffix:
         raise InputError(f"the file name {str(path)!r} must end in {suffix}")
-    partial = final.with_name(f".{final.name}.partial")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(final) as partial:
             yield partial
-            partial.replace(final)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"cannot write {str(path)!r}: {reason}; choose another place") from error

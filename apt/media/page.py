@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 
 from apt.errors import InputError
+from apt.files import write_text
 from apt.media.parts import COLOURS, CONTROL, SCRIPT, VIDEO_TYPES, embed
 
 
@@ -81,7 +82,7 @@ def write_html(
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
+        write_text(target, page)
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
     return target

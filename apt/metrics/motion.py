@@ -28,8 +28,7 @@ _VISIBLE = 1.0
 
 def luma(clip: Tensor) -> Tensor:
     """Return luma (T, H, W), float32 in [0, 255]. Raises InputError unless clip is (T, H, W, 3)."""
-    if clip.ndim != 4 or clip.shape[-1] != 3 or not clip.numel():
-        raise InputError(f"a clip has shape {tuple(clip.shape)}; expected (T, H, W, 3) in [0, 255]")
+    _check_clip(clip)
     return clip.float() @ torch.tensor(_BT709, device=clip.device)
 
 
@@ -76,7 +75,7 @@ def frame_change(clip: Tensor) -> float:
 
     Raises InputError for fewer than two frames.
     """
-    luma(clip[:1])
+    _check_clip(clip)
     if len(clip) < 2:
         raise InputError(f"the change between frames needs at least 2 frames, got {len(clip)}")
     return float(clip.float().diff(dim=0).abs().mean())
@@ -111,6 +110,11 @@ def motion(clip: Tensor) -> float:
         frames = F.interpolate(frames[:, None], size, mode="bilinear", antialias=True)[:, 0]
     speeds = [_speed(first, second) for first, second in itertools.pairwise(frames)]
     return sum(speeds) / len(speeds) / min(frames.shape[1:])
+
+
+def _check_clip(clip: Tensor) -> None:
+    if clip.ndim != 4 or clip.shape[-1] != 3 or not clip.numel():
+        raise InputError(f"a clip has shape {tuple(clip.shape)}; expected (T, H, W, 3) in [0, 255]")
 
 
 def _speed(first: Tensor, second: Tensor) -> float:
