@@ -1,4 +1,4 @@
-"""The model card: what a model is, where it comes from, and how to use it; from apt.json alone."""
+"""The model card, made from apt.json: what a model is, where it comes from, and how to use it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from apt.registry import Registry
 CARD_FILE = "README.md"
 LIBRARY = "diffusion-apt"
 
-# Licences that the Hub knows by these names; others are "other" with a name and a link.
+# Licences that the Hub knows by these names; all others are "other", with a name and a link.
 _KNOWN_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "openrail++")
 
 
 def make_card(
     info: ModelInfo | CodecInfo, repo_id: str, folder: Path, *, license: str | None = None
 ) -> str:
-    """The text of a model card, with metadata that the Hub understands.
+    """Return the text of a model card, with metadata that the Hub understands.
 
     The base model and its licence come from the record of training, which each stage carries over
-    from the model it started from.
+    from the model that it started from.
 
     Args:
-        info: apt.json.
-        repo_id: where the model goes, for the snippets.
-        folder: of the model: whether diffusers can load it.
-        license: of these weights; None carries over that of the base model.
+        info: contents of apt.json.
+        repo_id: repository that the model is pushed to, for the snippets.
+        folder: folder of the model; shows whether diffusers can load it.
+        license: licence of these weights; None takes that of the base model.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -71,7 +71,7 @@ def make_card(
 
 
 def _needed_modules(info: ModelInfo | CodecInfo) -> list[str]:
-    """What to import before a model of somebody's own parts; nothing for parts of the package."""
+    """Return a section that names the modules to import first; empty if no part needs one."""
     parts: list[tuple[Registry[Any], str]] = [(CODECS, info.codec.architecture)]
     if not isinstance(info, CodecInfo):
         parts.append((MODELS, info.model.architecture))
@@ -82,22 +82,23 @@ def _needed_modules(info: ModelInfo | CodecInfo) -> list[str]:
     names = ", ".join(f"`{name}`" for name in modules)
     lines = "\n".join(f"import {module}" for module in dict.fromkeys(modules.values()))
     return [
-        f"It has parts that are not of the package ({names}). Import the code that registers them "
-        f"first, which is not published with the weights:\n\n```python\n{lines}\n```\n\nOn the "
-        f"command line: `diffusion-apt generate --import {next(iter(modules.values()))} ...`"
+        f"Some of its parts do not belong to the package ({names}). First import the code that "
+        "registers them, which is not published with the weights:\n\n"
+        f"```python\n{lines}\n```\n\n"
+        f"On the command line: `diffusion-apt generate --import {next(iter(modules.values()))} ...`"
     ]
 
 
 def _module(registry: Registry[Any], name: str) -> str | None:
-    """The module outside of the package that a part is from, as far as is known."""
+    """Return the module outside the package that a part comes from; None if unknown or ours."""
     if name not in registry.names():
-        return name.rpartition(".")[0] or None  # of an object, which goes by its class
+        return name.rpartition(".")[0] or None  # an object is named by the path of its class
     module = str(getattr(registry.get(name), "__module__", ""))
     return None if not module or module.partition(".")[0] == "apt" else module
 
 
 def _history(training: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The stages of training, newest first."""
+    """Yield the stages of training, newest first."""
     stage: Any = training
     while isinstance(stage, Mapping) and stage:
         yield stage
@@ -187,10 +188,10 @@ def _data_note(info: ModelInfo | CodecInfo, history: Sequence[Mapping[str, Any]]
     if "digits" in sources:
         return f"Built-in moving digits, made by `diffusion-apt data digits`: {shape}."
     if isinstance(info, CodecInfo):
-        return f"Trained on samples of {shape}, which are not published with it."
+        return f"Trained on samples of {shape}, which are not published with the codec."
     return (
         f"Post-trained on captioned samples of {shape}, which are not published with the model. "
-        "What the base model was trained on is said on its own page."
+        "The page of the base model says what that was trained on."
     )
 
 
