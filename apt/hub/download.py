@@ -1,4 +1,4 @@
-"""Download a Hub repository to a local folder: complete files, checked against the Hub's checksums."""
+"""Download a Hub repository to a folder: complete files, checked against the Hub's checksums."""
 
 from __future__ import annotations
 

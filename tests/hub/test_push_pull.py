@@ -362,7 +362,7 @@ def test_the_card_carries_the_record(own: Path, tmp_path: Path) -> None:
 def test_the_card_names_the_module_of_somebodys_own_parts(
     own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "not of the package" not in make_card(info(own), "me/model", own)
+    assert "do not belong to the package" not in make_card(info(own), "me/model", own)
     known = info(own)
     ours = dataclasses.replace(known.model, architecture="my_mixer")
     handed_over = dataclasses.replace(known.text_encoder, architecture="their_code.words.Words")
