@@ -38,6 +38,7 @@ def make_card(
     history = list(_history(info.training))
     base: Mapping[str, Any] = next((s for s in reversed(history) if "source" in s), {})
     base_id = base.get("source") if split_hub_id(str(base.get("source", ""))) else None
+    carried_from = None if license else base_id
     license = license or base.get("license")
     in_diffusers = (folder / PIPELINE_FILE).is_file()
     image = info.sample.frames == 1
@@ -50,7 +51,7 @@ def make_card(
             None if isinstance(info, CodecInfo) else "text-to-image" if image else "text-to-video"
         ),
         tags=tags,
-        **_licence(license, base_id),
+        **_licence(license, carried_from),
     )
     sections = [
         f"# {repo_id.rpartition('/')[2]}",
@@ -64,8 +65,7 @@ def make_card(
         _data_note(info, history),
         *_figures(info.training),
         "## Licence",
-        f"{license or 'Not stated: ask the author.'}"
-        + (f" It is carried over from {base_id}." if base_id and license else ""),
+        _licence_note(license, carried_from),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
@@ -105,20 +105,25 @@ def _history(training: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         stage = stage.get("started_from")
 
 
-def _licence(license: str | None, base_id: str | None) -> dict[str, Any]:
-    from huggingface_hub import constants
-
+def _licence(license: str | None, carried_from: str | None) -> dict[str, Any]:
     if license is None:
         return {}
     if license.lower() in _KNOWN_LICENCES:
         return {"license": license.lower()}
-    link = {"license_link": f"{constants.ENDPOINT}/{base_id}"} if base_id else {}
+    link = {"license_link": page(carried_from)} if carried_from else {}
     return {"license": "other", "license_name": license, **link}
+
+
+def _licence_note(license: str | None, carried_from: str | None) -> str:
+    if license is None:
+        return "Not stated: ask the author."
+    return f"{license}, carried over from {carried_from}." if carried_from else f"{license}."
 
 
 def _summary(info: ModelInfo | CodecInfo, base_id: str | None, commit: str | None) -> str:
     size = info.sample
-    what = "Images" if size.frames == 1 else f"Videos of {size.frames} frames at {size.fps:g} fps"
+    rate = f" at {size.fps:g} fps" if size.fps else ""  # 0: clips kept their own rates
+    what = "Images" if size.frames == 1 else f"Videos of {size.frames} frames{rate}"
     summary = info.summary or f"a model of the stage {info.stage!r}"
     start = f", made from [{base_id}]({page(base_id)})" if base_id else ""
     at = f" at commit `{commit}`" if base_id and commit else ""
