@@ -177,7 +177,7 @@ def test_a_broken_hub_is_not_waited_for_either(hub: HubServer, tmp_path: Path) -
     hub.faults.failures = 10**6
     result = run_python(hub, tmp_path, DOWNLOAD, "owner/model")
     assert result.stdout == f"OK {sha} {WHOLE}\n"
-    assert "the Hub answers 503" in result.stderr
+    assert "answers 503; using the copy of 'owner/model'" in result.stderr
 
 
 def test_names_that_lead_out_of_the_folder_write_nothing(hub: HubServer, tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_a_hub_that_stays_down(hub: HubServer, tmp_path: Path) -> None:
 def test_a_listed_file_that_is_missing_is_named(hub: HubServer, tmp_path: Path) -> None:
     hub.faults.missing = {"sub/model.safetensors"}
     (line,) = download(hub, tmp_path, "owner/model")
-    assert "its file 'sub/model.safetensors' is not there" in line
+    assert "its file 'sub/model.safetensors' is listed but missing" in line
 
 
 @pytest.mark.parametrize("place", ["", ">here"])
