@@ -91,10 +91,11 @@ def _clean_video(sample: Path) -> bytes:
                 raise DataError(f"{str(sample)!r} contains no video; generate it again")
             stream = source.streams.video[0]
             context = stream.codec_context
-            if context.name not in (*_CODECS, *(f"lib{name}" for name in _CODECS), "libdav1d"):
-                raise DataError(_unplayable(sample, context.name))
+            codec = context.codec.canonical_name
+            if codec not in _CODECS:
+                raise DataError(_unplayable(sample, codec))
             if context.pix_fmt not in _PIXEL_FORMATS:
-                raise DataError(_unplayable(sample, f"{context.name} in {context.pix_fmt}"))
+                raise DataError(_unplayable(sample, f"{codec} in {context.pix_fmt}"))
             packets = [packet for packet in source.demux(stream) if packet.dts is not None]
             frames = sum(len(packet.decode()) for packet in packets)
             frames += len(context.decode(None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,7 +271,7 @@ def _strength(figure: Mapping[str, float]) -> str:
     return _with_interval(figure, lambda value: _signed(value, 2))
 
 
-def _with_interval(figure: Mapping[str, float], text: Any) -> str:
+def _with_interval(figure: Mapping[str, float], text: Callable[[float], str]) -> str:
     if not math.isfinite(figure["value"]):
         return "–"
     if not math.isfinite(figure["low"]):

@@ -92,19 +92,9 @@ class Analysis:
 
     def score(self, comparison: Comparison, measure: str) -> Score:
         """Return the score of the first model against the second; an average counts all votes."""
-        values = self._values(comparison, measure)
-        good, similar, bad = (sum(v == value for v in values) for value in (1, 0, -1))
-        if measure == AVERAGE:
-            own = [self.score(comparison, name).score.value for name in MEASURES[:-1]]
-            value = float(np.mean(own))
-        else:
-            value = preference_score(good, similar, bad)
-        return Score(
-            good=good,
-            similar=similar,
-            bad=bad,
-            score=_figure(value, self._resampled(comparison, measure)),
-        )
+        good, similar, bad = self._counts(comparison, measure)
+        figure = _figure(self._value(comparison, measure), self._resampled(comparison, measure))
+        return Score(good=good, similar=similar, bad=bad, score=figure)
 
     def relative(
         self, comparison: Comparison, measure: str, bases: Mapping[str, str]
@@ -117,7 +107,7 @@ class Analysis:
         first, second = (bases.get(name) for name in comparison)
         if first is None or second is None:
             return None
-        score = self.score(comparison, measure).score.value
+        score = self._value(comparison, measure)
         resampled = self._resampled(comparison, measure)
         if first == second:
             return _figure(score, resampled)
@@ -130,7 +120,7 @@ class Analysis:
                 f"the base models {first!r} and {second!r} have no votes against each other; "
                 "compare them in the same study, or leave out --base"
             )
-        base = sign * self.score(met, measure).score.value
+        base = sign * self._value(met, measure)
         return _figure(
             relative_preference_score(score, base),
             resampled - sign * self._resampled(met, measure),
@@ -167,12 +157,19 @@ class Analysis:
         pair = self._pairs[vote.pair]
         return pair.first, pair.second
 
-    def _values(self, comparison: Comparison, measure: str) -> list[int]:
-        return [
+    def _counts(self, comparison: Comparison, measure: str) -> tuple[int, int, int]:
+        """Return the votes for the first model, for neither, and for the second."""
+        values = Counter(
             vote.value
             for vote in self._votes
             if self._met(vote) == comparison and measure in (AVERAGE, vote.criterion)
-        ]
+        )
+        return values[1], values[0], values[-1]
+
+    def _value(self, comparison: Comparison, measure: str) -> float:
+        if measure == AVERAGE:
+            return float(np.mean([self._value(comparison, name) for name in MEASURES[:-1]]))
+        return preference_score(*self._counts(comparison, measure))
 
     def _table(self, comparison: Comparison, criterion: str) -> tuple[Floats, Floats]:
         """Return sums of votes and their numbers, both (prompts, raters)."""

@@ -28,6 +28,8 @@ def read_key(folder: Path) -> bytes:
         if not path.exists():
             _make(path)
         key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+        if len(key) != _KEY_BYTES:
+            raise ValueError(f"it has {len(key)} bytes")
     except OSError as error:
         raise DataError(
             f"the key of the links, {str(path)!r}, cannot be read or written: "
@@ -37,8 +39,6 @@ def read_key(folder: Path) -> bytes:
         raise DataError(
             f"{str(path)!r} is damaged; remove it, and send new links to all raters"
         ) from error
-    if len(key) != _KEY_BYTES:
-        raise DataError(f"{str(path)!r} is damaged; remove it, and send new links to all raters")
     return key
 
 
