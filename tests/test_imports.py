@@ -45,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "device": {"errors"},
     "distributed": {"errors"},
     "kernels": {"errors", "rng", "philox", "distributed"},
-    "media": {"errors", "device", "untrusted"},
+    "media": {"errors", "device", "files", "untrusted"},
     "hub": {"distributed", "errors", "untrusted"},
     "checkpoints": {"hub"} | BASE,
     "hub, upper floor": {"hub", "checkpoints", "models"} | BASE,

@@ -113,7 +113,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, name: str) -> None:
 def test_what_json_does_not_hold_is_refused_and_nothing_written(
     tmp_path: Path, suffix: str, value: object
 ) -> None:
-    with pytest.raises(InputError, match="tags must be what JSON holds"):
+    with pytest.raises(InputError, match="tags must be JSON values"):
         write_media(tmp_path / f"a{suffix}", FRAMES, fps=8, tags={"value": value})
     assert not list(tmp_path.iterdir())
 

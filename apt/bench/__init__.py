@@ -1,5 +1,5 @@
-"""Measuring: kernels and whole networks against the machine's limits, records, and gates.
+"""Benchmarks of kernels and whole networks against the machine's limits, with records and gates.
 
-Correctness comes first: what gives a wrong result gets no time. Times of variants come from one
-run, in turns, so that a machine that slows down slows them all.
+Correctness comes first: a variant with a wrong result is not timed. All variants are timed in one
+run, in turns, so that a machine that slows down affects them equally.
 """

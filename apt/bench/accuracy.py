@@ -1,7 +1,7 @@
-"""How far a result is off: as a whole, and in the worst of its rows.
+"""The error of a result: of the whole tensor, and of its worst row.
 
-The norm of the whole hides a row: of 4,096 rows one that is wholly wrong adds an error of 0.016,
-which is what bf16 may have. The worst row alone would let a small error pass that all rows have.
+The norm of the whole tensor hides single rows: if one of 4,096 rows is completely wrong, the error
+is 0.016, which bf16 may have. The worst row alone would hide a small error in all rows.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROW = 128  # values: a head's channels, or a piece of a wider row
-# A row far smaller than the others is held to theirs: it is what is left of sums that cancel
+ROW = 128  # values: the channels of a head, or a piece of a wider row
+# Errors of rows much smaller than the typical row, which sums that cancel leave, are divided by
+# this share of the typical size instead of their own
 _SMALL = 0.1
 
 
@@ -20,15 +21,15 @@ class Deviation(NamedTuple):
     """Relative errors in the Euclidean norm.
 
     Attributes:
-        whole: of the tensor.
-        row: the largest of a row of up to `ROW` neighbours in the last dimension.
+        whole: error of the tensor.
+        row: largest error of a row, up to `ROW` neighbours in the last dimension.
     """
 
     whole: float
     row: float
 
     def exceeds(self, allowed: Deviation) -> str:
-        """Which of the two is too large, with the figures; empty if neither. NaN is."""
+        """Return which error is too large, with figures; empty if neither. NaN is too large."""
         for name, error, limit in zip(("", " in a row"), self, allowed, strict=True):
             if not error <= limit:
                 return f"{error:.2g}{name}, allowed {limit:.2g}"
@@ -36,11 +37,11 @@ class Deviation(NamedTuple):
 
 
 def deviation(found: Tensor, exact: Tensor) -> Deviation:
-    """Of a result from what it should be; infinite for another shape.
+    """Return the error of a result; infinite if the shapes differ.
 
     Args:
-        found: any shape and dtype; not compared in less than the type of `exact`.
-        exact: fp32 or fp64.
+        found: the result, of any shape and dtype; compared in the dtype of `exact`.
+        exact: the correct values, fp32 or fp64.
     """
     if found.shape != exact.shape:
         return Deviation(float("inf"), float("inf"))
@@ -55,7 +56,7 @@ def deviation(found: Tensor, exact: Tensor) -> Deviation:
 
 
 def _row_norms(values: Tensor) -> Tensor:
-    """(rows, pieces): norms of pieces of up to `ROW` values along the last dimension."""
+    """Return the norms (rows, pieces) of pieces of up to `ROW` values of the last dimension."""
     values = values.reshape(-1, values.shape[-1] if values.ndim else 1)
     whole = values.shape[1] // ROW * ROW
     norms = [torch.linalg.vector_norm(values[:, :whole].unflatten(1, (-1, ROW)), dim=2)]

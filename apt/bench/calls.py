@@ -1,4 +1,4 @@
-"""Ops whose call is more than passing on their inputs."""
+"""Calls of ops that do more than pass on their inputs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from apt.kernels import StreamQKV, joint_qk_norm_rope
 from apt.kernels.fused_rmsprop import rmsprop_reference
 from apt.kernels.signatures import RMSpropOptions, RMSpropStep
 
-# A block of a DiT has about as many parameters: one launch for all, or one for each, shows.
+# About as many as a block of a DiT has, so that one launch for all differs from one for each
 _TENSORS = 16
 _OPTIONS: dict[str, Any] = {"lr": 1e-4, "alpha": 0.9, "eps": 1e-8, "weight_decay": 0.0}
 _EMA_DECAY = 0.995
 
 
 def joint(inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
-    """`joint_qk_norm_rope` of a visual stream, which is rotated, and a text stream."""
+    """Call `joint_qk_norm_rope` on a visual stream, which is rotated, and a text stream."""
 
     def stream(name: str, *tables: Tensor) -> StreamQKV:
         parts = (inputs[f"{name}_{part}"] for part in ("qkv", "q_weight", "k_weight"))
@@ -33,7 +33,7 @@ def joint(inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
 
 
 def rmsprop(inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
-    """One step of `FusedRMSprop` with the average of the weights, in place."""
+    """Take one step of `FusedRMSprop` in place, with an average of the weights."""
     params, grads, squares, averages = _columns(inputs)
     options = RMSpropOptions(**_OPTIONS)
     step = RMSpropStep(params, grads, squares, averages, options, _EMA_DECAY)
@@ -47,9 +47,9 @@ def rmsprop(inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
 
 
 def foreach_rmsprop(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The same by torch's foreach step, which `torch.optim.RMSprop` takes on a GPU."""
+    """Take the same step with torch's foreach form, as `torch.optim.RMSprop` does on a GPU."""
     if inputs["parameters"].dtype != inputs["square_averages"].dtype:
-        raise InputError("torch's RMSprop keeps its state in the parameters' type: not the same")
+        raise InputError("torch's RMSprop keeps its state in the parameters' dtype, ours in fp32")
     columns = _columns(inputs)
     params, grads, squares, _ = columns
     options: dict[str, Any] = {"momentum": 0.0, "centered": False, "foreach": True}
@@ -60,7 +60,7 @@ def foreach_rmsprop(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def cross_attention(inputs: Inputs) -> Tensor:
-    """What `query_pooling` replaces: norm, keys and values of all tokens, attention of a query."""
+    """Do what `query_pooling` replaces: norm, keys and values of all tokens, attention."""
     x, h = inputs["x"], inputs["num_heads"]
     normed = F.rms_norm(x, x.shape[-1:], inputs["norm_weight"], 1e-6)
     k = F.linear(normed, inputs["key_weight"])

@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured in the run that is held to it."""
+"""The machine's best rates, measured in the same run as everything that is compared with them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 from apt.bench.clocks import GpuState, GpuWatch
 from apt.bench.timing import Clock, Work, median, time_interleaved
 
-# Within a second of full load a GPU comes to its power limit, and its clocks sink
+# Within a second of full load a GPU reaches its power limit, and its clocks drop
 SUSTAINED_SECONDS = {"cuda": 3.0, "cpu": 0.2}
-_AHEAD = 32  # products in the queue: enough that the device never waits for the host
+_AHEAD = 32  # products in the queue: enough to keep the device from waiting for the host
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """Rates that no kernel beats by much.
+    """Rates that no kernel exceeds by much.
 
     Attributes:
         copy_gb_s: device-to-device copy, bytes read plus bytes written, 10⁹ per second.
-        matmul_tflops: square bf16 product on a GPU, fp32 on a CPU, through torch's library, one at
-            a time: the clocks of a GPU are high.
-        sustained_tflops: the same product again and again, in the second half of
-            `SUSTAINED_SECONDS`: what work of seconds can hope for. None: not measured.
-        under_load: the GPU's clocks and power meanwhile.
+        matmul_tflops: square matrix product through torch's library, bf16 on a GPU and fp32 on a
+            CPU. Single products, during which a GPU's clocks are high.
+        sustained_tflops: the same product without pauses, measured in the second half of
+            `SUSTAINED_SECONDS`: the limit for work that takes seconds. None if not measured.
+        under_load: the GPU's clocks and power during that time.
     """
 
     copy_gb_s: float
@@ -36,7 +36,7 @@ class Ceilings:
     under_load: GpuState | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As records hold it."""
+        """Return the rates as records hold them."""
         return {
             "copy_gb_s": self.copy_gb_s,
             "matmul_tflops": self.matmul_tflops,
@@ -46,12 +46,12 @@ class Ceilings:
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Ceilings:
-        """What `as_dict` gave."""
+        """Undo `as_dict`."""
         state = found["under_load"]
         return cls(**found | {"under_load": None if state is None else GpuState(**state)})
 
     def describe(self) -> str:
-        """In one line."""
+        """Return the rates in one line."""
         text = f"copy {self.copy_gb_s:.4g} GB/s, matmul {self.matmul_tflops:.4g} TFLOP/s"
         if self.sustained_tflops is not None:
             text += f", sustained {self.sustained_tflops:.4g} TFLOP/s"
@@ -61,12 +61,12 @@ class Ceilings:
 def measure_ceilings(
     device: torch.device, clock: Clock, *, rounds: int = 20, seconds: float | None = None
 ) -> Ceilings:
-    """Time a large copy and a large matrix product on random data, in turns; then only products.
+    """Time a large copy and a large matrix product on random data, in turns; then products only.
 
     Args:
-        device, clock: where, and its clock.
+        device, clock: the device and its clock.
         rounds: samples of each.
-        seconds: of products without a pause; None: `SUSTAINED_SECONDS`.
+        seconds: how long to run products without pauses; None takes `SUSTAINED_SECONDS`.
     """
     on_gpu = device.type == "cuda"
     size, values = (8192, 2**29) if on_gpu else (1024, 2**24)
@@ -92,9 +92,9 @@ def measure_ceilings(
 
 
 def _products_per_second(a: Tensor, b: Tensor, seconds: float) -> float:
-    """In the second half of a time in which nothing else is done."""
+    """Run products for a time, and return the rate in its second half."""
     out = torch.empty_like(a)
-    # Each event is waited for `_AHEAD` products later, so that the host keeps the device's time
+    # The host waits for each event `_AHEAD` products later, so it keeps pace with the device
     events = [torch.cuda.Event() for _ in range(_AHEAD)] if a.is_cuda else []
     begun = half = time.monotonic()
     count = counted_from = 0

@@ -1,4 +1,4 @@
-"""Clocks, power and temperature of a GPU while it works: a rate without them is half a figure."""
+"""Clocks, power and temperature of a GPU at work, without which its rates mean little."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.
 
 @dataclass(frozen=True, kw_only=True)
 class GpuState:
-    """What was read; None where it could not be, and then `reason` says why.
+    """State of a GPU. None where a value could not be read; `reason` then says why.
 
     Attributes:
-        sm_clock_mhz, memory_clock_mhz: median over the readings.
-        power_w, temperature_c: the most that was read.
-        power_limit_w: which clocks sink to keep to.
-        readings: how many.
-        reason: empty if all of them are there.
+        sm_clock_mhz, memory_clock_mhz: medians over the readings.
+        power_w, temperature_c: largest readings.
+        power_limit_w: the power limit, which the GPU keeps by lowering its clocks.
+        readings: number of readings.
+        reason: why values are missing; empty if none are.
     """
 
     sm_clock_mhz: float | None = None
@@ -40,12 +40,12 @@ class GpuState:
         return asdict(self)
 
     def metrics(self) -> dict[str, float]:
-        """Clock and power, as far as they were read."""
+        """Return clock and power, if they were read."""
         pairs = {"sm_clock_mhz": self.sm_clock_mhz, "power_w": self.power_w}
         return {name: value for name, value in pairs.items() if value is not None}
 
     def describe(self) -> str:
-        """In one line."""
+        """Return the state in one line."""
         figures = [
             f"{value:.0f}{unit}"
             for value, unit in (
@@ -60,9 +60,9 @@ class GpuState:
 
 
 def read_gpu(device: torch.device) -> GpuState:
-    """One reading: by nvidia-smi, or by NVML through torch where that is missing."""
+    """Read the state once, with nvidia-smi or, if that is missing, with NVML through torch."""
     if device.type != "cuda":
-        return GpuState(reason="clocks are read of GPUs only")
+        return GpuState(reason="clocks are read on GPUs only")
     if shutil.which("nvidia-smi") is not None:
         return _by_nvidia_smi(device)
     try:
@@ -73,13 +73,13 @@ def read_gpu(device: torch.device) -> GpuState:
             readings=1,
             reason="no nvidia-smi: memory clock and power limit were not read",
         )
-    # NVML has many ways to fail, none of which is worth a measurement
+    # NVML can fail in many ways, and no failure is worth losing a measurement
     except Exception as error:
         return GpuState(reason=f"no nvidia-smi, and NVML raised {type(error).__name__}: {error}")
 
 
 def _by_nvidia_smi(device: torch.device) -> GpuState:
-    # Its numbers are not torch's where CUDA_VISIBLE_DEVICES is set
+    # Its device numbers differ from torch's if CUDA_VISIBLE_DEVICES is set
     uuid = torch.cuda.get_device_properties(device).uuid
     command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(_FIELDS)}"]
     command.append("--format=csv,noheader,nounits")
@@ -94,7 +94,7 @@ def _by_nvidia_smi(device: torch.device) -> GpuState:
 
 
 def parse_nvidia_smi(text: str) -> GpuState:
-    """Its line of figures in the order of `_FIELDS`; "[N/A]" is none."""
+    """Parse nvidia-smi's line of values in the order of `_FIELDS`; "[N/A]" becomes None."""
     values: list[float | None] = []
     for word in text.strip().split(","):
         try:
@@ -102,7 +102,7 @@ def parse_nvidia_smi(text: str) -> GpuState:
         except ValueError:
             values.append(None)
     if len(values) != len(_FIELDS):
-        return GpuState(reason=f"nvidia-smi said {text.strip()!r}")
+        return GpuState(reason=f"nvidia-smi printed {text.strip()!r}")
     missing = [field for field, value in zip(_FIELDS, values, strict=True) if value is None]
     sm, memory, power, limit, temperature = values
     return GpuState(
@@ -117,7 +117,7 @@ def parse_nvidia_smi(text: str) -> GpuState:
 
 
 class GpuWatch:
-    """Reads a GPU's state on a thread of its own, as long as the `with` block runs."""
+    """Reads a GPU's state in a thread while the `with` block runs."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -137,17 +137,17 @@ class GpuWatch:
         while not self._done.wait(SECONDS_BETWEEN):
             self._states.append(read_gpu(self._device))
             if not self._states[-1].readings:
-                return  # it will fail for the same reason
+                return  # the next reading would fail for the same reason
 
     def state(self) -> GpuState:
-        """Of all readings together; call it after the block."""
-        if self._device.type != "cuda":  # whether or not there was time for a reading
+        """Return a summary of all readings; call it after the block."""
+        if self._device.type != "cuda":  # even if there was no time for a reading
             return read_gpu(self._device)
         return summary(self._states)
 
 
 def summary(states: list[GpuState]) -> GpuState:
-    """Medians of clocks, the most of power and temperature."""
+    """Return medians of the clocks, and maxima of power and temperature."""
     taken = [state for state in states if state.readings]
     if not taken:
         short = f"the work was over within {SECONDS_BETWEEN} s"

@@ -1,4 +1,4 @@
-"""One forward pass of a diffusion transformer with random weights: the step of a one-step model."""
+"""Time one forward pass of a diffusion transformer with random weights: a one-step model's step."""
 
 from __future__ import annotations
 
@@ -32,32 +32,30 @@ from apt.models.transformer import DiffusionTransformer
 Mode = Literal["graph", "eager", "compile"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-# One bf16 rounding is 0.002 of a value; 36 blocks of them in another order stay well below this,
-# and a wrong kernel far above.
+# A bf16 rounding error is 0.002 of a value. The roundings of 36 blocks in another order stay well
+# below this limit, and a wrong kernel is far above it.
 LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# Rounding errors are spread over a velocity's places: the worst of 200,000 of them, each of 16
-# channels, has about twice the error of all. A place that is wrong is off by its own size.
+# Rounding errors spread evenly over a velocity: of 200,000 places with 16 channels each, the worst
+# has about twice the error of the whole. A wrong place has an error as large as its values.
 ROW_FACTOR = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a forward pass is given.
+    """Model and sizes of a forward pass. `usual_workload` returns those a model is meant for.
 
     Attributes:
-        model: a registered backbone.
-        frames, height, width: of the video in pixels; 1 frame is an image.
-        text_tokens: length of the prompt's encoding; the paper does not give one.
+        model: name of a registered backbone.
+        frames, height, width: size of the video in pixels; 1 frame is an image.
+        text_tokens: length of the encoded prompt; the paper does not give one.
         compression: pixels per latent along time (after the first frame), height and width.
-        batch: videos.
-        dtype: of weights and activations.
-        fps: frames per second of the video, which say what real time is.
-
-    `usual_workload` has a model's own.
+        batch: number of videos.
+        dtype: dtype of weights and activations.
+        fps: frames per second of the video, to compare the time with real time.
 
     Raises:
-        InputError: a value that makes no sense, sizes or text that the model cannot take, or a
-            model that does not exist or whose work nobody has counted.
+        InputError: for a value out of range, sizes or text that the model cannot take, and a model
+            that does not exist or whose cost is not known.
     """
 
     model: str
@@ -72,7 +70,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise InputError(f"dtype {self.dtype!r} is none of: {', '.join(DTYPES)}")
+            raise InputError(f"dtype {self.dtype!r} is not one of: {', '.join(DTYPES)}")
         if min(self.batch, self.text_tokens, *self.compression) < 1:
             raise InputError(
                 "batch, text_tokens and compression must be at least 1, got "
@@ -86,10 +84,13 @@ class Workload:
         return f"{self.frames}x{self.height}x{self.width}"
 
     def latent_shape(self) -> tuple[int, int, int]:
-        """(T, H, W); raises InputError for sizes that the compression does not divide."""
+        """Return (T, H, W). Raises InputError if the compression does not divide the sizes."""
         t, h, w = self.compression
         if self.frames < 1 or (self.frames - 1) % t:
-            raise InputError(f"{self.frames} frames are not {t}k + 1")
+            raise InputError(
+                f"{self.frames} frames do not fit a compression of {t}; take 1 more than a "
+                f"multiple of {t}"
+            )
         if self.height < h or self.height % h or self.width < w or self.width % w:
             raise InputError(
                 f"{self.height}x{self.width} is not a multiple of the compression, {h}x{w}"
@@ -97,11 +98,11 @@ class Workload:
         return (self.frames - 1) // t + 1, self.height // h, self.width // w
 
     def config(self) -> Any:
-        """Of the model; raises InputError for one that does not exist."""
+        """Return the model's config. Raises InputError for a model that does not exist."""
         return MODELS.get(self.model)()
 
     def cost(self) -> DiTCost:
-        """Work of one forward pass; raises InputError as `dit_cost`."""
+        """Return the cost of one forward pass. Raises InputError as `dit_cost` does."""
         return dit_cost(
             self.config(),
             self.batch,
@@ -111,7 +112,7 @@ class Workload:
         )
 
 
-# 9 frames of 32x32 in pixel patches, one clip: what the digits model generates
+# What the digits model generates: one clip of 9 frames of 32x32, in pixel patches
 DIGITS = Workload(
     model="mmdit_digits",
     frames=9,
@@ -134,12 +135,14 @@ PAPER_SAMPLE = {
 
 
 def usual_workload(model: str, **changes: Any) -> Workload:
-    """What a model is for, in bf16: what its published weights make best, with the VAE and text
-    that they were trained with; a clip of digits; or else the paper's 49 frames of 1280x720.
+    """Return the workload that a model is meant for.
+
+    A model with published weights gets their best size, VAE and text length; the digits model a
+    clip of digits; any other model the paper's 49 frames of 1280x720. All but digits are in bf16.
 
     Args:
-        model: a registered backbone.
-        changes: fields of `Workload` that are to be others.
+        model: name of a registered backbone.
+        changes: fields of `Workload` to replace.
 
     Raises:
         InputError: as `Workload`.
@@ -159,13 +162,13 @@ def usual_workload(model: str, **changes: Any) -> Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """How a forward pass is run.
+    """A way to run a forward pass.
 
     Attributes:
-        kernels: "auto" (what a user gets), or a name of `apt.kernels.kernel_backend`.
+        kernels: "auto" (the default for users), or a name of `apt.kernels.kernel_backend`.
         attention: a name of `apt.kernels.attention_status`.
-        mode: "graph": replays of a CUDA graph; "eager": op by op; "compile": torch.compile of each
-            block, in a CUDA graph on a GPU.
+        mode: "graph" replays a CUDA graph, "eager" runs op by op, "compile" runs torch.compile on
+            each block, in a CUDA graph on a GPU.
     """
 
     kernels: str = "auto"
@@ -178,13 +181,13 @@ class Variant:
 
 
 def default_variants(device: torch.device) -> list[Variant]:
-    """What is worth comparing on a device; the first is what the others are checked against."""
+    """Return the variants worth comparing on a device; the others are checked against the first."""
     if device.type == "cpu":
         return [Variant(kernels="reference"), Variant(kernels="reference", mode="compile")]
     return [
         Variant(kernels="reference", attention="_native_flash", mode="graph"),
         Variant(kernels="triton", attention="_native_cudnn", mode="graph"),
-        Variant(attention="native", mode="graph"),  # what a user gets
+        Variant(attention="native", mode="graph"),  # the default for users
         Variant(kernels="reference", attention="_native_cudnn", mode="graph"),
         Variant(kernels="reference", attention="_native_cudnn", mode="compile"),
         Variant(kernels="triton", attention="_native_cudnn", mode="compile"),
@@ -196,7 +199,7 @@ class RandomNetwork:
     """A backbone with random weights, and random inputs that fit it."""
 
     def __init__(self, workload: Workload, device: torch.device, *, seed: int = 0) -> None:
-        """Raises InputError if the weights alone do not fit into the device's memory."""
+        """Build network and inputs. Raises InputError if the weights do not fit into memory."""
         self.workload, self.device, self.dtype = workload, device, DTYPES[workload.dtype]
         self.cost = workload.cost()
         check_memory(workload, device)
@@ -222,10 +225,10 @@ class RandomNetwork:
 
 
 def build(model: str, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer:
-    """A registered model whose weights are made on the device and in a narrow type.
+    """Return a registered model whose weights are created on the device and in `dtype`.
 
-    8 B parameters that began in fp32 would need twice the memory. What the model keeps in fp32 when
-    it is cast is fp32 here too.
+    Creating 8 B parameters in fp32 first would need twice the memory. Tensors that the model keeps
+    in fp32 when it is cast are fp32 here, too.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -241,7 +244,7 @@ def build(model: str, device: torch.device, dtype: torch.dtype) -> DiffusionTran
 
 
 def cast_on_meta(model: str, dtype: torch.dtype) -> nn.Module:
-    """A registered model without storage, cast as a user's would be."""
+    """Return a registered model without storage, cast as a user's model would be."""
     with torch.device("meta"):
         return create_model(model, dtype=dtype, device="meta")
 
@@ -258,14 +261,15 @@ def check_memory(workload: Workload, device: torch.device) -> None:
     if needed > there:
         raise InputError(
             f"the weights of {workload.model} take {needed / 2**30:.0f} GB in {workload.dtype}, "
-            f"{device.type} has {there / 2**30:.0f} GB; `bench dit --floor --gpu NAME` estimates"
+            f"but {device.type} has {there / 2**30:.0f} GB; use `bench dit --floor --gpu NAME` for "
+            "an estimate"
         )
 
 
 def fill_zeros(module: nn.Module) -> None:
-    """Give tensors that start at zero small random values.
+    """Replace parameters that are all zero by small random values.
 
-    Zero gates would hide wrong blocks, and products with zeros run faster than with data.
+    Zero gates would hide wrong blocks, and products with zeros are faster than with real data.
     """
     for parameter in module.parameters():
         if not parameter.any():
@@ -279,12 +283,13 @@ class PreparedVariant:
         """Warm up, and capture.
 
         Args:
-            network: shared by all variants.
+            network: the network, shared by all variants.
             variant: how to run it.
-            pool: of memory for the graph, which graphs that are not replayed at once may share.
+            pool: memory pool for the graph; graphs can share one if they never replay at the same
+                time.
 
         Raises:
-            InputError: the variant cannot run here, with the reason.
+            InputError: if the variant cannot run here, with the reason.
         """
         self.network, self.variant = network, variant
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -292,7 +297,8 @@ class PreparedVariant:
         on_gpu = network.device.type == "cuda"
         if variant.mode == "graph" and not on_gpu:
             raise InputError("CUDA graphs need a CUDA GPU")
-        # Once op by op and poisoned: a graph's memory is that of the graph before, and its results
+        # First op by op in poisoned memory: a graph shares its memory with the graph before, whose
+        # results are still in it
         poison = nullcontext() if variant.mode == "compile" else poisoned_memory()
         with self.backends(), watch_attention() as seen:
             with poison:
@@ -302,7 +308,7 @@ class PreparedVariant:
                 self._capture(pool)
 
     def work(self) -> Work:
-        """For `time_interleaved`."""
+        """Return the work for `time_interleaved`."""
         if self.graph is not None:
             graph = self.graph
             return Work(lambda _: graph.replay())
@@ -314,7 +320,7 @@ class PreparedVariant:
         return Work(run, prepare=self.backends)
 
     def output(self) -> Tensor:
-        """The velocity of one run."""
+        """Return the velocity of one run."""
         if self.graph is not None and self._output is not None:
             self._output.fill_(float("nan"))
             self.graph.replay()
@@ -323,18 +329,18 @@ class PreparedVariant:
             return self.network()
 
     def split(self) -> Split:
-        """Where the time goes, op by op."""
+        """Profile one run op by op."""
         with self.backends():
             return profile_split(self.network, self.network.device)
 
     def backends(self) -> ExitStack:
-        """The variant's choices, already in force until the stack is closed."""
+        """Enter the variant's backends; they apply until the returned stack is closed."""
         with ExitStack() as stack:
             if self.variant.kernels != "auto":
                 stack.enter_context(kernel_backend(self.variant.kernels))
             stack.enter_context(attention_backend(self.variant.attention))
             if self.variant.mode != "compile":
-                # The blocks may have been compiled for another variant of the same network
+                # The network's blocks may have been compiled for another variant
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             return stack.pop_all()
 
@@ -361,22 +367,23 @@ def measure_dit(
     max_seconds: float | None = None,
     split: bool = True,
 ) -> list[Measurement]:
-    """One measurement for each variant of one forward pass, all of the same network.
+    """Measure every variant of one forward pass, all with the same network.
 
-    The output of the first variant that runs must be finite; those of the others must agree with
-    it to `LARGEST_DIFFERENCE`, or they get no time.
+    Outputs must be finite, and agree with that of the first variant that runs to within
+    `LARGEST_DIFFERENCE`; variants that do not are not timed.
 
     Args:
         workload: model and sizes.
-        variants: ways to run it; `default_variants` has those worth comparing.
-        device, clock: where, and its clock.
-        ceilings: of this device: the floor follows from them.
+        variants: ways to run it, for instance `default_variants`.
+        device, clock: the device and its clock.
+        ceilings: rates of this device, which determine the floor.
         rounds, max_seconds: as in `time_interleaved`.
         split: also profile where the time goes.
 
     Raises:
-        InputError: sizes that the model cannot take.
+        InputError: for sizes that the model cannot take.
     """
+    # In a function of its own, so that network and graphs are gone when their memory is released
     try:
         return _measure(
             workload,
@@ -405,7 +412,7 @@ def _measure(
 ) -> list[Measurement]:
     network = RandomNetwork(workload, device)
     if any(variant.mode == "compile" for variant in variants):
-        # Block by block: they are alike, so that one is compiled for all.
+        # Block by block: all blocks are alike, so only one is compiled.
         for block in network.backbone.block_list():
             block.compile(fullgraph=True, dynamic=False)
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -420,7 +427,7 @@ def _measure(
         except InputError as error:
             failed[variant] = ("skipped", str(error))
             continue
-        # A compiler's or a driver's error in one variant must not take the times of all others
+        # An error of a compiler or driver in one variant must not cost the times of the others
         except Exception as error:
             failed[variant] = ("wrong", first_line(error))
             continue
@@ -469,22 +476,22 @@ def _measure(
 
 
 def _difference(output: Tensor, expected: Tensor) -> Deviation:
-    """Of velocities (B, C, T, H, W); a row is what is at one place of one frame."""
+    """Compare velocities (B, C, T, H, W); a row is the channels at one place of one frame."""
     return deviation(output.movedim(1, -1), expected.movedim(1, -1))
 
 
 def allowed_difference(dtype: torch.dtype) -> Deviation:
-    """Of a variant's velocity from the first variant's."""
+    """Return the largest allowed difference of a variant's velocity from the first variant's."""
     allowed = LARGEST_DIFFERENCE[dtype]
     return Deviation(allowed, ROW_FACTOR * allowed)
 
 
 def figures(cost: DiTCost, milliseconds: float, ceilings: Ceilings) -> dict[str, float]:
-    """What follows from a time: TFLOP/s, and the shares of two floors.
+    """Return the figures that follow from a time: TFLOP/s, and the ratios of two floors to it.
 
-    A floor is matrix products and attention alone, at the rate of this machine's large matrix
-    products: no implementation in this type is faster. That of single products has high clocks;
-    the sustained one has those of work that lasts.
+    A floor is the time of matrix products and attention alone, at the rate of this machine's large
+    matrix products; no implementation in this dtype is faster. "floor_ms" uses the rate of single
+    products, at high clocks; the sustained floor uses the rate of products that go on for seconds.
     """
     rates = Rates(matmul_tflops=ceilings.matmul_tflops, memory_gb_s=ceilings.copy_gb_s)
     tflop, floor = cost.flops / 1e12, cost.floor(rates).matmul * 1e3
@@ -502,7 +509,7 @@ def figures(cost: DiTCost, milliseconds: float, ceilings: Ceilings) -> dict[str,
 
 
 def _release(device: torch.device) -> None:
-    """Give back the memory of networks, graphs and compiled code for the next measurement."""
+    """Free the memory of networks, graphs and compiled code for the next measurement."""
     torch.compiler.reset()
     gc.collect()  # compiled modules refer to themselves
     if device.type == "cuda":
@@ -510,7 +517,7 @@ def _release(device: torch.device) -> None:
 
 
 def case_of(workload: Workload, variant: Variant) -> dict[str, str | int]:
-    """As records hold it."""
+    """Return the case as records hold it."""
     return {
         "model": workload.model,
         "size": workload.size,

@@ -1,4 +1,4 @@
-"""What ran in a measurement, in words for its record."""
+"""Facts about a measurement in words, for its record."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from apt.kernels.attention_choice import attention_warning, kernel_by_name
 def attention_facts(
     device: torch.device, backend: str, chosen: Collection[str], parts: Split | None
 ) -> dict[str, str]:
-    """Which attention kernel ran, how that is known, and a warning if it should be another.
+    """Return which attention kernel ran, how that is known, and a warning if it is a poor one.
 
     Args:
-        device: where it ran.
-        backend: that was asked for.
-        chosen: what `attention_kernel` said.
-        parts: a profile, which knows better on a GPU; None if there is none.
+        device: the device that it ran on.
+        backend: the backend that was asked for.
+        chosen: kernels that the selection reported.
+        parts: a profile, which is more reliable on a GPU; None if there is none.
     """
     kernels, source = set(chosen), "by selection"
     if parts is not None and parts.attention_kernels:

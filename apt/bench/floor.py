@@ -1,4 +1,4 @@
-"""The roofline of a forward pass on a GPU that is not here."""
+"""Estimate the roofline of a forward pass on a GPU that need not be present."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from apt.errors import InputError
 from apt.kernels.costs import OpCost
 from apt.kernels.roofline import GPUS, H100_ATTENTION_TFLOPS, Gpu, find_gpu
 
-# The published attention rates are of this chip; the H200 computes like it.
+# The published attention rates are for the H100; the H200 computes as fast.
 _HOPPER = ("h100", "h200")
-_LONG = 4096  # tokens from which on they hold
+_LONG = 4096  # tokens; the rates hold from this length on
 
 
 def floor_report(workload: Workload, gpu: str) -> str:
-    """What the arithmetic says: work by kind, the floor, and what attention kernels make of it.
+    """Return a report: work by kind, the floor, and times with published attention kernels.
 
-    Raises InputError for a GPU whose rates are not known, or fp32, in which none is known.
+    Raises InputError for a GPU whose rates are not known, and for fp32, whose rates are not known.
     """
     if workload.dtype == "float32":
-        raise InputError("rates of GPUs are those of bf16 and fp16: take --dtype bfloat16")
+        raise InputError("GPU rates are known for bf16 and fp16 only: use --dtype bfloat16")
     found, cost = find_gpu(gpu), workload.cost()
     total, floor = cost.total, cost.floor(found.rates)
     rows = [
@@ -57,8 +57,8 @@ def floor_report(workload: Workload, gpu: str) -> str:
             with_attention.append((name, f"{tflops:g}", *times))
         header = ("attention by", "TFLOP/s", "sum, ms", "all fused, ms")
         paragraphs.append(
-            "The sums with the rates that attention kernels reach on an H100 (published, 16k "
-            f"tokens, heads of {cost.head_dim}):\n\n" + format_table(header, with_attention, left=1)
+            "The sums, with the published rates of attention kernels on an H100 (16k tokens, head "
+            f"dimension {cost.head_dim}):\n\n" + format_table(header, with_attention, left=1)
         )
     paragraphs += _comparison(workload, floor.matmul)
     return "\n\n".join(paragraphs)
@@ -81,15 +81,15 @@ def _rates(gpu: Gpu) -> str:
 
 
 def _reached() -> str:
-    """How far below the peak large operations stay, where it was measured."""
+    """Say how close to their peaks large operations come, where that was measured."""
     h200 = GPUS["h200"]
     assert h200.measured is not None
     products = h200.measured.matmul_tflops / h200.peak.matmul_tflops
     copies = h200.measured.memory_gb_s / h200.peak.memory_gb_s
     known = ", ".join(name for name, gpu in GPUS.items() if gpu.measured)
     return (
-        f"No kernel reaches a peak: on an H200 large products reach {products:.0%} and copies "
-        f"{copies:.0%} of it. Estimates with measured rates ({known}) are so much longer."
+        f"No kernel reaches the peak: on an H200, large products reach {products:.0%} and copies "
+        f"{copies:.0%} of it. Estimates with measured rates ({known}) are longer accordingly."
     )
 
 

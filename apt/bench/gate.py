@@ -1,9 +1,9 @@
-"""Gates: does a measurement keep to its budget, and is it no slower than it was?
+"""Gates: does a measurement meet its budget, and is it no slower than before?
 
-A regression is a median that exceeds the median of recorded like runs by more than a percentage
-*and* more than an absolute floor: the percentage alone fails on the jitter of short kernels, the
-floor alone on that of long ones. Runs are alike if machine, software and case are equal; others are
-never compared.
+A regression is a median that exceeds the median of comparable recorded runs by more than a
+percentage *and* by more than an absolute floor: the percentage alone would fail on the jitter of
+short kernels, the floor alone on that of long ones. Only runs of the same machine, software and
+case are comparable.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Outcome = Literal["passed", "failed", "not judged"]
 
 @dataclass(frozen=True, kw_only=True)
 class RegressionPolicy:
-    """How much slower counts.
+    """How much slower counts as a regression. Both limits must be exceeded.
 
     Attributes:
-        percent: above the median of like runs, and
-        floor_ms: milliseconds above it; both must be exceeded.
-        minimum_runs: fewer like runs judge nothing.
+        percent: limit in percent above the median of comparable runs.
+        floor_ms: limit in milliseconds above that median.
+        minimum_runs: comparable runs needed for a verdict.
     """
 
     percent: float
@@ -45,19 +45,20 @@ class RegressionPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A figure that must be reached on one class of devices.
+    """A figure that must be reached on a class of devices.
 
     Attributes:
         name: what is promised, in words.
         devices: patterns of device names; other devices are not judged.
-        where: patterns that the case must match; the topic counts as part of it.
+        where: patterns that the case must match; "topic" counts as part of the case.
         metric: "median_ms", or a key of `Measurement.metrics`.
-        at_least, at_most: the bound; one of them.
-        relative_to: what to change in the case to find the measurement whose metric the bound is a
-            multiple of ({"variant": "compile"}), from the same run; None for an absolute bound.
-        launch_bound_ms: measurements whose roofline ("floor_ms") is shorter are not judged: so
-            little work is a matter of launches, not of kernels. None judges all.
-        enforced: False is a goal: it is reported, and fails nothing.
+        at_least, at_most: the bound; exactly one of them.
+        relative_to: changes to the case that give another measurement of the same run, such as
+            {"variant": "compile"}; the bound is then a multiple of its metric. None for an
+            absolute bound.
+        launch_bound_ms: measurements with a shorter roofline ("floor_ms") are not judged, because
+            launches dominate their time. None judges all.
+        enforced: False for a goal, which is reported but fails nothing.
     """
 
     name: str
@@ -74,18 +75,18 @@ class Budget:
         if (self.at_least is None) == (self.at_most is None):
             raise ConfigError(f"budget {self.name!r} needs either at_least or at_most")
         if not self.devices or not self.where:
-            raise ConfigError(f"budget {self.name!r} must say for which devices and where it holds")
+            raise ConfigError(f"budget {self.name!r} needs devices and where")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a gate says about a measurement.
+    """The verdict of a gate on a measurement.
 
     Attributes:
         gate: the budget's name, or "no regression".
         subject: the measurement's label.
-        outcome: "not judged" where there is nothing like it.
-        text: the figures, or why there is no judgement.
+        outcome: "not judged" if there is nothing to compare with.
+        text: the figures, or why there is no verdict.
         enforced: whether a failure counts.
     """
 
@@ -97,13 +98,13 @@ class Verdict:
 
     @property
     def fails(self) -> bool:
-        """Whether the run must fail for it."""
+        """Whether this verdict makes the run fail."""
         return self.outcome == "failed" and self.enforced
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A measurement with the machine that it was made on: what can be like another."""
+    """A measurement with its machine and topic, which decide what it can be compared with."""
 
     machine: Machine
     topic: str
@@ -111,7 +112,7 @@ class Run:
     date: str = field(default="", compare=False)
 
     def differences(self, other: Run) -> list[str]:
-        """Names of everything that makes the two unlike; empty if they compare."""
+        """Return the names of all fields that differ; empty if the runs are comparable."""
         mine, theirs = (
             asdict(run.machine) | {"topic": run.topic} | dict(run.measurement.case)
             for run in (self, other)
@@ -120,7 +121,7 @@ class Run:
 
 
 def runs_of(records: Iterable[Record]) -> list[Run]:
-    """Every measurement that a later one may be compared with."""
+    """Return every measurement of the records that a later one may be compared with."""
     return [
         Run(machine=r.machine, topic=r.topic, measurement=m, date=r.provenance.date)
         for r in records
@@ -130,15 +131,15 @@ def runs_of(records: Iterable[Record]) -> list[Run]:
 
 
 def like_runs(run: Run, archive: Iterable[Run]) -> list[Run]:
-    """Those of the archive that `run` may be compared with."""
+    """Return the runs of the archive that are comparable with `run`."""
     return [other for other in archive if not run.differences(other)]
 
 
 def check_regression(run: Run, baselines: Sequence[Run], policy: RegressionPolicy) -> Verdict:
-    """Is `run` slower than the median of its baselines, beyond percentage and floor?
+    """Judge whether `run` is slower than the median of its baselines, beyond both limits.
 
     Raises:
-        InputError: a baseline is not like `run`, with what differs; or `run` was not measured.
+        InputError: if a baseline is not comparable, with what differs, or `run` was not measured.
     """
     if run.measurement.status != "measured":
         raise InputError(f"{run.measurement.label} was not measured: {run.measurement.reason}")
@@ -151,27 +152,29 @@ def check_regression(run: Run, baselines: Sequence[Run], policy: RegressionPolic
             )
     subject, gate = run.measurement.label, "no regression"
     if len(baselines) < policy.minimum_runs:
-        text = f"{len(baselines)} recorded like runs, {policy.minimum_runs} needed"
+        text = f"{len(baselines)} comparable runs recorded, {policy.minimum_runs} needed"
         return Verdict(gate=gate, subject=subject, outcome="not judged", text=text)
     before = median([baseline.measurement.median_ms for baseline in baselines])
     now = run.measurement.median_ms
     slower, percent = now - before, 100 * (now / before - 1)
     failed = slower > policy.floor_ms and percent > policy.percent
     text = (
-        f"{now:.4g} ms against {before:.4g} ms of {len(baselines)} like runs ({percent:+.1f} %; "
-        f"fails beyond both +{policy.percent:g} % and +{policy.floor_ms:g} ms)"
+        f"{now:.4g} ms against {before:.4g} ms of {len(baselines)} comparable runs "
+        f"({percent:+.1f} %; fails above both +{policy.percent:g} % and +{policy.floor_ms:g} ms)"
     )
     return Verdict(gate=gate, subject=subject, outcome="failed" if failed else "passed", text=text)
 
 
 def check_budget(budget: Budget, run: Run, beside: Sequence[Run]) -> Verdict | None:
-    """Does `run` keep to a budget? None if the budget is not about it.
+    """Judge whether `run` meets a budget; None if the budget does not apply to it.
 
     Args:
-        beside: everything measured in the same run, where a relative bound finds its other half.
+        budget: the budget.
+        run: the measurement to judge.
+        beside: all measurements of the same run, among them those that relative bounds refer to.
 
     Raises:
-        ConfigError: the budget's metric is none of the measurement's.
+        ConfigError: if the measurement does not have the budget's metric.
     """
     case = {"topic": run.topic, **run.measurement.case}
     about = all(fnmatch(str(case.get(key, "")), pattern) for key, pattern in budget.where.items())
@@ -194,14 +197,14 @@ def check_budget(budget: Budget, run: Run, beside: Sequence[Run]) -> Verdict | N
     if budget.launch_bound_ms is not None:
         floor = _metric(budget, run, "floor_ms")
         if floor < budget.launch_bound_ms:
-            short = f"launch-bound: a roofline below {budget.launch_bound_ms:g} ms"
+            short = f"launch-bound: roofline below {budget.launch_bound_ms:g} ms"
             return verdict("not judged", short)
     value, unit = _metric(budget, run, budget.metric), ""
     if budget.relative_to is not None:
         wanted = {**run.measurement.case, **budget.relative_to}
         others = [o for o in beside if o.measurement.case == wanted]
         if not others or others[0].measurement.status != "measured":
-            return verdict("not judged", f"{dict(budget.relative_to)} was not measured beside it")
+            return verdict("not judged", f"{dict(budget.relative_to)} was not measured with it")
         value /= _metric(budget, others[0], budget.metric)
         unit = f" times that of {', '.join(budget.relative_to.values())}"
     if budget.at_least is not None:
@@ -218,13 +221,16 @@ def check_record(
     budgets: Sequence[Budget],
     policies: Mapping[str, RegressionPolicy],
 ) -> list[Verdict]:
-    """Every verdict on a record: budgets, and regressions against the archive.
+    """Return all verdicts on a record: budgets, and regressions against the archive.
 
     Args:
-        policies: by kind of device.
+        record: the record to judge.
+        archive: earlier records.
+        budgets: all budgets; those that do not apply are ignored.
+        policies: regression policies by kind of device.
 
     Raises:
-        ConfigError: there is no policy for the record's kind of device.
+        ConfigError: if there is no policy for the record's kind of device.
     """
     if record.machine.kind not in policies:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Measure ops: check every variant against fp64, then time those that are right, in turns."""
+"""Measure ops: check every variant against fp64, then time the correct ones in turns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOT_COMPARED = Deviation(float("nan"), float("nan"))
 
 @dataclass(frozen=True, kw_only=True)
 class OpCase:
-    """What is measured: one op at one shape, in one dtype and direction."""
+    """One op at one shape, in one dtype and direction."""
 
     op: Op
     shape: Shape
@@ -40,7 +40,7 @@ class OpCase:
     direction: Direction
 
     def key(self, variant: str) -> dict[str, str | int]:
-        """As records hold it."""
+        """Return the case as records hold it."""
         return {
             "op": self.op.name,
             "shape": self.shape.name,
@@ -52,7 +52,7 @@ class OpCase:
 
 
 def cases_of(op: Op, shape: Shape, dtype: torch.dtype | None = None) -> list[OpCase]:
-    """Forward, and backward if the op has one; dtype None is that of the op or the shape."""
+    """Return forward, and backward if the op has one. Dtype None is that of the op or the shape."""
     directions: list[Direction] = ["forward", "backward"] if op.gradients else ["forward"]
     return [
         OpCase(op=op, shape=shape, dtype=dtype or op.dtype or shape.dtype, direction=direction)
@@ -61,12 +61,12 @@ def cases_of(op: Op, shape: Shape, dtype: torch.dtype | None = None) -> list[OpC
 
 
 def variant_names(op: Op) -> list[str]:
-    """Every variant that `measure_op` reports: ours, torch.compile, peers."""
+    """Return every variant that `measure_op` reports: ours, torch.compile and peers."""
     return [*variants_of(op), *([COMPILE] if op.compiled else []), *op.peers]
 
 
 def is_ours(op: Op, variant: str) -> bool:
-    """Whether a wrong result of this variant is our mistake, not a peer's."""
+    """Return whether this variant is ours, so that a wrong result is our mistake."""
     return variant in op.variants
 
 
@@ -81,21 +81,21 @@ def measure_op(
     max_seconds: float | None = None,
     seed: int = 0,
 ) -> list[Measurement]:
-    """One measurement for each variant.
+    """Measure every variant of an op.
 
-    A variant that cannot run here is skipped with the reason; one whose output or gradient is wrong
-    is reported as wrong, without a time.
+    A variant that cannot run here is skipped, with the reason. A variant whose output or gradient
+    is wrong is reported as wrong, without a time.
 
     Args:
         case: what to measure.
-        device, clock: where, and the device's clock.
-        ceilings: of this device, for the shares.
+        device, clock: the device and its clock.
+        ceilings: rates of this device, for the shares.
         rounds, max_seconds: as in `time_interleaved`.
         only: names of variants; None for all.
-        seed: of the inputs.
+        seed: seed of the inputs.
 
     Raises:
-        InputError: `only` names a variant that the op does not have.
+        InputError: if `only` names a variant that the op does not have.
     """
     names = variant_names(case.op)
     unknown = set(only or ()) - set(names)
@@ -110,7 +110,7 @@ def measure_op(
         if only is None or name in only
     }
     if "triton" in functions and device.type != "cuda":
-        functions["triton"] = _refuse("needs a CUDA GPU; the interpreter's time says nothing")
+        functions["triton"] = _refuse("needs a CUDA GPU; times in the interpreter mean nothing")
     generator = torch.Generator(device).manual_seed(seed)
     checks = _check(case, functions, generator)
     inputs = _draw(case, case.shape, generator)
@@ -123,7 +123,7 @@ def measure_op(
     if works:
         timings = time_interleaved(works, clock, rounds=rounds, max_seconds=max_seconds)
     if case.op.compiled:
-        torch.compiler.reset()  # or the next shapes count as recompilations of this one
+        torch.compiler.reset()  # otherwise the next shapes count as recompilations of this one
     measurements = []
     for name, check in checks.items():
         key = case.key(name)
@@ -146,10 +146,10 @@ def measure_op(
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Whether a variant may be timed.
+    """The result of checking a variant.
 
     Attributes:
-        status: "measured" if it may.
+        status: "measured" if the variant may be timed.
         reason: why not.
         error: the largest relative errors of its outputs or gradients.
     """
@@ -162,7 +162,7 @@ class Check:
 def check_op(
     case: OpCase, *, device: torch.device, only: Collection[str] | None = None, seed: int = 0
 ) -> dict[str, Check]:
-    """Each variant against fp64, without timing it; on a CPU, Triton in its interpreter."""
+    """Check each variant against fp64 without timing it; on a CPU, Triton runs interpreted."""
     functions = _functions(case.op)
     chosen = {name: f for name, f in functions.items() if only is None or name in only}
     checks = _check(case, chosen, torch.Generator(device).manual_seed(seed))
@@ -174,7 +174,7 @@ def check_op(
 def _functions(op: Op) -> dict[str, Function]:
     functions = variants_of(op)
     if op.compiled:
-        # fullgraph: a time of half a graph would be nobody's
+        # fullgraph: the time of a graph with breaks would mean nothing
         functions[COMPILE] = torch.compile(
             lambda inputs: op.call(inputs, "reference"), fullgraph=True, dynamic=False
         )
@@ -199,13 +199,13 @@ def _draw(case: OpCase, shape: Shape, generator: torch.Generator) -> Inputs:
 def _check(
     case: OpCase, functions: Mapping[str, Function], generator: torch.Generator
 ) -> dict[str, Check]:
-    """Outputs or gradients within twice the same-dtype reference's error against fp64."""
+    """Check that errors against fp64 are at most twice those of the reference in the same dtype."""
     op, limit = case.op, case.op.check_tokens or case.shape.tokens
     inputs = _draw(case, replace(case.shape, tokens=min(limit, case.shape.tokens)), generator)
     exact_results = _results(case, lambda i: op.call(i, op.exact), exact(inputs))
     reference = _deviations(_results(case, lambda i: op.call(i, op.exact), inputs), exact_results)
-    # Beyond twice the reference: two roundings, as a peer may round once more on its way, and what
-    # fp32 sums over thousands of rows differ by in another order
+    # Slack beyond twice the reference's error: two roundings, as a peer may round once more, and
+    # the differences of fp32 sums over thousands of rows in another order
     slack = 2 * torch.finfo(case.dtype).eps + 32 * torch.finfo(torch.float32).eps
     allowed = {
         part: Deviation(*(2 * error + slack for error in errors))
@@ -213,7 +213,7 @@ def _check(
     }
     checks = {}
     for name, function in functions.items():
-        # Dynamo would compile anew for another state of memory, and take its time twice
+        # Dynamo recompiles when the deterministic mode changes, which would take twice the time
         memory = nullcontext() if name == COMPILE else poisoned_memory()
         try:
             with memory:
@@ -221,7 +221,7 @@ def _check(
         except InputError as error:
             checks[name] = Check(status="skipped", reason=str(error))
             continue
-        # One failing variant must not take the times of all others with it: it is reported
+        # One failing variant is reported and must not cost the times of the others
         except Exception as error:
             status: Status = "wrong" if is_ours(op, name) else "skipped"
             checks[name] = Check(status=status, reason=first_line(error))
@@ -238,7 +238,7 @@ def _check(
 
 
 def _results(case: OpCase, function: Function, inputs: Inputs) -> dict[str, Tensor]:
-    """Outputs, or gradients, by name."""
+    """Return outputs or gradients by name."""
     if case.op.mutates:
         inputs = copies(inputs)
     if case.direction == "forward":
@@ -261,7 +261,7 @@ def _work(case: OpCase, function: Function, inputs: Inputs) -> Work:
         return Work(forward)
     wanted = [inputs[name] for name in case.op.gradients]
     weights: tuple[Tensor, ...] = _weights(_tuple(function(inputs)))
-    # A fresh graph for each sample: compiled backwards give theirs away.
+    # A new graph for each sample: compiled backward passes free theirs.
     return Work(
         lambda outputs: torch.autograd.grad(outputs, wanted, weights),
         prepare=lambda: _tuple(function(inputs)),
@@ -277,7 +277,7 @@ def _facts(case: OpCase, variant: str, work: Work, device: torch.device) -> dict
 
 
 def _weights(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients to start from: the same values for every variant and every dtype."""
+    """Draw output gradients, with the same values for every variant and dtype."""
     generator = torch.Generator(outputs[0].device).manual_seed(7)
     return tuple(
         torch.randn(o.shape, generator=generator, device=o.device).to(torch.bfloat16).to(o.dtype)

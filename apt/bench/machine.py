@@ -1,4 +1,4 @@
-"""What was measured on, and with what: without it a time means nothing."""
+"""The machine and software of a measurement, without which a time means nothing."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A device and the software on it. Times compare only between equal ones.
+    """A device and its software. Times are comparable between equal machines only.
 
     Attributes:
-        device: the product's name, as its driver or the kernel gives it.
+        device: product name, from its driver or the operating system.
         kind: "cuda" or "cpu".
-        capability: "9.0"; empty on a CPU.
-        threads: threads that torch computes with on a CPU; 0 on a GPU, where they do not matter.
-        memory_gb: of the device, rounded.
-        python, torch, triton, cuda, cudnn, liger: versions; empty where absent.
+        capability: compute capability, such as "9.0"; empty on a CPU.
+        threads: threads that torch uses on a CPU; 0 on a GPU, where they do not matter.
+        memory_gb: memory of the device, rounded.
+        python, torch, triton, cuda, cudnn, liger: versions; empty if absent.
         system: operating system and architecture.
     """
 
@@ -45,10 +45,10 @@ class Machine:
     cuda: str
     liger: str
     system: str
-    cudnn: str = ""  # records of before have none
+    cudnn: str = ""  # older records do not have it
 
     def describe(self) -> str:
-        """Device and what computes on it, in one line."""
+        """Return the device and the versions that matter, in one line."""
         versions = {
             "torch": self.torch, "triton": self.triton, "CUDA": self.cuda, "cuDNN": self.cudnn,
         }  # fmt: skip
@@ -60,9 +60,10 @@ class Provenance:
     """Where a record comes from.
 
     Attributes:
-        date: UTC, ISO 8601 to the second.
-        command: what was typed, without folders.
-        commit: of the checkout, with "+changes" if files differ from it; "unknown" outside one.
+        date: UTC date in ISO 8601, to the second.
+        command: the command line, without folders.
+        commit: commit of the checkout, with "+changes" if tracked files differ from it; "unknown"
+            outside a checkout.
         apt: version of the package.
     """
 
@@ -73,7 +74,7 @@ class Provenance:
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """The machine as torch sees it. Raises InputError for a GPU that is not there."""
+    """Return the machine as torch sees it. Raises InputError if a GPU is missing."""
     if device.type == "cuda":
         check_cuda()
         properties = torch.cuda.get_device_properties(device)
@@ -98,7 +99,7 @@ def describe_machine(device: torch.device) -> Machine:
 
 
 def find_device(name: str | None) -> torch.device:
-    """cpu, or cuda; None takes a GPU if there is one. Raises InputError for anything else."""
+    """Return cpu or cuda; None takes a GPU if there is one. Raises InputError for other names."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
@@ -112,12 +113,12 @@ def check_cuda() -> None:
     """Raise InputError unless torch sees a GPU."""
     if not torch.cuda.is_available():
         raise InputError(
-            "PyTorch sees no CUDA GPU here; take the CPU, or `--floor --gpu NAME` for an estimate"
+            "PyTorch sees no CUDA GPU here; use the CPU, or `--floor --gpu NAME` for an estimate"
         )
 
 
 def describe_run(command: str | None = None) -> Provenance:
-    """Now, this command line, and this checkout."""
+    """Return the current time, this command line, and the commit of this checkout."""
     from apt.version import __version__
 
     return Provenance(
@@ -129,7 +130,7 @@ def describe_run(command: str | None = None) -> Provenance:
 
 
 def command_line(argv: list[str]) -> str:
-    """A command as a reader can type it: folders of the machine it ran on stay out of records."""
+    """Return a command as a reader can type it, without folders of this machine."""
     first, *rest = argv
     if first.endswith("__main__.py"):
         first = f"python -m {Path(first).parent.name}"
@@ -137,18 +138,18 @@ def command_line(argv: list[str]) -> str:
 
 
 def find_commit(folder: Path) -> str:
-    """Commit of the git checkout that a folder is in; see `Provenance.commit`."""
+    """Return the commit of the git checkout that a folder is in; see `Provenance.commit`."""
     try:
         head = _git(folder, "rev-parse", "HEAD")
         changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    # No git, or no checkout: an installed package, or a copy without history
+    # No git, or no checkout (an installed package, or a copy without history)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head[:12] + ("+changes" if changes else "")
 
 
 def cpu_name() -> str:
-    """The processor's product name."""
+    """Return the processor's product name."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8") if info.exists() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The ops that are measured. Adding one is one `Op(...)` in OPS."""
+"""The ops that are measured. To add one, add an `Op(...)` to OPS."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Op:
 
     Attributes:
         name: as in `apt.kernels.kernel_status`, or "attention".
-        draw: the inputs at a shape.
-        call: the op on inputs with one of its backends.
-        gradients: the inputs that the backward differentiates; empty: the op has no backward.
-        cost: bytes and FLOPs at a shape and dtype, of the forward or (True) the backward.
-        variants: names to backends.
-        exact: the backend that makes the result, from fp64 inputs, that all are held against.
-        peers: the same function from other packages; they raise InputError where they cannot run.
+        draw: draws the inputs at a shape.
+        call: calls the op on inputs with one of its backends.
+        gradients: inputs that the backward pass differentiates; empty if there is none.
+        cost: returns bytes and FLOPs at a shape and dtype, of the forward pass or (True) backward.
+        variants: backends by name.
+        exact: the backend that computes the correct result from fp64 inputs.
+        peers: the same function from other packages; they raise InputError if they cannot run.
         compiled: also measure `torch.compile` of the reference.
         mutates: the op writes to its inputs.
-        dtype: that it is used in, whatever the models compute in; None: the shape's.
-        check_tokens: correctness is checked on this many tokens at most: fp64 attention over all
-            would not fit.
+        dtype: dtype of the op, whatever the models compute in; None takes the shape's.
+        check_tokens: the most tokens that correctness is checked on, where fp64 would not fit into
+            memory otherwise; None for all.
     """
 
     name: str
@@ -143,7 +143,7 @@ OPS: dict[str, Op] = {
             ),
             gradients=(),
             cost=lambda s, _, __: costs.sample_shifted_timesteps_cost(s.batch * s.tokens),
-            compiled=False,  # its torch form is there to be right
+            compiled=False,  # the reference is written to be correct, not fast
             dtype=torch.float32,
         ),
         Op(
@@ -179,9 +179,9 @@ OPS: dict[str, Op] = {
                 s.batch * s.tokens * s.width, dtype=dtype
             ),
             peers={"foreach": calls.foreach_rmsprop},
-            compiled=False,  # torch.optim is compiled by other means
+            compiled=False,  # optimizers are compiled in another way
             mutates=True,
-            dtype=torch.float32,  # the weights that mixed precision trains
+            dtype=torch.float32,  # mixed precision trains fp32 weights
         ),
         Op(
             name="attention",
@@ -201,7 +201,7 @@ OPS: dict[str, Op] = {
 
 
 def variants_of(op: Op) -> dict[str, Function]:
-    """Ours and torch's, by name; a backend that the op does not have is left out."""
+    """Return an op's variants by name, without backends that the op does not have."""
     known = backends.OPS.get(op.name, tuple(op.variants.values()))
 
     def bind(backend: str) -> Function:

@@ -1,7 +1,7 @@
-"""What a user would take instead: the same functions from liger-kernel.
+"""The same functions from liger-kernel, which a user might use instead.
 
 Liger has the modulated RMSNorm (scale and shift per sample or per token, no shared rows), but no
-gated residual: before it stands the sum as a user would write it.
+gated residual. That sum is added before it, as a user would write it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Function = Any  # a function of liger_kernel.transformers.functional, which has 
 
 
 def liger_modulated_norm(inputs: dict[str, Tensor]) -> Tensor:
-    """`modulated_norm` by Liger; raises InputError where it cannot run, with the reason."""
-    # in_place would write dL/dx over dL/dy, which the next sample needs; the bytes are the same.
-    # "gemma" computes in fp32 as we do; the default rounds in between.
+    """Call Liger's modulated RMSNorm. Raises InputError, with the reason, if it cannot run."""
+    # in_place would write dL/dx over dL/dy, which the next sample needs; it moves the same bytes.
+    # "gemma" computes in fp32 as we do; the default rounds intermediate values.
     run = _function("liger_modulated_rms_norm", inputs["x"])
     return run(
         inputs["x"],
@@ -33,17 +33,17 @@ def liger_modulated_norm(inputs: dict[str, Tensor]) -> Tensor:
 
 
 def liger_residual_modulated_norm(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """`residual_modulated_norm` by torch's addcmul and Liger's modulated RMSNorm."""
+    """Compute `residual_modulated_norm` with torch's addcmul and Liger's modulated RMSNorm."""
     x = torch.addcmul(inputs["x"], inputs["update"], inputs["gate"].unsqueeze(1))
     return x, liger_modulated_norm(inputs | {"x": x})
 
 
 def _function(name: str, x: Tensor) -> Function:
     if not x.is_cuda:
-        raise InputError("liger-kernel is Triton, which needs a CUDA GPU")
+        raise InputError("liger-kernel needs a CUDA GPU")
     try:
         module = importlib.import_module("liger_kernel.transformers.functional")
-    # A Triton or torch that it does not know fails while it loads
+    # The import fails with a Triton or torch that it does not know
     except (ImportError, RuntimeError) as error:
         raise MissingPackageError(
             f"needs `pip install liger-kernel` ({type(error).__name__}: {error})"

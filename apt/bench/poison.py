@@ -1,7 +1,7 @@
-"""New memory full of NaN, so that an output which nobody writes is seen.
+"""Fill new memory with NaN, so that outputs that a kernel does not write are noticed.
 
-A freed tensor's memory is the next one's, with its values: a kernel that leaves an output unwritten
-can pass for right where the reference has just computed the same.
+Memory of a freed tensor is reused, with its old values in it. A kernel that leaves its output
+unwritten can seem correct if the reference has just written the same result there.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill what torch allocates inside: floating point with NaN, integers with their largest value.
+    """Fill memory that torch allocates: floats with NaN, integers with their largest value.
 
-    Torch does that for its deterministic mode, which is on inside, in the form that changes no
-    kernel and refuses none (`warn_only`). Memory of a library's own, or that compiled code takes
-    past torch's functions, stays as it was.
+    This is a feature of torch's deterministic mode, which is on inside the block, in the form that
+    rejects no kernel (`warn_only`). Memory that libraries or compiled code allocate without torch's
+    functions is not filled.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -30,7 +30,7 @@ def poisoned_memory() -> Iterator[None]:
     settings.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
-            # That some kernels repeat only nearly is nothing new here
+            # It does not matter here that some kernels are not deterministic
             warnings.filterwarnings("ignore", message=".*deterministic.*")
             yield
     finally:

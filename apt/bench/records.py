@@ -1,4 +1,4 @@
-"""Measurements as files: raw samples with everything that they depend on."""
+"""Records: files of raw samples with everything that they depend on."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ Status = Literal["measured", "wrong", "skipped"]
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One variant of one case.
+    """The measurement of one variant of one case.
 
     Attributes:
         case: what was measured, in names and numbers: op, shape, dtype, variant and so on.
-        status: "wrong" and "skipped" have no samples: no speed is told of a wrong result.
-        reason: why there are none.
+        status: "wrong" and "skipped" have no samples: a wrong result has no speed.
+        reason: why there are no samples.
         samples_ms: milliseconds of each run.
-        metrics: figures that follow: bytes, gb_s, share_of_copy, error and so on.
-        facts: what was found beside, in words: "attention_kernel". They make no two runs unlike.
+        metrics: derived figures: bytes, gb_s, share_of_copy, error and so on.
+        facts: observations in words, such as "attention_kernel"; runs that differ only in these
+            are comparable.
     """
 
     case: Mapping[str, str | int]
@@ -44,7 +45,7 @@ class Measurement:
 
     @property
     def median_ms(self) -> float:
-        """Milliseconds of the middle run. Only what was measured has one."""
+        """Median of the samples in milliseconds; there must be samples."""
         return median(self.samples_ms)
 
     @property
@@ -60,9 +61,13 @@ class Record:
     Attributes:
         topic: "kernels", "dit".
         note: what a reader must know first ("the CPU form: a test of the harness").
-        ceilings: measured in the same run, as `apt.bench.ceilings.Ceilings` has them.
-        failed: labels of the measurements that failed a gate: they are kept, and are no baseline
+        provenance, machine: where the measurements come from.
+        ceilings: rates measured in the same run, as `apt.bench.ceilings.Ceilings.as_dict` gives
+            them.
+        measurements: all measurements, also wrong and skipped ones.
+        failed: labels of measurements that failed a gate; they are kept but are never a baseline
             for later ones.
+        schema: version of the format.
     """
 
     topic: str
@@ -76,25 +81,25 @@ class Record:
 
     @property
     def stem(self) -> str:
-        """DATE_DEVICE_TOPIC, the name of its files."""
+        """DATE_DEVICE_TOPIC, the name of the record's files without suffix."""
         date = re.sub(r"[-:]", "", self.provenance.date)
         device = re.sub(r"[^a-z0-9]+", "-", self.machine.device.lower()).strip("-")
         return f"{date}_{device}_{self.topic}"
 
 
 def write_record(record: Record, folder: Path) -> Path:
-    """Write DATE_DEVICE_TOPIC.json; returns its path."""
+    """Write DATE_DEVICE_TOPIC.json and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record.stem}.json"
     text = json.dumps(_rounded(asdict(record)), indent=1)
-    # A list of numbers on one line: a page of samples is for programs, not for readers
+    # Put each list of numbers on one line: only programs read the samples
     text = re.sub(r"\[\s+([-0-9.e,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
     path.write_text(text + "\n", encoding="utf-8")
     return path
 
 
 def read_record(path: Path) -> Record:
-    """Raises InputError for a file that is no record of this schema."""
+    """Read a record. Raises InputError for a file that is not a record of this schema."""
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA:
@@ -110,22 +115,22 @@ def read_record(path: Path) -> Record:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path.name} is no benchmark record: {error}") from error
+        raise InputError(f"{path.name} is not a benchmark record: {error}") from error
 
 
 def read_records(folder: Path, topic: str) -> list[Record]:
-    """All records of a topic in a folder, oldest first; none if there is no folder."""
+    """Read all records of a topic in a folder, oldest first; none if the folder is missing."""
     return [read_record(path) for path in sorted(folder.glob(f"*_{topic}.json"))]
 
 
 def first_line(error: Exception) -> str:
-    """An error that nobody expected, as the reason why something was not measured."""
+    """Return an unexpected error as one line, as the reason why something was not measured."""
     text = (str(error).splitlines() or [""])[0]
     return f"raised {type(error).__name__}: {text}"
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits are more than any clock has."""
+    """Round floats to six digits, which is more than any clock has."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

@@ -20,10 +20,10 @@ class Split:
     """Milliseconds by kind of work.
 
     Attributes:
-        attention: softmax attention, whatever its backend.
+        attention: softmax attention, with any backend.
         linear: matrix products.
-        elementwise: norms, modulation, rotation, activation, copies, sums.
-        unattributed: device time of kernels that no op claims; 0 on the CPU.
+        elementwise: norms, modulation, rotation, activations, copies and sums.
+        unattributed: device time of kernels that belong to no op; 0 on the CPU.
         attention_kernels: names of the device's attention kernels; empty on the CPU.
     """
 
@@ -38,9 +38,9 @@ class Split:
 
 
 def profile_split(run: Callable[[], object], device: torch.device) -> Split:
-    """Profile one call and add up the time of each op itself, without the ops it calls.
+    """Profile one call and add up each op's own time, without the ops that it calls.
 
-    The call must launch its ops one by one: replays of a CUDA graph have no ops to name. `run` is
+    The call must launch its ops one by one: replays of a CUDA graph have no named ops. `run` is
     called once before, to warm up.
     """
     on_gpu = device.type == "cuda"
@@ -66,7 +66,7 @@ def profile_split(run: Callable[[], object], device: torch.device) -> Split:
 
 
 def kind_of(op: str) -> str:
-    """`Split`'s field for an op by its name in the profiler."""
+    """Return the field of `Split` for an op, from its name in the profiler."""
     if any(word in op.lower() for word in ATTENTION):
         return "attention"
     return "linear" if op.startswith(LINEAR) else "elementwise"

@@ -1,4 +1,4 @@
-"""Records as tables that read well in a terminal and in Markdown."""
+"""Format records as tables that read well in a terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FRAMES_PER_SECOND = 24  # of the paper's videos
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """An aligned Markdown table; columns from `left` on are figures, and stand to the right."""
+    """Return an aligned Markdown table; columns from number `left` on are right-aligned figures."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -33,7 +33,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
 
 
 def record_table(record: Record) -> str:
-    """The measurements of a record; what was not measured comes below, with the reasons."""
+    """Return a table of measurements; wrong and skipped ones come below, with the reasons."""
     measured = [m for m in record.measurements if m.status == "measured"]
     form = {"dit": _dit_table, "kernels": _kernel_table}.get(record.topic, _plain_table)
     parts = [form(measured)] if measured else ["Nothing was measured."]
@@ -53,7 +53,7 @@ def record_table(record: Record) -> str:
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    """Gates that spoke, failures first; those that had nothing to judge are counted."""
+    """Return a table of verdicts, failures first, and the number of cases not judged."""
     order = {"failed": 0, "passed": 1}
     judged = sorted((v for v in verdicts if v.outcome in order), key=lambda v: order[v.outcome])
     silent = len(verdicts) - len(judged)
@@ -71,7 +71,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
 
 
 def markdown(record: Record, verdicts: Sequence[Verdict]) -> str:
-    """The page beside a record's raw samples."""
+    """Return the Markdown page that goes with a record's raw samples."""
     machine, run = record.machine, record.provenance
     software = [f"Python {machine.python}", f"torch {machine.torch}"]
     software += [f"triton {machine.triton}"] if machine.triton else []
@@ -104,7 +104,7 @@ def markdown(record: Record, verdicts: Sequence[Verdict]) -> str:
 
 
 def ceiling(item: tuple[str, Any]) -> str:
-    """A rate, or the state of the GPU under load, as `Ceilings.as_dict` has them."""
+    """Format an item of `Ceilings.as_dict`: a rate, or the state of the GPU under load."""
     name, value = item
     if isinstance(value, Mapping):
         return f"{name}: {GpuState(**value).describe()}"
@@ -112,7 +112,7 @@ def ceiling(item: tuple[str, Any]) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Three digits or more."""
+    """Format milliseconds to three digits, or two below 0.01."""
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value >= 0.01 else f"{value:.2g}"
 
 
@@ -140,7 +140,7 @@ def _kernel_table(measurements: Sequence[Measurement]) -> str:
 
 
 def _plain_table(measurements: Sequence[Measurement]) -> str:
-    """Every name of the cases and every figure, as they are."""
+    """Return a table with a column for every field of the cases and every metric."""
     names = list(dict.fromkeys(name for m in measurements for name in m.case))
     figures = list(dict.fromkeys(name for m in measurements for name in m.metrics))
     rows = [
@@ -181,10 +181,10 @@ def _dit_table(measurements: Sequence[Measurement]) -> str:
         )
     lines = [
         format_table(header, rows, left=5),
-        "Of floor: the time of products and attention at the measured matmul rate, over this time; "
-        "of sustained: at the rate of products that go on for seconds. In attention, in linear, "
-        "elementwise: shares of a profile op by op. Real time: this time over the clip's own "
-        "length.",
+        "Of floor: the time of matrix products and attention at the measured matmul rate, divided "
+        "by this time. Of sustained: the same at the rate of products that go on for seconds. In "
+        "attention, in linear, elementwise: shares of the time in a profile. Real time: this time "
+        "divided by the length of the clip.",
         *_remarks(measurements),
     ]
     if any(is_papers_case(m) for m in measurements):
@@ -198,13 +198,13 @@ def _dit_table(measurements: Sequence[Measurement]) -> str:
 
 
 def _remarks(measurements: Sequence[Measurement]) -> list[str]:
-    """What the figures need beside them: the host's time, which attention ran, and warnings."""
+    """Return notes to the figures: the host's time, which attention kernel ran, and warnings."""
     remarks = []
     if any("host_ms" in m.metrics for m in measurements):
         remarks.append(
-            "Host ms: of Python and the driver to launch it, which the median does not hold, but "
-            "for * where the device waited for them in some samples. Of the two, the longer one is "
-            "what a call takes in a row of calls."
+            "Host ms: time of Python and the driver to launch the work. The median does not "
+            "include it, except where * marks that the device waited for the host in some samples. "
+            "In a series of calls, each takes the longer of the two."
         )
     by_kernel: dict[str, list[str]] = {}
     for m in measurements:
@@ -217,25 +217,25 @@ def _remarks(measurements: Sequence[Measurement]) -> list[str]:
 
 
 def host_time(m: Measurement) -> str:
-    """Milliseconds of the host; empty for a CPU, and for records that have none."""
+    """Format milliseconds of the host; empty for a CPU, and for records without them."""
     if "host_ms" not in m.metrics:
         return ""
     return milliseconds(m.metrics["host_ms"]) + ("*" if m.metrics["share_waited"] else "")
 
 
 def share(value: float | None) -> str:
-    """In percent; empty for none."""
+    """Format a share in percent; empty for None."""
     return "" if value is None else f"{value:.0%}"
 
 
 def spread(m: Measurement) -> str:
-    """Where most samples lie."""
+    """Format the range from the 10 % to the 90 % quantile."""
     low, high = (milliseconds(quantile(m.samples_ms, share)) for share in (0.1, 0.9))
     return f"{low}-{high}"
 
 
 def split_shares(m: Measurement) -> tuple[str, str, str]:
-    """Shares of attention, linear and elementwise in the profile; empty if there is none."""
+    """Format the profile's shares of attention, linear and elementwise; empty without a profile."""
     parts = [m.metrics.get(f"{name}_ms", 0.0) for name in ("attention", "linear", "elementwise")]
     total = sum(parts) + m.metrics.get("unattributed_ms", 0.0)
     if not total:
@@ -245,7 +245,7 @@ def split_shares(m: Measurement) -> tuple[str, str, str]:
 
 
 def real_time(m: Measurement) -> str:
-    """Time over the video's own length; below 1 is faster than watching. Images have none."""
+    """Format time over the video's length; below 1 is faster than real time. Empty for images."""
     frames = int(str(m.case["size"]).split("x")[0])
     fps = m.metrics.get("fps", FRAMES_PER_SECOND)  # old records have none
     videos = int(m.case["batch"])
@@ -253,6 +253,6 @@ def real_time(m: Measurement) -> str:
 
 
 def is_papers_case(m: Measurement) -> bool:
-    """The paper's video on the paper's model."""
+    """Return whether this is the paper's video size on the paper's model."""
     case = m.case
     return (case["model"], case["size"], case["batch"]) == (PAPER_MODEL, PAPER_SIZE, 1)

@@ -17,11 +17,11 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What measurements are held to.
+    """The targets of measurements.
 
     Attributes:
-        budgets: figures to reach, for the devices that they were set for.
-        policies: how much slower counts, by kind of device.
+        budgets: figures to reach, each for a class of devices.
+        policies: how much slower counts as a regression, by kind of device.
     """
 
     budgets: tuple[Budget, ...]
@@ -48,6 +48,6 @@ def read_targets(path: Path) -> Targets:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"{path.name} is no file of targets: {type(error).__name__}: {error}"
+            f"{path.name} is not a file of targets: {type(error).__name__}: {error}"
         ) from error
     return Targets(budgets=budgets, policies=policies)

@@ -1,4 +1,4 @@
-"""Times of several pieces of work, in turns, by the device's own clock."""
+"""Time several pieces of work in turns, by the device's own clock."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from apt.errors import InputError
 
 MINIMUM_ROUNDS = 3
 
-# More than any L2 cache: writing it leaves nothing of the inputs there.
+# Larger than any L2 cache: writing this much removes the inputs from it.
 _FLUSH_BYTES = 256 * 2**20
 
-# Of the device before a sample. An op's launches take the host 0.01 to 1 ms, a network's 100.
+# How long the device sleeps before a sample. The host needs 0.01 to 1 ms to launch an op, and 100
+# ms for a network.
 SHORTEST_SLEEP_MS = 0.1
 LONGEST_SLEEP_MS = 100.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed, and what must happen before each time and is not.
+    """Work to time, and its preparation, which is not timed.
 
     Attributes:
-        run: gets what `prepare` returned, launches the work, and need not wait for the device.
-        prepare: makes what one run consumes (the forward pass of a backward, for instance).
+        run: takes what `prepare` returned, and launches the work; need not wait for the device.
+        prepare: creates what one run consumes, for instance the forward pass of a backward pass.
     """
 
     run: Callable[[Any], object]
@@ -38,13 +39,13 @@ class Work:
 
 
 class Sample(NamedTuple):
-    """One run.
+    """The times of one run.
 
     Attributes:
-        ms: that the device worked.
-        host_ms: that the host took to launch it; on a CPU the same time.
-        waited: whether the device was done with what came before while the host still launched, so
-            that `ms` may hold time of the host.
+        ms: milliseconds of work on the device.
+        host_ms: milliseconds that the host took to launch it; on a CPU, the same.
+        waited: whether the device started before the host had launched everything, so that `ms` may
+            include time of the host.
     """
 
     ms: float
@@ -54,12 +55,12 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Timing:
-    """Samples of one work.
+    """The samples of one piece of work.
 
     Attributes:
         samples_ms: milliseconds of the device.
-        host_ms: milliseconds of the host, beside each.
-        waited: how many samples may hold time of the host.
+        host_ms: milliseconds of the host, for the same samples.
+        waited: number of samples that may include time of the host.
     """
 
     samples_ms: tuple[float, ...]
@@ -67,7 +68,7 @@ class Timing:
     waited: int
 
     def metrics(self, device: torch.device) -> dict[str, float]:
-        """What records tell of the host: nothing on a CPU, whose time is the host's."""
+        """Return the host's figures for a record; none on a CPU, where all time is the host's."""
         if device.type == "cpu":
             return {}
         return {
@@ -77,13 +78,13 @@ class Timing:
 
 
 class Clock(Protocol):
-    """Times one run."""
+    """A clock that times one run."""
 
     def sample(self, work: Work) -> Sample: ...
 
 
 class HostClock:
-    """For work that is done when the call returns."""
+    """A clock for work that is done when its call returns."""
 
     def sample(self, work: Work) -> Sample:
         state = work.prepare()
@@ -94,14 +95,14 @@ class HostClock:
 
 
 class Stream(Protocol):
-    """What a clock needs of a device that works through a queue."""
+    """What a clock needs from a device with a queue."""
 
     def flush(self) -> None:
-        """Queue what leaves nothing of the inputs in a cache."""
+        """Queue a write that removes the inputs from the caches."""
         ...
 
     def sleep(self, milliseconds: float) -> None:
-        """Queue doing nothing for about so long."""
+        """Queue a pause of about this length."""
         ...
 
     def mark(self, name: str) -> None:
@@ -109,11 +110,11 @@ class Stream(Protocol):
         ...
 
     def passed(self, name: str) -> bool:
-        """Whether the device is past a mark."""
+        """Return whether the device has passed a mark."""
         ...
 
     def between(self, start: str, end: str) -> float:
-        """Wait for `end`; milliseconds from one mark to the other."""
+        """Wait for `end`, and return the milliseconds from one mark to the other."""
         ...
 
 
@@ -129,7 +130,7 @@ class CudaStream:
         self.mark("start")
         self._sleep_cycles(cycles)
         self.mark("end")
-        # Clocks are at least 0.2 GHz; nobody's reach 5
+        # GPU clocks are between 0.2 and 5 GHz
         self._cycles_per_ms = min(max(cycles / self.between("start", "end"), 2e5), 5e6)
 
     def flush(self) -> None:
@@ -156,13 +157,13 @@ class CudaStream:
 
 
 class DeviceClock:
-    """Marks in the device's queue around the work, with its caches cleared before.
+    """A clock that puts marks around the work in the device's queue, after clearing its caches.
 
-    The device sleeps between the clearing and the first mark, for longer than the host took to
-    launch this work the last time. So the whole work is queued before it begins, and a sample holds
-    no Python, however small the kernels are; the host's time is reported beside it. A sample that
-    began before its launches were done is taken again with a longer sleep. Work that waits for the
-    device, or that takes longer to launch than `LONGEST_SLEEP_MS`, is reported as it is.
+    Before the first mark, the device sleeps for longer than the host took to launch this work last
+    time. All work is thus queued before it starts, and a sample includes no time of Python, however
+    small the kernels are; the host's time is reported separately. If the device starts before the
+    host has launched everything, the sample is repeated with a longer sleep. Work that waits for
+    the device, or takes longer to launch than `LONGEST_SLEEP_MS`, is reported as it is.
     """
 
     def __init__(self, stream: Stream, now: Callable[[], float] = time.perf_counter) -> None:
@@ -171,7 +172,7 @@ class DeviceClock:
         self._in_vain: weakref.WeakKeyDictionary[Work, int] = weakref.WeakKeyDictionary()
 
     def sample(self, work: Work) -> Sample:
-        if self._in_vain.get(work, 0) == 2:  # once may be a compiler's or a neighbour's doing
+        if self._in_vain.get(work, 0) == 2:  # once may be due to a compiler or another process
             return self._sample(work, 0.0)
         sleep = self._sleep_ms.get(work, SHORTEST_SLEEP_MS)
         sample = self._sample(work, sleep)
@@ -196,16 +197,16 @@ class DeviceClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """CUDA events on a GPU, the host's clock on the CPU. Raises InputError for other devices."""
+    """Return CUDA events on a GPU, the host's clock on a CPU. Raises InputError for others."""
     if device.type == "cuda":
         return DeviceClock(CudaStream(device))
     if device.type == "cpu":
         return HostClock()
-    raise InputError(f"times are taken on cuda and cpu, not on {device.type}")
+    raise InputError(f"benchmarks run on cuda and cpu, not on {device.type}")
 
 
 def check_rounds(rounds: int) -> None:
-    """Raise InputError for fewer than three rounds: there is no median to speak of."""
+    """Raise InputError for fewer than three rounds, whose median means nothing."""
     if rounds < MINIMUM_ROUNDS:
         raise InputError(f"timing needs at least {MINIMUM_ROUNDS} rounds, got {rounds}")
 
@@ -218,20 +219,20 @@ def time_interleaved(
     warmup: int = 3,
     max_seconds: float | None = None,
 ) -> dict[str, Timing]:
-    """Samples of each work, taken in turns.
+    """Take samples of each piece of work, in turns.
 
-    Every round takes one sample of each, beginning one further than the last round did: neither
-    clocks that sink nor a neighbour's leftovers favour any of them.
+    Every round takes one sample of each, and starts one further than the round before. So neither
+    falling clocks nor what the work before leaves behind favours any of them.
 
     Args:
-        works: by name.
-        clock: of the device that does them.
+        works: the work to time, by name.
+        clock: clock of the device that does the work.
         rounds: samples of each.
-        warmup: runs of each before; their times are dropped.
-        max_seconds: stop after the round that passes this, but not before three rounds.
+        warmup: untimed runs of each before.
+        max_seconds: stop after the round that exceeds this time, but not before three rounds.
 
     Raises:
-        InputError: nothing to time, or fewer than three rounds.
+        InputError: for nothing to time, or fewer than three rounds.
     """
     if not works:
         raise InputError("there is nothing to time")
@@ -243,7 +244,7 @@ def time_interleaved(
             clock.sample(works[name])
     began = time.monotonic()
     collecting = gc.isenabled()
-    gc.disable()  # a collection in the middle of a sample would count as its time
+    gc.disable()  # a collection during a sample would count as its time
     try:
         for number in range(rounds):
             first = number % len(names)
@@ -266,10 +267,10 @@ def time_interleaved(
 
 
 def median(samples: Sequence[float]) -> float:
-    """The middle sample; of an even number, the mean of the middle two."""
+    """Return the middle sample, or the mean of the middle two."""
     return float(np.median(samples))
 
 
 def quantile(samples: Sequence[float], share: float) -> float:
-    """The value below which `share` in [0, 1] of the samples lie, interpolated."""
+    """Return the interpolated value below which `share` in [0, 1] of the samples lie."""
     return float(np.quantile(samples, share))

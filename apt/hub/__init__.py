@@ -1,1 +1,1 @@
-"""The Hub: models downloaded, pulled whole, and pushed with a card."""
+"""The Hugging Face Hub: download files, pull whole models, and push models with a card."""

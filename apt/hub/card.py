@@ -1,4 +1,4 @@
-"""The model card: what a model is, where it comes from, and how to use it; from apt.json alone."""
+"""The model card, made from apt.json: what a model is, where it comes from, and how to use it."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from apt.registry import Registry
 CARD_FILE = "README.md"
 LIBRARY = "diffusion-apt"
 
-# Licences that the Hub knows by these names; others are "other" with a name and a link.
+# Licences that the Hub knows by these names; all others are "other", with a name and a link.
 _KNOWN_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "openrail++")
 
 
 def make_card(
     info: ModelInfo | CodecInfo, repo_id: str, folder: Path, *, license: str | None = None
 ) -> str:
-    """The text of a model card, with metadata that the Hub understands.
+    """Return the text of a model card, with metadata that the Hub understands.
 
     The base model and its licence come from the record of training, which each stage carries over
-    from the model it started from.
+    from the model that it started from.
 
     Args:
-        info: apt.json.
-        repo_id: where the model goes, for the snippets.
-        folder: of the model: whether diffusers can load it.
-        license: of these weights; None carries over that of the base model.
+        info: contents of apt.json.
+        repo_id: repository that the model is pushed to, for the snippets.
+        folder: folder of the model; shows whether diffusers can load it.
+        license: licence of these weights; None takes that of the base model.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     history = list(_history(info.training))
     base: Mapping[str, Any] = next((s for s in reversed(history) if "source" in s), {})
     base_id = base.get("source") if split_hub_id(str(base.get("source", ""))) else None
+    carried_from = None if license else base_id
     license = license or base.get("license")
     in_diffusers = (folder / PIPELINE_FILE).is_file()
     image = info.sample.frames == 1
@@ -50,7 +51,7 @@ def make_card(
             None if isinstance(info, CodecInfo) else "text-to-image" if image else "text-to-video"
         ),
         tags=tags,
-        **_licence(license, base_id),
+        **_licence(license, carried_from),
     )
     sections = [
         f"# {repo_id.rpartition('/')[2]}",
@@ -64,14 +65,13 @@ def make_card(
         _data_note(info, history),
         *_figures(info.training),
         "## Licence",
-        f"{license or 'Not stated: ask the author.'}"
-        + (f" It is carried over from {base_id}." if base_id and license else ""),
+        _licence_note(license, carried_from),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
 def _needed_modules(info: ModelInfo | CodecInfo) -> list[str]:
-    """What to import before a model of somebody's own parts; nothing for parts of the package."""
+    """Return a section that names the modules to import first; empty if no part needs one."""
     parts: list[tuple[Registry[Any], str]] = [(CODECS, info.codec.architecture)]
     if not isinstance(info, CodecInfo):
         parts.append((MODELS, info.model.architecture))
@@ -82,42 +82,48 @@ def _needed_modules(info: ModelInfo | CodecInfo) -> list[str]:
     names = ", ".join(f"`{name}`" for name in modules)
     lines = "\n".join(f"import {module}" for module in dict.fromkeys(modules.values()))
     return [
-        f"It has parts that are not of the package ({names}). Import the code that registers them "
-        f"first, which is not published with the weights:\n\n```python\n{lines}\n```\n\nOn the "
-        f"command line: `diffusion-apt generate --import {next(iter(modules.values()))} ...`"
+        f"Some of its parts do not belong to the package ({names}). First import the code that "
+        "registers them, which is not published with the weights:\n\n"
+        f"```python\n{lines}\n```\n\n"
+        f"On the command line: `diffusion-apt generate --import {next(iter(modules.values()))} ...`"
     ]
 
 
 def _module(registry: Registry[Any], name: str) -> str | None:
-    """The module outside of the package that a part is from, as far as is known."""
+    """Return the module outside the package that a part comes from; None if unknown or ours."""
     if name not in registry.names():
-        return name.rpartition(".")[0] or None  # of an object, which goes by its class
+        return name.rpartition(".")[0] or None  # an object is named by the path of its class
     module = str(getattr(registry.get(name), "__module__", ""))
     return None if not module or module.partition(".")[0] == "apt" else module
 
 
 def _history(training: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The stages of training, newest first."""
+    """Yield the stages of training, newest first."""
     stage: Any = training
     while isinstance(stage, Mapping) and stage:
         yield stage
         stage = stage.get("started_from")
 
 
-def _licence(license: str | None, base_id: str | None) -> dict[str, Any]:
-    from huggingface_hub import constants
-
+def _licence(license: str | None, carried_from: str | None) -> dict[str, Any]:
     if license is None:
         return {}
     if license.lower() in _KNOWN_LICENCES:
         return {"license": license.lower()}
-    link = {"license_link": f"{constants.ENDPOINT}/{base_id}"} if base_id else {}
+    link = {"license_link": page(carried_from)} if carried_from else {}
     return {"license": "other", "license_name": license, **link}
+
+
+def _licence_note(license: str | None, carried_from: str | None) -> str:
+    if license is None:
+        return "Not stated: ask the author."
+    return f"{license}, carried over from {carried_from}." if carried_from else f"{license}."
 
 
 def _summary(info: ModelInfo | CodecInfo, base_id: str | None, commit: str | None) -> str:
     size = info.sample
-    what = "Images" if size.frames == 1 else f"Videos of {size.frames} frames at {size.fps:g} fps"
+    rate = f" at {size.fps:g} fps" if size.fps else ""  # 0: clips kept their own rates
+    what = "Images" if size.frames == 1 else f"Videos of {size.frames} frames{rate}"
     summary = info.summary or f"a model of the stage {info.stage!r}"
     start = f", made from [{base_id}]({page(base_id)})" if base_id else ""
     at = f" at commit `{commit}`" if base_id and commit else ""
@@ -187,10 +193,10 @@ def _data_note(info: ModelInfo | CodecInfo, history: Sequence[Mapping[str, Any]]
     if "digits" in sources:
         return f"Built-in moving digits, made by `diffusion-apt data digits`: {shape}."
     if isinstance(info, CodecInfo):
-        return f"Trained on samples of {shape}, which are not published with it."
+        return f"Trained on samples of {shape}, which are not published with the codec."
     return (
         f"Post-trained on captioned samples of {shape}, which are not published with the model. "
-        "What the base model was trained on is said on its own page."
+        "The page of the base model says what that was trained on."
     )
 
 

@@ -1,4 +1,4 @@
-"""huggingface_hub as we use it: quiet, tried again with back-off, its errors in our words."""
+"""huggingface_hub as we use it: without its warnings, with retries, and with our own errors."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _log = logging.getLogger(__name__)
 
 
 def with_retries(action: Callable[[], T]) -> T:
-    """Call `action`, again if the connection or the server failed in a way that may pass.
+    """Call `action`, and retry with back-off if the connection or the server failed temporarily.
 
-    huggingface_hub mends cuts in the middle of a file by itself, but gives up on others, and then
-    deletes what it has of the file.
+    huggingface_hub resumes by itself when a connection breaks in the middle of a file. On other
+    failures it gives up and deletes the part that it has.
     """
     wait = FIRST_WAIT
     for attempt in range(1, ATTEMPTS):
@@ -48,9 +48,9 @@ def with_retries(action: Callable[[], T]) -> T:
 
 @contextmanager
 def quiet_client() -> Iterator[None]:
-    """Keep huggingface_hub's warnings to itself: what matters of them is in our own errors.
+    """Suppress huggingface_hub's warnings; our own errors say what matters.
 
-    Raises InputError if it does not even start, for settings that it cannot read.
+    Raises InputError if huggingface_hub fails to start because it cannot read its settings.
     """
     try:
         from huggingface_hub.utils import logging as hub_logging
@@ -71,7 +71,7 @@ def quiet_client() -> Iterator[None]:
 
 
 def progress_class() -> type[Any]:
-    """huggingface_hub's progress bar, shown in a terminal alone."""
+    """Return huggingface_hub's progress bar, shown only in a terminal."""
     from huggingface_hub.utils import tqdm
 
     class TerminalBar(tqdm):
@@ -84,11 +84,11 @@ def progress_class() -> type[Any]:
 
 @contextmanager
 def explained(action: str, repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a CheckpointError, or HubUnreachableError.
+    """Turn what huggingface_hub raises into a CheckpointError or HubUnreachableError.
 
     Args:
-        action: "download" or "push to".
-        repo_id, revision: of the model on the Hub.
+        action: "download" or "push to", for the messages.
+        repo_id, revision: the model on the Hub.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -110,7 +110,7 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
         yield
     except InputError:
         raise
-    # Derives from RepositoryNotFoundError, so it comes first.
+    # A subclass of RepositoryNotFoundError, so it comes first.
     except GatedRepoError as error:
         raise CheckpointError(
             f"{cannot}: access is gated; accept the licence at {page(repo_id)}, and "
@@ -130,8 +130,7 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
     except RemoteEntryNotFoundError as error:
         file = str(error.response.url).partition("/resolve/")[2].partition("/")[2]
         raise CheckpointError(
-            f"{cannot}: its file {file!r} is not there, though it is listed; try again, or another "
-            "revision"
+            f"{cannot}: its file {file!r} is listed but missing; try again, or try another revision"
         ) from error
     except HFValidationError as error:
         raise CheckpointError(f"{name} is neither a folder nor a Hub id: {error}") from error
@@ -157,17 +156,17 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
         raise CheckpointError(f"{cannot}: {_disk_trouble(error)}") from error
     except json.JSONDecodeError as error:
         raise HubUnreachableError(
-            f"{cannot}: what answers at {constants.ENDPOINT} is not the Hub, perhaps a proxy or "
-            "the login page of a network; check HF_ENDPOINT and the settings of the proxy"
+            f"{cannot}: {constants.ENDPOINT} does not answer like the Hub; it may be a proxy or "
+            "the login page of a network: check HF_ENDPOINT and the proxy settings"
         ) from error
-    # Names of files that lead out of the repository's folder; what Xet raises, and httpx for an
-    # address that is none.
+    # ValueError: file names that lead out of the repository's folder. The others come from Xet, and
+    # from httpx for an invalid address.
     except (ValueError, RuntimeError, XetDownloadError, _invalid_url(HTTPError)) as error:
         raise CheckpointError(f"{cannot}: {first_line(error)}") from error
 
 
 def _invalid_url(http_error: type[Exception]) -> type[Exception]:
-    """An error of httpx, or of the copy of it that huggingface_hub has, which is no HTTPError."""
+    """Return InvalidURL of httpx or of huggingface_hub's copy of it; it is no HTTPError there."""
     return importlib.import_module(http_error.__module__.partition(".")[0]).InvalidURL
 
 
@@ -180,7 +179,7 @@ def _disk_trouble(error: OSError) -> str:
     if error.errno in _NO_WRITING and error.filename:
         return (
             f"cannot write {str(error.filename)!r} ({error.strerror}); set HF_HOME or --local-dir "
-            "to a folder that you may write to"
+            "to a folder that you can write to"
         )
     return f"{first_line(error)}; try again"
 
@@ -191,17 +190,17 @@ def require_token() -> None:
 
     if get_token() is None:
         raise CheckpointError(
-            "writing to the Hub needs a token with write access; " + _token_advice()
+            f"writing to the Hub needs a token with write access; {_token_advice()}"
         )
 
 
 def may_pass(status: int) -> bool:
-    """Whether an answer of the Hub is about its own state, and another may come later."""
+    """Return whether an HTTP status is about the state of the server, so a retry may succeed."""
     return status in (408, 429) or status >= 500
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether trying again can help."""
+    """Return whether trying again can help."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HTTPError,
@@ -213,13 +212,13 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, OfflineModeIsEnabled):
         return False
     if isinstance(error, LocalEntryNotFoundError):
-        # Not on the disk, because of what happened on the way to the Hub.
+        # The file is not on the disk; the cause is what failed on the way to the Hub.
         return error.__cause__ is not None and _may_pass(error.__cause__)
     if isinstance(error, HfHubHTTPError):
         return may_pass(error.response.status_code)
     if isinstance(error, (HTTPError, XetDownloadError)):
         return True
-    # A file that came shorter than announced.
+    # A file that is shorter than announced.
     return isinstance(error, OSError) and "Consistency check failed" in str(error)
 
 
@@ -234,11 +233,11 @@ def _unreachable(error: BaseException) -> str:
         why = f"the Hub answers {cause.response.status_code}"
     else:
         why = f"the Hub cannot be reached at {constants.ENDPOINT}"
-    return f"it is neither a folder nor whole in the local cache, and {why}"
+    return f"it is neither a folder nor complete in the local cache, and {why}"
 
 
 def page(repo_id: str) -> str:
-    """Where people look at a repository."""
+    """Return the address of a repository's page."""
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{repo_id}"
@@ -249,4 +248,4 @@ def _token_advice() -> str:
 
     if get_token() is None:
         return "log in with `hf auth login`, or set HF_TOKEN"
-    return "use a token (`hf auth login`, HF_TOKEN) that has access: the one that is set has none"
+    return "use a token (`hf auth login`, HF_TOKEN) that has access: the current one has none"

@@ -1,4 +1,4 @@
-"""A Hub repository to a local folder: whole files, checked against the Hub's checksums."""
+"""Download a Hub repository to a folder: complete files, checked against the Hub's checksums."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from apt.untrusted import check_links, is_snapshot
 
 _ATTEMPTS_AT_CONTENT = 2
 VARIANTS = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"]
-"""Second copies of the same weights in another number type."""
+"""Further copies of the same weights in another dtype."""
 
 METADATA = Path(".cache/huggingface")
-"""Where huggingface_hub keeps notes in a folder that is not its cache."""
+"""Where huggingface_hub keeps metadata in a folder that is not its cache."""
 
 _CHUNK = 1 << 20
 
@@ -31,18 +31,18 @@ def download(
     *,
     local_dir: str | Path | None = None,
 ) -> Path:
-    """Fetch the files of a model repository that match `patterns`; returns their folder.
+    """Download the files of a model repository that match `patterns`; return their folder.
 
-    That is a snapshot in the Hub's cache, whose name is the commit, or `local_dir`. Files that are
-    there are not fetched again, and with HF_HUB_OFFLINE=1 nothing is. Only whole files appear in
-    it, each compared once with the checksum that the Hub gives. Failures that may pass are tried
-    again with back-off; several processes may ask for the same files at once. A Hub that does not
-    answer is not waited for where there is a copy, which is then taken, with a warning.
+    The folder is `local_dir`, or a snapshot in the Hub's cache, named by its commit. Files that
+    exist there are not downloaded again; with HF_HUB_OFFLINE=1 nothing is downloaded. Only complete
+    files appear in the folder, and each is checked once against the Hub's checksum. Temporary
+    failures are retried with back-off. Several processes may download the same files at once. If
+    the Hub does not answer and a copy is on the disk, that copy is used, with a warning.
 
     Raises:
-        CheckpointError: no such repository or revision, no access, no connection and no copy, a
-            full disk, names of files that lead elsewhere, or content that is not what the Hub
-            announces.
+        CheckpointError: for a missing repository or revision, no access, no connection and no copy,
+            a full disk, file names that lead out of the folder, or content that does not match the
+            Hub's checksum.
     """
     options: dict[str, Any] = {
         "revision": revision,
@@ -57,17 +57,17 @@ def download(
             if not damaged:
                 return folder
             for name in damaged:
-                # The file behind the link too, or it would be taken for good again.
+                # Also delete the file that the link points to, or it would be used again.
                 (folder / name).resolve().unlink()
                 (folder / name).unlink(missing_ok=True)
     raise CheckpointError(
-        f"cannot download {repo_id!r}: the content of {', '.join(damaged)} is not what the Hub "
-        "announces (checksum), twice; a proxy on the way may alter it, try another network"
+        f"cannot download {repo_id!r}: the content of {', '.join(damaged)} differs from the Hub's "
+        "checksum, twice; a proxy on the way may change it: try another network"
     )
 
 
 def _fetch(repo_id: str, options: dict[str, Any]) -> Path:
-    """The folder with the files, from the Hub or, if it does not answer, as it is on the disk."""
+    """Return the folder, fetched from the Hub or, if that does not answer, as it is on the disk."""
     # Slow to import, and not needed for anything local.
     from huggingface_hub import snapshot_download
 
@@ -93,7 +93,7 @@ def _copy_on_disk(repo_id: str, options: dict[str, Any]) -> Path | None:
 
 
 def _check(folder: Path, patterns: Sequence[str]) -> list[str]:
-    """Names of files in the folder whose content is not what the Hub announced for them."""
+    """Return the names of files in the folder whose content differs from the Hub's checksum."""
     from huggingface_hub.utils import filter_repo_objects
 
     names = [
@@ -111,10 +111,10 @@ def _check(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 
 def announced_checksum(folder: Path, name: str) -> str | None:
-    """What the Hub gave as the checksum (its ETag) of a downloaded file, as it was noted then.
+    """Return the checksum (ETag) that the Hub gave for a downloaded file, as recorded then.
 
-    In the cache it is the name of the file that a snapshot links to. None if there is no such
-    note: the file did not come from the Hub, or the system has no links.
+    In the cache, it is the name of the file that a snapshot links to. None if nothing is recorded:
+    the file did not come from the Hub, or the file system has no links.
     """
     note = folder / METADATA / "download" / f"{name}.metadata"
     if note.is_file():
@@ -125,10 +125,10 @@ def announced_checksum(folder: Path, name: str) -> str | None:
 
 
 def file_digest(path: Path, expected: str) -> str:
-    """The checksum of a file in the scheme of `expected`.
+    """Return the checksum of a file, of the same kind as `expected`.
 
-    64 digits are the SHA-256 of the content (files in Git LFS or Xet), 40 are Git's own SHA-1 of a
-    blob (small files).
+    64 digits are the SHA-256 of the content (files in Git LFS or Xet); 40 digits are the SHA-1 of a
+    Git blob (small files).
     """
     if len(expected) == 64:
         digest = hashlib.sha256()
@@ -142,13 +142,15 @@ def file_digest(path: Path, expected: str) -> str:
 
 
 def damaged_files(folder: Path, expected: Mapping[str, str], record: Path) -> list[str]:
-    """The files whose content is not what the Hub has, of those that were not checked before.
+    """Return the names of files that do not match their checksum.
+
+    Files that passed before and have not changed since are not read again.
 
     Args:
-        folder: of the snapshot.
-        expected: checksum by name of the files to check.
-        record: folder that remembers which files were found good. It is a note for speed: where it
-            cannot be written, the files are checked each time.
+        folder: folder of the files.
+        expected: checksum of each file to check, by name.
+        record: folder that remembers which files passed. It only saves time: if it cannot be
+            written, the files are checked every time.
     """
     damaged = []
     for name, checksum in expected.items():
@@ -170,6 +172,6 @@ def _remember(note: Path, stamp: str) -> None:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(stamp)
     except OSError:
-        # A cache that others own may be read-only, and a full disk must not undo a good download.
+        # A shared cache may be read-only, and a full disk must not undo a good download.
         with suppress(OSError):
             note.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A whole model from the Hub: all that loading, training and exporting ask for."""
+"""Pull a whole model from the Hub: every file that loading, training and exporting need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from apt.hub.download import download
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 _EXTRAS = ["*.md", "LICENSE*"]
 _CONFIGURATIONS = ("*config.json", PIPELINE_FILE, INFO_FILE)
-"""What others may load the folder by: refused at once if it names code."""
+"""Files that tell other programs how to load the folder; refused if they name code to run."""
 
 
 def pull_from_hub(
@@ -23,17 +23,17 @@ def pull_from_hub(
     local_dir: str | Path | None = None,
     everything: bool = False,
 ) -> Path:
-    """Fetch a model; returns its folder, in the Hub's cache unless `local_dir` is given.
+    """Download a model; return its folder, in the Hub's cache unless `local_dir` is given.
 
-    Of a pipeline of two experts only the one that generates in one step is fetched, unless
-    `everything`. Pickles never are.
+    Of a pipeline with two experts, only the one that generates in one step is downloaded, unless
+    `everything` is set. Pickles never are.
 
     Raises:
-        CheckpointError: as `download`; a repository without a model in it, or with one whose
-            configuration names code.
+        CheckpointError: as `download`, for a repository without a model, and for a model whose
+            configuration names code to run.
     """
     folder = download(repo_id, revision, DESCRIPTIONS, local_dir=local_dir)
-    # One commit from here on, even if the branch moves.
+    # From here on the same commit, even if the branch moves.
     commit = folder.name if local_dir is None else revision
     patterns = [*_FILES, *_EXTRAS]
     if (folder / PIPELINE_FILE).is_file() and not everything:
@@ -47,7 +47,7 @@ def pull_from_hub(
             read_json(file)
     if not any(folder.rglob("*.safetensors")):
         raise CheckpointError(
-            f"the Hub model {repo_id!r} has no safetensors, {INFO_FILE} or {PIPELINE_FILE} that "
-            "could be loaded; other formats are never read"
+            f"the Hub model {repo_id!r} has no safetensors files of a model; weights in other "
+            "formats are never read"
         )
     return folder

@@ -1,4 +1,4 @@
-"""A model folder to the Hub: checked, with a card, in one commit."""
+"""Push a model folder to the Hub: checked, with a card, in one commit."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from apt.hub.reach import PUSH_PATIENCE, bounded_waits
 from apt.untrusted import check_links
 
 _PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md", "LICENSE*", "*.png", "*.mp4")
-"""What a model consists of. Pickles are not among them."""
+"""The files of a model. Pickles are never pushed."""
 
 _REPLACED = ("*.safetensors", "*.safetensors.index.json")
-"""Files of an earlier push that must go if they are no longer there: a loader may take them."""
+"""Files of an earlier push that are deleted if the folder lacks them: a loader might use them."""
 
 
 def push_to_hub(
@@ -39,26 +39,27 @@ def push_to_hub(
     license: str | None = None,
     message: str = "Upload by diffusion-apt",
 ) -> str:
-    """Upload a model folder, with a model card unless it has a README.md.
+    """Upload a model folder, with a generated model card unless it has a README.md.
 
-    One commit brings everything, so nobody ever sees half a model. What the Hub has already is not
-    sent again, and failures that may pass are tried again. apt.json goes there without the folders
-    of this machine.
+    Everything goes up in one commit, so nobody ever sees half a model. Files that the Hub already
+    has are not sent again, and temporary failures are retried. Paths of this machine are removed
+    from apt.json.
 
     Args:
-        folder: one of ours, an export for diffusers, or a training run, whose model is taken.
-        repo_id: "owner/name"; made if need be.
-        private: if it is made.
-        revision: branch; made if need be. None is main.
-        license: for the card; None carries over that of the base model.
-        message: of the commit.
+        folder: a model in our layout, an export for diffusers, or a training run, whose model is
+            pushed.
+        repo_id: "owner/name"; created if needed.
+        private: whether a repository that is created is private.
+        revision: branch, created if needed; None is main.
+        license: licence for the card; None takes that of the base model.
+        message: message of the commit.
 
     Returns:
         The address of the commit.
 
     Raises:
-        CheckpointError: no model in the folder, a damaged file, parts that only this machine has,
-            no token or no right to write, or no connection.
+        CheckpointError: for a folder without a model, a damaged file, parts that exist only on this
+            machine, no token or no write access, or no connection.
     """
     root = model_folder(Path(folder))
     info = without_folders(_check(root))
@@ -102,7 +103,7 @@ def _commit(
     revision: str | None,
     message: str,
 ) -> str:
-    """Commit files of the folder, and texts by name; returns the address."""
+    """Commit files of the folder, and texts by file name; return the address of the commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
@@ -112,7 +113,7 @@ def _commit(
         for name in there
         if name not in copied and any(fnmatch.fnmatch(name, pattern) for pattern in _REPLACED)
     ]
-    # Made anew for each attempt: they remember what has become of them.
+    # Created anew for each attempt, because operations record how far they got.
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=root / name) for name in copied
     ]
@@ -126,7 +127,7 @@ def _commit(
 
 
 def _check(root: Path) -> ModelInfo | CodecInfo:
-    """What the folder says of itself, if others could load it."""
+    """Return the description in the folder. Raises CheckpointError if others could not load it."""
     info = read_description(root)
     if isinstance(info, CodecInfo):
         _check_weights(root, info.codec)
@@ -139,14 +140,14 @@ def _check(root: Path) -> ModelInfo | CodecInfo:
         if isinstance(repo, str) and part.weights is None and Path(repo).expanduser().is_dir():
             raise CheckpointError(
                 f"the {name} of {str(root)!r} comes from the folder {repo!r}, which others do not "
-                "have; push what `diffusion-apt export --format diffusers` makes, which carries "
-                f"it along, or name a Hub id as its repo in {INFO_FILE}"
+                "have; push an export of `diffusion-apt export --format diffusers`, which "
+                f"contains it, or set its repo in {INFO_FILE} to a Hub id"
             )
     return info
 
 
 def _check_weights(root: Path, *parts: ComponentInfo) -> None:
-    """Raise CheckpointError if a file of weights is missing or damaged."""
+    """Raise CheckpointError if a weights file is missing or damaged."""
     for part in parts:
         if part.weights is not None:
             read_header(root / part.weights)

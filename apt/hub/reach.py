@@ -1,4 +1,4 @@
-"""Whether the Hub answers: asked once, with an end to the waiting, so that a cache can serve."""
+"""Check once whether the Hub answers, with a timeout, so that a cached copy can be used instead."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from apt.distributed.launch import launch_rank
 from apt.hub.client import may_pass
 
 PATIENCE = 10.0
-"""Seconds that a connection may be silent while something is fetched."""
+"""Seconds that a connection may be silent during a download."""
 PUSH_PATIENCE = 120.0
-"""As `PATIENCE`, while something is pushed: the Hub works on it before it answers."""
+"""Seconds that a connection may be silent during a push: the Hub processes it before answering."""
 _ASK_AGAIN = 300.0
 """Seconds until a Hub that did not answer is asked again."""
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Known:
-    """What this process has found out."""
+    """What this process knows about the Hub."""
 
     answers: bool = False
     silent_until: float = 0.0
@@ -38,10 +38,10 @@ _known = _Known()
 
 @contextmanager
 def bounded_waits(seconds: float) -> Iterator[None]:
-    """Inside, requests of huggingface_hub give up after this many seconds of silence.
+    """Make huggingface_hub's requests give up after this many seconds of silence.
 
-    Many of them say that they wait for ever, which a limit of the client would not change. Those
-    that have a limit keep it.
+    Many requests explicitly ask for no timeout, which overrides a timeout of the client. Requests
+    with a timeout of their own keep it.
     """
     from huggingface_hub.utils import get_session
 
@@ -59,10 +59,10 @@ def bounded_waits(seconds: float) -> Iterator[None]:
 
 
 def hub_answers(repo_id: str) -> bool:
-    """Whether the Hub can be reached, whatever it says about this repository.
+    """Return whether the Hub can be reached, whatever it answers about this repository.
 
-    The first call asks it, for at most `PATIENCE` seconds or what HF_HUB_ETAG_TIMEOUT says; later
-    ones remember. Says no at once if HF_HUB_OFFLINE is set.
+    The first call asks the Hub and waits at most HF_HUB_ETAG_TIMEOUT seconds (10 by default); later
+    calls use its result. Returns False at once if HF_HUB_OFFLINE is set.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -80,7 +80,7 @@ def hub_answers(repo_id: str) -> bool:
     except HTTPError as error:
         _known.reason = f"cannot be reached ({str(error) or type(error).__name__})"
     except json.JSONDecodeError:
-        _known.reason = "is a login page, perhaps,"
+        _known.reason = "may be a login page"
     else:
         _known.answers = True
     if not _known.answers:
@@ -89,15 +89,15 @@ def hub_answers(repo_id: str) -> bool:
 
 
 def tell_of_cache(repo_id: str) -> None:
-    """Say, once for each repository, that what is on the disk is taken; of several ranks one."""
+    """Warn, once per repository and on one rank only, that the copy on the disk is used."""
     from huggingface_hub import constants
 
     if constants.is_offline_mode() or repo_id in _known.told or launch_rank():
         return
     _known.told.add(repo_id)
     _log.warning(
-        "the Hub %s at %s: %r is taken as it is on this disk",
-        _known.reason,
+        "the Hub at %s %s; using the copy of %r on this disk",
         constants.ENDPOINT,
+        _known.reason,
         repo_id,
     )

@@ -1,5 +1,5 @@
-"""Looks inside a model, as the paper's appendices G and I take them: layer by layer, and between
-noises."""
+"""Look inside a model, as in Appendices G and I of the paper: layer by layer, and along a path
+between two noises."""
 
 from __future__ import annotations
 

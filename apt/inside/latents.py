@@ -1,4 +1,4 @@
-"""A pipeline's network on noise of one's own, and tokens as the latents that they stand for."""
+"""Run a pipeline's network on given noise, and convert between tokens and latents."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from apt.pipeline import OneStepPipeline, SamplingPlan
 
 
 def encode(pipeline: OneStepPipeline, prompts: Sequence[str]) -> Condition:
-    """A condition of one row per prompt. Raises InputError for a prompt that is no text."""
+    """Encode prompts as a condition, a row each. Raises InputError for a prompt that is no text."""
     return Condition(EncodedText.concatenate(encode_each(pipeline, prompts)))
 
 
 def encode_each(pipeline: OneStepPipeline, prompts: Sequence[str]) -> list[EncodedText]:
-    """One row for each prompt, on the device. Raises as `encode`."""
+    """Encode each prompt as one row, on the pipeline's device. Raises what `encode` raises."""
     encoder = pipeline.bundle.text_encoder
     encoder.check(prompts)
     with pipeline.at_work(encoder):
@@ -31,10 +31,10 @@ def encode_each(pipeline: OneStepPipeline, prompts: Sequence[str]) -> list[Encod
 
 
 def sample_from(pipeline: OneStepPipeline, c: Condition, z: Tensor, plan: SamplingPlan) -> Tensor:
-    """Latents (B, C, T, H, W) from noise z under c, of as many rows.
+    """Sample latents (B, C, T, H, W) from noise z of that shape, with a condition c of B rows.
 
-    Samplers that go back to noise between steps take the same one for every sample: what differs
-    between two samples is then z alone.
+    Samplers that add noise between steps add the same noise to every sample, so that two samples
+    differ in z alone.
     """
 
     def fresh(step: int) -> Tensor:
@@ -49,16 +49,16 @@ def sample_from(pipeline: OneStepPipeline, c: Condition, z: Tensor, plan: Sampli
 
 
 def decode(pipeline: OneStepPipeline, x: Tensor) -> Tensor:
-    """Pixels (B, 3, T, H, W) fp32 in [-1, 1], one sample at a time."""
+    """Decode latents to pixels (B, 3, T, H, W) fp32 in [-1, 1], one sample at a time."""
     codec = pipeline.bundle.codec
     with pipeline.at_work(codec):
         return torch.cat([codec.decode(latent[None]).float().clamp(-1, 1) for latent in x])
 
 
 def to_tokens(x: Tensor, grid: Sequence[int]) -> Tensor:
-    """Latents (B, C, T, H, W) as what each token of a grid stands for: (B, L, values).
+    """Cut latents (B, C, T, H, W) into the patches of a token grid (t, h, w): (B, L, values).
 
-    Raises InputError for latents that the grid does not divide.
+    Raises InputError if the grid does not divide the latents.
     """
     batch, channels, *size = x.shape
     if any(length % tokens for length, tokens in zip(size, grid, strict=True)):
@@ -70,7 +70,7 @@ def to_tokens(x: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def to_latents(tokens: Tensor, grid: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The inverse: tokens (B, L, values) as latents of `shape` (C, T, H, W)."""
+    """Undo `to_tokens`: turn tokens (B, L, values) into latents (B, *shape), shape (C, T, H, W)."""
     t, h, w = grid
     channels, *size = shape
     pt, ph, pw = (length // tokens for length, tokens in zip(size, grid, strict=True))

@@ -1,8 +1,9 @@
-"""What each layer of a one-step model knows of the sample (APT Appendix G, Fig. 12).
+"""How much of the sample each layer of a one-step model knows (APT Appendix G, Fig. 12).
 
-The model is frozen. On every layer a linear projection takes the visual tokens to the final latent,
-with the least mean squared error. The paper trains it; the least squares have a solution, so here
-it is computed: no rate, no number of updates, and the same on every machine to rounding.
+The model is frozen. For every layer, a linear projection predicts the final latents from the
+visual tokens with the least mean squared error. The paper trains the projection. Here it is solved
+in closed form: there is no learning rate or number of updates to choose, and every machine gets the
+same result up to rounding.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from apt.models.transformer import DiffusionTransformer, Tokens
 from apt.pipeline import OneStepPipeline
 
 _RIDGE = 1e-6
-"""Of the mean square of a layer's tokens: directions that they never take get no weight."""
+"""Ridge, as a share of the tokens' mean square: directions that no token takes get no weight."""
 
 _HELD_OUT_SEED = 2**32
-"""From here on noise is measured on, or shown; smaller seeds are fitted on."""
+"""Seeds from here on are used to measure and to show samples; smaller ones to fit."""
 
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """A layer's projection.
+    """The projection of one layer.
 
     Attributes:
-        layer: its number, from 1.
+        layer: number of the layer, from 1.
         weight, bias: (values, D) and (values,) fp32.
-        error: mean squared error on noise that it was not fitted on, divided by the variance of the
-            final latents' values: 1 is what their mean would have, 0 what the last layer may have.
+        error: mean squared error on held-out noise, divided by the variance of the final latents:
+            1 is as bad as predicting their mean, 0 is perfect.
     """
 
     layer: int
@@ -47,12 +48,12 @@ class LayerProbe:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """All layers, and pictures.
+    """The projections of all layers, and samples decoded from them.
 
     Attributes:
-        layers: in order.
-        pixels: for each prompt that is shown, (layers + 1, 3, T, H, W) fp32 in [-1, 1]: every
-            layer's sample, and the model's own.
+        layers: projections, first layer first.
+        pixels: for each shown prompt, (layers + 1, 3, T, H, W) fp32 in [-1, 1]: the sample
+            predicted from each layer, then the model's own.
     """
 
     layers: list[LayerProbe]
@@ -70,23 +71,26 @@ def probe_layers(
     batch_size: int = 16,
     seed: int = 0,
 ) -> ProbeResult:
-    """Fit a projection per layer on one-step samples of `prompts`, and show some prompts with it.
+    """Fit one projection per layer on one-step samples, and decode what each layer predicts.
 
     Args:
-        pipeline: a model of any stage; it is asked at t = 1 alone.
-        prompts: taken in turn for the samples.
-        shown: prompts of which every layer's sample is decoded.
-        num_samples: fitted on; with fewer tokens than the model is wide it is under-determined.
-        num_held_out: measured on, of other noise.
+        pipeline: a model of any stage; it is evaluated at t = 1 only.
+        prompts: used in turn for the samples.
+        shown: prompts for which the sample predicted from every layer is decoded.
+        num_samples: samples to fit on; they must have more tokens than the model is wide.
+        num_held_out: samples of other noise to measure the error on.
         batch_size: samples per network call.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Raises:
-        InputError: no prompt, or too few samples.
+        InputError: for no prompt, too few samples, or a seed out of range.
     """
     backbone = pipeline.bundle.backbone
     if not prompts or min(num_samples, num_held_out, batch_size) < 1:
-        raise InputError("probing takes a prompt, and at least one sample of each kind")
+        raise InputError(
+            "probing needs at least one prompt, one sample to fit on, one held-out sample, and a "
+            "batch size of at least 1"
+        )
     if not 0 <= seed < _HELD_OUT_SEED:
         raise InputError(f"seed must be in 0..{_HELD_OUT_SEED - 1}, got {seed}")
     shape = pipeline.latent_shape()
@@ -94,8 +98,8 @@ def probe_layers(
     needed, tokens = backbone.hidden_size + 1, num_samples * grid[0] * grid[1] * grid[2]
     if tokens < needed:
         raise InputError(
-            f"{num_samples} samples have {tokens} tokens, and a projection {needed} unknowns a "
-            "value; ask for more samples"
+            f"{num_samples} samples have {tokens} tokens, but a projection has {needed} unknowns "
+            "per value; use more samples"
         )
 
     texts = encode_each(pipeline, [*prompts, *shown])
@@ -134,7 +138,7 @@ def probe_layers(
 def _samples(
     pipeline: OneStepPipeline, texts: Sequence[EncodedText], seeds: Sequence[int], batch_size: int
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Batches of all layers' tokens (B, L, D), and the one-step samples (B, C, T, H, W) fp32."""
+    """Yield batches: every layer's tokens (B, L, D), and one-step samples (B, C, T, H, W) fp32."""
     backbone = pipeline.bundle.backbone
     for start in range(0, len(seeds), batch_size):
         part = seeds[start : start + batch_size]
@@ -147,7 +151,7 @@ def _samples(
 
 @contextmanager
 def _kept_tokens(backbone: DiffusionTransformer) -> Iterator[list[Tensor]]:
-    """The visual tokens after every block of the forward pass inside."""
+    """Yield a list that collects the visual tokens after every block of a forward pass."""
     hidden: list[Tensor] = []
 
     def keep(block: nn.Module, args: tuple[object, ...], tokens: Tokens) -> None:
@@ -162,7 +166,7 @@ def _kept_tokens(backbone: DiffusionTransformer) -> Iterator[list[Tensor]]:
 
 
 class _Sums:
-    """The normal equations of one layer, gathered in fp64 batch by batch."""
+    """The normal equations of one layer, accumulated in fp64 batch by batch."""
 
     def __init__(self) -> None:
         self.square: Tensor | float = 0.0

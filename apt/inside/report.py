@@ -1,4 +1,4 @@
-"""What the two looks leave on the disk: pictures, a moving one, and every figure."""
+"""Write the results of `probe_layers` and `traverse`: images, a video, and all figures as JSON."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from apt.media import moving_sheet, write_contact_sheet, write_mp4
 from apt.pixels import to_frames
 
 _SHOWN = 13
-"""Samples of a way on its sheet: more would be too small to see."""
+"""Samples of a path on its sheet; more would be too small to see."""
 
 
 def write_probe(folder: Path, result: ProbeResult, prompts: Sequence[str], about: str) -> None:
-    """``layers.png``, ``errors.png`` and ``probe.json`` into a folder that is there.
+    """Write ``layers.png``, ``errors.png`` and ``probe.json``.
 
     Args:
-        prompts: those of `result.pixels`.
-        about: the model, for titles.
+        folder: an existing folder.
+        result: what `probe_layers` returned.
+        prompts: the prompts of `result.pixels`.
+        about: name of the model, for titles.
     """
     names = [f"layer {layer.layer}" for layer in result.layers]
     if result.pixels:
@@ -54,13 +56,17 @@ def write_traversals(
     fps: float,
     scale: int | None = None,
 ) -> None:
-    """``traverse.mp4``, ``traverse.png`` and ``traverse.json`` into a folder that is there.
+    """Write ``traverse.mp4``, ``traverse.png`` and ``traverse.json``.
 
-    Of videos the middle frames are shown, and their differences drawn.
+    Only the middle frame of each video is shown.
 
     Args:
-        ways: of one length, by the names of their models.
-        fps: samples a second.
+        folder: an existing folder.
+        ways: paths of equal length, by name of the model.
+        prompt: the prompt of all samples.
+        seeds: the seeds between which the paths lead.
+        fps: samples per second of ``traverse.mp4``.
+        scale: whole enlargement factor; None makes frames about 96 pixels high.
     """
     frames = {}
     for name, way in ways.items():

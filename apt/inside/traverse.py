@@ -1,7 +1,8 @@
-"""Walks between noises (APT Appendix I, Fig. 8): how sharply does a model switch between modes?
+"""Interpolate between noises (APT Appendix I, Fig. 8): how sharply does a model switch modes?
 
-Noise of many dimensions has nearly always the same length, so the way between two of them goes
-along the great circle: a straight line would pass through noise that the model has never seen.
+High-dimensional Gaussian noise nearly always has the same norm. The path between two noises
+therefore follows the great circle: a straight line would pass through noise of a smaller norm,
+which the model has never seen.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from apt.pipeline import OneStepPipeline
 
 @dataclass(frozen=True)
 class Traversal:
-    """What a model makes along the way.
+    """The samples of a model along a path.
 
     Attributes:
         pixels: (N, 3, T, H, W) fp32 in [-1, 1].
-        steps: (N - 1,) root mean square differences of neighbours, pixels in [-1, 1].
+        steps: (N - 1,) root mean square differences of neighbouring samples, in units of `pixels`.
     """
 
     pixels: Tensor
@@ -33,32 +34,37 @@ class Traversal:
 
     @property
     def mean_step(self) -> float:
-        """How far it goes in all."""
+        """Mean of `steps`."""
         return float(self.steps.mean())
 
     @property
     def peak(self) -> float:
-        """The largest step in units of the mean one: 1 is even, N - 1 one jump."""
+        """Largest step over the mean step: 1 if all are equal, N - 1 for a single jump."""
         return float(self.steps.max() / self.steps.mean().clamp_min(1e-12))
 
 
 def great_circle(a: Tensor, b: Tensor, fractions: Tensor) -> Tensor:
-    """Spherical interpolation (N, ...) between tensors of one shape.
+    """Interpolate spherically between two tensors of one shape; returns (N, ...).
 
-    At each of `fractions` (N,) in [0, 1] the angle is that share of the whole; the length goes
-    evenly from one's to the other's.
+    At each of `fractions` (N,) in [0, 1], the angle from `a` is that share of the whole angle. The
+    norm is interpolated linearly.
 
-    Raises InputError for zeros, and for opposite directions, between which there is no one way.
+    Raises InputError for a zero tensor, and for opposite directions, which many great circles join.
     """
     lengths = a.double().norm(), b.double().norm()
     if min(lengths) == 0:
-        raise InputError("there is no direction in noise that is zero")
+        raise InputError(
+            "cannot interpolate from or to noise that is all zero: it has no direction"
+        )
     unit_a, unit_b = a.double() / lengths[0], b.double() / lengths[1]
     angle = torch.arccos((unit_a * unit_b).sum().clamp(-1, 1))
     if torch.pi - angle < 1e-6:
-        raise InputError("the two noises are opposite: there is no one way between them")
+        raise InputError(
+            "the two noises are exactly opposite, so no single great circle joins them; choose "
+            "another seed"
+        )
     f = fractions.double().to(a.device).reshape(-1, *[1] * a.ndim)
-    # Between equal directions every weight is right; sin 0 / sin 0 is not.
+    # Between equal directions any weights that sum to 1 will do, but sin 0 / sin 0 is nan.
     near = angle < 1e-6
     sine = torch.ones_like(angle) if near else angle.sin()
     weight_a = 1 - f if near else torch.sin((1 - f) * angle) / sine
@@ -77,26 +83,29 @@ def traverse(
     closed: bool = False,
     options: GenerateOptions = GenerateOptions(),
 ) -> Traversal:
-    """Samples of one prompt on the way from the noise of one seed to that of the next.
+    """Sample one prompt along the path from the noise of each seed to that of the next.
 
     Args:
-        pipeline: a model of any stage, with its own steps and guidance unless `options` has others.
-        prompt: of all samples.
-        seeds: two or more; those of `pipeline(prompt, seed=...)`, which are points of the way.
-        num_between: steps from a seed to the next.
-        closed: go back from the last to the first.
-        options: steps, sampler, guidance and samples per network call; the size is the model's own.
+        pipeline: a model of any stage; uses its own steps and guidance unless `options` sets them.
+        prompt: the prompt of all samples.
+        seeds: two or more. At each seed the sample is that of `pipeline(prompt, seed=...)`.
+        num_between: steps from one seed to the next.
+        closed: also return from the last seed to the first.
+        options: steps, sampler, guidance and samples per network call. Sizes must be left unset:
+            the model's own is used.
 
     Raises:
-        InputError: fewer than two seeds, the same one twice in a row, no step, or bad options.
+        InputError: for fewer than two seeds, a seed twice in a row, no steps, or bad options.
     """
     way = [*seeds, seeds[0]] if closed and seeds else list(seeds)
     if len(way) < 2 or any(a == b for a, b in itertools.pairwise(way)):
-        raise InputError(f"a way needs two seeds or more, each other than the last; got {way}")
+        raise InputError(
+            f"a path needs at least two seeds, and neighbouring seeds must differ; got {way}"
+        )
     if num_between < 1:
         raise InputError(f"num_between must be at least 1, got {num_between}")
     if (options.frames, options.height, options.width) != (None, None, None):
-        raise InputError("a way has the model's own size; leave frames, height and width out")
+        raise InputError("a path uses the model's own size; leave out frames, height and width")
     plan = pipeline.plan(options)
     places = pipeline.noise(way)
     fractions = torch.arange(num_between) / num_between

@@ -1,4 +1,4 @@
-"""Writing what was generated: video and image files, contact sheets, and a page that plays them."""
+"""Write generated samples: video and image files, contact sheets, and a page that plays videos."""
 
 from __future__ import annotations
 

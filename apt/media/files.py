@@ -1,21 +1,23 @@
-"""One generated video to one file: .mp4, .gif, .webp or .png.
+"""Write one video to one file: .mp4, .gif, .webp or .png.
 
-Frames are uint8 (T, H, W, 3), RGB. Frames of a few dozen pixels are unreadable on a screen, and
-players smooth them; so they are enlarged by a whole factor, each pixel becoming a square.
+Frames are uint8 (T, H, W, 3), RGB. Frames of a few dozen pixels are too small to see, and players
+blur them when they scale them up. Small frames are therefore enlarged by a whole factor first, so
+that each pixel becomes a square.
 
-A file says inside how it was made: prompt, seed, model and settings.
+Tags record in a file how it was made: prompt, seed, model and settings.
 
     .mp4     title and comment of the container
     .png     text chunks: Title and Comment
     .gif     the comment
     .webp    EXIF: ImageDescription and UserComment
 
-The title is the prompt, for people and other programs. The comment is all of it, as JSON in ASCII,
-so that every prompt comes back as it was whatever a format or a program takes comments for.
+The title is the prompt, for people and other programs. The comment holds all tags as ASCII JSON,
+so every prompt survives, whatever encoding a format or a program assumes.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -31,12 +33,13 @@ from PIL import Image, PngImagePlugin
 
 from apt.device import require_memory
 from apt.errors import InputError
+from apt.files import replacing
 from apt.untrusted import parse_json
 
 Frames = torch.Tensor | NDArray[np.uint8]
 
 Tags = Mapping[str, Any]
-"""What JSON holds, by name; `OneStepPipeline.tags` makes them."""
+"""JSON values by name; `OneStepPipeline.tags` makes them."""
 
 COMFORTABLE_SIDE = 256
 """Frames are enlarged until their shorter side is about this many pixels."""
@@ -45,7 +48,7 @@ _BT709 = 1  # the code of BT.709 in H.264's tables of primaries and transfer fun
 
 
 def auto_scale(height: int, width: int) -> int:
-    """The whole factor that brings the shorter side near 256 pixels; 1 for frames above that."""
+    """Return the whole factor that brings the shorter side near 256 pixels, at least 1."""
     return max(1, COMFORTABLE_SIDE // min(height, width))
 
 
@@ -53,7 +56,7 @@ def as_frames(frames: Frames) -> NDArray[np.uint8]:
     """Check frames and return them as a contiguous array (T, H, W, 3).
 
     Raises:
-        InputError: unless they are uint8 of that shape with at least one pixel.
+        InputError: if they are not uint8 of that shape with at least one pixel.
     """
     array = (
         frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
@@ -83,19 +86,19 @@ def write_mp4(
 ) -> Path:
     """Write H.264 in yuv420p, which every browser and player can show.
 
-    Args:
-        path: its folder is created if it does not exist.
-        frames: uint8 (T, H, W, 3).
-        fps: frames per second.
-        scale: whole enlargement factor; None chooses one for frames that are small.
-        tags: how it was made, which the file then says: see `read_tags`.
-
     The format stores colour for blocks of 2x2 pixels, so an odd height or width gains one repeated
     row or column.
 
+    Args:
+        path: file to write; its folder is created if needed.
+        frames: uint8 (T, H, W, 3).
+        fps: frames per second.
+        scale: whole enlargement factor; None enlarges small frames (see `auto_scale`).
+        tags: how the video was made; stored in the file (see `read_tags`).
+
     Raises:
-        InputError: for other frames, a rate that is not positive, tags that JSON does not hold, or
-            a path that cannot be written.
+        InputError: for frames of another shape or dtype, a frame rate out of range, tags that are
+            not JSON, or a path that cannot be written.
     """
     import av
     from av.video.reformatter import ColorRange, Colorspace
@@ -108,7 +111,7 @@ def write_mp4(
         container.metadata.update(metadata)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
         stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
-        # Untagged colour is read as BT.601 or BT.709 by the player's taste.
+        # Without these tags, some players assume BT.601 and some BT.709.
         stream.codec_context.colorspace = Colorspace.ITU709
         stream.codec_context.color_range = ColorRange.MPEG
         stream.codec_context.color_primaries = _BT709
@@ -129,19 +132,22 @@ def write_gif(
     scale: int | None = None,
     tags: Tags | None = None,
 ) -> Path:
-    """Write a looping GIF with a palette of 256 colours per frame. Arguments as `write_mp4`.
+    """Write a looping GIF with a palette of 256 colours per frame. Takes what `write_mp4` takes.
 
-    GIF counts in hundredths of a second, so the rate is met to that precision.
+    GIF counts in hundredths of a second. Each frame ends at the nearest one, so errors do not add
+    up. Browsers slow down GIFs of more than 50 frames per second.
     """
     array = as_frames(frames)
+    height, width = array.shape[1:3]
+    factor = _factor(height, width, scale)
     images = []
     for frame in array:
-        # The palette is chosen before enlarging, or dithering would speckle the enlarged pixels.
+        # The palette is chosen before enlarging: dithering would speckle the enlarged pixels.
         palette = Image.fromarray(frame).quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
-        factor = enlarge(frame, scale).shape[0] // frame.shape[0]
-        size = (frame.shape[1] * factor, frame.shape[0] * factor)
+        size = (width * factor, height * factor)
         images.append(palette.resize(size, Image.Resampling.NEAREST))
-    return _write_animation(path, ".gif", images, fps, disposal=2, **gif_options(tags))
+    durations = _durations(len(images), fps, unit=10)
+    return _write_animation(path, ".gif", images, durations, disposal=2, **gif_options(tags))
 
 
 def write_webp(
@@ -152,23 +158,22 @@ def write_webp(
     scale: int | None = None,
     tags: Tags | None = None,
 ) -> Path:
-    """Write a looping animated WebP. Arguments as `write_mp4`.
+    """Write a looping animated WebP. Takes what `write_mp4` takes.
 
-    Enlarged frames are stored without loss, which is smaller for squares of one colour; others at
-    quality 90.
+    Enlarged frames are stored without loss, which makes smaller files for squares of one colour.
+    Others are stored at quality 90.
     """
     array = as_frames(frames)
     pixels = enlarge(array, scale)
     images = [Image.fromarray(frame) for frame in pixels]
-    lossless = pixels.shape != array.shape
-    options = webp_options(tags)
-    return _write_animation(path, ".webp", images, fps, lossless=lossless, quality=90, **options)
+    options = {"lossless": pixels.shape != array.shape, "quality": 90, **webp_options(tags)}
+    return _write_animation(path, ".webp", images, _durations(len(images), fps, unit=1), **options)
 
 
 def write_png(
     path: str | Path, frames: Frames, *, scale: int | None = None, tags: Tags | None = None
 ) -> Path:
-    """Write the frames side by side as one PNG (an image is a single frame), without loss."""
+    """Write the frames side by side as one PNG, without loss. An image is a single frame."""
     strip = np.concatenate(list(enlarge(as_frames(frames), scale)), axis=1)
     text = png_text(tags)
     with _writing(path, ".png") as target:
@@ -184,18 +189,14 @@ def write_media(
     scale: int | None = None,
     tags: Tags | None = None,
 ) -> Path:
-    """Write frames in the format that the suffix of `path` names: one of `SUFFIXES`.
+    """Write frames in the format named by the suffix of `path`, one of `SUFFIXES`.
 
     Raises:
-        InputError: for another suffix, and as the writer of that format does.
+        InputError: for another suffix, and for everything that the format's writer refuses.
     """
-    suffix = Path(path).suffix.lower()
+    suffix = _suffix(path)
     if suffix == ".png":
         return write_png(path, frames, scale=scale, tags=tags)
-    if suffix not in _ANIMATED:
-        raise InputError(
-            f"cannot write {str(path)!r}: the suffix {suffix!r} is not one of {', '.join(SUFFIXES)}"
-        )
     return _ANIMATED[suffix](path, frames, fps=fps, scale=scale, tags=tags)
 
 
@@ -206,22 +207,18 @@ def check_settings(
     fps: float,
     scale: int | None = None,
 ) -> None:
-    """Raise InputError for what `write_media` could not write, before there is anything to write.
+    """Raise InputError if `write_media` could not write such a video, before one is generated.
 
     Args:
-        path: whose suffix names the format.
+        path: file to write; its suffix names the format.
         size: frames, height and width of the video.
         fps, scale: as for `write_media`.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(
-            f"cannot write {str(path)!r}: the suffix {suffix!r} is not one of {', '.join(SUFFIXES)}"
-        )
+    suffix = _suffix(path)
     _frame_rate(fps)
     frames, height, width = size
     factor = _factor(height, width, scale)
-    # A picture has its frames side by side.
+    # A PNG holds all frames side by side.
     sides = (height * factor, width * factor * (frames if suffix == ".png" else 1))
     if max(sides) > _LARGEST[suffix]:
         raise InputError(
@@ -239,15 +236,25 @@ def check_settings(
 
 _ANIMATED = {".mp4": write_mp4, ".gif": write_gif, ".webp": write_webp}
 SUFFIXES = (*_ANIMATED, ".png")
-"""The file name endings that `write_media` understands."""
+"""The file suffixes that `write_media` can write."""
 
 
 _LARGEST = {".mp4": 16384, ".gif": 65535, ".webp": 16383, ".png": 2**31 - 1}
-"""Pixels along a side that the formats, and the encoders here, hold."""
+"""The most pixels along a side that each format and its encoder allow."""
+
+
+def _suffix(path: str | Path) -> str:
+    """Return the suffix of a path in lower case. Raises InputError if it is not in `SUFFIXES`."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"cannot write {str(path)!r}: the suffix {suffix!r} is not one of {', '.join(SUFFIXES)}"
+        )
+    return suffix
 
 
 def _factor(height: int, width: int, scale: int | None) -> int:
-    """The factor of enlargement. Raises InputError for one below 1."""
+    """Return the enlargement factor. Raises InputError if it is below 1."""
     factor = auto_scale(height, width) if scale is None else scale
     if factor < 1:
         raise InputError(f"scale must be a whole number of at least 1, got {scale}")
@@ -260,17 +267,30 @@ def _frame_rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
+def _durations(count: int, fps: float, *, unit: int) -> list[int]:
+    """Return how long each frame is shown, in milliseconds, as multiples of `unit`.
+
+    Each frame ends at the multiple nearest to its exact end, so that errors do not add up.
+    """
+    rate = _frame_rate(fps)
+    ends = [round(1000 * number / rate / unit) * unit for number in range(count + 1)]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
 def _write_animation(
-    path: str | Path, suffix: str, images: list[Image.Image], fps: float, **options: object
+    path: str | Path,
+    suffix: str,
+    images: list[Image.Image],
+    durations: list[int],
+    **options: object,
 ) -> Path:
-    duration = round(1000 / _frame_rate(fps))
     with _writing(path, suffix) as target:
         images[0].save(
             target,
             format=suffix[1:].upper(),
             save_all=True,
             append_images=images[1:],
-            duration=duration,
+            duration=durations,
             loop=0,
             **options,
         )
@@ -279,18 +299,14 @@ def _write_animation(
 
 @contextmanager
 def _writing(path: str | Path, suffix: str) -> Iterator[Path]:
-    """Yield a file beside `path` that takes its place when the block ends well."""
+    """Yield a temporary file beside `path`, moved to `path` if the block succeeds."""
     final = Path(path)
     if final.suffix.lower() != suffix:
         raise InputError(f"the file name {str(path)!r} must end in {suffix}")
-    partial = final.with_name(f".{final.name}.partial")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(final) as partial:
             yield partial
-            partial.replace(final)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"cannot write {str(path)!r}: {reason}; choose another place") from error
@@ -306,11 +322,11 @@ _IN_ASCII = b"ASCII\x00\x00\x00"
 
 
 def read_tags(path: str | Path) -> dict[str, Any]:
-    """What a file says of how it was made, as it was given to the writer.
+    """Read the tags of a file, as they were given to the writer.
 
     Raises:
-        InputError: for a file that cannot be read, or that says nothing, as most files of other
-            programs and those that were written anew by an editor or a messenger.
+        InputError: for a file that cannot be read or has no such tags. Files of other programs have
+            none, and editors and messengers remove them when they write a file again.
     """
     file = Path(path)
     comment = _comment_of_video(file) if file.suffix.lower() in _VIDEOS else _comment_of_image(file)
@@ -321,13 +337,13 @@ def read_tags(path: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         pass
     raise InputError(
-        f"{str(path)!r} does not say how it was made: it is not of this package, or another "
-        "program has written it anew"
+        f"{str(path)!r} does not say how it was made: this package did not write it, or another "
+        "program has rewritten it"
     )
 
 
 def container_metadata(tags: Tags | None) -> dict[str, str]:
-    """As a video's container holds them."""
+    """Return tags as the metadata of a video container."""
     if tags is None:
         return {}
     title = _title(tags)
@@ -335,7 +351,7 @@ def container_metadata(tags: Tags | None) -> dict[str, str]:
 
 
 def png_text(tags: Tags | None) -> PngImagePlugin.PngInfo | None:
-    """As a PNG's text chunks; those that are not Latin-1 become international ones."""
+    """Return tags as text chunks of a PNG; text outside Latin-1 becomes iTXt chunks."""
     if tags is None:
         return None
     text = PngImagePlugin.PngInfo()
@@ -346,12 +362,12 @@ def png_text(tags: Tags | None) -> PngImagePlugin.PngInfo | None:
 
 
 def gif_options(tags: Tags | None) -> dict[str, Any]:
-    """As an option of Pillow's for GIF."""
+    """Return tags as Pillow's options for GIF."""
     return {} if tags is None else {"comment": _comment(tags).encode()}
 
 
 def webp_options(tags: Tags | None) -> dict[str, Any]:
-    """As an option of Pillow's for WebP."""
+    """Return tags as Pillow's options for WebP."""
     if tags is None:
         return {}
     exif = Image.Exif()
@@ -365,11 +381,11 @@ def _comment(tags: Tags) -> str:
     try:
         return json.dumps({_OURS: dict(tags)}, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InputError(f"tags must be what JSON holds, by name: {error}") from error
+        raise InputError(f"tags must be JSON values by name: {error}") from error
 
 
 def _title(tags: Tags) -> str:
-    """A prompt on one line; nothing for several."""
+    """Return the prompt on one line; empty if the tags hold a list of prompts or none."""
     prompt = tags.get("prompt")
     if not isinstance(prompt, str):
         return ""
@@ -403,5 +419,5 @@ def _comment_of_image(file: Path) -> str:
 def _unreadable(file: Path, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or error
     return InputError(
-        f"cannot read {str(file)!r} ({reason}); expected a video, or a .png, .gif or .webp"
+        f"cannot read {str(file)!r} ({reason}); expected a video, .png, .gif or .webp"
     )

@@ -1,4 +1,4 @@
-"""A small HTML page, whole in one file, that plays videos of several samplers side by side."""
+"""A self-contained HTML page that plays the videos of several samplers side by side."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 from string import Template
 
 from apt.errors import InputError
+from apt.files import write_text
 from apt.media.parts import COLOURS, CONTROL, SCRIPT, VIDEO_TYPES, embed
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerColumn:
-    """What one sampler made of every prompt.
+    """The videos that one sampler made, one per prompt.
 
     Args:
         name: heading, such as "1 step".
         detail: a few words below it, such as "adversarial post-training".
-        seconds: its median time per video.
+        seconds: the sampler's median time per video.
         files: one .mp4, .webm, .gif, .webp or .png per prompt.
     """
 
@@ -39,11 +40,11 @@ def write_html(
 ) -> Path:
     """Write a page with one row per prompt and one column per sampler.
 
-    The videos are inside the page, so that it can be sent around by itself. They start without a
-    click, all at once, and again when all have ended; a button and the space bar hold them. Who
-    asked for less motion finds them held. Pictures that move go on by themselves. Each heading
-    gives the sampler's median time and how many times faster than the slowest sampler that is.
-    `note` is a line below the title.
+    The videos are embedded, so the page is a single file. They start together without a click and
+    restart together when all have ended; a button and the space bar pause them. They start paused
+    if the browser asks for reduced motion. Animated images always play. Each heading gives the
+    sampler's median time and how many times faster than the slowest sampler it is. `note` is a
+    line below the title.
 
     Raises:
         InputError: if a column does not have one file per prompt, a file is of another type or
@@ -81,19 +82,19 @@ def write_html(
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
+        write_text(target, page)
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
     return target
 
 
 def format_seconds(seconds: float) -> str:
-    """Time in the unit that needs no leading zeros: 12.3 ms, 1.24 s."""
+    """Format a time in milliseconds or seconds: 12.3 ms, 1.24 s."""
     return f"{seconds * 1000:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def format_ratio(ratio: float) -> str:
-    """How many times faster: 23×, 1.8×."""
+    """Format a speed-up: 23×, 1.8×."""
     return f"{ratio:.0f}×" if ratio >= 9.95 else f"{ratio:.1f}×"
 
 

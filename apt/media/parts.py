@@ -1,4 +1,4 @@
-"""What pages are put together from that are whole in one file."""
+"""Parts shared by self-contained HTML pages: embedded media, colours and playback."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _IMAGE_TYPES = {
 
 
 def data_uri(file: Path) -> str:
-    """A video or picture as the source of an element.
+    """Return a video or image file as a data URI.
 
-    Raises InputError for a file of another kind, or one that cannot be read.
+    Raises InputError for a file of another type, or one that cannot be read.
     """
     suffix = file.suffix.lower()
     kind = VIDEO_TYPES.get(suffix) or _IMAGE_TYPES.get(suffix)
     if kind is None:
-        raise InputError(f"{str(file)!r} is not a video or picture that a page can show")
+        raise InputError(f"{str(file)!r} is not a video or image that a page can show")
     try:
         data = base64.b64encode(file.read_bytes()).decode("ascii")
     except OSError as error:
@@ -33,16 +33,16 @@ def data_uri(file: Path) -> str:
 
 
 def is_shown(file: Path) -> bool:
-    """Whether `embed` takes a file of this name."""
+    """Return whether `embed` accepts a file with this suffix."""
     return file.suffix.lower() in {**VIDEO_TYPES, **_IMAGE_TYPES}
 
 
 def embed(file: Path, label: str) -> str:
-    """A video or picture as an element; errors as of `data_uri`.
+    """Return a video or image as an HTML element. Raises what `data_uri` raises.
 
     Args:
-        file: that is shown.
-        label: for who does not see it, as HTML.
+        file: the video or image.
+        label: alternative text, already escaped for HTML.
     """
     source = data_uri(file)
     if file.suffix.lower() in VIDEO_TYPES:
@@ -55,12 +55,12 @@ COLOURS = """:root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --f
 @media (prefers-color-scheme: dark) {
   :root { --page: #0d1117; --ink: #e6edf3; --faint: #9198a1; --line: #30363d; --good: #3fb950 }
 }"""
-"""Light, and dark for who prefers that."""
+"""CSS variables for the light and the dark colour scheme."""
 
 CONTROL = '<button type="button" aria-keyshortcuts="Space" hidden>Pause</button>'
-"""Holds all videos, and lets them go on."""
+"""The button that pauses and resumes all videos."""
 
-# The videos are as long as each other, but browsers let them drift: they begin anew together.
+# All videos are equally long, but browsers let them drift apart. So they restart together.
 SCRIPT = """<script>
 "use strict";
 const videos = [...document.querySelectorAll("video")];
@@ -105,4 +105,4 @@ document.addEventListener("keydown", (event) => {
 });
 show();
 </script>"""
-"""Plays all videos of a page together."""
+"""Script that plays all videos of a page together."""

@@ -1,4 +1,4 @@
-"""A contact sheet: many generated videos on one picture, with captions."""
+"""Contact sheets: many generated videos in one image, with captions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FRAME_GAP = 2
 CELL_GAP = 18
 ROW_GAP = 10
 FRAME_HEIGHT = 96
-"""Small frames are enlarged by the whole factor that brings them nearest below this height."""
+"""Small frames are enlarged by the largest whole factor that keeps them within this height."""
 
 
 def contact_sheet(
@@ -35,19 +35,19 @@ def contact_sheet(
     title: str = "",
     scale: int | None = None,
 ) -> Image.Image:
-    """Draw a table of videos: for instance one row per prompt, one column per sampler.
+    """Draw a table of videos, for instance one row per prompt and one column per sampler.
 
     Args:
-        cells: `cells[row][column]`, each uint8 (T, H, W, 3), all of one shape; the T frames of a
-            cell stand side by side. One column alone shows one video per row, frame by frame.
+        cells: `cells[row][column]`, each uint8 (T, H, W, 3), all of one shape. The T frames of a
+            cell are drawn side by side, so a single column shows one video per row.
         rows: captions on the left, wrapped to fit.
-        columns: captions above; what follows a newline is drawn fainter below.
-        title: heading of the sheet; nothing if empty.
+        columns: captions above; text after a newline is drawn fainter, below the rest.
+        title: heading of the sheet; none if empty.
         scale: whole enlargement factor of the frames; None makes them about 96 pixels high.
 
     Raises:
         InputError: if the table is empty or ragged, or captions and cells do not match.
-        MissingPackageError: Pillow has no FreeType.
+        MissingPackageError: if Pillow has no FreeType.
     """
     table = _check_table(cells, rows, columns)
     num_frames, height, width, _ = table[0][0].shape
@@ -90,7 +90,7 @@ def write_contact_sheet(
     scale: int | None = None,
     tags: Tags | None = None,
 ) -> Path:
-    """Draw a `contact_sheet` and write it as a PNG, with tags as of `write_png`."""
+    """Draw a `contact_sheet` and write it as a PNG with `tags` (see `write_png`)."""
     sheet = contact_sheet(cells, rows=rows, columns=columns, title=title, scale=scale)
     return write_png(path, np.asarray(sheet)[None], scale=1, tags=tags)
 
@@ -103,7 +103,7 @@ def moving_sheet(
     title: str = "",
     scale: int | None = None,
 ) -> NDArray[np.uint8]:
-    """A `contact_sheet` in which each cell plays: frames uint8 (T, H, W, 3) of the whole.
+    """Draw a `contact_sheet` whose cells play: T frames of the whole sheet, uint8 (T, H, W, 3).
 
     Arguments and errors are those of `contact_sheet`.
     """
@@ -126,7 +126,7 @@ def _check_table(
 ) -> list[list[NDArray[np.uint8]]]:
     if not rows or not columns or len(cells) != len(rows):
         raise InputError(
-            "a contact sheet needs a caption for every row and column of cells: got "
+            "a contact sheet needs a caption for every row and column of cells; got "
             f"{len(cells)} rows of cells, {len(rows)} row captions and {len(columns)} column "
             "captions"
         )
@@ -159,7 +159,7 @@ class _Line(NamedTuple):
 
 
 class _Block:
-    """Text wrapped to a width, in the font that Pillow brings, so sheets look alike everywhere."""
+    """Text wrapped to a width, in Pillow's own font, so sheets look the same everywhere."""
 
     def __init__(self, spans: Sequence[_Span], width: int) -> None:
         self.height = 0
@@ -168,7 +168,7 @@ class _Block:
             font = ImageFont.load_default(size)
             if not isinstance(font, ImageFont.FreeTypeFont):
                 raise MissingPackageError(
-                    "contact sheets need a Pillow with FreeType; install its wheel"
+                    "contact sheets need Pillow with FreeType; install Pillow's wheel from PyPI"
                 )
             for line in _wrap(text, font, width):
                 self.lines.append(_Line(self.height, line, font, colour))
@@ -180,7 +180,7 @@ class _Block:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break text into lines at spaces, and inside words that are wider than a line."""
+    """Break text into lines, at spaces and inside words that are wider than a line."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

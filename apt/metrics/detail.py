@@ -1,6 +1,6 @@
-"""Distances that see blur, ghosting and washed-out pixels, which classifier features overlook.
+"""Distances that detect blur, ghosting and washed-out pixels, which classifier features overlook.
 
-Both look at pixels at full resolution and never resize, as the paper's PFID does (Appendix A):
+Both use pixels at full resolution and never resize, as the paper's PFID does (Appendix A):
 ``PatchFrechet`` compares the distribution of small patches, ``spectrum_distance`` the power at
 each spatial and temporal frequency.
 """
@@ -19,25 +19,25 @@ from apt.metrics.frechet import GaussianStatistics, frechet_distance, gaussian_s
 
 # One clip of 9x32x32 has 5 x 16 patches; 64 clips keep a chunk of features near 8 MB.
 _CHUNK = 64
-# Power of rounding to 8 bits in [-1, 1]: below it a spectrum holds nothing but that rounding.
+# Power of the error of rounding to 8 bits in [-1, 1]; a spectrum below it is only that error.
 _POWER_FLOOR = (2 / 255) ** 2 / 12
 
 
 class PatchFrechet:
     """Fréchet distance between the patches of clips and those of real clips.
 
-    A patch is ``patch_size``² pixels of one frame, in a grid without overlap or resizing. It is
-    turned into the orthonormal DCT coefficients of its pixels and of its three colour channels
-    (brightness and two colour differences), less the constant one (the high pass). Every
-    coefficient is divided by its standard deviation in the real clips, so that fine detail, which
-    has little energy, weighs as much as coarse shape; ``noise_floor`` is added to it in quadrature,
-    so that noise too weak to be seen does not count as detail. Features are the scaled coefficients
-    and the square roots of their magnitudes: the second half sees what a covariance alone cannot,
-    such as the share of patches without any detail.
+    A patch is ``patch_size``² pixels of one frame, from a grid without overlap or resizing. It is
+    transformed by an orthonormal DCT over its pixels and over its three colour channels (which
+    gives brightness and two colour differences); the constant coefficients are dropped (high pass).
+    Each coefficient is divided by its root mean square in the real clips, so that fine detail,
+    which has little energy, counts as much as coarse shape. ``noise_floor`` is added to that
+    divisor in quadrature, so that invisible noise does not count as detail. Features are the scaled
+    coefficients and the square roots of their magnitudes. The square roots show what a covariance
+    alone cannot, such as the share of patches without any detail.
 
-    ``real`` is (N, 3, T, H, W) in [-1, 1]; H and W at least ``patch_size``; every
-    ``frame_stride``-th frame is used. Clips of several sizes, or more than fit into memory, come
-    as batches of that shape; those of ``real`` are gone through twice. Raises ``InputError`` for
+    ``real`` is (N, 3, T, H, W) in [-1, 1], with H and W at least ``patch_size``; every
+    ``frame_stride``-th frame is used. Clips of several sizes, or more than fit into memory, can be
+    given as an iterable of such batches; ``real`` is iterated twice. Raises ``InputError`` for
     other shapes, and for no clips.
     """
 
@@ -62,11 +62,11 @@ class PatchFrechet:
         self._real = gaussian_statistics(self._features(real))
 
     def __call__(self, clips: Tensor | Iterable[Tensor]) -> float:
-        """Distance of ``clips`` (N, 3, T, H, W) in [-1, 1] to the real ones; 0 is equal."""
+        """Return the distance of ``clips`` (N, 3, T, H, W) in [-1, 1] from the real clips."""
         return frechet_distance(self.statistics(clips), self._real)
 
     def statistics(self, clips: Tensor | Iterable[Tensor]) -> GaussianStatistics:
-        """Mean and covariance of the patch features of ``clips``."""
+        """Return mean and covariance of the patch features of ``clips``."""
         return gaussian_statistics(self._features(clips))
 
     def _features(self, clips: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
@@ -83,10 +83,11 @@ class PatchFrechet:
 
 
 def patch_frequencies(clips: Tensor, patch_size: int = 8) -> Tensor:
-    """Orthonormal DCT of patches and of their colours, less the constant: (N, 3 * (p² - 1)).
+    """Return DCT coefficients of patches without the constant ones: (patches, 3 * (p² - 1)).
 
-    Clips (B, 3, T, H, W) of at least p = ``patch_size`` pixels are cut from the top left without
-    overlap; a rest is left out.
+    The DCT is orthonormal, over pixels and colour channels. Clips (B, 3, T, H, W) are cut into
+    patches of p = ``patch_size`` pixels from the top left without overlap; what remains at the
+    right and bottom is left out.
     """
     p = patch_size
     colour, pixel = (_dct_matrix(size).to(clips.device) for size in (3, p))
@@ -97,8 +98,11 @@ def patch_frequencies(clips: Tensor, patch_size: int = 8) -> Tensor:
 
 @dataclass(frozen=True)
 class PowerSpectrum:
-    """Mean log power in dB over clips: ``spatial`` (K,) for radial frequencies 1..K cycles per
-    frame side, ``temporal`` (M,) for 1..M cycles per clip (empty for images)."""
+    """Mean log power of clips, in dB.
+
+    ``spatial`` (K,) is for radial frequencies of 1..K cycles per shorter side of the frame,
+    ``temporal`` (M,) for 1..M cycles per clip (empty for images).
+    """
 
     spatial: Tensor
     temporal: Tensor
@@ -113,10 +117,11 @@ class SpectrumDistance:
 
 
 def power_spectrum(clips: Tensor) -> PowerSpectrum:
-    """Radially averaged spatial and pixel-averaged temporal power of (N, 3, T, H, W) in [-1, 1].
+    """Return spatial and temporal power spectra of clips (N, 3, T, H, W) in [-1, 1].
 
-    Frames and pixel tracks have their mean removed and a Hann window applied. The logarithm is
-    taken for each clip before averaging, so a few over-sharp clips cannot hide many blurred ones.
+    Spatial power is averaged over directions, temporal power over pixels. Frames and pixel tracks
+    have their mean removed and a Hann window applied. The logarithm is taken for each clip before
+    averaging, so that a few over-sharp clips cannot hide many blurred ones.
     """
     _check_clips(clips, min_size=4)
     num_frames, height, width = clips.shape[2:]
@@ -145,7 +150,7 @@ def power_spectrum(clips: Tensor) -> PowerSpectrum:
 
 
 def spectrum_distance(a: PowerSpectrum, b: PowerSpectrum) -> SpectrumDistance:
-    """How far two spectra lie apart, in dB. Raises ``InputError`` when the clip sizes differ."""
+    """Return the distance of two spectra in dB. Raises ``InputError`` if clip sizes differ."""
     if a.spatial.shape != b.spatial.shape or a.temporal.shape != b.temporal.shape:
         raise InputError(
             "spectra of clips of different sizes cannot be compared: "
@@ -175,7 +180,7 @@ def _dct_matrix(size: int) -> Tensor:
 
 
 def _hann(size: int) -> Tensor:
-    # Without its zeros at the ends, so that short clips keep all their frames.
+    # The zeros at both ends are cut off, so that short clips keep all their frames.
     return torch.hann_window(size + 2, periodic=False)[1:-1]
 
 

@@ -1,4 +1,4 @@
-"""Diversity of samples, relative to real clips: the figure that falls while a model collapses."""
+"""Diversity of samples relative to real clips, which falls when a model collapses."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Diversity:
-    """Mean distance between two samples of the same prompt, and of two different prompts."""
+    """Mean distance between two samples of the same prompt, and of different prompts."""
 
     within: float
     across: float
 
     def relative_to(self, real: Diversity) -> Diversity:
-        """Both figures divided by those of real clips: 1 is as diverse as the data, 0 collapsed."""
+        """Divide both by those of real clips: 1 is as diverse as the data, 0 is collapsed."""
         if real.within <= 0 or real.across <= 0:
             raise InputError(
-                "the real clips themselves have no diversity, so nothing can be measured against "
-                "them. Use more real clips, several for each prompt."
+                "the real clips have no diversity, so nothing can be compared with them. Use more "
+                "real clips, several for each prompt."
             )
         return Diversity(self.within / real.within, self.across / real.across)
 
 
 def pairwise_diversity(features: Tensor, prompts: Sequence[Hashable]) -> Diversity:
-    """Mean Euclidean distance over all pairs, split by whether the two prompts are equal.
+    """Return the mean Euclidean distance of all pairs, split by whether they share a prompt.
 
-    ``features`` (N, D), any float dtype: flattened pixels or a classifier's features; ``prompts``
-    has one entry per row. Raises ``InputError`` when the lengths differ, or when no pair shares its
-    prompt, or all do.
+    ``features`` (N, D), any float dtype, are flattened pixels or a classifier's features;
+    ``prompts`` has one entry per row. Raises ``InputError`` if the lengths differ, if no pair
+    shares its prompt, or if all pairs do.
     """
     if features.ndim != 2 or features.shape[0] != len(prompts):
         raise InputError(
@@ -54,7 +54,7 @@ def pairwise_diversity(features: Tensor, prompts: Sequence[Hashable]) -> Diversi
     x = features.detach().to(device="cpu", dtype=torch.float64)
     pairs = zip(rows[same].split(_CHUNK), columns[same].split(_CHUNK), strict=True)
     within = torch.cat([(x[i] - x[j]).norm(dim=1) for i, j in pairs])
-    # As a matrix product this is many times faster. Between equal rows that leaves about 1e-6, so
-    # samples of one prompt, which a collapse makes equal, are subtracted above.
+    # A matrix product is many times faster, but gives about 1e-6 between equal rows. A collapse
+    # makes samples of one prompt equal, so those are subtracted directly, above.
     distances = torch.cdist(x, x, compute_mode="use_mm_for_euclid_dist")[rows, columns]
     return Diversity(within.mean().item(), distances[~same].mean().item())

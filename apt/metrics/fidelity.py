@@ -1,7 +1,7 @@
-"""How near pixels are to those that they should equal: PSNR and SSIM.
+"""PSNR and SSIM: how close pixels are to a reference that they should equal.
 
-For engineering: 8 bits against 16, a kernel against its reference, an export against its source.
-They need the same picture twice; of two different samples they say nothing.
+They are for engineering: 8 bits against 16, a kernel against its reference, an export against its
+source. They compare two versions of one image and mean nothing for two different samples.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ _WINDOW, _DEVIATION = 11, 1.5
 
 
 def check_alike(reference: Tensor, test: Tensor) -> None:
-    """Raise InputError unless both are uint8 (T, H, W, 3) of one shape."""
+    """Raise InputError unless both are uint8 (T, H, W, 3) of the same shape."""
     if reference.shape != test.shape or reference.ndim != 4 or reference.shape[-1] != 3:
         raise InputError(
             f"frames of shapes {tuple(reference.shape)} and {tuple(test.shape)} cannot be "
-            "compared; expected the same (T, H, W, 3) twice"
+            "compared; expected the same shape (T, H, W, 3) for both"
         )
     if reference.dtype != torch.uint8 or test.dtype != torch.uint8:
-        raise InputError(f"frames are uint8, got {reference.dtype} and {test.dtype}")
+        raise InputError(f"frames must be uint8, got {reference.dtype} and {test.dtype}")
 
 
 def psnr(reference: Tensor, test: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over all frames of a video; infinite for equal ones.
+    """Return the peak signal-to-noise ratio of two videos in dB, over all frames.
 
-    10 log10(255² / mean squared error), uint8 (T, H, W, 3). Raises InputError for other frames.
+    10 log10(255² / mean squared error) of uint8 (T, H, W, 3); infinite for equal videos. Raises
+    InputError for other frames.
     """
     check_alike(reference, test)
     total = sum(
@@ -43,10 +44,11 @@ def psnr(reference: Tensor, test: Tensor) -> float:
 
 
 def ssim(reference: Tensor, test: Tensor) -> float:
-    """Structural similarity (Wang et al., 2004), mean over frames and channels; 1 for equal ones.
+    """Return the structural similarity (Wang et al., 2004) of two videos; 1 for equal videos.
 
-    Gaussian windows of 11x11 pixels, deviation 1.5, that lie within the frame; K1 = 0.01,
-    K2 = 0.03; uint8 (T, H, W, 3). Raises InputError for other frames, or smaller than a window.
+    The mean over frames, channels and all Gaussian windows (11x11 pixels, standard deviation 1.5)
+    that lie within the frame, with K1 = 0.01 and K2 = 0.03, of uint8 (T, H, W, 3). Raises
+    InputError for other frames, and for frames smaller than a window.
     """
     check_alike(reference, test)
     if min(reference.shape[1:3]) < _WINDOW:

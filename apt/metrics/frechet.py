@@ -13,7 +13,7 @@ from apt.errors import InputError
 
 @dataclass(frozen=True)
 class GaussianStatistics:
-    """Mean (D,) and unbiased covariance (D, D) of a feature set, both fp64 on the CPU."""
+    """Mean (D,) and unbiased covariance (D, D) of a feature set, both in fp64 on the CPU."""
 
     mean: Tensor
     covariance: Tensor
@@ -41,7 +41,7 @@ def gaussian_statistics(features: Tensor | Iterable[Tensor]) -> GaussianStatisti
                 "Check the samples: the model that made them may have diverged."
             )
         if count == 0 and len(x):
-            # A far-away mean would cancel digits in the second moment.
+            # A mean far from zero would cancel digits in the second moment.
             shift = x.mean(dim=0)
             first, second = torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
         x = x - shift
@@ -58,13 +58,13 @@ def gaussian_statistics(features: Tensor | Iterable[Tensor]) -> GaussianStatisti
 
 
 def frechet_distance(a: GaussianStatistics | Tensor, b: GaussianStatistics | Tensor) -> float:
-    """Squared Fréchet distance |m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) in fp64.
+    """Return the squared Fréchet distance |m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) in fp64.
 
-    Takes features (N, D) or their statistics. The last trace is computed as the nuclear norm of
-    C_a^½ C_b^½: it needs only symmetric square roots, stays real, and loses no digits to squaring
-    when a covariance is singular (fewer samples than features, or a collapsed generator).
+    Takes features (N, D) or their statistics. The trace of (C_a C_b)^½ is computed as the nuclear
+    norm of C_a^½ C_b^½. That needs only symmetric square roots, stays real, and loses no digits to
+    squaring when a covariance is singular (fewer samples than features, or a collapsed generator).
 
-    Raises ``InputError`` when the feature sizes differ or a set is too small.
+    Raises ``InputError`` if the feature sizes differ or a set is too small.
     """
     stats_a = a if isinstance(a, GaussianStatistics) else gaussian_statistics(a)
     stats_b = b if isinstance(b, GaussianStatistics) else gaussian_statistics(b)
@@ -77,11 +77,11 @@ def frechet_distance(a: GaussianStatistics | Tensor, b: GaussianStatistics | Ten
     cross = torch.linalg.svdvals(product).sum()
     spread = stats_a.covariance.trace() + stats_b.covariance.trace() - 2 * cross
     distance = (stats_a.mean - stats_b.mean).square().sum() + spread
-    # Equal sets give about -1e-15 by rounding; the exact quantity is never negative.
+    # Rounding gives about -1e-15 for equal sets; the exact distance is never negative.
     return max(distance.item(), 0.0)
 
 
 def _symmetric_sqrt(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
-    # Null directions come out as about ±1e-17.
+    # Rounding turns zero eigenvalues into about ±1e-17.
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

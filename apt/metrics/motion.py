@@ -1,8 +1,8 @@
-"""What a video does over time, and how sharp its frames are, from its pixels alone.
+"""Flicker, motion and sharpness of a video, from its pixels alone.
 
-Clips are (T, H, W, 3) uint8, or float32 in [0, 255]. Luma is BT.709's of the R'G'B' values, in grey
-levels of 0 to 255. No figure here is good by itself: a frozen video has the least flicker, and
-noise the most detail. They are read together, and beside those of real videos.
+Clips are (T, H, W, 3) uint8, or float32 in [0, 255]. Luma is that of BT.709 for R'G'B' values, in
+grey levels of 0 to 255. No figure means much by itself: a frozen video has the least flicker, and
+noise the most detail. Read them together, and next to those of real videos.
 """
 
 from __future__ import annotations
@@ -27,20 +27,17 @@ _VISIBLE = 1.0
 
 
 def luma(clip: Tensor) -> Tensor:
-    """(T, H, W) float32 in [0, 255]. Raises InputError for anything but (T, H, W, 3)."""
-    if clip.ndim != 4 or clip.shape[-1] != 3 or not clip.numel():
-        raise InputError(
-            f"a clip has the shape {tuple(clip.shape)}; expected (T, H, W, 3) in [0, 255]"
-        )
+    """Return luma (T, H, W), float32 in [0, 255]. Raises InputError unless clip is (T, H, W, 3)."""
+    _check_clip(clip)
     return clip.float() @ torch.tensor(_BT709, device=clip.device)
 
 
 def sharpness(clip: Tensor) -> Tensor:
-    """How sharp each frame is: the variance of its Laplacian, (T,), in squared grey levels.
+    """Return the sharpness (T,) of frames: the variance of the Laplacian, in squared grey levels.
 
-    The Laplacian of luma is the sum of the four neighbours less four times the pixel, without the
-    border. The focus measure of Pech-Pacheco et al. (2000). Compare it at equal sizes, and beside
-    real videos: noise and ringing raise it too.
+    The Laplacian of luma is the sum of the four neighbours minus four times the pixel; border
+    pixels are left out. This is the focus measure of Pech-Pacheco et al. (2000). Compare frames of
+    equal size, and next to real videos: noise and ringing raise it, too.
 
     Raises InputError for frames below 3x3 pixels.
     """
@@ -53,13 +50,13 @@ def sharpness(clip: Tensor) -> Tensor:
 
 
 def flicker(clip: Tensor) -> float:
-    """Amplitude in grey levels with which brightness jumps from frame to frame.
+    """Return the amplitude, in grey levels, of brightness that jumps from frame to frame.
 
     The mean of |m(t-1) - 2 m(t) + m(t+1)| / 4, where m is the mean luma of each of 4x4 cells of the
-    frame (fewer in frames of fewer pixels). Brightness that alternates by plus and minus a gives a;
-    a frozen video, a steady fade, and whatever moves within a cell give 0. Not VBench's "temporal
-    flickering", which is 1 less the mean change between frames over 255, and so rewards what does
-    not move: `frame_change` is that change.
+    frame (fewer in frames of fewer pixels). Brightness that alternates by ±a gives a. A frozen
+    video, a steady fade, and motion within a cell give 0. This is not VBench's "temporal
+    flickering", which is 1 minus the mean change between frames divided by 255 and so rewards
+    videos that do not move; for that change, see `frame_change`.
 
     Raises InputError for fewer than three frames.
     """
@@ -72,30 +69,32 @@ def flicker(clip: Tensor) -> float:
 
 
 def frame_change(clip: Tensor) -> float:
-    """Mean absolute change of a value from one frame to the next, in grey levels; 0 is frozen.
+    """Return the mean absolute change of pixel values between frames, in grey levels; 0 is frozen.
 
     VBench's temporal flickering is (255 - this) / 255 (Huang et al., 2024).
 
     Raises InputError for fewer than two frames.
     """
-    luma(clip[:1])
+    _check_clip(clip)
     if len(clip) < 2:
         raise InputError(f"the change between frames needs at least 2 frames, got {len(clip)}")
     return float(clip.float().diff(dim=0).abs().mean())
 
 
 def motion(clip: Tensor) -> float:
-    """Speed of what moves: share of the frame's shorter side per frame; 0 is frozen.
+    """Return the speed of moving parts, as a share of the frame's shorter side per frame.
 
-    Each block of 8x8 pixels is looked for in the next frame, by the least absolute difference of
-    luma without its mean, in whole pixels at most 8 away each way. Frames whose shorter side is
-    over 128 pixels are first reduced to that. A block counts as moved if it changed by more than
-    one grey level on average, and the place where it is found explains at least 0.7 of that change:
-    so noise and flicker do not pass for motion. The figure is the mean over pairs of frames of the
-    median displacement of the blocks that moved, 0 where fewer than 2 % did. A small thing over a
-    still background counts by its own speed, as in VBench's dynamic degree (Huang et al., 2024),
-    which takes the longest vectors of optical flow. Speeds below half a pixel, or above 8, of the
-    128 are not seen, and a cut may pass for motion.
+    Frames whose shorter side is over 128 pixels are first reduced to that. Each block of 8x8 pixels
+    is searched for in the next frame, at most 8 whole pixels away in each direction, by the least
+    absolute difference of luma without its mean. A block counts as moved if it changed by more than
+    one grey level on average and its best match explains at least 0.7 of that change, so that noise
+    and flicker do not count as motion. The result is the median displacement of the blocks that
+    moved (0 if they are 2 % or fewer), averaged over pairs of frames.
+
+    A small object before a still background counts with its own speed, as in VBench's dynamic
+    degree (Huang et al., 2024), which uses the longest vectors of optical flow. At the reduced
+    size, speeds below half a pixel or above 8 pixels per frame are missed. A cut may count as
+    motion.
 
     Raises InputError for fewer than two frames, or frames below 8x8 pixels.
     """
@@ -113,19 +112,24 @@ def motion(clip: Tensor) -> float:
     return sum(speeds) / len(speeds) / min(frames.shape[1:])
 
 
+def _check_clip(clip: Tensor) -> None:
+    if clip.ndim != 4 or clip.shape[-1] != 3 or not clip.numel():
+        raise InputError(f"a clip has shape {tuple(clip.shape)}; expected (T, H, W, 3) in [0, 255]")
+
+
 def _speed(first: Tensor, second: Tensor) -> float:
-    """Median displacement in pixels of the blocks of (H, W) that moved."""
+    """Return the median displacement in pixels of the blocks of (H, W) that moved."""
     lengths = _displacements(first, second)
     moved = lengths[lengths > 0]
     return float(moved.median()) if len(moved) > _FEWEST * len(lengths) else 0.0
 
 
 def _displacements(first: Tensor, second: Tensor) -> Tensor:
-    """Lengths (blocks,) in pixels, of where blocks of (H, W) are found in the second frame."""
+    """Return the displacement (blocks,) in pixels of each block of (H, W); 0 if it did not move."""
     height, width = (side - side % _BLOCK for side in first.shape)
     blocks = _blocks(first[:height, :width])
     padded = F.pad(second[None, None], (_REACH,) * 4, mode="replicate")[0, 0]
-    # The shortest first, so that of equal matches it is the one.
+    # Shortest displacements first, so that the shortest of several equal matches is kept.
     span = range(-_REACH, _REACH + 1)
     steps = sorted(
         ((y, x) for y in span for x in span), key=lambda step: step[0] ** 2 + step[1] ** 2
@@ -145,6 +149,6 @@ def _displacements(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _blocks(frame: Tensor) -> Tensor:
-    """(H, W) to (blocks, 64), each without its mean."""
+    """Cut (H, W) into blocks (blocks, 64), each with its mean removed."""
     blocks = frame.unfold(0, _BLOCK, _BLOCK).unfold(1, _BLOCK, _BLOCK).reshape(-1, _BLOCK**2)
     return blocks - blocks.mean(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""One scale from comparisons of pairs: the model of Bradley and Terry (1952)."""
+"""Ranking from pairwise comparisons: the model of Bradley and Terry (1952)."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ _CLOSE = 1e-10
 
 
 def bradley_terry(wins: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Log-strengths of models, of mean 0: log(p_i / p_j) is the log-odds that i beats j.
+    """Return the log-strengths of models, of mean 0: their difference is the log-odds of a win.
 
-    The maximum of the likelihood, by Hunter's MM algorithm (2004).
+    The maximum-likelihood estimate, by Hunter's MM algorithm (2004).
 
     Args:
         wins: (..., N, N), how often the row's model beat the column's; a draw is half a win for
-            each. The diagonal is not looked at.
+            each. The diagonal is ignored.
 
-    Returns (..., N); nan where no finite strengths are the most likely, because some group of
-    models was never beaten by one outside it, or never met one.
+    Returns (..., N); nan for tables without a finite maximum, because some group of models was
+    never beaten by a model outside it, or never met one.
 
-    Raises InputError for counts that are no such table, or negative.
+    Raises InputError if wins is not such a table, or negative.
     """
     table = np.asarray(wins, dtype=np.float64)
     if table.ndim < 2 or table.shape[-1] != table.shape[-2] or not (table >= 0).all():
-        raise InputError(f"a ranking needs wins of models over models; got shape {table.shape}")
+        raise InputError(
+            "a ranking needs non-negative counts of wins, models by models; got shape "
+            f"{table.shape}"
+        )
     number = table.shape[-1]
     table = np.where(np.eye(number, dtype=bool), 0, table)
     known = _connected(table)
-    # A table that is not is replaced by one that converges at once.
+    # Tables without a finite maximum are replaced by one that converges at once.
     table = np.where(known[..., None, None], table, 1 - np.eye(number))
     total, met = table.sum(axis=-1), table + np.swapaxes(table, -1, -2)
     strength = np.ones(table.shape[:-1])
@@ -47,7 +50,7 @@ def bradley_terry(wins: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _connected(wins: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether every model beat every other one, at least by way of others (Ford, 1957)."""
+    """Return whether every model beat every other one, directly or through others (Ford, 1957)."""
     number = wins.shape[-1]
     reach = ((wins > 0) | np.eye(number, dtype=bool)).astype(np.int64)
     for _ in range(max(1, number.bit_length())):

@@ -1,7 +1,7 @@
 """Aggregation of VBench's 16 dimensions into its three scores (Huang et al., 2024).
 
-VBench itself pins old packages and downloads weights, so it runs in an environment of its own;
-this file turns the figures it prints into the scores of APT Table 7.
+VBench pins old packages and downloads weights, so it runs in its own environment. This file turns
+the figures that it prints into the scores of APT Table 7.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from apt.errors import InputError
 
 @dataclass(frozen=True)
 class Dimension:
-    """Range that VBench maps to [0, 1], and the weight within the quality or semantic score."""
+    """The range that VBench maps to [0, 1], and the weight in the quality or semantic score."""
 
     low: float
     high: float
     weight: float = 1.0
 
     def normalise(self, value: float) -> float:
-        """Raw figure in [0, 1] to VBench's normalised figure."""
+        """Return VBench's normalised figure for a raw figure in [0, 1]."""
         return (value - self.low) / (self.high - self.low)
 
 
@@ -59,17 +59,17 @@ class VBenchScores:
 
 
 def total_score(quality: float, semantic: float) -> float:
-    """(4 · quality + semantic) / 5, in the unit of its inputs."""
+    """Return (4 · quality + semantic) / 5, in the unit of the inputs."""
     return (QUALITY_WEIGHT * quality + SEMANTIC_WEIGHT * semantic) / (
         QUALITY_WEIGHT + SEMANTIC_WEIGHT
     )
 
 
 def vbench_scores(values: Mapping[str, float]) -> VBenchScores:
-    """Quality, semantic and total score in percent from the 16 raw figures in [0, 1].
+    """Return the quality, semantic and total scores in percent from the 16 raw figures in [0, 1].
 
-    Keys are VBench's dimension names, with spaces or underscores. Raises ``InputError`` when a
-    dimension is missing, unknown, or not in [0, 1].
+    Keys are VBench's dimension names, with spaces or underscores. Raises ``InputError`` if a
+    dimension is missing or unknown, or its figure is not in [0, 1].
     """
     named = {name.replace("_", " "): value for name, value in values.items()}
     expected = set(QUALITY_DIMENSIONS) | set(SEMANTIC_DIMENSIONS)

@@ -1,7 +1,7 @@
 """A preference study (APT Section 4.2): people see pairs of samples and say which one is better.
 
-`make_study` turns folders of samples into pairs, `serve_study` shows them to raters in a browser,
-`report_study` turns their answers into scores.
+`make_study` turns folders of samples into pairs, `serve_study` shows the pairs to raters in a
+browser, and `report_study` turns their answers into scores.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What a rater's browser asks for, as a WSGI application: a page, tasks, samples, answers.
+"""The WSGI application for a rater's browser: serves the page, tasks and samples; takes answers.
 
     GET  /r/TOKEN/               the page
-    GET  /r/TOKEN/study          title, criteria, and how far the rater is
-    GET  /r/TOKEN/tasks/N        prompt and earlier answer of a task; nothing tells the models
-    GET  /r/TOKEN/media/N/SIDE   a sample, in ranges, as players ask for it
+    GET  /r/TOKEN/study          title, criteria, and the rater's progress
+    GET  /r/TOKEN/tasks/N        prompt and earlier answer of a task; does not reveal the models
+    GET  /r/TOKEN/media/N/SIDE   a sample; supports byte ranges, which video players use
     POST /r/TOKEN/tasks/N        {"version": ..., "choices": {...} or null}
 
-A token is the rater's only credential. No part of an address becomes a path on the disk: samples
-are found by number and side, and the page's files by their names in a fixed list.
+The token is the rater's only credential. No part of a URL becomes a path on the disk: samples are
+looked up by number and side, and the page's files by name in a fixed list.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _PAGE_FILES = {
 _SIDES = ("left", "right")
 
 MAX_BODY = 4096
-"""Bytes of an answer; one has about 100."""
+"""The most bytes of a posted answer; a valid one has about 100."""
 _BLOCK = 2**18
 
 _HEADERS = (
-    # Nothing but what this server sends runs, shows or is asked; nobody else may frame the page.
+    # The page may load from and talk to this server only, and no other page may frame it.
     (
         "Content-Security-Policy",
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -53,7 +53,7 @@ _HEADERS = (
         "frame-ancestors 'none'",
     ),
     ("X-Content-Type-Options", "nosniff"),
-    # The address holds the token.
+    # The URL contains the token.
     ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Cross-Origin-Opener-Policy", "same-origin"),
@@ -62,7 +62,7 @@ _HEADERS = (
 
 @dataclass(frozen=True)
 class Response:
-    """An answer to a request."""
+    """An HTTP response."""
 
     status: HTTPStatus
     body: Iterable[bytes]
@@ -73,11 +73,11 @@ class StudyApp:
     """The WSGI application.
 
     Args:
-        study: what is rated.
-        folder: where its media are.
-        store: where answers go.
-        raters: number of a rater by token.
-        limit: the most pairs for one rater.
+        study: the study to rate.
+        folder: folder of the study, with its media.
+        store: where answers are saved.
+        raters: number of each rater, by token.
+        limit: the most pairs for one rater; None for no limit.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class StudyApp:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             response = _problem(
                 HTTPStatus.INSUFFICIENT_STORAGE,
-                "The answer could not be saved: tell the organiser that the server's disk is "
-                "full or broken.",
+                "The answer could not be saved. Please tell the organiser that the server's disk "
+                "is full or broken.",
             )
         headers = [*_HEADERS, *({"Cache-Control": "no-store"} | dict(response.headers)).items()]
         start_response(f"{response.status.value} {response.status.phrase}", headers)
@@ -129,7 +129,7 @@ class StudyApp:
             return _text(HTTPStatus.PERMANENT_REDIRECT, b"", "text/plain", location)
         if method not in ("GET", "HEAD", "POST"):
             allowed = {"Allow": "GET, HEAD, POST"}
-            return _problem(HTTPStatus.METHOD_NOT_ALLOWED, "There is no such method.", allowed)
+            return _problem(HTTPStatus.METHOD_NOT_ALLOWED, "This method is not allowed.", allowed)
         name = rest[1:] or "index.html"
         if name in self._page and method != "POST":
             return _text(HTTPStatus.OK, self._page[name], _PAGE_FILES[name])
@@ -167,15 +167,15 @@ class StudyApp:
 
     def _answer(self, rater: int, position: int, environ: WSGIEnvironment) -> Response:
         if environ.get("CONTENT_TYPE", "").partition(";")[0].strip() != "application/json":
-            raise InputError("an answer is application/json")
+            raise InputError("an answer must be application/json")
         body = environ["wsgi.input"].read(MAX_BODY + 1)
         try:
             document = parse_json(body, limit=MAX_BODY)
             version, choices = document["version"], document["choices"]
             if len(document) != 2 or type(version) is not int or not 0 < version < 2**31:
-                raise ValueError("it needs a version of at least 1 and choices, and no more")
+                raise ValueError("expected a version of at least 1, choices, and nothing else")
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"this is no answer: {error}") from error
+            raise InputError(f"this is not a valid answer: {error}") from error
         self._store.answer(rater, position, version, choices)
         return _json(self._about(rater))
 
@@ -209,9 +209,9 @@ class StudyApp:
 
 
 def _range(header: str, size: int) -> tuple[int, int]:
-    """First byte and the one behind the last. Raises ValueError for a range that is not there.
+    """Return the requested bytes as [first, last). Raises ValueError for a range outside the file.
 
-    Several ranges at once, and other units, get everything, as the standard allows.
+    Requests for several ranges or in other units get the whole file, as the standard allows.
     """
     found = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", header.strip(), re.ASCII)
     if not found or not (found[1] or found[2]):
@@ -228,7 +228,7 @@ def _range(header: str, size: int) -> tuple[int, int]:
 
 
 def _read(file: Path, first: int, last: int) -> Iterator[bytes]:
-    """The bytes in blocks. Raises OSError at once if the file cannot be opened."""
+    """Return the bytes in blocks. Raises OSError at once if the file cannot be opened."""
     stream = file.open("rb")
 
     def blocks() -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""What raters judge, in the words of APT Section 4.2."""
+"""The criteria that raters judge by, in the words of APT Section 4.2."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Literal
 
 Choice = Literal["left", "same", "right"]
 CHOICES: tuple[Choice, ...] = ("left", "same", "right")
-"""What a rater answers: the better side, or no preference."""
+"""The possible answers: the better side, or no preference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
-    """One question of three.
+    """One of the three criteria.
 
     Attributes:
-        name: in files.
-        title: for people.
-        definition: what counts.
+        name: name in files.
+        title: name for people.
+        definition: what raters should judge.
     """
 
     name: str

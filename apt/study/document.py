@@ -1,4 +1,4 @@
-"""The study's document, `study.json`: which pairs there are. It is the key; no rater sees it."""
+"""`study.json`: all pairs of a study and the models behind them. Raters never see it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Pair:
     """Two samples of one prompt and seed.
 
     Attributes:
-        name: in files; says nothing of the models.
+        name: name of the pair; does not reveal the models.
         first, second: the models, or `INTACT` and `DEGRADED` for an attention check.
-        prompt, seed: of both samples.
-        files: their names in `MEDIA`.
+        prompt, seed: prompt and seed of both samples.
+        files: names of the two files in `MEDIA`.
     """
 
     name: str
@@ -47,14 +47,14 @@ class Study:
     """Everything about a study that does not change while people rate.
 
     Attributes:
-        title: for raters; names no model.
-        note: for readers of the report, such as who rated, and by which rule.
-        seed: sides and order follow from it.
+        title: title for raters; should not name a model.
+        note: text for readers of the report, such as who rated and under which rules.
+        seed: determines sides and order.
         votes: raters for each pair.
-        check_every: an attention check in so many pairs; 0 for none.
-        repeat_every: a pair in so many is shown to its rater again; 0 for none.
-        models: settings of the samples by the model's name in this study.
-        pairs: of models.
+        check_every: one attention check per this many pairs; 0 for none.
+        repeat_every: one of this many pairs is shown to its rater again; 0 for none.
+        models: settings of each model's samples, by the model's name in this study.
+        pairs: pairs of samples from two models.
         checks: attention checks.
     """
 
@@ -73,15 +73,17 @@ class Study:
             raise InputError(f"each pair needs at least 1 rater, got {self.votes}")
         for name, value in (("checks", self.check_every), ("repeats", self.repeat_every)):
             if value < 0:
-                raise InputError(f"{name} come once in so many pairs, or never with 0; got {value}")
+                raise InputError(
+                    f"{name} come once per a number of pairs, or never if it is 0; got {value}"
+                )
 
     @property
     def comparisons(self) -> list[tuple[str, str]]:
-        """The models that met, in order."""
+        """The pairs of models that are compared, in order."""
         return list(dict.fromkeys((pair.first, pair.second) for pair in self.pairs))
 
     def find(self, name: str) -> Pair:
-        """The pair of a name. Raises KeyError."""
+        """Return the pair or check of a name. Raises KeyError."""
         return self._by_name[name]
 
     @functools.cached_property
@@ -89,26 +91,26 @@ class Study:
         return {pair.name: pair for pair in (*self.pairs, *self.checks)}
 
     def to_json(self) -> str:
-        """The document's text."""
+        """Return the text of `study.json`."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
 
     def digest(self) -> str:
-        """What tells this study from every other one."""
+        """Return a hash that identifies this study."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:32]
 
 
 def write_study(folder: Path, study: Study) -> None:
-    """Write the document. Raises OSError if the disk refuses."""
+    """Write `study.json`. Raises OSError if that fails."""
     write_text(folder / STUDY_FILE, study.to_json())
 
 
 def read_study(folder: Path) -> Study:
-    """Read the document. Raises DataError if there is none, or it is damaged."""
+    """Read `study.json`. Raises DataError if it is missing or damaged."""
     path = folder / STUDY_FILE
     try:
         document = read_json_file(path)
         if document.pop("format") != FORMAT:
-            raise ValueError("it is of another version of this package")
+            raise ValueError("it was made by another version of this package")
         pairs, checks = (
             tuple(_pair(entry) for entry in document.pop(name)) for name in ("pairs", "checks")
         )
@@ -120,7 +122,9 @@ def read_study(folder: Path) -> Study:
     except OSError as error:
         raise DataError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{str(path)!r} is no study, or damaged ({error}); restore it") from error
+        raise DataError(
+            f"{str(path)!r} is not a study, or is damaged ({error}); restore it"
+        ) from error
 
 
 def _pair(entry: Mapping[str, Any]) -> Pair:

@@ -1,4 +1,4 @@
-"""From folders of samples to a study: `study.json`, and files whose names give nothing away."""
+"""Make a study from folders of samples: `study.json`, and files whose names reveal nothing."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from apt.study.media import clean_suffix, write_clean, write_degraded
 from apt.study.pairs import check_models, choose_comparisons, choose_keys, pair_up
 
 _MOST_CHECKS = 12
-"""Different attention checks; a rater who meets more meets them again."""
+"""The most different attention checks; a rater who gets more sees some again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MakeConfig:
-    """What a study is made of, besides samples."""
+    """Settings of a new study."""
 
     title: str = "Which one is better?"
     """Shown to raters; it should not name a model."""
     note: str = ""
-    """Printed in the report: who rates, and how."""
+    """Printed in the report, such as who rates and how."""
     votes: int = 3
     """Raters for each pair; 3 in the paper."""
     num_prompts: int | None = None
-    """So many prompts, drawn at random from those of the samples; None takes all."""
+    """Number of prompts, drawn at random from those of the samples; None takes all."""
     seeds_per_prompt: int | None = None
-    """So many samples of each prompt; None takes all."""
+    """Number of samples of each prompt; None takes all."""
     check_every: int = 20
-    """One attention check in so many pairs: a sample beside a wrecked copy of it. 0 for none."""
+    """One attention check per this many pairs: a sample next to a ruined copy of it. 0 for none."""
     repeat_every: int = 10
-    """One pair in so many comes again later, sides changed: raters' agreement with themselves. 0
-    for none."""
+    """One of this many pairs is shown again later with its sides swapped, which measures how well
+    raters agree with themselves. 0 for none."""
     seed: int = 0
-    """Decides the prompts that are drawn, the sides and the order."""
+    """Determines which prompts are drawn, the sides and the order."""
 
 
 def make_study(
@@ -60,20 +60,20 @@ def make_study(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Study:
-    """Write a study. An interrupted call can be repeated; one that is whole is left as it is.
+    """Write a study. An interrupted call can be repeated: files that exist are kept.
 
     Args:
-        folder: made if need be.
-        folders: samples by the model's name in this study.
-        comparisons: the models that meet; empty for all.
-        config: how many, and how shown.
-        progress: called with the number of files that are ready, and of all.
+        folder: folder of the study; created if needed.
+        folders: folder of samples of each model, by the model's name in this study.
+        comparisons: pairs of models to compare; empty for all pairs.
+        config: how many pairs there are, and how they are shown.
+        progress: called with the number of files written so far and the number of all files.
 
     Raises:
-        InputError: models, prompts or numbers that do not fit; a folder that cannot be written, or
-            that has another study in it.
-        DataError: a sample that is missing, broken, not what it was when it was made, or of a kind
-            that raters cannot be shown.
+        InputError: for models, prompts or numbers that do not fit, and for a folder that cannot be
+            written or that contains another study.
+        DataError: for a sample that is missing, broken, changed since it was made, or of a type
+            that cannot be shown to raters.
     """
     check_models(folders)
     met = choose_comparisons(list(folders), comparisons)
@@ -122,8 +122,8 @@ def make_study(
     check_folder(folder)
     if (folder / STUDY_FILE).exists() and read_study(folder).digest() != study.digest():
         raise InputError(
-            f"{str(folder)!r} has another study in it, whose answers belong to its pairs; choose "
-            "another folder"
+            f"{str(folder)!r} contains another study, whose answers belong to its own pairs; "
+            "choose another folder"
         )
     jobs = {name(sample): (sample, INTACT) for pair in found for sample in pair.samples}
     jobs |= {name(sample): (sample, INTACT) for sample in checked}
@@ -140,7 +140,7 @@ def make_study(
     except OSError as error:
         raise InputError(
             f"cannot write the study to {str(folder)!r}: {error.strerror or error}; free some "
-            "space, and make it again: what is there is kept"
+            "space and run this again: finished files are kept"
         ) from error
     return study
 
@@ -148,7 +148,7 @@ def make_study(
 def _samples_to_check(
     folders: Mapping[str, SampleFolder], samples: Sequence[Sample], config: MakeConfig
 ) -> list[Sample]:
-    """Different samples for attention checks, as many as a rater meets, up to a dozen."""
+    """Draw different samples for attention checks, as many as a rater sees, up to a dozen."""
     if config.check_every < 1:
         return []
     drawn = sorted(
@@ -159,7 +159,7 @@ def _samples_to_check(
 
 
 def _file_name(seed: int, sha256: str, kind: str) -> str:
-    """Of a file: from its content alone, so that it says nothing of its model."""
+    """Return a file name that depends on the content only, so that it does not reveal the model."""
     return hashlib.blake2b(f"{seed}\x1f{sha256}\x1f{kind}".encode(), digest_size=16).hexdigest()
 
 
@@ -168,13 +168,13 @@ def _write(target: Path, sample: Sample, kind: str) -> None:
         content = file_content(sample.path)[1]
     except OSError as error:
         raise DataError(
-            f"cannot read the sample {str(sample.path)!r}: {error.strerror or error}; make its "
+            f"cannot read the sample {str(sample.path)!r}: {error.strerror or error}; generate its "
             "folder again"
         ) from error
     if content != sample.sha256:
         raise DataError(
-            f"{str(sample.path)!r} is not what its manifest says: it was cut off or changed since "
-            "it was made; make its folder again"
+            f"{str(sample.path)!r} differs from its manifest: it was cut off or changed after it "
+            "was made; generate its folder again"
         )
     if kind == INTACT:
         write_clean(target, sample.path)

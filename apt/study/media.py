@@ -1,7 +1,7 @@
-"""Samples as a rater gets them: checked, playable in a browser, and saying nothing of their origin.
+"""Samples for raters: checked, playable in a browser, and without a trace of their origin.
 
-Videos keep their packets and lose their metadata; stills become PNG, which loses none of their
-pixels, so that the kind of a file does not tell models apart.
+Videos keep their packets but lose their metadata. Stills become PNG, which keeps every pixel, so
+that the file type does not reveal the model.
 """
 
 from __future__ import annotations
@@ -24,32 +24,31 @@ MEDIA_TYPES = {**VIDEO_TYPES, STILL: "image/png"}
 
 _CODECS = ("h264", "vp8", "vp9", "av1")
 _PIXEL_FORMATS = ("yuv420p", "yuvj420p")
-"""What every browser decodes."""
+"""Pixel formats that every browser decodes."""
 
 _MIXED = 0.6
 """Share of noise in a degraded sample."""
 
 
 def clean_suffix(sample: Path) -> str:
-    """The suffix of a sample as it is shown. Raises DataError for other kinds of files."""
+    """Return the suffix of a sample as shown to raters. Raises DataError for other file types."""
     suffix = sample.suffix.lower()
     if suffix in VIDEO_TYPES:
         return suffix
     if suffix in IMAGE_SUFFIXES:
         return STILL
     raise DataError(
-        f"{str(sample)!r} cannot be shown to raters: a sample is "
-        f"{', '.join([*VIDEO_TYPES, *IMAGE_SUFFIXES])}; generate with such an ending"
+        f"{str(sample)!r} cannot be shown to raters; generate samples as one of "
+        f"{', '.join([*VIDEO_TYPES, *IMAGE_SUFFIXES])}"
     )
 
 
 def write_clean(target: Path, sample: Path) -> None:
-    """Write a sample for raters, after every frame was decoded.
+    """Write a sample for raters, after decoding every frame as a check.
 
     Raises:
-        DataError: a file that is damaged, moves although it is no video, or that browsers do not
-            play.
-        OSError: the disk refuses.
+        DataError: for a damaged file, an animated image, or a file that some browsers cannot play.
+        OSError: if the file cannot be written.
     """
     content = _clean_video(sample) if target.suffix in VIDEO_TYPES else _clean_image(sample)
     with replacing(target) as partial:
@@ -57,9 +56,9 @@ def write_clean(target: Path, sample: Path) -> None:
 
 
 def write_degraded(target: Path, sample: Path, seed: int) -> None:
-    """Write a sample whose places are shuffled and drowned in noise: worse by every criterion.
+    """Write a sample as shuffled tiles under strong noise, which is worse by every criterion.
 
-    Raises InputError if it cannot be written; DataError as `write_clean`.
+    Raises InputError if it cannot be written. The sample must have passed `write_clean`.
     """
     if target.suffix == STILL:
         with Image.open(sample) as image:
@@ -71,7 +70,7 @@ def write_degraded(target: Path, sample: Path, seed: int) -> None:
 
 
 def degrade(frames: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
-    """Frames (T, H, W, 3) in 4×4 tiles that changed places, mixed with noise; the same size."""
+    """Shuffle 4×4 tiles of frames (T, H, W, 3) and mix them with noise; the size stays the same."""
     random = np.random.default_rng(seed)
     rows, columns = (
         np.concatenate([parts[i] for i in random.permutation(len(parts))])
@@ -89,20 +88,21 @@ def _clean_video(sample: Path) -> bytes:
     try:
         with av.open(str(sample)) as source:
             if not source.streams.video:
-                raise DataError(f"{str(sample)!r} has no video in it; make it again")
+                raise DataError(f"{str(sample)!r} contains no video; generate it again")
             stream = source.streams.video[0]
             context = stream.codec_context
-            if context.name not in (*_CODECS, *(f"lib{name}" for name in _CODECS), "libdav1d"):
-                raise DataError(_unplayable(sample, context.name))
+            codec = context.codec.canonical_name
+            if codec not in _CODECS:
+                raise DataError(_unplayable(sample, codec))
             if context.pix_fmt not in _PIXEL_FORMATS:
-                raise DataError(_unplayable(sample, f"{context.name} in {context.pix_fmt}"))
+                raise DataError(_unplayable(sample, f"{codec} in {context.pix_fmt}"))
             packets = [packet for packet in source.demux(stream) if packet.dts is not None]
             frames = sum(len(packet.decode()) for packet in packets)
             frames += len(context.decode(None))
             if frames == 0 or frames < stream.frames:
                 raise DataError(
                     f"{str(sample)!r} is broken: {frames} of {stream.frames} frames can be "
-                    "decoded; make it again"
+                    "decoded; generate it again"
                 )
             kind = sample.suffix.lower().removeprefix(".")
             with av.open(content, "w", format=kind) as target:
@@ -112,7 +112,7 @@ def _clean_video(sample: Path) -> bytes:
                     packet.stream = copy
                     target.mux(packet)
     except (av.FFmpegError, OSError) as error:
-        raise DataError(f"{str(sample)!r} is broken ({error}); make it again") from error
+        raise DataError(f"{str(sample)!r} is broken ({error}); generate it again") from error
     return content.getvalue()
 
 
@@ -122,14 +122,14 @@ def _clean_image(sample: Path) -> bytes:
         with Image.open(sample) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise DataError(
-                    f"{str(sample)!r} moves, and is no video, so it could not play in step with "
-                    "another; generate .mp4"
+                    f"{str(sample)!r} is an animated image, which cannot play in sync with another "
+                    "sample; generate .mp4"
                 )
             ImageOps.exif_transpose(image).convert("RGB").save(content, "PNG")
     except DataError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{str(sample)!r} is broken ({error}); make it again") from error
+        raise DataError(f"{str(sample)!r} is broken ({error}); generate it again") from error
     return content.getvalue()
 
 
@@ -143,6 +143,4 @@ def _read_video(sample: Path) -> tuple[NDArray[np.uint8], float]:
 
 
 def _unplayable(sample: Path, what: str) -> str:
-    return (
-        f"{str(sample)!r} is {what}, which browsers do not all play; encode it as H.264 in yuv420p"
-    )
+    return f"{str(sample)!r} is {what}, which not all browsers play; encode it as H.264 in yuv420p"

@@ -1,4 +1,4 @@
-"""Which pairs a study has: prompts drawn, models met, sides given, all from a seed."""
+"""Choose the pairs of a study: models, prompts and seeds."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from apt.study.media import clean_suffix
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePair:
-    """Two files that will be shown.
+    """Two samples that will be shown side by side.
 
     Attributes:
         first, second: names of the models.
-        samples: one of each.
+        samples: one sample of each.
     """
 
     first: str
@@ -28,9 +28,9 @@ class SamplePair:
 
 
 def check_models(folders: Mapping[str, SampleFolder]) -> None:
-    """Raise InputError unless models can be compared: two or more, each with the same samples."""
+    """Raise InputError unless there are two models or more, all with the same prompts and seeds."""
     if len(folders) < 2:
-        raise InputError(f"a study compares two models or more, got {listed(folders) or 'none'}")
+        raise InputError(f"a study needs at least two models, got {listed(folders) or 'none'}")
     for name in folders:
         if name in (INTACT, DEGRADED):
             raise InputError(f"a model cannot be called {name!r} here; choose another name")
@@ -44,42 +44,42 @@ def check_models(folders: Mapping[str, SampleFolder]) -> None:
                 prompt, seed = min(keys)
                 raise InputError(
                     f"{right!r} lacks {len(keys)} of the samples of {left!r}, such as {prompt!r} "
-                    f"with seed {seed}; make all prompts and seeds with every model"
+                    f"with seed {seed}; generate all prompts and seeds with every model"
                 )
 
 
 def choose_comparisons(
     names: Sequence[str], asked: Sequence[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    """The pairs of models that meet: those that were asked for, or all.
+    """Return the pairs of models to compare: those asked for, or all.
 
-    Raises InputError for an unknown model, one against itself, or a comparison asked for twice.
+    Raises InputError for an unknown model, a model against itself, or a comparison given twice.
     """
     for first, second in asked:
         for name in (first, second):
             if name not in names:
-                raise InputError(f"there is no model {name!r} to compare; choose from: {names}")
+                raise InputError(f"there is no model {name!r} to compare; choose from {names}")
         if first == second:
             raise InputError(f"{first!r} cannot be compared with itself")
     if len({frozenset(pair) for pair in asked}) < len(asked):
-        raise InputError("each comparison is asked for once, in one order of its models")
+        raise InputError("a comparison was given twice; give each pair of models once")
     return list(asked) or list(itertools.combinations(names, 2))
 
 
 def choose_keys(
     keys: Sequence[SampleKey], num_prompts: int | None, seeds_per_prompt: int | None, seed: int
 ) -> list[SampleKey]:
-    """Prompts drawn at random from those that are there, each with its first seeds.
+    """Draw prompts at random, and take the first seeds of each; None takes all.
 
-    Raises InputError if there are not as many; None takes all.
+    Raises InputError if there are fewer than asked for.
     """
     seeds: dict[str, list[int]] = {}
     for prompt, number in keys:
         seeds.setdefault(prompt, []).append(number)
     if num_prompts is not None and not 1 <= num_prompts <= len(seeds):
         raise InputError(
-            f"{num_prompts} prompts were asked for, and the samples have {len(seeds)}; generate "
-            "more, or ask for fewer"
+            f"{num_prompts} prompts were asked for, but the samples have {len(seeds)}; generate "
+            "more, or ask for another number"
         )
     drawn = set(sorted(seeds, key=lambda prompt: hash_key(seed, "prompt", prompt))[:num_prompts])
     chosen = []
@@ -88,8 +88,8 @@ def choose_keys(
             numbers = sorted(seeds[prompt])
             if seeds_per_prompt is not None and not 1 <= seeds_per_prompt <= len(numbers):
                 raise InputError(
-                    f"{seeds_per_prompt} samples of each prompt were asked for, and {prompt!r} "
-                    f"has {len(numbers)}; generate more, or ask for fewer"
+                    f"{seeds_per_prompt} samples of each prompt were asked for, but {prompt!r} "
+                    f"has {len(numbers)}; generate more, or ask for another number"
                 )
             chosen += [(prompt, number) for number in numbers[:seeds_per_prompt]]
     return chosen
@@ -100,9 +100,10 @@ def pair_up(
     comparisons: Sequence[tuple[str, str]],
     keys: Sequence[SampleKey],
 ) -> list[SamplePair]:
-    """Every comparison with every prompt and seed.
+    """Return a pair of samples for every comparison, prompt and seed.
 
-    Raises DataError for files that cannot be shown, InputError for two of different kinds.
+    Raises DataError for files that cannot be shown, and InputError for a video next to an image or
+    two video files of different types.
     """
     pairs = []
     for (first, second), key in itertools.product(comparisons, keys):
@@ -110,8 +111,8 @@ def pair_up(
         kinds = [clean_suffix(sample.path) for sample in samples]
         if kinds[0] != kinds[1]:
             raise InputError(
-                f"{str(samples[0].path)!r} and {str(samples[1].path)!r} are a pair, and of "
-                "different kinds; generate both with one ending"
+                f"{str(samples[0].path)!r} and {str(samples[1].path)!r} are a pair but of "
+                "different types; generate both with the same suffix"
             )
         pairs.append(SamplePair(first=first, second=second, samples=samples))
     return pairs

@@ -1,4 +1,4 @@
-"""What one rater sees, in order: pairs that need votes, attention checks, and pairs once more."""
+"""Plan what a rater sees, in order: pairs that need votes, attention checks and repeated pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apt.study.document import Study
 Kind = Literal["pair", "check", "repeat"]
 
 MIN_GAP = 5
-"""Pairs between one and its repetition, so that it is judged anew."""
+"""The fewest pairs from one to its repetition, so that the rater judges it afresh."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,9 @@ class Task:
     """One showing of a pair.
 
     Attributes:
-        kind: "pair" counts as a vote; "check" and "repeat" tell of the rater.
-        pair: its name.
-        flipped: the second sample is on the left.
+        kind: "pair" counts as a vote; "check" and "repeat" measure the rater's reliability.
+        pair: name of the pair.
+        flipped: whether the second sample is on the left.
     """
 
     kind: Kind
@@ -33,15 +33,16 @@ class Task:
 def plan_tasks(
     study: Study, rater: int, planned: Mapping[str, int], limit: int | None = None
 ) -> list[Task]:
-    """The tasks of a rater; none if every pair has its votes.
+    """Return the tasks of a rater; none if every pair has its votes.
+
+    The sides of a pair are swapped from vote to vote, so that each sample is on the left equally
+    often.
 
     Args:
-        study: with the seed that decides order and sides.
+        study: the study, whose seed determines order and sides.
         rater: number from 1.
-        planned: votes that others gave or will give, by pair.
-        limit: the most pairs for one rater; those with the fewest votes go first.
-
-    The side of a pair changes from vote to vote, so that each sample is on the left as often.
+        planned: votes that others have given or will give, by pair.
+        limit: the most pairs for one rater; pairs with the fewest votes go first.
     """
 
     def draw(what: str, name: str | int) -> int:
@@ -78,5 +79,5 @@ def plan_tasks(
 
 
 def _share(draw: int) -> float:
-    """In [0, 1), from 64 bits."""
+    """Map 64 bits to [0, 1)."""
     return draw / 2**64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,17 @@ _TITLES = {criterion.name: criterion.title for criterion in CRITERIA} | {"averag
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """How answers become figures."""
+    """Settings of a report."""
 
     min_attention: float = 2 / 3
-    """Raters who pass a smaller share of the attention checks do not count; the report names
-    them."""
+    """Answers of raters who pass a smaller share of the attention checks are left out; the report
+    names those raters."""
     resamples: int = 2000
-    """Of the intervals."""
+    """Number of bootstrap resamples for the intervals."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_attention <= 1:
-            raise InputError(f"min_attention is a share from 0 to 1, got {self.min_attention}")
+            raise InputError(f"min_attention must be from 0 to 1, got {self.min_attention}")
         if self.resamples < 100:
             raise InputError(f"an interval needs at least 100 resamples, got {self.resamples}")
 
@@ -48,26 +48,26 @@ def report_study(
     config: ReportConfig = ReportConfig(),
     command: str = "",
 ) -> Path:
-    """Write `report.md` and `report.json`, also while raters go on.
+    """Write `report.md` and `report.json`; raters may still be at work.
 
     Args:
-        folder: of the study.
-        out: folder for the report; made if need be.
-        bases: the base model of a model, both in the study, for relative scores (Table 2).
-        config: see there.
-        command: what makes the report again, which it tells.
+        folder: folder of the study.
+        out: folder for the report; created if needed.
+        bases: base model of each model, both in the study, for relative scores (Table 2).
+        config: settings of the report.
+        command: command that makes the report again; printed in it.
 
-    Returns the path of the page.
+    Returns the path of `report.md`.
 
     Raises:
-        DataError: no study, or no votes yet.
-        InputError: bases that are not in the study or did not meet; a folder that cannot be
-            written.
+        DataError: if there is no study, or it has no votes yet.
+        InputError: for base models that are not in the study or were not compared, and for a folder
+            that cannot be written.
     """
     study = read_study(folder)
     for name in (*(bases or {}), *(bases or {}).values()):
         if name not in study.models:
-            raise InputError(f"there is no model {name!r}; choose from: {list(study.models)}")
+            raise InputError(f"there is no model {name!r}; choose from {list(study.models)}")
     check_folder(out)
     store = AnswerStore(folder, study, read_only=True)
     try:
@@ -105,7 +105,7 @@ def _figures(
     config: ReportConfig,
     command: str,
 ) -> dict[str, Any]:
-    """Everything that the report says, as JSON would have it."""
+    """Return everything that the report says, ready for JSON."""
     comparisons = [
         {
             "first": met[0],
@@ -149,7 +149,7 @@ def _figures(
 
 
 def report_text(figures: Mapping[str, Any]) -> str:
-    """The page, in Markdown, from the figures of its JSON."""
+    """Return the report in Markdown, from the figures in `report.json`."""
     comparisons, raters = figures["comparisons"], figures["raters"]
     rated = sum(rater["rated"] for rater in raters if rater["counted"])
     wanted = figures["pairs"] * figures["votes_wanted"]
@@ -160,8 +160,8 @@ def report_text(figures: Mapping[str, Any]) -> str:
     lines += [
         f"{figures['pairs']} pairs of samples, {rated} ratings of {wanted} wanted, by {counted} "
         "raters. A score is (G − B)/(G + S + B), from +100 % (the first model is always preferred) "
-        f"to −100 %; in brackets its interval of 95 %, from {figures['resamples']} resamples of "
-        "prompts and raters. Below it are the votes, G/S/B.",
+        f"to −100 %. Its 95 % interval, from {figures['resamples']} resamples of prompts and "
+        "raters, is in brackets. The votes, G/S/B, are below it.",
         "",
         "## Scores",
         "",
@@ -180,8 +180,8 @@ def report_text(figures: Mapping[str, Any]) -> str:
         lines += [
             "## Relative scores",
             "",
-            "The score less that of the base models, so that a strong base does not count as a "
-            f"good method ({_bases(figures['bases'])}).",
+            "The score minus that of the base models, so that a strong base model does not count "
+            f"as a good method ({_bases(figures['bases'])}).",
             "",
             *_table(
                 ["comparison", *_TITLES.values()],
@@ -198,9 +198,9 @@ def report_text(figures: Mapping[str, Any]) -> str:
         lines += [
             "## Ranking",
             "",
-            "Log-strengths of Bradley and Terry, of mean 0, a draw being half a win for each: a "
-            "difference of 1 is odds of 2.7 to 1. A dash: some model never lost, or never won, and "
-            "no finite strength is the most likely.",
+            "Bradley-Terry log-strengths, of mean 0; a draw is half a win for each model. A "
+            "difference of 1 means odds of 2.7 to 1. A dash means that no finite strengths fit "
+            "best, because some model never lost or never won.",
             "",
             *_table(
                 ["model", *(criterion.title for criterion in CRITERIA)],
@@ -216,10 +216,10 @@ def report_text(figures: Mapping[str, Any]) -> str:
     lines += [
         "## Raters",
         "",
-        "Fleiss' κ of raters about the same pairs, 1 for full agreement and 0 for chance: "
+        "Fleiss' κ of raters on the same pairs (1 is full agreement, 0 is chance): "
         + ", ".join(f"{c.title.lower()} {_number(figures['kappa'][c.name])}" for c in CRITERIA)
-        + ". Repeated is the share of answers given again when a pair came back with its sides "
-        "changed; left is the share of preferences for the left side.",
+        + ". “Repeated” is the share of answers that stayed the same when a pair came back with "
+        "its sides swapped; “left” is the share of preferences for the left side.",
         "",
         *_table(
             ["rater", "pairs", "skipped", "checks passed", "repeated", "left", "counted"],
@@ -249,7 +249,7 @@ def report_text(figures: Mapping[str, Any]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, and an empty one behind it."""
+    """Return the lines of a Markdown table, and an empty line."""
     return [
         f"| {' | '.join(heads)} |",
         f"|{' --- |' * len(heads)}",
@@ -271,7 +271,7 @@ def _strength(figure: Mapping[str, float]) -> str:
     return _with_interval(figure, lambda value: _signed(value, 2))
 
 
-def _with_interval(figure: Mapping[str, float], text: Any) -> str:
+def _with_interval(figure: Mapping[str, float], text: Callable[[float], str]) -> str:
     if not math.isfinite(figure["value"]):
         return "–"
     if not math.isfinite(figure["low"]):
@@ -300,7 +300,7 @@ def _settings(values: Mapping[str, Any]) -> str:
 
 
 def _cell(value: object) -> str:
-    """A text of others, in a line of Markdown."""
+    """Escape a user's text for a cell of a Markdown table."""
     return (
         " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
     )

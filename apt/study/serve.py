@@ -1,4 +1,4 @@
-"""The study's server: on this machine alone, unless told otherwise."""
+"""The study's server, which by default can be reached from this machine only."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ _THREADS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Where the server is, and for whom."""
+    """Where the server listens, and for how many raters."""
 
     raters: int | None = None
-    """Links to print, one for each rater; None is as many as a pair needs votes. More later, with
-    the links that are out kept as they are."""
+    """Number of raters, each with a link; None takes the number of votes per pair. A larger number
+    later adds links and keeps the old ones."""
     pairs_per_rater: int | None = None
     """The most pairs that one rater is given; None gives all that need votes."""
     host: str = "127.0.0.1"
-    """Address to listen on. The default is reached from this machine alone; 0.0.0.0 from every
-    network that it is in."""
+    """Address to listen on. The default can be reached from this machine only, 0.0.0.0 from every
+    network that the machine is in."""
     port: int = DEFAULT_PORT
-    """Port to listen on; 0 takes one that is free."""
+    """Port to listen on; 0 takes a free one."""
     address: str | None = None
-    """What links begin with, such as https://study.example.org behind a proxy; None is the host
-    and port."""
+    """Start of the links, such as https://study.example.org behind a proxy; None uses the host and
+    port."""
 
     def __post_init__(self) -> None:
         if self.raters is not None and not 1 <= self.raters <= _MOST_RATERS:
-            raise InputError(f"raters must be 1 to {_MOST_RATERS}, got {self.raters}")
+            raise InputError(f"raters must be from 1 to {_MOST_RATERS}, got {self.raters}")
         if self.pairs_per_rater is not None and self.pairs_per_rater < 1:
-            raise InputError(f"a rater gets at least 1 pair, got {self.pairs_per_rater}")
+            raise InputError(f"pairs_per_rater must be at least 1, got {self.pairs_per_rater}")
         if not 0 <= self.port < 2**16:
-            raise InputError(f"a port is 0 to 65535, got {self.port}")
+            raise InputError(f"port must be from 0 to 65535, got {self.port}")
 
 
 def serve_study(
@@ -57,17 +57,19 @@ def serve_study(
     *,
     ready: Callable[[Sequence[str]], None] = lambda links: None,
 ) -> None:
-    """Serve until interrupted. Answers are on the disk as they come in, so any end will do.
+    """Serve until interrupted. Every answer is saved at once, so the server can be stopped anyhow.
 
     Args:
-        folder: of the study.
-        config: see there.
-        ready: called with the raters' links, once they work.
+        folder: folder of the study.
+        config: where to listen, and for how many raters.
+        ready: called with the raters' links once they work.
 
     Raises:
-        DataError: no study, samples that are missing, answers to another study, no waitress.
-        InputError: an address that cannot be listened on, such as a port in use.
-        StorageError: answers that cannot be written.
+        DataError: if there is no study, samples are missing, or the answers belong to another
+            study.
+        MissingPackageError: if waitress is not installed.
+        InputError: if the server cannot listen, for instance because the port is in use.
+        StorageError: if answers cannot be written.
     """
     with study_server(folder, config) as (server, links):
         ready(links)
@@ -78,9 +80,9 @@ def serve_study(
 def study_server(
     folder: Path, config: ServeConfig
 ) -> Iterator[tuple[TcpWSGIServer | MultiSocketServer, list[str]]]:
-    """The server, which listens and does not run yet, and the links; closed at the end.
+    """Yield a server that listens but does not run yet, and the links; close it at the end.
 
-    Raises as `serve_study`.
+    Raises what `serve_study` raises.
     """
     try:
         from waitress import create_server
@@ -94,7 +96,7 @@ def study_server(
     tokens = [token(key, rater) for rater in range(1, (config.raters or study.votes) + 1)]
     numbers = {name: rater for rater, name in enumerate(tokens, 1)}
     store = AnswerStore(folder, study)
-    # It says when requests wait for a thread, which they may.
+    # waitress warns when requests wait for a thread, which is normal here.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     try:
         app = StudyApp(study, folder, store, numbers, limit=config.pairs_per_rater)
@@ -120,18 +122,18 @@ def study_server(
 
 
 def check_media(folder: Path, study: Study) -> None:
-    """Raise DataError if a sample of the study is not there."""
+    """Raise DataError if a sample of the study is missing."""
     names = {name for pair in (*study.pairs, *study.checks) for name in pair.files}
     missing = sorted(name for name in names if not (folder / MEDIA / name).is_file())
     if missing:
         raise DataError(
             f"{len(missing)} samples of the study are missing in {str(folder / MEDIA)!r}, such as "
-            f"{missing[0]!r}; make it again with the same options, which adds them"
+            f"{missing[0]!r}; run `study make` again with the same options to add them"
         )
 
 
 def _host(host: str) -> str:
-    """In an address; one that stands for all of this machine's is this machine for its owner."""
+    """Return a host as written in a URL; localhost for an address that means all networks."""
     if host in ("0.0.0.0", "::", ""):
         return "localhost"
     return f"[{host}]" if ":" in host else host
@@ -146,8 +148,11 @@ def _port(server: TcpWSGIServer | MultiSocketServer) -> int:
 def _refusal(config: ServeConfig, error: OSError | ValueError) -> str:
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         return (
-            f"port {config.port} of {config.host} is in use, perhaps by this study already; stop "
-            "what uses it, or choose another with --port"
+            f"port {config.port} of {config.host} is in use, perhaps by this study; stop what uses "
+            "it, or choose another port with --port"
         )
     reason = (error.strerror if isinstance(error, OSError) else None) or error
-    return f"cannot listen on {config.host}, port {config.port}: {reason}; choose another"
+    return (
+        f"cannot listen on {config.host}, port {config.port}: {reason}; choose another --host or "
+        "--port"
+    )

@@ -19,12 +19,12 @@ from apt.study.document import Study
 from apt.study.votes import Vote
 
 AVERAGE = "average"
-"""Of the criteria, as the last column of Table 2."""
+"""The mean over the criteria, as in the last column of Table 2."""
 MEASURES = (*(criterion.name for criterion in CRITERIA), AVERAGE)
 
 _LEVEL = 0.95
 _MOST_UNKNOWN = 0.05
-"""Share of resamples in which a figure may be undefined; with more there is no interval."""
+"""The largest share of resamples in which a figure may be undefined before it has no interval."""
 
 Comparison = tuple[str, str]
 Floats = NDArray[np.float64]
@@ -32,10 +32,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A figure and its interval of 95 %.
+    """A figure and its 95 % interval.
 
     Attributes:
-        value: nan if it is not defined.
+        value: the figure; nan if undefined.
         low, high: ends of the interval; nan if resampling does not give one.
     """
 
@@ -49,7 +49,7 @@ class Score:
     """One cell of a table.
 
     Attributes:
-        good, similar, bad: votes for the first model, for none, for the second.
+        good, similar, bad: votes for the first model, for neither, and for the second.
         score: (G - B) / (G + S + B).
     """
 
@@ -60,17 +60,17 @@ class Score:
 
 
 class Analysis:
-    """Everything that follows from votes.
+    """The statistics of a study's votes.
 
-    Intervals are percentiles of resamples in which prompts and raters are both drawn anew with
-    replacement, each vote counting as often as its prompt times its rater was drawn (the pigeonhole
-    bootstrap of Owen, 2007). So they are for other prompts and other people, as far as those here
-    are like them; with one rater they are for other prompts alone.
+    Intervals are percentiles of resamples in which prompts and raters are both drawn with
+    replacement; a vote is weighted by the count of its prompt times the count of its rater (the
+    pigeonhole bootstrap of Owen, 2007). The intervals thus cover other prompts and other raters, as
+    far as those in the study represent them. With a single rater they cover other prompts only.
 
     Args:
-        study: that was rated.
-        votes: on its pairs.
-        resamples: how many.
+        study: the study that was rated.
+        votes: votes on its pairs.
+        resamples: number of resamples.
     """
 
     def __init__(self, study: Study, votes: Sequence[Vote], *, resamples: int = 2000) -> None:
@@ -91,32 +91,23 @@ class Analysis:
         ]
 
     def score(self, comparison: Comparison, measure: str) -> Score:
-        """Of the first model against the second; an average has the sums of all votes."""
-        values = self._values(comparison, measure)
-        good, similar, bad = (sum(v == value for v in values) for value in (1, 0, -1))
-        if measure == AVERAGE:
-            own = [self.score(comparison, name).score.value for name in MEASURES[:-1]]
-            value = float(np.mean(own))
-        else:
-            value = preference_score(good, similar, bad)
-        return Score(
-            good=good,
-            similar=similar,
-            bad=bad,
-            score=_figure(value, self._resampled(comparison, measure)),
-        )
+        """Return the score of the first model against the second; an average counts all votes."""
+        good, similar, bad = self._counts(comparison, measure)
+        figure = _figure(self._value(comparison, measure), self._resampled(comparison, measure))
+        return Score(good=good, similar=similar, bad=bad, score=figure)
 
     def relative(
         self, comparison: Comparison, measure: str, bases: Mapping[str, str]
     ) -> Figure | None:
-        """The score less that of the two base models (Table 2); None without both bases.
+        """Return the score minus that of the two base models (Table 2); None without both bases.
 
-        Models of one base have nothing to adjust. Raises InputError if the bases did not meet.
+        Nothing is subtracted if both models have the same base. Raises InputError if the bases were
+        not compared.
         """
         first, second = (bases.get(name) for name in comparison)
         if first is None or second is None:
             return None
-        score = self.score(comparison, measure).score.value
+        score = self._value(comparison, measure)
         resampled = self._resampled(comparison, measure)
         if first == second:
             return _figure(score, resampled)
@@ -129,14 +120,14 @@ class Analysis:
                 f"the base models {first!r} and {second!r} have no votes against each other; "
                 "compare them in the same study, or leave out --base"
             )
-        base = sign * self.score(met, measure).score.value
+        base = sign * self._value(met, measure)
         return _figure(
             relative_preference_score(score, base),
             resampled - sign * self._resampled(met, measure),
         )
 
     def kappa(self, criterion: str) -> float:
-        """Fleiss' kappa over all pairs that two raters saw; nan without one."""
+        """Return Fleiss' kappa over all pairs that at least two raters rated; nan if none."""
         counts: dict[str, Counter[int]] = {}
         for vote in self._votes:
             if vote.criterion == criterion:
@@ -147,7 +138,7 @@ class Analysis:
         return fleiss_kappa(table)
 
     def ranking(self, criterion: str) -> dict[str, Figure]:
-        """Bradley-Terry log-strengths of all models that met, of mean 0; a draw is half a win."""
+        """Return Bradley-Terry log-strengths of all models, of mean 0; a draw is half a win."""
         models = list(dict.fromkeys(name for met in self.comparisons for name in met))
         wins = np.zeros((len(models), len(models)))
         resampled = np.zeros((len(self._weights[0]), *wins.shape))
@@ -166,15 +157,22 @@ class Analysis:
         pair = self._pairs[vote.pair]
         return pair.first, pair.second
 
-    def _values(self, comparison: Comparison, measure: str) -> list[int]:
-        return [
+    def _counts(self, comparison: Comparison, measure: str) -> tuple[int, int, int]:
+        """Return the votes for the first model, for neither, and for the second."""
+        values = Counter(
             vote.value
             for vote in self._votes
             if self._met(vote) == comparison and measure in (AVERAGE, vote.criterion)
-        ]
+        )
+        return values[1], values[0], values[-1]
+
+    def _value(self, comparison: Comparison, measure: str) -> float:
+        if measure == AVERAGE:
+            return float(np.mean([self._value(comparison, name) for name in MEASURES[:-1]]))
+        return preference_score(*self._counts(comparison, measure))
 
     def _table(self, comparison: Comparison, criterion: str) -> tuple[Floats, Floats]:
-        """Sums of votes, and their number, by prompt and rater."""
+        """Return sums of votes and their numbers, both (prompts, raters)."""
         sums = np.zeros((len(self._rows), len(self._columns)))
         counts = np.zeros_like(sums)
         for vote in self._votes:
@@ -185,13 +183,13 @@ class Analysis:
         return sums, counts
 
     def _weigh(self, table: Floats) -> Floats:
-        """The sum of a table in every resample."""
+        """Return the sum of a table in every resample."""
         prompts, raters = self._weights
         found: Floats = ((prompts @ table) * raters).sum(axis=1)
         return found
 
     def _resampled(self, comparison: Comparison, measure: str) -> Floats:
-        """The score in every resample; nan where no vote was drawn."""
+        """Return the score in every resample; nan where no vote was drawn."""
         if measure == AVERAGE:
             every = [self._resampled(comparison, name) for name in MEASURES[:-1]]
             mean: Floats = np.mean(every, axis=0)

@@ -1,4 +1,4 @@
-"""Answers in SQLite. Whatever was acknowledged is on the disk, once, whoever is killed and when."""
+"""Answers in SQLite. An acknowledged answer is on the disk exactly once, even after a crash."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from apt.study.plan import Kind, Task, plan_tasks
 ANSWERS_FILE = "answers.sqlite"
 
 Choices = Mapping[str, Choice]
-"""By criterion; all of them."""
+"""A choice for every criterion, by name."""
 
 _IDLE = timedelta(hours=24)
-"""After that a rater is taken to have left, and the votes that are missing go to others."""
+"""After this time without a request a rater counts as gone, and others get the missing votes."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS study (digest TEXT PRIMARY KEY);
@@ -59,23 +59,23 @@ FROM tasks LEFT JOIN answers ON answers.rater = tasks.rater AND answers.position
 
 
 class ConflictError(AptError):
-    """An answer to what is not asked now, or was answered otherwise in another window."""
+    """An answer to a task that is not due, or that was answered differently in another window."""
 
 
 class StorageError(AptError, OSError):
-    """Answers that cannot be read or written: a full disk, a locked or damaged file."""
+    """Answers cannot be read or written, because of a full disk or a locked or damaged file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A task of a rater, and the answer that counts.
+    """A task of a rater, and its current answer.
 
     Attributes:
         rater: number from 1.
-        position: among the rater's tasks, from 0.
+        position: position among the rater's tasks, from 0.
         task: what is shown.
-        version: how often it was answered; 0 if it was not.
-        choices: None if it was not answered, or skipped.
+        version: how often it was answered; 0 if never.
+        choices: the current answer; None if it was not answered, or skipped.
     """
 
     rater: int
@@ -86,20 +86,21 @@ class Shown:
 
 
 class AnswerStore:
-    """The answers to one study, for any number of threads, and of processes on one machine.
+    """The answers to one study, for any number of threads and of processes on one machine.
 
-    An answer has a key: rater, position and version. Sent twice it is one answer; two that differ
-    and claim one version, from two windows, are a conflict, and the first stands. Undone answers
-    are kept, and do not count.
+    The key of an answer is rater, position and version. The same answer sent twice is stored once.
+    Two different answers with the same version, from two windows, are a conflict, and the first one
+    stands. Replaced answers are kept but do not count.
 
     Args:
-        folder: of the study.
-        study: that the answers belong to.
-        read_only: no file is made or changed.
+        folder: folder of the study.
+        study: the study that the answers belong to.
+        read_only: create and change no file.
 
     Raises:
-        StorageError: the file cannot be opened.
-        DataError: it has the answers to another study; with `read_only` also if there is none.
+        StorageError: if the file cannot be opened.
+        DataError: if it holds the answers to another study; with `read_only`, also if it is
+            missing.
     """
 
     def __init__(self, folder: Path, study: Study, *, read_only: bool = False) -> None:
@@ -124,8 +125,8 @@ class AnswerStore:
             digests = [row[0] for row in self._connection.execute("SELECT digest FROM study")]
         if digests != [study.digest()]:
             raise DataError(
-                f"{str(self._path)!r} has the answers to another study than "
-                f"{str(folder)!r} is now; bring its study.json back, or move the answers away"
+                f"{str(self._path)!r} holds the answers to another study than the one in "
+                f"{str(folder)!r}; restore the old study.json, or move the answers away"
             )
 
     def close(self) -> None:
@@ -133,11 +134,10 @@ class AnswerStore:
         self._connection.close()
 
     def begin(self, rater: int, limit: int | None = None) -> list[Shown]:
-        """All tasks of a rater who opens the page, chosen when that is for the first time.
+        """Return all tasks of a rater who opens the page; choose them if there are none yet.
 
-        A rater for whom no pair was left gets those that have become free since.
-
-        Raises StorageError.
+        So a rater for whom no pair was left gets pairs that have become free since. Raises
+        StorageError.
         """
         with self._transaction() as connection:
             found = self._of(connection, rater)
@@ -157,31 +157,31 @@ class AnswerStore:
         return found
 
     def tasks(self, rater: int) -> list[Shown]:
-        """All tasks of a rater; none for one who never opened the page. Raises StorageError."""
+        """Return all tasks of a rater; none if the page was never opened. Raises StorageError."""
         with self._lock, self._explained():
             return self._of(self._connection, rater)
 
     def task(self, rater: int, position: int) -> Shown:
-        """One that was answered, or is the next.
+        """Return a task that was answered or is next.
 
-        Raises ConflictError for what comes later, and StorageError.
+        Raises ConflictError for any other task, and StorageError.
         """
         return _due(self.tasks(rater), position)
 
     def answer(self, rater: int, position: int, version: int, choices: Choices | None) -> None:
-        """Keep an answer; when this returns, it is on the disk.
+        """Save an answer; when this returns, it is on the disk.
 
         Args:
             rater: number from 1.
-            position: of the task, from 0; those before it are answered.
+            position: position of the task, from 0; all tasks before it must be answered.
             version: 1 for the first answer, one more for each that replaces it.
-            choices: a side for each criterion; None skips a pair that cannot be shown.
+            choices: a choice for each criterion; None skips a pair that cannot be shown.
 
         Raises:
-            InputError: choices that are none.
-            ConflictError: no such task, one that is not its turn yet, or a version that is taken
-                by another answer.
-            StorageError: nothing was kept.
+            InputError: for invalid choices.
+            ConflictError: for a task that does not exist or is not due, or a version that another
+                answer has.
+            StorageError: if the answer could not be saved.
         """
         check_choices(choices)
         text = None if choices is None else json.dumps(dict(choices), sort_keys=True)
@@ -201,14 +201,14 @@ class AnswerStore:
                 raise ConflictError("This pair was rated in another window; that answer stands.")
 
     def everything(self) -> list[Shown]:
-        """Every task of every rater, in order. Raises StorageError."""
+        """Return every task of every rater, in order. Raises StorageError."""
         with self._lock, self._explained():
             rows = self._connection.execute(f"{_CURRENT} ORDER BY tasks.rater, tasks.position")
             return [_shown(row) for row in rows]
 
     def _prepare(self) -> None:
-        # Write-ahead: readers do not wait, and a process that is killed leaves whole transactions.
-        # FULL: neither does a machine that loses power lose an acknowledged answer.
+        # WAL: readers do not wait, and a killed process leaves only whole transactions.
+        # FULL: acknowledged answers survive a power failure, too.
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             self._connection.execute(f"PRAGMA {pragma}")
         self._connection.executescript(_SCHEMA)
@@ -225,7 +225,7 @@ class AnswerStore:
 
     @staticmethod
     def _planned(connection: sqlite3.Connection) -> dict[str, int]:
-        """Votes that are there, and those still to come from raters who have not left."""
+        """Return votes per pair: those given, and those still to come from raters at work."""
         rows = connection.execute(
             f"""SELECT pair, COUNT(*) FROM ({_CURRENT}) AS task JOIN raters USING (rater)
             WHERE kind = 'pair' AND (choices IS NOT NULL OR (version IS NULL AND seen > ?))
@@ -237,7 +237,7 @@ class AnswerStore:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock, self._explained():
-            # Immediate: what was read is still so when it is written.
+            # Immediate: nobody else can write between our reads and our writes.
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -254,21 +254,23 @@ class AnswerStore:
             yield
         except sqlite3.Error as error:
             raise StorageError(
-                f"the answers in {str(self._path)!r} cannot be read or written ({error}); look at "
-                "the disk's space and permissions, and try again: what was saved before is kept"
+                f"the answers in {str(self._path)!r} cannot be read or written ({error}); check "
+                "the disk's space and permissions, and try again: earlier answers are kept"
             ) from error
 
 
 def check_choices(choices: object) -> None:
-    """Raise InputError unless this is one of the sides for each criterion, or None."""
+    """Raise InputError unless this is a choice for each criterion, or None."""
     names = [criterion.name for criterion in CRITERIA]
     if choices is None:
         return
     if not isinstance(choices, Mapping) or set(choices) != set(names):
-        raise InputError(f"an answer has a choice for each of {', '.join(names)}, and no more")
+        raise InputError(
+            f"an answer must have a choice for each of {', '.join(names)}, and nothing else"
+        )
     for value in choices.values():
         if value not in CHOICES:
-            raise InputError(f"a choice is one of {', '.join(CHOICES)}, got {value!r:.40}")
+            raise InputError(f"a choice must be one of {', '.join(CHOICES)}, got {value!r:.40}")
 
 
 def _shown(row: tuple[int, int, str, str, int, int | None, str | None]) -> Shown:
@@ -283,14 +285,14 @@ def _shown(row: tuple[int, int, str, str, int, int | None, str | None]) -> Shown
 
 
 def next_position(tasks: Sequence[Shown]) -> int:
-    """Position of the first task without an answer; their number if there is none."""
+    """Return the position of the first unanswered task, or the number of tasks if there is none."""
     return next((shown.position for shown in tasks if shown.version == 0), len(tasks))
 
 
 def _due(tasks: Sequence[Shown], position: int) -> Shown:
-    """A rater's task that may be shown and answered. Raises ConflictError."""
+    """Return a rater's task if it may be shown and answered now. Raises ConflictError if not."""
     if not 0 <= position < len(tasks) or position > next_position(tasks):
-        raise ConflictError("This pair is not to be rated now.")
+        raise ConflictError("This pair cannot be rated now.")
     return tasks[position]
 
 

@@ -1,4 +1,4 @@
-"""From what raters clicked to votes for models, and what their clicks say of the raters."""
+"""Turn raters' answers into votes for models, and into statistics about the raters."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from apt.study.store import Shown
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
-    """What a rater said of a pair, by one criterion.
+    """A rater's vote on a pair, by one criterion.
 
     Attributes:
         rater: number from 1.
-        pair: its name.
-        criterion: its name.
+        pair: name of the pair.
+        criterion: name of the criterion.
         value: 1 for the pair's first model, -1 for its second, 0 for no preference.
     """
 
@@ -29,15 +29,15 @@ class Vote:
 
 @dataclass(frozen=True, kw_only=True)
 class RaterSummary:
-    """How a rater did.
+    """Statistics about a rater. Checks and repetitions do not count as pairs.
 
     Attributes:
         rater: number from 1.
         rated: pairs with an answer.
-        asked: pairs that the rater has or had to answer, checks and repetitions apart.
-        skipped: pairs of these that could not be shown.
-        checks, checks_passed: questions of attention checks, and those answered rightly.
-        repeats, repeats_same: questions that came twice, and those answered the same.
+        asked: pairs assigned to the rater.
+        skipped: pairs that the rater skipped because they could not be shown.
+        checks, checks_passed: answers to attention checks, and the correct ones among them.
+        repeats, repeats_same: answers to repeated pairs, and those equal to the first answer.
         left, same, right: how often each was chosen for pairs.
     """
 
@@ -54,18 +54,18 @@ class RaterSummary:
     right: int
 
     def attention(self) -> float:
-        """Share of checks that were passed; 1 for who has met none."""
+        """Return the share of checks that were passed; 1 if the rater has seen none."""
         return self.checks_passed / self.checks if self.checks else 1.0
 
 
 def value_of(choice: Choice, flipped: bool) -> int:
-    """1 for the first sample, which is on the left unless flipped, -1 for the second, 0."""
+    """Return 1 for the first sample (on the left unless flipped), -1 for the second, 0 for same."""
     side = {"left": 1, "same": 0, "right": -1}[choice]
     return -side if flipped else side
 
 
 def find_votes(study: Study, shown: Iterable[Shown]) -> list[Vote]:
-    """The votes for models: no checks, no repetitions, nothing skipped."""
+    """Return the votes for models, without checks, repetitions and skipped pairs."""
     names = {pair.name for pair in study.pairs}
     return [
         vote
@@ -76,7 +76,7 @@ def find_votes(study: Study, shown: Iterable[Shown]) -> list[Vote]:
 
 
 def summarise_raters(shown: Iterable[Shown]) -> list[RaterSummary]:
-    """Every rater who was given tasks, in order."""
+    """Return statistics about every rater who was given tasks, in order."""
     by_rater: dict[int, list[Shown]] = {}
     for one in shown:
         by_rater.setdefault(one.rater, []).append(one)

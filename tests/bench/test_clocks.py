@@ -54,7 +54,7 @@ def test_figures_that_a_gpu_does_not_tell():
     state = parse_nvidia_smi("1755, 2619, [N/A], [N/A], 61")
     assert (state.sm_clock_mhz, state.power_w) == (1755, None)
     assert state.reason == "nvidia-smi has no power.draw, power.limit here"
-    assert "nvidia-smi said 'No devices'" in parse_nvidia_smi("No devices").reason
+    assert "nvidia-smi printed 'No devices'" in parse_nvidia_smi("No devices").reason
 
 
 def test_without_the_program_nvml_is_asked_and_its_absence_told(tmp_path, monkeypatch):
@@ -98,4 +98,4 @@ def test_a_cpu_has_none(monkeypatch):
     monkeypatch.setattr("apt.bench.clocks.SECONDS_BETWEEN", 0.001)
     with GpuWatch(torch.device("cpu")) as watch:
         wait_until(lambda: "gpu clocks" not in {thread.name for thread in threading.enumerate()})
-    assert watch.state() == GpuState(reason="clocks are read of GPUs only")
+    assert watch.state() == GpuState(reason="clocks are read on GPUs only")

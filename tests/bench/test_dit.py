@@ -66,7 +66,7 @@ def test_tokens_of_the_papers_sizes(frames, height, width, tokens):
         ({"width": 0}, "720x0"),
         ({"batch": 0}, "at least 1, got 0, 256 and"),
         ({"model": "apt_9b"}, "unknown model 'apt_9b'"),
-        ({"dtype": "int8"}, "'int8' is none of: bfloat16"),
+        ({"dtype": "int8"}, "'int8' is not one of: bfloat16"),
     ],
 )
 def test_sizes_that_do_not_fit(change, message):

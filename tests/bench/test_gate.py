@@ -69,7 +69,7 @@ class TestRegression:
         before = [run_of(1.0), run_of(1.02), run_of(0.98)]
         verdict = check_regression(run_of(1.1, 1.2, 1.15), before, POLICY)
         assert verdict.fails
-        assert "1.15 ms against 1 ms of 3 like runs (+15.0 %" in verdict.text
+        assert "1.15 ms against 1 ms of 3 comparable runs (+15.0 %" in verdict.text
 
     def test_noise_passes(self):
         assert check_regression(run_of(1.04), [run_of(1.0)], POLICY).outcome == "passed"
@@ -102,7 +102,7 @@ class TestRegression:
         verdict = check_regression(run_of(9.0), [run_of(1.0)] * 2, policy)
         assert verdict.outcome == "not judged"
         assert not verdict.fails
-        assert "2 recorded like runs, 3 needed" in verdict.text
+        assert "2 comparable runs recorded, 3 needed" in verdict.text
 
     @pytest.mark.parametrize(
         ("field", "value"),
@@ -222,7 +222,7 @@ class TestBudget:
         verdict = check_budget(budget, slow, [slow])
         assert verdict is not None
         assert (verdict.outcome, verdict.text) == (
-            "not judged", "launch-bound: a roofline below 0.05 ms",
+            "not judged", "launch-bound: roofline below 0.05 ms",
         )  # fmt: skip
         assert self.outcome(budget, run_of(0.02, gb_s=1.0, floor_ms=0.05)) == "failed"
         assert self.outcome(budget, run_of(0.02, gb_s=95.0, floor_ms=0.05)) == "passed"

@@ -81,8 +81,8 @@ def test_records_of_a_topic_oldest_first(tmp_path):
     ("change", "message"),
     [
         ({"schema": 99}, "has schema 99, expected 1"),
-        ({"machine": {"device": "x"}}, "is no benchmark record"),
-        ({"extra": 1}, "is no benchmark record"),
+        ({"machine": {"device": "x"}}, "is not a benchmark record"),
+        ({"extra": 1}, "is not a benchmark record"),
         ({"measurements": [{"case": {}, "samples_ms": []}]}, "measured with 0 samples"),
     ],
 )
@@ -97,7 +97,7 @@ def test_other_files_are_refused(tmp_path, change, message):
 def test_what_is_no_record_is_refused(tmp_path, text):
     path = tmp_path / "x_kernels.json"
     path.write_text(text)
-    with pytest.raises(InputError, match="is no benchmark record"):
+    with pytest.raises(InputError, match="is not a benchmark record"):
         read_record(path)
 
 
@@ -158,13 +158,13 @@ def test_the_page_says_what_the_times_depend_on():
     verdicts = [
         Verdict(gate="fast", subject="a", outcome="passed", text="90"),
         Verdict(gate="goal", subject="b", outcome="failed", text="80", enforced=False),
-        Verdict(gate="no regression", subject="c", outcome="not judged", text="0 like runs"),
+        Verdict(gate="no regression", subject="c", outcome="not judged", text="0 comparable runs"),
     ]
     page = markdown(RECORD, verdicts)
     for text in (
         "**figures of a test**", "NVIDIA H100 80GB HBM3, 80 GB", "torch 2.11.0", "triton 3.6.0",
         "CUDA 13.0", "commit 0123456789ab", "`make bench`", "copy_gb_s 2000",
-        "failed (a goal)", "1 not judged: 0 like runs",
+        "failed (a goal)", "1 not judged: 0 comparable runs",
     ):  # fmt: skip
         assert text in page
     assert verdict_table([]) == "No gate applies."

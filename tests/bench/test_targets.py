@@ -130,7 +130,7 @@ def test_a_small_file(tmp_path):
         ("[devices]", "[device]", "unknown tables: device"),
         ("percent = 5.0", "percent = -5.0", "percent > 0"),
         ("percent = 5.0", "", "percent"),
-        ("[[budget]]", "[[budget]", "no file of targets"),
+        ("[[budget]]", "[[budget]", "not a file of targets"),
     ],
 )
 def test_mistakes(tmp_path, old, new, message):
@@ -141,5 +141,5 @@ def test_mistakes(tmp_path, old, new, message):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(ConfigError, match="no file of targets"):
+    with pytest.raises(ConfigError, match="not a file of targets"):
         read_targets(tmp_path / "targets.toml")

@@ -41,9 +41,9 @@ def test_a_cached_repository_is_found_offline(offline_cache):
 
 
 def test_a_repository_that_is_not_cached(offline_cache):
-    with pytest.raises(CheckpointError, match="nor whole in the local cache"):
+    with pytest.raises(CheckpointError, match="nor complete in the local cache"):
         local_folder("owner/other", None, ["vae"])
-    with pytest.raises(CheckpointError, match="nor whole in the local cache"):
+    with pytest.raises(CheckpointError, match="nor complete in the local cache"):
         local_folder("owner/name", "another", ["vae"])
 
 

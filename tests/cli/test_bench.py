@@ -42,14 +42,14 @@ def test_the_floor_of_a_public_model_is_at_its_own_sizes():
 def test_attention_is_slower_with_narrow_heads():
     """At rates that are published; what the vendor calls a peak is called so."""
     large = invoke("bench", "dit", "--model", "sd3.5_large", "--floor", "--gpu", "h100").stdout
-    assert "published, 16k tokens, heads of 64" in large
+    assert "16k tokens, head dimension 64" in large
     fastest = next(line for line in large.splitlines() if line.startswith("| flash-attn 3"))
     assert [cell.strip() for cell in fastest.split("|")[2:5]] == ["497", "51.88", "47.77"]
     wan = invoke("bench", "dit", "--model", "wan2.1_t2v_1.3b", "--floor", "--gpu", "h200").stdout
-    assert "heads of 128" in wan
-    assert "No kernel reaches a peak" not in wan  # its rates were measured
+    assert "head dimension 128" in wan
+    assert "No kernel reaches the peak" not in wan  # its rates were measured
     other = invoke("bench", "dit", "--model", "sd3.5_large", "--floor", "--gpu", "a100").stdout
-    assert "on an H200 large products reach 80% and copies 90% of it" in other
+    assert "on an H200, large products reach 80% and copies 90% of it" in other
     assert "measured rates (h100, h200)" in other
 
 
@@ -92,9 +92,12 @@ def test_kernels_here():
     [
         (("dit", "--floor"), "--floor and --gpu go together"),
         (("dit", "--gpu", "h100"), "--floor and --gpu go together"),
-        (("dit", "--floor", "--gpu", "h100", "--dtype", "float32"), "take --dtype bfloat16"),
+        (("dit", "--floor", "--gpu", "h100", "--dtype", "float32"), "use --dtype bfloat16"),
         (("dit", "--floor", "--gpu", "h1000"), "unknown GPU 'h1000'; choose from: a100, h100"),
-        (("dit", "--floor", "--gpu", "h100", "--frames", "48"), "48 frames are not 4k + 1"),
+        (
+            ("dit", "--floor", "--gpu", "h100", "--frames", "48"),
+            "48 frames do not fit a compression of 4",
+        ),
         (("dit", "--floor", "--gpu", "h100", "--height", "728"), "not a multiple of the patch, 2"),
         (("dit", "--model", "sd3.5_large", "--frames", "5"), "Stable Diffusion 3 makes images"),
         (

@@ -58,12 +58,12 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     samples = [f"--samples=x={tmp_path / 'of_ours'}", f"--samples=x={tmp_path / 'of_theirs'}"]
     for options, message in (
         (samples, "models need different names"),
-        (samples[:1], "two models or more"),
+        (samples[:1], "needs at least two models"),
         (["--samples", tmp_path / "nowhere"], "cannot read samples"),
         (["--model", "digits"], "needs --prompts FILE"),
         ([*samples[:1], "--compare", "x"], "a comparison is two names"),
         ([*samples[:1], "--seeds", "0"], "at least 1 sample"),
-        ([*samples[:1], "--votes", "0"], "two models or more"),
+        ([*samples[:1], "--votes", "0"], "needs at least two models"),
     ):
         assert message in error_line(invoke("study", "make", tmp_path / "new", *options))
     assert not (tmp_path / "new").exists()
@@ -80,7 +80,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     for command, message in (
         (["serve", tmp_path / "nowhere"], "holds no study"),
-        (["serve", tmp_path / "study", "--port", "99999"], "a port is 0 to 65535"),
+        (["serve", tmp_path / "study", "--port", "99999"], "port must be from 0 to 65535"),
         (["report", tmp_path / "study"], "no answers yet"),
         (["report", tmp_path / "study", "--base", "a"], "a base is given once"),
     ):

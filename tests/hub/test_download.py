@@ -112,7 +112,7 @@ def test_what_has_no_access_says_where_to_get_it(hub: HubServer, tmp_path: Path)
     assert "no such model, or it is private" in private
     assert "accept the licence at" in gated
     for line in (private, gated):
-        assert "that has access: the one that is set has none" in line
+        assert "that has access: the current one has none" in line
 
     _, private, gated, _ = download(hub, tmp_path, *names, token=TOKEN)
     assert private.endswith(WHOLE) and gated.endswith(WHOLE)
@@ -129,7 +129,7 @@ def test_offline_the_cache_serves_and_says_what_it_lacks(hub: HubServer, tmp_pat
         hub, tmp_path, "owner/model", f"owner/model@{sha}", "owner/other", HF_HUB_OFFLINE="1"
     )
     assert lines[:2] == [f"OK {sha} {WHOLE}"] * 2
-    assert "nor whole in the local cache, and HF_HUB_OFFLINE is set" in lines[2]
+    assert "nor complete in the local cache, and HF_HUB_OFFLINE is set" in lines[2]
     assert len(hub.log) == asked, "offline means offline"
 
 
@@ -144,7 +144,7 @@ def test_without_a_connection_the_cache_serves(hub: HubServer, tmp_path: Path) -
     assert lines[:2] == [f"OK {sha} {WHOLE}"] * 2 and lines[3] == lines[0]
     assert f"the Hub cannot be reached at {endpoint}" in lines[2]
     (told,) = result.stderr.splitlines()
-    assert endpoint in told and "'owner/model' is taken as it is on this disk" in told
+    assert endpoint in told and "using the copy of 'owner/model' on this disk" in told
 
 
 def test_a_hub_that_is_silent_is_not_waited_for(hub: HubServer, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_hub_that_is_silent_is_not_waited_for(hub: HubServer, tmp_path: Path) 
     assert lines[:2] == [f"OK {sha} {WHOLE}"] * 2
     assert f"the Hub cannot be reached at {endpoint}" in lines[2]
     (told,) = result.stderr.splitlines()
-    assert "timed out" in told and "'owner/model' is taken as it is on this disk" in told
+    assert "timed out" in told and "using the copy of 'owner/model' on this disk" in told
 
 
 def test_a_broken_hub_is_not_waited_for_either(hub: HubServer, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_broken_hub_is_not_waited_for_either(hub: HubServer, tmp_path: Path) -
     hub.faults.failures = 10**6
     result = run_python(hub, tmp_path, DOWNLOAD, "owner/model")
     assert result.stdout == f"OK {sha} {WHOLE}\n"
-    assert "the Hub answers 503" in result.stderr
+    assert "answers 503; using the copy of 'owner/model'" in result.stderr
 
 
 def test_names_that_lead_out_of_the_folder_write_nothing(hub: HubServer, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_what_is_no_hub_says_so(hub: HubServer, tmp_path: Path) -> None:
         endpoint = f"http://127.0.0.1:{page.server_port}"
         (line,) = download(hub, tmp_path, "owner/model", HF_ENDPOINT=endpoint)
         page.shutdown()
-    assert f"what answers at {endpoint} is not the Hub" in line
+    assert f"{endpoint} does not answer like the Hub" in line
     (line,) = download(hub, tmp_path, "owner/model", HF_ENDPOINT="nowhere")
     assert "cannot download 'owner/model'" in line
     (line,) = download(hub, tmp_path, "owner/model", HF_ENDPOINT="http://[oops")
@@ -290,13 +290,13 @@ def test_a_busy_hub_is_asked_again(hub: HubServer, tmp_path: Path, status: int) 
 def test_a_hub_that_stays_down(hub: HubServer, tmp_path: Path) -> None:
     hub.faults.failures = 10**6
     (line,) = download(hub, tmp_path, "owner/model")
-    assert "nor whole in the local cache, and the Hub answers 503" in line
+    assert "nor complete in the local cache, and the Hub answers 503" in line
 
 
 def test_a_listed_file_that_is_missing_is_named(hub: HubServer, tmp_path: Path) -> None:
     hub.faults.missing = {"sub/model.safetensors"}
     (line,) = download(hub, tmp_path, "owner/model")
-    assert "its file 'sub/model.safetensors' is not there" in line
+    assert "its file 'sub/model.safetensors' is listed but missing" in line
 
 
 @pytest.mark.parametrize("place", ["", ">here"])
@@ -313,7 +313,7 @@ def test_altered_content_is_fetched_again(hub: HubServer, tmp_path: Path, place:
 def test_content_that_stays_altered_is_refused(hub: HubServer, tmp_path: Path) -> None:
     hub.faults.altered = 10**6
     (line,) = download(hub, tmp_path, "owner/model")
-    assert "sub/model.safetensors is not what the Hub announces (checksum), twice" in line
+    assert "sub/model.safetensors differs from the Hub's checksum, twice" in line
     assert not [path for path in cached(tmp_path) if path.stat().st_size == len(LARGE)]
     hub.faults.altered = 0
     (line,) = download(hub, tmp_path, "owner/model")
@@ -339,7 +339,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_counts(
     running.wait_for()
     assert not [path for path in tmp_path.rglob("model.safetensors")]
     (offline,) = download(hub, tmp_path, "owner/model", HF_HUB_OFFLINE="1")
-    assert "nor whole in the local cache" in offline
+    assert "nor complete in the local cache" in offline
     hub.faults.gate.set()
     (line,) = download(hub, tmp_path, "owner/model")
     assert line.endswith(WHOLE)

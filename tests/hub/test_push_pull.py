@@ -357,12 +357,15 @@ def test_the_card_carries_the_record(own: Path, tmp_path: Path) -> None:
     text = make_card(info(own, training=training()), "me/model", tmp_path)
     assert ModelCard(text).data.library_name == "diffusers"
     assert "num_inference_steps=1" in text and "num_frames=9" in text
+    assert "Videos of 9 frames at 8 fps, 32x32" in text
+    own_rates = dataclasses.replace(info(own).sample, fps=0.0)
+    assert "Videos of 9 frames, 32x32" in make_card(info(own, sample=own_rates), "me/model", own)
 
 
 def test_the_card_names_the_module_of_somebodys_own_parts(
     own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "not of the package" not in make_card(info(own), "me/model", own)
+    assert "do not belong to the package" not in make_card(info(own), "me/model", own)
     known = info(own)
     ours = dataclasses.replace(known.model, architecture="my_mixer")
     handed_over = dataclasses.replace(known.text_encoder, architecture="their_code.words.Words")
@@ -377,6 +380,12 @@ def test_a_licence_that_the_hub_has_no_name_for(own: Path) -> None:
     data = ModelCard(make_card(info(own, training=record), "me/model", own)).data.to_dict()
     assert data["license"] == "other" and data["license_name"] == "stabilityai-ai-community"
     assert data["license_link"].endswith("/a/b")
+    text = make_card(info(own, training=record), "me/model", own)
+    assert "stabilityai-ai-community, carried over from a/b." in text
+    text = make_card(info(own, training=record), "me/model", own, license="my-licence")
+    data = ModelCard(text).data.to_dict()
+    assert data["license_name"] == "my-licence" and "license_link" not in data
+    assert "my-licence." in text and "carried over" not in text
     data = ModelCard(make_card(info(own), "me/model", own)).data.to_dict()
     assert "license" not in data and "base_model" not in data
 

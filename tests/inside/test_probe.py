@@ -84,9 +84,9 @@ def test_every_family_orders_tokens_as_their_patches_lie(case: Case) -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"prompts": []}, "takes a prompt"),
-        ({"num_held_out": 0}, "at least one sample"),
-        ({"num_samples": 1}, "ask for more samples"),
+        ({"prompts": []}, "at least one prompt"),
+        ({"num_held_out": 0}, "one held-out sample"),
+        ({"num_samples": 1}, "use more samples"),
         ({"seed": -1}, "seed must be"),
     ],
 )

@@ -35,7 +35,9 @@ def test_equal_noises_are_a_way_that_stays() -> None:
     torch.testing.assert_close(points, a.expand(3, 3, 4))
 
 
-@pytest.mark.parametrize(("a", "b", "said"), [(1.0, 0.0, "is zero"), (1.0, -2.0, "are opposite")])
+@pytest.mark.parametrize(
+    ("a", "b", "said"), [(1.0, 0.0, "is all zero"), (1.0, -2.0, "are exactly opposite")]
+)
 def test_where_there_is_no_one_way(a: float, b: float, said: str) -> None:
     one = torch.ones(2, 2)
     with pytest.raises(InputError, match=said):
@@ -67,8 +69,8 @@ def test_what_differs_along_a_way_is_the_first_noise_alone() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"seeds": (1,)}, "two seeds"),
-        ({"seeds": (1, 1)}, "each other than the last"),
+        ({"seeds": (1,)}, "at least two seeds"),
+        ({"seeds": (1, 1)}, "neighbouring seeds must differ"),
         ({"num_between": 0}, "at least 1"),
         ({"options": GenerateOptions(height=64)}, "the model's own size"),
     ],

@@ -50,5 +50,5 @@ def test_many_at_once_and_what_has_no_answer() -> None:
     circle = np.array([[0, 1.0, 0], [0, 0, 1], [1, 0, 0]])
     assert bradley_terry(circle) == pytest.approx([0, 0, 0])
     for wrong in (np.ones(3), np.ones((2, 3)), -np.ones((2, 2)), np.full((2, 2), np.nan)):
-        with pytest.raises(InputError, match="wins of models over models"):
+        with pytest.raises(InputError, match="counts of wins, models by models"):
             bradley_terry(wrong)

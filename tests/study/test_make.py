@@ -64,17 +64,22 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path: Path) -> None:
     still = write_samples(tmp_path / "c", look=2, suffix=".png")
     out = tmp_path / "study"
     for folders, comparisons, config, message in (
-        ({"a": ours}, [], MakeConfig(), "two models or more"),
+        ({"a": ours}, [], MakeConfig(), "needs at least two models"),
         ({"a": ours, "b": theirs}, [], MakeConfig(), "'b' lacks 1 of the samples of 'a'"),
         ({"b": theirs, "a": ours}, [], MakeConfig(), "'b' lacks 1 of the samples of 'a'"),
-        ({"a": ours, "c": still}, [], MakeConfig(), "different kinds"),
+        ({"a": ours, "c": still}, [], MakeConfig(), "of different types"),
         ({"a": ours, "b": ours}, [("a", "x")], MakeConfig(), "no model 'x' to compare"),
         ({"a": ours, "b": ours}, [("a", "a")], MakeConfig(), "with itself"),
-        ({"a": ours, "b": ours}, [("a", "b"), ("b", "a")], MakeConfig(), "asked for once"),
+        (
+            {"a": ours, "b": ours},
+            [("a", "b"), ("b", "a")],
+            MakeConfig(),
+            "comparison was given twice",
+        ),
         ({"a": ours, "b": ours}, [], MakeConfig(num_prompts=300), "300 prompts were asked for"),
         ({"a": ours, "b": ours}, [], MakeConfig(seeds_per_prompt=3), "3 samples of each prompt"),
         ({"a": ours, "b": ours}, [], MakeConfig(votes=0), "at least 1 rater"),
-        ({"a": ours, "b": ours}, [], MakeConfig(check_every=-1), "checks come once in"),
+        ({"a": ours, "b": ours}, [], MakeConfig(check_every=-1), "checks come once per"),
         ({"a": ours, "intact": ours}, [], MakeConfig(), "cannot be called 'intact'"),
     ):
         with pytest.raises(InputError, match=message):
@@ -87,7 +92,7 @@ def test_a_changed_or_absent_sample_is_one_line_and_the_rest_is_kept(tmp_path: P
     last = folders["b"].samples[PROMPTS[-1], 3].path
     whole = last.read_bytes()
     last.write_bytes(whole[:-100])
-    with pytest.raises(DataError, match=r"5.mp4' is not what its manifest says"):
+    with pytest.raises(DataError, match=r"5.mp4' differs from its manifest"):
         make_study(tmp_path / "study", folders)
     last.unlink()
     with pytest.raises(DataError, match="cannot read the sample"):
@@ -112,7 +117,7 @@ def test_a_study_is_not_replaced(tmp_path: Path) -> None:
     folders = {name: write_samples(tmp_path / name, look=i) for i, name in enumerate("ab")}
     study = make_study(tmp_path / "study", folders)
     assert make_study(tmp_path / "study", folders) == study
-    with pytest.raises(InputError, match="another study in it"):
+    with pytest.raises(InputError, match="contains another study"):
         make_study(tmp_path / "study", folders, config=MakeConfig(seed=1))
     assert read_study(tmp_path / "study") == study
 

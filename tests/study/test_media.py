@@ -79,8 +79,8 @@ def test_what_cannot_be_shown_is_one_line_and_writes_nothing(tmp_path: Path) -> 
         (cut, "broken"),
         (empty, "broken"),
         (half, "broken"),
-        (moving, "moves, and is no video"),
-        (fine, "h264 in yuv444p, which browsers do not all play"),
+        (moving, "is an animated image"),
+        (fine, "h264 in yuv444p, which not all browsers play"),
         (tmp_path / "absent.mp4", "broken"),
     ):
         target = tmp_path / ("target" + clean_suffix(sample))

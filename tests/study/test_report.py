@@ -108,5 +108,5 @@ def test_what_is_missing_is_one_line(tmp_path: Path) -> None:
         report_study(folder, tmp_path / "out")
     with pytest.raises(InputError, match="at least 100"):
         ReportConfig(resamples=3)
-    with pytest.raises(InputError, match="a share from 0 to 1"):
+    with pytest.raises(InputError, match="min_attention must be from 0 to 1"):
         ReportConfig(min_attention=2)

@@ -116,9 +116,9 @@ def test_tokens_stay_and_tell_nothing(tmp_path: Path) -> None:
 
 def test_options_are_checked() -> None:
     for options, message in (
-        ({"raters": 0}, "raters must be 1 to"),
-        ({"pairs_per_rater": 0}, "at least 1 pair"),
-        ({"port": 70_000}, "a port is 0 to 65535"),
+        ({"raters": 0}, "raters must be from 1 to"),
+        ({"pairs_per_rater": 0}, "pairs_per_rater must be at least 1"),
+        ({"port": 70_000}, "port must be from 0 to 65535"),
     ):
         with pytest.raises(InputError, match=message):
             ServeConfig(**options)

@@ -63,11 +63,11 @@ def test_sent_twice_it_is_one_answer_and_another_one_a_conflict(
 
 def test_only_what_is_asked_can_be_answered(tmp_path: Path, study: Study) -> None:
     store = AnswerStore(tmp_path, study)
-    with pytest.raises(ConflictError, match="not to be rated now"):
+    with pytest.raises(ConflictError, match="cannot be rated now"):
         store.answer(1, 0, 1, LEFT)
     store.begin(1)
     for position in (1, -1, 10_000):
-        with pytest.raises(ConflictError, match="not to be rated now"):
+        with pytest.raises(ConflictError, match="cannot be rated now"):
             store.answer(1, position, 1, LEFT)
     for wrong in ({}, {**LEFT, "x": "left"}, {**LEFT, "text_alignment": "up"}, "left"):
         with pytest.raises(InputError):

@@ -1,6 +1,6 @@
 "use strict";
 
-// The address of this page, /r/TOKEN/, is the rater's; everything is asked for below it.
+// The page's URL, /r/TOKEN/, belongs to the rater; all requests are relative to it.
 const CHOICES = [["left", "Left"], ["same", "No difference"], ["right", "Right"]];
 const RETRY_MS = 2000;
 const LOOP_PAUSE_MS = 400;
@@ -9,9 +9,9 @@ const ZOOMS = [1, 2, 3, 4, 6, 8];
 
 const byId = (id) => document.getElementById(id);
 const views = [byId("left"), byId("right")];
-let study = null; // title, criteria, number of tasks, the next one
-let task = null; // the one that is shown
-let loaded = 0; // of its two samples
+let study = null; // title, criteria, number of tasks, position of the next one
+let task = null; // the task on the page
+let loaded = 0; // how many of its two samples are loaded
 let busy = false;
 let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
 let loopTimer = 0;
@@ -33,8 +33,8 @@ async function ask(path, body) {
   return document;
 }
 
-// Asks until there is an answer: what was chosen stays on the page while the server is away.
-// An answer that arrived before the line broke is the same answer when it comes again.
+// Retries until the server answers; the rater's choices stay on the page meanwhile. The server
+// stores an answer only once, even if it arrived before the connection broke and is sent again.
 async function insist(path, body) {
   for (;;) {
     try {
@@ -43,7 +43,7 @@ async function insist(path, body) {
       return document;
     } catch (error) {
       if (error instanceof Refused) throw error;
-      tell("The server does not answer. Your choices are kept here; trying again…");
+      tell("The server does not respond. Your choices are kept here; trying again…");
       await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
     }
   }
@@ -71,8 +71,8 @@ function showDone() {
   task = null;
   show("done");
   byId("done-text").textContent = study.tasks
-    ? "All your pairs are rated and saved. You can close this page."
-    : "Every pair has all the ratings that it needs; there is nothing left to rate.";
+    ? "You have rated all your pairs, and your answers are saved. You can close this page."
+    : "Every pair has all the ratings it needs; there is nothing left to rate.";
   byId("review").hidden = study.tasks === 0;
   byId("done-title").focus();
 }
@@ -108,7 +108,7 @@ async function showTask(position) {
 
 function refresh() {
   const ready = loaded === 2 && !busy && chosen() !== null;
-  // A disabled button cannot say why it is; this one does when it is pressed.
+  // A disabled button cannot say why; this one explains when it is pressed.
   byId("save").setAttribute("aria-disabled", String(!ready));
 }
 
@@ -145,7 +145,7 @@ function loadSamples() {
     let tried = false;
     sample.addEventListener("error", async () => {
       if (task !== shown) return;
-      if (!tried) { // perhaps the server went away in between
+      if (!tried) { // the server may have been away for a moment
         tried = true;
         await insist("study").catch(() => {});
         if (task === shown) sample.src = `media/${shown.position}/${side}`;
@@ -164,13 +164,13 @@ function loadSamples() {
 
 function videos() { return views.map((view) => view.querySelector("video")).filter(Boolean); }
 
-function play(video) { video.play().catch(() => {}); } // refused by the browser: the button plays
+function play(video) { video.play().catch(() => {}); } // if refused, the rater can press Play
 
 function beginLoop() {
   for (const video of videos()) { video.currentTime = 0; if (playing) play(video); }
 }
 
-// The shorter one waits for the longer one, and both begin anew together.
+// The shorter video waits for the longer one, and both restart together.
 function atEnd() {
   if (playing && videos().every((video) => video.ended)) {
     clearTimeout(loopTimer);
@@ -178,7 +178,7 @@ function atEnd() {
   }
 }
 
-// Players of long videos drift apart.
+// Long videos drift apart, so the second one is set to the time of the first.
 setInterval(() => {
   const [first, second] = videos();
   if (!second || first.paused || second.paused || first.ended || second.ended) return;
@@ -296,7 +296,7 @@ function drawCriteria() {
 
 function groups() { return [...byId("criteria").querySelectorAll("fieldset")]; }
 
-// The choices, or null as long as one is missing.
+// Returns the choices, or null if one is missing.
 function chosen() {
   const choices = {};
   for (const group of groups()) {
@@ -331,7 +331,7 @@ async function send(choices) {
     refresh();
     tell(error.message);
     if (error.status !== 409) return;
-    // Another window was faster: go on where that one is.
+    // Another window was faster: continue where that one is.
     const message = error.message;
     study = await insist("study");
     await showTask(study.next);
