@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
+from apt.cli.app import parse
 from apt.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class BenchDit:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Print the estimate, or measure and print one table."""
-    options = tyro.cli(BenchDit, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    options = parse(BenchDit, args, prog=prog)
     if bool(options.gpu) != options.floor:
         raise InputError("--floor and --gpu go together: --floor --gpu h100")
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 from apt.errors import DataError
@@ -36,12 +37,7 @@ class DataCheck:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Print the report. Raises DataError after it if something is wrong with the folder."""
-    options = tyro.cli(
-        DataCheck,
-        args=args,
-        prog=prog,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
-    )
+    options = parse(DataCheck, args, prog=prog)
 
     from rich.console import Console
 

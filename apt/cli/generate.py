@@ -17,6 +17,7 @@ import tyro
 
 from apt.checkpoints.runs import model_folder
 from apt.checkpoints.source import weights_digest
+from apt.cli.app import parse
 from apt.device import explained_memory
 from apt.distributed.launch import is_one_of_many, launch_rank, launch_world_size
 from apt.errors import InputError
@@ -88,7 +89,7 @@ class Generate:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Generate, write, and say what was written."""
-    asked = tyro.cli(Generate, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    asked = parse(Generate, args, prog=prog)
     prompts = [*asked.prompt, *read_prompts(asked.prompt_file)]
     if not prompts:
         raise InputError('there is no prompt: pass --prompt "a red seven moving left", or a file')

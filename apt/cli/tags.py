@@ -10,6 +10,8 @@ from typing import Annotated
 
 import tyro
 
+from apt.cli.app import parse
+
 
 @dataclass(frozen=True)
 class ReadTags:
@@ -24,7 +26,7 @@ class ReadTags:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Print what each file says."""
-    options = tyro.cli(ReadTags, args=args, prog=prog)
+    options = parse(ReadTags, args, prog=prog)
 
     from apt.media import read_tags
 
