@@ -221,6 +221,8 @@ def plan_outputs(asked: Generate, prompts: Sequence[str]) -> list[Output]:
                 "one of the two out"
             )
         check_place(asked.contact_sheet)
+    if not asked.seed:
+        raise InputError("--seed needs a number, or several")
     if len(set(asked.seed)) < len(asked.seed):
         raise InputError(f"seeds must differ, or files would be overwritten; got {asked.seed}")
     paths = output_paths(asked.out, num_prompts=len(prompts), seeds=asked.seed)

@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from apt.cli.app import parse
+from apt.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class ReadTags:
 def main(args: Sequence[str], *, prog: str) -> None:
     """Print what each file says."""
     options = parse(ReadTags, args, prog=prog)
+    if not options.files:
+        raise InputError(f"name a file, or several: {prog} FILE")
 
     from apt.media import read_tags
 

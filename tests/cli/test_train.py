@@ -60,9 +60,17 @@ def test_a_finished_row_is_not_trained_again(trained: Path) -> None:
         invoke("train", "digits_pixels", "--run-dir", trained, *TINY, *options)
     )
     log = (trained / "apt" / "log.jsonl").read_bytes()
-    result = invoke("train", "digits_pixels", "--run-dir", trained, *TINY, *options, "--resume")
-    assert result.returncode == 0, result.stderr
+    for again in ("--resume", "--continue"):
+        result = invoke("train", "digits_pixels", "--run-dir", trained, *TINY, *options, again)
+        assert result.returncode == 0, result.stderr
+        said = result.stderr.splitlines()
+        assert len(said) == 3 and all("finished after 2 updates" in line for line in said)
+        assert result.stdout.splitlines()[2] == f"digits_pixels_apt: {trained / 'apt' / 'export'}"
     assert (trained / "apt" / "log.jsonl").read_bytes() == log
+    # What is asked for must be what was done; what does not matter may be other.
+    on = ("train", "--resume", trained / "apt", "--data.num-workers", "2")
+    assert "finished after" in invoke(*on).stderr
+    assert "seed (was 0, is 1)" in error_line(invoke(*on, "--seed", "1"))
 
 
 def test_the_result_generates(trained: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ def test_every_command_refuses_an_option_that_it_has_not_in_a_line(command: str)
     needed = {
         "train": ["digits_apt"], "plan": ["digits_apt"], "evaluate": ["digits", "--model", "m",
         "--out", "o"], "data digits": ["d"], "data vizdoom": ["d"], "data check": ["d"],
-        "data encode": ["a", "b", "--model", "m"], "compare": ["a", "b"], "traverse": ["--prompt", "p"],
+        "data encode": ["a", "b", "--model", "m"], "compare": ["a", "b"],
+        "traverse": ["--prompt", "p"],
         "study make": ["d"], "study serve": ["d"], "study report": ["d"], "export": ["a", "b"],
         "pull": ["m"], "push": ["f", "o/n"], "tags": ["f"],
     }  # fmt: skip
@@ -39,6 +40,8 @@ def test_every_command_refuses_an_option_that_it_has_not_in_a_line(command: str)
         (["push"], "FOLDER, OWNER/NAME is missing; `diffusion-apt push --help` explains"),
         (["evaluate", "digits", "--model", "digits"], "--out is missing;"),
         (["train"], "RECIPE is missing;"),
+        (["generate", "--prompt", "x", "--seed"], "--seed needs a number"),
+        (["tags"], "name a file"),
         (["bench", "dit", "--compression", "1"], "--compression: expected INT INT INT, got '1'"),
     ],
 )
