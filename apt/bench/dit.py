@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -46,6 +46,7 @@ class Workload:
 
     Attributes:
         model: name of a registered backbone.
+        options: fields of its config that differ from the registered ones.
         frames, height, width: size of the video in pixels; 1 frame is an image.
         text_tokens: length of the encoded prompt; the paper does not give one.
         compression: pixels per latent along time (after the first frame), height and width.
@@ -67,6 +68,7 @@ class Workload:
     batch: int = 1
     dtype: str = "bfloat16"
     fps: float = FRAMES_PER_SECOND
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -77,6 +79,12 @@ class Workload:
                 f"{self.batch}, {self.text_tokens} and {self.compression}"
             )
         self.cost()
+
+    @property
+    def name(self) -> str:
+        """The model, and what is other in it, as tables and records have it."""
+        others = ", ".join(f"{name} {value}" for name, value in sorted(self.options.items()))
+        return f"{self.model} ({others})" if others else self.model
 
     @property
     def size(self) -> str:
@@ -99,7 +107,7 @@ class Workload:
 
     def config(self) -> Any:
         """Return the model's config. Raises InputError for a model that does not exist."""
-        return MODELS.get(self.model)()
+        return MODELS.configured(self.model, self.options)
 
     def cost(self) -> DiTCost:
         """Return the cost of one forward pass. Raises InputError as `dit_cost` does."""
@@ -204,7 +212,7 @@ class RandomNetwork:
         self.cost = workload.cost()
         check_memory(workload, device)
         torch.manual_seed(seed)
-        self.backbone = build(workload.model, device, self.dtype)
+        self.backbone = build(workload, device)
         fill_zeros(self.backbone.eval().requires_grad_(False))
         self.inputs = self._draw_inputs(torch.Generator(device).manual_seed(seed))
 
@@ -224,29 +232,30 @@ class RandomNetwork:
         return x, torch.ones(w.batch, device=self.device), Condition(text)
 
 
-def build(model: str, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer:
-    """Return a registered model whose weights are created on the device and in `dtype`.
+def build(workload: Workload, device: torch.device) -> DiffusionTransformer:
+    """Return the model, with weights created on the device and in the workload's dtype.
 
     Creating 8 B parameters in fp32 first would need twice the memory. Tensors that the model keeps
     in fp32 when it is cast are fp32 here, too.
     """
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(DTYPES[workload.dtype])
     try:
         with device:
-            backbone = create_model(model)
+            backbone = create_model(workload.model, **workload.options)
     finally:
         torch.set_default_dtype(before)
-    kept = {name: tensor.dtype for name, tensor in _tensors(cast_on_meta(model, dtype))}
+    kept = {name: tensor.dtype for name, tensor in _tensors(cast_on_meta(workload))}
     for name, tensor in _tensors(backbone):
         tensor.data = tensor.data.to(kept[name])
     return backbone
 
 
-def cast_on_meta(model: str, dtype: torch.dtype) -> nn.Module:
-    """Return a registered model without storage, cast as a user's model would be."""
+def cast_on_meta(workload: Workload) -> nn.Module:
+    """Return the model without storage, cast as a user's model would be."""
+    dtype = DTYPES[workload.dtype]
     with torch.device("meta"):
-        return create_model(model, dtype=dtype, device="meta")
+        return create_model(workload.model, dtype=dtype, device="meta", **workload.options)
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -255,12 +264,12 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def check_memory(workload: Workload, device: torch.device) -> None:
     """Raise InputError unless the weights fit into the memory of a device."""
-    module = cast_on_meta(workload.model, DTYPES[workload.dtype])
+    module = cast_on_meta(workload)
     needed = sum(p.numel() * p.element_size() for p in module.parameters())
     there = describe_machine(device).memory_gb * 2**30
     if needed > there:
         raise InputError(
-            f"the weights of {workload.model} take {needed / 2**30:.0f} GB in {workload.dtype}, "
+            f"the weights of {workload.name} take {needed / 2**30:.0f} GB in {workload.dtype}, "
             f"but {device.type} has {there / 2**30:.0f} GB; use `bench dit --floor --gpu NAME` for "
             "an estimate"
         )
@@ -519,7 +528,7 @@ def _release(device: torch.device) -> None:
 def case_of(workload: Workload, variant: Variant) -> dict[str, str | int]:
     """Return the case as records hold it."""
     return {
-        "model": workload.model,
+        "model": workload.name,
         "size": workload.size,
         "batch": workload.batch,
         "text_tokens": workload.text_tokens,

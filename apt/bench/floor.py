@@ -40,7 +40,7 @@ def floor_report(workload: Workload, gpu: str) -> str:
     ]
     plural = "s" if workload.frames > 1 else ""
     paragraphs = [
-        f"{workload.model}, {workload.frames} frame{plural} of "
+        f"{workload.name}, {workload.frames} frame{plural} of "
         f"{workload.width}x{workload.height}, batch "
         f"{workload.batch}, {workload.dtype}: {cost.visual_tokens:,} tokens and "
         f"{cost.text_tokens} of text, {cost.flops / 1e12:.4g} TFLOP",
@@ -101,7 +101,7 @@ def _comparison(workload: Workload, floor: float) -> list[str]:
             f"Real time: {clip:.2f} s at {workload.fps:g} frames per second; "
             f"the floor is {floor / clip:.2g} of it."
         )
-    if (workload.model, workload.size, workload.batch) == (PAPER_MODEL, PAPER_SIZE, 1):
+    if (workload.name, workload.size, workload.batch) == (PAPER_MODEL, PAPER_SIZE, 1):
         times = ", ".join(f"{s:.2f} s on {n}" for n, s in PAPER_SECONDS.items())
         lines.append(f"The paper's DiT (APT Table 8), H100s: {times}.")
     return lines

@@ -274,7 +274,7 @@ def _describe_foreign_folder(folder: Path) -> str:
         return (
             f"{start}; it looks like the checkpoints of a training run: pass the run's own folder"
         )
-    return f"{start}; pass the folder that save_bundle wrote, or a pipeline of diffusers"
+    return f"{start}; pass the folder of a training run or of an export, or a diffusers pipeline"
 
 
 def _parse(kind: Any, document: Any, where: str) -> Any:

@@ -299,7 +299,8 @@ def _is_autoencoder(folder: Path) -> bool:
     """Whether the folder is an autoencoder of diffusers by itself."""
     if (folder / INFO_FILE).exists() or not (folder / "config.json").is_file():
         return False
-    return "Autoencoder" in str(read_json(folder / "config.json").get("_class_name"))
+    name = str(read_json(folder / "config.json").get("_class_name"))
+    return any(part in name for part in ("Autoencoder", "VAE", "VQModel"))
 
 
 def as_file(name_or_path: str | Path) -> Path | None:

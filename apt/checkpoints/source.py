@@ -121,7 +121,7 @@ def locate(name_or_folder: str | Path, revision: str | None = None) -> Source:
     close = difflib.get_close_matches(name, builtin, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise CheckpointError(
-        f"there is no model {name!r}: {hint}It can be a built-in name "
+        f"there is no model {name!r}: {hint}it can be a built-in name "
         f"({', '.join(builtin) or 'none is installed'}), the folder of a training run, one with "
         f"{INFO_FILE} or {PIPELINE_FILE}, or a Hub id (owner/name or owner/name@revision)"
     )

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import io
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from apt.cli.help import readable_help
 from apt.distributed.launch import is_one_of_many
@@ -25,6 +26,8 @@ PROG = "diffusion-apt"
 
 IMPORT_OPTION = "--import"
 """A user's own module, whose models, methods and recipes register themselves."""
+
+O = TypeVar("O")  # noqa: E741
 
 EXIT_FAILURE = 1
 EXIT_INPUT_ERROR = 2
@@ -172,6 +175,44 @@ def dispatch(args: Sequence[str]) -> int:
         f"unknown command {asked!r}; "
         + (f"did you mean '{close[0]}'?" if close else f"choose from: {', '.join(COMMANDS)}")
     )
+
+
+def parse(
+    kind: Callable[..., O], args: Sequence[str], *, prog: str, description: str | None = None
+) -> O:
+    """The options of a command, as a dataclass has them; "None" is a text like any other.
+
+    Raises InputError for options and values that it does not take.
+    """
+    import tyro
+
+    config = (tyro.conf.DisallowNone,)
+    with usage_in_a_line(args, prog=prog):
+        return tyro.cli(kind, args=args, prog=prog, description=description, config=config)
+
+
+@contextlib.contextmanager
+def usage_in_a_line(args: Sequence[str], *, prog: str) -> Iterator[None]:
+    """Raises InputError for arguments that tyro, inside, does not take; it would draw a box."""
+    if asks_for_help(args):
+        yield
+        return
+    said = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    try:
+        os.environ["COLUMNS"] = "100000"  # a box of that width folds no line
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as end:
+        if not end.code:
+            raise
+        from apt.cli.usage import usage_error
+
+        raise usage_error(said.getvalue(), prog) from end
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
 
 
 def overview(commands: dict[str, Command]) -> str:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
+from apt.cli.app import parse
 from apt.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class BenchDit:
 
     model: str = "apt_8b"
     """A registered model (`diffusion-apt list models`), or the place of one, such as a training
-    run, whose registered model is measured at the size of its clips."""
+    run, whose shape is measured at the size of its clips."""
     frames: int | None = None
     """Number of frames; 1 is an image. Left out: what the model is published for, or else 49."""
     height: int | None = None
@@ -56,7 +55,7 @@ class BenchDit:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Print the estimate, or measure and print one table."""
-    options = tyro.cli(BenchDit, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    options = parse(BenchDit, args, prog=prog)
     if bool(options.gpu) != options.floor:
         raise InputError("--floor and --gpu go together: --floor --gpu h100")
 
@@ -77,10 +76,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 
 def registered_model(name: str) -> tuple[str, dict[str, Any]]:
-    """The registered model of a name or a place, and what the place says of the clips it makes.
-
-    Raises InputError for a model of another shape than the registered one.
-    """
+    """The registered model of a name or a place, and what the place says of its shape and of the
+    clips that it makes."""
     from apt.checkpoints.load import find_model
     from apt.checkpoints.source import is_here
     from apt.models import MODELS
@@ -91,11 +88,8 @@ def registered_model(name: str) -> tuple[str, dict[str, Any]]:
     if "/" not in name and not is_here(name):
         return name, {}
     _, info, checkpoint = find_model(name)
-    if checkpoint.config != MODELS.get(checkpoint.architecture)():
-        raise InputError(
-            f"{name!r} is a {checkpoint.architecture} of another shape than the registered one, "
-            "and only registered shapes are measured; register yours (docs/own_parts.md)"
-        )
+    usual = vars(MODELS.get(checkpoint.architecture)())
+    options = {k: v for k, v in vars(checkpoint.config).items() if v != usual[k]}
     clip = info.sample
     size = (clip.frames, clip.height, clip.width)
     codec = describe_codec(info.codec.architecture, **info.codec.config)
@@ -105,7 +99,8 @@ def registered_model(name: str) -> tuple[str, dict[str, Any]]:
         clip.height // height,
         clip.width // width,
     )
-    return checkpoint.architecture, {**vars(clip), "compression": compression}
+    own = {**vars(clip), "compression": compression, "options": options}
+    return checkpoint.architecture, own
 
 
 def measure(workload: Workload, options: BenchDit) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import tyro
-
+from apt.cli.app import parse
 from apt.errors import InputError
 
 
@@ -38,7 +37,7 @@ class BenchKernels:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Measure, and print one table. The exit code is 1 if a result of ours was wrong."""
-    options = tyro.cli(BenchKernels, args=args, prog=prog)
+    options = parse(BenchKernels, args, prog=prog)
 
     import torch
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 
@@ -45,7 +46,7 @@ class Compare:
 
 def main(args: Sequence[str], *, prog: str) -> int:
     """Print the figures; returns 1 if a limit is missed."""
-    asked = tyro.cli(Compare, args=args, prog=prog)
+    asked = parse(Compare, args, prog=prog)
 
     from apt.evaluate.compare import compare
     from apt.outputs import check_place

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 from apt.errors import DataError
@@ -18,8 +21,8 @@ from apt.errors import DataError
 class DataCheck:
     """Report what is in a folder of captioned videos and images, and what is broken.
 
-    Counts, resolutions, durations, frame rates, captions, and every file that cannot be used. The
-    exit code is 0 if there is no problem.
+    Counts, resolutions, durations, frame rates, captions, every file that cannot be used, and the
+    clips that `train own` takes of it. The exit code is 0 if there is no problem.
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
@@ -36,12 +39,7 @@ class DataCheck:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Print the report. Raises DataError after it if something is wrong with the folder."""
-    options = tyro.cli(
-        DataCheck,
-        args=args,
-        prog=prog,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
-    )
+    options = parse(DataCheck, args, prog=prog)
 
     from rich.console import Console
 
@@ -62,12 +60,47 @@ def main(args: Sequence[str], *, prog: str) -> None:
             progress=update,
             scan=Shards.scan if options.source == "webdataset" else Folder.scan,
         )
+    usable = found.num_videos + found.num_images
     with printing():
         Console(soft_wrap=True).print(found.render())
-    if not found.num_videos + found.num_images:
+        if usable:
+            print(for_own_recipe(options.directory, options.source))
+    if not usable:
         raise DataError(f"{options.directory} has nothing to train on; see the report above")
     if found.problems:
         raise DataError(
             f"{len(found.problems)} problems in {options.directory}; mend or remove those files, "
             "or leave them: training skips them and says so"
         )
+
+
+def for_own_recipe(directory: Path, source: str) -> str:
+    """The clips that `train own` takes of a folder, for each size of its model."""
+    from apt.data.builtin_sources import Files
+    from apt.data.statistics import read_statistics
+    from apt.train.config import TrainConfig
+    from apt.train.recipes import RECIPES
+    from apt.train.resolve import clips_of
+
+    of_source = "" if source == "folder" else f" --data.source {source}"
+    command = f"train own{of_source} --data.path {shlex.quote(str(directory))}"
+    files = None
+    lines = []
+    for size in ("tiny", "mini", "small"):
+        config = RECIPES.create("own_codec", size=size)
+        assert isinstance(config, TrainConfig)
+        data = dataclasses.replace(config.data, source=source, path=str(directory))
+        reader = data.make_source()
+        assert isinstance(reader, Files)
+        try:
+            files = files or read_statistics(directory, captioned=False, scan=reader.scan)
+            clip = clips_of(dataclasses.replace(config, data=data), files)
+        except DataError as error:
+            lines.append(f"  --size {size}: {error}")
+        else:
+            frames = f"{clip.frames} frames" if clip.frames > 1 else "images"
+            rate = f", at {clip.fps:g} fps" if clip.frames > 1 else ""
+            lines.append(
+                f"  --size {size}: {frames}, {clip.height} high and {clip.width} wide{rate}"
+            )
+    return "\n".join([f"clips that `{command}` takes (--data.frames 9, ... takes others):", *lines])

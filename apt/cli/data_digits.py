@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 
@@ -37,7 +38,7 @@ class DataDigits:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Write the folder and say where it is."""
-    options = tyro.cli(DataDigits, args=args, prog=prog)
+    options = parse(DataDigits, args, prog=prog)
 
     from apt.data.digits import MovingDigits, clip_size
     from apt.data.write import write_video_folder

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 from apt.errors import InputError
@@ -73,7 +74,7 @@ class DataEncode:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Embed the prompts, encode the clips, and say what is in the cache."""
-    options = tyro.cli(DataEncode, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    options = parse(DataEncode, args, prog=prog)
     for name in ("batch_size", "clips_per_item"):
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from apt.cli.app import parse
 from apt.cli.progress import progress_bar
 
 
@@ -37,7 +38,7 @@ class DataVizdoom:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Render the clips and say where they are."""
-    options = tyro.cli(DataVizdoom, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    options = parse(DataVizdoom, args, prog=prog)
 
     from apt.data.doom import FPS, DoomClips
     from apt.data.write import write_video_folder

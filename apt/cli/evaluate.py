@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 from apt.distributed.launch import is_one_of_many
@@ -68,7 +69,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
         return evaluate_digits(rest, prog=f"{prog} {DIGITS}")
     if name.startswith("-"):
-        tyro.cli(Overview, args=args, prog=prog)
+        parse(Overview, args, prog=prog)
         raise InputError(f"the protocol's name comes first: {prog} PROTOCOL [OPTIONS]")
     from apt.evaluate.protocols import PROTOCOLS
 
@@ -82,9 +83,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
         kw_only=True,
         frozen=True,
     )
-    asked: Any = tyro.cli(
-        both, args=rest, prog=f"{prog} {name}", description=PROTOCOLS.summary(name)
-    )
+    asked: Any = parse(both, rest, prog=f"{prog} {name}", description=PROTOCOLS.summary(name))
     command = shlex.join([*prog.split(), *args])
     _evaluate(asked.protocol, asked.options, command)
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from apt.cli.app import parse
 from apt.evaluate.digits import EvaluateConfig, evaluate_digits
 
 
@@ -21,5 +22,5 @@ class Evaluate:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Evaluate and say where the page is."""
-    options = tyro.cli(Evaluate, args=args, prog=prog)
+    options = parse(Evaluate, args, prog=prog)
     print(evaluate_digits(options.config))

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from apt.checkpoints.runs import is_model, model_folder, snapshot_folder
+from apt.cli.app import parse
 from apt.device import explained_memory
 from apt.errors import CheckpointError, InputError
 
@@ -44,7 +45,7 @@ class Export:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Load the model strictly, write it, and say where it is."""
-    options = tyro.cli(Export, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    options = parse(Export, args, prog=prog)
     source = model_to_export(options.source, options.update, options.weights)
 
     import torch

@@ -17,6 +17,7 @@ import tyro
 
 from apt.checkpoints.runs import model_folder
 from apt.checkpoints.source import weights_digest
+from apt.cli.app import parse
 from apt.device import explained_memory
 from apt.distributed.launch import is_one_of_many, launch_rank, launch_world_size
 from apt.errors import InputError
@@ -88,7 +89,7 @@ class Generate:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Generate, write, and say what was written."""
-    asked = tyro.cli(Generate, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    asked = parse(Generate, args, prog=prog)
     prompts = list(asked.prompt)
     if asked.prompt_file is not None:
         prompts += read_prompts(asked.prompt_file)
@@ -222,6 +223,8 @@ def plan_outputs(asked: Generate, prompts: Sequence[str]) -> list[Output]:
                 "one of the two out"
             )
         check_place(asked.contact_sheet)
+    if not asked.seed:
+        raise InputError("--seed needs a number, or several")
     if len(set(asked.seed)) < len(asked.seed):
         raise InputError(f"seeds must differ, or files would be overwritten; got {asked.seed}")
     paths = output_paths(asked.out, num_prompts=len(prompts), seeds=asked.seed)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from apt.cli.app import parse
+
 if TYPE_CHECKING:
     from apt.kernels import BackendStatus
     from apt.models.catalogue import CatalogueEntry
@@ -44,7 +46,7 @@ class Row:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Print one section, or all of them."""
-    command = tyro.cli(ListCommand, args=args, prog=prog)
+    command = parse(ListCommand, args, prog=prog)
     chosen = SECTIONS if command.section == "all" else {command.section: SECTIONS[command.section]}
     for title, rows in chosen.items():
         matching = [row for row in rows() if fnmatch(row.name, command.pattern)]

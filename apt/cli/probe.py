@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from apt.cli.app import parse
 from apt.errors import InputError
 from apt.outputs import check_folder
 from apt.prompts import read_prompts
@@ -45,7 +44,7 @@ class Probe:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Probe, write, and say where."""
-    options = tyro.cli(Probe, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    options = parse(Probe, args, prog=prog)
     given = list(options.prompt)
     if options.prompt_file is not None:
         given += read_prompts(options.prompt_file)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from apt.cli.app import parse
 from apt.errors import InputError
 from apt.outputs import check_folder
 
@@ -33,7 +34,7 @@ class Pull:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Download, and say where it is."""
-    options = tyro.cli(Pull, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    options = parse(Pull, args, prog=prog)
 
     from apt.checkpoints.source import split_hub_id
     from apt.hub.pull import pull_from_hub

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from apt.cli.app import parse
 from apt.errors import InputError
 
 
@@ -36,7 +37,7 @@ class Push:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Upload, and say where it is."""
-    options = tyro.cli(Push, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    options = parse(Push, args, prog=prog)
 
     from apt.checkpoints.info import CodecInfo, read_description
     from apt.checkpoints.runs import model_folder

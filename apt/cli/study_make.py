@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 from apt.errors import InputError
@@ -60,7 +61,7 @@ class StudyMake:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Generate what is missing, make the pairs, and say where they are."""
-    asked = tyro.cli(StudyMake, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    asked = parse(StudyMake, args, prog=prog)
     given = [parse_name(text) for text in asked.samples]
     models = [parse_model(text) for text in asked.model]
     names = [name for name, _ in given] + [model.name for model in models]

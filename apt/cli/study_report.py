@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.errors import InputError
 from apt.study.report import ReportConfig, report_study
@@ -38,7 +39,7 @@ class StudyReport:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Write the report, and print it."""
-    asked = tyro.cli(StudyReport, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    asked = parse(StudyReport, args, prog=prog)
     page = report_study(
         asked.directory,
         asked.directory / "report" if asked.out is None else asked.out,

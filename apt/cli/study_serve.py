@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.study.serve import ServeConfig, serve_study
 
@@ -31,7 +32,7 @@ class StudyServe:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Serve and say where."""
-    asked = tyro.cli(StudyServe, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    asked = parse(StudyServe, args, prog=prog)
 
     def ready(links: Sequence[str]) -> None:
         with printing():

@@ -10,6 +10,9 @@ from typing import Annotated
 
 import tyro
 
+from apt.cli.app import parse
+from apt.errors import InputError
+
 
 @dataclass(frozen=True)
 class ReadTags:
@@ -24,7 +27,9 @@ class ReadTags:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Print what each file says."""
-    options = tyro.cli(ReadTags, args=args, prog=prog)
+    options = parse(ReadTags, args, prog=prog)
+    if not options.files:
+        raise InputError(f"name a file, or several: {prog} FILE")
 
     from apt.media import read_tags
 

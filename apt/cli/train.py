@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-import io
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,9 +13,9 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 import tyro
 
-from apt.distributed.launch import is_one_of_many
+from apt.cli.app import parse, usage_in_a_line
+from apt.cli.usage import UnknownOption
 from apt.distributed.parallel import Parallel
-from apt.distributed.spokesman import report
 from apt.errors import InputError
 from apt.train.config import TrainConfig
 from apt.train.config_file import plain, read_configs
@@ -121,25 +118,27 @@ def parse_recipe(
     """
     begun = _begin(args, prog, overview)
     stages = begun.stages
-    with _one_usage_message():
-        parsed = []
-        for stage in stages:
-            default = make(_without_options(stage), begun.resume)
-            try:
+    command = f"{prog} {begun.words}"
+    parsed = []
+    for stage in stages:
+        default = make(_without_options(stage), begun.resume)
+        try:
+            with usage_in_a_line(begun.rest, prog=command):
                 one = tyro.cli(
                     type(default),
                     args=begun.rest,
-                    prog=f"{prog} {begun.words}",
+                    prog=command,
                     description=begun.description(type(default)),
                     default=default,
-                    # A stage is of one kind; its fields are options, not a choice of kinds.
+                    # A stage is of one kind; its fields are options, not a choice of kinds. "None"
+                    # leaves a field open.
                     config=(tyro.conf.AvoidSubcommands,),
                 )
-            except SystemExit as exit_:
-                if exit_.code and len(stages) > 1:
-                    print(_of_a_row(stages, stage), file=sys.stderr)
-                raise
-            parsed.append(one)
+        except UnknownOption as error:
+            if len(stages) > 1:
+                raise UnknownOption(f"{error}; {_of_a_row(stages, stage)}") from error
+            raise
+        parsed.append(one)
     configs = [_with_options(one.config, stage) for one, stage in zip(parsed, stages, strict=True)]
     if len(configs) > 1 and len({config.run_dir for config in configs}) == 1:
         configs = move_runs(configs, before=stages)
@@ -149,8 +148,8 @@ def parse_recipe(
 def _of_a_row(stages: Sequence[TrainConfig], stage: TrainConfig) -> str:
     """What to know of options that one stage of several does not take."""
     return (
-        f"That was {stage.name}, of {len(stages)} stages that all get the same options. What one "
-        f"stage alone takes goes to its own recipe: {', '.join(each.name for each in stages)}."
+        f"that was {stage.name}, of {len(stages)} stages that all get the same options: what one "
+        f"stage alone takes goes to its own recipe, {', '.join(each.name for each in stages)}"
     )
 
 
@@ -198,7 +197,7 @@ def _begin(args: Sequence[str], prog: str, overview: type) -> _Begun:
         needed = "FILE" if option == "--config" else "RUN"
         raise InputError(f"{option} needs a {needed}: {prog} {option} {needed} [OPTIONS]")
     if not first or first.startswith("-"):
-        tyro.cli(overview, args=args, prog=prog)
+        parse(overview, args, prog=prog)
         raise InputError(f"the recipe's name comes first: {prog} RECIPE [OPTIONS]")
     return _from_recipe(first, rest, f"{prog} {first}")
 
@@ -209,7 +208,7 @@ def _from_recipe(name: str, rest: list[str], prog: str) -> _Begun:
     own_options = ""
     if inspect.signature(recipe).parameters:
         # Whatever else is there are fields of its stages, and so is the help.
-        with _one_usage_message():
+        with usage_in_a_line(rest, prog=prog):
             made, rest = tyro.cli(
                 recipe, args=rest, prog=prog, return_unknown_args=True, add_help=False
             )
@@ -301,18 +300,3 @@ def train_stages(
             if parallel.is_main:
                 print(f"{config.name}: {run_dir / 'export'}")
     return True
-
-
-@contextlib.contextmanager
-def _one_usage_message() -> Iterator[None]:
-    """All ranks get the same arguments; one says what is wrong with them."""
-    if not is_one_of_many():
-        yield
-        return
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            yield
-    except SystemExit:
-        report(said.getvalue().rstrip())
-        raise

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from apt.cli.app import parse
 from apt.errors import InputError
 from apt.outputs import check_folder
 
@@ -46,7 +45,7 @@ class Traverse:
 
 def main(args: Sequence[str], *, prog: str) -> None:
     """Walk, write, and say where."""
-    options = tyro.cli(Traverse, args=args, prog=prog, config=(tyro.conf.DisallowNone,))
+    options = parse(Traverse, args, prog=prog)
     if not options.model or len(set(options.model)) < len(options.model):
         raise InputError(f"--model takes models, each once; got {', '.join(options.model)}")
     check_folder(options.out)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from apt.errors import ConfigError
 from apt.methods.base import StageConfig
 from apt.registry import Registry, check_options
-from apt.train.config import TrainConfig
+from apt.train.config import ModelConfig, TrainConfig
 
 __all__ = ["METHOD", "OBJECTS", "plain", "read_configs"]
 
@@ -23,13 +23,21 @@ OBJECTS = "objects"
 METHOD = "method"
 """The key of a stage that says which one it is: its `exports_as`."""
 
+_TAKEN = {TrainConfig: "model", ModelConfig: "codec"}
+"""What is null where the stage takes it from the model, or the codec, that it names."""
+
 T = TypeVar("T")
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON holds it."""
+    """The configuration as JSON holds it; null is what is left open, or taken from elsewhere."""
     tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    tree["stage"] = {METHOD: config.stage.exports_as, **tree["stage"]}
+    stage, model, usual = config.stage, config.model, ModelConfig()
+    tree["stage"] = {METHOD: stage.exports_as, **tree["stage"]}
+    if stage.start_field is not None and model == usual:
+        tree["model"] = None
+    elif stage.trained_codec() and (model.codec, model.codec_options) == (usual.codec, {}):
+        tree["model"]["codec"] = None
     return tree
 
 
@@ -73,6 +81,7 @@ def _read(kind: type[T], document: Any, where: str) -> T:
     values = {
         name: _value(accepted[name], value, f"{where}: {name}") if name in accepted else value
         for name, value in document.items()
+        if not (value is None and name == _TAKEN.get(kind))
     }
     check_options(where, accepted, values)
     absent = [name for name, field in fields.items() if name not in values and _required(field)]

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import statistics
 import sys
 import threading
 import time
@@ -49,6 +50,8 @@ __all__ = [
 ]
 
 _COLUMNS = 80
+_SHOWN = 3
+"""Updates that tell how long the others take: the first alone is slower than they are."""
 
 _COUNTED: dict[str, float | None] = {}
 
@@ -59,7 +62,8 @@ class RunLog:
     `log.jsonl` holds nothing that depends on the clock or the machine's load, so that the file
     of a resumed run equals the one of an uninterrupted run byte for byte; what does is in
     `speed.jsonl`. On a terminal a progress bar shows the time left; elsewhere a plain line is
-    printed from time to time. Both fit into 80 columns, with two figures. Where tensorboard
+    printed from time to time. Both fit into 80 columns, with two figures. After three updates a
+    line says how long the others are expected to take. Where tensorboard
     is not installed there are no TensorBoard files, and without rich no bar: both are said at the
     start.
 
@@ -101,6 +105,7 @@ class RunLog:
         self._file = _open_after(self._path, done)
         self._speed_path = run_dir / SPEED_NAME
         self._speed = _open_after(self._speed_path, done)
+        self._seconds: list[float] = []  # of the updates that tell
         self._hook = threading.excepthook
         threading.excepthook = self._thread_failed
         self._progress: Progress | None = None
@@ -135,6 +140,7 @@ class RunLog:
         if self._also is not None:
             self._also.write(update, scalars)
         self._show(update, _figures(metrics))
+        self._expect(update, (timing or {}).get("speed/seconds_per_update"))
 
     def picture(self, update: int, path: Path) -> None:
         """Show a PNG of an update, such as a sample sheet, in TensorBoard too."""
@@ -232,6 +238,18 @@ class RunLog:
             _cut(self._title, 18), total=self._total, completed=self._first, metrics=""
         )
         self._progress.start()
+
+    def _expect(self, update: int, seconds: float | None) -> None:
+        """Say once how long the rest of the run will take."""
+        if seconds is None or len(self._seconds) == _SHOWN:
+            return
+        self._seconds.append(seconds)
+        left = self._total - update
+        if len(self._seconds) < _SHOWN or not left:
+            return
+        each = statistics.median(self._seconds)
+        time_left = timedelta(seconds=round(each * left))
+        self.message(f"  expected time: {time_left} for {left:,} updates of {each:.2g} s")
 
     def _show(self, update: int, shown: str) -> None:
         if self._progress is not None:

@@ -22,7 +22,7 @@ from apt.data.statistics import (
     read_statistics,
 )
 from apt.device import computes_in_bf16
-from apt.errors import DataError, InputError
+from apt.errors import ConfigError, DataError, InputError
 from apt.methods.base import MethodConfig
 from apt.models.architectures import MODELS, TEXT_ENCODERS
 from apt.models.codecs import LatentCodec
@@ -36,6 +36,7 @@ __all__ = [
     "Start",
     "advice",
     "check_captions",
+    "clips_of",
     "prompt_check",
     "resolve",
     "resolve_with_notes",
@@ -108,6 +109,16 @@ def resolve_with_notes(
     return _Resolving(config, start, before or {}, objects).all()
 
 
+def clips_of(config: TrainConfig, folder: FolderStatistics) -> ClipSize:
+    """The clips that a run from random weights takes of a folder, where it leaves them open.
+
+    Raises DataError if most files are too short or too small.
+    """
+    resolving = _Resolving(config, None, {}, NO_OBJECTS)
+    data = dataclasses.replace(config.data, size_multiple=resolving.multiple())
+    return resolving.of_folder(data, folder)[0]
+
+
 class _Resolving:
     """One configuration on its way; `before` is empty for a run that begins."""
 
@@ -128,6 +139,7 @@ class _Resolving:
                 self.notes.append(f"  {', '.join(taken)}: {self.start_words} is sampled")
             self.config = dataclasses.replace(self.config, stage=stage)
         self.config = dataclasses.replace(self.config, model=self.model(), data=self.size())
+        self.check_size(self.config.data)
         self.config = dataclasses.replace(
             self.config,
             ema_warmup=self.ema_warmup(),
@@ -194,6 +206,34 @@ class _Resolving:
             self.notes.append(f"  size: {_words(data.clip)}, {origin}")
         return data
 
+    def check_size(self, data: DataConfig) -> None:
+        """Raise ConfigError for clips of files that would be cut to another size than is asked for,
+        and that the model could not make."""
+        source = data.make_source()
+        if not isinstance(source, Files):
+            return
+        multiple = data.size_multiple or 1
+        for name in ("height", "width"):
+            asked = getattr(data, name)
+            if asked is not None and asked % multiple:
+                below = asked // multiple * multiple
+                near = [str(size) for size in (below, below + multiple) if size]
+                raise ConfigError(
+                    f"data.{name} must be a multiple of {multiple}, one latent of the codec times "
+                    f"the patch of the model, got {asked}; set --data.{name} {' or '.join(near)}"
+                )
+        if data.frames is not None and (data.frames - 1) % self.frame_step:
+            below = (data.frames - 1) // self.frame_step * self.frame_step + 1
+            raise ConfigError(
+                f"data.frames must be {self.frame_step}k + 1, got {data.frames}; set --data.frames "
+                f"{below} or {below + self.frame_step}"
+            )
+
+    @property
+    def frame_step(self) -> int:
+        """Frames of a clip are a multiple of it after the first; all have 4k + 1."""
+        return math.lcm(4, self.codec.temporal_compression)
+
     @property
     def start_words(self) -> str:
         what = "codec" if isinstance(self.start, CodecInfo) else "model"
@@ -211,8 +251,7 @@ class _Resolving:
             multiple=data.size_multiple or 1,
             max_frames=data.max_frames,
             max_pixels=data.max_pixels,
-            # Clips have 4k + 1 frames anyway.
-            frame_step=math.lcm(4, self.codec.temporal_compression),
+            frame_step=self.frame_step,
             frames=data.frames,
             height=data.height,
             width=data.width,

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from apt.checkpoints.runs import model_folder
+from apt.checkpoints.runs import STATE_NAME, model_folder
 from apt.checkpoints.source import weights_digest
 from apt.distributed.collectives import everywhere, rank
 from apt.distributed.mesh import ParallelConfig
@@ -18,10 +18,11 @@ from apt.train import checkpoint
 from apt.train.config import HeldoutConfig, TrainConfig
 from apt.train.config_file import METHOD, OBJECTS, plain
 from apt.train.logs import LOG_NAME, read_log
+from apt.train.sequence import is_finished
 
 __all__ = [
     "CHECKPOINTS", "COLLECTIVES", "CONFIG_NAME", "Resume", "check_resumable", "find_start",
-    "model_identities", "recorded_objects",
+    "is_done_as_asked", "model_identities", "recorded_objects",
 ]  # fmt: skip
 
 CHECKPOINTS = "checkpoints"
@@ -65,6 +66,7 @@ _FREE_FIELDS = (
 )
 
 _BASE = "lora.base"
+_CHANNELS = "model.options.in_channels"
 
 _NEWER_FIELDS = (
     "checkpoint_every_minutes", "checkpoint_in_background", "replay_every", "timeout_minutes",
@@ -158,7 +160,12 @@ def check_resumable(
             f"{path} was begun by an earlier version, whose options were others ({gone[0]}, ...); "
             "finish it with that version, or start a new run in another --run-dir"
         )
-    differing = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+    unused = _unused(config)
+    differing = [
+        key
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key) and not f"{key}.".startswith(unused)
+    ]
     models, models_then = model_identities(config), meta.get("models", {})
     moved = {_option(f) for f in models if models[f] and models_then.get(f) == models[f]}
     free = [key for key in differing if {key, key.split(".")[0]} & {*_FREE_FIELDS, *moved}]
@@ -213,6 +220,37 @@ def _option(field: str) -> str:
 def _identity(source: str) -> str:
     folder = Path(source)
     return weights_digest(model_folder(folder)) if source and folder.is_dir() else source
+
+
+def _unused(config: TrainConfig) -> tuple[str, ...]:
+    """Beginnings of options of the networks that the stage takes from what it names instead."""
+    if config.stage.start_field is not None:
+        return ("model.",)
+    return ("model.codec.", "model.codec_options.") if config.stage.trained_codec() else ()
+
+
+def is_done_as_asked(config: TrainConfig) -> bool:
+    """Whether the run is finished, and asked for as it was: nothing is left to do.
+
+    What the configuration leaves open was settled when the run began. Of a run that was given
+    objects in Python that is not known.
+    """
+    run_dir = Path(config.run_dir)
+    try:
+        state = json.loads((run_dir / STATE_NAME).read_text(encoding="utf-8"))
+        before = json.loads((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if state.get("state") != "finished" or before.get(OBJECTS) or not is_finished(config):
+        return False
+    now, then, unused = _by_option(plain(config)), _by_option(before), _unused(config)
+    settled = {key for key, value in now.items() if value is None or value == "auto"}
+    return all(
+        now.get(key) == then.get(key)
+        or {key, key.split(".")[0]} & {*_FREE_FIELDS, *settled, OBJECTS, _CHANNELS}
+        or f"{key}.".startswith(unused)
+        for key in now.keys() | then.keys()
+    )
 
 
 def _by_option(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import partial
@@ -15,7 +16,8 @@ from apt.condition import TextEncoder
 from apt.distributed.launch import restarts
 from apt.distributed.parallel import Parallel
 from apt.errors import CheckpointError, ConfigError, InputError
-from apt.methods.base import Stage
+from apt.methods.base import MethodConfig, Stage
+from apt.models.architectures import CODECS
 from apt.models.cached import CachedCodec
 from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
@@ -34,6 +36,7 @@ from apt.train.resume import (
     Resume,
     check_resumable,
     find_start,
+    is_done_as_asked,
     recorded_objects,
 )
 from apt.train.run_state import is_of_this_job
@@ -125,6 +128,11 @@ def run(
         parallel = laid_out(config, parallel)
         if stop is None:
             stop = stack.enter_context(StopRequest())
+        # Of the first rank's disk, for all.
+        asked = bool(resume) and not (start_over or kinds)
+        if asked and parallel.any(parallel.is_main and is_done_as_asked(config)):
+            parallel.on_main(lambda: print(_finished(config), file=sys.stderr))
+            return run_dir
         stack.enter_context(explained(config.run_dir))
         # torchrun counts restarts on each node by itself. A folder that held another run before
         # this launch is left alone.
@@ -140,6 +148,17 @@ def run(
             check_same_objects(kinds, recorded, config.run_dir)
         _prepare(config, objects, kinds, found, parallel, lock, stop).train()
     return run_dir
+
+
+def _finished(config: TrainConfig) -> str:
+    """What is said where a run that is finished is asked to go on."""
+    uses = f"`diffusion-apt generate --model {config.run_dir}` samples from it, "
+    if not isinstance(config.stage, MethodConfig):
+        uses = ""
+    return (
+        f"{config.name}: finished after {config.num_updates:,} updates; {uses}a larger "
+        "--num-updates trains on"
+    )
 
 
 def laid_out(config: TrainConfig, parallel: Parallel) -> Parallel:
@@ -281,7 +300,13 @@ def _describe(source: str, field: str) -> ModelInfo | CodecInfo:
         return describe(source)
     except CheckpointError as error:
         option = f"--stage.{field.replace('_', '-')}"
-        raise type(error)(f"{option} names what this stage starts from: {error}") from error
+        others = ""
+        if field == "codec":
+            others = (
+                "; a codec can also be a folder or a Hub id of an autoencoder of diffusers, and "
+                f"with --codec one of these: {', '.join(CODECS.names())}"
+            )
+        raise type(error)(f"{option} names what this stage starts from: {error}{others}") from error
 
 
 def _state(stage: Stage) -> dict[str, Any]:

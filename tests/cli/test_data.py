@@ -42,6 +42,9 @@ def test_check_of_a_good_folder(digits: Path) -> None:
     assert result.returncode == 0, result.stderr
     for fact in ("3 videos, 0 images", "32x32 (3)", "8 fps (3)", "no problems"):
         assert fact in result.stdout
+    # As `train own` takes it, which never enlarges and finds 9 frames.
+    assert "  --size tiny: 9 frames, 32 high and 32 wide, at 8 fps" in result.stdout
+    assert f"`train own --data.path {digits}`" in result.stdout
 
 
 def test_check_reports_broken_files_and_fails(digits: Path, tmp_path: Path) -> None:

@@ -342,6 +342,26 @@ def test_latents_without_a_posterior(tmp_path):
     torch.testing.assert_close(codec.decode(latents)[:, :, 1], vae.decode(peer).sample.clamp(-1, 1))
 
 
+def test_a_quantised_autoencoder_alone_is_a_codec(tmp_path):
+    torch.manual_seed(0)
+    vae = diffusers.VQModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    vae.save_pretrained(tmp_path)
+    assert isinstance(describe(tmp_path), CodecInfo)
+    codec = load_codec(tmp_path)
+    x = video(1)
+    peer = vae.eval().encode(x[:, :, 0]).latents
+    scale = vae.config.scaling_factor
+    torch.testing.assert_close(codec.encode(x)[:, :, 0], scale * peer)
+    made = vae.decode(peer).sample.clamp(-1, 1)
+    torch.testing.assert_close(codec.decode(scale * peer[:, :, None])[:, :, 0], made)
+
+
 def test_an_autoencoder_has_to_be_named():
     with pytest.raises(ConfigError, match=r"codec-options repo DIR"):
         create_codec("diffusers_vae")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from apt.errors import ConfigError, InputError
-from apt.train.config import TrainConfig
+from apt.train.config import ModelConfig, TrainConfig
 from apt.train.config_file import plain, read_configs
+from apt.train.recipe_names import stages_of
 from apt.train.recipes import RECIPES
 from apt.train.recipes_digits import digits_apt
 
@@ -36,6 +37,19 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
     assert config == TrainConfig(
         name="n", run_dir="r", stage=dataclasses.replace(type(digits_apt().stage)(), generator="g")
     )
+
+
+def test_what_a_stage_takes_from_elsewhere_is_null(tmp_path: Path) -> None:
+    codec, pretrain, distill, _ = (plain(config) for config in stages_of(RECIPES.get("own")()))
+    assert codec["model"]["codec"] == "video_ae"
+    assert pretrain["stage"]["codec"] and pretrain["model"]["codec"] is None
+    assert distill["model"] is None
+    assert read(tmp_path, pretrain).model.codec == ModelConfig().codec
+    asked = {**distill, "model": {"name": "mmdit_mini"}}  # which it does not look at
+    assert plain(read(tmp_path, asked))["model"]["name"] == "mmdit_mini"
+    for wrong in ({"data": None}, {"seed": None}):
+        with pytest.raises(InputError, match="must be"):
+            read(tmp_path, {**distill, **wrong})
 
 
 @pytest.mark.parametrize(

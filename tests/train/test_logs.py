@@ -131,6 +131,18 @@ def test_without_a_terminal_lines_come_at_intervals(tmp_path: Path, capfd):
     assert lines[2].startswith("digits: 100/300")
 
 
+def test_three_updates_tell_how_long_the_others_take(tmp_path: Path, capfd):
+    with RunLog(tmp_path, 1003, 0, interval=1e9) as log:
+        for step, seconds in enumerate((9.0, 2.0, 2.5, 100.0), 1):
+            log.write(step, {"loss": 0.5}, {"speed/seconds_per_update": seconds})
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "expected" in line]
+    assert line == "  expected time: 0:41:40 for 1,000 updates of 2.5 s"
+    with RunLog(tmp_path / "short", 3, 0) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"loss": 0.5}, {"speed/seconds_per_update": 1.0})
+    assert "expected" not in capfd.readouterr().err
+
+
 def test_on_a_terminal_of_eighty_columns_a_bar_is_drawn(tmp_path: Path):
     pty = pytest.importorskip("pty")
     code = (

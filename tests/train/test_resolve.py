@@ -167,6 +167,22 @@ def test_a_first_stage_takes_what_the_folder_gives(tmp_path: Path) -> None:
     assert resolve(quiet, None).sample_prompts == ()
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"height": 33}, "data.height must be a multiple of 8, .* --data.height 32 or 40"),
+        ({"width": 4, "height": 8}, "data.width must be a multiple of 8, .* --data.width 8"),
+        ({"frames": 8}, r"data.frames must be 4k \+ 1, got 8; set --data.frames 5 or 9"),
+    ],
+)
+def test_clips_that_the_model_could_not_make(
+    tmp_path: Path, asked: dict[str, int], says: str
+) -> None:
+    data = DataConfig(source="folder", path=str(own_folder(tmp_path / "clips")), **asked)
+    with pytest.raises(ConfigError, match=says):
+        resolve(config(PretrainConfig(), data=data), None)
+
+
 def test_frames_are_what_the_codec_folds(tmp_path: Path) -> None:
     data = DataConfig(source="folder", path=str(own_folder(tmp_path / "clips")), max_frames=13)
     deep = ModelConfig(codec_options={"temporal": 8})
