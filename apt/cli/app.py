@@ -49,8 +49,7 @@ class Command:
     def run(self, args: Sequence[str], *, prog: str) -> int:
         """Parse `args` and do what they say; returns the exit code."""
         main = cast(Callable[..., int | None], importlib.import_module(self.module).main)
-        asks = "-h" in args or "--help" in args
-        with readable_help() if asks else contextlib.nullcontext():
+        with readable_help() if _asks_for_help(args) else contextlib.nullcontext():
             return main(args, prog=prog) or 0
 
 
@@ -177,6 +176,10 @@ def dispatch(args: Sequence[str]) -> int:
     )
 
 
+def _asks_for_help(args: Sequence[str]) -> bool:
+    return "-h" in args or "--help" in args
+
+
 def parse(
     kind: Callable[..., O], args: Sequence[str], *, prog: str, description: str | None = None
 ) -> O:
@@ -194,7 +197,7 @@ def parse(
 @contextlib.contextmanager
 def usage_in_a_line(args: Sequence[str], *, prog: str) -> Iterator[None]:
     """Raises InputError for arguments that tyro, inside, does not take; it would draw a box."""
-    if asks_for_help(args):
+    if _asks_for_help(args):
         yield
         return
     said = io.StringIO()
