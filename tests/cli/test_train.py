@@ -219,7 +219,8 @@ def test_a_run_alone_is_gone_on_with_where_it_is_now(tmp_path: Path) -> None:
 
     (tmp_path / "moved" / "000003.mp4").unlink()
     (tmp_path / "moved").rename(tmp_path / "others")
-    other = error_line_at_end(invoke(*on[:-1], tmp_path / "others"))
+    further = ["--num-updates", "4", "--data.path", tmp_path / "others"]
+    other = error_line_at_end(invoke("train", "--resume", run_dir, *further))
     assert "are others" in other and "start a new run" in other
 
 
