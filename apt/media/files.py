@@ -1,4 +1,4 @@
-"""One generated video to one file: .mp4, .gif, .webp or .png.
+"""One generated video to one file: .mp4, .mkv, .gif, .webp or .png.
 
 Frames are uint8 (T, H, W, 3), RGB. Frames of a few dozen pixels are unreadable on a screen, and
 players smooth them; so they are enlarged by a whole factor, each pixel becoming a square.
@@ -101,6 +101,37 @@ def write_mp4(
             rgb = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
             container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return Path(path)
+
+
+def write_mkv(
+    path: str | Path,
+    frames: Frames,
+    *,
+    fps: float,
+    scale: int | None = None,
+    tags: Tags | None = None,
+) -> Path:
+    """Write FFV1, which loses nothing and which browsers do not play. Arguments as `write_mp4`."""
+    import av
+
+    pixels = enlarge(as_frames(frames), scale)
+    rate, metadata = _frame_rate(fps), container_metadata(tags)
+    # Without a random number in the header, so that equal videos are equal files.
+    exact = {"fflags": "+bitexact"}
+    with (
+        _writing(path, ".mkv") as target,
+        av.open(str(target), "w", format="matroska", options=exact) as container,
+    ):
+        container.metadata.update(metadata)
+        # Version 1, since later ones take twice as long to begin a small video.
+        stream = container.add_stream("ffv1", rate=rate, options={"level": "1"})
+        stream.codec_context.thread_count = 1
+        stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "bgr0"
+        for image in pixels:
+            rgb = av.VideoFrame.from_ndarray(image, format="rgb24")
+            container.mux(stream.encode(rgb.reformat(format="bgr0")))
         container.mux(stream.encode(None))
     return Path(path)
 
@@ -221,12 +252,12 @@ def check_settings(
     )
 
 
-_ANIMATED = {".mp4": write_mp4, ".gif": write_gif, ".webp": write_webp}
+_ANIMATED = {".mp4": write_mp4, ".mkv": write_mkv, ".gif": write_gif, ".webp": write_webp}
 SUFFIXES = (*_ANIMATED, ".png")
 """The file name endings that `write_media` understands."""
 
 
-_LARGEST = {".mp4": 16384, ".gif": 65535, ".webp": 16383, ".png": 2**31 - 1}
+_LARGEST = {".mp4": 16384, ".mkv": 16384, ".gif": 65535, ".webp": 16383, ".png": 2**31 - 1}
 """Pixels along a side that the formats, and the encoders here, hold."""
 
 

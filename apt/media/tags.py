@@ -1,6 +1,6 @@
 """How a file was made, inside it: prompt, seed, model and settings.
 
-    .mp4     title and comment of the container
+    .mp4     title and comment of the container, as of .mkv
     .png     text chunks: Title and Comment
     .gif     the comment
     .webp    EXIF: ImageDescription and UserComment
@@ -109,7 +109,9 @@ def _comment_of_video(file: Path) -> str:
 
     try:
         with av.open(str(file)) as container:
-            return container.metadata.get("comment", "")
+            # Matroska's names of tags are in capitals.
+            found = {name.lower(): text for name, text in container.metadata.items()}
+            return found.get("comment", "")
     except (OSError, ValueError) as error:
         raise _unreadable(file, error) from error
 
