@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from apt.data.decode import probe, read_clip
 from apt.errors import InputError
 from apt.media import (
     SUFFIXES,
@@ -34,6 +35,7 @@ from apt.media import (
     write_webp,
 )
 from apt.media.page import format_ratio, format_seconds
+from apt.pixels import to_frames
 
 
 def moving_square(num_frames: int = 9, size: int = 32) -> torch.Tensor:
@@ -127,6 +129,18 @@ def test_an_animation_lasts_as_long_as_its_frames(
     assert all(abs(duration - 1000 / fps) < unit for duration in durations)
 
 
+def test_matroska_loses_nothing_and_equal_videos_are_equal_files(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 256, (3, 7, 5, 3), dtype=np.uint8)
+    path = write_media(tmp_path / "a.mkv", frames, fps=12.5, scale=1)
+    info = probe(path)
+    assert (info.fps, info.frames) == (12.5, 3)
+    clip = read_clip(path, start=Fraction(0), num_frames=3, fps=info.fps, info=info)
+    assert np.array_equal(to_frames(clip[None])[0], frames)
+    again = write_media(tmp_path / "b.mkv", frames, fps=12.5, scale=1)
+    assert again.read_bytes() == path.read_bytes()
+
+
 def test_large_webp_is_compressed_with_loss(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     frames = random.integers(0, 256, (2, 257, 257, 3), dtype=np.uint8)
@@ -170,7 +184,7 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
         write_mp4(tmp_path / "x.mp4", frames, fps=0)
     with pytest.raises(InputError, match="scale"):
         write_gif(tmp_path / "x.gif", frames, fps=8, scale=0)
-    with pytest.raises(InputError, match=r"'\.avi' is not one of \.mp4, \.gif, \.webp, \.png"):
+    with pytest.raises(InputError, match=r"'\.avi' is not one of \.mp4, \.mkv, \.gif"):
         write_media(tmp_path / "x.avi", frames, fps=8)
     with pytest.raises(InputError, match=r"must end in \.mp4"):
         write_mp4(tmp_path / "x.mov", frames, fps=8)

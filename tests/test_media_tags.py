@@ -63,7 +63,7 @@ def test_pixels_are_the_same_with_them(tmp_path: Path, suffix: str) -> None:
 
 
 def pixels(path: Path) -> np.ndarray:
-    if path.suffix == ".mp4":
+    if path.suffix in (".mp4", ".mkv"):
         with av.open(str(path)) as container:
             return np.stack(
                 [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]

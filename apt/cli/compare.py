@@ -29,7 +29,7 @@ class Compare:
     reference: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="REFERENCE")]
     """What is right: a file, or a folder of samples."""
     test: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TEST")]
-    """What is looked at. Lossy files (.mp4) add their own differences: generate .png or .webp."""
+    """What is looked at. Lossy files (.mp4) add their own differences: generate .mkv or .png."""
     measures: tuple[str, ...] = ("psnr", "ssim")
     """psnr, ssim, and with the extra `eval` flip and cvvdp."""
     min_psnr: float | None = None

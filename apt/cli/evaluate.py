@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from apt.cli.app import parse
+from apt.cli.list import SECTIONS, format_section
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
 from apt.distributed.launch import is_one_of_many
 from apt.errors import InputError
 from apt.evaluate.choice import parse_model
-from apt.evaluate.peers import PEERS
+
+if TYPE_CHECKING:
+    from apt.distributed.parallel import Parallel
 
 DIGITS = "digits"
 _PATIENCE = timedelta(days=7)
@@ -90,24 +94,30 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 def overview(prog: str) -> str:
     """Protocols and peers by name."""
-    from apt.evaluate.protocols import PROTOCOLS
-
-    protocols = {name: PROTOCOLS.summary(name) for name in PROTOCOLS.names()}
-    peers = {name: f"{peer.about} ({peer.licence})" for name, peer in PEERS.items()}
-    width = max(map(len, [*protocols, *peers]))
     return "\n".join(
         [
             f"usage: {prog} PROTOCOL --model A --model B ... --out DIR [OPTIONS]",
             "",
-            "protocols:",
-            *(f"  {name:<{width}}  {about}" for name, about in protocols.items()),
-            "",
-            "peers that --model takes by name, beside models of ours and diffusers:FOLDER:",
-            *(f"  {name:<{width}}  {about}" for name, about in peers.items()),
-            "",
+            format_section("protocols", SECTIONS["protocols"]()),
+            format_section(
+                "peers that --model takes by name, beside models of ours and diffusers:FOLDER",
+                SECTIONS["peers"](),
+            ),
             f"`{prog} PROTOCOL --help` shows the options.",
         ]
     )
+
+
+@contextmanager
+def ranks(device: str | None = None) -> Iterator[Parallel | None]:
+    """The ranks that share an evaluation; None where this process is the only one."""
+    if not is_one_of_many():
+        yield None
+        return
+    from apt.distributed.parallel import Parallel
+
+    with Parallel.from_environment(device or "auto", timeout=_PATIENCE) as parallel:
+        yield parallel
 
 
 def _evaluate(protocol: Any, options: Options, command: str) -> None:
@@ -115,8 +125,8 @@ def _evaluate(protocol: Any, options: Options, command: str) -> None:
 
     from apt.evaluate.harness import evaluate
 
-    def run(parallel: Any = None) -> Path | None:
-        return evaluate(
+    with ranks(options.device) as parallel:
+        page = evaluate(
             protocol,
             models,
             options.out,
@@ -126,14 +136,6 @@ def _evaluate(protocol: Any, options: Options, command: str) -> None:
             parallel=parallel,
             progress=progress_bar,
         )
-
-    if is_one_of_many():
-        from apt.distributed.parallel import Parallel
-
-        with Parallel.from_environment(options.device or "auto", timeout=_PATIENCE) as parallel:
-            page = run(parallel)
-    else:
-        page = run()
     if page is not None:
         with printing():
             print(page)

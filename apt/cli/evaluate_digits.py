@@ -9,6 +9,9 @@ from typing import Annotated
 import tyro
 
 from apt.cli.app import parse
+from apt.cli.evaluate import ranks
+from apt.cli.output import printing
+from apt.cli.progress import progress_bar
 from apt.evaluate.digits import EvaluateConfig, evaluate_digits
 
 
@@ -23,4 +26,9 @@ class Evaluate:
 def main(args: Sequence[str], *, prog: str) -> None:
     """Evaluate and say where the page is."""
     options = parse(Evaluate, args, prog=prog)
-    print(evaluate_digits(options.config))
+    with ranks() as parallel:
+        page = evaluate_digits(options.config, parallel=parallel, progress=progress_bar)
+    if page is not None:
+        with printing():
+            print(page)
+            print(page.with_suffix(".html"))

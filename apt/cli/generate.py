@@ -55,7 +55,8 @@ class Generate:
     owner/name@revision), or a safetensors file of a public transformer, whose text encoder and VAE
     come from the published model."""
     out: Path = Path("generated.mp4")
-    """Where to write; the ending is the format: .mp4, .gif, .webp, or .png (frames in a row)."""
+    """Where to write; the ending is the format: .mp4, .mkv (without loss), .gif, .webp, or .png
+    (frames in a row)."""
     contact_sheet: Path | None = None
     """Also write a .png table of everything: a row per prompt, a column per seed. All videos are
     kept in memory for it."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Section = Literal[
     "all", "models", "text_encoders", "codecs", "heads", "losses", "datasets", "recipes",
-    "features", "kernels", "attention",
+    "features", "protocols", "peers", "kernels", "attention",
 ]  # fmt: skip
 
 
@@ -30,8 +30,8 @@ class ListCommand:
     """What can be chosen by name and, for kernels and attention, what runs on this machine."""
 
     section: Annotated[tyro.conf.Positional[Section], tyro.conf.arg(metavar="SECTION")] = "all"
-    """all, or: models, text_encoders, codecs, heads, losses, datasets, recipes, features, kernels,
-    attention."""
+    """all, or: models, text_encoders, codecs, heads, losses, datasets, recipes, features,
+    protocols and peers (of `evaluate`), kernels, attention."""
     pattern: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATTERN")] = "*"
     """Only names that match this shell-style pattern; put it in quotes."""
 
@@ -157,6 +157,18 @@ def _features() -> list[Row]:
     return _registered(FEATURES)
 
 
+def _protocols() -> list[Row]:
+    from apt.evaluate.protocols import PROTOCOLS
+
+    return _registered(PROTOCOLS)
+
+
+def _peers() -> list[Row]:
+    from apt.evaluate.peers import PEERS
+
+    return [Row(name, f"{peer.about} ({peer.licence})") for name, peer in PEERS.items()]
+
+
 def _kernels() -> list[Row]:
     from apt.kernels import kernel_status
 
@@ -179,6 +191,8 @@ SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "datasets": _datasets,
     "recipes": _recipes,
     "features": _features,
+    "protocols": _protocols,
+    "peers": _peers,
     "kernels": _kernels,
     "attention": _attention,
 }

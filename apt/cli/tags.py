@@ -22,7 +22,7 @@ class ReadTags:
     """
 
     files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE")]
-    """Of .mp4, .gif, .webp or .png."""
+    """Of .mp4, .mkv, .gif, .webp or .png."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:

@@ -12,6 +12,7 @@ from apt.media import write_media
 from apt.outputs import RECORD_SUFFIX, Output, OutputRecord, check_folder
 from apt.samples import MANIFEST, SampleKey
 
+LOSSLESS = ".mkv"
 _OF_RANKS = f"{Path(MANIFEST).stem}-rank*{RECORD_SUFFIX}"
 
 
@@ -20,18 +21,21 @@ def generate_samples(
     model: SampleModel,
     keys: Sequence[SampleKey],
     *,
+    lossless: bool = False,
     parallel: Parallel | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Make a file for each prompt and seed: .mp4, or .png where the model makes single frames.
 
     An interrupted call is repeated, and makes what is left, as many ranks as it may then have; so
-    does one after a file was damaged or lost.
+    does one after a file was damaged or lost. What a model computes together is made together
+    again, so that the samples do not depend on any of this.
 
     Args:
         folder: for the files and their manifest (`apt.samples`); made if need be.
         model: what makes them.
         keys: no two the same.
+        lossless: keep every pixel of a video, at its own size, in .mkv.
         parallel: ranks that share the work; each notes what it made in a manifest of its own.
         progress: called with the number of samples that are there, and of all.
 
@@ -45,9 +49,14 @@ def generate_samples(
     check_folder(folder)
     rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world_size)
     together(parallel, lambda: gather_manifests(folder, model))
-    outputs = plan_outputs(folder, model, keys)
+    outputs = plan_outputs(folder, model, keys, lossless=lossless)
     record = _record(folder / MANIFEST, model)
-    left = [output for output in outputs if not record.has(output)]
+    left = [
+        output
+        for batch in _batches(outputs, model)
+        if not all(record.has(output) for output in batch)
+        for output in batch
+    ]
     problem: AptError | None = None
     try:
         make_share(
@@ -69,9 +78,11 @@ def generate_samples(
     return folder
 
 
-def plan_outputs(folder: Path, model: SampleModel, keys: Sequence[SampleKey]) -> list[Output]:
+def plan_outputs(
+    folder: Path, model: SampleModel, keys: Sequence[SampleKey], *, lossless: bool = False
+) -> list[Output]:
     """The file of each prompt and seed, in their order; prompts are numbered as they come up."""
-    suffix = ".png" if model.frames == 1 else ".mp4"
+    suffix = ".png" if model.frames == 1 else LOSSLESS if lossless else ".mp4"
     numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in keys))}
     return [
         Output(
@@ -95,14 +106,14 @@ def make_share(
     Args:
         folder: of the manifests.
         model: what makes them.
-        left: the same for all ranks.
+        left: the same for all ranks; whole batches of the model's, one behind another.
         rank, world: whose share, of how many.
         progress: called with the number of files made of all that are left, as if all ranks were
             equally fast.
 
     Raises InputError as `generate_samples`.
     """
-    share = left[rank::world]
+    share = [output for batch in _batches(left, model)[rank::world] for output in batch]
     progress(0)
     if not share:
         return
@@ -110,7 +121,8 @@ def make_share(
     record = _record(folder / name, model)
     samples = model.stream([(output.prompt, output.seed) for output in share])
     for made, (output, video) in enumerate(zip(share, samples, strict=True), start=1):
-        write_media(output.path, video, fps=model.fps)
+        scale = 1 if output.path.suffix == LOSSLESS else None
+        write_media(output.path, video, fps=model.fps, scale=scale)
         record.add(output)
         progress(min(made * world, len(left)))
 
@@ -127,6 +139,11 @@ def gather_manifests(folder: Path, model: SampleModel) -> None:
     for path in found:
         whole.take(_record(path, model))
         path.unlink()
+
+
+def _batches(outputs: Sequence[Output], model: SampleModel) -> list[Sequence[Output]]:
+    size = model.batch_size
+    return [outputs[start : start + size] for start in range(0, len(outputs), size)]
 
 
 def _record(path: Path, model: SampleModel) -> OutputRecord:

@@ -15,7 +15,7 @@ from apt.evaluate.choice import ModelChoice, check_model
 from apt.evaluate.generate import generate_samples, together
 from apt.evaluate.machine import machine
 from apt.evaluate.measured import Measured
-from apt.evaluate.models import DtypeName, load_model
+from apt.evaluate.models import DtypeName, SampleModel, load_model
 from apt.evaluate.protocol import Protocol, ProtocolConfig, Request
 from apt.evaluate.report import write_report
 from apt.evaluate.results import Evaluation, ModelResult
@@ -72,12 +72,11 @@ def evaluate(
     with progress("what is real") as update:
         update(0, 1)
         together(parallel, protocol.prepare)
-    keys = [key for seed in protocol.seeds for key in protocol.keys(seed)]
     folders = {name: out / "samples" / name for name in names}
     for choice in models:
         with progress(f"samples of {choice.name}") as update:
             model = load_model(choice.sized(protocol.options), device=device, dtype=dtype)
-            generate_samples(folders[choice.name], model, keys, parallel=parallel, progress=update)
+            make_samples(protocol, model, folders[choice.name], parallel=parallel, progress=update)
         del model  # the next one needs its memory
     if parallel is not None and not parallel.is_main:
         return None
@@ -93,6 +92,33 @@ def evaluate(
     return write_report(out, evaluation, found)
 
 
+def make_samples(
+    protocol: Protocol,
+    model: SampleModel,
+    folder: Path,
+    *,
+    parallel: Parallel | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """What a protocol asks of a model, of all evaluation seeds, in a folder.
+
+    Raises as `apt.evaluate.generate.generate_samples`.
+    """
+    sets = [protocol.keys(seed) for seed in protocol.seeds]
+    total = sum(map(len, sets))
+    before = 0
+    for keys in sets:
+        generate_samples(
+            folder,
+            model,
+            keys,
+            lossless=protocol.lossless,
+            parallel=parallel,
+            progress=lambda done, _, before=before: progress(before + done, total),
+        )
+        before += len(keys)
+
+
 def measure(
     protocol: Protocol,
     models: Sequence[ModelChoice],
@@ -101,18 +127,45 @@ def measure(
     progress: Progress,
 ) -> list[ModelResult]:
     """Every figure of every model and seed; those of earlier calls are not measured again."""
-    measured = Measured(out, [protocol.name, dict(protocol.settings), __version__])
     results = []
     first = folders[models[0].name]
     for choice in models:
         folder = folders[choice.name]
-        result = ModelResult(name=choice.name, place=choice.place, settings=folder.settings)
         with progress(f"figures of {choice.name}") as update:
-            for done, seed in enumerate(protocol.seeds):
-                update(done, len(protocol.seeds))
-                result.figures[seed] = _figures(protocol, seed, folder, first, measured)
-        results.append(result)
+            figures = measure_samples(protocol, folder, out, first=first, progress=update)
+        results.append(
+            ModelResult(
+                name=choice.name, place=choice.place, settings=folder.settings, figures=figures
+            )
+        )
     return results
+
+
+def measure_samples(
+    protocol: Protocol,
+    folder: SampleFolder,
+    out: Path,
+    *,
+    first: SampleFolder | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[int, dict[str, float]]:
+    """Figures of one model's samples by evaluation seed, and then by name.
+
+    Args:
+        protocol: that is followed.
+        folder: the samples.
+        out: of the file of what is measured, which is not measured again.
+        first: samples that pairs are made with; None, or the same ones, makes none.
+        progress: called with the number of seeds that are done, and of all.
+
+    Raises DataError for a sample that is not as it was made, and what the measures raise.
+    """
+    measured = Measured(out, [protocol.name, dict(protocol.settings), __version__])
+    figures = {}
+    for done, seed in enumerate(protocol.seeds):
+        progress(done, len(protocol.seeds))
+        figures[seed] = _figures(protocol, seed, folder, first or folder, measured)
+    return figures
 
 
 def _figures(
@@ -126,8 +179,6 @@ def _figures(
         others = _samples(protocol, seed, first)
         for number, pair in enumerate(protocol.pair_measures, start=len(protocol.measures)):
             figures |= measured.get(number, [samples, others], partial(pair, samples, others))
-    unknown = figures.keys() - protocol.figures.keys()
-    assert not unknown, f"the protocol does not say what {unknown} are"
     return figures
 
 

@@ -6,14 +6,13 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from apt.errors import InputError
 from apt.files import write_text
-from apt.media.parts import COLOURS, CONTROL, SCRIPT, VIDEO_TYPES, data_uri, embed
+from apt.media.parts import CONTROL, VIDEO_TYPES, data_uri, embed, html_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +73,8 @@ def write_html_page(
                     # A grid is no part of a paragraph.
                     tokens[number - 1].hidden = tokens[number + 1].hidden = True
     videos = any(grid.has_videos() for grid in grids.values())
-    page = _PAGE.substitute(
-        colours=COLOURS,
-        title=html.escape(title),
-        body=parser.renderer.render(tokens, parser.options, {}),
-        control=CONTROL if videos else "",
-        script=SCRIPT if videos else "",
-    )
+    body = parser.renderer.render(tokens, parser.options, {}) + (CONTROL if videos else "")
+    page = html_page(body, title=title, style=_STYLE, videos=videos)
     try:
         write_text(path, page)
     except OSError as error:
@@ -99,17 +93,7 @@ def _put_inside(image: Token, folder: Path, grids: Mapping[str, Grid]) -> None:
         image.attrs["src"] = data_uri(folder / name)
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-$colours
-body { margin: 2.5rem auto; max-width: 62rem; padding: 0 1.25rem; background: var(--page);
-  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 }
-h2 { font-size: 1.25rem; margin: 2.25rem 0 .5rem; border-top: 1px solid var(--line);
+_STYLE = """h2 { font-size: 1.25rem; margin: 2.25rem 0 .5rem; border-top: 1px solid var(--line);
   padding-top: 1rem }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
 a { color: inherit }
@@ -120,19 +104,9 @@ table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1re
 th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: top }
 thead th { color: var(--faint); font-weight: 500 }
 tbody tr { border-top: 1px solid var(--line) }
-video, img { border-radius: 6px; display: block; max-width: 100% }
 p > img { background: #fff }
 .grid div { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)) }
 .grid figure { margin: 0; max-width: 24rem }
 .grid video, .grid img { width: 100%; image-rendering: pixelated }
 figcaption { color: var(--faint); font-size: .875rem }
-button { position: fixed; right: 1rem; bottom: 1rem; background: var(--page); color: inherit;
-  border: 1px solid var(--faint); border-radius: 6px; cursor: pointer; font: inherit;
-  min-width: 7rem; padding: .4rem .9rem }
-@media (max-width: 44rem) { body { margin: 1.25rem auto; padding: 0 .9rem } }
-</style>
-$body
-$control
-$script
-</html>
-""")
+button { position: fixed; right: 1rem; bottom: 1rem }"""

@@ -103,7 +103,47 @@ def feature_statistics(
     return gaussian_statistics(rows())
 
 
-class Fid:
+class _FrechetOfFiles:
+    """A Fréchet distance between features of generated and of real files; see `Fid`."""
+
+    _prepare_real = staticmethod(whole)
+    _prepare_generated = staticmethod(whole)
+
+    def __init__(
+        self,
+        reference: Sequence[Path],
+        features: Features,
+        *,
+        batch_size: int = 32,
+        advance: Advance = nobody,
+    ) -> None:
+        self._features, self._batch_size, self._advance = features, batch_size, advance
+        self._real = self._measure(self._usable(reference), self._prepare_real)
+
+    def _usable(self, reference: Sequence[Path]) -> Sequence[Path]:
+        return reference
+
+    def _measure(
+        self, files: Sequence[Path], prepare: Callable[[Path, int], Picture]
+    ) -> GaussianStatistics:
+        return feature_statistics(
+            files, self._features, prepare, batch_size=self._batch_size, advance=self._advance
+        )
+
+    def statistics(self, files: Sequence[Path]) -> GaussianStatistics:
+        """Of features of generated files; see `feature_statistics`."""
+        return self._measure(files, self._prepare_generated)
+
+    def distance(self, statistics: GaussianStatistics) -> float:
+        """Of what `statistics` gave: squared, 0 for equal statistics."""
+        return frechet_distance(statistics, self._real)
+
+    def __call__(self, files: Sequence[Path]) -> float:
+        """The squared distance of generated files."""
+        return self.distance(self.statistics(files))
+
+
+class Fid(_FrechetOfFiles):
     """Fréchet Inception distance (Heusel et al., 2017), as APT's Appendix A has it.
 
     Pictures are cropped to their middle square and resized to 299 pixels as clean-fid does (Parmar
@@ -117,29 +157,8 @@ class Fid:
         advance: told of progress.
     """
 
-    def __init__(
-        self,
-        reference: Sequence[Path],
-        features: Features,
-        *,
-        batch_size: int = 32,
-        advance: Advance = nobody,
-    ) -> None:
-        self._features, self._batch_size, self._advance = features, batch_size, advance
-        self._real = self.statistics(reference)
 
-    def statistics(self, files: Sequence[Path]) -> GaussianStatistics:
-        """Of features of files; see `feature_statistics`."""
-        return feature_statistics(
-            files, self._features, batch_size=self._batch_size, advance=self._advance
-        )
-
-    def __call__(self, files: Sequence[Path]) -> float:
-        """The squared distance, 0 for equal statistics."""
-        return frechet_distance(self.statistics(files), self._real)
-
-
-class PatchFid:
+class PatchFid(_FrechetOfFiles):
     """Patch FID (Lin et al., 2024; APT, Appendix A): detail, at the resolution that was generated.
 
     Patches of 299 pixels from the middle, not resized. Generated pictures whose shorter side is at
@@ -154,34 +173,19 @@ class PatchFid:
         InputError: a generated one is: with a shorter side from 513 pixels it cannot be.
     """
 
-    def __init__(
-        self,
-        reference: Sequence[Path],
-        features: Features,
-        *,
-        batch_size: int = 32,
-        advance: Advance = nobody,
-    ) -> None:
-        self._features, self._batch_size, self._advance = features, batch_size, advance
-        large = [path for path in reference if _shorter_side(path) >= features.size]
+    _prepare_real = staticmethod(patch)
+    _prepare_generated = staticmethod(patch_of_generated)
+
+    def _usable(self, reference: Sequence[Path]) -> Sequence[Path]:
+        side = self._features.size
+        large = [path for path in reference if _shorter_side(path) >= side]
         self.left_out = len(reference) - len(large)
         if not large:
             raise DataError(
-                f"none of the {len(reference)} real images has {features.size} pixels on its "
-                "shorter side, so there are no patches; give a folder of larger images"
+                f"none of the {len(reference)} real images has {side} pixels on its shorter side, "
+                "so there are no patches; give a folder of larger images"
             )
-        self._real = self._statistics(large, patch)
-
-    def _statistics(
-        self, files: Sequence[Path], prepare: Callable[[Path, int], Picture]
-    ) -> GaussianStatistics:
-        return feature_statistics(
-            files, self._features, prepare, batch_size=self._batch_size, advance=self._advance
-        )
-
-    def __call__(self, files: Sequence[Path]) -> float:
-        """The squared distance, 0 for equal statistics."""
-        return frechet_distance(self._statistics(files, patch_of_generated), self._real)
+        return large
 
 
 def _shorter_side(path: Path) -> int:
@@ -257,9 +261,20 @@ class FrechetRatio:
                 "be measured against them; hold out other real images"
             )
 
-    def __call__(self, files: Sequence[Path]) -> FrechetRatios:
-        """The ratios of generated images."""
-        distances = {name: distance(files) for name, distance in self._distances.items()}
+    def __call__(
+        self, files: Sequence[Path], known: Mapping[str, GaussianStatistics] | None = None
+    ) -> FrechetRatios:
+        """The ratios of generated images.
+
+        Args:
+            files: images.
+            known: what `Fid.statistics` gave of them, by network; the others are computed.
+        """
+        known = known or {}
+        distances = {
+            name: distance.distance(known[name]) if name in known else distance(files)
+            for name, distance in self._distances.items()
+        }
         ratios = {name: distances[name] / self.heldout[name] for name in distances}
         return FrechetRatios(sum(ratios.values()) / len(ratios), ratios, distances)
 

@@ -25,11 +25,14 @@ class SampleModel(Protocol):
         settings: everything that decides its samples besides prompt and seed, as JSON.
         frames: of a sample; 1 is an image.
         fps: frames per second of its videos.
+        batch_size: samples that it computes together, and which may differ by a rounding from
+            those of another size.
     """
 
     settings: Mapping[str, Any]
     frames: int
     fps: float
+    batch_size: int
 
     def stream(self, keys: Sequence[SampleKey]) -> Iterator[Tensor]:
         """The samples, uint8 (T, H, W, 3), one after the other.
@@ -86,6 +89,7 @@ class OwnModel:
             choice.place, device=device, dtype=getattr(torch, dtype)
         )
         self._options = choice.options
+        self.batch_size = choice.options.batch_size
         sample = self._pipeline.info.sample
         self.frames, *_ = sample.sized(
             self._options.frames, self._options.height, self._options.width

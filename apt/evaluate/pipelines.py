@@ -145,6 +145,7 @@ class PipelineModel:
                 "rate, as in NAME,fps=16"
             )
         self.fps = 1.0 if fps is None else fps
+        self.batch_size = 1
         self.settings: Mapping[str, Any] = {
             **settings,
             "pipeline": self._kind,

@@ -20,7 +20,7 @@ from apt.registry import Registry
 from apt.samples import Sample, SampleKey
 
 Figures = Mapping[str, float]
-"""Figures by name; `Protocol.figures` says what each is."""
+"""Figures by name; `Protocol.figures` says what those are that are shown."""
 
 Measure = Callable[[Sequence[Sample]], Figures]
 """Files with their prompts and seeds, in the protocol's order, to figures."""
@@ -59,8 +59,12 @@ class Protocol:
         samples_per_prompt: of each evaluation seed.
         seeds: evaluation seeds; each is a set of samples with noise of its own, and figures are
             given with their spread over these.
+        own_keys: gives prompts and noise seeds of the samples of an evaluation seed, each prompt as
+            often as the others; None is the usual ones.
+        lossless: keep every pixel of videos.
         options: frames, height and width; what they leave open is each model's own.
-        figures: all that the measures give, in the order of the page.
+        figures: that tables and plots show, in this order; what else the measures give is in the
+            JSON file alone.
         measures: of each model's samples.
         pair_measures: of each further model's samples against the first model's.
         prepare: makes ready what the measures hold, such as networks and what is real; called once,
@@ -75,6 +79,8 @@ class Protocol:
     prompts: tuple[str, ...]
     samples_per_prompt: int = 1
     seeds: tuple[int, ...] = (0,)
+    own_keys: Callable[[int], list[SampleKey]] | None = None
+    lossless: bool = False
     options: GenerateOptions = GenerateOptions()
     figures: Mapping[str, Figure]
     measures: tuple[Measure, ...] = ()
@@ -87,10 +93,7 @@ class Protocol:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ConfigError(f"the protocol {self.name!r} has no prompts; give at least one")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ConfigError(
-                f"seeds must be different numbers from 0, at least one; got {self.seeds}"
-            )
+        check_seeds(self.seeds)
         if self.samples_per_prompt < 1:
             raise ConfigError(f"samples_per_prompt must be positive, got {self.samples_per_prompt}")
         if len(self.prompts) * self.samples_per_prompt > SEED_STRIDE:
@@ -101,6 +104,8 @@ class Protocol:
 
         All noise is different, and the same for every model.
         """
+        if self.own_keys is not None:
+            return self.own_keys(seed)
         first = seed * SEED_STRIDE
         each = self.samples_per_prompt
         return [
@@ -108,6 +113,12 @@ class Protocol:
             for number, prompt in enumerate(self.prompts)
             for index in range(each)
         ]
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise ConfigError for what cannot be the evaluation seeds."""
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ConfigError(f"seeds must be different numbers from 0, at least one; got {seeds}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write one video to one file: .mp4, .gif, .webp or .png.
+"""Write one video to one file: .mp4, .mkv, .gif, .webp or .png.
 
 Frames are uint8 (T, H, W, 3), RGB. Frames of a few dozen pixels are too small to see, and players
 blur them when they scale them up. Small frames are therefore enlarged by a whole factor first, so
@@ -6,7 +6,7 @@ that each pixel becomes a square.
 
 Tags record in a file how it was made: prompt, seed, model and settings.
 
-    .mp4     title and comment of the container
+    .mp4     title and comment of the container, as of .mkv
     .png     text chunks: Title and Comment
     .gif     the comment
     .webp    EXIF: ImageDescription and UserComment
@@ -124,6 +124,37 @@ def write_mp4(
     return Path(path)
 
 
+def write_mkv(
+    path: str | Path,
+    frames: Frames,
+    *,
+    fps: float,
+    scale: int | None = None,
+    tags: Tags | None = None,
+) -> Path:
+    """Write FFV1, which loses nothing and which browsers do not play. Arguments as `write_mp4`."""
+    import av
+
+    pixels = enlarge(as_frames(frames), scale)
+    rate, metadata = _frame_rate(fps), container_metadata(tags)
+    # Without a random number in the header, so that equal videos are equal files.
+    exact = {"fflags": "+bitexact"}
+    with (
+        _writing(path, ".mkv") as target,
+        av.open(str(target), "w", format="matroska", options=exact) as container,
+    ):
+        container.metadata.update(metadata)
+        # Version 1, since later ones take twice as long to begin a small video.
+        stream = container.add_stream("ffv1", rate=rate, options={"level": "1"})
+        stream.codec_context.thread_count = 1
+        stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "bgr0"
+        for image in pixels:
+            rgb = av.VideoFrame.from_ndarray(image, format="rgb24")
+            container.mux(stream.encode(rgb.reformat(format="bgr0")))
+        container.mux(stream.encode(None))
+    return Path(path)
+
+
 def write_gif(
     path: str | Path,
     frames: Frames,
@@ -234,12 +265,12 @@ def check_settings(
     )
 
 
-_ANIMATED = {".mp4": write_mp4, ".gif": write_gif, ".webp": write_webp}
+_ANIMATED = {".mp4": write_mp4, ".mkv": write_mkv, ".gif": write_gif, ".webp": write_webp}
 SUFFIXES = (*_ANIMATED, ".png")
 """The file suffixes that `write_media` can write."""
 
 
-_LARGEST = {".mp4": 16384, ".gif": 65535, ".webp": 16383, ".png": 2**31 - 1}
+_LARGEST = {".mp4": 16384, ".mkv": 16384, ".gif": 65535, ".webp": 16383, ".png": 2**31 - 1}
 """The most pixels along a side that each format and its encoder allow."""
 
 
@@ -398,7 +429,9 @@ def _comment_of_video(file: Path) -> str:
 
     try:
         with av.open(str(file)) as container:
-            return container.metadata.get("comment", "")
+            # Matroska's names of tags are in capitals.
+            found = {name.lower(): text for name, text in container.metadata.items()}
+            return found.get("comment", "")
     except (OSError, ValueError) as error:
         raise _unreadable(file, error) from error
 

@@ -6,11 +6,10 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
 from apt.errors import InputError
 from apt.files import write_text
-from apt.media.parts import COLOURS, CONTROL, SCRIPT, VIDEO_TYPES, embed
+from apt.media.parts import CONTROL, VIDEO_TYPES, embed, html_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,24 +60,29 @@ def write_html(
     if not prompts or not columns:
         raise InputError("the page needs at least one prompt and one sampler")
     slowest = max(column.seconds for column in columns)
-    page = _PAGE.substitute(
-        colours=COLOURS,
-        title=html.escape(title),
-        note=f"<p>{html.escape(note)}</p>" if note else "",
-        control=CONTROL if _has_videos(columns) else "",
-        script=SCRIPT if _has_videos(columns) else "",
-        heads="".join(_heading(column, slowest) for column in columns),
-        rows="\n".join(
-            f"<tr><th scope=row>{html.escape(prompt)}</th>"
-            + "".join(
-                f"<td><small>{_short(column)}</small>"
-                f"{embed(column.files[row], f'{html.escape(prompt)}, {_short(column)}')}</td>"
-                for column in columns
-            )
-            + "</tr>"
-            for row, prompt in enumerate(prompts)
-        ),
+    videos = _has_videos(columns)
+    rows = "\n".join(
+        f"<tr><th scope=row>{html.escape(prompt)}</th>"
+        + "".join(
+            f"<td><small>{_short(column)}</small>"
+            f"{embed(column.files[row], f'{html.escape(prompt)}, {_short(column)}')}</td>"
+            for column in columns
+        )
+        + "</tr>"
+        for row, prompt in enumerate(prompts)
     )
+    body = "\n".join(
+        [
+            f"<h1>{html.escape(title)}</h1>",
+            f"<p>{html.escape(note)}</p>" if note else "",
+            CONTROL if videos else "",
+            "<table>",
+            f"<thead><tr><td></td>{''.join(_heading(x, slowest) for x in columns)}</tr></thead>",
+            f"<tbody>\n{rows}\n</tbody>",
+            "</table>",
+        ]
+    )
+    page = html_page(body, title=title, style=_STYLE, videos=videos)
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -116,17 +120,7 @@ def _has_videos(columns: Sequence[SamplerColumn]) -> bool:
     return any(file.suffix.lower() in VIDEO_TYPES for column in columns for file in column.files)
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-$colours
-body { margin: 2.5rem auto; max-width: 62rem; padding: 0 1.25rem; background: var(--page);
-  color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 }
-h1 + p { color: var(--faint); margin: .4rem 0 0 }
+_STYLE = """h1 + p { color: var(--faint); margin: .4rem 0 0 }
 table { border-collapse: collapse; margin-top: 1.5rem; width: 100% }
 th, td { padding: .6rem 1rem .6rem 0; text-align: left; vertical-align: middle }
 thead th { vertical-align: top; font-weight: normal; padding-bottom: 1rem }
@@ -136,11 +130,9 @@ h2 { font-size: 1.05rem; margin: 0 }
 span, small { color: var(--faint); display: block; font-size: .875rem }
 td small { display: none }
 .time b { color: var(--good); font-weight: 600 }
-video, img { border-radius: 6px; display: block; width: 100%; image-rendering: pixelated }
-button { background: none; border: 1px solid var(--faint); border-radius: 6px; color: inherit;
-  cursor: pointer; font: inherit; margin-top: 1.25rem; min-width: 7rem; padding: .4rem .9rem }
+video, img { width: 100%; image-rendering: pixelated }
+button { margin-top: 1.25rem }
 @media (max-width: 44rem) {
-  body { margin: 1.25rem auto; padding: 0 .9rem }
   table, tbody { display: block }
   thead tr { display: grid; gap: .75rem; grid-template-columns: 1fr 1fr }
   thead td { display: none }
@@ -150,17 +142,4 @@ button { background: none; border: 1px solid var(--faint); border-radius: 6px; c
   th[scope=row] { grid-column: 1 / -1; padding: 0 }
   td { padding: 0 }
   td small { display: block; margin-bottom: .2rem }
-}
-</style>
-<h1>$title</h1>
-$note
-$control
-<table>
-<thead><tr><td></td>$heads</tr></thead>
-<tbody>
-$rows
-</tbody>
-</table>
-$script
-</html>
-""")
+}"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 from pathlib import Path
 
 from apt.errors import InputError
@@ -50,18 +51,49 @@ def embed(file: Path, label: str) -> str:
     return f'<img alt="{label}" src="{source}">'
 
 
-COLOURS = """:root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --faint: #59636e;
+def html_page(body: str, *, title: str, style: str, videos: bool) -> str:
+    """A whole document.
+
+    Args:
+        body: HTML; `CONTROL` somewhere in it holds the videos.
+        title: of the window.
+        style: rules beside those that all pages share.
+        videos: whether there are any, which then play together.
+    """
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>
+{_STYLE}
+{style}
+</style>
+{body}
+{_SCRIPT if videos else ""}
+</html>
+"""
+
+
+# Light, and dark for who prefers that.
+_STYLE = """:root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --faint: #59636e;
   --line: #d8dee4; --good: #1a7f37 }
 @media (prefers-color-scheme: dark) {
   :root { --page: #0d1117; --ink: #e6edf3; --faint: #9198a1; --line: #30363d; --good: #3fb950 }
-}"""
-"""CSS variables for the light and the dark colour scheme."""
+}
+body { margin: 2.5rem auto; max-width: 62rem; padding: 0 1.25rem; background: var(--page);
+  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 }
+video, img { border-radius: 6px; display: block; max-width: 100% }
+button { background: var(--page); border: 1px solid var(--faint); border-radius: 6px;
+  color: inherit; cursor: pointer; font: inherit; min-width: 7rem; padding: .4rem .9rem }
+@media (max-width: 44rem) { body { margin: 1.25rem auto; padding: 0 .9rem } }"""
 
 CONTROL = '<button type="button" aria-keyshortcuts="Space" hidden>Pause</button>'
 """The button that pauses and resumes all videos."""
 
 # All videos are equally long, but browsers let them drift apart. So they restart together.
-SCRIPT = """<script>
+_SCRIPT = """<script>
 "use strict";
 const videos = [...document.querySelectorAll("video")];
 const button = document.querySelector("button");
@@ -105,4 +137,3 @@ document.addEventListener("keydown", (event) => {
 });
 show();
 </script>"""
-"""Script that plays all videos of a page together."""

@@ -83,6 +83,23 @@ def test_fid_is_that_of_torchmetrics(folders: dict[str, list[Path]]) -> None:
     assert ours > 0.1
 
 
+def test_what_fid_saw_serves_for_the_ratio(folders: dict[str, list[Path]]) -> None:
+    seen: list[int] = []
+    network = features()
+
+    def counted(pictures: Tensor) -> Tensor:
+        seen.append(len(pictures))
+        return network.network(pictures)
+
+    nets = [Features("counted", counted, SIZE)]
+    fid, ratio = Fid(folders["real"], nets[0]), FrechetRatio(folders["real"], nets)
+    expected = ratio(folders["fake"])
+    seen.clear()
+    statistics = fid.statistics(folders["fake"])
+    assert ratio(folders["fake"], {"counted": statistics}) == expected
+    assert sum(seen) == len(folders["fake"])
+
+
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_figures_do_not_depend_on_batches(folders: dict[str, list[Path]], batch_size: int) -> None:
     done: list[int] = []

@@ -20,17 +20,16 @@ from apt.evaluate.choice import ModelChoice, parse_model
 from apt.evaluate.coco import read_coco_captions
 from apt.evaluate.digits import ClassifierConfig, load_classifier
 from apt.evaluate.digits.clips import caption_set, real_for_captions, real_reference
-from apt.evaluate.digits.measure import Judge, pixel_diversity
+from apt.evaluate.digits.measure import Judge, Measurement, pixel_diversity
 from apt.evaluate.features import FEATURES, Features
 from apt.evaluate.harness import evaluate
 from apt.evaluate.image_measures import Fid, PatchFid
 from apt.evaluate.measured import Measured
-from apt.evaluate.protocol import SEED_STRIDE, Request
+from apt.evaluate.protocol import Request
 from apt.evaluate.protocols import Clips, Coco, Digits, Prompts, VBench, Video
-from apt.evaluate.protocols.digits import read_digits
 from apt.evaluate.vbench_run import DIMENSIONS
 from apt.evaluate.video_measures import FrechetVideo, measure_movement, of_frames
-from apt.media import write_mp4
+from apt.media import write_media, write_mp4
 from apt.pixels import to_frames
 from apt.samples import Sample, read_samples
 from tests.tiny import tiny_bundle
@@ -55,33 +54,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelChoice:
 
 
 def test_digits_in_files_have_the_figures_of_the_clips(model: ModelChoice, tmp_path: Path) -> None:
-    config = Digits(captions=3, num_reference=16, seeds=(2,), classifier=TINY_CLASSIFIER)
+    config = Digits(captions=3, num_reference=16, seeds=(2, 5), classifier=TINY_CLASSIFIER)
     protocol = config.build(Request(tmp_path, (model,)))
-    captions = dataclasses.replace(caption_set(0, 6, 2), seed=2)
+    assert protocol.lossless
+    captions = caption_set(5, 6, 2)
     clips = real_for_captions(captions, "train")
-    keys = protocol.keys(2)
+    keys = protocol.keys(5)
     assert [prompt for prompt, _ in keys] == [label.caption for label in captions.labels]
-    assert keys[0][1] == 2 * SEED_STRIDE
+    assert not {seed for _, seed in keys} & {seed for _, seed in protocol.keys(2)}
     samples = []
     for (prompt, seed), frames in zip(keys, to_frames(clips), strict=True):
-        path = write_mp4(tmp_path / f"{seed}.mp4", frames, fps=8)
+        path = write_media(tmp_path / f"{seed}.mkv", frames, fps=8, scale=1)
         samples.append(Sample(path=path, prompt=prompt, seed=seed, sha256=""))
     (measure,) = protocol.measures
     found = measure(samples)
-    assert found.keys() == protocol.figures.keys()
+    assert found.keys() > protocol.figures.keys()
     classifier, _ = load_classifier(TINY_CLASSIFIER, tmp_path / "judge")
     judge = Judge(classifier, real_reference(16))
     real = pixel_diversity(real_for_captions(captions, "test"), captions)
-    read = torch.stack([read_digits(sample.path, 9, (32, 32)) for sample in samples])
-    expected = judge.measure(read, captions, real)
-    assert found == {name: expected.figure(name) for name in found}
-    # H.264 is lossy, by little.
-    error = (read - clips).abs() * 127.5
-    assert error.mean() < 1.5 and error.max() < 24
+    assert Measurement.of_flat(found) == judge.measure(clips, captions, real)
+    other = write_media(tmp_path / "other.mkv", frames, fps=8, scale=2)
+    with pytest.raises(DataError, match="is 64x64; the near digits are 32x32"):
+        measure([dataclasses.replace(sample, path=other) for sample in samples])
 
 
 def test_digits_numbers_are_checked() -> None:
-    for options in ({"captions": 1}, {"captions": 500}, {"samples_per_caption": 1}):
+    for options in ({"seeds": ()}, {"captions": 1}, {"captions": 500}, {"samples_per_caption": 1}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             Digits(**options)
 

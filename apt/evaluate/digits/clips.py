@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from apt.checkpoints.load import load_codec
-from apt.data.digits import HELDOUT_LABELS, TRAIN_LABELS, Label, MovingDigits, Setting, Split
+from apt.data.decode import probe, read_clip
+from apt.data.digits import (
+    HELDOUT_LABELS,
+    TRAIN_LABELS,
+    Label,
+    MovingDigits,
+    Setting,
+    Split,
+    clip_size,
+)
+from apt.errors import DataError
 from apt.evaluate.digits.classifier import real_clips
-from apt.evaluate.digits.methods import Method
-from apt.pipeline import OneStepPipeline
 from apt.pixels import to_uint8
 from apt.rng import generator_for
-
-Precision = Literal["bf16", "fp32"]
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-# Samplers with fewer network evaluations run again faster than their samples are worth keeping.
-_WORTH_KEEPING = 8
+from apt.samples import SampleKey
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,14 @@ class CaptionSet:
         """Trained captions first, then those held out."""
         return [*self.trained, *self.heldout]
 
+    @property
+    def keys(self) -> list[SampleKey]:
+        """Caption and noise seed of the sample of each label."""
+        return [
+            (label.caption, generator_for("evaluation noise", self.seed, position).initial_seed())
+            for position, label in enumerate(self.labels)
+        ]
+
 
 def caption_set(
     seed: int, num_samples: int, samples_per_caption: int, setting: Setting = "near"
@@ -74,15 +81,22 @@ def caption_set(
     )
 
 
-def real_for_captions(captions: CaptionSet, split: Split) -> Tensor:
+def real_for_captions(
+    captions: CaptionSet, split: Split, positions: Sequence[int] | None = None
+) -> Tensor:
     """Real clips (N, 3, T, H, W) of those captions, in the handwriting of ``split``.
 
-    The clips of different seeds, and those of the reference, are different.
+    The clips of different seeds, and those of the reference, are different. `positions` are those
+    of the labels that are wanted; None is all.
     """
+    labels = captions.labels
     clips = []
-    for position, label in enumerate(captions.labels):
+    for position in range(len(labels)) if positions is None else positions:
         dataset = MovingDigits(
-            _REAL_SEED + captions.seed, split, labels=(label,), setting=captions.setting
+            _REAL_SEED + captions.seed,
+            split,
+            labels=(labels[position],),
+            setting=captions.setting,
         )
         clips.append(real_clips(dataset, [position])[0])
     return torch.cat(clips)
@@ -98,85 +112,17 @@ _REFERENCE_SEED = 700_000
 _REAL_SEED = 800_000
 
 
-def generate(
-    method: Method,
-    folder: Path,
-    captions: CaptionSet,
-    *,
-    batch_size: int,
-    precision: Precision,
-    cache: Path,
-    advance: Callable[[int], None],
-) -> Tensor:
-    """Clips (N, 3, T, H, W) in [-1, 1], one per label of ``captions``, through the pipeline.
+def read_digits(path: Path, setting: Setting) -> Tensor:
+    """A sample's pixels (3, T, H, W) in [-1, 1], in 8 bits.
 
-    Without steps: real clips of held-out handwriting through the codec and back.
-
-    Samples of many-step methods are kept in ``cache`` under a hash of the weights, the settings
-    and the captions. ``advance`` is told the number of network evaluations that are done.
+    Raises DataError for a file that cannot be decoded, or is no clip of the setting's size.
     """
-    labels = captions.labels
-    if not method.num_steps:
-        return _reconstruct(folder, captions, batch_size, advance)
-    key = _key(method, folder, captions, precision)
-    kept = cache / f"{method.name}-{captions.seed}-{key}.npy"
-    if kept.is_file():
-        advance(len(labels) * method.evaluations)
-        return _to_float(torch.from_numpy(np.load(kept, allow_pickle=False)))
-    pipeline = OneStepPipeline.from_pretrained(folder, dtype=DTYPES[precision])
-    videos = []
-    for start in range(0, len(labels), batch_size):
-        chunk = labels[start : start + batch_size]
-        videos.append(
-            pipeline(
-                [label.caption for label in chunk],
-                seed=[
-                    generator_for("evaluation noise", captions.seed, start + i).initial_seed()
-                    for i in range(len(chunk))
-                ],
-                num_steps=method.num_steps,
-                cfg_scale=None if method.guided else 1.0,
-                batch_size=batch_size,
-            )
+    size = clip_size(setting)
+    info = probe(path)
+    if (info.height, info.width) != (size.side, size.side):
+        raise DataError(
+            f"{str(path)!r} is {info.height}x{info.width}; the {setting} digits are "
+            f"{size.side}x{size.side}"
         )
-        advance(len(chunk) * method.evaluations)
-    clips = torch.cat(videos)
-    if method.evaluations >= _WORTH_KEEPING:
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_name(f".{kept.name}")
-        with partial.open("wb") as stream:
-            np.save(stream, clips.numpy())
-        partial.replace(kept)
-    return _to_float(clips)
-
-
-def _reconstruct(
-    folder: Path, captions: CaptionSet, batch_size: int, advance: Callable[[int], None]
-) -> Tensor:
-    codec = load_codec(folder)
-    clips = []
-    for chunk in real_for_captions(captions, "test").split(batch_size):
-        with torch.no_grad():
-            decoded = codec.decode(codec.encode(chunk))
-        clips.append(to_uint8(decoded).float() / 127.5 - 1)
-        advance(len(chunk))
-    return torch.cat(clips)
-
-
-def _to_float(frames: Tensor) -> Tensor:
-    return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-
-
-def _key(method: Method, folder: Path, captions: CaptionSet, precision: Precision) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    settings = [
-        method.num_steps,
-        method.guided,
-        captions.seed,
-        precision,
-        [label.caption for label in captions.labels],
-    ]
-    digest.update(json.dumps(settings).encode())
-    return digest.hexdigest()[:16]
+    clip = read_clip(path, start=Fraction(0), num_frames=size.frames, fps=info.fps, info=info)
+    return to_uint8(clip).float() / 127.5 - 1

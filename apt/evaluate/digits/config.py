@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from apt.data.digits import TRAIN_LABELS
 from apt.errors import ConfigError
 from apt.evaluate.digits.classifier import ClassifierConfig
-from apt.evaluate.digits.clips import Precision
+from apt.evaluate.protocol import check_seeds
+
+Precision = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +32,8 @@ class EvaluateConfig:
         methods: names of the methods to measure; empty is all, with the curves.
         batch_size: samples per network call.
         precision: that networks compute in. They are trained in bf16 autocast, and are saved in it.
-        cache: folder of the classifiers and of slow samples; None is ``evaluation`` in the first
-            root.
+        cache: folder of the classifiers, the samples and what was measured of them; None is
+            ``evaluation`` in the first root.
         independent_judges: ask two more classifiers.
         render: write the page anew from the figures and sheets in ``out``; nothing is measured.
         classifier: the main judge; its setting of the digits is that of all real clips.
@@ -55,8 +58,7 @@ class EvaluateConfig:
         if not self.runs or len({run.resolve() for run in self.runs}) < len(self.runs):
             named = " ".join(map(str, self.runs))
             raise ConfigError(f"runs must be different folders, at least one; got {named!r}.")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds must be different numbers, at least one; got {self.seeds}.")
+        check_seeds(self.seeds)
         if self.samples_per_caption < 2:
             raise ConfigError(
                 f"samples_per_caption is {self.samples_per_caption}; diversity within a caption "
@@ -77,5 +79,5 @@ class EvaluateConfig:
 
     @property
     def kept(self) -> Path:
-        """The folder of the classifiers and of slow samples."""
+        """The folder of the classifiers, the samples and their figures."""
         return self.runs[0] / "evaluation" if self.cache is None else self.cache

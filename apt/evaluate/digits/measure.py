@@ -61,10 +61,38 @@ class Measurement:
     radial_power: list[float]
     opinions: dict[str, SecondOpinion]
 
+    def flat(self) -> dict[str, float]:
+        """Every number by a name of its own."""
+        return {
+            **{name: getattr(self, name) for name in FIGURES},
+            **{f"{_POWER}{i}": value for i, value in enumerate(self.radial_power)},
+            **{
+                f"{_JUDGE}{judge}: {name}": value
+                for judge, opinion in self.opinions.items()
+                for name, value in dataclasses.asdict(opinion).items()
+            },
+        }
+
+    @classmethod
+    def of_flat(cls, figures: Mapping[str, float]) -> Measurement:
+        """What `flat` gave."""
+        opinions: dict[str, dict[str, float]] = {}
+        for key, value in figures.items():
+            if key.startswith(_JUDGE):
+                judge, name = key.removeprefix(_JUDGE).split(": ")
+                opinions.setdefault(judge, {})[name] = value
+        return cls(
+            **{name: figures[name] for name in FIGURES},
+            radial_power=[value for key, value in figures.items() if key.startswith(_POWER)],
+            opinions={judge: SecondOpinion(**values) for judge, values in opinions.items()},
+        )
+
     def figure(self, name: str, judge: str | None = None) -> float:
         """One figure by name, of an independent judge if one is named."""
         return float(getattr(self if judge is None else self.opinions[judge], name))
 
+
+_POWER, _JUDGE = "radial power ", "judge "
 
 FIGURES = tuple(
     f.name for f in dataclasses.fields(Measurement) if f.name not in ("radial_power", "opinions")

@@ -79,6 +79,8 @@ MAIN_METHODS = (
 )
 
 LONG, NO_REGULARISER = "long", "no_r1"
+ABLATED = (f"ablations/{LONG}", f"ablations/{NO_REGULARISER}")
+"""Whose course is shown."""
 # The ablations of the recipe, by the name of their folder, and what the paper says of each: with it
 # samples are "worse", or nothing that could be compared.
 ABLATIONS: dict[str, tuple[str, str]] = {

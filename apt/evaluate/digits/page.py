@@ -37,7 +37,7 @@ def write_page(
         out: the folder, made if need be.
         results: all figures.
         captions: of the clips that are shown.
-        shown: clips of the first trial by method, and "real" ones.
+        shown: clips of the first trial at `shown_positions` by method, and "real" ones.
     """
     out.mkdir(parents=True, exist_ok=True)
     _write_comparison(out, results, captions, shown)
@@ -93,26 +93,25 @@ def _sheet_file(name: str) -> str:
     return f"digits_samples_{name}.png"
 
 
+def shown_positions(captions: CaptionSet) -> list[int]:
+    """One sample of each of the first captions."""
+    return list(range(0, len(captions.trained), captions.samples_per_caption))[:_SHEET_ROWS]
+
+
 def shown_captions(captions: CaptionSet) -> list[str]:
     """Those of the samples that the page shows."""
-    return _rows(captions)[1]
-
-
-def _rows(captions: CaptionSet) -> tuple[list[int], list[str]]:
-    """One sample of each of the first captions, and these."""
-    rows = list(range(0, len(captions.trained), captions.samples_per_caption))[:_SHEET_ROWS]
-    return rows, [captions.trained[i].caption for i in rows]
+    return [captions.trained[position].caption for position in shown_positions(captions)]
 
 
 def _write_sheets(
     out: Path, results: Results, captions: CaptionSet, shown: Mapping[str, Tensor]
 ) -> None:
-    rows, texts = _rows(captions)
+    texts = shown_captions(captions)
     labels = {m.name: m.label for m in results.methods} | {"real": "real clips"}
     for name, clips in shown.items():
         write_contact_sheet(
             out / _sheet_file(name),
-            [[video[:: _stride(clips, 5)]] for video in to_frames(clips[rows])],
+            [[video[:: _stride(clips, 5)]] for video in to_frames(clips)],
             rows=texts,
             columns=[labels[name]],
             scale=2,
@@ -122,10 +121,10 @@ def _write_sheets(
 def _write_comparison(
     out: Path, results: Results, captions: CaptionSet, shown: Mapping[str, Tensor]
 ) -> None:
-    rows, texts = _rows(captions)
+    texts = shown_captions(captions)
     labels = {m.name: m.label for m in results.methods} | {"real": "real clips"}
     names = [name for name in _BESIDE if name in shown]
-    frames = [to_frames(shown[name][rows])[:, :: _stride(shown[name], 3)] for name in names]
+    frames = [to_frames(shown[name])[:, :: _stride(shown[name], 3)] for name in names]
     write_contact_sheet(
         out / _COMPARISON,
         [list(row) for row in zip(*frames, strict=True)],

@@ -84,8 +84,20 @@ class Coco:
 
         figures = {"fid": Figure("FID", "lower", "log"), "pfid": Figure("PFID", "lower", "log")}
         makers: list[Callable[[], object]] = [fid, pfid]
+
+        def distances(samples: Sequence[Sample]) -> Figures:
+            statistics = fid().statistics(_files(samples))
+            found = {"fid": fid().distance(statistics)}
+            if self.fdr:
+                # FDr may be in the features of FID too, which need no second look.
+                name = network(self.features).name
+                ratios = ratio()(_files(samples), {name: statistics})
+                found |= {"fdr": ratios.mean}
+                found |= {f"fdr_{name}": value for name, value in ratios.ratios.items()}
+            return found
+
         measures: list[Measure] = [
-            lambda samples: {"fid": fid()(_files(samples))},
+            distances,
             lambda samples: {"pfid": pfid()(_files(samples))},
         ]
         more = ""
@@ -93,7 +105,6 @@ class Coco:
             figures["fdr"] = Figure("FDr", "lower", "log")
             figures |= {f"fdr_{name}": Figure(f"FDr, {name}", "lower") for name in self.fdr}
             makers.append(ratio)
-            measures.append(lambda samples: _ratios(ratio(), samples))
             more += _FDR.format(names=", ".join(self.fdr))
         if self.clip != _NONE:
             figures["clip"] = Figure("CLIP score", "higher")
@@ -136,8 +147,3 @@ class Coco:
 
 def _files(samples: Sequence[Sample]) -> list[Path]:
     return [sample.path for sample in samples]
-
-
-def _ratios(ratio: FrechetRatio, samples: Sequence[Sample]) -> Figures:
-    found = ratio(_files(samples))
-    return {"fdr": found.mean} | {f"fdr_{name}": value for name, value in found.ratios.items()}

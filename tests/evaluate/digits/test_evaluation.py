@@ -23,15 +23,17 @@ from apt.evaluate.digits.bars import read_causes
 from apt.evaluate.digits.classifier import real_clips
 from apt.evaluate.digits.clips import (
     caption_set,
-    generate,
+    read_digits,
     real_for_captions,
     real_reference,
 )
 from apt.evaluate.digits.measure import FIGURES
-from apt.evaluate.digits.methods import APT, DIFFUSION_GUIDED
 from apt.evaluate.digits.runs import DISCRIMINATOR_LOSS, INPUT_GRADIENT
 from apt.models.create import create_codec, create_model, create_text_encoder
+from apt.pipeline import OneStepPipeline
 from apt.pixels import to_uint8
+from apt.rng import generator_for
+from apt.samples import read_samples
 
 TINY_CLASSIFIER = ClassifierConfig(width=4, features=8, steps=1, batch_size=4, test_clips=8)
 
@@ -111,9 +113,9 @@ def tiny_config(out: Path, *runs: Path, **options: Any) -> EvaluateConfig:
         "runs": runs,
         "out": out,
         "seeds": (1, 2),
-        "num_samples": 8,
+        "num_samples": 4,
         "num_reference": 16,
-        "snapshot_samples": 8,
+        "snapshot_samples": 4,
         "classifier": TINY_CLASSIFIER,
         "methods": ("codec", "diffusion_1", "consistency_1", "apt_1"),
     }
@@ -124,7 +126,9 @@ def tiny_config(out: Path, *runs: Path, **options: Any) -> EvaluateConfig:
 def report(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("results")
     (out / "digits_causes.json").write_text(json.dumps({"accuracy": "weights are random"}))
-    return evaluate_digits(tiny_config(out, *runs, methods=()))
+    page = evaluate_digits(tiny_config(out, *runs, methods=()))
+    assert page is not None
+    return page
 
 
 def rows_of(report: Path) -> dict[str, list[str]]:
@@ -197,6 +201,7 @@ def test_the_page_is_rendered_from_what_was_saved(report: Path, tmp_path: Path) 
             shutil.copy(file, tmp_path)
     shutil.copytree(report.parent / "digits_inside", tmp_path / "digits_inside")
     again = evaluate_digits(EvaluateConfig(out=tmp_path, render=True))
+    assert again is not None
     names = sorted(file.name for file in report.parent.glob("*.*"))
     assert sorted(file.name for file in tmp_path.glob("*.*")) == names
     for name in names:
@@ -232,6 +237,7 @@ def test_the_same_again_gives_the_same_figures_and_one_run_is_enough(
 ) -> None:
     methods = ("apt_1", "consistency_1")
     again = evaluate_digits(tiny_config(tmp_path, runs[0], methods=methods))
+    assert again is not None
     first, second = (
         {m["name"]: m for m in json.loads((x.parent / "digits.json").read_text())["methods"]}
         for x in (report, again)
@@ -245,53 +251,51 @@ def test_the_same_again_gives_the_same_figures_and_one_run_is_enough(
     assert "Not run (`diffusion-apt train digits_ablations`)" in text and " nan" not in text
 
 
-def test_samples_of_many_steps_are_kept_and_belong_to_their_weights(
-    tmp_path: Path,
-) -> None:
-    method = DIFFUSION_GUIDED
-    folder = tmp_path / "model"
-    save_tiny_model(folder, "diffusion", seed=0)
-    captions = caption_set(0, 4, 2)
-    done: list[int] = []
+def test_samples_are_kept_and_belong_to_their_weights(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    save_run(root, 0)
+    config = tiny_config(tmp_path / "out", root, methods=("consistency_1",), seeds=(1,))
 
-    def sample() -> torch.Tensor:
-        return generate(
-            method,
-            folder,
-            captions,
-            batch_size=8,
-            precision="fp32",
-            cache=tmp_path / "c",
-            advance=done.append,
-        )
+    def folders() -> list[Path]:
+        assert evaluate_digits(config) is not None
+        return sorted((root / "evaluation" / "samples").iterdir())
 
-    first = sample()
-    assert first.shape == (len(captions.labels), 3, 9, 32, 32)
-    assert len(list((tmp_path / "c").iterdir())) == 1
-    assert torch.equal(sample(), first)
-    assert done == [50 * len(first)] * 2
-    save_tiny_model(folder, "diffusion", seed=1)
-    assert not torch.equal(sample(), first)
-    assert len(list((tmp_path / "c").iterdir())) == 2
+    (folder,) = folders()
+    captions = caption_set(1, 4, 2)
+    found = read_samples(folder)
+    assert set(found.samples) == set(captions.keys)
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    figures = (tmp_path / "out" / "digits.json").read_bytes()
+    damaged = found.samples[captions.keys[3]].path
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-9])
+    assert folders() == [folder]
+    # All of this tiny model's samples were one batch, and it is made again as such.
+    assert damaged.read_bytes() == whole
+    assert (tmp_path / "out" / "digits.json").read_bytes() == figures
+    assert folders() == [folder]
+    assert {path.stat().st_mtime_ns > times[path] for path in folder.glob("*.mkv")} == {True}
+    save_tiny_model(root / "distill" / "export", "consistency", seed=9)
+    assert len(folders()) == 2
 
 
-def test_batch_size_does_not_change_the_noise(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    captions = caption_set(3, 4, 2)
-    folder = APT.folder(runs[0])
-    clips = [
-        generate(
-            APT,
-            folder,
-            captions,
-            batch_size=n,
-            precision="fp32",
-            cache=tmp_path,
-            advance=lambda _: None,
-        )
-        for n in (3, 8)
+def test_samples_are_what_the_model_makes_to_the_last_bit(runs: tuple[Path, Path]) -> None:
+    """Those of the first report, with the noise of the trial."""
+    captions = caption_set(2, 4, 2)
+    pipeline = OneStepPipeline.from_pretrained(
+        runs[1] / "apt" / "export", dtype=torch.bfloat16, device="cpu"
+    )
+    seeds = [seed for _, seed in captions.keys]
+    assert seeds[5] == generator_for("evaluation noise", 2, 5).initial_seed()
+    expected = pipeline([label.caption for label in captions.labels], seed=seeds, batch_size=32)
+    place = str(runs[1] / "apt" / "export")
+    (folder,) = [
+        found
+        for found in map(read_samples, (runs[0] / "evaluation" / "samples").glob("apt_1-*"))
+        if found.settings["model"] == place
     ]
-    torch.testing.assert_close(clips[0], clips[1], rtol=0, atol=2.1 / 255)
-    assert not list(tmp_path.iterdir())  # one step is not worth keeping
+    made = [read_digits(folder.samples[key].path, "near") for key in captions.keys]
+    assert torch.equal(to_uint8(torch.stack(made)).permute(0, 2, 3, 4, 1), expected)
 
 
 def test_captions_are_grouped_and_split() -> None:
@@ -374,6 +378,7 @@ def test_causes_that_are_none(runs: tuple[Path, Path], tmp_path: Path) -> None:
         {"runs": (Path("a"), Path("b/../a"))},
         {"seeds": ()},
         {"seeds": (1, 1)},
+        {"seeds": (-1,)},
         {"num_samples": 17},
         {"num_samples": 4 * 217},
         {"samples_per_caption": 1},
