@@ -107,6 +107,10 @@ def make_samples(
     sets = [protocol.keys(seed) for seed in protocol.seeds]
     total = sum(map(len, sets))
     before = 0
+
+    def tell(done: int, _: int) -> None:
+        progress(before + done, total)
+
     for keys in sets:
         generate_samples(
             folder,
@@ -114,7 +118,7 @@ def make_samples(
             keys,
             lossless=protocol.lossless,
             parallel=parallel,
-            progress=lambda done, _, before=before: progress(before + done, total),
+            progress=tell,
         )
         before += len(keys)
 
