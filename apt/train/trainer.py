@@ -17,8 +17,8 @@ from apt.distributed.parallel import Parallel
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.methods.base import Stage
 from apt.models.cached import CachedCodec
-from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
+from apt.pixels import LatentCodec
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
 from apt.train.datasets import kept_apart, make_dataset
