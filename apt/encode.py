@@ -29,7 +29,7 @@ from apt.data.latents import (
     write_texts,
 )
 from apt.errors import DataError
-from apt.models.codecs import LatentCodec
+from apt.pixels import LatentCodec
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]

@@ -1,13 +1,13 @@
-"""Pixels in [-1, 1] as callers want them: in 8 bits, and as diffusers' `output_type`s."""
+"""What becomes of pixels in [-1, 1]: latents by a codec, 8 bits, and diffusers' `output_type`s."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt.errors import InputError
 
@@ -22,6 +22,53 @@ OutputType = Literal["uint8", "pt", "np", "pil"]
 - "np": an fp32 array (B, T, H, W, 3) in [0, 1], as diffusers;
 - "pil": a list of T images for each video, as diffusers.
 """
+
+
+class LatentCodec(nn.Module):
+    """Pixels (B, 3, T, H, W) in [-1, 1] to latents (B, C, T', H', W') of about unit variance.
+
+    Attributes:
+        config: the frozen dataclass it was built from.
+        channels: C.
+        temporal_compression: 4 means 4k + 1 frames become k + 1 latent frames.
+        spatial_compression: pixels per latent along height and width.
+        encodes_in_autocast: whether a training run may encode in its own precision. Codecs of
+            others compute as their config says.
+    """
+
+    config: Any
+    channels: int
+    temporal_compression: int
+    spatial_compression: int
+    encodes_in_autocast: bool = False
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents of pixels; raises InputError for sizes that do not fit."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels of latents."""
+        raise NotImplementedError
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T', H', W') of a clip whose first frame is a latent frame of its own.
+
+        Raises InputError for sizes that do not fit, naming the nearest that do.
+        """
+        temporal, spatial = self.temporal_compression, self.spatial_compression
+        if frames < 1 or (frames - 1) % temporal:
+            low = max(frames - 1, 0) // temporal * temporal + 1
+            raise InputError(
+                f"{frames} frames do not fit; use {low} or {low + temporal} ({temporal}k + 1)"
+            )
+        for name, size in (("height", height), ("width", width)):
+            if size < spatial or size % spatial:
+                low = max(size // spatial, 1) * spatial
+                raise InputError(
+                    f"{name} {size} does not fit; use a multiple of {spatial}, such as {low} or "
+                    f"{low + spatial}"
+                )
+        return (frames - 1) // temporal + 1, height // spatial, width // spatial
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ from apt.condition import PromptCheck, TextEncoder
 from apt.device import find_device
 from apt.errors import CheckpointError, ConfigError, InputError, MissingPackageError
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
-from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
+from apt.pixels import LatentCodec
 
 
 @dataclass(frozen=True, kw_only=True)

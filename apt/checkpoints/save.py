@@ -19,7 +19,7 @@ from apt.checkpoints.info import (
 from apt.checkpoints.load import ModelBundle, component_info, described
 from apt.checkpoints.weights import save_tensors, save_weights
 from apt.errors import CheckpointError
-from apt.models.codecs import LatentCodec
+from apt.pixels import LatentCodec
 
 
 def save_bundle(

@@ -26,8 +26,8 @@ from apt.checkpoints.save import save_bundle
 from apt.checkpoints.weights import empty_module
 from apt.condition import Condition, EncodedText
 from apt.errors import ConfigError
-from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
+from apt.pixels import LatentCodec
 from apt.rng import Draw, sample_noise, sample_uniform
 
 Metrics = dict[str, float | Tensor]

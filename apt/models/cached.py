@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apt.condition import EncodedText, TextEncoder
 from apt.errors import InputError, listed
-from apt.models.codecs import LatentCodec
+from apt.pixels import LatentCodec
 
 
 class CachedTextEncoder(TextEncoder):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from apt.errors import ConfigError, InputError
 from apt.models.architectures import CODECS
-from apt.models.codecs import LatentCodec
+from apt.pixels import LatentCodec
 
 Conv = TypeVar("Conv", bound=nn.Conv3d)
 
@@ -70,7 +70,7 @@ class CausalCodecConfig:
 
 
 class CausalCodec(LatentCodec):
-    """Pixels to latents and back, causally; see `apt.models.codecs.LatentCodec`.
+    """Pixels to latents and back, causally; see `apt.pixels.LatentCodec`.
 
     The first frame is a latent frame of its own, so an image is a video of one frame.
     """

@@ -22,7 +22,7 @@ from apt.checkpoints.external import (
 )
 from apt.errors import AptError, CheckpointError, ConfigError, InputError
 from apt.models.architectures import CODECS
-from apt.models.codecs import LatentCodec
+from apt.pixels import LatentCodec
 
 
 @dataclass(frozen=True, kw_only=True)

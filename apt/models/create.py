@@ -12,8 +12,8 @@ from apt.condition import TextEncoder
 from apt.device import find_device
 from apt.errors import InputError
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
-from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
+from apt.pixels import LatentCodec
 
 
 def create_model(

@@ -23,9 +23,9 @@ from apt.errors import ConfigError
 from apt.methods.base import MethodConfig, StageConfig
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS, find_tag, split_tag
 from apt.models.cached import CachedCodec
-from apt.models.codecs import LatentCodec
 from apt.models.create import describe_codec
 from apt.models.transformer import DiffusionTransformer
+from apt.pixels import LatentCodec
 from apt.train.config import TrainConfig
 from apt.train.recipe_names import stages_of
 from apt.train.recipes import RECIPES

@@ -24,8 +24,8 @@ from apt.distributed.collectives import everywhere
 from apt.distributed.parallel import Parallel
 from apt.distributed.sharding import linear_layers
 from apt.methods.base import MicroBatch, Stage
-from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
+from apt.pixels import LatentCodec
 from apt.train.adapters import add_adapters
 from apt.train.config import TrainConfig
 from apt.train.initial import initial_bundle, initial_codec

@@ -22,8 +22,8 @@ from apt.condition import TextEncoder
 from apt.data.latents import LatentFolder
 from apt.errors import ConfigError
 from apt.methods.base import MethodConfig
-from apt.models.codecs import LatentCodec
 from apt.models.create import create_codec, create_model, create_text_encoder
+from apt.pixels import LatentCodec
 from apt.train.cache_parts import cached_codec, cached_text_encoder
 from apt.train.config import TrainConfig
 from apt.train.objects import NO_OBJECTS, Objects

@@ -44,6 +44,7 @@ __all__ = [
     "RunLog",
     "Update",
     "model_flops",
+    "peak_memory",
     "peak_tflops",
     "read_log",
     "speed",
@@ -405,3 +406,18 @@ def speed(update: Update, passes: Sequence[Pass], parallel: Parallel) -> dict[st
     if peak is not None:
         found["speed/mfu"] = tflops / peak
     return found
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process had: of the GPU's memory in tensors, or of main memory.
+
+    None where that is not known.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

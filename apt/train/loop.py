@@ -16,7 +16,6 @@ from torch import Tensor
 from apt.checkpoints.runs import EXPORT, SNAPSHOTS
 from apt.data.dataset import Batch, TrainingData
 from apt.data.loader import make_loader, num_micro_batches, share_of_rank
-from apt.device import peak_memory
 from apt.distributed.parallel import Parallel
 from apt.distributed.watch import is_of_a_collective, watched
 from apt.errors import CheckpointError
@@ -30,7 +29,7 @@ from apt.train.header import header
 from apt.train.heldout import HeldOut
 from apt.train.host import MicroBatches
 from apt.train.lock import FolderInUse, RunLock
-from apt.train.logs import RunLog, Update, speed
+from apt.train.logs import RunLog, Update, peak_memory, speed
 from apt.train.monitor import (
     CollapseMonitor,
     LatentStatistics,

@@ -52,7 +52,7 @@ class Trained:
     num_updates: int
     ema: EMA | None = None
     sharded: bool = False
-    """Over ranks, which a single process need not ask after."""
+    """Whether its tensors lie over several ranks."""
     reduces_once: bool = False
     moves: int = 0
     """How often its weights began to move, in this process."""

@@ -20,8 +20,8 @@ from apt.data.clips import clip_size
 from apt.errors import ConfigError, InputError
 from apt.methods.base import MethodConfig
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS
-from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
+from apt.pixels import LatentCodec
 from apt.registry import Buildable, Registry
 from apt.train.config import DataConfig, TrainConfig
 

@@ -25,9 +25,9 @@ from apt.device import computes_in_bf16
 from apt.errors import ConfigError, DataError, InputError
 from apt.methods.base import MethodConfig
 from apt.models.architectures import MODELS, TEXT_ENCODERS
-from apt.models.codecs import LatentCodec
 from apt.models.create import describe_codec
 from apt.models.transformer import tokens_multiple
+from apt.pixels import LatentCodec
 from apt.train.config import DataConfig, TrainConfig
 from apt.train.objects import NO_OBJECTS, Objects
 

@@ -19,8 +19,8 @@ from apt.errors import CheckpointError, ConfigError, InputError
 from apt.methods.base import MethodConfig, Stage
 from apt.models.architectures import CODECS
 from apt.models.cached import CachedCodec
-from apt.models.codecs import LatentCodec
 from apt.models.transformer import DiffusionTransformer
+from apt.pixels import LatentCodec
 from apt.train import checkpoint
 from apt.train.config import TrainConfig
 from apt.train.datasets import kept_apart, make_dataset

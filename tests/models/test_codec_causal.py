@@ -18,7 +18,7 @@ from apt.checkpoints.save import save_bundle, save_codec
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models import create_codec
 from apt.models.codec_causal import CausalCodec, CausalCodecConfig, Memory
-from apt.models.codecs import LatentCodec
+from apt.pixels import LatentCodec
 from tests.memory import peak_bytes
 from tests.tiny import tiny_bundle
 

@@ -14,8 +14,8 @@ from apt.checkpoints.load import NO_SIZE, component_info, describe, load_codec
 from apt.errors import CheckpointError, ConfigError, InputError
 from apt.models.architectures import CODECS
 from apt.models.codec_diffusers import DiffusersCodecConfig
-from apt.models.codecs import LatentCodec
 from apt.models.create import create_codec, describe_codec
+from apt.pixels import LatentCodec
 
 diffusers = pytest.importorskip("diffusers")
 

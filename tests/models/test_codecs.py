@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from apt.errors import ConfigError, InputError
 from apt.models import create_codec
-from apt.models.codecs import LatentCodec, PatchifyCodec, PatchifyConfig, lapped_basis
+from apt.models.codecs import PatchifyCodec, PatchifyConfig, lapped_basis
+from apt.pixels import LatentCodec
 
 
 def pixels(*shape: int) -> torch.Tensor:

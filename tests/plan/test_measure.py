@@ -13,7 +13,7 @@ from apt.distributed.imagined import imagined_ranks
 from apt.distributed.mesh import Layout, ParallelConfig
 from apt.errors import ConfigError
 from apt.methods.base import Stage
-from apt.models.codecs import LatentCodec
+from apt.pixels import LatentCodec
 from apt.plan import measure
 from apt.plan.compare import real_peaks
 from apt.plan.estimate import Job, estimate

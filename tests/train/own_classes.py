@@ -15,8 +15,8 @@ from apt.condition import Condition, EncodedText, PromptCheck, TextEncoder
 from apt.data.source import ClipRequest, DataSource
 from apt.errors import InputError, PromptLengthError
 from apt.losses import UnpairedObjective
-from apt.models.codecs import LatentCodec
 from apt.models.transformer import Context, DiffusionTransformer, Tokens, TransformerBlock
+from apt.pixels import LatentCodec
 
 CLIP = (5, 8, 8)
 CAPTIONS = ("a bar moving down", "a bar moving up")
