@@ -61,7 +61,7 @@ def test_tokens_of_the_papers_sizes(frames, height, width, tokens):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frames": 48}, "48 frames are not 4k [+] 1"),
+        ({"frames": 48}, "48 frames do not fit a compression of 4"),
         ({"height": 721}, "721x1280 is not a multiple of the compression, 8x8"),
         ({"width": 0}, "720x0"),
         ({"batch": 0}, "at least 1, got 0, 256 and"),
@@ -196,7 +196,9 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_built(monkeypatch):
     small = replace(describe_machine(CPU), memory_gb=8)
     monkeypatch.setattr("apt.bench.dit.describe_machine", lambda device: small)
     workload = usual_workload("apt_8b", frames=1, height=64, width=64)
-    with pytest.raises(InputError, match=r"apt_8b take 15 GB in bfloat16, cpu has 8 GB; .*--floor"):
+    with pytest.raises(
+        InputError, match=r"apt_8b take 15 GB in bfloat16, but cpu has 8 GB; .*--floor"
+    ):
         RandomNetwork(workload, CPU)
 
 

@@ -50,7 +50,7 @@ def test_folders_of_samples_are_compared(tmp_path: Path) -> None:
     assert "4 pairs" in result.stdout, result.stderr
     assert error_line(
         invoke("study", "make", tmp_path / "paper", *options[:2], "--paper-set", "images")
-    ).startswith("300 prompts were asked for, and the samples have 3")
+    ).startswith("300 prompts were asked for, but the samples have 3")
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
