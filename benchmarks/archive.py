@@ -1,4 +1,4 @@
-"""Where measurements end up: records, gates against older records, and the last word."""
+"""Turn measurements into records, judge them by the gates, and write them down."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TARGETS = FOLDER / "targets.toml"
 
 CPU_NOTE = (
     "The CPU form: a test of the harness on torch's reference ops. It says nothing about the "
-    "kernels, which need a GPU. Small inputs stay in the processor's caches, so that shares of the "
-    "copy rate above 100 % are possible."
+    "kernels, which need a GPU. Small inputs stay in the processor's caches, so shares of the copy "
+    "rate can exceed 100 %."
 )
 
 
 class Judged:
-    """A record, what the gates say about it, and whether its run must fail."""
+    """A record, the verdicts of the gates on it, and whether its run must fail."""
 
     def __init__(self, record: Record, verdicts: Sequence[Verdict]) -> None:
         failed = tuple(sorted({v.subject for v in verdicts if v.fails}))
@@ -44,7 +44,7 @@ class Judged:
         return bool(self.wrong or self.record.failed)
 
     def report(self) -> str:
-        """One table of the times, one of the gates."""
+        """Return a table of the times and one of the gates, for a terminal."""
         record = self.record
         title = f"{record.topic} on {record.machine.device}"
         note = [record.note] if record.note else []
@@ -53,11 +53,11 @@ class Judged:
         )
 
     def page(self) -> str:
-        """Of the record and its gates, in Markdown."""
+        """Return the record and its gates in Markdown."""
         return markdown(self.record, self.verdicts)
 
     def write(self, folder: Path = RESULTS) -> Path:
-        """Raw samples and the page beside them; returns the page."""
+        """Write the raw samples and the page; return the path of the page."""
         page = write_record(self.record, folder).with_suffix(".md")
         page.write_text(self.page(), encoding="utf-8")
         return page
@@ -71,10 +71,15 @@ def judge(
     *,
     provenance: Provenance | None = None,
 ) -> Judged:
-    """Make a record of a run's measurements and hold it to targets and to older records.
+    """Make a record of a run's measurements, and judge it by the targets and by older records.
 
     Args:
-        provenance: of a run that writes several records, or one again; None: this run, now.
+        topic: topic of the record.
+        measurements: all measurements of the topic.
+        ceilings: rates measured in the same run.
+        device: the device that was measured.
+        provenance: shared by all records of a run, and by later versions of one; None takes this
+            run at this time.
     """
     record = Record(
         topic=topic,

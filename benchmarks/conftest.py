@@ -1,7 +1,7 @@
-"""What the benchmark suites share: the device, its ceilings, and what becomes of measurements.
+"""Shared by the benchmark suites: the device, its ceilings, and the records of measurements.
 
-Variants are timed in turns by `apt.bench`; pytest-benchmark gets those samples through a clock that
-replays them, and does the statistics and the comparison it is known for.
+`apt.bench` times variants in turns. pytest-benchmark gets those samples through a clock that
+replays them, and does its usual statistics and comparisons.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--quick",
         action="store_true",
-        help="few rounds, small shapes, nothing compiled: does the harness work?",
+        help="test the harness: few rounds, small shapes, nothing compiled",
     )
     group.addoption(
         "--results",
         type=Path,
         default=RESULTS,
-        help="folder for records (default: benchmarks/results); --quick writes none without it",
+        help="folder for records (default: benchmarks/results; with --quick, none are written)",
     )
 
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """Measured ceilings of the device; after the last test, records and gates."""
+    """Measure the device's ceilings; after the last test, write records and check gates."""
     config = request.config
     bench = Bench(quick=config.getoption("--quick"))
     yield bench
@@ -55,7 +55,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 @pytest.fixture
 def replay(benchmark: BenchmarkFixture) -> Replay:
-    """Hand a measurement's samples to pytest-benchmark, or skip or fail with its reason."""
+    """Give a measurement's samples to pytest-benchmark, or skip or fail with its reason."""
 
     def show(measurement: Measurement) -> None:
         if measurement.status == "skipped":

@@ -1,7 +1,7 @@
-"""Times of what stands around Wan's transformer: the VAE's decoder and the text encoder.
+"""Time the networks around Wan's transformer: the VAE's decoder and the text encoder.
 
-Built at full size from their configurations, with random weights: nothing is downloaded. Where
-diffusers or transformers is missing they are skipped, with the reason.
+They are built at full size from their configurations, with random weights: nothing is downloaded.
+If diffusers or transformers is missing, they are skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.training import peak_gb, reset_peak
 
 PROMPT_TOKENS = 512
 
-# Of google/umt5-xxl, which Wan uses; what is not here is the class's default
+# google/umt5-xxl, which Wan uses; all other options are the class's defaults
 UMT5_XXL = {
     "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24,
     "num_heads": 64, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
@@ -45,7 +45,7 @@ def measure_vae(
     clock: Clock,
     config: Mapping[str, Any] = WAN_VAE,
 ) -> Measurement:
-    """Decoding one clip's latents, as the pipeline does after its one step."""
+    """Measure decoding the latents of one clip, as the pipeline does after its one step."""
     size = f"{frames}x{height}x{width}"
     case = case_of("Wan 2.1 VAE decode", size, dtype)
 
@@ -67,7 +67,7 @@ def measure_text(
     clock: Clock,
     config: Mapping[str, Any] = UMT5_XXL,
 ) -> Measurement:
-    """Encoding one prompt of `tokens` tokens."""
+    """Measure encoding one prompt of `tokens` tokens."""
     case = case_of("UMT5-XXL", f"{tokens} tokens", dtype)
 
     def build() -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -90,7 +90,7 @@ def measure(
     device: torch.device,
     clock: Clock,
 ) -> Measurement:
-    """Time a network that `build` makes; "skipped" if its package is missing."""
+    """Time a network that `build` creates; "skipped" if its package is missing."""
     try:
         network, run = build()
     except InputError as error:
@@ -125,5 +125,5 @@ def on(device: torch.device, dtype: torch.dtype, make: Callable[[], nn.Module]) 
 
 
 def case_of(part: str, size: str, dtype: torch.dtype) -> dict[str, str | int]:
-    """As records hold it."""
+    """Return the case as records hold it."""
     return {"part": part, "size": size, "dtype": str(dtype).removeprefix("torch.")}

@@ -1,7 +1,7 @@
-"""What a process had begun and ended, in a file that outlives it: one line of JSON each.
+"""A log of what a process began and ended, in a file that survives it: one JSON object per line.
 
-A GPU's illegal access ends with the process that made it, or leaves that process of no use. What
-it was doing then, its parent reads here.
+An illegal access on a GPU kills the process, or makes the GPU unusable for it. This file tells the
+parent process what it was doing.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ Event = dict[str, Any]
 class Events:
     """Writes events; each is in the file when the call returns.
 
-    Kinds: `begin` and `end` of a piece of work by its name; `skip` of one that is not begun;
-    `finished`, the last word of a process that came to its end.
+    Kinds: `begin` and `end` of a named piece of work; `skip` for one that is not started;
+    `finished` when a process has done all its work.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, name: str = "", **found: Any) -> None:
-        """Add an event; `found` must be what JSON holds."""
+        """Write an event; the values of `found` must be JSON values."""
         self._file.write(json.dumps({"kind": kind, "name": name, **found}) + "\n")
         self._file.flush()
 
 
 def read_events(path: Path) -> list[Event]:
-    """All events so far, without one that is half written; none if there is no file."""
+    """Read all events so far, except one that is half written; none if there is no file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -38,5 +38,5 @@ def read_events(path: Path) -> list[Event]:
 
 
 def begun(path: Path) -> set[str]:
-    """Names of the work that needs no process any more."""
+    """Return the names of work that was begun or skipped and will not be started again."""
     return {event["name"] for event in read_events(path) if event["kind"] in ("begin", "skip")}

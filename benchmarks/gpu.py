@@ -1,18 +1,19 @@
 """Everything that needs a GPU, in one command: `python -m benchmarks.gpu --out FOLDER`.
 
-Times of the DiTs of the paper and of Wan 2.1 at their full sizes, every op against fp64, a training
-check, times of every op, of the VAE and the text encoder, records, gates, and one short table at
-the end. `--call first` and `--call second` cut it in two for machines that are lent for minutes;
-NOTES.md says what to do with each outcome.
+It times the DiTs of the paper and of Wan 2.1 at full size, checks every op against fp64, runs a
+training check, and times every op, the VAE and the text encoder. It writes records, checks gates
+and prints one short table at the end. `--call first` and `--call second` split it in two, for
+machines that are lent for minutes. NOTES.md says what to do with each outcome.
 
-Every step runs in a process of its own, and every network: an illegal access ends only what made
-it, which is named, and measured again variant by variant at the end. What the time does not reach
-is listed, and each record is written as soon as it has something, so that an interrupted run loses
+Every step and every network runs in its own process. An illegal access kills only that process; its
+work is named, and measured again variant by variant at the end. Work that does not fit into the
+time is listed. Each record is written as soon as it has a measurement, so an interrupted run loses
 little.
 
-Needs torch >= 2.11 with its triton, einops, numpy, pillow, safetensors and scikit-learn (whose
-digits are trained on) and pytest; no network, and neither pytest-benchmark nor the command line's
-packages. What diffusers, transformers or liger-kernel are needed for is skipped without them.
+It needs torch >= 2.11 with its triton, einops, numpy, pillow, safetensors, scikit-learn (for the
+digits that are trained on) and pytest. It needs no network, no pytest-benchmark and none of the
+command line's packages. Parts that need diffusers, transformers or liger-kernel are skipped without
+them.
 """
 
 from __future__ import annotations
@@ -48,24 +49,24 @@ from benchmarks.watch import Exit, watch
 from benchmarks.workloads import WORKLOADS
 
 TESTS = ("tests/kernels/test_gpu.py", "tests/kernels")
-# Sizes that no tile divides, where a kernel that reads or writes too far would do so
+# Sizes that no tile divides, where a wrong kernel would read or write out of bounds
 SANITIZED = ("tests/kernels/test_gpu.py", "-k", "test_accuracy and triton and (3x77x120 or 1x1x64)")
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
-TEST_LIMIT = 120  # seconds of one test, with what it compiles
-START_LIMIT = 120  # of a process, before its first piece of work and between two
+TEST_LIMIT = 120  # seconds for one test, compilation included
+START_LIMIT = 120  # seconds before a process's first piece of work, and between two
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong, and all that is known about it."""
+    """A failure, and its output or traceback."""
 
     name: str
     text: str = ""
 
 
 class Session:
-    """One run against the clock."""
+    """One run with a deadline."""
 
     def __init__(self, options: argparse.Namespace, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
@@ -89,15 +90,15 @@ class Session:
         return self.deadline - time.monotonic()
 
     def measure_ceilings(self) -> bool:
-        """Whether there is something to hold times to; without it nothing is measured."""
+        """Measure the device's rates; return False if that fails, and nothing can be measured."""
         job = Job(step="ceilings", name="ceilings", seconds=1, call="benchmarks.steps:ceilings")
         self.run_jobs([job])
         return self.ceilings is not None
 
     def run(self, choice: Choice) -> None:
-        """The steps of a call, in order."""
+        """Run the steps of a call, in order."""
         assert self.ceilings is not None
-        if self.rehearsal:  # one process: on a CPU nothing is lost but time
+        if self.rehearsal:  # one process: a CPU needs no isolation
             checks = [step for step in choice.steps if step in ("tests", "sanitizer")]
             self.checks |= dict.fromkeys(checks, "not run: they need a GPU")
             self.run_jobs([j for s in choice.steps for j in plan.jobs_of(s, choice, self.ceilings)])
@@ -111,7 +112,7 @@ class Session:
                 self.run_step(plan.jobs_of(step, choice, self.ceilings))
 
     def run_step(self, jobs: Sequence[Job]) -> None:
-        """Those that need a process for themselves one by one, the others together."""
+        """Run jobs that need their own process one by one, then the others together."""
         alone = [job for job in jobs if job.alone]
         for job in alone:
             self.run_jobs([job])
@@ -120,12 +121,12 @@ class Session:
             self.run_jobs(together)
 
     def run_again(self) -> None:
-        """Variant by variant, what ended its process: the others get their times."""
+        """Run the jobs that killed their process again, variant by variant, to time the others."""
         again, self.again = self.again, []
         self.run_step(again)
 
     def run_jobs(self, jobs: Sequence[Job]) -> None:
-        """In a worker, and in another one behind each job that ends it."""
+        """Run jobs in a worker, and start another worker after each job that kills it."""
         by_name = {job.name: job for job in jobs}
         folder = Path(tempfile.mkdtemp(dir=self.temporary))
         context = {
@@ -169,10 +170,10 @@ class Session:
                 self.miss(by_name[name])
 
     def take(self, job: Job, event: Event) -> None:
-        """What a job ended with: measurements, a traceback, or a GPU that is lost."""
+        """Take the result of a job: measurements, a traceback, or an unusable GPU."""
         if "lost" in event:
             text = event.get("traceback") or reasons(event.get("measurements", ()))
-            self.lose(job, f"left the GPU of no use: {event['lost']}", text)
+            self.lose(job, f"left the GPU unusable: {event['lost']}", text)
         elif "traceback" in event:
             self.fail(f"{job.step}: {job.name}", event["traceback"])
         elif "ceilings" in event:
@@ -181,7 +182,7 @@ class Session:
             self.add(job.step, read_measurements(event["measurements"]))
 
     def lose(self, job: Job, reason: str, text: str, *, time_up: bool = False) -> None:
-        """A job that ended its process."""
+        """Note a job that killed its process."""
         if time_up:
             self.not_reached.setdefault(job.step, []).append(f"the rest of {job.name}")
             return
@@ -189,7 +190,7 @@ class Session:
         self.again += job.split()
 
     def add(self, topic: str, found: Sequence[Measurement]) -> None:
-        """Keep measurements, and write all of the topic so far."""
+        """Keep measurements, and write the topic's record so far."""
         assert self.ceilings is not None
         self.measurements.setdefault(topic, []).extend(found)
         judged = judge(
@@ -211,20 +212,20 @@ class Session:
         under: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
     ) -> Exit | None:
-        """GPU tests in a process of their own, and in another one behind each that ends it.
+        """Run GPU tests in their own process, and start another after each test that kills it.
 
         Args:
-            name: of the check.
+            name: name of the check.
             chosen: arguments of pytest.
-            seconds: at most.
-            under: a command that runs them.
-            env: added to this process's.
+            seconds: time limit.
+            under: a command to run pytest under.
+            env: variables added to this process's environment.
 
         Returns:
-            How the last process ended; None where nothing is run.
+            How the last process ended; None if nothing was run.
         """
         if importlib.util.find_spec("pytest") is None:
-            self.fail(f"{name}: pytest is missing, so that ops are checked only as they are timed")
+            self.fail(f"{name}: pytest is missing, so ops are checked only when they are timed")
             return None
         events = Path(tempfile.mkdtemp(dir=self.temporary)) / "events.jsonl"
         command = [*under, sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short"]
@@ -238,7 +239,7 @@ class Session:
             elif event["kind"] == "end":
                 counts.add(event["outcome"])
                 if event["outcome"] == "failed":
-                    lost = f" left the GPU of no use: {event['lost']}" if "lost" in event else ""
+                    lost = f" left the GPU unusable: {event['lost']}" if "lost" in event else ""
                     self.fail(f"{name}: {event['name']}{lost}", event["traceback"])
 
         def on_death(death: Exit) -> None:
@@ -258,21 +259,21 @@ class Session:
             deadline=min(self.deadline, time.monotonic() + seconds),
             on_event=on_event,
             on_death=on_death,
-            # None of the plugins that are about is needed
+            # No other plugin is needed
             env={VARIABLE: str(events), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **(env or {})},
         )
         self.checks[name] = str(counts)
         return ended
 
     def run_sanitizer(self) -> None:
-        """The ragged kernel tests under compute-sanitizer, where it is installed."""
+        """Run the ragged kernel tests under compute-sanitizer, if it is installed."""
         tool = next(filter(None, map(shutil.which, SANITIZERS)), None)
         if tool is None:
-            self.checks["sanitizer"] = "skipped: there is no compute-sanitizer"
+            self.checks["sanitizer"] = "skipped: compute-sanitizer is not installed"
             return
         errors = 9  # exit code
         under = [tool, "--tool", "memcheck", "--error-exitcode", str(errors)]
-        # Each tensor in memory of its own: past its end is past an allocation's
+        # Each tensor gets its own allocation, so that accesses past its end are noticed
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         seconds = plan.SANITIZER_SECONDS
         ended = self.run_tests("sanitizer", [*SANITIZED], seconds, under=under, env=alone)
@@ -286,12 +287,12 @@ class Session:
         self.failures.append(Failure(name, text))
 
     def finish(self) -> int:
-        """Write the page, print its short form; the exit code is 1 if something failed."""
+        """Write the page, print its short form, and return exit code 1 if something failed."""
         shutil.rmtree(self.temporary, ignore_errors=True)
         for topic, judged in self.judged.items():
             if judged.fails:
                 names = [*(m.label for m in judged.wrong), *judged.record.failed]
-                self.fail(f"{topic}: {len(names)} wrong or beyond a gate", "\n".join(names))
+                self.fail(f"{topic}: {len(names)} wrong, or failed a gate", "\n".join(names))
         table = summary_table(self.checks, self.measurements)
         missed = [
             f"not reached in time: {step}: {', '.join(names)}"
@@ -317,12 +318,12 @@ class Session:
 
 
 def read_measurements(found: Sequence[dict[str, Any]]) -> list[Measurement]:
-    """What `benchmarks.steps.told` has written."""
+    """Read what `benchmarks.steps.told` returned."""
     return [Measurement(**m | {"samples_ms": tuple(m["samples_ms"])}) for m in found]
 
 
 def reasons(measurements: Sequence[dict[str, Any]]) -> str:
-    """Why those that are wrong are, in the order in which they were tried."""
+    """Return why measurements are wrong, in the order in which they were tried."""
     return "\n".join(
         f"{' '.join(map(str, m['case'].values()))}: {m['reason']}"
         for m in measurements
@@ -331,29 +332,29 @@ def reasons(measurements: Sequence[dict[str, Any]]) -> str:
 
 
 def shortened(text: str, lines: int = 12) -> str:
-    """The end of a traceback; the page has all of it."""
+    """Return the end of a traceback; the page has all of it."""
     kept = text.rstrip().splitlines()
     return "\n".join([*(["..."] if len(kept) > lines else []), *kept[-lines:]])
 
 
 def where(folder: Path) -> str:
-    """Where the records are: on a machine that is lent, they must be taken away."""
+    """Say where the records are, which must be copied from a machine that is lent."""
     return f"RECORDS ARE IN {folder}" + (
-        "" if folder != RESULTS else "  (--out was not given: on a lent machine, copy them from it)"
+        "" if folder != RESULTS else "  (--out was not given: on a lent machine, copy them away)"
     )
 
 
 def kernels_in_cache() -> str:
-    """What Triton need not compile. A cache may travel; keys that do not match cost nothing."""
+    """Say how many kernels Triton finds in its cache, which may come from another machine."""
     default = Path.home() / ".triton" / "cache"
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or default)
     found = len(list(folder.glob("*/*.cubin")))
-    named = "" if "TRITON_CACHE_DIR" in os.environ else "; TRITON_CACHE_DIR takes one along"
+    named = "" if "TRITON_CACHE_DIR" in os.environ else "; set TRITON_CACHE_DIR to use another"
     return f"Triton's cache holds {found} kernels{named}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what was asked for; returns the exit code."""
+    """Run the chosen calls and return the exit code."""
     options = parser().parse_args(argv)
     calls = [options.call] if options.call else list(CALLS)
     seconds = sum(plan.SECONDS[call] for call in calls)
@@ -390,8 +391,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description="Check every op on this GPU against fp64, time networks, ops and training, "
-        "write records and judge them. What the time does not reach is listed at the end: run it "
-        "again with --steps, --model or --shape.",
+        "write records and judge them. Work that does not fit into the time is listed at the end: "
+        "run it with --steps, --model or --shape.",
     )
     budgets = ", ".join(f"{call} {seconds} s" for call, seconds in plan.SECONDS.items())
     made.add_argument(
@@ -399,42 +400,42 @@ def parser() -> argparse.ArgumentParser:
         choices=tuple(CALLS),
         help="first: the networks of the paper and of Wan, tests, the training check, ops at 720p; "
         "second: the sanitizer, VAE and text encoder, other networks, ops at other sizes "
-        "(default: both in a row)",
+        "(default: first, then second)",
     )
     made.add_argument(
         "--minutes",
         type=float,
-        help=f"begin nothing that may take longer than what is left of them (default: {budgets})",
+        help=f"time limit; work that may not fit into it is not started (default: {budgets})",
     )
     made.add_argument(
-        "--steps", nargs="+", choices=STEPS, default=STEPS, help="of the call (default: all)"
+        "--steps", nargs="+", choices=STEPS, default=STEPS, help="steps of the call (default: all)"
     )
     made.add_argument(
         "--shape",
         nargs="+",
         choices=SHAPES,
         metavar="NAME",
-        help=f"of ops, of {', '.join(SHAPES)} (default: all that the device is meant for)",
+        help=f"shapes of ops: {', '.join(SHAPES)} (default: all that are meant for the device)",
     )
     models = dict.fromkeys(w.model for w in WORKLOADS["cuda"])
     made.add_argument(
         "--model",
         nargs="+",
         metavar="NAME",
-        help=f"networks, of {', '.join(models)} (default: all)",
+        help=f"networks: {', '.join(models)} (default: all)",
     )
     made.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="where records are written (default: benchmarks/results)",
+        help="folder for records (default: benchmarks/results)",
     )
-    made.add_argument("--commit", metavar="HASH", help="of a copy that is no git checkout")
+    made.add_argument("--commit", metavar="HASH", help="commit of a copy that has no git history")
     made.add_argument(
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="cpu rehearses the command on small shapes: nothing is compiled, and no test is run",
+        help="cpu rehearses the command on small shapes, without compilation and without tests",
     )
     return made
 

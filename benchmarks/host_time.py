@@ -1,10 +1,10 @@
-"""What a call costs the host: `python -m benchmarks.host_time`.
+"""Measure what a call costs the host: `python -m benchmarks.host_time`.
 
-Small networks are as fast as Python and the driver launch their kernels. This measures just that,
-for each fused op by its kernel and by its reference, and for whole passes of the digits' network:
-processor time of the launching thread, the least of many short rows of calls, between which the
-device catches up. On a GPU it says where `apt.kernels.backends.SMALL` should lie. It needs a CUDA
-device; what that device computes, and how fast, does not matter.
+Small networks are only as fast as Python and the driver launch their kernels. This measures the
+launching thread's processor time, for each fused op with its kernel and with its reference, and for
+whole passes of the digits' network. The result is the minimum over many short series of calls; the
+device catches up between them. On a GPU it shows where `apt.kernels.backends.SMALL` should lie. It
+needs a CUDA device, but what that device computes, and how fast, does not matter.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from apt.bench.tables import format_table
 from apt.errors import InputError
 from apt.kernels import kernel_backend
 
-ROWS, CALLS = 60, 5  # fewer calls than a queue holds, or the host would wait for the device
+ROWS, CALLS = 60, 5  # few enough calls to fit into the queue, or the host would wait for the device
 FUSED = [op for op in OPS.values() if "triton" in variants_of(op)]
 
 Times = dict[str, float]  # microseconds by backend
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """Of the calling thread, for one call."""
+    """Return the calling thread's processor time for one call."""
     for _ in range(3):
         call()
     rows = []
@@ -48,7 +48,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def measure_op(op: Op, device: torch.device) -> Iterator[tuple[str, Times]]:
-    """At the digits' shape: without gradients, and forward with backward."""
+    """Measure an op at the digits' shape: forward without gradients, and forward with backward."""
     shape = SHAPES["digits"]
     inputs = op.draw(shape, Random(torch.Generator(device).manual_seed(0), shape.dtype))
     variants = {name: variants_of(op)[name] for name in ("triton", "eager")}
@@ -73,7 +73,7 @@ def measure_op(op: Op, device: torch.device) -> Iterator[tuple[str, Times]]:
 
 
 def measure_network(device: torch.device) -> Iterator[tuple[str, Times]]:
-    """The digits' generator op by op, and what a user gets, whose choice is by size."""
+    """Measure the digits' generator op by op, with each backend and with the choice by size."""
     network = RandomNetwork(DIGITS, device)
     module = cast(nn.Module, network.backbone)
 
@@ -91,7 +91,7 @@ def measure_network(device: torch.device) -> Iterator[tuple[str, Times]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print one table; the exit code is 2 without a CUDA device."""
+    """Print one table; return exit code 2 without a CUDA device."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=__doc__)
     names = [op.name for op in FUSED]
     parser.add_argument("--op", nargs="+", choices=names, default=names, metavar="NAME")

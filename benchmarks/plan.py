@@ -1,4 +1,4 @@
-"""What the GPU command does in which order, what each piece may take, and how it is cut in two."""
+"""The plan of the GPU command: its order, the time for each piece, and its two calls."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from apt.errors import InputError
 from apt.kernels.roofline import Rates
 from benchmarks.workloads import FIRST_NETWORKS, WORKLOADS
 
-# Steps in order. What matters most is measured first: a wrong result has no time there either. The
-# first call has the networks of `FIRST_NETWORKS` and the ops of `FIRST_SHAPES`, the second others.
+# Steps in order, the most important first; those that measure also check results. The first call
+# has the networks of `FIRST_NETWORKS` and the ops of `FIRST_SHAPES`, the second has the others.
 CALLS = {
     "first": ("dit", "tests", "training", "kernels"),
     "second": ("sanitizer", "encoders", "dit", "kernels"),
@@ -27,33 +27,33 @@ STEPS = tuple(dict.fromkeys(step for steps in CALLS.values() for step in steps))
 FIRST_SHAPES = {"cuda": ("720p",), "cpu": ("digits", "cpu")}
 
 SECONDS = {"first": 540, "second": 240}
-"""Of the two calls; NOTES.md says why. Without a call: both in a row."""
+"""Time for each call; NOTES.md says why. Without `--call`, both run one after the other."""
 
-# (frames, height, width): what Wan 2.1 1.3B is published for, and the paper's video
+# (frames, height, width): the size that Wan 2.1 1.3B is published for, and the paper's
 WAN_CLIP, PAPER_CLIP = (81, 480, 832), (49, 720, 1280)
 
 TESTS_SECONDS, SANITIZER_SECONDS = 120, 60  # at most
 
-# By arithmetic: nobody has measured them yet. An op, with what is compiled for it and without.
+# Estimates, not measured yet. For an op, with and without compilation.
 CASE_SECONDS, UNCOMPILED_SECONDS = 15, 6
-# Of a network: two of six variants are compiled, and each runs ten times (three to prepare, one to
-# be checked, one to warm up, three to be timed, two for the profile), at 1.6 times the floor.
+# For a network: two of six variants are compiled, and each runs ten times (three to prepare, one to
+# check, one to warm up, three to time, two for the profile), at 1.6 times the floor.
 COMPILE_SECONDS = 60
 FLOORS = 6 * 10 * 1.6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A piece of work that a worker does whole or not at all.
+    """A piece of work that a worker does completely or not at all.
 
     Attributes:
-        step: of `STEPS`.
-        name: for people, and unlike any other's.
-        seconds: that must be left when it begins.
+        step: one of `STEPS`.
+        name: unique name, for people.
+        seconds: time that must be left when it starts.
         call: "module:function".
-        options: its arguments.
-        parts: what it can be narrowed to with the option `only`, if it ends its process.
-        alone: whether no other job shares its process, whose memory it needs.
+        options: arguments of the function.
+        parts: values for the option `only`, to run it in parts if it kills its process.
+        alone: whether it needs its own process, for the memory.
     """
 
     step: str
@@ -66,11 +66,11 @@ class Job:
 
     @property
     def limit(self) -> float:
-        """Seconds after which it hangs."""
+        """Seconds after which the job counts as hung."""
         return 1.5 * self.seconds + 30
 
     def split(self) -> list[Job]:
-        """Each part by itself. One that is compared with the first is run beside that."""
+        """Return a job for each part. Networks also run the first part, to compare with it."""
         first = self.parts[:1] if self.step == "dit" else ()
         return [
             replace(
@@ -87,7 +87,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What one call does: steps in order; networks and ops, most important first."""
+    """The work of one call: steps in order; networks and ops, most important first."""
 
     steps: tuple[str, ...]
     workloads: tuple[Workload, ...]
@@ -102,16 +102,16 @@ def choose(
     models: Sequence[str] | None = None,
     shapes: Sequence[str] | None = None,
 ) -> Choice:
-    """What a call does on "cuda" or "cpu", narrowed to steps, models and shapes.
+    """Return the work of a call on "cuda" or "cpu", restricted to steps, models and shapes.
 
-    Raises InputError for a model that the device does not run.
+    Raises InputError for a model that is not measured on the device.
     """
     there = WORKLOADS[device]
     known = {w.model: None for w in there}
     for name in models or ():
         if name not in known:
             raise InputError(
-                f"on {device} there is no model {name!r}; there are: {', '.join(known)}"
+                f"model {name!r} is not measured on {device}; choose from: {', '.join(known)}"
             )
     first = call == "first"
     sizes = [SHAPES[s] for s in shapes] if shapes else default_shapes(torch.device(device))
@@ -123,7 +123,7 @@ def choose(
             for w in (there[:FIRST_NETWORKS] if first else there[FIRST_NETWORKS:])
             if w.model in (models or known)
         ),
-        # The largest shape of every op first: it is what the targets are about
+        # The largest shape of every op first: the targets are for that
         cases=tuple(
             case
             for size in sorted(sizes, key=lambda size: -size.tokens)
@@ -134,7 +134,7 @@ def choose(
 
 
 def jobs_of(step: str, choice: Choice, ceilings: Ceilings) -> list[Job]:
-    """The jobs of a step, most important first; none for tests and the sanitizer."""
+    """Return the jobs of a step, most important first; none for tests and the sanitizer."""
     if step == "dit":
         return [network_job(w, ceilings) for w in choice.workloads]
     if step == "kernels":
@@ -143,7 +143,7 @@ def jobs_of(step: str, choice: Choice, ceilings: Ceilings) -> list[Job]:
 
 
 def network_job(w: Workload, ceilings: Ceilings) -> Job:
-    """All variants of a forward pass; the time follows from its floor on this device."""
+    """Return the job for all variants of a forward pass; its time follows from the floor here."""
     rates = Rates(matmul_tflops=ceilings.matmul_tflops, memory_gb_s=ceilings.copy_gb_s)
     return Job(
         step="dit",
@@ -157,8 +157,10 @@ def network_job(w: Workload, ceilings: Ceilings) -> Job:
 
 
 def op_job(case: OpCase) -> Job:
-    """The variants of an op at one shape; what torch.compile makes of it, which takes most of the
-    time, at the first shapes alone."""
+    """Return the job for the variants of an op at one shape.
+
+    torch.compile, which takes most of the time, is included at the first shapes only.
+    """
     first = case.shape.name in FIRST_SHAPES["cuda"]
     variants = [v for v in variant_names(case.op) if first or v != COMPILE]
     return Job(
@@ -178,7 +180,7 @@ def op_job(case: OpCase) -> Job:
 
 
 def training_jobs() -> list[Job]:
-    """The training check: 90 seconds."""
+    """Return the jobs of the training check, 90 seconds in all."""
     return [
         Job(
             step="training",
@@ -200,7 +202,7 @@ def training_jobs() -> list[Job]:
 
 
 def encoder_jobs() -> list[Job]:
-    """Wan's clip and bf16 first; fp32, which the pipeline takes by default, at the end."""
+    """Return the VAE and text encoder jobs: bf16 first, then fp32, the pipeline's default."""
 
     def decode(size: tuple[int, int, int], dtype: str) -> Job:
         return Job(

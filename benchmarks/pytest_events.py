@@ -1,7 +1,8 @@
-"""pytest's part of `benchmarks.watch`: `pytest -p benchmarks.pytest_events`.
+"""The pytest plugin for `benchmarks.watch`: `pytest -p benchmarks.pytest_events`.
 
-Writes what begins and how it ended to the file that APT_TEST_EVENTS names, leaves out what had
-begun there, and stops when a test has left the GPU of no use: all later ones would fail for it.
+Writes the start and outcome of each test to the file named by APT_TEST_EVENTS, leaves out tests
+that were already started according to it, and stops after a test that made the GPU unusable, since
+all later tests would fail.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class EventsPlugin:
-    """One run."""
+    """Writes the events of one run."""
 
     def __init__(self, path: Path) -> None:
         self.done = begun(path)
         self.events = Events(path)
         self.reports: list[pytest.TestReport] = []
 
-    @pytest.hookimpl(trylast=True)  # after the markers have chosen
+    @pytest.hookimpl(trylast=True)  # after selection by markers
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
@@ -55,10 +56,10 @@ class EventsPlugin:
             "end", nodeid, outcome=outcome, traceback=text, **({"lost": lost} if lost else {})
         )
         if lost:
-            pytest.exit(f"{nodeid} left the GPU of no use: {lost}", returncode=LOST)
+            pytest.exit(f"{nodeid} left the GPU unusable: {lost}", returncode=LOST)
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             self.events.write("finished")
         elif exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.done:
-            self.events.write("finished")  # the last one had ended the process
+            self.events.write("finished")  # the last test had killed the process before

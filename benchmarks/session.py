@@ -1,4 +1,4 @@
-"""What the benchmark suites of one pytest session share."""
+"""Shared by the benchmark suites of one pytest session."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Replay = Callable[[Measurement], None]
 
 
 class ReplayClock:
-    """A timer that stands still except for the samples it is told."""
+    """A timer that stands still except when it replays samples."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -28,7 +28,7 @@ REPLAY_CLOCK = ReplayClock()
 
 
 class Bench:
-    """The session's device and what was measured on it, by topic."""
+    """The session's device and its measurements by topic."""
 
     def __init__(self, *, quick: bool) -> None:
         self.quick = quick
@@ -43,7 +43,7 @@ class Bench:
 
     @property
     def max_seconds(self) -> float:
-        """For one case, all variants together."""
+        """Time for one case, all variants together."""
         return 2.0 if self.quick else 20.0
 
     def add(self, topic: str, measurements: list[Measurement]) -> None:

@@ -1,7 +1,7 @@
-"""What `benchmarks.worker` runs, by name: each gets the run's context and what to measure, as JSON.
+"""The functions that `benchmarks.worker` calls by name, with the run's context and JSON arguments.
 
-The context: {"device": "cuda" or "cpu", "rehearsal": whether only the harness is tested,
-"ceilings": of `apt.bench.ceilings`, once they are measured}.
+The context is {"device": "cuda" or "cpu", "rehearsal": whether only the harness is tested,
+"ceilings": `apt.bench.ceilings.Ceilings.as_dict`, once measured}.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Found = dict[str, Any]
 
 
 def ceilings(context: Context) -> Found:
-    """Rates that no kernel beats."""
+    """Measure the device's rates."""
     device = torch.device(context["device"])
     return {"ceilings": measure_ceilings(device, clock_for(device)).as_dict()}
 
 
 def network(context: Context, workload: Found, only: Sequence[str] | None = None) -> Found:
-    """One forward pass in all variants, or in those with these labels."""
+    """Measure one forward pass in all variants, or in those with these labels."""
     device = torch.device(context["device"])
     variants = [v for v in default_variants(device) if only is None or v.label in only]
     if context["rehearsal"]:
@@ -56,7 +56,7 @@ def op(
     direction: Direction,
     only: Sequence[str] | None = None,
 ) -> Found:
-    """One op at one shape in all variants, or in these."""
+    """Measure one op at one shape in all variants, or in these."""
     device, chosen = torch.device(context["device"]), OPS[name]
     variants = only or variant_names(chosen)
     if context["rehearsal"]:
@@ -75,7 +75,7 @@ def op(
 
 
 def curve(context: Context, max_seconds: float) -> Found:
-    """First losses in fp32, with kernels and with references, each in so many seconds."""
+    """Check the first losses in fp32, with kernels and with references, `max_seconds` for each."""
     device, few = torch.device(context["device"]), context["rehearsal"]
     updates = 1 if few else training.CURVE_UPDATES
     return told(
@@ -86,7 +86,7 @@ def curve(context: Context, max_seconds: float) -> Found:
 
 
 def speed(context: Context, max_seconds: float, only: Sequence[str] | None = None) -> Found:
-    """Updates in bf16, with kernels and with references, each in so many seconds."""
+    """Time updates in bf16, with kernels and with references, `max_seconds` for each."""
     device, few = torch.device(context["device"]), context["rehearsal"]
     chosen = [k for k in kernels(few) if only is None or k in only]
     return told(
@@ -102,14 +102,14 @@ def speed(context: Context, max_seconds: float, only: Sequence[str] | None = Non
 
 
 def large_step(context: Context) -> Found:
-    """A checkpointed update of a larger network with FusedRMSprop."""
+    """Time checkpointed updates of a larger network with FusedRMSprop."""
     return told(
         training.check_large_step(torch.device(context["device"]), small=context["rehearsal"])
     )
 
 
 def vae(context: Context, size: Sequence[int], dtype: str) -> Found:
-    """Decode a clip."""
+    """Time decoding a clip."""
     device = torch.device(context["device"])
     few = context["rehearsal"]
     frames, height, width = (5, 16, 24) if few else size
@@ -126,7 +126,7 @@ def vae(context: Context, size: Sequence[int], dtype: str) -> Found:
 
 
 def text(context: Context) -> Found:
-    """Encode a prompt."""
+    """Time encoding a prompt."""
     device = torch.device(context["device"])
     found = encoders.measure_text(
         encoders.PROMPT_TOKENS,
@@ -139,11 +139,13 @@ def text(context: Context) -> Found:
 
 
 def kernels(rehearsal: bool) -> tuple[str, ...]:
-    """With ours and without; on a CPU there are the references alone. Not "auto", which takes the
-    references for sizes like the digits'."""
+    """Return the kernel backends to compare; on a CPU, the references only.
+
+    "auto" is not among them: it takes the references at sizes like the digits'.
+    """
     return ("reference",) if rehearsal else ("triton", "reference")
 
 
 def told(measurements: Any) -> Found:
-    """As an event."""
+    """Return measurements as the content of an event."""
     return {"measurements": [asdict(m) for m in measurements]}

@@ -1,4 +1,4 @@
-"""The end of a GPU run: one short table, with what matters most as its last lines."""
+"""The summary of a GPU run: one short table, with the most important lines last."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Row = tuple[str, str, str]
 
 @dataclass
 class TestCounts:
-    """What became of a run of tests."""
+    """Outcomes of a run of tests."""
 
-    __test__ = False  # for pytest
+    __test__ = False  # pytest must not collect it
 
     collected: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
@@ -31,11 +31,11 @@ class TestCounts:
 def summary_table(
     checks: Mapping[str, str], measurements: Mapping[str, Sequence[Measurement]]
 ) -> str:
-    """Least important first: a terminal, and whoever keeps its last lines, shows the end.
+    """Return the table, least important lines first: a terminal shows its end.
 
     Args:
-        checks: what was said of the tests and the sanitizer.
-        measurements: by topic, in the order in which they were taken.
+        checks: results of the tests and the sanitizer.
+        measurements: measurements by topic, in the order in which they were taken.
     """
     rows: list[Row] = [(name, said, "") for name, said in checks.items()]
     for topic in ("encoders", "training"):
@@ -62,7 +62,7 @@ def _network_row(m: Measurement) -> Row:
 
 
 def _op_rows(measurements: Iterable[Measurement]) -> Iterator[Row]:
-    """A row for each case: ours, and the fastest of the others beside it."""
+    """Yield a row for each case: our kernel, and the fastest of the others."""
     cases: dict[str, list[Measurement]] = {}
     for m in measurements:
         name = " ".join(str(m.case[key]) for key in ("op", "shape", "direction"))

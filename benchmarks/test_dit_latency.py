@@ -1,8 +1,8 @@
 """One forward pass of `apt_8b` and of the smaller presets, with random weights.
 
-On a GPU: CUDA graphs, at 49 frames of 1280x720 and 832x480 and at 1024 px, against the paper's
-2.65 s on one H100 and against real time, 49 / 24 = 2.04 s. On a CPU the same code measures small
-presets, so that it is tested where no GPU is.
+On a GPU it runs in CUDA graphs, at 49 frames of 1280x720 and 832x480 and at 1024 px, and is
+compared with the paper's 2.65 s on one H100 and with real time, 49 / 24 = 2.04 s. On a CPU the same
+code measures small presets, which tests the code without a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEVICE = find_device(None)
 
 @functools.cache
 def measure(workload: Workload, bench: Bench) -> dict[str, Measurement]:
-    """All variants at once, the first time that one of them is asked for."""
+    """Measure all variants when the first of them is asked for."""
     variants = [v for v in default_variants(DEVICE) if not (bench.quick and v.mode == "compile")]
     found = measure_dit(
         workload,
@@ -54,7 +54,7 @@ def measure(workload: Workload, bench: Bench) -> dict[str, Measurement]:
 )
 def test_forward(workload: Workload, variant: Variant, bench: Bench, replay: Replay) -> None:
     if bench.quick and workload is not WORKLOADS[DEVICE.type][0]:
-        pytest.skip("--quick measures the first workload alone")
+        pytest.skip("--quick measures only the first workload")
     if bench.quick and variant.mode == "compile":
         pytest.skip("--quick compiles nothing")
     replay(measure(workload, bench)[variant.label])

@@ -1,7 +1,7 @@
-"""Each op of `apt.kernels`, forward and backward: ours, eager torch, torch.compile, Liger.
+"""Each op of `apt.kernels`, forward and backward: ours, eager torch, torch.compile and Liger.
 
-Correctness first: a variant whose outputs or gradients are off against fp64 has no time. An op that
-is added to `apt.bench.ops.OPS` is measured here without a change.
+Correctness comes first: a variant whose outputs or gradients differ from fp64 is not timed. An op
+that is added to `apt.bench.ops.OPS` is measured here without further changes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CASES = {
 
 @functools.cache
 def measure(name: str, bench: Bench) -> dict[str, Measurement]:
-    """All variants of a case at once, the first time that one of them is asked for."""
+    """Measure all variants of a case when the first of them is asked for."""
     case = CASES[name]
     names = variant_names(case.op)
     found = measure_op(
@@ -58,7 +58,7 @@ def measure(name: str, bench: Bench) -> dict[str, Measurement]:
 )
 def test_op(name: str, variant: str, bench: Bench, replay: Replay) -> None:
     if bench.quick and CASES[name].shape.name != "digits":
-        pytest.skip("--quick measures the digits shape alone")
+        pytest.skip("--quick measures only the digits' shape")
     measurement = measure(name, bench).get(variant)
     if measurement is None:
         pytest.skip("--quick compiles nothing")

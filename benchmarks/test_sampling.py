@@ -1,7 +1,7 @@
-"""How long a digits video takes: one step, two, and 25 with guidance. `make bench` runs it.
+"""Time a digits video: one step, two steps, and 25 with guidance. `make bench` runs it.
 
-Times do not depend on the weights, so that the models here are untrained. Each result is checked
-before it is timed. The device is in pytest-benchmark's machine info.
+Times do not depend on the weights, so the models here are untrained. Each result is checked before
+it is timed. pytest-benchmark's extra info has the device.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""A training check of at most 90 seconds: are losses on this GPU those of the CPU, and how fast?
+"""A training check of at most 90 seconds: compares losses on this GPU with the CPU's, and times it.
 
-The digits' three stages with their recipes' batches and optimisers, each from a model that ships
-with the package, so that none waits for another: pre-training from random weights, distillation of
-"digits-diffusion", adversarial training from "digits" against "digits-diffusion".
+It runs the digits' three stages with their recipes' batches and optimisers. Each starts from a
+model that ships with the package, so that none needs the result of another: pre-training from
+random weights, distillation of "digits-diffusion", and adversarial training from "digits" against
+"digits-diffusion".
 
-`python -m benchmarks.training` records the first losses in fp32 on the CPU anew. Do that when a
-change of a recipe, a model or a loss changes them on purpose.
+`python -m benchmarks.training` records the first losses in fp32 on the CPU again. Run it when a
+change of a recipe, a model or a loss is meant to change them.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ CURVE = Path(__file__).with_name("training_curve.json")
 CURVE_UPDATES = 20
 LOSSES = ("generator/loss", "discriminator/loss")
 
-_WARM_UP = 3  # updates that compile, and fill the allocator's cache
+_WARM_UP = 3  # first updates, which compile and fill the allocator's cache
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one update gave: metrics, milliseconds of it, and of making its batch before it."""
+    """Metrics of one update, its milliseconds, and those of making its batch."""
 
     metrics: Mapping[str, float]
     milliseconds: float
@@ -61,7 +62,7 @@ class Update:
 
 
 def stage_config(stage: str, *, precision: Literal["fp32", "bf16"]) -> TrainConfig:
-    """The digits' recipe of a stage, from models that ship with the package."""
+    """Return the digits' recipe of a stage, starting from models that ship with the package."""
     recipe = RECIPES.get(f"digits_{stage}")()
     assert isinstance(recipe, TrainConfig)
     start = dataclasses.replace(recipe.stage, **STARTS[stage])
@@ -69,12 +70,12 @@ def stage_config(stage: str, *, precision: Literal["fp32", "bf16"]) -> TrainConf
 
 
 def alone(device: torch.device) -> Parallel:
-    """One rank."""
+    """Return a single rank."""
     return Parallel(rank=0, world_size=1, device=device, mesh=None)
 
 
 def train(config: TrainConfig, parallel: Parallel, number: int) -> Iterator[Update]:
-    """The first updates of a run, one by one; of several ranks, on each its share."""
+    """Run the first updates, one by one; each of several ranks does its share."""
     stage = make_stage(config, parallel)
     dataset = make_dataset(config.data, seed=config.seed)
     loader = make_loader(
@@ -102,7 +103,7 @@ def train(config: TrainConfig, parallel: Parallel, number: int) -> Iterator[Upda
 def train_within(
     config: TrainConfig, device: torch.device, number: int, seconds: float
 ) -> list[Update]:
-    """As many of the first updates as the time allows, and those that warm up."""
+    """Run as many updates as the time allows, but at least one after those that warm up."""
     until, done = time.monotonic() + seconds, []
     for update in train(config, alone(device), number):
         done.append(update)
@@ -114,10 +115,10 @@ def train_within(
 def check_curve(
     device: torch.device, kernels: str, *, updates: int = CURVE_UPDATES, max_seconds: float
 ) -> list[Measurement]:
-    """The first losses of each stage in fp32, against those that the CPU recorded.
+    """Compare the first losses of each stage in fp32 with those recorded on the CPU.
 
-    One that is off is "wrong"; where the device does not compute at all they are "skipped", as not
-    judged.
+    A stage whose losses differ is "wrong". On a device that does not really compute, stages are
+    "skipped", since nothing can be judged.
     """
     recorded = json.loads(CURVE.read_text(encoding="utf-8"))
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
@@ -140,13 +141,13 @@ def judge_curve(
     recorded: Mapping[str, Sequence[float]],
     unjudged: str,
 ) -> Measurement:
-    """Hold losses to recorded ones: each within the share of its value in `ALLOWED`."""
+    """Compare losses with recorded ones; each may differ by the share in `ALLOWED`."""
     deviation, where = worst_deviation([update.metrics for update in done], recorded)
     if unjudged:
         return Measurement(case=case, status="skipped", reason=unjudged)
     allowed = ALLOWED[str(case["stage"])]
     if deviation > allowed:
-        reason = f"{where} is off by {deviation:.2g} of what the CPU recorded, allowed {allowed:g}"
+        reason = f"{where} differs from the CPU's by {deviation:.2g} of it, allowed {allowed:g}"
         return Measurement(case=case, status="wrong", reason=reason)
     return Measurement(
         case=case, samples_ms=steady(done), metrics={"deviation": deviation, "updates": len(done)}
@@ -156,8 +157,10 @@ def judge_curve(
 def worst_deviation(
     found: Sequence[Mapping[str, float]], recorded: Mapping[str, Sequence[float]]
 ) -> tuple[float, str]:
-    """The largest difference as a share of the recorded value, and where it is; infinite for a
-    loss that is no number."""
+    """Return the largest difference as a share of the recorded value, and where it is.
+
+    The difference is infinite for a loss that is not finite.
+    """
     worst, where = 0.0, ""
     for name, curve in recorded.items():
         for number, (metrics, value) in enumerate(zip(found, curve, strict=False), 1):
@@ -169,16 +172,17 @@ def worst_deviation(
     return worst, where
 
 
-# A hundred times what rounding did on the CPU: a batch in halves, and weights that were moved by a
-# rounding, changed losses by 1e-7, 2e-6 and 1e-6 at most. bf16 is off by 1e-2 in distillation.
-# Pre-training begins with an output of zeros: its first losses say little of the network.
+# A hundred times the effect of rounding on the CPU: splitting a batch, or changing weights by a
+# rounding error, changed losses by at most 1e-7, 2e-6 and 1e-6. bf16 changes them by 1e-2 in
+# distillation. Pre-training starts with an output of zeros: its first losses say little about the
+# network.
 ALLOWED = {"pretrain": 2e-5, "distill": 2e-4, "apt": 2e-4}
 
 
 def check_speed(
     device: torch.device, kernels: str, *, updates: Mapping[str, int], max_seconds: float
 ) -> list[Measurement]:
-    """Milliseconds of an update in bf16, samples per second, and memory, of each stage."""
+    """Measure milliseconds per update in bf16, samples per second and memory for each stage."""
     found, deadline = [], time.monotonic() + max_seconds
     for number, stage in enumerate(STAGES):
         config = stage_config(stage, precision="bf16")
@@ -204,8 +208,10 @@ def check_speed(
 
 
 def check_large_step(device: torch.device, *, small: bool = False) -> list[Measurement]:
-    """Updates with checkpointed blocks and FusedRMSprop, which also averages the weights: the 0.3 B
-    preset on one clip of 49x480x832 latents, in bf16."""
+    """Time updates with checkpointed blocks and FusedRMSprop, which also averages the weights.
+
+    The model is the 0.3 B preset, on the latents of one clip of 49x480x832, in bf16.
+    """
     grid = (2, 4, 4) if small else (13, 60, 104)
     options: dict[str, int | float | str] = {"in_channels": 192, "text_dim": 128, "pooled_dim": 128}
     if small:
@@ -249,7 +255,7 @@ def case_of(
     precision: Literal["fp32", "bf16"],
     batch: int | None = None,
 ) -> dict[str, str | int]:
-    """As records hold it."""
+    """Return the case as records hold it."""
     batch = stage_config(stage, precision=precision).batch_size if batch is None else batch
     return {
         "check": check, "stage": stage, "kernels": kernels, "precision": precision, "batch": batch,
@@ -257,42 +263,42 @@ def case_of(
 
 
 def steady(done: Sequence[Update]) -> tuple[float, ...]:
-    """Milliseconds of the updates behind the first ones."""
+    """Return the milliseconds of all updates after those that warm up."""
     behind = done[_WARM_UP:] or done
     return tuple(update.milliseconds for update in behind)
 
 
 def backend(kernels: str) -> AbstractContextManager[None]:
-    """Of a name of `kernel_backend`, or "auto": what a user gets."""
+    """Return the context of a kernel backend; "auto" is the default for users."""
     return nullcontext() if kernels == "auto" else kernel_backend(kernels)
 
 
 def why_unjudged(device: torch.device) -> str:
-    """Why values say nothing here; empty where the device computes."""
+    """Return why values mean nothing on this device; empty if it computes."""
     computes = float(torch.ones(2, device=device).sum()) == 2.0
     return "" if computes else "not judged: this device does not compute (1 + 1 is not 2 there)"
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin to measure `peak_gb`."""
+    """Start to measure `peak_gb`."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_gb(device: torch.device) -> float:
-    """GiB that tensors took at most; 0 on a CPU, where nobody counts."""
+    """Return the peak memory of tensors in GiB; 0 on a CPU, where it is not counted."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
 
 
 def record(path: Path = CURVE) -> None:
-    """Write the first losses of each stage in fp32 on the CPU, on the references."""
+    """Record the first losses of each stage in fp32 on the CPU, with the reference ops."""
     losses: dict[str, dict[str, list[float]]] = {}
     with kernel_backend("reference"):
         for stage in STAGES:

@@ -1,4 +1,4 @@
-"""Processes that may die or hang, watched: what they were doing is named, and the rest goes on."""
+"""Watch processes that may die or hang: name the work that was running, and continue after it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from benchmarks.events import Event, begun, read_events
 ROOT = Path(__file__).resolve().parents[1]
 
 _POLL_SECONDS = 0.05
-_EXIT_SECONDS = 20  # to leave, when all is done
-_TIME_UP = "was ended, as the time was up"
-_KEPT_LINES = 60  # of what a process printed before it died
+_EXIT_SECONDS = 20  # to exit after all work is done
+_TIME_UP = "was killed because the time was up"
+_KEPT_LINES = 60  # last lines of a process's output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,12 @@ class Exit:
     """How a process ended.
 
     Attributes:
-        finished: whether it came to its end.
-        code: its exit code.
-        name: the work that was in flight; empty if none had begun, or the next one had not.
-        reason: how it ended, in words.
+        finished: whether it did all its work.
+        code: exit code.
+        name: the work that was running; empty between two pieces of work.
+        reason: how the process ended, in words.
         output: the last lines that it printed.
-        time_up: whether it was ended at the deadline.
+        time_up: whether it was killed at the deadline.
     """
 
     finished: bool
@@ -56,21 +56,22 @@ def watch(
     on_death: Callable[[Exit], None],
     env: Mapping[str, str] | None = None,
 ) -> Exit:
-    """Run a command until it has done all of its work, again after each death.
+    """Run a command until it has done all its work; restart it each time that it dies.
 
-    The command writes `events` and leaves out what had begun there (`apt` has two such commands:
-    `benchmarks.worker` and pytest with `benchmarks.pytest_events`). What it prints is passed on.
+    The command must write `events`, and leave out work that was already started according to that
+    file, as `benchmarks.worker` and pytest with `benchmarks.pytest_events` do. Its output is passed
+    on.
 
     Args:
-        command: run in the checkout's root.
-        events: its file.
-        limit: seconds that a piece of work may take, by its name.
+        command: command to run in the checkout's root.
+        events: file of events.
+        limit: returns the seconds that a piece of work may take, by its name.
         start_limit: seconds between pieces of work, imports included.
-        deadline: on `time.monotonic`; whatever runs then is ended.
-        on_event: is told each event.
-        on_death: is told each death; the command is not started again if it had begun nothing new,
+        deadline: time on `time.monotonic` at which the command is killed.
+        on_event: called with each event.
+        on_death: called each time the command dies. It is not restarted if it started nothing new,
             or the time is up.
-        env: added to this process's.
+        env: variables added to this process's environment.
 
     Returns:
         How the last process ended.
@@ -103,7 +104,7 @@ def _watch_one(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # so that its own children end with it
+        start_new_session=True,  # so that its children can be killed with it
     )
     kept: deque[str] = deque(maxlen=_KEPT_LINES)
     echo = threading.Thread(target=_pass_on, args=(process, kept), daemon=True)
@@ -125,7 +126,7 @@ def _watch_one(
             if now > deadline:
                 reason = _TIME_UP
             elif now - since > allowed:
-                reason = f"was ended, as it took more than {allowed:.0f} s"
+                reason = f"was killed because it took more than {allowed:.0f} s"
             if reason:
                 break
             time.sleep(_POLL_SECONDS)
@@ -151,13 +152,13 @@ def _pass_on(process: subprocess.Popen[str], kept: deque[str]) -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End the process and all that it started."""
-    with contextlib.suppress(ProcessLookupError):  # it was over
+    """Kill the process and its children."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _in_words(code: int) -> str:
     if code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
+        return f"was killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"

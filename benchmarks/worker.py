@@ -1,7 +1,7 @@
-"""Jobs in a process of their own: `python -m benchmarks.worker PLAN EVENTS`.
+"""A process that runs jobs: `python -m benchmarks.worker PLAN EVENTS`.
 
-Started by `benchmarks.gpu`, which reads the events. A job that raises ends no other; one that
-leaves the GPU of no use ends the process, and the next process goes on behind it.
+`benchmarks.gpu` starts it and reads the events. A job that raises does not stop the others. A job
+that makes the GPU unusable ends the process, and the next process continues after that job.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 from benchmarks.events import Events, begun
 
 LOST = 3
-"""Exit code of a worker whose GPU is of no use any more."""
+"""Exit code of a worker whose GPU has become unusable."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do what is left of a plan: {"context": {...}, "deadline": ..., "jobs": [...]}."""
+    """Do the rest of a plan: {"context": {...}, "deadline": ..., "jobs": [...]}."""
     plan = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     done, events = begun(Path(argv[1])), Events(Path(argv[1]))
     for job in plan["jobs"]:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
             found = getattr(importlib.import_module(module), function)(
                 plan["context"], **job["options"]
             )
-        # What one job breaks is reported, with its traceback; the others still get their times
+        # A failed job is reported with its traceback; the others must still run
         except Exception:
             found = {"traceback": traceback.format_exc()}
             traceback.print_exc()
@@ -53,13 +53,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def why_lost() -> str:
-    """What the GPU answers if an earlier error has left it of no use to this process."""
+    """Return the GPU's error if an earlier one has made it unusable for this process, or ""."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return ""
     try:
         torch.cuda.synchronize()
-    # The driver's, torch's or Triton's
+    # An error of the driver, torch or Triton
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return ""

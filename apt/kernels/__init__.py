@@ -1,6 +1,6 @@
-"""Fused ops of diffusion transformers, usable on their own.
+"""Fused ops for diffusion transformers, usable on their own.
 
-Every op is a function that takes `backend=`; `kernel_status()` and `attention_status()` say what
+Every op is a function that takes `backend=`. `kernel_status()` and `attention_status()` list what
 runs on this machine.
 """
 

@@ -1,11 +1,12 @@
-"""Attention on (B, L, H, Dh) with a choice of backends, spelt as in diffusers.
+"""Attention on (B, L, H, Dh) with a choice of backends, named as in diffusers.
 
     softmax(q k^T / sqrt(Dh) + mask) v
 
-Who chooses, first to last: the `backend` argument, the innermost `attention_backend(...)`, the
-environment variable APT_ATTENTION_BACKEND, and "native", which lets torch pick per call, except
-that short bf16 sequences that train on the CPU take plain products. A backend that was asked for
-by name runs or raises with the reason; nothing else is tried in its place.
+The backend is chosen by the first of these that is set: the `backend` argument, the innermost
+`attention_backend(...)`, and the environment variable APT_ATTENTION_BACKEND. The default is
+"native", which lets torch choose for each call, except that training on short bf16 sequences on the
+CPU uses plain products. A backend that was chosen by name runs, or raises with the reason; no other
+is tried.
 
 Shapes: B samples, Lq and Lk tokens, H heads, Dh channels per head.
 """
@@ -75,14 +76,15 @@ _PACKAGES = {
 }
 BACKENDS = ("native", *_SDPA_KERNELS, *_PACKAGES)
 
-_PLAIN_SCORES = 256 * 256  # of one head, where the plain products are ahead
+_PLAIN_SCORES = 256 * 256  # scores per head up to which plain products are faster
 
-# What was loaded and could be called, and where: looked up by graphs, in which nothing is imported.
+# Functions that were imported and called successfully, and on which GPUs. Compiled graphs only look
+# them up, because they cannot import.
 _functions: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {}
 _probed: set[tuple[Callable[..., object], str]] = set()
 
-# One stack for the process and not a context variable: checkpointing recomputes blocks on
-# autograd's own threads, which must see the same backend as the forward pass.
+# One stack for the whole process instead of a context variable: checkpointing recomputes blocks on
+# autograd's threads, which must see the same backend as the forward pass.
 _chosen: list[str] = []
 
 
@@ -96,17 +98,17 @@ def attention(
     queries: TokenSplit | None = None,
     keys: TokenSplit | None = None,
 ) -> Tensor:
-    """Softmax attention with scale 1 / sqrt(Dh).
+    """Compute softmax attention with scale 1 / sqrt(Dh).
 
-    Where tokens are split over ranks, q, k and v are this rank's, and each attends to those of all
-    ranks; see `apt.distributed.sequence`. Keys that every rank has whole are not split, and need no
-    more than this rank's queries: leave both splits out.
+    If tokens are split over ranks, q, k and v are those of this rank, and its queries attend to the
+    keys of all ranks; see `apt.distributed.sequence`. If every rank has all keys, only queries are
+    split: leave both splits out.
 
     Args:
         q: (B, Lq, H, Dh) queries, floating point.
         k, v: (B, Lk, H, Dh) keys and values of the same dtype and device.
-        mask: (B, Lk) bool, True for the keys that may be attended to; at least one in each row.
-            Where tokens are split, it is of all tokens, in the order of the ranks.
+        mask: (B, Lk) bool, True for the keys that may be attended to; at least one in each row. If
+            tokens are split, the mask is for all tokens, in the order of the ranks.
         backend: a name of `attention_status()`, or None for the choice made outside.
         queries, keys: how the tokens of q, and those of k and v, are split.
 
@@ -114,11 +116,11 @@ def attention(
         (B, Lq, H, Dh) in q.dtype.
 
     Raises:
-        InputError: shapes that do not fit; an unknown backend; a backend that cannot run here or
-            not on these inputs, with the reason.
+        InputError: for shapes that do not fit, an unknown backend, and a backend that cannot run
+            here or on these inputs, with the reason.
     """
     if (queries is None) != (keys is None):
-        raise InputError("attention: say how both queries and keys are split, or neither")
+        raise InputError("attention: pass the splits of both queries and keys, or neither")
     if queries is not None and keys is not None:
         return _split_attention(q, k, v, mask, backend, queries, keys)
     name = current_attention_backend() if backend is None else _known(backend)
@@ -150,12 +152,12 @@ def _split_attention(
     queries: TokenSplit,
     keys: TokenSplit,
 ) -> Tensor:
-    """All tokens, with this rank's share of the heads."""
+    """Exchange tokens for heads, and attend over all tokens with this rank's share of the heads."""
     _check(q, k, v, None)
     if (q.shape[1], k.shape[1]) != (queries.length, keys.length):
         raise InputError(
-            f"attention: this rank has {queries.length} queries and {keys.length} keys of those "
-            f"that are split; got {tuple(q.shape)} and {tuple(k.shape)}"
+            f"attention: the splits give this rank {queries.length} queries and {keys.length} "
+            f"keys; got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     q_H, k_H, v_H = scatter_queries(q, queries), scatter_keys(k, keys), scatter_keys(v, keys)
     attended = attention(q_H, k_H, v_H, mask=mask, backend=backend)
@@ -165,9 +167,9 @@ def _split_attention(
 def attention_kernel(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, backend: str | None = None
 ) -> str:
-    """What `attention` would run on these inputs, in words; arguments as there.
+    """Return in words the kernel that `attention` would run on these inputs.
 
-    For "native" it is torch's own selection that answers, for these tensors and on their device.
+    For "native", torch's own selection answers, for these tensors on their device.
     """
     name = current_attention_backend() if backend is None else _known(backend)
     if name in _PACKAGES:
@@ -192,8 +194,11 @@ def _tell_watchers(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
 
 
 def _plain_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Short bf16 sequences on the CPU, with gradients: torch's kernel there takes twice the time
-    of two products and a softmax, whose scores stay in cache."""
+    """Return whether these are short bf16 sequences on the CPU that need gradients.
+
+    For those, torch's kernel takes twice as long as two products and a softmax, whose scores stay
+    in the cache.
+    """
     return (
         q.device.type == "cpu"
         and q.dtype == torch.bfloat16
@@ -204,7 +209,7 @@ def _plain_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """The definition, on (B, H, L, Dh); scores are rounded to the inputs' dtype."""
+    """Compute attention by its definition on (B, H, L, Dh); scores have the inputs' dtype."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf"))
@@ -213,9 +218,9 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) 
 
 @contextmanager
 def attention_backend(name: str) -> Iterator[None]:
-    """Make every `attention` call inside, on any thread, use one backend.
+    """Make every `attention` call inside the block, on any thread, use one backend.
 
-    Raises InputError for a name that does not exist, or a backend that no device here can run.
+    Raises InputError for an unknown name, or a backend that no device here can run.
     """
     status = {row.name: row for row in attention_status()}[_known(name)]
     if not status.available:
@@ -228,27 +233,27 @@ def attention_backend(name: str) -> Iterator[None]:
 
 
 def current_attention_backend() -> str:
-    """The backend that `attention` uses when none is passed.
+    """Return the backend that `attention` uses when none is passed.
 
-    Raises InputError if APT_ATTENTION_BACKEND names none.
+    Raises InputError if APT_ATTENTION_BACKEND is not a backend.
     """
     if _chosen:
         return _chosen[-1]
     name = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if name and name not in BACKENDS:
         raise InputError(
-            f"{ENVIRONMENT_VARIABLE}={name!r} is no attention backend; "
+            f"{ENVIRONMENT_VARIABLE}={name!r} is not an attention backend; "
             f"choose from: {', '.join(BACKENDS)}"
         )
     return name or "native"
 
 
 def attention_status() -> list[BackendStatus]:
-    """A row for each backend: whether this machine can run it, and why not or what it is.
+    """Return a row for each backend: whether this machine can run it, and why not or what it is.
 
-    Available means that one GPU at least is of the right kind, and that a package imports and a
-    small call of it works there; some inputs (those on another GPU, a mask, fp32, a large Dh) may
-    still be refused by a backend, with the reason.
+    Available means that at least one GPU is of the right kind and, for a package, that it can be
+    imported and a small call works there. A backend may still refuse some inputs (on another GPU, a
+    mask, fp32, a large Dh), with the reason.
     """
     rows = [BackendStatus("native", True, _describe_native())]
     for name in BACKENDS[1:]:
@@ -258,7 +263,7 @@ def attention_status() -> list[BackendStatus]:
 
 
 def _describe_native() -> str:
-    text = "torch picks a kernel per call; on CPUs also plain products"
+    text = "torch chooses a kernel for each call; on CPUs also plain products"
     reason = why_not_cudnn()
     return f"{text}; not cuDNN, which is the fastest here: {reason}" if reason else text
 
@@ -272,7 +277,7 @@ def _describe(name: str) -> str:
 
 
 def _why_unavailable(name: str, device: torch.device | None = None) -> str | None:
-    """Why a backend cannot run on a GPU; None if it can. Without one: on any device here."""
+    """Return why a backend cannot run on a GPU, or on any device here; None if it can."""
     if name in _PACKAGES:
         return _why_no_package(name, device)
     if name in ("_native_cudnn", "_native_efficient") and not torch.cuda.is_available():
@@ -286,13 +291,13 @@ def _no_package(name: str) -> str:
     return f"needs {_PACKAGES[name].install}"
 
 
-@torch.compiler.assume_constant_result  # imports and calls: nothing for a graph
+@torch.compiler.assume_constant_result  # a graph cannot contain its imports and calls
 def _why_no_package(name: str, device: torch.device | None) -> str | None:
-    """`_why_unavailable` of a package, whose function is in `_functions` if there is no reason."""
+    """Do `_why_unavailable` for a package; if it is available, put its function in `_functions`."""
     package = _PACKAGES[name]
     try:
         function = getattr(importlib.import_module(package.module), package.function)
-    # A package built for another torch or CUDA fails while its libraries load
+    # A package built for another torch or CUDA fails when its libraries are loaded
     except (ImportError, OSError, AttributeError) as error:
         return f"{_no_package(name)} ({type(error).__name__}: {error})"
     asked = capabilities(device)
@@ -314,14 +319,14 @@ def _why_no_package(name: str, device: torch.device | None) -> str | None:
 
 
 def _why_not_called(function: Callable[..., object], gpu: str) -> str | None:
-    """What a call raises; None if it works. A package without its CUDA part also imports."""
+    """Return what a call raises; None if it works. Packages without their CUDA part import, too."""
     if (function, gpu) in _probed:
         return None
     try:
         probe = _probe_input(gpu)
         with torch.no_grad():
             function(probe, probe, probe)
-    # Any error of a foreign package is the reason that the user is told
+    # Any error of the package is the reason to show to the user
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     _probed.add((function, gpu))
@@ -329,14 +334,14 @@ def _why_not_called(function: Callable[..., object], gpu: str) -> str | None:
 
 
 def _probe_input(gpu: str) -> Tensor:
-    """Small, and of a type and a width that every package takes."""
+    """Return a small input, with a dtype and a width that every package takes."""
     return torch.zeros(1, 16, 1, 64, dtype=torch.bfloat16, device=gpu)
 
 
 def _why_not_native(
     name: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None
 ) -> str | None:
-    """Why torch's kernel cannot take these inputs (B, H, L, Dh); None if it can."""
+    """Return why torch's kernel cannot take these inputs (B, H, L, Dh); None if it can."""
     if name == "_native_math":
         return None
     if not q.is_cuda:
@@ -347,11 +352,11 @@ def _why_not_native(
         return None
     usable = _CUDA_KERNELS[name]
     params = torch.backends.cuda.SDPAParams(q, k, v, attn_mask, 0.0, False, False)
-    # torch judges the current GPU, and runs on that of the tensors
+    # torch checks the current GPU, but runs on the tensors' GPU
     with torch.cuda.device_of(q):
         if usable(params):
             return None
-        # It gives its reasons as warnings only
+        # It reports its reasons only as warnings
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             usable(params, debug=True)
@@ -375,7 +380,7 @@ def _package_attention(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
 
 
 def _additive_bias(q: Tensor, mask: Tensor) -> Tensor:
-    """The key mask as xformers takes it: 0 and -inf, (B, H, Lq, Lk), rows aligned to 8 keys."""
+    """Return the key mask for xformers: 0 and -inf, (B, H, Lq, Lk), rows aligned to 8 keys."""
     batch, keys = mask.shape
     padded = q.new_full((batch, 1, 1, -(-keys // 8) * 8), float("-inf"))
     padded[..., :keys].masked_fill_(mask[:, None, None, :], 0.0)
@@ -392,7 +397,7 @@ def _cannot_run(name: str, reason: str) -> InputError:
     missing = name in _PACKAGES and reason.startswith(_no_package(name))
     return (MissingPackageError if missing else InputError)(
         f"attention backend {name!r} cannot run: {reason}. "
-        "Take another (`apt.kernels.attention_status()` lists them) or 'native'"
+        "Use another (`apt.kernels.attention_status()` lists them) or 'native'"
     )
 
 

@@ -1,8 +1,8 @@
-"""Which kernel an attention backend really runs.
+"""Find out which kernel an attention backend really runs.
 
-"native" lets torch pick. On an H100 that is cuDNN, or, with an older cuDNN or CUDA and without a
-word, FlashAttention-2, which takes 1.7 times as long. So the choice can be asked for, watched while
-a model runs, and explained.
+"native" lets torch choose. On an H100 it chooses cuDNN or, with an older cuDNN or CUDA and without
+any notice, FlashAttention-2, which takes 1.7 times as long. The functions here return the choice,
+watch it while a model runs, and explain it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 
 from apt.kernels.backends import capabilities
 
-# From torch's selection (sdp_utils.cpp): the GPUs on which cuDNN comes first, and the versions
+# From torch's selection (sdp_utils.cpp): GPUs on which cuDNN comes first, and the versions needed
 CUDNN_FIRST = ((9, 0), (10, 0))
 CUDNN_AFTER = (9, 15, 0)
 CUDA_FROM = (12, 9)
@@ -31,7 +31,7 @@ KERNELS = {
 }
 PLAIN = "plain products"
 
-# Parts of device kernels' names, the more special first
+# Parts of device kernels' names, the more specific ones first
 _NAMES = (
     ("cudnn", KERNELS[SDPBackend.CUDNN_ATTENTION]),
     ("pytorch_flash", KERNELS[SDPBackend.FLASH_ATTENTION]),
@@ -43,13 +43,13 @@ _NAMES = (
 
 
 class AttentionUse(NamedTuple):
-    """A kind of call: what was asked for, what runs, and on what.
+    """A kind of call: the backend that was asked for, the kernel that runs, and the inputs.
 
     Attributes:
         backend: a name of `apt.kernels.attention_status`.
-        kernel: what it runs on these inputs.
+        kernel: the kernel that it runs on these inputs.
         shape: (B, Lq, Lk, H, Dh).
-        dtype: without "torch.".
+        dtype: name of the dtype, without "torch.".
     """
 
     backend: str
@@ -58,15 +58,15 @@ class AttentionUse(NamedTuple):
     dtype: str
 
 
-# Watchers that are in force; one list for the process, as for the backends
+# Active watchers; one list for the whole process, as for the backends
 watchers: list[Counter[AttentionUse]] = []
 
 
 @contextmanager
 def watch_attention() -> Iterator[Counter[AttentionUse]]:
-    """Count the attention calls made inside, on any thread, by kind.
+    """Count attention calls inside the block, on any thread, by kind.
 
-    Calls in compiled code and replays of CUDA graphs are not seen.
+    Calls in compiled code and replays of CUDA graphs are not counted.
     """
     seen: Counter[AttentionUse] = Counter()
     watchers.append(seen)
@@ -77,9 +77,9 @@ def watch_attention() -> Iterator[Counter[AttentionUse]]:
 
 
 def native_kernel(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> str:
-    """What torch picks for these inputs (B, H, L, Dh): a value of `KERNELS`.
+    """Return the kernel that torch chooses for these inputs (B, H, L, Dh), a value of `KERNELS`.
 
-    It is torch's own selection that is asked, the one that `scaled_dot_product_attention` asks.
+    This calls torch's own selection, the one that `scaled_dot_product_attention` calls.
     """
     with torch.cuda.device_of(q):
         choice = torch._fused_sdp_choice(q, k, v, attn_mask)
@@ -87,13 +87,13 @@ def native_kernel(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> 
 
 
 def kernel_by_name(name: str) -> str | None:
-    """Whose attention a device kernel is, by its name in a profile; None for one not known."""
+    """Return the attention that a device kernel belongs to, by its name in a profile, or None."""
     lowered = name.lower()
     return next((kernel for part, kernel in _NAMES if part in lowered), None)
 
 
 def cudnn_version() -> str:
-    """Of the cuDNN that torch loads: "9.19.0"; empty without one."""
+    """Return the version of the cuDNN that torch loads, such as "9.19.0"; empty without one."""
     number = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     if number is None:
         return ""
@@ -101,9 +101,9 @@ def cudnn_version() -> str:
 
 
 def why_not_cudnn(device: torch.device | None = None) -> str | None:
-    """Why torch does not put cuDNN's attention first on a GPU where it is the fastest.
+    """Return why torch does not prefer cuDNN's attention on a GPU where it is the fastest.
 
-    None if it does, and for every other device. Without a device: for any GPU here.
+    None if it does, and for all other devices. Without a device: for any GPU here.
     """
     if not _cudnn_is_fastest(device):
         return None
@@ -113,24 +113,24 @@ def why_not_cudnn(device: torch.device | None = None) -> str | None:
     if not torch.backends.cudnn.enabled or not torch.backends.cuda.cudnn_sdp_enabled():
         return "cuDNN is switched off in this process"
     if _numbers(version) <= CUDNN_AFTER:
-        return f"cuDNN is {version}, and must be newer than {_dotted(CUDNN_AFTER)}"
+        return f"cuDNN is {version}, but must be newer than {_dotted(CUDNN_AFTER)}"
     cuda = torch.version.cuda or "0"
     if _numbers(cuda) < CUDA_FROM:
-        return f"torch is built for CUDA {cuda}, and must be for {_dotted(CUDA_FROM)} or newer"
+        return f"torch is built for CUDA {cuda}, but must be for {_dotted(CUDA_FROM)} or newer"
     return None
 
 
 def attention_warning(device: torch.device, kernels: Collection[str]) -> str | None:
-    """A line for people if "native" ran something else than cuDNN where cuDNN is the fastest.
+    """Return a warning if "native" did not run cuDNN although that is the fastest; else None.
 
     Args:
-        device: where it ran.
+        device: the device that it ran on.
         kernels: what "native" ran there, in the words of `KERNELS`.
     """
     others = sorted(set(kernels) - {KERNELS[SDPBackend.CUDNN_ATTENTION]})
     if not others or not _cudnn_is_fastest(device):
         return None
-    reason = why_not_cudnn(device) or "torch refuses it for these inputs, or was told another order"
+    reason = why_not_cudnn(device) or "torch refuses it for these inputs, or was set to another"
     return (
         f"'native' attention runs {', '.join(others)} on this GPU, where cuDNN takes about half "
         f"the time on long sequences: {reason}"

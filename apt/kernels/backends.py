@@ -1,10 +1,10 @@
-"""Which implementation of a fused op runs, and what each one needs.
+"""Choose the implementation of a fused op, and check what each one needs.
 
-Who chooses, first to last: the `backend` argument, the innermost `kernel_backend(...)`, the
-environment variable APT_KERNEL_BACKEND, and the op itself: Triton on CUDA tensors where it can run
-and is worth its launch, else the torch reference. A backend that was asked for by name runs or
-raises with the reason. The two choices from outside are for all ops at once: those without that
-backend have only the reference, and use it.
+The backend is chosen by the first of these that is set: the `backend` argument, the innermost
+`kernel_backend(...)`, and the environment variable APT_KERNEL_BACKEND. Otherwise the op chooses:
+Triton on CUDA tensors if it can run and the input is large enough, else the torch reference. A
+backend that was chosen by name runs, or raises with the reason. `kernel_backend` and the variable
+are for all ops at once; an op without that backend has only the reference, and uses it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ OPS = {
 }
 BACKENDS = ("reference", "triton")
 
-TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest that the kernels are compiled with
+TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest supported
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOWEST_CAPABILITY = (8, 0)
 
-# On inputs with fewer values than this both backends only keep the host busy, and the reference
-# does so for half as long (`python -m benchmarks.host_time`): of 2^20 values in bf16 it moves 24 MB
-# in 8 microseconds on an H100, and a call of the kernel takes the host 50. In a CUDA graph the host
-# does not count, and kernels win at any size: choose them by name there.
+# For inputs with fewer values than this, the host's time dominates with both backends, and the
+# reference takes half as much of it (`python -m benchmarks.host_time`): for 2^20 values in bf16 it
+# moves 24 MB in 8 microseconds on an H100, and a call of the kernel takes 50 on the host. In a CUDA
+# graph the host's time does not matter, and kernels are faster at any size: choose them by name.
 SMALL = 2**20
 SMALL_VARIABLE = "APT_KERNEL_SMALL"
 HOST_BOUND = frozenset(
@@ -56,7 +56,7 @@ HOST_BOUND = frozenset(
     }
 )
 
-# One stack for the process, as for attention: checkpointing recomputes on autograd's own threads.
+# One stack for the whole process, as for attention: checkpointing recomputes on autograd's threads.
 _chosen: list[str] = []
 _imagined: list[bool] = []
 
@@ -64,19 +64,19 @@ _NO_PACKAGE = "needs `pip install 'diffusion-apt[triton]'`, or the triton of a C
 
 
 class KernelUse(NamedTuple):
-    """A kind of call: the op, the backend that was taken, and why."""
+    """A kind of call: the op, the backend that ran, and why."""
 
     op: str
     backend: str
     reason: str
 
 
-# Watchers that are in force
+# Active watchers
 _watchers: list[Counter[KernelUse]] = []
 
 
 class BackendStatus(NamedTuple):
-    """One row of a status table: `reason` says why a backend is unavailable, or what it is."""
+    """One row of a status table: `reason` says why a backend is unavailable, or describes it."""
 
     name: str
     available: bool
@@ -84,9 +84,9 @@ class BackendStatus(NamedTuple):
 
 
 def kernel_status() -> list[BackendStatus]:
-    """A row `op/backend` for each implementation of each fused op on this machine.
+    """Return a row `op/backend` for each implementation of each fused op on this machine.
 
-    Available means that it can run here, on one GPU at least; some inputs (fp64, CPU tensors, those
+    Available means that it can run on at least one GPU here. Some inputs (fp64, CPU tensors, those
     on an older GPU) may still be refused.
     """
     reason = _why_no_triton()
@@ -103,24 +103,26 @@ def kernel_status() -> list[BackendStatus]:
 
 
 def small_below() -> int:
-    """Values of an op's first input below which the ops in `HOST_BOUND` choose the reference.
+    """Return the size of the first input below which ops in `HOST_BOUND` choose the reference.
 
-    APT_KERNEL_SMALL changes it; 0 leaves the kernel the choice at any size. Raises InputError for a
-    value that is no number of values.
+    The size is in values. APT_KERNEL_SMALL sets another one; with 0, kernels are used at any size.
+    Raises InputError if it is not a whole number.
     """
     text = os.environ.get(SMALL_VARIABLE)
     if text is None:
         return SMALL
     if not text.isdecimal():
-        raise InputError(f"{SMALL_VARIABLE} must be a number of values, 0 for none; got {text!r}")
+        raise InputError(
+            f"{SMALL_VARIABLE} must be a whole number of values, or 0 for no limit; got {text!r}"
+        )
     return int(text)
 
 
 @contextmanager
 def watch_kernels() -> Iterator[Counter[KernelUse]]:
-    """Count the calls of fused ops made inside, on any thread, by backend and reason.
+    """Count calls of fused ops inside the block, on any thread, by backend and reason.
 
-    Calls in compiled code and replays of CUDA graphs are not seen.
+    Calls in compiled code and replays of CUDA graphs are not counted.
     """
     seen: Counter[KernelUse] = Counter()
     _watchers.append(seen)
@@ -132,9 +134,9 @@ def watch_kernels() -> Iterator[Counter[KernelUse]]:
 
 @contextmanager
 def kernel_backend(name: str) -> Iterator[None]:
-    """Make every fused op called inside, on any thread, use one backend.
+    """Make every fused op called inside the block, on any thread, use one backend.
 
-    Raises InputError for a name that does not exist, or a backend that no device here can run.
+    Raises InputError for an unknown name, or a backend that no device here can run.
     """
     if name not in BACKENDS:
         raise InputError(f"unknown kernel backend {name!r}; choose from: {', '.join(BACKENDS)}")
@@ -150,10 +152,10 @@ def kernel_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def imagined_gpu() -> Iterator[None]:
-    """Let fused ops called inside choose as on a GPU that can run every kernel.
+    """Let fused ops called inside the block choose as on a GPU that can run every kernel.
 
-    For tensors without data on any device: ops of torch.library give shapes for those, and launch
-    nothing.
+    For tensors without data, on any device: ops of torch.library return tensors without data for
+    those, and launch nothing.
     """
     _imagined.append(True)
     try:
@@ -163,23 +165,23 @@ def imagined_gpu() -> Iterator[None]:
 
 
 def current_kernel_backend() -> str | None:
-    """The backend that was chosen for all ops; None: each op chooses.
+    """Return the backend that was chosen for all ops; None if each op chooses.
 
-    Raises InputError if APT_KERNEL_BACKEND names none.
+    Raises InputError if APT_KERNEL_BACKEND is not a backend.
     """
     if _chosen:
         return _chosen[-1]
     name = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if name and name not in BACKENDS:
         raise InputError(
-            f"{ENVIRONMENT_VARIABLE}={name!r} is no kernel backend; "
+            f"{ENVIRONMENT_VARIABLE}={name!r} is not a kernel backend; "
             f"choose from: {', '.join(BACKENDS)}"
         )
     return name or None
 
 
 def check_backend(op: str, backend: str | None) -> None:
-    """Raise InputError for a backend that the op does not have, whether or not it could run."""
+    """Raise InputError for a backend that the op does not have; does not check if it can run."""
     if backend is not None and backend not in OPS[op]:
         raise InputError(
             f"{op} has no backend {backend!r}; choose from: {', '.join(OPS[op])}, or leave it out"
@@ -192,16 +194,18 @@ def resolve_backend(
     tensors: Sequence[Tensor | None] = (),
     limit: str | None = None,
 ) -> str:
-    """The backend that `op` will run on these tensors.
+    """Return the backend that `op` uses for these tensors.
 
     Args:
         op: a key of OPS.
-        backend: the caller's choice; None lets it be made outside, or by the op.
-        tensors: the inputs; the first one says where the op runs, and how much there is to do.
-        limit: why the op's kernel cannot take them, beyond device and dtype; None if it can.
+        backend: the caller's choice; None for the choice made outside, or by the op.
+        tensors: the inputs; the first one gives device and size.
+        limit: why the op's kernel cannot take them, for reasons other than device and dtype; None
+            if it can.
 
     Raises:
-        InputError: a backend that the op does not have, or that was named and cannot run.
+        InputError: for a backend that the op does not have, or that was chosen by name and cannot
+            run.
     """
     chosen = _choose(op, backend, tensors, limit)
     if not torch.compiler.is_compiling() and _watchers:
@@ -221,7 +225,7 @@ def _choose(
         return KernelUse(op, "reference", "asked for")
     given = [tensor for tensor in tensors if tensor is not None]
     if name is None and not (given[0].is_cuda or _imagined):
-        # The interpreter is for tests: it is slow
+        # The interpreter is slow, and only for tests
         return KernelUse(op, "reference", f"inputs on {given[0].device.type}")
     if name is None and op in HOST_BOUND and given[0].numel() < (below := small_below()):
         return KernelUse(op, "reference", f"inputs below {below:,} values")
@@ -235,10 +239,10 @@ def _choose(
 
 
 def _why_no_triton(device: torch.device | None = None) -> str | None:
-    """Why Triton kernels cannot run on a GPU; None if they can. Without one: on any GPU here."""
+    """Return why Triton kernels cannot run on a GPU, or on any GPU here; None if they can."""
     try:
         import triton
-    # A package built for another system fails while its libraries load
+    # A package built for another system fails when its libraries are loaded
     except (ImportError, OSError) as error:
         return f"{_NO_PACKAGE} ({type(error).__name__}: {error})"
     lowest, highest = TRITON_VERSIONS
@@ -250,7 +254,7 @@ def _why_no_triton(device: torch.device | None = None) -> str | None:
     if interpreted() or _imagined:
         return None
     if device is None and not torch.cuda.is_available():
-        return "needs a CUDA GPU, or TRITON_INTERPRET=1 from the start to run it on the CPU, slowly"
+        return "needs a CUDA GPU, or TRITON_INTERPRET=1 from the start to run slowly on the CPU"
     asked = capabilities(device)
     too_old = those_outside(asked, LOWEST_CAPABILITY)
     if len(too_old) < len(asked):
@@ -260,7 +264,7 @@ def _why_no_triton(device: torch.device | None = None) -> str | None:
 
 
 def capabilities(device: torch.device | None = None) -> dict[str, tuple[int, int]]:
-    """Compute capability of a GPU, or of every one here, by its name in torch."""
+    """Return the compute capability of a GPU, or of every GPU here, by its name in torch."""
     if device is not None:
         return {str(device): torch.cuda.get_device_capability(device.index)}
     every = range(torch.cuda.device_count())
@@ -272,7 +276,7 @@ def those_outside(
     lowest: tuple[int, int],
     highest: tuple[int, int] | None = None,
 ) -> list[str]:
-    """The GPUs whose compute capability is too low or too high, each with it."""
+    """Return the GPUs whose compute capability is too low or too high, with the capability."""
     return [
         f"{found[0]}.{found[1]} ({gpu})"
         for gpu, found in asked.items()
@@ -281,15 +285,15 @@ def those_outside(
 
 
 def but_not_on(gpus: Sequence[str]) -> str:
-    """What a description ends with if a backend runs on other GPUs only."""
+    """Return the end of a description that names the GPUs a backend does not run on."""
     return f", but not on {', '.join(gpus)}" if gpus else ""
 
 
 def why_not_tensors(tensors: Sequence[Tensor]) -> str | None:
-    """Why Triton kernels cannot take these tensors; None if they can."""
+    """Return why Triton kernels cannot take these tensors; None if they can."""
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
-        return f"takes tensors of one device, got {', '.join(sorted(map(str, devices)))}"
+        return f"takes tensors on one device, got {', '.join(sorted(map(str, devices)))}"
     if not (tensors[0].is_cuda or interpreted() or _imagined):
         return f"takes CUDA tensors, got {tensors[0].device.type}"
     for tensor in tensors:
@@ -299,7 +303,7 @@ def why_not_tensors(tensors: Sequence[Tensor]) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which also takes CPU tensors."""
+    """Return whether kernels run in Triton's interpreter, which also takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -321,5 +325,5 @@ def _cannot_run(op: str, name: str, reason: str) -> InputError:
     missing = reason.startswith(_NO_PACKAGE)
     return (MissingPackageError if missing else InputError)(
         f"{op} backend {name!r} cannot run: {reason}. "
-        "Take 'reference', or leave the choice out (`apt.kernels.kernel_status()` has the reasons)"
+        "Use 'reference', or leave the choice out (`apt.kernels.kernel_status()` has the reasons)"
     )

@@ -1,12 +1,12 @@
-"""Bytes and FLOPs of every op: what a benchmark divides by the time it measured.
+"""Bytes and FLOPs of every op, which benchmarks divide by the measured time.
 
-Bytes are the least that a fused op must move through device memory: each input read once, each
-output and gradient written once. Scratch of one implementation (statistics, partial sums, a second
-pass) is not counted: it lowers the GB/s of that implementation, as it should.
+Bytes are the least that a fused op must move through device memory: each input is read once, each
+output and gradient is written once. Extra traffic of an implementation (statistics, partial sums, a
+second pass) is not counted, so it lowers the GB/s of that implementation, as it should.
 
-FLOPs are additions, multiplications, divisions and square roots of the formula, two for a multiply
-and add; work per row that all its tokens share, and the integer work of random numbers, is left
-out. Matrix products and attention are counted as `torch.utils.flop_counter` counts them.
+FLOPs are the additions, multiplications, divisions and square roots of the formula; a multiply-add
+counts as two. Work per row that all its tokens share, and the integer work of random numbers, are
+left out. Matrix products and attention are counted as `torch.utils.flop_counter` counts them.
 
 Shapes: B samples, L tokens (S of text), D channels, H heads of Dh channels, R rows of conditions.
 """
@@ -29,10 +29,10 @@ _INT64 = 8
 
 @dataclass(frozen=True)
 class OpCost:
-    """What an op moves and computes; costs add up, and multiply by a count of calls.
+    """Bytes and FLOPs of an op. Costs can be added, and multiplied by a number of calls.
 
     Attributes:
-        bytes_read, bytes_written: through device memory.
+        bytes_read, bytes_written: traffic of device memory.
         flops: floating-point operations.
     """
 
@@ -42,7 +42,7 @@ class OpCost:
 
     @property
     def bytes(self) -> int:
-        """Read and written."""
+        """Bytes read and written."""
         return self.bytes_read + self.bytes_written
 
     def __add__(self, other: OpCost) -> OpCost:
@@ -71,7 +71,7 @@ def modulated_norm_cost(
     bias: bool = False,
     backward: bool = False,
 ) -> OpCost:
-    """`apt.kernels.modulated_norm` on (B, L, D), every tensor in `dtype`.
+    """Return the cost of `apt.kernels.modulated_norm` on (B, L, D), with every tensor in `dtype`.
 
     `num_rows` is R of the modulation; None: R = B, without `rows`.
     """
@@ -94,10 +94,10 @@ def residual_modulated_norm_cost(
     bias: bool = False,
     backward: bool = False,
 ) -> OpCost:
-    """`apt.kernels.residual_modulated_norm`; arguments as in `modulated_norm_cost`.
+    """Return the cost of `apt.kernels.residual_modulated_norm`; see `modulated_norm_cost`.
 
-    The backward gets the gradients of both outputs and gives those of x, update, gate, scale and
-    shift (and weight and bias).
+    The backward pass takes the gradients of both outputs and returns those of x, update, gate,
+    scale and shift (and weight and bias).
     """
     return _norm_cost(
         batch, length, width, dtype, num_rows, modulation, norm, weight, bias, backward,
@@ -120,7 +120,7 @@ def _norm_cost(
     residual: bool,
 ) -> OpCost:
     if norm not in ("rms", "layer") or modulation not in ("per_row", "per_token"):
-        raise InputError(f"no norm {norm!r} with modulation {modulation!r}")
+        raise InputError(f"there is no norm {norm!r} with modulation {modulation!r}")
     layer, per_token = norm == "layer", modulation == "per_token"
     tokens = batch * length * width
     shared = tokens if per_token else (batch if num_rows is None else num_rows) * width
@@ -128,19 +128,19 @@ def _norm_cost(
     rows = _INT64 * batch * (num_rows is not None)
     size = dtype.itemsize
     if not backward:
-        # x; scale and shift; with a residual update and gate, and x_new
+        # x; scale and shift; with a residual also update, gate and x_new
         read = (1 + residual) * tokens + (2 + residual) * shared + affine
         written = (1 + residual) * tokens
-        # sum of squares 2, normalise 1, modulate 2; mean 1 and its subtraction 1
+        # sum of squares 2, normalise 1, modulate 2; layer norm: mean 1, its subtraction 1
         each = 5 + 2 * layer + weight + bias + per_token + 2 * residual
     else:
-        # gradient of y, x (x_new); scale; with a residual the gradient of x_new, update and gate
+        # gradient of y, x (x_new); scale; with a residual also the gradient of x_new, update, gate
         read = (2 + 2 * residual) * tokens + (1 + residual) * shared + affine
         written = (1 + residual) * tokens + (2 + residual) * shared + affine
         # x_hat 1, g 1, its dot with x_hat 2, gradient of x 3, sums over tokens 3;
         # the mean's share 3; gradient of x_new 1, of update 1, of gate 2
         each = 10 + 3 * layer + 4 * residual
-        # Factors that a row no longer shares, and the norm's output for the gradient of scale
+        # Factors that tokens no longer share, and the norm's output for the gradient of scale
         each += per_token * (1 + 2 * weight + bias)
     return OpCost(read * size + rows, written * size, each * tokens)
 
@@ -158,16 +158,16 @@ def qk_norm_rope_cost(
     copied: int = 0,
     backward: bool = False,
 ) -> OpCost:
-    """`apt.kernels.qk_norm_rope` of one stream of tokens; a joint call is a sum over its streams.
+    """Return the cost of `apt.kernels.qk_norm_rope` for one stream; add streams for a joint call.
 
     Args:
         batch, length, num_heads, head_dim: B, L, H, Dh of each tensor.
-        dtype: of all but the fp32 tables.
-        num_tensors: normed ones: 2 for q and k.
+        dtype: dtype of everything except the fp32 tables.
+        num_tensors: number of normalised tensors: 2 for q and k.
         rope: whether they are rotated, by tables (L, Dh / 2) of cosines and sines in fp32.
         across_heads: one norm over H Dh channels, with as many weights, instead of one per head.
-        copied: tensors that only move to the joint buffer: 1 for v.
-        backward: the gradients of tensors and weights, from those of the outputs.
+        copied: number of tensors that are only copied to the joint buffer: 1 for v.
+        backward: the backward pass, which returns the gradients of tensors and weights.
     """
     values = batch * length * num_heads * head_dim
     weights = num_tensors * head_dim * (num_heads if across_heads else 1)
@@ -190,7 +190,7 @@ def qk_norm_rope_cost(
 
 
 def sample_shifted_timesteps_cost(num: int) -> OpCost:
-    """`apt.kernels.sample_shifted_timesteps`: fp32 out, nothing in; Eq. 7 is 4 operations."""
+    """Return the cost of `apt.kernels.sample_shifted_timesteps`: Eq. 7 takes 4 operations."""
     return OpCost(0, _FP32 * num, 4 * num)
 
 
@@ -203,7 +203,10 @@ def perturbed_batch_cost(
     num_perturbed: int | None = None,
     backward: bool = False,
 ) -> OpCost:
-    """`apt.kernels.perturbed_batch` of samples of `values` numbers; None: all real ones, P = B."""
+    """Return the cost of `apt.kernels.perturbed_batch` on samples of `values` values.
+
+    `num_perturbed` is P; None: all real samples, P = B.
+    """
     perturbed = num_real if num_perturbed is None else num_perturbed
     size = dtype.itemsize * values
     inputs, output = (num_real + num_fake) * size, (num_real + perturbed + num_fake) * size
@@ -221,12 +224,12 @@ def query_pooling_cost(
     dtype: torch.dtype,
     backward: bool = False,
 ) -> OpCost:
-    """`apt.kernels.query_pooling`: one query, keys and values folded to its side.
+    """Return the cost of `apt.kernels.query_pooling`: one query, with keys and values folded.
 
-    The query meets W_k (2 D²), each head scores and pools L tokens of D channels (4 B L H D), and
-    W_v comes after pooling (2 B D²). Tokens (B, L, D) are read once, and never projected: the
-    kernel, which reads them twice forward and three times backward, can so reach half of the copy
-    rate either way. Products alone are counted, without the norm.
+    The query is multiplied by W_k (2 D²), each head scores and pools L tokens of D channels
+    (4 B L H D), and W_v is applied after pooling (2 B D²). Tokens (B, L, D) are read once and never
+    projected. The kernel reads them twice forward and three times backward, so it can reach at most
+    half of the copy rate in both directions. Only products are counted, without the norm.
     """
     tokens, matrices = batch * length * width, 2 * width * width
     scores = 2 * batch * length * num_heads * width
@@ -237,8 +240,8 @@ def query_pooling_cost(
             batch * width * size,
             2 * scores + (1 + batch) * matrices,
         )
-    # Four products of the size of the scores, which are kept: two towards tokens, one towards their
-    # weights, one towards the query
+    # Four products of the size of the scores, which are saved: two for the gradient of tokens, one
+    # for that of their weights, one for that of the query
     return OpCost(
         (tokens + matrices + width + batch * width) * size,
         (tokens + matrices + width) * size,
@@ -257,9 +260,11 @@ def attention_cost(
     mask: bool = False,
     backward: bool = False,
 ) -> OpCost:
-    """`apt.kernels.attention`: 4 B H Lq Lk Dh forward, 10 backward (the scores again, as flash).
+    """Return the cost of `apt.kernels.attention`: 4 B H Lq Lk Dh FLOPs forward, 10 backward.
 
-    q, k, v in and the output out; backward those four and its gradient in, three gradients out.
+    The backward pass computes the scores again, as flash attention does. Forward reads q, k and v
+    and writes the output. Backward reads these four and the output's gradient, and writes three
+    gradients.
     """
     queries = batch * num_queries * num_heads * head_dim
     keys = batch * num_keys * num_heads * head_dim
@@ -281,7 +286,7 @@ def linear_cost(
     bias: bool = True,
     backward: bool = False,
 ) -> OpCost:
-    """A matrix product of all tokens: 2 M K N forward, 4 backward (input and weight)."""
+    """Return the cost of a linear layer: 2 M K N FLOPs forward, 4 M K N backward."""
     inputs, outputs = tokens * in_features, tokens * out_features
     weights = in_features * out_features
     product = 2 * tokens * weights
@@ -296,7 +301,7 @@ def linear_cost(
 
 
 def elementwise_cost(reads: int, writes: int, flops: int, *, dtype: torch.dtype) -> OpCost:
-    """One pass over `reads` numbers that writes `writes` numbers."""
+    """Return the cost of one pass that reads `reads` values and writes `writes` values."""
     return OpCost(reads * dtype.itemsize, writes * dtype.itemsize, flops)
 
 
@@ -308,9 +313,10 @@ def fused_rmsprop_cost(
     weight_decay: bool = False,
     ema: bool = True,
 ) -> OpCost:
-    """`FusedRMSprop`, one step: parameters in `dtype`, square average and EMA in fp32.
+    """Return the cost of one step of `FusedRMSprop`: parameters in `dtype`, states in fp32.
 
-    9 operations for v and the step, 2 for weight decay, 3 for the EMA.
+    The states are the square average and the EMA. v and the step take 9 operations, weight decay 2,
+    the EMA 3.
     """
     size, grad = dtype.itemsize, (grad_dtype or dtype).itemsize
     state = _FP32 * (1 + ema)

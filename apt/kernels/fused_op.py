@@ -1,7 +1,7 @@
-"""Ops of torch.library, each from one description, which eager calls reach by a short way.
+"""Ops of torch.library, each from one description, with a shortcut for eager calls.
 
-What an op takes is a NamedTuple. Its fields, in their order and with their types, are the op's
-schema; everybody else reads them by name: the op's function, its fake, what it saves, its gradient.
+An op takes a NamedTuple. Its fields, in order and with their types, are the op's schema. The op's
+function, its fake, its save function and its gradient read them by name.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from apt.errors import InputError
 Function = Callable[..., Any]
 Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 _PLAIN = (Tensor, Parameter)
-# Of arguments that are lists, None for the others; None if no argument is a list
+# The length of each argument that is a list, None for others; None if no argument is a list
 Sizes = tuple[int | None, ...] | None
 
 
 class LibraryOp(Generic[Inputs]):
     """An op of torch.library that takes a NamedTuple.
 
-    One field may be a NamedTuple itself: it stands for its fields.
+    One field may itself be a NamedTuple; its fields then take its place in the schema.
 
     Args:
         name: `namespace::name`.
-        function: computes it, from the inputs alone; annotated, for the schema.
-        fake: what comes out, for inputs without data.
-        save: keeps in `ctx` what the gradient needs, from inputs and output.
-        gradient: from `ctx` and the gradients of the outputs those of the inputs, field by field.
-        mutates_args: the fields that the function writes to.
+        function: computes the output from the inputs; its annotations give the schema.
+        fake: returns outputs without data, for inputs without data.
+        save: saves in `ctx` what the gradient needs from inputs and output.
+        gradient: returns the gradients of the inputs, field by field, from `ctx` and the gradients
+            of the outputs.
+        mutates_args: names of the fields that the function writes to.
 
     Attributes:
-        overload: the library's op.
+        overload: the op in torch.library.
     """
 
     def __init__(
@@ -77,12 +78,12 @@ class LibraryOp(Generic[Inputs]):
 
 
 class FusedOp(LibraryOp[Inputs]):
-    """An op of torch.library, which is passed by where nobody looks at ops.
+    """An op of torch.library that plain eager calls bypass.
 
-    Compilers, tracers, profilers, modes, transforms and subclasses of tensors need the library's
-    op. For everybody else it is host time, up to as much as launching the kernel takes, and several
-    times that with a gradient. Then the op's function is called as it is, and the gradient that was
-    registered with the library hangs on an autograd function of ours. The kernels are the same.
+    Compilers, tracers, profilers, modes, transforms and tensor subclasses need the library's op. In
+    all other calls, it only costs host time: up to as much as launching the kernel, and several
+    times that with a gradient. Such calls run the op's function directly, and an autograd function
+    of ours applies the gradient that was registered with the library. The kernels are the same.
     """
 
     def __init__(
@@ -126,7 +127,10 @@ def backward_op(
     fake: Callable[[Inputs], Any],
     ops: str,
 ) -> FusedOp[Inputs]:
-    """The op of a backward pass, whose own raises InputError; `ops` names its ops in words."""
+    """Return the op of a backward pass, whose own backward raises InputError.
+
+    `ops` names the differentiated ops in the message.
+    """
 
     def raise_it(ctx: Any, *grads: Tensor) -> NoReturn:
         raise InputError(
@@ -138,7 +142,7 @@ def backward_op(
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    """Save all inputs of an op for its gradient; lists in them are lists of tensors."""
+    """Save all inputs of an op for its gradient; lists in the inputs must be lists of tensors."""
     flat, ctx.kept_sizes = _unlist(_fields_of(type(inputs)).flatten(inputs))
     ctx.kept = [None if isinstance(value, Tensor) else value for value in flat]
     ctx.kept_type = type(inputs)
@@ -146,7 +150,7 @@ def keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def kept(ctx: Any) -> Any:
-    """What `keep` saved."""
+    """Return what `keep` saved."""
     flat = [
         value if tensor is None else tensor
         for value, tensor in zip(ctx.kept, ctx.saved_tensors, strict=True)
@@ -155,7 +159,7 @@ def kept(ctx: Any) -> Any:
 
 
 def _somebody_looks() -> bool:
-    """Whether a mode, a transform, a profiler or a tracer wants to see ops."""
+    """Return whether a mode, a transform, a profiler or a tracer needs to see ops."""
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
@@ -167,9 +171,9 @@ def _somebody_looks() -> bool:
 def _gradient(
     fields: _Fields, function: Function, save: Function, gradient: Function
 ) -> type[torch.autograd.Function]:
-    """What torch.library makes of the same three, without a dispatcher in between.
+    """Return an autograd function that does what torch.library does, without the dispatcher.
 
-    An autograd function takes no lists: they come one by one, after their lengths.
+    An autograd function takes no lists, so their lengths come first, and then all elements.
     """
 
     class Gradient(torch.autograd.Function):
@@ -196,9 +200,9 @@ def _gradient(
 
 
 class _Fields:
-    """The fields of a NamedTuple, with those of a NamedTuple in it, if there is one, in its place.
+    """The fields of a NamedTuple; a nested NamedTuple is replaced by its fields.
 
-    Flattening and building are a part of each call's host time.
+    Flattening and building are part of the host time of each call.
     """
 
     def __init__(self, kind: Any) -> None:
@@ -228,7 +232,7 @@ class _Fields:
         return self._make((*flat[:at], self._inner.build(flat[at:end]), *flat[end:]))
 
     def signature(self, returned: Any) -> inspect.Signature:
-        """Of a function that takes the fields one by one."""
+        """Return the signature of a function that takes the fields one by one."""
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(n, kind, annotation=t) for n, t in self.types.items()]
         return inspect.Signature(parameters, return_annotation=returned)
@@ -240,7 +244,7 @@ def _fields_of(kind: Any) -> _Fields:
 
 
 def _unlist(values: Sequence[Any]) -> tuple[Sequence[Any], Sizes]:
-    """The elements of lists one by one, and how many each has."""
+    """Return all values with lists flattened, and the length of each list."""
     if list not in map(type, values):
         return values, None
     flat: list[Any] = []

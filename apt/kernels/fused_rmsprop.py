@@ -4,8 +4,8 @@
     p   = p - lr g / (sqrt(v) + eps)
     avg = ema_decay avg + (1 - ema_decay) p
 
-Bytes in fp32: p, v and the average are read and written, the gradient is read: 28 a parameter. A
-step of torch's foreach kernels moves 52, and the average by itself 12 more.
+Bytes in fp32: p, v and the average are read and written, the gradient is read: 28 per parameter. A
+step of torch's foreach kernels moves 52, and a separate average 12 more.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from apt.kernels.backends import check_backend, resolve_backend, why_not_tensors
 from apt.kernels.signatures import RMSpropOptions, RMSpropStep
 
 OP = "fused_rmsprop"
-# Options of torch's RMSprop that change its arithmetic or where it keeps its state.
+# Options of torch's RMSprop that change its arithmetic or the place of its state.
 UNSUPPORTED = ("momentum", "centered", "maximize", "capturable", "differentiable")
 
 
 class FusedRMSprop(torch.optim.RMSprop):
-    """`torch.optim.RMSprop` without momentum, which can keep an average of the weights as it steps.
+    """`torch.optim.RMSprop` without momentum that can also keep a moving average of the weights.
 
-    The state dict is that of torch's class, and either loads the other's. Squares are averaged in
-    fp32 also for fp16 and bf16 parameters (torch's class keeps them in the parameter's type), and
-    the state exists from the start. The reference equals torch's class bit for bit in fp32 (torch's
-    loop, its choice on the CPU). Sharded parameters (DTensor) are updated shard by shard.
+    The state dict is that of torch's class, and each class loads the other's. Squares are averaged
+    in fp32 also for fp16 and bf16 parameters (torch's class uses the parameter's dtype), and the
+    state exists from the start. The reference equals torch's class bit for bit in fp32 (torch's
+    loop, its default on the CPU). Sharded parameters (DTensor) are updated shard by shard.
 
     Args:
         params: parameters or groups, real and floating point.
         lr, alpha, eps, weight_decay: as in torch.
-        momentum, centered: refused unless off.
-        ema: averages by parameter, fp32 (or fp64, of fp64 parameters), in the parameter's shape and
-            sharding. Parameters without a gradient stay, and are averaged all the same. Averages
-            belong to the caller and are not part of the state dict.
-        ema_decay: in [0, 1]; the paper uses 0.995.
-        backend: "triton": one launch for all fp16, bf16 and fp32 parameters of a group that have
-            one type and averages, or none; they must be contiguous. "reference": torch, parameter
-            by parameter. None chooses at each step and for each parameter: the kernel for CUDA
-            tensors that it can take, the reference for the others.
+        momentum, centered: must be off.
+        ema: average of each parameter, fp32 (or fp64 for fp64 parameters), with the parameter's
+            shape and sharding. Parameters without a gradient do not change but are averaged, too.
+            Averages belong to the caller and are not part of the state dict.
+        ema_decay: decay of the averages, in [0, 1]; the paper uses 0.995.
+        backend: "triton": one launch for all fp16, bf16 and fp32 parameters of a group with the
+            same dtypes that all have averages or all have none; they must be contiguous.
+            "reference": torch, parameter by parameter. None chooses, at each step and for each
+            parameter, the kernel for CUDA tensors that it can take, and the reference for others.
 
     Raises:
-        InputError: options or averages as above, or an unknown backend; at a step, sparse
-            gradients, or a backend that cannot run; then nothing has changed.
+        InputError: for options or averages that break these rules, and an unknown backend. At a
+            step, for sparse gradients and a backend that cannot run; nothing is changed then.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class FusedRMSprop(torch.optim.RMSprop):
         _check_averages(self.param_groups, self._averages)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the state of new parameters is created at once."""
+        """Add a group as torch does; the state of its parameters is created at once."""
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
@@ -88,7 +88,7 @@ class FusedRMSprop(torch.optim.RMSprop):
             self._create_state(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch. Raises CheckpointError for the state of an optimiser with momentum."""
+        """Load a state as torch does. Raises CheckpointError for one with unsupported options."""
         for group in state_dict["param_groups"]:
             problem = _unsupported(group)
             if problem:
@@ -99,18 +99,18 @@ class FusedRMSprop(torch.optim.RMSprop):
         for i, p in zip(saved, parameters, strict=True):
             self._create_state(p)
             square_avg = self.state[p]["square_avg"]
-            if square_avg.dtype != _wide(p):  # torch rounds what it loads to the parameter's type
+            if square_avg.dtype != _wide(p):  # torch rounds what it loads to the parameter's dtype
                 exact = state_dict["state"][i]["square_avg"]
                 self.state[p]["square_avg"] = exact.to(p.device, _wide(p), copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of the parameters that have gradients, and of all averages."""
+        """Update the parameters that have gradients, and all averages."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Every choice before any change: a named backend that cannot run leaves all as it was
+        # All choices come before any change: if a named backend cannot run, nothing is changed
         for part in [part for group in self.param_groups for part in self._parts(group)]:
             part.update(self._ema_decay)
         for group in self.param_groups:
@@ -119,7 +119,7 @@ class FusedRMSprop(torch.optim.RMSprop):
         return loss
 
     def _parts(self, group: dict[str, Any]) -> list[_Part]:
-        """The parameters that have gradients, by how each is updated."""
+        """Group the parameters that have gradients by how they are updated."""
         options = RMSpropOptions(*(float(group[name]) for name in RMSpropOptions._fields))
         alike: dict[tuple[torch.device, bool, str | None], list[_Row]] = {}
         for p in group["params"]:
@@ -150,7 +150,7 @@ class FusedRMSprop(torch.optim.RMSprop):
 
 
 class _Row(NamedTuple):
-    """A parameter's count of steps, and this rank's shard of all else that a step touches."""
+    """The step count of a parameter, and this rank's shards of all other tensors of a step."""
 
     step: Tensor
     param: Tensor
@@ -160,12 +160,12 @@ class _Row(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What a kernel would be given."""
+        """The tensors that a kernel takes."""
         return [tensor for tensor in self[1:] if tensor is not None]
 
 
 class _Part(NamedTuple):
-    """Rows of one device, all with an average or all without, that one backend updates."""
+    """Rows on one device, all with an average or all without, that one backend updates."""
 
     backend: str
     rows: list[_Row]
@@ -190,7 +190,7 @@ class _Part(NamedTuple):
 
 
 def rmsprop_reference(step: RMSpropStep) -> None:
-    """The op in torch, with the operations of torch's own loop, in at least fp32."""
+    """Compute the op in torch, with the operations of torch's own loop, in at least fp32."""
     for row in zip(step.params, step.grads, step.square_avgs, strict=True):
         _update(*row, step.options)
     _average(step.params, step.averages, step.ema_decay)
@@ -207,7 +207,7 @@ def _update(p: Tensor, grad: Tensor, square_avg: Tensor, options: RMSpropOptions
 
 
 def _average(params: list[Tensor], averages: list[Tensor], decay: float) -> None:
-    """The operation of `torch.optim.swa_utils.get_ema_multi_avg_fn`."""
+    """Update averages as `torch.optim.swa_utils.get_ema_multi_avg_fn` does."""
     if averages:
         values = [p.to(average.dtype) for p, average in zip(params, averages, strict=True)]
         torch._foreach_lerp_(averages, values, 1 - decay)
@@ -218,7 +218,7 @@ def _wide(p: Tensor) -> torch.dtype:
 
 
 def _local(tensors: list[Tensor]) -> list[Tensor]:
-    """This rank's shards; plain tensors as they are."""
+    """Return this rank's shards; plain tensors are returned as is."""
     return [local(tensor) for tensor in tensors]
 
 
@@ -229,7 +229,7 @@ def _gradient(p: Tensor) -> Tensor:
     shards = [getattr(tensor, "placements", None) for tensor in (p, p.grad)]
     if shards[0] != shards[1]:
         raise InputError(
-            f"{OP}: a gradient must be sharded as its parameter, {shards[0]}; got {shards[1]}"
+            f"{OP}: a gradient must be sharded like its parameter, {shards[0]}; got {shards[1]}"
         )
     return p.grad
 
@@ -245,7 +245,7 @@ def _unsupported(options: Mapping[str, Any]) -> str | None:
     if not found:
         return None
     return (
-        f"{OP}: has no {', '.join(found)}; APT uses RMSProp without them. Leave them out, or take "
+        f"{OP}: has no {', '.join(found)}; APT uses RMSProp without them. Leave them out, or use "
         "torch.optim.RMSprop"
     )
 

@@ -2,7 +2,7 @@
 
     y = norm(x) * (1 + scale) + shift
 
-Between two halves of a block the gated residual comes first, in the same pass:
+Between the two halves of a block, the gated residual is added first, in the same pass:
 
     x_new = x + gate * update
     y     = norm(x_new) * (1 + scale) + shift
@@ -37,27 +37,28 @@ def modulated_norm(
     rows: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`norm(x) * (1 + scale) + shift` in one call.
+    """Compute `norm(x) * (1 + scale) + shift`.
 
     Args:
         x: (B, L, D) tokens, floating point.
         scale, shift: (R, D) per condition row, or (B, L, D) per token.
-        weight, bias: (D,) of the norm itself; bias only with "layer".
+        weight, bias: (D,) parameters of the norm itself; bias only with "layer".
         norm: "rms" (no mean subtracted) or "layer".
         eps: added to the mean square or variance.
         rows: (B,) int64, the condition row of each sample; several samples may share one without a
             copy. None: R = B. Its values are not checked beyond what indexing does.
-        backend: "triton", the fused kernel: fp16, bf16 and fp32, D up to 8192, once differentiable;
-            "reference", plain torch: any D, fp64 too, twice differentiable. None chooses: the
-            kernel on CUDA tensors that it can take and that are not small
+        backend: "triton", the fused kernel, for fp16, bf16 and fp32 and D up to 8192, once
+            differentiable; "reference", plain torch, for any D and also fp64, twice differentiable.
+            None chooses the kernel for CUDA tensors that it can take and that are not small
             (`apt.kernels.backends.small_below`), else the reference. The kernel copies x if it is
-            not contiguous, and modulation whose channels are not.
+            not contiguous, and modulation if its channels are not adjacent.
 
     Returns:
         (B, L, D) in x.dtype; everything before the last rounding is computed in at least fp32.
 
     Raises:
-        InputError: shapes that do not fit, an unknown norm or backend, a backend that cannot run.
+        InputError: for shapes that do not fit, an unknown norm, and a backend that is unknown or
+            cannot run.
     """
     op = "modulated_norm"
     inputs = ModulatedNorm(x, scale, shift, weight, bias, rows, eps, is_layer(op, norm))
@@ -83,7 +84,7 @@ def residual_modulated_norm(
     rows: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add a gated update to the residual stream, then norm and modulate the sum.
+    """Add a gated update to the residual stream, then normalise and modulate the sum.
 
     Args:
         x: (B, L, D) residual stream, floating point.
@@ -92,11 +93,12 @@ def residual_modulated_norm(
         weight, bias, norm, eps, rows, backend: as in `modulated_norm`.
 
     Returns:
-        x_new and y, both (B, L, D) in x.dtype. The sum is computed in at least fp32; y is made
-        from x_new as it is returned, that is, after its rounding.
+        x_new and y, both (B, L, D) in x.dtype. The sum is computed in at least fp32; y is computed
+        from x_new after its rounding.
 
     Raises:
-        InputError: shapes that do not fit, an unknown norm or backend, a backend that cannot run.
+        InputError: for shapes that do not fit, an unknown norm, and a backend that is unknown or
+            cannot run.
     """
     op = "residual_modulated_norm"
     inner = ModulatedNorm(x, scale, shift, weight, bias, rows, eps, is_layer(op, norm))
@@ -115,7 +117,7 @@ def residual_modulated_norm(
 
 
 def modulated_norm_reference(inputs: ModulatedNorm) -> Tensor:
-    """The op in torch, without checks."""
+    """Compute the op in torch, without checks."""
     x, dtype = inputs.x, accumulation_dtype(inputs.x)
     wide, shape = x.to(dtype), (x.shape[-1],)
     weight = None if inputs.weight is None else inputs.weight.to(dtype)
@@ -129,27 +131,27 @@ def modulated_norm_reference(inputs: ModulatedNorm) -> Tensor:
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64 inputs."""
+    """Return fp32, or fp64 for fp64 inputs."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def per_sample(values: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(R, D) condition rows as (B, 1, D); (B, L, D) values per token as they are. In `dtype`."""
-    values = values.to(dtype)  # before rows repeat: their gradients add up in this type
+    """Return (R, D) rows as (B, 1, D), and (B, L, D) values per token unchanged, in `dtype`."""
+    values = values.to(dtype)  # before rows repeat, so that their gradients add up in this dtype
     if values.ndim == 3:
         return values
     return take_rows(values, rows).unsqueeze(1)
 
 
 def is_layer(op: str, norm: str) -> bool:
-    """Whether a norm is a layer norm; raises InputError for one that does not exist."""
+    """Return whether a norm is a layer norm. Raises InputError for an unknown norm."""
     if norm not in ("rms", "layer"):
         raise InputError(f"{op}: norm must be 'rms' or 'layer', got {norm!r}")
     return norm == "layer"
 
 
 def check(op: str, inputs: ModulatedNorm, gate: Tensor | None = None) -> None:
-    """Raise InputError unless modulation fits x (B, L, D) and rows (B,), and weight and bias D."""
+    """Raise InputError unless modulation, rows, weight and bias fit x (B, L, D)."""
     x, rows = inputs.x, inputs.rows
     if x.ndim != 3 or not x.is_floating_point():
         raise InputError(f"{op}: x must be (B, L, D) floating point, got {_describe(x)}")
@@ -171,8 +173,8 @@ def check(op: str, inputs: ModulatedNorm, gate: Tensor | None = None) -> None:
                 "pass rows (B,) to say which row each sample uses"
             )
         raise InputError(
-            f"{op}: {name} must be (R, {width}), or per token and without rows "
-            f"{tuple(tokens)}; got {_describe(values)}"
+            f"{op}: {name} must be (R, {width}), or without rows {tuple(tokens)} (per token); "
+            f"got {_describe(values)}"
         )
     if inputs.bias is not None and not inputs.layer:
         raise InputError(f"{op}: an RMS norm has no bias; drop it or use norm='layer'")
@@ -182,7 +184,7 @@ def check(op: str, inputs: ModulatedNorm, gate: Tensor | None = None) -> None:
 
 
 def why_not_triton(x: Tensor) -> str | None:
-    """Why the kernels cannot take x (B, L, D), as far as its shape says; None if they can."""
+    """Return why the kernels cannot take x (B, L, D) because of its shape; None if they can."""
     if not 1 <= x.shape[2] <= 8192:  # whole rows must fit into registers
         return f"takes 1 to 8192 channels, got {x.shape[2]}"
     if x.shape[0] * x.shape[1] > 2**30:  # tokens are counted in 32 bits, offsets in 64
@@ -195,13 +197,13 @@ def _describe(x: Tensor) -> str:
 
 
 def take_rows(values: Tensor, rows: Tensor | None) -> Tensor:
-    """The row of `values` (R, ...) for each sample: (B, ...).
+    """Return the row of `values` (R, ...) for each sample: (B, ...).
 
-    `rows` (B,) int64 may repeat a row; None: R = B, and `values` come back as they are.
+    `rows` (B,) int64 may repeat a row; None: R = B, and `values` are returned as is.
     """
     if rows is None:
         return values
-    # The backward of embedding adds repeated rows in a fixed order on every device; those of
-    # indexing and index_select use atomics on one device or the other, also on the CPU, and then a
-    # resumed run would not equal an uninterrupted one.
+    # The backward pass of embedding adds repeated rows in a fixed order on every device. Those of
+    # indexing and index_select use atomics on some devices, even on the CPU; a resumed run would
+    # then differ from an uninterrupted one.
     return F.embedding(rows, values.flatten(1)).unflatten(1, values.shape[1:])

@@ -3,15 +3,15 @@
     n = x / sqrt(mean(x^2) + eps) * weight            over a head's channels, or over all heads'
     (a, b) -> (a cos - b sin, a sin + b cos)          for each pair of channels of a head
 
-Pair i of a head is channels (2i, 2i + 1) in the layout "interleaved", (i, i + Dh/2) in "half". How
-time, height and width share the pairs (3D rotary positions) is the table's business.
+Pair i of a head is channels (2i, 2i + 1) in the layout "interleaved", (i, i + Dh/2) in "half". The
+table decides how time, height and width share the pairs (3D rotary positions).
 
 `joint_qk_norm_rope` takes the fused projections of several streams (visual tokens, text tokens),
-each with norms and a rotation of its own, and lays all of them in one sequence without a
-concatenation in between; the gradient of a projection is likewise written as one tensor.
+each with its own norms and rotation, and writes all of them into one sequence without a separate
+concatenation. The gradient of each projection is likewise written as one tensor.
 
-Bytes: each of q and k is read and written once, forward; read twice (x and dL/dy) and written once,
-backward. Everything before the last rounding is computed in at least fp32.
+Bytes: forward, each of q and k is read once and written once; backward, x and dL/dy are read and
+dL/dx is written. Everything before the last rounding is computed in at least fp32.
 
 Shapes: B samples, L tokens (of a stream), H heads, Dh channels per head.
 """
@@ -45,27 +45,28 @@ def norm_rope(
     layout: Layout = "interleaved",
     backend: str | None = None,
 ) -> Tensor:
-    """RMS-normalise queries or keys, then rotate them; for both in one launch: `qk_norm_rope`.
+    """RMS-normalise queries or keys, then rotate them. `qk_norm_rope` does both in one launch.
 
     Args:
         x: (B, L, H, Dh), floating point, Dh even.
-        weight: (Dh,) of the norm, or (H Dh,) across heads; None for 1.
+        weight: (Dh,) norm weight, or (H Dh,) across heads; None for 1.
         cos, sin: (L, Dh/2) of the angle of each pair at each position. None for both: no rotation
-            (text tokens, cross-attention). No gradients reach them.
+            (text tokens, cross-attention). They get no gradients.
         eps: added to the mean square.
         across_heads: one norm over the channels of all heads, as in Wan; else one per head.
-        layout: which channels turn together: "interleaved" or "half".
-        backend: "triton", the fused kernel: fp16, bf16 and fp32, Dh (across heads: H Dh) up to
-            8192, once differentiable; "reference", plain torch: fp64 too, twice differentiable.
-            None chooses: the kernel on CUDA tensors that it can take and that are not small
-            (`apt.kernels.backends.small_below`), else the reference. The kernel takes any strides
-            but of channels, which it copies if they are not adjacent.
+        layout: which channels form a pair: "interleaved" or "half".
+        backend: "triton", the fused kernel, for fp16, bf16 and fp32 and Dh (across heads: H Dh) up
+            to 8192, once differentiable; "reference", plain torch, also for fp64, twice
+            differentiable. None chooses the kernel for CUDA tensors that it can take and that are
+            not small (`apt.kernels.backends.small_below`), else the reference. The kernel takes any
+            strides, except that it copies x if channels are not adjacent.
 
     Returns:
-        A new contiguous tensor in the shape and dtype of x.
+        A new contiguous tensor with the shape and dtype of x.
 
     Raises:
-        InputError: shapes that do not fit, an unknown layout or backend, a backend that cannot run.
+        InputError: for shapes that do not fit, an unknown layout, and a backend that is unknown or
+            cannot run.
     """
     op = "norm_rope"
     options = RopeOptions(eps, across_heads, is_half(op, layout))
@@ -93,14 +94,15 @@ def qk_norm_rope(
     Args:
         q: (B, Lq, H, Dh), floating point, Dh even.
         k: (B, Lk, H, Dh); Lk = Lq if they are rotated.
-        q_weight, k_weight: (Dh,) of the norms, or (H Dh,) across heads; None for 1.
+        q_weight, k_weight: (Dh,) norm weights, or (H Dh,) across heads; None for 1.
         cos, sin, eps, across_heads, layout, backend: as in `norm_rope`.
 
     Returns:
-        q and k, new contiguous tensors with their own shapes and dtypes.
+        q and k, new contiguous tensors with the shapes and dtypes of the inputs.
 
     Raises:
-        InputError: shapes that do not fit, an unknown layout or backend, a backend that cannot run.
+        InputError: for shapes that do not fit, an unknown layout, and a backend that is unknown or
+            cannot run.
     """
     op = "qk_norm_rope"
     options = RopeOptions(eps, across_heads, is_half(op, layout))
@@ -113,7 +115,7 @@ def qk_norm_rope(
         )
     if cos is not None and k.shape != q.shape:
         raise InputError(
-            f"{op}: rotated by one table, k must have the shape of q, {tuple(q.shape)}; "
+            f"{op}: one table rotates both, so k must have the shape of q, {tuple(q.shape)}; "
             f"got {tuple(k.shape)}"
         )
     check_weight(op, "q_weight", q_weight, q, across_heads)
@@ -124,7 +126,7 @@ def qk_norm_rope(
 
 
 def _norm_rope(op: str, inputs: NormRope, backend: str | None) -> list[Tensor]:
-    """q, and k if there is one."""
+    """Return q, and k if there is one."""
     q, k, q_weight, k_weight, cos, sin, options = inputs
     limit = why_not_triton(q, options.across_heads)
     if k is not None:
@@ -140,7 +142,7 @@ def _norm_rope(op: str, inputs: NormRope, backend: str | None) -> list[Tensor]:
 def norm_rope_reference(
     x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, options: RopeOptions
 ) -> Tensor:
-    """The op in torch for one tensor, without checks."""
+    """Compute the op in torch for one tensor, without checks."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = None if weight is None else weight.to(dtype)
     if options.across_heads:
@@ -159,7 +161,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # inductor does not generate code for complex numbers
         a, b = pairs.unbind(-1)
         return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
-    # One complex product: 10 times faster than real arithmetic on strided halves (eager, CPU, fp32)
+    # A complex product is 10 times faster than real arithmetic on strided halves (eager, CPU, fp32)
     turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)
     return torch.view_as_real(turned).flatten(-2)
 
@@ -170,14 +172,14 @@ def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def is_half(op: str, layout: str) -> bool:
-    """Whether a layout is "half"; raises InputError for one that does not exist."""
+    """Return whether a layout is "half". Raises InputError for an unknown layout."""
     if layout not in ("interleaved", "half"):
         raise InputError(f"{op}: layout must be 'interleaved' or 'half', got {layout!r}")
     return layout == "half"
 
 
 def check_heads(op: str, name: str, x: Tensor) -> None:
-    """Raise InputError unless x is (B, L, H, Dh) floating point with pairs of channels."""
+    """Raise InputError unless x is (B, L, H, Dh) floating point with an even Dh."""
     if x.ndim != 4 or x.shape[-1] % 2 or not x.is_floating_point():
         raise InputError(
             f"{op}: {name} must be (B, L, H, Dh) floating point with an even Dh, got "
@@ -207,7 +209,7 @@ def check_table(op: str, cos: Tensor | None, sin: Tensor | None, x: Tensor) -> N
 
 
 def why_not_triton(x: Tensor, across_heads: bool) -> str | None:
-    """Why the kernels cannot take x (B, L, H, Dh), as far as its shape says; None if they can."""
+    """Return why the kernels cannot take x (B, L, H, Dh) because of its shape; None if they can."""
     width = x.shape[-2] * x.shape[-1] if across_heads else x.shape[-1]
     if not 2 <= width <= 8192:  # whole rows must fit into registers
         return f"takes norms over 2 to 8192 channels, got {width}"
@@ -224,19 +226,19 @@ def joint_qk_norm_rope(
     layout: Layout = "interleaved",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise and rotate q and k of each stream, and lay all streams out in one sequence.
+    """Normalise and rotate q and k of each stream, and concatenate all streams along the sequence.
 
     Args:
-        streams: at least one, of one dtype; they agree in B, H and Dh.
+        streams: at least one stream; all must agree in dtype, B, H and Dh.
         eps, across_heads, layout, backend: as in `norm_rope`.
 
     Returns:
         q (B, Lq, H, Dh) of the streams that have queries, k and v (B, Lk, H, Dh) of all streams, in
-        the order of `streams`, in the dtype of the projections. The kernel's are contiguous.
+        the order of `streams`, in the dtype of the projections. The kernel returns contiguous ones.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, an unknown layout or backend, a backend that
-            cannot run.
+        InputError: for shapes or dtypes that do not fit, an unknown layout, and a backend that is
+            unknown or cannot run.
     """
     options = RopeOptions(eps, across_heads, is_half(_JOINT, layout))
     _check_streams(streams, across_heads)

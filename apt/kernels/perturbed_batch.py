@@ -2,9 +2,9 @@
 
     [ x_real | x_real + sigma * eps | x_fake ],   eps ~ N(0, I)
 
-The noise is made where it is added: each input is read once and each output written once, B + F
-samples in and B + P + F out. What it is depends on the key, the global index of the sample and the
-index of the element alone, so an activation that is computed again gets the same noise.
+The noise is drawn where it is added: each input is read once and each output is written once, B + F
+samples in and B + P + F out. It depends only on the key, the global index of the sample and the
+index of the element, so a recomputed activation gets the same noise.
 
 Shapes: B real samples, P of them perturbed, F generated samples.
 """
@@ -36,27 +36,28 @@ def perturbed_batch(
 ) -> Tensor:
     """Lay out real, perturbed and generated samples in one buffer.
 
-    Gradients reach x_real through both of its copies, and x_fake. The op is linear, so it may be
-    differentiated any number of times with either backend.
+    x_real gets gradients through both of its copies, and x_fake gets gradients. The op is linear,
+    so it can be differentiated any number of times with either backend.
 
     Args:
         x_real: (B, ...) real latents.
         x_fake: (F, ...) generated latents of the same sample shape, dtype and device.
         sigma: standard deviation of the perturbation, at least 0.
-        draw: the key of the noise, which is made where the tensors are.
+        draw: the key of the noise, which is drawn on the device of the tensors.
         num_perturbed: P, how many of the first real samples get a perturbed copy; None for all B.
-        backend: "triton", the kernel: fp16, bf16 and fp32; "reference", plain torch, which holds
-            the noise: fp64 too. The same values bit for bit. None chooses: the kernel on CUDA
-            tensors that it can take, else the reference. Inputs that are not contiguous are copied.
+        backend: "triton", the kernel, for fp16, bf16 and fp32; "reference", plain torch, also for
+            fp64, which stores the noise. Both give the same values bit for bit. None chooses the
+            kernel for CUDA tensors that it can take, else the reference. Inputs that are not
+            contiguous are copied.
 
     Returns:
         (B + P + F, ...) in the dtype of x_real, contiguous; the perturbed copy is rounded once,
         from fp32 (sigma * eps and the sum), or fp64 for fp64 inputs.
 
     Raises:
-        InputError: inputs that do not fit each other or are not floating point, P outside [0, B],
-            sigma negative or not finite, a key beyond 64 bits, an unknown backend, or one that
-            cannot run.
+        InputError: for inputs that do not fit each other or are not floating point, P outside
+            [0, B], a sigma that is negative or not finite, a key beyond 64 bits, and a backend that
+            is unknown or cannot run.
     """
     op = "perturbed_batch"
     if (
@@ -106,7 +107,7 @@ def _save(ctx: Any, inputs: PerturbedBatch, output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """In torch: a view, and a sum, which for P = B moves no more bytes than a kernel would."""
+    """Compute gradients in torch: a view and a sum, which for P = B is as little as in a kernel."""
     num_real, num_perturbed = ctx.num_real, ctx.num_perturbed
     grad_real = grad_fake = None
     if ctx.needs_input_grad[0]:
@@ -120,7 +121,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (grad_real, grad_fake, *[None] * 7)
 
 
-# The reference is in the op as well: a compiler that saw into it would fuse its roundings.
+# The op also contains the reference: a compiler that saw inside it would fuse away its roundings.
 perturbed_batch_op = FusedOp(
     "apt::perturbed_batch", _compute, fake=_fake, save=_save, gradient=_gradients
 )

@@ -1,4 +1,4 @@
-"""What named GPUs can do at best, and the time below which a cost cannot come on them."""
+"""Rates of known GPUs, and the least time that a cost can take on them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from apt.kernels.costs import OpCost
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """How fast a machine computes and moves.
+    """How fast a machine computes and moves data.
 
     Attributes:
         matmul_tflops: dense bf16 matrix products with fp32 sums, 10¹² operations per second.
         memory_gb_s: device memory, bytes read plus bytes written, 10⁹ per second.
-        attention_tflops: of an attention kernel; None: as fast as matrix products.
+        attention_tflops: rate of an attention kernel; None: that of matrix products.
     """
 
     matmul_tflops: float
@@ -23,25 +23,25 @@ class Rates:
     attention_tflops: float | None = None
 
     def seconds(self, cost: OpCost) -> float:
-        """The roofline: an op takes at least its arithmetic, and at least its traffic."""
+        """Return the roofline: the longer of the times for arithmetic and for memory traffic."""
         return max(cost.flops / self.matmul_tflops / 1e12, cost.bytes / self.memory_gb_s / 1e9)
 
     def attention_seconds(self, cost: OpCost) -> float:
-        """As `seconds`, at the rate of attention."""
+        """Return the same as `seconds`, at the rate of attention."""
         tflops = self.attention_tflops or self.matmul_tflops
         return max(cost.flops / tflops / 1e12, cost.bytes / self.memory_gb_s / 1e9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU.
+    """The rates of one GPU.
 
     Attributes:
-        name: in full.
+        name: full name.
         peak: the vendor's figures, dense, at boost clock; no kernel reaches them.
-        source: where they are published.
-        measured: what large matrix products and copies reach in practice; None: not known here.
-        measured_by: where that comes from.
+        source: where the peak is published.
+        measured: what large matrix products and copies reach in practice; None if not known.
+        measured_by: where the measured rates come from.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Gpu:
 
     @property
     def rates(self) -> Rates:
-        """Measured ones where they are known, else the peak."""
+        """The measured rates if known, else the peak."""
         return self.measured or self.peak
 
 
@@ -95,9 +95,9 @@ GPUS: dict[str, Gpu] = {
     ),
 }
 
-# TFLOP/s that attention kernels reach on an H100 SXM, forward, 16k tokens, without a mask, by
-# channels of a head: "FlashAttention-3" (Shah et al. 2024), Fig. 5. Narrow heads are slower: there
-# is as much softmax for fewer products.
+# TFLOP/s of attention kernels on an H100 SXM, forward, 16k tokens, without a mask, by channels of a
+# head: "FlashAttention-3" (Shah et al. 2024), Fig. 5. Narrow heads are slower: they need as much
+# softmax for fewer products.
 H100_ATTENTION_TFLOPS = {
     64: {"flash-attn 2": 324.0, "cuDNN": 413.0, "flash-attn 3": 497.0},
     128: {"flash-attn 2": 370.0, "cuDNN": 595.0, "flash-attn 3": 648.0},
@@ -105,7 +105,7 @@ H100_ATTENTION_TFLOPS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU with a key of `GPUS`; raises InputError for others."""
+    """Return the GPU with this key of `GPUS`. Raises InputError for others."""
     if name not in GPUS:
         raise InputError(f"unknown GPU {name!r}; choose from: {', '.join(GPUS)}")
     return GPUS[name]

@@ -2,7 +2,7 @@
 
     u ~ U[0, 1),   t = s u / (1 + (s - 1) u)
 
-Draw and shift are one launch; 4 bytes a sample are written and nothing is read.
+Draw and shift are one launch, which writes 4 bytes per sample and reads nothing.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ def sample_shifted_timesteps(
     """Draw one timestep per sample, shifted towards noise by Eq. 7.
 
     Args:
-        num: samples to draw for.
-        draw: the key; without a device the result is on torch's default one.
-        shift: s > 0; 1 is uniform, the paper takes 12 for videos.
-        backend: "triton", the kernel, or "reference", plain torch: bit for bit the same values.
-            None chooses: the kernel for CUDA devices where it can run, else the reference.
+        num: number of samples.
+        draw: the key; without a device, the result is on torch's default device.
+        shift: s > 0; 1 is uniform, the paper uses 12 for videos.
+        backend: "triton", the kernel, or "reference", plain torch, with the same values bit for
+            bit. None chooses the kernel on CUDA devices where it can run, else the reference.
 
     Returns:
-        (num,) fp32 in [0, 1], where 0 is data and 1 is noise; they do not depend on the device.
+        (num,) fp32 in [0, 1], where 0 is data and 1 is noise; values do not depend on the device.
 
     Raises:
-        InputError: a negative num, shift not above 0 or not finite, a key beyond 64 bits, an
-            unknown backend, or one that cannot run.
+        InputError: for a negative num, a shift that is not above 0 or not finite, a key beyond 64
+            bits, and a backend that is unknown or cannot run.
     """
     op = "sample_shifted_timesteps"
     if num < 0:
@@ -58,7 +58,7 @@ def _compute(inputs: ShiftedTimesteps) -> Tensor:
         return fused.shifted_timesteps(inputs)
     key, shift = inputs.key, inputs.shift
     u = philox.uniform(key.number, inputs.num, first=key.offset, device=inputs.device)
-    # Rounded to fp32, the quotient can be the number after 1.
+    # Rounding to fp32 can turn the quotient into the next number above 1.
     return (u * shift).div_((u * (shift - 1)).add_(1)).clamp_(max=1)
 
 
@@ -66,5 +66,5 @@ def _fake(inputs: ShiftedTimesteps) -> Tensor:
     return torch.empty(inputs.num, dtype=torch.float32, device=inputs.device)
 
 
-# The reference is in the op as well: a compiler that saw into it would fuse its roundings.
+# The op also contains the reference: a compiler that saw inside it would fuse away its roundings.
 timesteps_op = FusedOp("apt::sample_shifted_timesteps", _compute, fake=_fake)

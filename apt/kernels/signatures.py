@@ -1,6 +1,6 @@
-"""What the ops take: each NamedTuple is the schema of one, and is passed on whole.
+"""The inputs of the ops: each NamedTuple is the schema of an op, and is passed on as one object.
 
-Shapes are those that the op's own file states.
+The file of each op states the shapes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from apt.rng import PhiloxKey
 
 
 class ModulatedNorm(NamedTuple):
-    """Of `modulated_norm`: a layer norm, or an RMS norm."""
+    """Inputs of `modulated_norm`: a layer norm, or an RMS norm."""
 
     x: Tensor
     scale: Tensor
@@ -27,7 +27,7 @@ class ModulatedNorm(NamedTuple):
 
 
 class ResidualModulatedNorm(NamedTuple):
-    """Of `residual_modulated_norm`: x of the norm is the stream to which the update is added."""
+    """Inputs of `residual_modulated_norm`: the update is added to x of the norm."""
 
     norm: ModulatedNorm
     update: Tensor
@@ -35,7 +35,7 @@ class ResidualModulatedNorm(NamedTuple):
 
 
 class RopeOptions(NamedTuple):
-    """What all rows of `norm_rope` have in common; pairs lie half a head apart, or side by side."""
+    """Options of `norm_rope`; with `half`, the channels of a pair lie half a head apart."""
 
     eps: float
     across_heads: bool
@@ -43,7 +43,7 @@ class RopeOptions(NamedTuple):
 
 
 class NormRope(NamedTuple):
-    """Of `norm_rope` and `qk_norm_rope`: q and k, or one of the two as q."""
+    """Inputs of `norm_rope` and `qk_norm_rope`: q and k, or one of the two as q."""
 
     q: Tensor
     k: Tensor | None
@@ -55,13 +55,13 @@ class NormRope(NamedTuple):
 
 
 class StreamQKV(NamedTuple):
-    """A stream's projection, and what to do with it.
+    """The projection of a stream, with norm weights and rotation.
 
     Attributes:
         qkv: (B, L, 3, H, Dh) queries, keys and values, or (B, L, 2, H, Dh) keys and values of a
             stream that is only attended to; floating point, Dh even. Views of a projection's
-            output, or of a part of it, are taken as they are if channels are adjacent.
-        q_weight, k_weight: (Dh,) of the norms, or (H Dh,) across heads; None for 1.
+            output, or of a part of it, are not copied if channels are adjacent.
+        q_weight, k_weight: (Dh,) norm weights, or (H Dh,) across heads; None for 1.
         cos, sin: (L, Dh/2) of the angle of each pair at each position; None for both: no rotation.
     """
 
@@ -73,7 +73,7 @@ class StreamQKV(NamedTuple):
 
 
 class Pooling(NamedTuple):
-    """Of the core of `query_pooling`: x (B, L, D), folded queries a (H, D) in at least fp32."""
+    """Inputs of the core of `query_pooling`: x (B, L, D), folded queries a (H, D), fp32 or fp64."""
 
     x: Tensor
     folded: Tensor
@@ -81,7 +81,7 @@ class Pooling(NamedTuple):
 
 
 class ShiftedTimesteps(NamedTuple):
-    """Of `sample_shifted_timesteps`."""
+    """Inputs of `sample_shifted_timesteps`."""
 
     num: int
     shift: float
@@ -91,7 +91,7 @@ class ShiftedTimesteps(NamedTuple):
 
 
 class PerturbedBatch(NamedTuple):
-    """Of `perturbed_batch`."""
+    """Inputs of `perturbed_batch`."""
 
     x_real: Tensor
     x_fake: Tensor
@@ -102,7 +102,7 @@ class PerturbedBatch(NamedTuple):
 
 
 class RMSpropOptions(NamedTuple):
-    """What the parameters of a group have in common, in `fused_rmsprop`."""
+    """Options of `fused_rmsprop`, shared by the parameters of a group."""
 
     lr: float
     alpha: float
@@ -111,7 +111,7 @@ class RMSpropOptions(NamedTuple):
 
 
 class RMSpropStep(NamedTuple):
-    """Of `fused_rmsprop`: contiguous tensors, fp32 square_avgs, fp32 averages or none at all."""
+    """Inputs of `fused_rmsprop`: contiguous tensors, fp32 square_avgs, fp32 averages or none."""
 
     params: list[Tensor]
     grads: list[Tensor]

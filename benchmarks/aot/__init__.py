@@ -1,11 +1,12 @@
-"""The ahead-of-time gate: every Triton kernel, compiled for GPUs that are not here.
+"""The ahead-of-time gate: compiles every Triton kernel for GPUs that need not be present.
 
-    python -m benchmarks.aot --check            # compile, hold to the limits and to the table
-    python -m benchmarks.aot --update           # write the table anew
-    python -m benchmarks.aot --triton 3.6.0 ... # with another Triton, installed apart
+    python -m benchmarks.aot --check            # compile, check the limits and the table
+    python -m benchmarks.aot --update           # compile, check the limits, write the table
+    python -m benchmarks.aot --triton 3.6.0 ... # with another Triton, installed separately
 
-`cases.py` says what is compiled. Nothing runs: kernels are launched without a device (`launches`),
-what they would launch is compiled for each chip (`build`), and the machine code is read (`sass`).
+`cases.py` lists what is compiled. No kernel runs: ops are called without a device (`launches`), the
+kernels that they would launch are compiled for each chip (`build`), and the machine code is read
+(`sass`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel ahead of time, hold it to the limits of chips and to the table."""
+"""Compile every Triton kernel ahead of time; check it against the chips' limits and the table."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from benchmarks.aot.table import Record
 
 HOW_TO_UPDATE = (
-    "A kernel, or the Triton that compiles it, has changed. If registers, shared memory and widths "
-    "are what you meant, record them: python -m benchmarks.aot --update [--only 'CASE*']"
+    "A kernel, or the Triton that compiles it, has changed. If the changes are intended, record "
+    "them: python -m benchmarks.aot --update [--only 'CASE*']"
 )
 
 
 def main() -> int:
-    """0: all kernels pass; 1: some do not, or differ from the table."""
+    """Return 0 if all kernels pass, 1 if some fail or differ from the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--check", action="store_true", help="hold to the limits and the table")
-    action.add_argument("--update", action="store_true", help="hold to the limits, write the table")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="cases whose name matches")
-    parser.add_argument("--quick", action="store_true", help="few cases, one shape, sm_90")
-    parser.add_argument("--triton", metavar="VERSION", help="another Triton, installed apart")
+    action.add_argument("--check", action="store_true", help="check the limits and the table")
+    action.add_argument("--update", action="store_true", help="check the limits, write the table")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="only cases with such a name")
+    parser.add_argument("--quick", action="store_true", help="few cases, one shape, sm_90 only")
+    parser.add_argument("--triton", metavar="VERSION", help="another Triton, installed separately")
     args = parser.parse_args()
     if args.update and args.quick:
-        parser.error("a table has all shapes: --update without --quick")
-    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter has nothing to compile
+        parser.error("a table needs all shapes: use --update without --quick")
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
     if args.triton is not None:
         command = ["--check" if args.check else "--update", "--only", args.only]
         return run_with(args.triton, command + ["--quick"] * args.quick)
@@ -43,7 +43,7 @@ def main() -> int:
     cases = [case for case in CASES if fnmatch(case.name, args.only)]
     cases = [case for case in cases if case.quick or not args.quick]
     if not cases:
-        parser.error(f"no such case; there are: {'; '.join(case.name for case in CASES)}")
+        parser.error(f"no such case; choose from: {'; '.join(case.name for case in CASES)}")
     rows, failures = compile_cases(cases, quick=args.quick)
     if args.update:
         update(rows, cases)
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def compile_cases(cases: Sequence[Case], *, quick: bool) -> tuple[dict[str, Record], list[str]]:
-    """What the table holds of each kernel, and why some fail."""
+    """Return the table's record of each kernel, and why kernels fail."""
     from benchmarks.aot.gate import problems
     from benchmarks.aot.table import record_of
 
@@ -68,7 +68,7 @@ def compile_cases(cases: Sequence[Case], *, quick: bool) -> tuple[dict[str, Reco
 
 
 def build_case(case: Case, *, quick: bool) -> Iterator[Row]:
-    """Compile a case at all points for all chips, or at its quick one for sm_90."""
+    """Compile a case at all points for all chips, or with `quick` at its quick point for sm_90."""
     from benchmarks.aot.build import build
     from benchmarks.aot.chips import CHIPS
 
@@ -79,7 +79,7 @@ def build_case(case: Case, *, quick: bool) -> Iterator[Row]:
 
 
 def update(rows: dict[str, Record], cases: Sequence[Case]) -> None:
-    """Replace the rows of these cases, and drop those of cases that are no more."""
+    """Replace the rows of these cases, and drop those of cases that no longer exist."""
     import triton
 
     from benchmarks.aot.cases import CASES
@@ -92,7 +92,7 @@ def update(rows: dict[str, Record], cases: Sequence[Case]) -> None:
 
 
 def compare(rows: dict[str, Record], cases: Sequence[Case], *, quick: bool) -> list[str]:
-    """Differences from the table of this Triton, with advice; empty if there are none."""
+    """Return differences from the table of this Triton, with advice; empty if there are none."""
     import triton
 
     from benchmarks.aot.gate import differences
@@ -100,7 +100,7 @@ def compare(rows: dict[str, Record], cases: Sequence[Case], *, quick: bool) -> l
 
     table = read_table(triton.__version__)
     if table is None:
-        print(f"no {path_of(triton.__version__).name}: held to the limits alone")
+        print(f"no {path_of(triton.__version__).name}: only the limits were checked")
         return []
     names = {case.name for case in cases}
     table = {key: row for key, row in table.items() if case_of(key) in names}

@@ -1,4 +1,4 @@
-"""Compiling a launch for a chip, and measuring what comes out."""
+"""Compile a launch for a chip, and measure the code."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Row:
     """One compiled kernel.
 
     Attributes:
-        kernel: the jit function.
-        case, width, dtype: of the op that launches it.
-        chip: it was compiled for.
-        warps, stages: options it was compiled with.
-        shared: bytes of shared memory of a program.
-        code: what the machine code says.
-        ptx: the intermediate text, for what machine code no longer shows.
+        kernel: name of the jit function.
+        case, width, dtype: case and shape of the op that launches it.
+        chip: chip that it was compiled for.
+        warps, stages: options that it was compiled with.
+        shared: bytes of shared memory per program.
+        code: figures of the machine code.
+        ptx: the PTX, for what machine code no longer shows.
     """
 
     kernel: str
@@ -51,7 +51,7 @@ class Row:
 
 
 def build(case: Case, point: Point, chip: Chip) -> Iterator[Row]:
-    """Compile what a case launches at one point; a kernel's second form is called `kernel (2)`."""
+    """Compile what a case launches at one point; a kernel's second variant is `kernel (2)`."""
     times: Counter[str] = Counter()
     for launch in launches_of(lambda: case.call(point), chip):
         if (launch.kernel in SHARED) == case.shared:

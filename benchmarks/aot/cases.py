@@ -1,7 +1,7 @@
-"""What is compiled. Adding a kernel is one `Case` here.
+"""The cases that are compiled. To add a kernel, add a `Case` here.
 
-A case calls an op's launcher on small CPU tensors: sizes that change from call to call do not reach
-the code, and those that do (widths, types, strides) are the ones of models.
+A case calls an op's launcher on small CPU tensors. Sizes that change from call to call do not
+affect the code; those that do (widths, dtypes, strides) are taken from models.
 """
 
 from __future__ import annotations
@@ -37,75 +37,75 @@ from apt.rng import PhiloxKey
 
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
 
-# The digits, DiT-XL, Wan 1.3B, SD 3.5, an odd one, apt_8b, Wan 14B, the widest
+# Among them the digits, DiT-XL, Wan 1.3B, SD 3.5, apt_8b, Wan 14B, an odd width and the widest
 WIDTHS = (64, 192, 1152, 1536, 2432, 3000, 3072, 5120, 8192)
 
-# Channels of a head: mmdit_tiny, SD 3.5, an odd one, apt_8b and Wan, the widest; and of the heads
-# of 128 that Wan 1.3B and 14B norm together
+# Channels of a head: mmdit_tiny, SD 3.5, an odd size, apt_8b and Wan, the widest. Then channels of
+# all heads of 128 together, which Wan 1.3B and 14B norm as one
 HEADS = (24, 64, 96, 128, 256)
 ACROSS_HEADS = (1536, 5120)
 
-# Launched by many ops, compiled by a case of their own
+# Kernels that many ops launch, compiled by their own cases
 SHARED = ("segment_sum.segment_sum",)
 
-# Kernels that have no 16-byte access, and why they cannot
+# Kernels without 16-byte accesses, and why they cannot have them
 NARROW_LOADS: dict[str, str] = {}
 NARROW_STORES = {
     "segment_sum.segment_sum": "128 threads store a row of 64 sums",
     "sample_shifted_timesteps.timesteps": "one number for each thread",
 }
 
-# (kernel, channels, dtype, chip): bytes of local memory that are accepted, and why
+# (kernel, channels, dtype, chip): accepted bytes of local memory, and why
 ACCEPTED_SPILLS = {
     ("norm_kernels.backward", 8192, "float32", "sm_100"): (
         24,
-        "a row of 8192 in fp32 takes 32 warps, which leaves 64 registers a thread; the assembler "
-        "for sm_90 gets along with them, that for sm_100 does not, with fewer values kept either",
+        "a row of 8192 in fp32 takes 32 warps, which leaves 64 registers per thread; these are "
+        "enough for sm_90's assembler but not for sm_100's, even if fewer values are kept",
     )
 }
 
-# The same for one version of Triton alone.
+# The same, for single versions of Triton.
 ACCEPTED_SPILLS_OF = {
     "3.6.0": {
         ("norm_kernels.backward", 5120, "bfloat16", "sm_90"): (
             16,
             "a layer norm with weight and bias; later assemblers find registers for these two "
-            "values, and a larger tiling would slow every version",
+            "values, and another tiling would be slower with every version",
         )
     }
 }
 
 
 def accepted_spill(version: str, kernel: str, width: int, dtype: str, chip: str) -> int:
-    """Bytes that a kernel may spill when this version of Triton compiles it."""
+    """Return the bytes that a kernel may spill when this version of Triton compiles it."""
     spills = {**ACCEPTED_SPILLS, **ACCEPTED_SPILLS_OF.get(version, {})}
     return spills.get((kernel, width, dtype, chip), (0, ""))[0]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One shape class: channels (or numbers of a sample) and dtype of the activations."""
+    """One shape class: channels (or values of a sample) and dtype of the activations."""
 
     width: int
     dtype: torch.dtype
 
     def empty(self, *size: int) -> Tensor:
-        """A leaf that wants a gradient."""
+        """Return an uninitialised leaf that requires a gradient."""
         return torch.empty(size, dtype=self.dtype).requires_grad_()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One way in which an op is called.
+    """One way to call an op.
 
     Attributes:
-        name: the op, and what is special.
-        call: calls it, backward included, at a point.
+        name: the op, and what is special about the call.
+        call: calls the op at a point, backward included.
         points: the shape classes; `points(widths, dtypes)` makes them.
-        quick: the point at which the default tests compile it.
-        unfused: its results are promised bit for bit, so that the code must hold no fused multiply
-            and add, and nothing approximate.
-        shared: compiles kernels of `SHARED`, and no others.
+        quick: the point that the default tests compile; None if they do not.
+        unfused: results are promised bit for bit, so the code must contain no fused multiply-add
+            and no approximate instruction.
+        shared: compiles only kernels of `SHARED`.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Case:
 
 
 def points(widths: Sequence[int], *dtypes: torch.dtype) -> tuple[Point, ...]:
-    """Every width in every dtype."""
+    """Return every width in every dtype."""
     return tuple(Point(width, dtype) for width in widths for dtype in dtypes)
 
 
@@ -168,7 +168,7 @@ def _perturbed_batch(point: Point) -> None:
 def _streams(
     point: Point, *, across_heads: bool = False, half: bool = False, text_queries: bool = True
 ) -> None:
-    """q, k and v of visual tokens, which turn, and of text tokens, which do not."""
+    """q, k and v of visual tokens, which are rotated, and of text tokens, which are not."""
     heads = (point.width // 128, 128) if across_heads else (2, point.width)
     visual = point.empty(_BATCH, _LENGTH, 3, *heads)
     text = point.empty(_BATCH, _LENGTH, 3 if text_queries else 2, *heads)
@@ -186,7 +186,7 @@ def _q_and_k(
     point: Point, *, across_heads: bool = False, half: bool = False, rope: bool = True,
     affine: bool = True,
 ) -> None:  # fmt: skip
-    """q and k of projections of their own, as in Wan."""
+    """q and k of separate projections, as in Wan."""
     heads = (point.width // 128, 128) if across_heads else (2, point.width)
     q, k = (point.empty(_BATCH, _LENGTH, *heads) for _ in range(2))
     q_weight, k_weight = (point.empty(point.width) if affine else None for _ in range(2))
@@ -199,7 +199,7 @@ def _q_and_k(
 def _queries(
     point: Point, *, across_heads: bool = False, half: bool = False, rope: bool = True
 ) -> None:
-    """Queries alone, whose keys have another length, as in cross-attention."""
+    """Queries only, as in cross-attention, whose keys have another length."""
     heads = (point.width // 128, 128) if across_heads else (2, point.width)
     x, weight = point.empty(_BATCH, _LENGTH, *heads), point.empty(point.width)
     cos, sin = torch.empty(2, _LENGTH, heads[1] // 2).unbind() if rope else (None, None)
@@ -209,7 +209,7 @@ def _queries(
 
 
 def _pooling(point: Point) -> None:
-    """Tokens of a discriminator's head; the folded queries are fp32 whatever the tokens are."""
+    """Tokens of a discriminator's head; the folded queries are fp32 with any dtype of tokens."""
     x = point.empty(_BATCH, _LENGTH, point.width)
     folded = torch.empty(point.width // 64, point.width).requires_grad_()
     pooled = pool(Pooling(x, folded, 1e-6))
@@ -224,8 +224,8 @@ def _rmsprop(point: Point, *, ema: bool) -> None:
     fused_rmsprop_op(RMSpropStep([param], [grad], [square_avg], averages, options, 0.995))
 
 
-# The variants that hold most in registers are compiled at every width, the lighter ones at the
-# widths of models that use them.
+# The variants that need the most registers are compiled at every width, the others at the widths of
+# models that use them.
 CASES = (
     Case(
         name="segment_sum",
@@ -341,14 +341,14 @@ CASES = (
         call=lambda p: _queries(p, across_heads=True, rope=False),
         points=points(ACROSS_HEADS, BF16),
     ),
-    # The digits, DiT-XL, apt_8b and Wan 14B: 4, 18, 48 and 80 heads, each another tiling
+    # The digits, DiT-XL, apt_8b and Wan 14B: 4, 18, 48 and 80 heads, each with another tiling
     Case(
         name="query_pooling",
         call=_pooling,
         points=points((256, 1152, 3072, 5120), BF16) + points((256, 3072), FP32),
         quick=Point(3072, BF16),
     ),
-    # The width is that of one parameter: its size does not reach the code
+    # The width is the size of one parameter, which does not affect the code
     Case(
         name="FusedRMSprop with EMA",
         call=lambda p: _rmsprop(p, ema=True),

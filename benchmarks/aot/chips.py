@@ -1,4 +1,4 @@
-"""The chips that kernels are compiled for, and what they allow a program (block of threads)."""
+"""The chips that kernels are compiled for, and their limits for a program (block of threads)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Chip:
 
     Attributes:
         capability: 90 for sm_90.
-        shared_bytes: most shared memory that a block may ask for (CUDA C++ Programming Guide,
-            table of technical specifications per compute capability: 163 KiB and 227 KiB).
-        registers: 32-bit registers of a multiprocessor, all of which one block may use.
+        shared_bytes: the most shared memory of a block (CUDA C++ Programming Guide, table of
+            technical specifications per compute capability: 163 KiB and 227 KiB).
+        registers: 32-bit registers of a multiprocessor; one block may use all of them.
     """
 
     capability: int

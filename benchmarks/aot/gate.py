@@ -1,4 +1,4 @@
-"""What every compiled kernel must keep to, and what must not change unnoticed."""
+"""The limits for every compiled kernel, and the comparison with the recorded table."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from benchmarks.aot.cases import NARROW_LOADS, NARROW_STORES, accepted_spill
 from benchmarks.aot.chips import CHIPS
 
 _WIDE = 16  # bytes
-_INEXACT = re.compile(r"\b(?:fma\.\w+|div\.full|\w+\.approx)\b[\w.]*")  # of PTX
+_INEXACT = re.compile(r"\b(?:fma\.\w+|div\.full|\w+\.approx)\b[\w.]*")  # PTX instructions
 
 
 def problems(row: Row, *, unfused: bool = False) -> list[str]:
-    """Why a kernel fails the gate; empty if it passes."""
+    """Return why a kernel fails the gate; empty if it passes."""
     chip = next(chip for chip in CHIPS if chip.name == row.chip)
     code, found = row.code, []
-    kernel = row.kernel.partition(" (")[0]  # without the number of its form
+    kernel = row.kernel.partition(" (")[0]  # without the number of its variant
     accepted = accepted_spill(triton.__version__, kernel, row.width, row.dtype, row.chip)
     if code.stack > accepted or (code.local and not accepted):
         found.append(f"spills: {code.local} accesses to {code.stack} bytes of local memory")
@@ -43,7 +43,7 @@ def problems(row: Row, *, unfused: bool = False) -> list[str]:
 def differences(
     rows: Mapping[str, dict[str, object]], table: Mapping[str, dict[str, object]], *, whole: bool
 ) -> list[str]:
-    """How compiled rows differ from recorded ones; `whole`: recorded ones must all be there."""
+    """Return how rows differ from the table; with `whole`, the table must have no other rows."""
     found = [f"{key}: not in the table" for key in rows if key not in table]
     for key in rows.keys() & table.keys():
         changes = _changes(table[key], rows[key])

@@ -1,4 +1,4 @@
-"""Another Triton than the installed one, in a folder of its own."""
+"""Run with another Triton than the installed one, in a separate folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_with(version: str, args: list[str]) -> int:
-    """Run this package with a Triton version that pip installs under build/; the exit status.
+    """Run this package with a Triton that pip installs under build/; return the exit status.
 
     torch stays the installed one: kernels are launched through it, but only Triton compiles.
     """

@@ -1,8 +1,8 @@
-"""What an op launches, found by calling it without a device.
+"""Find the kernels that an op launches, by calling it without a device.
 
-Triton is given a driver that names a chip and has no device, and a hook that takes note of each
-launch instead of compiling it. Signatures, alignments, constants and options are thus those that
-the op's own launcher and Triton's own specialisation arrive at: nothing is declared twice.
+Triton gets a driver that names a chip but has no device, and a hook that records each launch
+instead of compiling it. Signatures, alignments, constants and options therefore come from the op's
+own launcher and from Triton's specialisation: nothing is declared twice.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from benchmarks.aot.chips import Chip
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with all that the compiler needs.
+    """One kernel with everything that the compiler needs.
 
     Attributes:
         kernel: file and name of the jit function.
-        key: Triton's own cache key: equal keys compile to equal code.
+        key: Triton's cache key; equal keys compile to equal code.
         function: the jit function.
         signature, constants, attributes: as `triton.compiler.ASTSource` takes them.
         options: warps, stages and other options of the backend.
@@ -41,7 +41,7 @@ class Launch:
 
 
 class _NoDevice:
-    """As much of a Triton driver as it takes to specialise a launch."""
+    """The part of a Triton driver that is needed to specialise a launch."""
 
     def __init__(self, chip: Chip) -> None:
         self.chip = chip
@@ -57,14 +57,14 @@ class _NoDevice:
 
 
 def target(chip: Chip) -> GPUTarget:
-    """The chip as Triton names it."""
+    """Return Triton's target for a chip."""
     return GPUTarget("cuda", chip.capability, 32)
 
 
 def launches_of(call: Callable[[], None], chip: Chip) -> list[Launch]:
-    """The distinct kernels that `call` would launch on a chip, in order.
+    """Return the distinct kernels that `call` would launch on a chip, in order.
 
-    Tensors may be on the CPU; results are memory that nobody wrote.
+    Tensors may be on the CPU. Results of the call are uninitialised memory.
     """
     found: dict[str, Launch] = {}
 
@@ -82,7 +82,7 @@ def launches_of(call: Callable[[], None], chip: Chip) -> list[Launch]:
         found.setdefault(f"{launch.kernel} {key}", launch)
         return True  # do not compile, do not launch
 
-    # It stays: there is no driver to go back to, and the default one would look for a device
+    # Not restored: there was no driver before, and the default one would look for a device
     driver.set_active(_NoDevice(chip))
     before = knobs.runtime.jit_cache_hook
     knobs.runtime.jit_cache_hook = note

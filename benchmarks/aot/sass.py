@@ -1,4 +1,4 @@
-"""Reading machine code: registers, local memory, and how wide global memory is accessed."""
+"""Read machine code: registers, local memory, and the width of global memory accesses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# `@!P0 LDG.E.128 R4, ...`, with or without the address that disassemblers put before it
+# `@!P0 LDG.E.128 R4, ...`, with or without an address before it
 _INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:\{\s*)?(?:@!?U?P[T\d]+\s+)?([A-Z][\w.]*)")
 _RESOURCE = re.compile(r"\b(REG|STACK|SHARED|LOCAL):(\d+)")
 
@@ -28,16 +28,16 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Code:
-    """What the machine code of a kernel says.
+    """Figures of a kernel's machine code.
 
     Attributes:
-        registers: per thread.
+        registers: registers per thread.
         stack: bytes of local memory per thread, spills included.
-        static_shared: bytes of shared memory that the code reserves by itself.
-        local: instructions that load from or store to local memory: spills.
-        loads, stores: instructions on global memory by the bytes that a thread moves with each.
-        mix: instructions of other kinds.
-        total: all instructions, but padding.
+        static_shared: bytes of shared memory that the code itself reserves.
+        local: number of instructions that load from or store to local memory (spills).
+        loads, stores: number of instructions on global memory, by bytes per thread.
+        mix: number of other instructions, by kind.
+        total: number of all instructions except padding.
     """
 
     registers: int
@@ -51,7 +51,7 @@ class Code:
 
 
 def read_code(resources: str, disassembly: str) -> Code:
-    """From the text of `cuobjdump -res-usage` and `nvdisasm` of a cubin with one kernel."""
+    """Parse the output of `cuobjdump -res-usage` and `nvdisasm` for a cubin with one kernel."""
     usage = {name: int(value) for name, value in _RESOURCE.findall(resources)}
     missing = {"REG", "STACK", "LOCAL", "SHARED"} - usage.keys()
     opcodes = list(_opcodes(disassembly.splitlines()))

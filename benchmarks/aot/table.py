@@ -1,4 +1,4 @@
-"""The committed table: as JSON, one kernel a line, and as Markdown to read."""
+"""The committed table: as JSON, one kernel per line, and as Markdown to read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Record = dict[str, object]
 
 
 def path_of(version: str) -> Path:
-    """Where the table of a Triton version is."""
+    """Return the path of the table of a Triton version."""
     return RESULTS / f"aot_triton_{version}.json"
 
 
 def record_of(row: Row) -> Record:
-    """A row as the table holds it."""
+    """Return a row as the table holds it."""
     code = row.code
     return {
         "registers": code.registers,
@@ -36,18 +36,18 @@ def record_of(row: Row) -> Record:
 
 
 def case_of(key: str) -> str:
-    """The case of a row's key."""
+    """Return the case in a row's key."""
     return key.split(" | ")[1]
 
 
 def read_table(version: str) -> dict[str, Record] | None:
-    """Rows by key; None if that version was never recorded."""
+    """Read the rows by key; None if that version was never recorded."""
     path = path_of(version)
     return json.loads(path.read_text())["rows"] if path.exists() else None
 
 
 def write_table(version: str, rows: Mapping[str, Record]) -> Path:
-    """Write both files; returns the JSON's path."""
+    """Write both files; return the path of the JSON file."""
     path = path_of(version)
     path.parent.mkdir(exist_ok=True)
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows))
@@ -60,10 +60,11 @@ def _markdown(version: str, rows: Mapping[str, Record]) -> str:
     text = [
         f"# Kernels compiled ahead of time, Triton {version}",
         "",
-        "Written by `python -m benchmarks.aot --update`; nothing was run. A cell has registers of "
-        "a thread / KiB of shared memory of a program / the share of the bytes of global loads, "
-        "then of stores, that instructions of 16 bytes move. It is counted in the code, not in a "
-        "run: loads of statistics, the same for all threads, weigh as much as loads of rows.",
+        "Written by `python -m benchmarks.aot --update`; no kernel was run. A cell has registers "
+        "per thread / KiB of shared memory per program / shares of the bytes of global loads and "
+        "of global stores that instructions of 16 bytes move. The shares are counted in the code, "
+        "not in a run: loads of statistics, the same for all threads, count as much as loads of "
+        "rows.",
         "",
         f"{len(rows)} kernels; {sum(_spills(row) for row in rows.values())} spill.",
     ]

@@ -239,7 +239,7 @@ def test_torchs_optimiser_is_no_peer_in_bf16():
     (case,) = cases_of(OPS["fused_rmsprop"], SMALL, torch.bfloat16)
     check = check_op(case, device=CPU, only=["foreach"])["foreach"]
     assert check.status == "skipped"
-    assert "keeps its state in the parameters' type" in check.reason
+    assert "keeps its state in the parameters' dtype" in check.reason
 
 
 def test_inputs_of_an_op_that_writes_to_them_survive_the_check():

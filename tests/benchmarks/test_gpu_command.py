@@ -149,13 +149,13 @@ def test_whatever_a_job_does_it_is_named_and_the_others_are_measured(session, tm
     here.judged.pop("kernels")
     assert here.finish() == 1
     said = capsys.readouterr().out
-    assert "FAILED: kernels: net was ended by SIGABRT\n" in said
-    assert "FAILED: kernels: net bad alone was ended by SIGABRT\n" in said
+    assert "FAILED: kernels: net was killed by SIGABRT\n" in said
+    assert "FAILED: kernels: net bad alone was killed by SIGABRT\n" in said
     assert "about to abort" in said
     assert "FAILED: dit: raises\n" in said
     assert "RuntimeError: CUDA error: invalid configuration argument" in said
     lost = (
-        "FAILED: dit: loses left the GPU of no use: RuntimeError: CUDA error: an illegal memory "
+        "FAILED: dit: loses left the GPU unusable: RuntimeError: CUDA error: an illegal memory "
         "access was encountered\n"
     )
     assert lost in said
@@ -200,7 +200,7 @@ def test_failed_and_deadly_tests_are_told_with_their_tracebacks(session, tmp_pat
     assert here.checks == {"tests": "2 failed, 1 passed, of 3"}
     assert here.finish() == 1
     said = capsys.readouterr().out
-    assert "test_it.py::test[aborts] was ended by SIGABRT\n" in said
+    assert "test_it.py::test[aborts] was killed by SIGABRT\n" in said
     assert "test_it.py::test[fails]\n" in said
     assert "off by 0.5" in said
 
@@ -233,7 +233,8 @@ def test_what_the_sanitizer_finds_is_a_failure(session, tmp_path, monkeypatch, c
 def test_a_model_that_is_not_measured_is_an_error(capsys):
     assert main(["--device", "cpu", "--model", "mmdit_digit"]) == 2
     assert capsys.readouterr().err == (
-        "error: on cpu there is no model 'mmdit_digit'; there are: mmdit_digits, mmdit_small\n"
+        "error: model 'mmdit_digit' is not measured on cpu; choose from: mmdit_digits, "
+        "mmdit_small\n"
     )
 
 

@@ -45,9 +45,9 @@ def test_whatever_a_job_does_the_others_run(tmp_path, capfd):
     broken = ("aborts", "raises", "exits", "hangs")
     ends, deaths = run(tmp_path, *map(job, broken), job("measures", only=["a"]))
     assert [(death.name, death.reason) for death in deaths] == [
-        ("aborts", "was ended by SIGABRT"),
+        ("aborts", "was killed by SIGABRT"),
         ("exits", "ended with exit code 7"),
-        ("hangs", "was ended, as it took more than 1 s"),
+        ("hangs", "was killed because it took more than 1 s"),
     ]
     assert "about to abort" in deaths[0].output
     assert ends.keys() == {"raises", "measures"}
@@ -63,7 +63,7 @@ def test_when_the_time_is_up_nothing_is_begun_and_nothing_runs_on(tmp_path):
     ends, (death,) = run(
         tmp_path, job("measures"), job("raises") | {"seconds": 99}, long, seconds=1.5
     )
-    assert (death.name, death.reason) == ("long", "was ended, as the time was up")
+    assert (death.name, death.reason) == ("long", "was killed because the time was up")
     assert ends.keys() == {"measures"}
     assert [e["name"] for e in read_events(tmp_path / "events") if e["kind"] == "skip"] == [
         "raises"
@@ -126,8 +126,8 @@ def test_a_test_that_ends_its_process_ends_no_other_test(tmp_path):
         env={"APT_TEST_EVENTS": str(events), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )  # fmt: skip
     assert [(death.name.rpartition("[")[2], death.reason) for death in deaths] == [
-        ("abort]", "was ended by SIGABRT"),
-        ("abort last]", "was ended by SIGABRT"),
+        ("abort]", "was killed by SIGABRT"),
+        ("abort last]", "was killed by SIGABRT"),
     ]
     outcomes = {event["name"].rpartition("[")[2]: event["outcome"] for event in ends}
     assert outcomes == {"first]": "passed", "fail]": "failed", "skip]": "skipped"}

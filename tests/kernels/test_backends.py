@@ -141,7 +141,7 @@ def test_small_inputs_take_the_reference_unless_the_kernel_is_named(gpus, monkey
     assert resolve_backend(OP, None, [large]) == "reference"
     for text in ("-1", "1e6", ""):
         monkeypatch.setenv("APT_KERNEL_SMALL", text)
-        with pytest.raises(InputError, match="APT_KERNEL_SMALL must be a number of values"):
+        with pytest.raises(InputError, match="APT_KERNEL_SMALL must be a whole number"):
             resolve_backend(OP, None, [large])
 
 

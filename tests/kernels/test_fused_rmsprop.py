@@ -266,7 +266,7 @@ def test_shards_are_updated_by_themselves(mesh, backend):
                 torch.equal(a.full_tensor(), b) for a, b in zip(found, expected, strict=True)
             )
     sharded[0].grad = distribute_tensor(torch.zeros(5, 3), mesh, [Shard(0)])
-    with pytest.raises(InputError, match="must be sharded as its parameter"):
+    with pytest.raises(InputError, match="must be sharded like its parameter"):
         optimizer.step()
 
 

@@ -143,7 +143,7 @@ def test_cross_attention_queries_and_keys_of_different_lengths():
     assert torch.equal(found[0], norm_rope(q, weight, across_heads=True))
     assert torch.equal(found[1], norm_rope(k, None, across_heads=True))
     cos, sin = table(5, 4, torch.float32)
-    with pytest.raises(InputError, match="rotated by one table"):
+    with pytest.raises(InputError, match="one table rotates both"):
         qk_norm_rope(q, k, None, None, cos, sin)
 
 

@@ -1,3 +1,3 @@
-"""Triton kernels of the fused ops. Imported only where one of them runs: Triton is optional."""
+"""Triton kernels of the fused ops, imported only when one of them runs: Triton is optional."""
 
 from __future__ import annotations

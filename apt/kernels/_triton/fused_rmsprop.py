@@ -4,11 +4,11 @@
     p   = p - lr g / (sqrt(v) + eps)
     avg = avg + (1 - ema_decay) (p - avg)
 
-A model has about a thousand tensors, most of them small: one launch each would be a thousand waits
-for a few bytes. Copying them into one buffer would cost as much traffic as the step itself. So the
-kernel gets a table of addresses, and each program a chunk of one tensor. Gradients move from step
-to step, so the table (48 bytes a tensor) is written anew each time; the assignment of chunks
-depends on sizes alone and is kept.
+A model has about a thousand tensors, most of them small. One launch for each would take a thousand
+launches for a few bytes each. Copying them into one buffer would move as many bytes as the step
+itself. So the kernel gets a table of addresses, and each program updates a chunk of one tensor. The
+addresses of gradients change from step to step, so the table (48 bytes per tensor) is written for
+each step. The assignment of chunks depends only on sizes and is cached.
 
 Shapes: N tensors of one kind, C chunks.
 """
@@ -98,7 +98,7 @@ def rmsprop_kernel(
     begin = (tl.program_id(0) - tl.load(row + 5)) * CHUNK
     size = tl.minimum(tl.load(row + 4) - begin, CHUNK).to(tl.int32)
     whole = size // BLOCK * BLOCK
-    for start in tl.range(0, whole, BLOCK):  # apart from the tail, which needs masks: no predicates
+    for start in tl.range(0, whole, BLOCK):  # no predicates here; only the tail below needs masks
         offsets = begin + start + tl.arange(0, BLOCK)
         _update(
             param_ptr, grad_ptr, square_avg_ptr, average_ptr, offsets, None,
@@ -113,7 +113,7 @@ def rmsprop_kernel(
 
 
 class Kind(NamedTuple):
-    """What a launch is compiled for."""
+    """Properties of tensors that a launch is compiled for."""
 
     param: torch.dtype
     grad: torch.dtype
@@ -121,11 +121,11 @@ class Kind(NamedTuple):
 
 
 def kinds(*columns: list[Tensor]) -> dict[Kind, list[int]]:
-    """Indices of the tensors that share a launch; columns are p, g and whatever else is touched."""
+    """Group the indices of tensors that share a launch; columns are p, g and all other tensors."""
     found: dict[Kind, list[int]] = {}
     for index, row in enumerate(zip(*columns, strict=True)):
         if row[0].numel():
-            # Shards of one buffer may begin anywhere
+            # Shards of one buffer may start at any address
             aligned = all(tensor.data_ptr() % 16 == 0 for tensor in row)
             found.setdefault(Kind(row[0].dtype, row[1].dtype, aligned), []).append(index)
     return found
@@ -167,7 +167,7 @@ def _step(inputs: RMSpropStep) -> None:
 
 @lru_cache(maxsize=16)
 def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[list[int], Tensor]:
-    """Each tensor's first chunk, and the tensor of each chunk (C,) int32."""
+    """Return the first chunk of each tensor, and the tensor of each chunk, (C,) int32."""
     counts = torch.tensor([triton.cdiv(size, CHUNK) for size in sizes])
     tensors = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(counts)
     return (counts.cumsum(0) - counts).tolist(), tensors.to(device)

@@ -24,9 +24,9 @@ from apt.kernels.signatures import RopeOptions, StreamQKV
 
 
 class JointQKNormRope(NamedTuple):
-    """What the op takes: the fields of `StreamQKV`, each a list over streams.
+    """Inputs of the op: the fields of `StreamQKV`, each as a list over streams.
 
-    Lists of ops have no gaps: a weight or a table that is absent is an empty tensor.
+    Lists in ops cannot contain None, so a missing weight or table is an empty tensor.
     """
 
     qkv: list[Tensor]
@@ -37,7 +37,7 @@ class JointQKNormRope(NamedTuple):
     options: RopeOptions
 
     def launches(self, joint: Sequence[Tensor]) -> list[tuple[Tensor, Parts, Table]]:
-        """For each stream the projection, its place in joint buffers (q, k, v), and the rest."""
+        """Return for each stream its projection, its part of joint (q, k, v), and its tables."""
         qkvs = [readable(qkv) for qkv in self.qkv]
         rows = zip(*self[1:5], strict=True)
         tables = [Table(*(v.contiguous() if v.numel() else None for v in row)) for row in rows]
@@ -45,7 +45,7 @@ class JointQKNormRope(NamedTuple):
 
 
 class JointQKNormRopeBackward(NamedTuple):
-    """What the backward pass takes."""
+    """Inputs of the backward pass."""
 
     grad_q: Tensor
     grad_k: Tensor
@@ -55,7 +55,7 @@ class JointQKNormRopeBackward(NamedTuple):
 
 
 def _slices(qkvs: list[Tensor], joint: Sequence[Tensor]) -> list[Parts]:
-    """Each stream's tokens in joint buffers (q, k, v)."""
+    """Return the part of joint buffers (q, k, v) that belongs to each stream."""
     q, k, v = joint
     slices = []
     asked = begin = 0
@@ -70,7 +70,7 @@ def _slices(qkvs: list[Tensor], joint: Sequence[Tensor]) -> list[Parts]:
 
 
 def _parts(qkv: Tensor) -> Parts:
-    """(B, L, 3, H, Dh), or (B, L, 2, H, Dh) without q, taken apart."""
+    """Split (B, L, 3, H, Dh), or (B, L, 2, H, Dh) without q, into its parts."""
     return Parts(*qkv.unbind(2)) if qkv.shape[2] == 3 else Parts(None, *qkv.unbind(2))
 
 
@@ -91,7 +91,7 @@ def _forward(inputs: JointQKNormRope) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(inputs: JointQKNormRopeBackward) -> list[Tensor]:
-    """Gradients of the qkvs, then, if wanted, of the q_weights and of the k_weights."""
+    """Return the gradients of the qkvs and, if needed, of the q_weights and the k_weights."""
     grads = [dense(grad) for grad in inputs[:3]]
     of_qkvs, of_q, of_k = [], [], []
     for qkv, grad, table in inputs.inputs.launches(grads):
@@ -148,7 +148,7 @@ joint_qk_norm_rope_op = FusedOp(
 def joint_qk_norm_rope(
     streams: Sequence[StreamQKV], options: RopeOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op, without checks."""
+    """Call the op, without checks."""
     first = streams[0].qkv
     lists = ([or_empty(value, first) for value in column] for column in zip(*streams, strict=True))
     q, k, v = joint_qk_norm_rope_op(JointQKNormRope._make((*lists, options)))

@@ -27,7 +27,7 @@ from apt.kernels.signatures import ModulatedNorm
 
 
 class ModulatedNormBackward(NamedTuple):
-    """What the backward pass takes; x is what was normed: x_new, where there is an update."""
+    """Inputs of the backward pass; x is the input of the norm: x_new if there is an update."""
 
     grad_y: Tensor
     grad_x_new: Tensor | None
@@ -48,7 +48,7 @@ class ModulatedNormBackward(NamedTuple):
 
     @property
     def num_sums(self) -> int:
-        """Quantities that are summed over tokens."""
+        """Number of quantities that are summed over tokens."""
         if not self.modulation_grad:
             return 0
         if self.per_token:
@@ -59,7 +59,10 @@ class ModulatedNormBackward(NamedTuple):
 def launch_forward(
     norm: ModulatedNorm, update: Tensor | None = None, gate: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """x_new if there is an update, y, and (1 or 2, M) fp32: rstd, and mean of a layer norm."""
+    """Return x_new (None without an update), y, and stats (1 or 2, M) fp32.
+
+    stats are rstd and, for a layer norm, the mean.
+    """
     per_token = norm.scale.ndim == 3
     x = norm.x.contiguous()
     x_new = None if update is None else torch.empty_like(x)
@@ -102,7 +105,7 @@ def launch_forward(
 
 
 def fake_stats(norm: ModulatedNorm) -> Tensor:
-    """(1 or 2, M) fp32."""
+    """Return uninitialised stats (1 or 2, M) fp32."""
     x = norm.x
     return x.new_empty(2 if norm.layer else 1, x.shape[0] * x.shape[1], dtype=torch.float32)
 
@@ -110,14 +113,14 @@ def fake_stats(norm: ModulatedNorm) -> Tensor:
 def _launch_backward(
     inputs: ModulatedNormBackward,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x and update, of gate and scale if per token, and sums (K, R, D) fp32.
+    """Return gradients of x and update, of gate and scale if per token, and sums (K, R, D) fp32.
 
-    Per token R = 1, and there are sums only if there is a weight or a bias.
+    For modulation per token, R = 1, and there are sums only if there is a weight or a bias.
     """
     update, per_token, num_sums = inputs.update, inputs.per_token, inputs.num_sums
     num_rows = inputs.scale.shape[0]
     batch, length, width = inputs.x.shape
-    if per_token:  # all tokens share weight and bias, and nothing else
+    if per_token:  # tokens share only weight and bias
         batch, length, num_rows = 1, batch * length, 1
     x = inputs.x.contiguous()
     grad_x = torch.empty_like(x)
@@ -178,16 +181,16 @@ def _launch_backward(
 
 
 def _share_out(device: torch.device, samples: int, length: int, tiling: Tiling) -> tuple[int, int]:
-    """Tokens per program, and programs per sample: each program stays within one sample."""
+    """Return tokens per program, and programs per sample: each program stays within one sample."""
     wanted = triton.cdiv(num_processors(device) * max(1, 32 // tiling.num_warps), max(samples, 1))
-    # Each program writes a row of sums in fp32: few tokens would not be worth that.
+    # Each program writes a row of sums in fp32, which is too much for few tokens
     tokens = max(triton.cdiv(length, wanted), 16, tiling.tokens)
     tokens = triton.cdiv(tokens, tiling.tokens) * tiling.tokens
     return tokens, triton.cdiv(length, tokens)
 
 
 def _matrix(values: Tensor | None) -> Tensor | None:
-    """(..., D) as a matrix with dense rows; a copy only if its strides do not allow a view."""
+    """Return (..., D) as a matrix with dense rows; copies only if strides do not allow a view."""
     if values is None:
         return None
     rows = values.flatten(0, -2)
@@ -202,14 +205,14 @@ def _row_stride(values: Tensor | None) -> int:
     return 0 if values is None else values.stride(0)
 
 
-# Ops of torch.library, opaque to compilers: `triton_op`, which is not, cannot trace interpreted
-# kernels, and these have nothing left to fuse.
+# Ops of torch.library are opaque to compilers. `triton_op` is not, but cannot trace interpreted
+# kernels, and there is nothing left to fuse here.
 
 
 def _backward(
     inputs: ModulatedNormBackward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `_launch_backward` returns; (0,) for what is None: ops cannot return it."""
+    """Return what `_launch_backward` returns, with (0,) for None, which ops cannot return."""
     grad_x, *others = _launch_backward(inputs)
     grad_update, grad_gate, grad_scale, sums = (
         inputs.x.new_empty(0) if other is None else other for other in others
@@ -250,7 +253,7 @@ def save(
     update: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> None:
-    """For both ops; x is what was normed."""
+    """Save what the backward pass needs, for both ops; x is the input of the norm."""
     ctx.save_for_backward(x, update, gate, norm.scale, norm.weight, norm.bias, norm.rows, stats)
     ctx.layer, ctx.shift_dtype = norm.layer, norm.shift.dtype
     ctx.mark_non_differentiable(stats)
@@ -260,7 +263,7 @@ def save(
 def gradients(
     ctx: Any, grad_y: Tensor | None, grad_x_new: Tensor | None, modulation_grad: bool
 ) -> tuple[tuple[Tensor | None, ...], Tensor | None, Tensor | None]:
-    """Of the fields of `ModulatedNorm`, of update and of gate, from what `save` saved."""
+    """Return gradients of `ModulatedNorm`'s fields, of update and of gate, from saved tensors."""
     x, *others = ctx.saved_tensors
     grad_y = torch.zeros_like(x) if grad_y is None else grad_y
     inputs = ModulatedNormBackward._make(
@@ -316,7 +319,7 @@ modulated_norm_op = FusedOp(
 
 
 def modulated_norm(norm: ModulatedNorm) -> Tensor:
-    """The op, without checks."""
+    """Call the op, without checks."""
     if norm.scale.ndim != norm.shift.ndim:
         norm = each_token(norm)
     y: Tensor = modulated_norm_op(norm)[0]
@@ -324,11 +327,11 @@ def modulated_norm(norm: ModulatedNorm) -> Tensor:
 
 
 def each_token(norm: ModulatedNorm) -> ModulatedNorm:
-    """With all modulation per token: kernels do not mix it with rows."""
+    """Expand all modulation per token: kernels do not mix it with rows."""
     scale, shift = spread(norm.scale, norm.x), spread(norm.shift, norm.x)
     return norm._replace(scale=scale, shift=shift)
 
 
 def spread(values: Tensor, x: Tensor) -> Tensor:
-    """(B, D) modulation for each token of x (B, L, D), or what is so already."""
+    """Expand (B, D) modulation to the tokens of x (B, L, D); leave modulation per token as is."""
     return values if values.ndim == 3 else values[:, None].expand(x.shape)

@@ -1,15 +1,16 @@
 """Kernels of `modulated_norm` and `residual_modulated_norm`, forward and backward.
 
-A program holds whole rows of x in registers, so that each tensor crosses device memory once. A row
-of D channels is cut into two tiles, the largest power of two and the power of two that covers the
-rest (3072 = 2048 + 1024): one padded tile would spend a quarter of its lanes on nothing.
+A program holds whole rows of x in registers, so that each tensor is read or written once. A row of
+D channels is cut into two tiles: the largest power of two that fits, and the power of two that
+covers the rest (3072 = 2048 + 1024). A single padded tile would waste a quarter of its lanes.
 
     x_hat = (x - mean) * rstd;   n = x_hat * weight + bias;   y = n * (1 + scale) + shift
     g     = dL/dy * (1 + scale) * weight
     dL/dx = rstd * (g - avg(g) - x_hat * avg(g * x_hat))      an RMS norm: mean = 0, without avg(g)
 
-Gradients of what several tokens share are sums over those tokens: each program adds up its own,
-`segment_sum` adds those of programs. No atomics, so results repeat bit for bit.
+Gradients of values that several tokens share are sums over those tokens. Each program sums over its
+own tokens, and `segment_sum` adds the sums of programs. There are no atomics, so results are the
+same bit for bit in every run.
 
 Shapes: B samples, L tokens, D channels, M = B * L tokens in all, R condition rows, P programs.
 """
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# Numbers that change from batch to batch: no new compilation for those that 16 divides.
+# Numbers that change from batch to batch. Not specialised: multiples of 16 need no new compilation.
 COUNTS = ("num_tokens", "tokens_per_sample", "tokens_per_program", "programs_per_sample")
 
 
@@ -35,22 +36,22 @@ def _columns(i: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
 
 @triton.jit
 def _mask(i: tl.constexpr, valid, columns, D: tl.constexpr, WIDTH: tl.constexpr):
-    """None where no lane can be out of bounds: predicates cost registers and instructions."""
+    """Return None if no lane can be out of bounds: predicates cost registers and instructions."""
     if i == 1 and WIDTH != D:
         return valid & (columns < D)
     elif valid.shape[0] == 1:
-        return  # and not `return None`, of which Triton 3.6 makes a tensor
+        return  # not `return None`, which Triton 3.6 turns into a tensor
     else:
         return valid
 
 
 @triton.jit
 def _in_row(i: tl.constexpr, columns, D: tl.constexpr, WIDTH: tl.constexpr):
-    """As `_mask`, for what has no axis of tokens."""
+    """As `_mask`, for tensors without an axis of tokens."""
     if i == 1 and WIDTH != D:
         return columns < D
     else:
-        return  # and not `return None`, of which Triton 3.6 makes a tensor
+        return  # not `return None`, which Triton 3.6 turns into a tensor
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def forward_kernel(
             tile += gate * _load(update_ptr, first + columns, mask)
             rounded = tile.to(x_new_ptr.dtype.element_ty)
             tl.store(x_new_ptr + first + columns, rounded, mask=mask)
-            tile = rounded.to(tl.float32)  # y follows from x_new as it is stored
+            tile = rounded.to(tl.float32)  # y is computed from x_new after its rounding
         total += tl.sum(tile, axis=1)
         x += (tile,)
 
@@ -157,7 +158,7 @@ def _zeros(TOKENS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
 
 @triton.jit
 def _shared_tiles(ptr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
-    """A row of D values, cut into tiles."""
+    """Load a row of D values, cut into tiles."""
     tiles = ()
     for i in tl.static_range(2 if REST else 1):
         columns = _columns(i, MAIN, REST)
@@ -167,7 +168,7 @@ def _shared_tiles(ptr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
 
 @triton.jit
 def _shared_factors(scale_ptr, weight_ptr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
-    """(1 + scale) * weight, cut into tiles."""
+    """Load (1 + scale) * weight, cut into tiles."""
     tiles = ()
     for i in tl.static_range(2 if REST else 1):
         columns = _columns(i, MAIN, REST)
@@ -212,11 +213,11 @@ def backward_kernel(
     KEEP_SHARED: tl.constexpr,
     KEEP_X: tl.constexpr,
 ):
-    """x is what was normed: x_new, where there is an update.
+    """x is the input of the norm: x_new if there is an update.
 
-    partials (K, P, D), if the caller wants them: sums over the program's tokens of d y * x_hat, of
-    d y, and of d x_new * update, where the modulation is shared by tokens; else the first two, with
-    d y * (1 + scale) for d y.
+    partials (K, P, D) are None if not needed. If tokens share the modulation, they are sums over
+    the program's tokens of d y * x_hat, of d y, and of d x_new * update. Else they are the first
+    two, with d y * (1 + scale) instead of d y.
     """
     TILES: tl.constexpr = 2 if REST else 1
     WIDTH: tl.constexpr = MAIN + REST
@@ -297,7 +298,7 @@ def backward_kernel(
             mask = _mask(i, valid[:, None], columns, D, WIDTH)
             if KEEP_X:
                 x_hat = x_hats[i]
-            else:  # with a cache modifier, or the compiler would make one load of the two
+            else:  # the cache modifier keeps the compiler from merging this load with the first
                 x_hat = tl.load(x_ptr + first + columns, mask=mask, cache_modifier=".ca")
                 x_hat = (x_hat.to(tl.float32) - mean) * rstd
             grad = gs[i] - x_hat * dot
@@ -336,10 +337,10 @@ def backward_kernel(
 
 
 class Tiling(NamedTuple):
-    """How a kernel cuts its work: two tiles of columns, tokens per step, warps, loop stages.
+    """How a kernel divides its work: two tiles of columns, tokens per step, warps, loop stages.
 
-    `registers` per thread, where ptxas would otherwise choose fewer, for an occupancy that does not
-    pay, and spill a few values to keep to it.
+    `registers` per thread is set where ptxas would choose fewer and spill a few values, for an
+    occupancy that does not pay off.
     """
 
     main: int
@@ -351,17 +352,17 @@ class Tiling(NamedTuple):
 
 
 def forward_tiling(width: int, per_token: bool) -> Tiling:
-    """16 values of a wide row per thread."""
+    """Return a tiling with 16 values of a wide row per thread."""
     main, rest, tokens = _split(width)
     limit = 128 if per_token and main == 2048 and 0 < rest <= 512 else None
     return Tiling(main, rest, tokens, num_warps=max(4, main // 512), registers=limit)
 
 
 def backward_tiling(width: int, num_tensors: int, itemsize: int, per_token: bool) -> Tiling:
-    """Sums and shared modulation stay in registers as well, hence fewer values per thread.
+    """Return a tiling with fewer values per thread: sums and modulation are in registers, too.
 
-    A program of 8 or 16 warps has a multiprocessor nearly to itself, so it loads the next token of
-    the `num_tensors` (M, D) inputs while it works, if 64 KiB of shared memory will do.
+    A program of 8 or 16 warps has a multiprocessor nearly to itself. It therefore loads the next
+    token of the `num_tensors` (M, D) inputs ahead, if that fits into 64 KiB of shared memory.
     """
     main, rest, tokens = _split(width)
     padded = main + rest
@@ -373,13 +374,13 @@ def backward_tiling(width: int, num_tensors: int, itemsize: int, per_token: bool
     return Tiling(main, rest, tokens, num_warps, stages=2 if ahead else 1, registers=limit)
 
 
-# (padded width up to, warps): the fewest that spill nothing in any variant (benchmarks/aot)
+# (largest padded width, warps): the fewest warps without spills in any variant (benchmarks/aot)
 BACKWARD_WARPS = ((1536, 4), (3072, 8), (5120, 16))
-WIDE = 5120  # wider rows keep less in registers, and read it again for each token, from L1
+WIDE = 5120  # wider rows keep less in registers, and read it from L1 again for each token
 
 
 def keeps_shared(tiling: Tiling, residual: bool, per_token: bool) -> bool:
-    """Whether shared modulation stays in registers: with a gate, rows of 5120 would spill."""
+    """Return whether shared modulation stays in registers: with a gate, 5120 values would spill."""
     return tiling.main + tiling.rest <= (4096 if residual else WIDE) and not per_token
 
 

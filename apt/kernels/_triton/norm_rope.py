@@ -1,7 +1,7 @@
 """`norm_rope` and `qk_norm_rope` in Triton: launches, op and autograd.
 
-Gradients of weights are added up by each program, then by `segment_sum`: no atomics, so results
-repeat bit for bit.
+Gradients of weights are summed by each program, then by `segment_sum`, without atomics, so results
+are the same bit for bit in every run.
 
 Shapes: B samples, L tokens, H heads, Dh channels per head, W normalised channels, P programs.
 """
@@ -28,7 +28,7 @@ from apt.kernels.signatures import NormRope, RopeOptions
 
 
 class Parts(NamedTuple):
-    """q, k and v of a stream, each (B, L, H, Dh) or absent."""
+    """q, k and v of a stream, each (B, L, H, Dh) or None."""
 
     q: Tensor | None = None
     k: Tensor | None = None
@@ -44,7 +44,7 @@ class Parts(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Weights of the norms, (W,), and cosines and sines (L, Dh / 2); each may be absent."""
+    """Norm weights (W,), and cosines and sines (L, Dh / 2); each may be None."""
 
     q_weight: Tensor | None
     k_weight: Tensor | None
@@ -53,13 +53,13 @@ class Table(NamedTuple):
 
 
 def _constants(options: RopeOptions, heads: int, channels: int) -> dict[str, Any]:
-    """Compile-time arguments that follow from the shape."""
+    """Return the compile-time arguments that follow from the shape."""
     group, width = (1, heads * channels) if options.across_heads else (heads, channels)
     return {"GROUP": group, "DH": channels, "WIDTH": width, "HALF": options.half}
 
 
 def launch_forward(x: Parts, out: Parts, table: Table, options: RopeOptions) -> None:
-    """Write into `out`, whose tokens are dense. The parts of x have the same strides."""
+    """Write into `out`, whose tokens are dense. All parts of x have the same strides."""
     batch, length, heads, channels = x.some.shape
     constants = _constants(options, heads, channels)
     tiling = forward_tiling(constants["WIDTH"], x.some.element_size())
@@ -138,28 +138,28 @@ def launch_backward(
 
 
 def _share_out(device: torch.device, rows: int, parts: int, tiling: Tiling) -> tuple[int, int]:
-    """Rows per program, and programs."""
+    """Return rows per program, and the number of programs."""
     wanted = triton.cdiv(num_processors(device) * max(1, 32 // tiling.num_warps), parts)
-    # Each program writes a row of sums in fp32: few rows would not be worth that.
+    # Each program writes a row of sums in fp32, which is too much for few rows
     per_program = max(triton.cdiv(rows, wanted), 16)
     per_program = triton.cdiv(per_program, tiling.rows) * tiling.rows
     return per_program, triton.cdiv(rows, per_program)
 
 
 def readable(x: Tensor) -> Tensor:
-    """Kernels take any strides but of channels; within a row they count in 32 bits."""
+    """Copy x unless channels are adjacent and offsets within a row of heads fit into 32 bits."""
     near = x.stride(-2) * x.shape[-2] < 2**31
     return x if x.stride(-1) == 1 and near else x.contiguous()
 
 
 def dense(grad: Tensor) -> Tensor:
-    """Gradients of attention have dense tokens, or are copied."""
+    """Copy a gradient unless its tokens are dense, as those of attention are."""
     heads, channels = grad.shape[2:]
     return grad if grad.stride()[1:] == (heads * channels, channels, 1) else grad.contiguous()
 
 
 class NormRopeBackward(NamedTuple):
-    """What the backward pass takes: gradients of q, and of k if there is one."""
+    """Inputs of the backward pass: gradients of q, and of k if there is one."""
 
     grads: list[Tensor]
     inputs: NormRope
@@ -167,7 +167,7 @@ class NormRopeBackward(NamedTuple):
 
 
 def _launches(inputs: NormRope) -> list[tuple[Parts, Table]]:
-    """One for two tensors of the same shape and strides, else one each."""
+    """Return one launch for two tensors of the same shape, strides and dtype, else one for each."""
     q, k = readable(inputs.q), None if inputs.k is None else readable(inputs.k)
     q_weight, k_weight, *turn = (
         None if value is None else value.contiguous() for value in inputs[2:6]
@@ -180,7 +180,7 @@ def _launches(inputs: NormRope) -> list[tuple[Parts, Table]]:
 
 
 def _empty_like(x: Parts) -> Parts:
-    """Dense."""
+    """Return dense tensors for all parts."""
     return Parts(*(None if part is None else part.new_empty(part.shape) for part in x))
 
 
@@ -198,7 +198,7 @@ def _fake(inputs: NormRope) -> list[Tensor]:
 
 
 def _backward(inputs: NormRopeBackward) -> list[Tensor]:
-    """Gradients of q and k, then, if wanted, of their weights; (0,) for one that is absent."""
+    """Return gradients of q and k and, if needed, of their weights; (0,) for a missing weight."""
     grads = iter(inputs.grads)
     options, weight_grad = inputs.inputs.options, inputs.weight_grad
     of_xs: list[Tensor] = []
@@ -213,7 +213,7 @@ def _backward(inputs: NormRopeBackward) -> list[Tensor]:
 
 
 def or_empty(value: Tensor | None, x: Tensor) -> Tensor:
-    """Lists of ops have no gaps."""
+    """Return an empty tensor for None, which lists in ops cannot contain."""
     return x.new_empty(0) if value is None else value
 
 
@@ -252,6 +252,6 @@ norm_rope_op = FusedOp("apt::norm_rope", _forward, fake=_fake, save=_save, gradi
 
 
 def norm_rope(inputs: NormRope) -> list[Tensor]:
-    """The op, without checks."""
+    """Call the op, without checks."""
     found: list[Tensor] = norm_rope_op(inputs)
     return found

@@ -1,7 +1,7 @@
 """`perturbed_batch` in Triton.
 
-Not fused by the compiler's floating-point rules (enable_fp_fusion=False): every step rounds as in
-the torch reference, and the values are the same bit for bit.
+The compiler must not fuse multiplications and additions (enable_fp_fusion=False): every step then
+rounds as in the torch reference, and values are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def perturb_kernel(
 
 
 def perturbed_batch(inputs: PerturbedBatch) -> Tensor:
-    """(B + P + F, ...) in the dtype of x_real."""
+    """Return (B + P + F, ...) in the dtype of x_real."""
     x_real, x_fake, num_perturbed = inputs.x_real, inputs.x_fake, inputs.num_perturbed
     num_real, num_fake = x_real.shape[0], x_fake.shape[0]
     out = x_real.new_empty(num_real + num_perturbed + num_fake, *x_real.shape[1:])

@@ -1,4 +1,4 @@
-"""`apt.philox` in Triton, bit for bit: for kernels launched with enable_fp_fusion=False."""
+"""`apt.philox` in Triton, bit for bit, for kernels launched with enable_fp_fusion=False."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORD_STEP = tl.constexpr(2**-32)
 
 @triton.jit
 def words4(key, sample, group):
-    """Four words for each group of four elements; `sample` and `group` are int64 that broadcast."""
+    """Draw four words for each group of four elements; int64 `sample` and `group` broadcast."""
     zeros = (sample + group) * 0
     sample += zeros
     group += zeros

@@ -1,4 +1,4 @@
-"""How much a device runs side by side, by which launches share out their work."""
+"""The number of programs that a device runs in parallel, by which launches divide their work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @cache
 def num_processors(device: torch.device) -> int:
-    """Programs that a device runs side by side; the interpreter shares out as if it had 4."""
+    """Return the number of multiprocessors of a GPU; 4 for the interpreter."""
     if device.type != "cuda":
         return 4
     processors: int = torch.cuda.get_device_properties(device).multi_processor_count

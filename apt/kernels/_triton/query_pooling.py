@@ -9,16 +9,16 @@ and backward, from g_h = dL/dpooled_h, with delta_h = g_h . pooled_h = sum over 
     dx_l = sum over h of (w_hl g_h + du_hl a_h) - x_l rstd_l^2 / D sum over h of (p dp + ds s)_hl
     da_h = sum over samples and l of du_hl x_l
 
-Every product over tokens or channels is one of matrices, H being one side: `scores_kernel` gives s
-and rstd, `weighted_sum_kernel` the sums over tokens, `tokens_backward_kernel` dx and du. x is read
-twice forward and three times backward, in its own type; what else is as long as the tokens is s, du
-and rstd, 4 (2 H + 1) bytes a token. Sums of programs are added by `segment_sum`: no atomics, so
-results repeat bit for bit.
+Every product over tokens or channels is a matrix product with H as one side: `scores_kernel`
+computes s and rstd, `weighted_sum_kernel` the sums over tokens, `tokens_backward_kernel` dx and du.
+x is read twice forward and three times backward, in its own dtype. Otherwise only s, du and rstd
+have the length of the tokens, 4 (2 H + 1) bytes per token. `segment_sum` adds the sums of programs,
+without atomics, so results are the same bit for bit in every run.
 
-Precision, on a GPU: products of bf16 tokens are those of bf16 tensor cores, where a factor in fp32
-(a, g, w, du) is given as the sum of two bf16 parts, 16 bits of it; a product of two such factors
-leaves out that of the low parts. fp16 and fp32 tokens take three products of TF32 (`tf32x3`), which
-keep about 21 bits. Sums are fp32. The interpreter multiplies the same parts in fp32.
+Precision on a GPU: bf16 tokens use bf16 tensor cores, and a factor in fp32 (a, g, w, du) is split
+into the sum of two bf16 parts, which keep 16 bits of it; a product of two such factors leaves out
+the product of the low parts. fp16 and fp32 tokens use three products of TF32 (`tf32x3`), which keep
+about 21 bits. Sums are fp32. The interpreter multiplies the same parts in fp32.
 
 Shapes: B samples, L tokens, N when padded to blocks of PAD, D channels, H heads, P splits.
 """
@@ -39,11 +39,11 @@ from apt.kernels.backends import interpreted
 from apt.kernels.fused_op import FusedOp, backward_op
 from apt.kernels.signatures import Pooling
 
-# What tokens are padded to where their scores are stored: so their rows begin at whole vectors,
-# and no kernel asks whether a token's score is there.
+# Stored scores are padded to a multiple of this many tokens, so that their rows start at whole
+# vectors, and kernels need not check whether a token has a score.
 PAD = 64
 
-# Numbers that change from batch to batch: no new compilation for those that 16 divides.
+# Numbers that change from batch to batch. Not specialised: multiples of 16 need no new compilation.
 COUNTS = ("length", "blocks", "splits", "blocks_per_split", "samples")
 
 
@@ -57,7 +57,7 @@ def _inside(valid, columns, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _split(values, PARTS: tl.constexpr, WIDEN: tl.constexpr):
-    """fp32 as operands of products: itself, or a high and a low part in bf16."""
+    """Return fp32 values as operands of products: as is, or as a high and a low part in bf16."""
     if PARTS == 1:
         return (values,)
     else:
@@ -95,9 +95,9 @@ def _products(
     STAGES: tl.constexpr,
     SQUARES: tl.constexpr,
 ):
-    """Products of rows of x with H vectors (PARTS, H, D), (ROWS, HEADS), and sums of x^2 (ROWS,).
+    """Return products (ROWS, HEADS) of rows of x with H vectors, and sums of x^2 (ROWS,).
 
-    `first` (ROWS, 1): where each row begins.
+    The vectors are (PARTS, H, D). `first` (ROWS, 1) is the offset of each row.
     """
     heads = tl.arange(0, HEADS)[:, None]
     products = tl.zeros([ROWS, HEADS], tl.float32)
@@ -134,9 +134,9 @@ def scores_kernel(
     WIDEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program for ROWS tokens of a sample. folded: (PARTS, H, D).
+    """Each program handles ROWS tokens of a sample. folded is (PARTS, H, D).
 
-    scores (B, H, N) are -inf and rstd (B, N) is 0 beyond the last token.
+    scores (B, H, N) are -inf, and rstd (B, N) is 0, after the last token.
     """
     programs = blocks * (PAD // ROWS)
     sample = (tl.program_id(0) // programs).to(tl.int64)
@@ -177,9 +177,10 @@ def weighted_sum_kernel(
     WIDEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A grid of (B P, blocks of channels). sums: (B P, H, D), tokens of each split by weights.
+    """The grid is (B P, blocks of channels). sums (B P, H, D): weighted sums of tokens per split.
 
-    weights (B, H, N), 0 beyond the last token; scores, -inf there, with lse (B, H) and rstd (B, N).
+    With lse (B, H) and rstd (B, N), weights (B, H, N) are scores, -inf after the last token. Else
+    they are the weights themselves, 0 after the last token.
     """
     sample = (tl.program_id(0) // splits).to(tl.int64)
     begin = tl.program_id(0) % splits * blocks_per_split * PAD
@@ -232,9 +233,9 @@ def tokens_backward_kernel(
     WIDEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program for ROWS tokens of a sample. grad: (PARTS, B, H, D); folded: (PARTS, H, D).
+    """Each program handles ROWS tokens of a sample. grad: (PARTS, B, H, D); folded: (PARTS, H, D).
 
-    grad_products is du (B, H, N), 0 beyond the last token.
+    grad_products is du (B, H, N), 0 after the last token.
     """
     programs = blocks * (PAD // ROWS)
     sample = (tl.program_id(0) // programs).to(tl.int64)
@@ -283,10 +284,10 @@ def tokens_backward_kernel(
 
 
 class Tiling(NamedTuple):
-    """How a kernel cuts its work: tokens and channels of a step or a program, warps, loop stages.
+    """How a kernel divides its work: tokens and channels per step or program, warps, loop stages.
 
-    `rows` divides PAD. `registers` per thread, where ptxas would otherwise choose fewer, for an
-    occupancy that does not pay, and spill a few values to keep to it.
+    `rows` divides PAD. `registers` per thread is set where ptxas would choose fewer and spill a few
+    values, for an occupancy that does not pay off.
     """
 
     rows: int
@@ -296,18 +297,18 @@ class Tiling(NamedTuple):
     registers: int | None = None
 
 
-# `heads` are padded, `itemsize` is that of operands: 2 for bf16, else 4, with three products for
-# one. What spills nothing on any chip (benchmarks/aot), and then the fewest warps.
+# `heads` are padded. `itemsize` is that of operands: 2 for bf16, else 4, with three products for
+# one. These tilings have the fewest warps without spills on any chip (benchmarks/aot).
 
 
 def scores_tiling(heads: int, itemsize: int) -> Tiling:
-    """A step reads 128 bytes of each row."""
+    """Return a tiling whose steps read 128 bytes of each row."""
     registers = 128 if heads <= 32 else None
     return Tiling(PAD, 128 // itemsize, _warps(heads), stages=3, registers=registers)
 
 
 def sum_tiling(heads: int, itemsize: int) -> Tiling:
-    """32 sums a thread at most."""
+    """Return a tiling with at most 32 sums per thread."""
     narrow = itemsize == 2
     return Tiling(
         PAD if narrow else PAD // 2,
@@ -318,11 +319,11 @@ def sum_tiling(heads: int, itemsize: int) -> Tiling:
 
 
 def backward_tiling(heads: int, itemsize: int) -> Tiling:
-    """The weights of all heads, and their gradients, are operands that stay in registers."""
+    """Return a tiling that leaves registers for the weights of all heads and their gradients."""
     wide = itemsize == 4
     rows = PAD // 2 if wide and heads == 128 else PAD
     bytes_of_row = 128 if heads < (64 if wide else 128) else 64
-    stages = 2 if rows == PAD else 1  # to load ahead takes registers
+    stages = 2 if rows == PAD else 1  # loading ahead takes registers
     return Tiling(rows, bytes_of_row // itemsize, _warps(heads), stages)
 
 
@@ -331,7 +332,7 @@ def _warps(heads: int) -> int:
 
 
 def _constants(x: Tensor, heads: int, tile: Callable[[int, int], Tiling]) -> dict[str, Any]:
-    """Compile-time arguments and options of a launch."""
+    """Return compile-time arguments and options of a launch."""
     narrow = x.dtype == torch.bfloat16
     padded = max(16, triton.next_power_of_2(heads))
     tiling = tile(padded, 2 if narrow else 4)
@@ -343,7 +344,7 @@ def _constants(x: Tensor, heads: int, tile: Callable[[int, int], Tiling]) -> dic
         "ROWS": tiling.rows,
         "BLOCK": tiling.block,
         "PARTS": _num_parts(x),
-        # The interpreter has no product of bf16
+        # The interpreter cannot multiply bf16
         "WIDEN": not narrow or interpreted(),
         "STAGES": tiling.stages,
         "num_warps": tiling.num_warps,
@@ -357,7 +358,7 @@ def _num_parts(x: Tensor) -> int:
 
 
 def _parts(values: Tensor, number: int) -> Tensor:
-    """fp32 values (...) as operands (1, ...), or as bf16 parts (2, ...) that add up to them."""
+    """Return fp32 values (...) as operands (1, ...), or as two bf16 parts (2, ...) of their sum."""
     if number == 1:
         return values.unsqueeze(0).contiguous()
     high = values.to(torch.bfloat16)
@@ -369,7 +370,7 @@ def _blocks(length: int) -> int:
 
 
 def _forward(inputs: Pooling) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """pooled (B, H, D), scores (B, H, N), lse (B, H), rstd (B, N), all fp32."""
+    """Return pooled (B, H, D), scores (B, H, N), lse (B, H) and rstd (B, N), all fp32."""
     x, folded = inputs.x.contiguous(), inputs.folded
     batch, length, _ = x.shape
     num_heads = folded.shape[0]
@@ -396,7 +397,7 @@ def _forward(inputs: Pooling) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _weighted_sum(
     x: Tensor, weights: Tensor, lse: Tensor | None, rstd: Tensor | None, *, over_samples: bool
 ) -> Tensor:
-    """Tokens by weights (B, H, N), or by scores with lse and rstd: (B, H, D), or (H, D)."""
+    """Sum tokens by weights (B, H, N), or by scores with lse and rstd: (B, H, D), or (H, D)."""
     batch, length, width = x.shape
     num_heads = weights.shape[1]
     shape = (num_heads, width) if over_samples else (batch, num_heads, width)
@@ -415,9 +416,9 @@ def _weighted_sum(
 
 
 def _share_out(device: torch.device, others: int, blocks: int) -> tuple[int, int]:
-    """Blocks of tokens per program, and programs that share those of a sample."""
+    """Return blocks of tokens per program, and the number of programs that share a sample."""
     wanted = max(1, 2 * num_processors(device) // others)
-    # Each program writes H D sums in fp32: few tokens would not be worth that.
+    # Each program writes H D sums in fp32, which is too much for few tokens
     per_program = max(triton.cdiv(blocks, wanted), 4)
     return per_program, triton.cdiv(blocks, per_program)
 
@@ -435,7 +436,7 @@ def _fake(inputs: Pooling) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class PoolingBackward(NamedTuple):
-    """What the backward pass takes: what went in and what came out."""
+    """Inputs of the backward pass: inputs and outputs of the forward pass, and gradients."""
 
     grad: Tensor
     x: Tensor
@@ -449,7 +450,7 @@ class PoolingBackward(NamedTuple):
 
 
 def _launch_backward(x: Tensor, inputs: PoolingBackward) -> tuple[Tensor, Tensor]:
-    """Gradients of x, contiguous, and of its products with the folded queries, du (B, H, N)."""
+    """Return gradients of x, contiguous, and of its products with folded queries, du (B, H, N)."""
     batch, length, _ = x.shape
     grad_x, grad_products = torch.empty_like(x), torch.empty_like(inputs.scores)
     if batch == 0:
@@ -458,7 +459,7 @@ def _launch_backward(x: Tensor, inputs: PoolingBackward) -> tuple[Tensor, Tensor
     blocks, number = _blocks(length), _num_parts(x)
     grad = inputs.grad.contiguous()
     delta = torch.linalg.vecdot(grad, inputs.pooled)
-    if inputs.grad_lse is not None:  # d lse / ds = p, as if dp were larger by it
+    if inputs.grad_lse is not None:  # d lse / ds = p: the same as adding it to dp
         delta = delta - inputs.grad_lse
     with torch.cuda.device_of(x):
         tokens_backward_kernel[(batch * blocks * (PAD // constants["ROWS"]),)](
@@ -480,17 +481,17 @@ def _launch_backward(x: Tensor, inputs: PoolingBackward) -> tuple[Tensor, Tensor
 
 
 def _backward(inputs: PoolingBackward) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the folded queries; (0,) for the latter if nobody wants it."""
+    """Return gradients of x and of the folded queries; (0,) for the latter if not needed."""
     x, rstd = inputs.x.contiguous(), inputs.rstd
     grad_x, grad_products = _launch_backward(x, inputs)
     if not inputs.folded_grad:
         return grad_x, inputs.folded.new_empty(0)
     of_folded = _weighted_sum(x, grad_products, None, None, over_samples=True)
-    # Gradients of scores add up to 0, except for rounding of delta and dp. What is left would
+    # Gradients of scores sum to 0, except for the rounding of delta and dp. The remainder would
     # enter with the weights of the whole sum, and the true gradient may be far smaller.
     per_token = rstd.reciprocal().masked_fill(rstd == 0, 0.0)  # padding
     rest = torch.einsum("bhn,bn->bh", grad_products, per_token)
-    if inputs.grad_lse is not None:  # what they add up to then
+    if inputs.grad_lse is not None:  # the sum is then grad_lse
         rest = rest - inputs.grad_lse
     return grad_x, of_folded - torch.einsum("bh,bhd->hd", rest, inputs.pooled)
 
@@ -530,12 +531,12 @@ query_pooling_op = FusedOp(
 
 
 def pool(inputs: Pooling) -> Tensor:
-    """The op, without checks: pooled (B, H, D) fp32."""
+    """Call the op, without checks; return pooled (B, H, D) fp32."""
     pooled: Tensor = query_pooling_op(inputs)[0]
     return pooled
 
 
 def pool_parts(inputs: Pooling) -> tuple[Tensor, Tensor]:
-    """The same, and the logarithm of the sum of the scores' exponentials, (B, H) fp32."""
+    """Return the same, and the logarithm of the sum of the scores' exponentials, (B, H) fp32."""
     pooled, _, lse, _ = query_pooling_op(inputs)
     return pooled, lse

@@ -1,4 +1,4 @@
-"""`residual_modulated_norm` in Triton: the kernels of `modulated_norm`, given an update."""
+"""`residual_modulated_norm` in Triton: the kernels of `modulated_norm` with an update."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ residual_modulated_norm_op = FusedOp(
 
 
 def residual_modulated_norm(inputs: ResidualModulatedNorm) -> tuple[Tensor, Tensor]:
-    """The op, without checks."""
+    """Call the op, without checks."""
     norm, gate = inputs.norm, inputs.gate
     if not norm.scale.ndim == norm.shift.ndim == gate.ndim:
         inputs = inputs._replace(norm=each_token(norm), gate=spread(gate, norm.x))

@@ -1,18 +1,19 @@
 """Kernels of `norm_rope`, `qk_norm_rope` and `joint_qk_norm_rope`, forward and backward.
 
-What is normalised is a row of W channels: a head (W = Dh, H rows a token), or all heads of a token
-(W = H Dh, one row). Kernels compute on pairs (a, b) of channels that turn together; how pairs lie
-in a row is a matter of loading and storing alone. A row of W / 2 pairs is cut into two tiles, the
-largest power of two and the power of two that covers the rest, as in `norms`.
+The norm is over a row of W channels: a head (W = Dh, H rows per token), or all heads of a token
+(W = H Dh, one row). Kernels compute on pairs (a, b) of channels that are rotated together; the
+layout of pairs in a row only affects loads and stores. A row of W / 2 pairs is cut into two tiles:
+the largest power of two that fits, and the power of two that covers the rest, as in
+`norm_kernels`.
 
     x_hat = x * rstd;   n = x_hat * weight;   y = (na cos - nb sin, na sin + nb cos)
-    g     = (dya cos + dyb sin, dyb cos - dya sin)        the rotation turned back
+    g     = (dya cos + dyb sin, dyb cos - dya sin)        the inverse rotation
     dL/dweight = sum of g * x_hat over rows
     dL/dx      = rstd * (g * weight - x_hat * avg(g * weight * x_hat))
 
-rstd is computed anew in the backward pass, which reads x anyway.
+rstd is computed again in the backward pass, which reads x anyway.
 
-One launch does a stream: the second axis of its grid is q, k and v, of which v is only copied.
+One launch handles a stream: the second axis of its grid is q, k and v; v is only copied.
 
 Shapes: B samples, L tokens, H heads, Dh channels per head, P programs.
 """
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# Numbers that change from batch to batch: no new compilation for those that 16 divides.
+# Numbers that change from batch to batch. Not specialised: multiples of 16 need no new compilation.
 COUNTS = ("num_rows", "length", "rows_per_program")
 
 
@@ -46,14 +47,14 @@ def _channels(i: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
 
 @triton.jit
 def _mask(i: tl.constexpr, valid, columns, NUM: tl.constexpr, PADDED: tl.constexpr):
-    """None where no lane can be out of bounds. `valid` (rows, 1) is None where all rows share."""
+    """Return None if no lane can be out of bounds. `valid` (rows, 1) is None for a shared row."""
     if i == 1 and NUM != PADDED:
         if valid is None:
             return columns < NUM
         else:
             return valid & (columns < NUM)
     elif valid is None:
-        return  # and not `return None`, of which Triton 3.6 makes a tensor
+        return  # not `return None`, which Triton 3.6 turns into a tensor
     else:
         return valid
 
@@ -76,7 +77,7 @@ def _within_row(channels, head_stride, DH: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _first_of(pairs, head_stride, DH: tl.constexpr, WIDTH: tl.constexpr):
-    """Where a of each pair is in the half-split layout; b is Dh / 2 further."""
+    """Return the offset of a of each pair in the half layout; b is Dh / 2 after it."""
     if WIDTH == DH:
         return pairs
     else:
@@ -96,7 +97,7 @@ def _load_pairs(
     MAIN: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """a and b (rows, pairs) fp32; zeros out of bounds. `rows` (rows, 1): where each one begins."""
+    """Load a and b (rows, pairs) fp32, 0 out of bounds; `rows` (rows, 1) are the rows' offsets."""
     if HALF:
         pairs = _pairs(i, MAIN, REST)
         mask = _mask(i, valid, pairs, WIDTH // 2, MAIN + REST)
@@ -125,7 +126,7 @@ def _store_pairs(
     MAIN: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """To rows whose heads lie side by side."""
+    """Store to rows whose heads are adjacent."""
     a = a.to(ptr.dtype.element_ty)
     b = b.to(ptr.dtype.element_ty)
     if HALF:
@@ -166,7 +167,7 @@ def _weights(
     MAIN: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """(a, b) of each tile, one after the other; nothing without a weight."""
+    """Load a and b of each tile, one after the other; nothing without a weight."""
     tiles = ()
     if ptr is not None:
         for i in tl.static_range(2 if REST else 1):
@@ -189,7 +190,7 @@ def _normalised(
     REST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """x_hat, (a, b) of each tile one after the other, and rstd (rows, 1)."""
+    """Return x_hat, as a and b of each tile one after the other, and rstd (rows, 1)."""
     TILES: tl.constexpr = 2 if REST else 1
     x = ()
     squares = tl.zeros([ROWS], tl.float32)
@@ -257,7 +258,7 @@ def _copy_rows(
     MAIN: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """To rows whose heads lie side by side."""
+    """Copy to rows whose heads are adjacent."""
     for i in tl.static_range(2 if REST else 1):
         channels = _channels(i, MAIN, REST)
         mask = _mask(i, valid, channels, WIDTH, 2 * (MAIN + REST))
@@ -267,7 +268,7 @@ def _copy_rows(
 
 @triton.jit
 def _place(row, length, GROUP: tl.constexpr):
-    """Sample, position and head of each row, (rows, 1) int64."""
+    """Return sample, position and head of each row, (rows, 1) int64."""
     token = row // GROUP
     return (
         (token // length).to(tl.int64)[:, None],
@@ -306,7 +307,7 @@ def forward_kernel(
 ):
     """q, k and v share their strides; outputs have dense tokens, and v_out the strides of k_out.
 
-    A grid of (programs, parts), where parts are those of q, k, v that are not None, in this order.
+    The grid is (programs, parts): the parts are those of q, k and v that are not None, in order.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = (row < num_rows)[:, None]
@@ -448,9 +449,9 @@ def backward_kernel(
     REST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A grid as the forward's. q and k share strides; all gradients have dense tokens or rows.
+    """The grid is that of the forward. q and k share strides; gradients have dense tokens or rows.
 
-    partials (P, W) fp32, if the caller wants them: sums of g * x_hat over the program's rows.
+    partials (P, W) fp32 are sums of g * x_hat over the program's rows; None if not needed.
     """
     begin = tl.program_id(0) * rows_per_program
     end = tl.minimum(begin + rows_per_program, num_rows)
@@ -489,7 +490,7 @@ def backward_kernel(
 
 
 class Tiling(NamedTuple):
-    """How a kernel cuts its work: two tiles of pairs, rows per step, warps."""
+    """How a kernel divides its work: two tiles of pairs, rows per step, warps."""
 
     main: int
     rest: int
@@ -497,13 +498,13 @@ class Tiling(NamedTuple):
     num_warps: int
 
 
-# Rows share a program until its 4 warps move 16 bytes with each access to the larger tile: heads of
-# 24 or 96 channels, when cut by the sum of both tiles, were read 4 and 8 bytes at a time. In the
-# half-split layout an access covers half a row.
+# A program handles enough rows for its 4 warps to move 16 bytes per access to the larger tile. When
+# rows were counted by the sum of both tiles, heads of 24 and 96 channels were read 4 and 8 bytes at
+# a time. In the half layout, an access covers half a row.
 
 
 def forward_tiling(width: int, itemsize: int) -> Tiling:
-    """Up to 24 values per thread."""
+    """Return a tiling with up to 24 values per thread."""
     main, rest, padded = _split(width)
     rows = _power_below(4096 // (itemsize * 2 * main))
     num_warps = triton.next_power_of_2(triton.cdiv(rows * padded, 32 * 24))
@@ -511,7 +512,7 @@ def forward_tiling(width: int, itemsize: int) -> Tiling:
 
 
 def backward_tiling(width: int, itemsize: int, half: bool) -> Tiling:
-    """Sums, weights and gradients stay in registers as well, hence fewer values per thread."""
+    """Return a tiling with fewer values per thread: registers also hold sums and weights."""
     main, rest, padded = _split(width)
     rows = _power_below((4096 // itemsize if half else 1024) // (2 * main))
     num_warps = max(4, _power_below(padded) // 256)

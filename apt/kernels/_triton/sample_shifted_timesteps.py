@@ -1,7 +1,7 @@
 """`sample_shifted_timesteps` in Triton.
 
-Not fused by the compiler's floating-point rules (enable_fp_fusion=False): every step rounds as in
-the torch reference, and the values are the same bit for bit.
+The compiler must not fuse multiplications and additions (enable_fp_fusion=False): every step then
+rounds as in the torch reference, and values are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def timesteps_kernel(out_ptr, key, first, num, shift, shift_minus_1, SAMPLES: tl
 
 
 def shifted_timesteps(inputs: ShiftedTimesteps) -> Tensor:
-    """(num,) fp32."""
+    """Return (num,) fp32."""
     num, shift = inputs.num, inputs.shift
     out = torch.empty(num, dtype=torch.float32, device=inputs.device)
     if num:

@@ -1,6 +1,6 @@
-"""The second stage of a reduction over tokens: partial sums of programs, added in a fixed order.
+"""The second stage of a reduction over tokens: adds partial sums of programs in a fixed order.
 
-Atomics would add them in whichever order programs end, and gradients would differ from run to run.
+Atomics would add them in the order in which programs end, so gradients would differ between runs.
 
 Shapes: K quantities, P programs, D channels, R condition rows.
 """
@@ -54,7 +54,8 @@ def segment_sum(partials: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
     """Add the partial sums that belong to each condition row.
 
     Args:
-        partials: (K, P, D) fp32; programs of one sample are neighbours, each sample has as many.
+        partials: (K, P, D) fp32; programs of one sample are adjacent, and all samples have equally
+            many.
         rows: (B,) int64, the row of each sample, B a divisor of P; None: sample b has row b.
         num_rows: R.
 
