@@ -46,6 +46,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
     """Probe, write, and say where."""
     options = parse(Probe, args, prog=prog)
     given = [*options.prompt, *read_prompts(options.prompt_file)]
+    if options.num_shown < 1:
+        raise InputError(f"--num-shown must be at least 1, got {options.num_shown}")
     check_folder(options.out)
 
     from apt.inside import probe_layers

@@ -19,7 +19,7 @@ from apt.errors import InputError
 from apt.flow import bind, one_step_sample
 from apt.inside.latents import decode, encode_each, to_latents, to_tokens
 from apt.models.transformer import DiffusionTransformer, Tokens
-from apt.pipeline import OneStepPipeline
+from apt.pipeline import OneStepPipeline, check_prompts
 
 _RIDGE = 1e-6
 """Of the mean square of a layer's tokens: directions that they never take get no weight."""
@@ -82,11 +82,12 @@ def probe_layers(
         seed: of the noise.
 
     Raises:
-        InputError: no prompt, or too few samples.
+        InputError: no prompt, one without text, or too few samples.
     """
     backbone = pipeline.bundle.backbone
     if not prompts or min(num_samples, num_held_out, batch_size) < 1:
         raise InputError("probing takes a prompt, and at least one sample of each kind")
+    check_prompts(prompts)
     if not 0 <= seed < _HELD_OUT_SEED:
         raise InputError(f"seed must be in 0..{_HELD_OUT_SEED - 1}, got {seed}")
     shape = pipeline.latent_shape()

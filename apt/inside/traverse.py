@@ -16,7 +16,7 @@ from torch import Tensor
 from apt.errors import InputError
 from apt.generate_options import GenerateOptions
 from apt.inside.latents import decode, encode, sample_from
-from apt.pipeline import OneStepPipeline
+from apt.pipeline import OneStepPipeline, check_prompts
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,13 @@ def traverse(
         options: steps, sampler, guidance and samples per network call; the size is the model's own.
 
     Raises:
-        InputError: fewer than two seeds, the same one twice in a row, no step, or bad options.
+        InputError: fewer than two seeds, the same one twice in a row, no step, a prompt without text, or bad
+            options.
     """
     way = [*seeds, seeds[0]] if closed and seeds else list(seeds)
     if len(way) < 2 or any(a == b for a, b in itertools.pairwise(way)):
         raise InputError(f"a way needs two seeds or more, each other than the last; got {way}")
+    check_prompts([prompt])
     if num_between < 1:
         raise InputError(f"num_between must be at least 1, got {num_between}")
     if (options.frames, options.height, options.width) != (None, None, None):
