@@ -88,8 +88,8 @@ def traverse(
         options: steps, sampler, guidance and samples per network call; the size is the model's own.
 
     Raises:
-        InputError: fewer than two seeds, the same one twice in a row, no step, a prompt without text, or bad
-            options.
+        InputError: fewer than two seeds, the same one twice in a row, no step, a prompt without
+            text, or bad options.
     """
     way = [*seeds, seeds[0]] if closed and seeds else list(seeds)
     if len(way) < 2 or any(a == b for a, b in itertools.pairwise(way)):
