@@ -674,14 +674,8 @@ def _one_row_each(
     return rows
 
 
-def _pair(
-    prompt: str | Sequence[str], seed: Seeds, generator: Generators
-) -> tuple[list[str], list[int] | list[torch.Generator]]:
-    """One prompt, and one seed or generator, per video."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    sources = _sources(seed, generator)
-    if not prompts or not sources:
-        raise InputError("there is no prompt to generate from, or no seed")
+def check_prompts(prompts: Sequence[object]) -> None:
+    """Raise InputError for a prompt that is empty, or no text."""
     for text in prompts:
         if not isinstance(text, str) or not text.strip():
             raise InputError(
@@ -694,6 +688,17 @@ def _pair(
             raise InputError(
                 f"the prompt {text!r} has bytes that are not UTF-8; save or type it as UTF-8"
             ) from error
+
+
+def _pair(
+    prompt: str | Sequence[str], seed: Seeds, generator: Generators
+) -> tuple[list[str], list[int] | list[torch.Generator]]:
+    """One prompt, and one seed or generator, per video."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    sources = _sources(seed, generator)
+    if not prompts or not sources:
+        raise InputError("there is no prompt to generate from, or no seed")
+    check_prompts(prompts)
     if len(prompts) == 1:
         prompts *= len(sources)
     if len(sources) == 1:

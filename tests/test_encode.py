@@ -266,6 +266,14 @@ def test_a_cache_of_other_options_or_other_files_is_left_alone(root: Path, tmp_p
     assert "neither empty nor a latent cache" in line
 
 
+def test_clips_that_no_model_of_them_could_make_are_not_encoded(root: Path, tmp_path: Path) -> None:
+    arguments = ("data", "encode", root / "videos", tmp_path / "out", "--model", root / "model")
+    for option, value in (("--height", "33"), ("--width", "3"), ("--frames", "8")):
+        line = error_line(invoke(*arguments, option, value))
+        assert f"; set {option} " in line and f"got {value}" in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("option", ["--batch-size", "--clips-per-item"])
 def test_batches_of_nothing_write_nothing(root: Path, tmp_path: Path, option: str) -> None:
     arguments = ("data", "encode", root / "videos", tmp_path / "out", "--model", root / "model")

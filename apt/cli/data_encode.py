@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,7 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
 
     from apt.checkpoints.info import ModelInfo
     from apt.checkpoints.load import describe, load_codec, load_prompt_check, load_text_encoder
+    from apt.data.buckets import check_size
     from apt.data.builtin_sources import Folder, Shards
     from apt.data.captions import CaptionRule
     from apt.data.source import ClipRequest
@@ -110,12 +112,20 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
     codec = load_codec(options.model).to(parallel.device)
     sample = info.sample
     frames, height, width = sample.sized(options.frames, options.height, options.width)
+    if not (frames and height and width):
+        raise InputError(
+            f"{options.model} does not say which clips it was made for; give --frames, --height, "
+            "--width and --fps"
+        )
+    multiple = options.size_multiple or 2 * codec.spatial_compression
+    step = math.lcm(4, codec.temporal_compression)
+    check_size(frames, height, width, multiple=multiple, frame_step=step)
     clip = ClipRequest(
         frames=frames,
         height=height,
         width=width,
         fps=sample.fps if options.fps is None else options.fps,
-        size_multiple=options.size_multiple or 2 * codec.spatial_compression,
+        size_multiple=multiple,
         native_ratio=options.native_ratio,
         images=options.images,
         seed=options.seed,

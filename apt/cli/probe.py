@@ -48,6 +48,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
     given = list(options.prompt)
     if options.prompt_file is not None:
         given += read_prompts(options.prompt_file)
+    if options.num_shown < 1:
+        raise InputError(f"--num-shown must be at least 1, got {options.num_shown}")
     check_folder(options.out)
 
     from apt.inside import probe_layers

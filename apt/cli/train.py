@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -135,14 +136,27 @@ def parse_recipe(
                     config=(tyro.conf.AvoidSubcommands,),
                 )
         except UnknownOption as error:
-            if len(stages) > 1:
-                raise UnknownOption(f"{error}; {_of_a_row(stages, stage)}") from error
-            raise
+            said = _in_its_place(begun.rest)
+            if not said and len(stages) > 1:
+                said = _of_a_row(stages, stage)
+            raise UnknownOption("; ".join(filter(None, [str(error), said]))) from error
         parsed.append(one)
     configs = [_with_options(one.config, stage) for one, stage in zip(parsed, stages, strict=True)]
     if len(configs) > 1 and len({config.run_dir for config in configs}) == 1:
         configs = move_runs(configs, before=stages)
     return parsed[0], configs
+
+
+def _in_its_place(args: Sequence[str]) -> str:
+    """What to know of options that name stages by themselves, behind a recipe's name."""
+    if any(arg.partition("=")[0] == "--config" for arg in args):
+        return "--config FILE stands in place of the recipe's name"
+    if any(a == "--resume" and not b.startswith("-") for a, b in itertools.pairwise(args)):
+        return (
+            "--resume RUN stands in place of the recipe's name; behind it, --run-dir RUN names the "
+            "folder"
+        )
+    return ""
 
 
 def _of_a_row(stages: Sequence[TrainConfig], stage: TrainConfig) -> str:

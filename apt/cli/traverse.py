@@ -53,6 +53,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     from apt.generate_options import GenerateOptions
     from apt.inside import traverse
     from apt.inside.report import write_traversals
+    from apt.media.files import check_settings
     from apt.pipeline import OneStepPipeline
 
     how = GenerateOptions(num_steps=options.num_steps, batch_size=options.batch_size)
@@ -65,6 +66,11 @@ def main(args: Sequence[str], *, prog: str) -> None:
     if len(sizes) > 1:
         found = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
         raise InputError(f"the models make {found}; compare models of one size")
+    # Nothing of this may come up only after the walk.
+    height, width = next(iter(sizes))
+    side_by_side = (1, height, width * len(pipelines))
+    film = options.out / "traverse.mp4"
+    check_settings(film, side_by_side, fps=options.fps, scale=options.scale)
     ways = {
         name: traverse(
             pipeline,

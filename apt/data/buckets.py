@@ -38,6 +38,34 @@ class Bucket(NamedTuple):
         return f"{self.frames}x{self.height}x{self.width}"
 
 
+def check_size(
+    frames: int, height: int, width: int, *, multiple: int, frame_step: int, prefix: str = ""
+) -> None:
+    """Raise ConfigError for a clip that would be cut to another size than is asked for, and that
+    no model of these latents could make.
+
+    Args:
+        frames, height, width: of the clip.
+        multiple: of heights and widths, as for `make_buckets`.
+        frame_step: a clip has a multiple of this many frames after its first.
+        prefix: of the options' names, such as "data.".
+    """
+    for name, asked in (("height", height), ("width", width)):
+        below = asked // multiple * multiple
+        if asked != below:
+            near = " or ".join(str(size) for size in (below, below + multiple) if size > 0)
+            raise ConfigError(
+                f"{prefix}{name} must be a multiple of {multiple}, one latent of the codec times "
+                f"the patch of the model, got {asked}; set --{prefix}{name} {near}"
+            )
+    if (frames - 1) % frame_step:
+        below = (frames - 1) // frame_step * frame_step + 1
+        raise ConfigError(
+            f"{prefix}frames must be {frame_step}k + 1, got {frames}; set --{prefix}frames {below} "
+            f"or {below + frame_step}"
+        )
+
+
 def make_buckets(
     max_pixels: int,
     multiple: int,

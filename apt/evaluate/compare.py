@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +208,7 @@ def compare(
         progress: told how many pairs of how many are done.
 
     Raises:
-        InputError: unknown measures, or pairs that do not fit together.
+        InputError: unknown measures, a limit that is not finite, or pairs that do not fit together.
         DataError: files or manifests that cannot be read.
         MissingPackageError: a measure of the extra `eval` that is not installed.
     """
@@ -216,6 +217,8 @@ def compare(
     unknown = [name for name in names if name not in FIDELITIES]
     if unknown or not names:
         raise InputError(f"unknown measures {unknown}; choose from {', '.join(FIDELITIES)}")
+    if odd := [name for name, limit in limits.items() if not math.isfinite(limit)]:
+        raise InputError(f"limits must be finite numbers, got {limits[odd[0]]} for {odd[0]}")
     pairs = pair_files(reference, test)
     figures: dict[str, list[float]] = {name: [] for name in names}
     for done, (pair, (right, looked_at)) in enumerate(pairs.items(), 1):

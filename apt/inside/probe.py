@@ -20,7 +20,7 @@ from apt.errors import InputError
 from apt.flow import bind, one_step_sample
 from apt.inside.latents import decode, encode_each, to_latents, to_tokens
 from apt.models.transformer import DiffusionTransformer, Tokens
-from apt.pipeline import OneStepPipeline
+from apt.pipeline import OneStepPipeline, check_prompts
 
 _RIDGE = 1e-6
 """Ridge, as a share of the tokens' mean square: directions that no token takes get no weight."""
@@ -83,7 +83,7 @@ def probe_layers(
         seed: seed of the noise.
 
     Raises:
-        InputError: for no prompt, too few samples, or a seed out of range.
+        InputError: for no prompt, one without text, too few samples, or a seed out of range.
     """
     backbone = pipeline.bundle.backbone
     if not prompts or min(num_samples, num_held_out, batch_size) < 1:
@@ -91,6 +91,7 @@ def probe_layers(
             "probing needs at least one prompt, one sample to fit on, one held-out sample, and a "
             "batch size of at least 1"
         )
+    check_prompts(prompts)
     if not 0 <= seed < _HELD_OUT_SEED:
         raise InputError(f"seed must be in 0..{_HELD_OUT_SEED - 1}, got {seed}")
     shape = pipeline.latent_shape()

@@ -17,7 +17,7 @@ from torch import Tensor
 from apt.errors import InputError
 from apt.generate_options import GenerateOptions
 from apt.inside.latents import decode, encode, sample_from
-from apt.pipeline import OneStepPipeline
+from apt.pipeline import OneStepPipeline, check_prompts
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,15 @@ def traverse(
             the model's own is used.
 
     Raises:
-        InputError: for fewer than two seeds, a seed twice in a row, no steps, or bad options.
+        InputError: for fewer than two seeds, a seed twice in a row, no steps, a prompt without text,
+            or bad options.
     """
     way = [*seeds, seeds[0]] if closed and seeds else list(seeds)
     if len(way) < 2 or any(a == b for a, b in itertools.pairwise(way)):
         raise InputError(
             f"a path needs at least two seeds, and neighbouring seeds must differ; got {way}"
         )
+    check_prompts([prompt])
     if num_between < 1:
         raise InputError(f"num_between must be at least 1, got {num_between}")
     if (options.frames, options.height, options.width) != (None, None, None):

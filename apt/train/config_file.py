@@ -51,6 +51,11 @@ def read_configs(file: Path) -> list[TrainConfig]:
             type or out of range, a stage of a method that is not known, or a run that was given
             objects in Python, which no file holds.
     """
+    if file.is_dir():
+        raise ConfigError(
+            f"{str(file)!r} is a folder; expected what `train RECIPE --print-config` prints, or "
+            "the config.json of a run (`train --resume RUN` goes on with the run in a folder)"
+        )
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -68,7 +73,9 @@ def read_configs(file: Path) -> list[TrainConfig]:
             f"{str(file)!r} is of a run that was given objects in Python, which have no name here "
             f"({', '.join(sorted(given))}); go on there: apt.train.run(config, ..., resume=True)"
         )
-    return [_read(TrainConfig, one, str(file)) for one in configs]
+    places = [f"{file}, stage {number}" for number in range(1, len(configs) + 1)]
+    places = places if several else [str(file)]
+    return [_read(TrainConfig, one, place) for one, place in zip(configs, places, strict=True)]
 
 
 def _read(kind: type[T], document: Any, where: str) -> T:

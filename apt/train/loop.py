@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -159,7 +160,10 @@ class Run:
                 self._settle()
             if self.done < config.num_updates:
                 signal = self.stop.signal_name or "a signal to another rank"
-                self.log.message(f"{signal}: saved after {self._where()}; continue with --resume")
+                self.log.message(
+                    f"{signal}: saved after {self._where()}; continue with --resume "
+                    f"(`diffusion-apt train --resume {shlex.quote(str(self.run_dir))}`)"
+                )
                 self.parallel.on_main(lambda: self._write_state("unfinished", signal))
                 return
             self.export(self.run_dir / EXPORT, updates=self.done)

@@ -11,6 +11,7 @@ from typing import Any
 from apt.checkpoints.info import CodecInfo, ModelInfo, SampleInfo
 from apt.checkpoints.load import describe, load_prompt_check
 from apt.condition import PromptCheck
+from apt.data.buckets import check_size
 from apt.data.builtin_sources import DIGITS, OBJECT, Files
 from apt.data.latents import read_cache_info
 from apt.data.statistics import (
@@ -22,7 +23,7 @@ from apt.data.statistics import (
     read_statistics,
 )
 from apt.device import computes_in_bf16
-from apt.errors import ConfigError, DataError, InputError
+from apt.errors import DataError, InputError
 from apt.methods.base import MethodConfig
 from apt.models.architectures import MODELS, TEXT_ENCODERS
 from apt.models.create import describe_codec
@@ -207,26 +208,16 @@ class _Resolving:
         return data
 
     def check_size(self, data: DataConfig) -> None:
-        """Raise ConfigError for clips of files that would be cut to another size than is asked for,
-        and that the model could not make."""
-        source = data.make_source()
-        if not isinstance(source, Files):
-            return
-        multiple = data.size_multiple or 1
-        for name in ("height", "width"):
-            asked = getattr(data, name)
-            if asked is not None and asked % multiple:
-                below = asked // multiple * multiple
-                near = [str(size) for size in (below, below + multiple) if size]
-                raise ConfigError(
-                    f"data.{name} must be a multiple of {multiple}, one latent of the codec times "
-                    f"the patch of the model, got {asked}; set --data.{name} {' or '.join(near)}"
-                )
-        if data.frames is not None and (data.frames - 1) % self.frame_step:
-            below = (data.frames - 1) // self.frame_step * self.frame_step + 1
-            raise ConfigError(
-                f"data.frames must be {self.frame_step}k + 1, got {data.frames}; set --data.frames "
-                f"{below} or {below + self.frame_step}"
+        """Raise ConfigError for clips of files that the model could not make."""
+        if isinstance(data.make_source(), Files):
+            clip, multiple = data.clip, data.size_multiple or 1
+            check_size(
+                clip.frames,
+                clip.height,
+                clip.width,
+                multiple=multiple,
+                frame_step=self.frame_step,
+                prefix="data.",
             )
 
     @property

@@ -41,6 +41,8 @@ def test_a_model_that_was_previewed_with_nothing_needs_a_prompt(
     result = invoke("probe", "--model", models / "apt", "--out", tmp_path / "probe")
     assert result.returncode == 2
     assert "pass --prompt" in result.stderr and result.stderr.count("\n") == 1
+    none = invoke("probe", "--model", models / "apt", "--num-shown", "0", "--prompt", "a")
+    assert "--num-shown must be at least 1, got 0" in none.stderr
     assert not (tmp_path / "probe").exists()
 
 
@@ -67,6 +69,8 @@ def test_traverse_shows_models_side_by_side(models: Path, tmp_path: Path) -> Non
         (("--model", "digits", "digits"), "each once"),
         (("--out", __file__), "is a file"),
         (("--seeds", "1"), "two seeds"),
+        (("--fps", "0"), "fps must be above 0"),
+        (("--prompt", ""), "a prompt must be text that is not empty"),
     ],
 )
 def test_bad_ways_are_one_line(args: tuple[str, ...], said: str, tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ def test_what_does_not_fit(folders: dict[str, Path], tmp_path: Path) -> None:
         compare(folders["a"], tmp_path)
     with pytest.raises(InputError, match=r"unknown measures \['lpips'\]; choose from psnr"):
         compare(folders["a"], folders["same"], measures=["lpips"])
+    with pytest.raises(InputError, match="must be finite numbers, got nan for psnr"):
+        compare(folders["a"], folders["same"], limits={"psnr": float("nan")})
     with pytest.raises(InputError, match="cannot be compared"):
         compare(folders["a"] / "0.png", folders["video"] / "0.mp4")
 

@@ -83,6 +83,14 @@ def test_no_configuration(tmp_path: Path) -> None:
             read_configs(tmp_path / "c.json")
 
 
+def test_what_is_wrong_with_one_of_several_is_told_with_its_number(tmp_path: Path) -> None:
+    several = [plain(config) for config in stages_of(RECIPES.get("own")())]
+    several[2]["data"] = {**several[2]["data"], "pth": "x"}
+    (tmp_path / "c.json").write_text(json.dumps(several))
+    with pytest.raises(InputError, match=r"c.json, stage 3: data takes no option 'pth'"):
+        read_configs(tmp_path / "c.json")
+
+
 def test_a_stage_without_its_method_is_known_by_its_fields(tmp_path: Path) -> None:
     document = plain(digits_apt())
     del document["stage"]["method"]  # a run of an earlier version
