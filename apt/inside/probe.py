@@ -83,7 +83,7 @@ def probe_layers(
         seed: seed of the noise.
 
     Raises:
-        InputError: for no prompt, one without text, too few samples, or a seed out of range.
+        InputError: for no prompt, an empty one, too few samples, or a seed out of range.
     """
     backbone = pipeline.bundle.backbone
     if not prompts or min(num_samples, num_held_out, batch_size) < 1:

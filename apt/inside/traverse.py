@@ -95,8 +95,8 @@ def traverse(
             the model's own is used.
 
     Raises:
-        InputError: for fewer than two seeds, a seed twice in a row, no steps, a prompt without text,
-            or bad options.
+        InputError: for fewer than two seeds, a seed twice in a row, no steps, an empty prompt, or
+            bad options.
     """
     way = [*seeds, seeds[0]] if closed and seeds else list(seeds)
     if len(way) < 2 or any(a == b for a, b in itertools.pairwise(way)):
