@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -230,17 +230,24 @@ def build(model: str, device: torch.device, dtype: torch.dtype) -> DiffusionTran
     Creating 8 B parameters in fp32 first would need twice the memory. Tensors that the model keeps
     in fp32 when it is cast are fp32 here, too.
     """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            backbone = create_model(model)
-    finally:
-        torch.set_default_dtype(before)
+    with created_in(device, dtype):
+        backbone = create_model(model)
     kept = {name: tensor.dtype for name, tensor in _tensors(cast_on_meta(model, dtype))}
     for name, tensor in _tensors(backbone):
         tensor.data = tensor.data.to(kept[name])
     return backbone
+
+
+@contextmanager
+def created_in(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Create weights in the block on this device and in this dtype, never in fp32 on the host."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def cast_on_meta(model: str, dtype: torch.dtype) -> nn.Module:
