@@ -23,8 +23,8 @@ TARGETS = FOLDER / "targets.toml"
 
 CPU_NOTE = (
     "The CPU form: a test of the harness on torch's reference ops. It says nothing about the "
-    "kernels, which need a GPU. Small inputs stay in the processor's caches, so shares of the copy "
-    "rate can exceed 100 %."
+    "kernels, which need a GPU. Small inputs stay in the processor's caches, so that shares of the "
+    "copy rate above 100 % are possible."
 )
 
 

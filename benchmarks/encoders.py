@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt.bench.dit import created_in
 from apt.bench.records import Measurement
 from apt.bench.timing import Clock, Work, median, time_interleaved
 from apt.checkpoints.external import import_hub_extra
@@ -51,7 +52,8 @@ def measure_vae(
 
     def build() -> tuple[nn.Module, Callable[[], Tensor]]:
         diffusers = import_hub_extra("diffusers")
-        vae = on(device, dtype, lambda: diffusers.AutoencoderKLWan(**config))
+        with created_in(device, dtype):
+            vae = diffusers.AutoencoderKLWan(**config).eval().requires_grad_(False)
         grid = ((frames - 1) // 4 + 1, height // 8, width // 8)
         latents = torch.randn(1, vae.config.z_dim, *grid, device=device).to(dtype)
         return vae, lambda: vae.decode(latents, return_dict=False)[0]
@@ -72,11 +74,9 @@ def measure_text(
 
     def build() -> tuple[nn.Module, Callable[[], Tensor]]:
         transformers = import_hub_extra("transformers")
-        encoder = on(
-            device,
-            dtype,
-            lambda: transformers.UMT5EncoderModel(transformers.UMT5Config(**config)),
-        )
+        with created_in(device, dtype):
+            encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
+        encoder.eval().requires_grad_(False)
         ids = torch.randint(2, config["vocab_size"], (1, tokens), device=device)
         return encoder, lambda: encoder(input_ids=ids).last_hidden_state
 
@@ -111,17 +111,6 @@ def measure(
     if len(shape) == 5:
         metrics["frames_per_s"] = shape[2] / median(samples) * 1e3
     return Measurement(case=case, samples_ms=samples, metrics=metrics)
-
-
-def on(device: torch.device, dtype: torch.dtype, make: Callable[[], nn.Module]) -> Any:
-    """A network made on a device and in a type: its weights never are in fp32 on the host."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return make().eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
 
 
 def case_of(part: str, size: str, dtype: torch.dtype) -> dict[str, str | int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -238,17 +238,24 @@ def build(workload: Workload, device: torch.device) -> DiffusionTransformer:
     Creating 8 B parameters in fp32 first would need twice the memory. Tensors that the model keeps
     in fp32 when it is cast are fp32 here, too.
     """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[workload.dtype])
-    try:
-        with device:
-            backbone = create_model(workload.model, **workload.options)
-    finally:
-        torch.set_default_dtype(before)
+    with created_in(device, DTYPES[workload.dtype]):
+        backbone = create_model(workload.model, **workload.options)
     kept = {name: tensor.dtype for name, tensor in _tensors(cast_on_meta(workload))}
     for name, tensor in _tensors(backbone):
         tensor.data = tensor.data.to(kept[name])
     return backbone
+
+
+@contextmanager
+def created_in(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Create weights in the block on this device and in this dtype, never in fp32 on the host."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def cast_on_meta(workload: Workload) -> nn.Module:

@@ -121,20 +121,26 @@ def describe_run(command: str | None = None) -> Provenance:
     """Return the current time, this command line, and the commit of this checkout."""
     from apt.version import __version__
 
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # None unless run by `python -m`
     return Provenance(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        command=command or command_line(sys.argv),
+        command=command or command_line(sys.argv, getattr(spec, "name", None)),
         commit=find_commit(_PACKAGE),
         apt=__version__,
     )
 
 
-def command_line(argv: list[str]) -> str:
-    """Return a command as a reader can type it, without folders of this machine."""
+def command_line(argv: list[str], module: str | None = None) -> str:
+    """Return a command as a reader can type it, without folders of this machine.
+
+    Args:
+        argv: `sys.argv`.
+        module: the module that `python -m` runs; None for a script.
+    """
     first, *rest = argv
-    if first.endswith("__main__.py"):
-        first = f"python -m {Path(first).parent.name}"
-    return " ".join([Path(first).name if "/" in first else first, *map(_without_folder, rest)])
+    if module is not None:
+        first = f"python -m {module.removesuffix('.__main__')}"
+    return " ".join([first.rpartition("/")[2], *map(_without_folder, rest)])
 
 
 def find_commit(folder: Path) -> str:
@@ -157,7 +163,8 @@ def cpu_name() -> str:
 
 
 def _without_folder(word: str) -> str:
-    return Path(word).name if word.startswith("/") else word
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if value.startswith("/") else word
 
 
 def _host_memory() -> int:

@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from apt.errors import DataError
 from apt.files import replacing
 from apt.media import write_mp4, write_png
+from apt.media.parts import VIDEO_TYPES
 
-VIDEO_TYPES = {".mp4": "video/mp4", ".webm": "video/webm"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 STILL = ".png"
 MEDIA_TYPES = {**VIDEO_TYPES, STILL: "image/png"}

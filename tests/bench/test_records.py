@@ -191,7 +191,11 @@ def test_this_machine():
 def test_commands_are_recorded_without_folders():
     argv = ["/opt/venv/bin/pytest", "benchmarks", "--out", "/data/results"]
     assert command_line(argv) == "pytest benchmarks --out results"
-    assert command_line(["/opt/apt/__main__.py", "bench"]) == "python -m apt bench"
+    argv = ["/opt/apt/__main__.py", "bench", "--json=/data/x.json", "--note=a/b"]
+    expected = "python -m apt bench --json=x.json --note=a/b"
+    assert command_line(argv, "apt.__main__") == expected
+    argv = ["/opt/benchmarks/gpu.py", "--call", "first"]
+    assert command_line(argv, "benchmarks.gpu") == "python -m benchmarks.gpu --call first"
 
 
 def test_a_folder_outside_git_has_no_commit(tmp_path):
