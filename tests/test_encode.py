@@ -146,7 +146,7 @@ def test_texts_are_those_of_the_encoder_in_any_batch(root: Path, cache: Path) ->
     bundle = load_bundle(root / "model")
     folder = LatentFolder(cache)
     assert set(folder.texts) == {*CAPTIONS, "a still", "", "blurry"}
-    cached = cached_text_encoder(folder, bundle.info.text_encoder)
+    cached = cached_text_encoder(cache, bundle.info.text_encoder)
     for prompts in (CAPTIONS, ["blurry"], ["", "a still", ""]):
         ours, theirs = cached(prompts), bundle.text_encoder(prompts)
         torch.testing.assert_close(ours.tokens, theirs.tokens)
@@ -155,7 +155,7 @@ def test_texts_are_those_of_the_encoder_in_any_batch(root: Path, cache: Path) ->
 
 
 def test_a_prompt_that_was_not_stored_is_named(root: Path, cache: Path) -> None:
-    cached = cached_text_encoder(LatentFolder(cache), read_info(root / "model").text_encoder)
+    cached = cached_text_encoder(cache, read_info(root / "model").text_encoder)
     with pytest.raises(InputError, match=r"'something else'.*--prompts"):
         cached(["blurry", "something else"])
 
@@ -322,17 +322,17 @@ def test_captions_that_are_too_long_are_left_out_or_cut(root: Path, tmp_path: Pa
 
 
 def test_a_cache_that_does_not_fit_the_model_is_refused(root: Path, cache: Path) -> None:
-    info, folder = read_info(root / "model"), LatentFolder(cache)
+    info = read_info(root / "model")
     other = dataclasses.replace(
         info.codec, config={**info.codec.config, "latents_mean": (1.0,) * 16}
     )
     with pytest.raises(ConfigError, match=r"another codec.*latents_mean.*data encode"):
-        cached_codec(folder, other)
+        cached_codec(cache, other)
     text = dataclasses.replace(info.text_encoder, architecture="t5")
     with pytest.raises(ConfigError, match=r"text encoder 'umt5'.*'t5'"):
-        cached_text_encoder(folder, text)
+        cached_text_encoder(cache, text)
     half = dataclasses.replace(info.codec, config={**info.codec.config, "dtype": "bfloat16"})
-    assert cached_codec(folder, half).channels == 16  # computed in another type: the same codec
+    assert cached_codec(cache, half).channels == 16  # computed in another type: the same codec
 
 
 def test_a_model_with_an_encoder_of_its_own_needs_no_stored_texts(tmp_path: Path) -> None:
@@ -347,9 +347,7 @@ def test_a_model_with_an_encoder_of_its_own_needs_no_stored_texts(tmp_path: Path
     run(distill(tmp_path, "run", DataConfig(source="latents", path=str(tmp_path / "cache"))))
     assert len(read_log(tmp_path / "run")) == 3
     with pytest.raises(ConfigError, match="no text embeddings"):
-        cached_text_encoder(
-            LatentFolder(tmp_path / "cache"), read_info(tmp_path / "model").text_encoder
-        )
+        cached_text_encoder(tmp_path / "cache", read_info(tmp_path / "model").text_encoder)
 
 
 def test_stand_ins_refuse_what_they_cannot_do() -> None:

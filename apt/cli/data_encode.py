@@ -133,7 +133,8 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
         captions=rule,
     )
     kind = Shards if options.source == "webdataset" else Folder
-    videos = kind(path=str(options.directory)).open(clip)
+    source = kind(path=str(options.directory))
+    videos = parallel.from_main(lambda: source.open(clip))
     text = model.text_encoder if model and model.text_encoder.weights is None else None
     plan, prompts = plan_cache(
         videos,
@@ -150,8 +151,7 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
     # Rank 0 first: it would take what others have written already for another folder's files.
     parallel.on_main(lambda: open_cache(options.out, plan))
     if text is not None:
-        shards = list(plan_texts(options.out, prompts).items())
-        parallel.barrier()  # all have looked at what is there before one adds to it
+        shards = parallel.from_main(lambda: list(plan_texts(options.out, prompts).items()))
         mine = dict(shards[parallel.rank :: parallel.world_size])
         if mine:
             encoder = load_text_encoder(options.model).to(parallel.device)

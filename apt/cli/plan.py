@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -95,10 +96,13 @@ def compare(job: Job, gpus: int) -> str:
     """A table of planned and real peaks; empty on ranks other than 0."""
     from apt.distributed.parallel import Parallel
     from apt.plan.compare import compared, planned_peaks
+    from apt.train.resolve import rounded
 
-    config = job.config
+    layout = job.config.parallel.layout(gpus)
+    config, _ = rounded(job.config, layout.data)
+    job = dataclasses.replace(job, config=config)
     # Before the ranks find each other: they are imagined in a process that is alone.
-    planned = planned_peaks(job, config.parallel.layout(gpus))
+    planned = planned_peaks(job, layout)
     with Parallel.from_environment(config.device, config=config.parallel) as parallel:
         if parallel.world_size != gpus:
             raise InputError(

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -286,8 +287,6 @@ def train_stages(
 ) -> bool:
     """Train stages in a row; a stop request ends the row. Whether all are finished."""
     first = configs[0]
-    for config in configs[1:]:
-        check_captions(config)
     timeout = timedelta(minutes=first.timeout_minutes)
     joined = Parallel.from_environment(
         first.device,
@@ -296,8 +295,11 @@ def train_stages(
         records=Path(first.run_dir) / COLLECTIVES,
     )
     with joined as parallel, StopRequest() as stop:
-        for config in configs:
-            laid_out(config, parallel)  # a later stage's fault is told before the first one trains
+        for number, config in enumerate(configs):
+            # A later stage's fault is told before the first one trains.
+            laid_out(config, parallel)
+            if number:
+                parallel.from_main(partial(check_captions, config))
         for number, config in enumerate(configs):
             begun = (Path(config.run_dir) / CONFIG_NAME).is_file()
             run_dir = run(

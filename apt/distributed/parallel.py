@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from apt.distributed.collectives import group, own_group
 from apt.distributed.device import pick_device
 from apt.distributed.launch import launch_rank, launch_world_size
 from apt.distributed.meeting import join
@@ -21,7 +23,21 @@ from apt.distributed.sharding import shard
 from apt.distributed.spokesman import claim
 from apt.errors import PeerError
 
-__all__ = ["Parallel"]
+__all__ = ["FromMain", "Parallel", "made_here"]
+
+T = TypeVar("T")
+
+FromMain = Callable[[Callable[[], Any]], Any]
+"""`Parallel.from_main`, or `made_here` for work that knows of no ranks."""
+
+
+def made_here(make: Callable[[], T]) -> T:
+    """What `make` gives."""
+    return make()
+
+
+# Rank 0 may have to read a header of each of a million files.
+_PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -194,6 +210,30 @@ class Parallel:
             except Exception as error:
                 problem = error
         self.agree(problem)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` gives on rank 0, sent to all, which have equal copies of it.
+
+        For what all would otherwise read alike from storage that they share. Others wait for up to
+        two hours. Every rank must call it; if it fails there, all raise, as in `agree`.
+        """
+        if self.world_size == 1:
+            return make()
+        problem: Exception | None = None
+        told: list[Any] = [None, None]
+        with own_group(_PATIENCE) as apart:
+            if self.is_main:
+                try:
+                    told[0] = make()
+                except Exception as error:
+                    problem, told[1] = error, str(error)
+            apart(lambda: dist.broadcast_object_list(told, src=0, group=group()))
+        if problem is not None:
+            raise problem
+        if told[1] is not None:
+            raise PeerError(told[1])
+        made: T = told[0]
+        return made
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -65,7 +65,7 @@ class _Kept(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if _is_attention(func):
+        if is_attention(func):
             self.outputs.append(tree_map(_detached, result))
         return result
 
@@ -83,7 +83,7 @@ class _Given(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _is_attention(func):
+        if not is_attention(func):
             return func(*args, **(kwargs or {}))
         self.given += 1
         return tree_map(_detached, self.outputs[self.given - 1])
@@ -93,7 +93,8 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _is_attention(op: Any) -> bool:
+def is_attention(op: Any) -> bool:
+    """Whether an op is attention, of torch or of a package that `apt.kernels.attention` knows."""
     if not isinstance(op, torch._ops.OpOverload):
         return False
     name = op.name().partition("::")[2]

@@ -19,7 +19,7 @@ from apt.train.config import TrainConfig
 __all__ = ["Estimate", "Job", "estimate"]
 
 # Depths of the networks that stand for a deep one. D's heads are at three depths in each.
-_DEPTHS = (4, 6)
+_DEPTHS = (6, 8)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Job:
 def estimate(job: Job, layout: Layout, *, gpu: bool = True, whole: bool = False) -> Usage:
     """What an update takes on one rank.
 
-    Networks of many blocks that are all alike are run with 4 and with 6 of them, and what a block
+    Networks of many blocks that are all alike are run with 6 and with 8 of them, and what a block
     adds is multiplied.
 
     Args:
@@ -133,6 +133,11 @@ class Estimate:
     def room(self) -> float:
         """The share of a GPU's memory that is left; below 0 if it does not fit."""
         return 1 - self.needed / self.gpu.memory
+
+    @property
+    def room_with_attention(self) -> float:
+        """The most that can be left, as `room`, if what attention gives was kept."""
+        return 1 - (self.usage.with_attention + self.gpu.reserved) / self.gpu.memory
 
     @property
     def fits(self) -> bool:

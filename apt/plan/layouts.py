@@ -12,6 +12,7 @@ from apt.errors import ConfigError
 from apt.models.checkpointing import Checkpointing
 from apt.plan.estimate import Estimate, Job
 from apt.plan.gpus import PlannedGpu
+from apt.plan.measure import STATES
 from apt.train.config import TrainConfig
 
 __all__ = ["Choice", "choose", "ways"]
@@ -25,12 +26,15 @@ class Choice:
         taken: the layout that fits with the largest throughput of those tried; else the one that
             needs least.
         tried: all that were measured, in their order.
+        skipped: configurations that cannot fit by what was measured, and the bytes of a GPU that
+            each takes at least.
         refused: layouts that the trainer refuses, and why.
     """
 
     taken: Estimate
     tried: tuple[Estimate, ...]
     refused: tuple[tuple[ParallelConfig, str], ...]
+    skipped: tuple[tuple[TrainConfig, float], ...] = ()
 
 
 def choose(
@@ -41,7 +45,8 @@ def choose(
     A layout that the configuration names (`parallel`) is tried alone. Ways to hold less that leave
     results as they are come next in each: D's groups in two forwards, and, where no more ranks can
     share a sample, inputs of blocks in host memory, as nothing hides those copies; a way to compute
-    less, keeping what attention gave, once there is room.
+    less, keeping what attention gave, once there is room. What cannot fit by what others take is
+    not measured, unless it is the last resort.
 
     Args:
         job: what is to be trained.
@@ -54,21 +59,29 @@ def choose(
     """
     tried: list[Estimate] = []
     refused: list[tuple[ParallelConfig, str]] = []
-    for parallel, last in _layouts(job.config, ranks, gpu):
+    skipped: list[tuple[TrainConfig, float]] = []
+    layouts = list(_layouts(job.config, ranks, gpu))
+    for number, (parallel, last) in enumerate(layouts, start=1):
         config = dataclasses.replace(job.config, parallel=parallel)
         try:
             if ranks > 1:
                 config.stage.check_sharded()
-            for way in ways(config, last=last):
+            possible = list(ways(config, last=last))
+            for way in possible:
+                least = max((_least(found, way, ranks) for found in tried), default=0.0)
+                last_resort = number == len(layouts) and way is possible[-1]
+                if least > gpu.memory and not last_resort:
+                    skipped.append((way, least))
+                    continue
                 tried.append(assess(way))
                 if tried[-1].fits:
                     break
         except ConfigError as error:
             refused.append((parallel, str(error)))
             continue
-        if tried[-1].fits:
+        if tried and tried[-1].fits:
             faster = _with_attention_kept(tried[-1].config)
-            if faster is not None and tried[-1].room > 0:
+            if faster is not None and tried[-1].room_with_attention > 0:
                 tried.append(assess(faster))
             break
     if not tried:
@@ -78,7 +91,7 @@ def choose(
         taken = max(fitting, key=lambda found: found.samples_per_second)
     else:
         taken = min(tried, key=lambda found: found.needed)
-    return Choice(taken, tuple(tried), tuple(refused))
+    return Choice(taken, tuple(tried), tuple(refused), tuple(skipped))
 
 
 def _layouts(
@@ -112,6 +125,36 @@ def ways(config: TrainConfig, *, last: bool) -> Iterator[TrainConfig]:
         yield dataclasses.replace(
             config, stage=stage, activation_checkpointing=True, checkpointing=checkpointing
         )
+
+
+def _least(found: Estimate, config: TrainConfig, ranks: int) -> float:
+    """Bytes of a GPU that another way takes at least; 0 if what was found tells nothing of it.
+
+    States are divided among the ranks of a copy, and all else among those that share a sample, as
+    if none of it was whole on each. A forward pass of D for some of its groups has half of them or
+    more, and what waits in host memory takes nothing.
+    """
+    mine, layout = found.layout, config.parallel.layout(ranks)
+    forwards = (_forwards(found.config), _forwards(config))
+    offloads = (found.config.checkpointing.offloads, config.checkpointing.offloads)
+    holds_more = mine.sequence > layout.sequence or mine.states > layout.states
+    if holds_more or forwards[0] > forwards[1] or offloads[0] > offloads[1]:
+        return 0.0
+    least = 0.0
+    for name, peak in found.usage.peaks.items():
+        states = sum(peak.parts[part] for part in STATES)
+        rest = (peak.total - states) * mine.sequence / layout.sequence
+        if name == "discriminator":
+            rest *= forwards[0] / forwards[1]
+        if offloads[1] > offloads[0]:
+            rest = 0.0
+        least = max(least, states * mine.states / layout.states + rest)
+    return least + found.gpu.reserved
+
+
+def _forwards(config: TrainConfig) -> int:
+    """Passes that D's groups take."""
+    return int(getattr(config.stage, "discriminator_forwards", 1))
 
 
 def _with_attention_kept(config: TrainConfig) -> TrainConfig | None:

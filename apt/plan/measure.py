@@ -41,6 +41,7 @@ __all__ = [
     "GRADIENTS",
     "HEADS",
     "OPTIMIZER",
+    "STATES",
     "WEIGHTS",
     "Peak",
     "PlannedBatches",
@@ -60,6 +61,9 @@ OPTIMIZER = "optimiser states"
 AVERAGES = "averages"
 HEADS = "heads and logits"
 BATCH = "batch"
+
+STATES = (WEIGHTS, FROZEN, GRADIENTS, OPTIMIZER, AVERAGES)
+"""What is sharded over the ranks that have a copy of the weights in common."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,14 @@ class Usage:
         fixed: work of an update, whatever its micro-batches are.
         each: work of a micro-batch.
         micro_batches: of a rank's share.
+        with_attention: bytes that would be held at least if what attention gives was kept.
     """
 
     stretches: Mapping[str, tuple[Peak, ...]]
     fixed: Work
     each: Work
     micro_batches: int
+    with_attention: float = 0.0
 
     @property
     def peaks(self) -> dict[str, Peak]:
@@ -141,6 +147,7 @@ class Usage:
             work(self.fixed, other.fixed),
             work(self.each, other.each),
             self.micro_batches,
+            self.with_attention + share * (other.with_attention - self.with_attention),
         )
 
 
@@ -192,6 +199,7 @@ def follow_update(stage: Stage, batches: PlannedBatches, tracker: Tracker) -> Us
     """
     found: dict[str, tuple[Peak, ...]] = {}
     whole, each = Work(), Work()
+    with_attention = [0.0]
     for name, part in stage.parts().items():
         stretches: list[Peak] = []
 
@@ -200,7 +208,7 @@ def follow_update(stage: Stage, batches: PlannedBatches, tracker: Tracker) -> Us
             tracker.begin_stretch()
 
         tracker.reset()
-        with _marks(stage, tracker, mark):
+        with _marks(stage, tracker, mark, with_attention.append):
             batches.before.clear()
             if not stage.shares_batch:
                 batches.forget()
@@ -213,7 +221,7 @@ def follow_update(stage: Stage, batches: PlannedBatches, tracker: Tracker) -> Us
         if len(batches.before) > 1:
             each = each.plus(batches.before[1].plus(batches.before[0], -1))
     fixed = whole.plus(each.scaled(len(batches)), -1)
-    return Usage(found, fixed, each, len(batches))
+    return Usage(found, fixed, each, len(batches), max(with_attention))
 
 
 @contextlib.contextmanager
@@ -243,14 +251,25 @@ def _peak(tracker: Tracker) -> Peak:
 
 
 @contextlib.contextmanager
-def _marks(stage: Stage, tracker: Tracker, mark: Callable[[], None]) -> Iterator[None]:
-    """A mark wherever a pass begins and ends, forward or backward, halfway through its blocks, and
-    before weights move: between two marks memory mostly rises or falls from block to block all the
-    way, so that the highest point is at the same end whatever the depth.
+def _marks(
+    stage: Stage,
+    tracker: Tracker,
+    mark: Callable[[], None],
+    kept: Callable[[float], None],
+) -> Iterator[None]:
+    """A mark wherever a pass begins and ends, forward or backward, around the two blocks at each
+    end of it, and before weights move.
+
+    From block to block memory rises or falls as steadily in a deep network as in a shallow one, so
+    it is highest at one end or the other of what lies between: which of the two, depth decides, and
+    a stretch of its own for each tells both. The second block has what the first has not, such as
+    the weights of the next one, gathered already.
+
+    At the end of each pass forward, `kept` hears what would be held with attention's outputs.
     """
     handles = []
     for trained in stage.trained.values():
-        handles += _marks_of_passes(trained.module, mark)
+        handles += _marks_of_passes(trained.module, tracker, mark, kept)
         optimizer = cast("Any", trained).optimizer
         handles.append(optimizer.register_step_pre_hook(lambda *_: mark()))
         for head in _heads(trained.module):
@@ -264,10 +283,14 @@ def _marks(stage: Stage, tracker: Tracker, mark: Callable[[], None]) -> Iterator
         tracker.scope = None
 
 
-def _marks_of_passes(module: nn.Module, mark: Callable[[], None]) -> list[RemovableHandle]:
-    """Hooks of a network and of its middle block that mark what passes there, and its gradient."""
+def _marks_of_passes(
+    module: nn.Module,
+    tracker: Tracker,
+    mark: Callable[[], None],
+    kept: Callable[[float], None],
+) -> list[RemovableHandle]:
+    """Hooks of a network, and of blocks at its ends, that mark what passes and its gradient."""
     blocks = cast("Any", module).backbone.block_list()
-    middle: nn.Module = blocks[(len(blocks) - 1) // 2]
     forward = False  # rather than again, in a backward pass
 
     def here(tensors: Any) -> None:
@@ -280,18 +303,27 @@ def _marks_of_passes(module: nn.Module, mark: Callable[[], None]) -> list[Remova
     def begins(_: nn.Module, inputs: Any) -> None:
         nonlocal forward
         forward = True
+        tracker.attended = 0
         here(inputs)
 
-    def is_halfway(_: nn.Module, __: Any, tokens: Any) -> None:
-        nonlocal forward
+    def passes(_: nn.Module, __: Any, tokens: Any) -> None:
         if forward:
-            forward = False
             here(tokens)
 
+    def ends(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal forward
+        forward = False
+        if torch.is_grad_enabled():
+            kept(float(tracker.held + tracker.attended))
+        here(output)
+
+    last = len(blocks) - 1
+    # As many for any depth: of a few blocks, one may be both.
+    at_ends = [blocks[min(max(at, 0), last)] for at in (0, 1, last - 2, last - 1, last)]
     return [
         module.register_forward_pre_hook(begins, prepend=True),
-        middle.register_forward_hook(is_halfway),
-        module.register_forward_hook(lambda _, __, output: here(output)),
+        *(block.register_forward_hook(passes) for block in at_ends),
+        module.register_forward_hook(ends),
     ]
 
 
@@ -331,7 +363,8 @@ def name_states(stage: Stage) -> Callable[[], dict[int, str]]:
 
     def names() -> dict[int, str]:
         found = dict(fixed)
-        _name(found, [p.grad for p in parameters], GRADIENTS)
+        with torch.no_grad():  # or a shard is looked at by an op
+            _name(found, [p.grad for p in parameters], GRADIENTS)
         return found
 
     return names

@@ -9,7 +9,7 @@ from typing import Any
 from apt.plan.estimate import Estimate, Job
 from apt.plan.gpus import GIB
 from apt.plan.layouts import Choice
-from apt.plan.measure import AVERAGES, BATCH, FROZEN, GRADIENTS, HEADS, OPTIMIZER, WEIGHTS
+from apt.plan.measure import BATCH, HEADS, STATES
 from apt.plan.tracking import CAST, GATHERED, OTHER
 from apt.train.config import TrainConfig
 
@@ -25,7 +25,7 @@ def report(job: Job, choice: Choice, ranks: int) -> str:
         _verdict(job, taken, ranks),
         _time(taken),
         _traffic(taken),
-        _tried(job.config, choice),
+        _tried(job.config, choice, ranks),
         _assumed(job, taken),
     ]
     return "\n\n".join(text for text in paragraphs if text)
@@ -63,8 +63,7 @@ def _memory(taken: Estimate) -> str:
     return table(header, rows)
 
 
-_STATES = (WEIGHTS, FROZEN, GRADIENTS, OPTIMIZER, AVERAGES)
-_ORDER = (*_STATES, GATHERED, CAST, BATCH, OTHER, HEADS)
+_ORDER = (*STATES, GATHERED, CAST, BATCH, OTHER, HEADS)
 
 
 def _order(part: str) -> int:
@@ -83,7 +82,7 @@ def _verdict(job: Job, taken: Estimate, ranks: int) -> str:
 def _advice(job: Job, taken: Estimate, ranks: int) -> list[str]:
     """What to change, by what takes most."""
     config, peak = taken.config, taken.usage.peak
-    kept = sum(peak.parts[part] for part in _STATES)
+    kept = sum(peak.parts[part] for part in STATES)
     found = []
     size = config.micro_batch_size or config.batch_size // taken.layout.data
     if size > 1:
@@ -142,25 +141,25 @@ def _traffic(taken: Estimate) -> str:
     return table(["sent by each GPU in an update", "calls", "GB", "time"], rows)
 
 
-def _tried(config: TrainConfig, choice: Choice) -> str:
-    if len(choice.tried) + len(choice.refused) < 2:
+def _tried(config: TrainConfig, choice: Choice, ranks: int) -> str:
+    if len(choice.tried) + len(choice.refused) + len(choice.skipped) < 2:
         return ""
     rows = []
     for found in choice.tried:
-        changes = describe_changes(config, found.config)
         mark = "taken" if found is choice.taken else ""
-        rows.append(
-            [
-                str(found.layout) + (f", {changes}" if changes else ""),
-                _gib(found.needed),
-                _words(found.seconds),
-                mark,
-            ]
-        )
+        row = [_gib(found.needed), _words(found.seconds), mark]
+        rows.append([_way(config, found.config, ranks), *row])
+    for other, least in choice.skipped:
+        rows.append([_way(config, other, ranks), f"> {_gib(least)}", "", "not measured"])
     text = table(["tried", "GiB", "an update", ""], rows)
     for parallel, reason in choice.refused:
         text += f"\nrefused: sequence {parallel.sequence}: {reason}"
     return text
+
+
+def _way(before: TrainConfig, after: TrainConfig, ranks: int) -> str:
+    changes = describe_changes(before, after)
+    return f"{after.parallel.layout(ranks)}{', ' if changes else ''}{changes}"
 
 
 def _assumed(job: Job, taken: Estimate) -> str:

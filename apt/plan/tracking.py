@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from apt.distributed.tensors import is_sharded
+from apt.models.checkpointing import is_attention
 
 __all__ = ["CAST", "GATHERED", "OTHER", "Collective", "Tracker", "Work"]
 
@@ -112,6 +113,7 @@ class Tracker(TorchDispatchMode):
         peak: the most since `reset`.
         parts: bytes by part at the peak.
         work: what was computed and sent since `reset`.
+        attended: bytes that attention has given since somebody set it to 0.
         scope: the part of what is made from now on; None lets ops tell.
     """
 
@@ -127,6 +129,7 @@ class Tracker(TorchDispatchMode):
         self._alive: dict[int, _Held] = {}
         self.scope: str | None = None
         self._elsewhere = False
+        self.attended = 0
         self.held = 0
         self.reset()
 
@@ -196,6 +199,9 @@ class Tracker(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self._note(value, part)
+        if is_attention(func):
+            given = [value for value in tree_iter(result) if isinstance(value, Tensor)]
+            self.attended += sum(value.numel() * value.element_size() for value in given)
         if func._overloadpacket is _aten.all:
             self._alive[result.untyped_storage()._cdata].is_all = True
         if func.namespace in ("aten", "apt"):

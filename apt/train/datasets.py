@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from apt.condition import PromptCheck
+from apt.data.builtin_sources import Folder, Latents, Shards
 from apt.data.captions import CaptionRule
 from apt.data.clips import check_clips
 from apt.data.dataset import TrainingData
@@ -12,8 +13,11 @@ from apt.data.digits import MovingDigits
 from apt.data.folder import VideoFolder
 from apt.data.latents import LatentFolder
 from apt.data.source import ClipRequest
+from apt.distributed.parallel import FromMain, made_here
 from apt.train.config import DataConfig
 
+# Of these a folder is read when they are opened, and what is found fits into a message.
+_READ_ONCE = (Folder, Latents, Shards)
 # These look at what they read themselves.
 _OURS = (MovingDigits, VideoFolder, LatentFolder)
 
@@ -25,6 +29,7 @@ def make_dataset(
     check: PromptCheck | None = None,
     captioned: bool = True,
     dataset: Any = None,
+    from_main: FromMain = made_here,
 ) -> TrainingData:
     """Build the data set of a run.
 
@@ -34,6 +39,7 @@ def make_dataset(
         check: the text encoder's; None if it has read all captions already.
         captioned: whether captions are read.
         dataset: in place of the source that `config` names; see `check_clips`.
+        from_main: `Parallel.from_main` of several ranks, of which one then reads a folder.
 
     Raises:
         ConfigError: a folder is asked for without a path, or the digits in another size.
@@ -41,7 +47,13 @@ def make_dataset(
             clips of the user's own that cannot be trained on.
     """
     request = _request(config, seed, check, captioned)
-    opened = config.make_source().open(request) if dataset is None else dataset
+    if dataset is not None:
+        return _looked_at(dataset, request)
+    source = config.make_source()
+    if type(source) in _READ_ONCE:
+        opened = from_main(lambda: source.open(request))
+    else:
+        opened = source.open(request)
     return _looked_at(opened, request)
 
 

@@ -59,7 +59,7 @@ class RunHost:
         return self.config.negative_prompt or ""
 
     def model(self) -> ModelBundle:
-        return initial_bundle(self.config, self.objects)
+        return initial_bundle(self.config, self.objects, self.parallel.from_main)
 
     def backbone(self, field: str) -> tuple[DiffusionTransformer, ModelInfo]:
         bundle = self.objects.bundles.get(field)

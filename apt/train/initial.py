@@ -19,7 +19,7 @@ from apt.checkpoints.load import (
     load_text_encoder,
 )
 from apt.condition import TextEncoder
-from apt.data.latents import LatentFolder
+from apt.distributed.parallel import FromMain, made_here
 from apt.errors import ConfigError
 from apt.methods.base import MethodConfig
 from apt.models.create import create_codec, create_model, create_text_encoder
@@ -29,12 +29,14 @@ from apt.train.config import TrainConfig
 from apt.train.objects import NO_OBJECTS, Objects
 
 
-def initial_bundle(config: TrainConfig, objects: Objects = NO_OBJECTS) -> ModelBundle:
+def initial_bundle(
+    config: TrainConfig, objects: Objects = NO_OBJECTS, from_main: FromMain = made_here
+) -> ModelBundle:
     """The generator that a run starts from.
 
     Pre-training: random weights from `config.seed`. Later stages: the model that they start from,
     whose text encoder and codec they keep, its backbone on the meta device with the `origin` of its
-    weights. `objects` are in place of what they name.
+    weights. `objects` are in place of what they name, and `from_main` is that of several ranks.
 
     Raises:
         ConfigError: parts that do not fit each other, or no model to start from.
@@ -42,7 +44,7 @@ def initial_bundle(config: TrainConfig, objects: Objects = NO_OBJECTS) -> ModelB
     field = config.stage.start_field
     if field is None:
         return _new_bundle(config, objects)
-    bundle = _started_bundle(config, objects, field)
+    bundle = _started_bundle(config, objects, field, from_main)
     if config.lora.base:
         base = load_model(config.lora.base, device="meta")
         if base.config != bundle.backbone.config:
@@ -54,27 +56,30 @@ def initial_bundle(config: TrainConfig, objects: Objects = NO_OBJECTS) -> ModelB
     return bundle
 
 
-def _started_bundle(config: TrainConfig, objects: Objects, field: str) -> ModelBundle:
+def _started_bundle(
+    config: TrainConfig, objects: Objects, field: str, from_main: FromMain
+) -> ModelBundle:
     cache = config.data.make_source().latent_cache()
     if field in objects.bundles:
         bundle = objects.bundles[field]
         if cache is not None:
-            cached_codec(LatentFolder(cache), bundle.info.codec)  # raises if another one made it
+            cached_codec(cache, bundle.info.codec)  # raises if another one made it
         return bundle
     source = config.stage.source(field)
     if cache is not None:
-        return _bundle_on_cache(source, LatentFolder(cache))
+        return _bundle_on_cache(source, cache, from_main)
     return load_bundle(source, device="meta")
 
 
-def _bundle_on_cache(source: str, cache: LatentFolder) -> ModelBundle:
+def _bundle_on_cache(source: str, cache: Path, from_main: FromMain) -> ModelBundle:
     """The model without what its latents and embeddings were made by."""
     backbone, info = load_model(source, device="meta"), describe_model(source)
     codec: LatentCodec = cached_codec(cache, info.codec)
     if info.codec.weights is not None:
         codec = load_codec(source)  # it is small, and goes into the model that comes out
     if info.text_encoder.weights is None:
-        return ModelBundle(backbone, cached_text_encoder(cache, info.text_encoder), codec, info)
+        texts = cached_text_encoder(cache, info.text_encoder, from_main)
+        return ModelBundle(backbone, texts, codec, info)
     return ModelBundle(backbone, load_text_encoder(source), codec, info)
 
 
@@ -148,5 +153,5 @@ def _codec(config: TrainConfig, objects: Objects) -> tuple[LatentCodec, Componen
     cache = config.data.make_source().latent_cache()
     if cache is None:
         return codec, info
-    cached = cached_codec(LatentFolder(cache), info)
+    cached = cached_codec(cache, info)
     return (cached if info.weights is None else codec), info

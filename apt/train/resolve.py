@@ -23,6 +23,7 @@ from apt.data.statistics import (
     read_statistics,
 )
 from apt.device import computes_in_bf16
+from apt.distributed.parallel import FromMain, made_here
 from apt.errors import DataError, InputError
 from apt.methods.base import MethodConfig
 from apt.models.architectures import MODELS, TEXT_ENCODERS
@@ -90,6 +91,7 @@ def resolve_with_notes(
     start: Start,
     before: Mapping[str, Any] | None = None,
     objects: Objects = NO_OBJECTS,
+    from_main: FromMain = made_here,
 ) -> tuple[TrainConfig, list[str]]:
     """The configuration with nothing left open, and lines that say where its size came from.
 
@@ -102,12 +104,13 @@ def resolve_with_notes(
         start: what the stage starts from; None for random weights.
         before: the configuration in the checkpoint that is continued.
         objects: in place of what the configuration names.
+        from_main: `Parallel.from_main` of several ranks, of which one then reads the folder.
 
     Raises:
         ConfigError: the path of the folder or cache is missing.
         DataError: the latent cache cannot be read, or the folder has no clips to take a size of.
     """
-    return _Resolving(config, start, before or {}, objects).all()
+    return _Resolving(config, start, before or {}, objects, from_main).all()
 
 
 def clips_of(config: TrainConfig, folder: FolderStatistics) -> ClipSize:
@@ -124,12 +127,18 @@ class _Resolving:
     """One configuration on its way; `before` is empty for a run that begins."""
 
     def __init__(
-        self, config: TrainConfig, start: Start, before: Mapping[str, Any], objects: Objects
+        self,
+        config: TrainConfig,
+        start: Start,
+        before: Mapping[str, Any],
+        objects: Objects,
+        from_main: FromMain,
     ) -> None:
         self.config = config
         self.start = start
         self.before = before
         self.objects = objects
+        self.from_main = from_main
         self.notes: list[str] = []
 
     def all(self) -> tuple[TrainConfig, list[str]]:
@@ -155,8 +164,11 @@ class _Resolving:
         source = self.config.data.make_source()
         if not isinstance(source, Files) or not source.path:
             return None
-        captioned = self.config.stage.reads_captions
-        return read_statistics(source.path, captioned=captioned, scan=source.scan)
+        captioned, scan = self.config.stage.reads_captions, source.scan
+        found: FolderStatistics = self.from_main(
+            lambda: read_statistics(source.path, captioned=captioned, scan=scan)
+        )
+        return found
 
     def size(self) -> DataConfig:
         """Size and rate of clips, and what sizes are multiples of."""

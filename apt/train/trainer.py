@@ -13,6 +13,7 @@ from typing import Any
 from apt.checkpoints.info import CodecInfo, ModelInfo
 from apt.checkpoints.load import ModelBundle, describe
 from apt.condition import TextEncoder
+from apt.data.loader import num_micro_batches, share_of_rank
 from apt.distributed.launch import restarts
 from apt.distributed.parallel import Parallel
 from apt.errors import CheckpointError, ConfigError, InputError
@@ -201,18 +202,20 @@ def _prepare(
     config = objects.named(config)
     start = _start(config, objects)
     before = None if meta is None else meta["config"]
-    config, found_out = resolve_with_notes(config, start, before, objects)
+    config, found_out = resolve_with_notes(config, start, before, objects, parallel.from_main)
     config, rounding = rounded(config, parallel.data_size)
+    # Refused now, before anything is loaded.
+    num_micro_batches(share_of_rank(config.batch_size, parallel.data_size), config.micro_batch_size)
     taken: list[str] = []
     if found is not None and meta is not None:
         taken = check_resumable(config, meta, found, checkpoint.step_of(found))
-    opened = partial(
-        make_dataset,
-        seed=config.seed,
-        check=prompt_check(config, objects),
-        captioned=config.stage.reads_captions,
-    )
-    apart = kept_apart(config.data, **opened.keywords) if config.heldout.is_on else None
+    asked: dict[str, Any] = {
+        "seed": config.seed,
+        "check": prompt_check(config, objects),
+        "captioned": config.stage.reads_captions,
+    }
+    opened = partial(make_dataset, **asked, from_main=parallel.from_main)
+    apart = kept_apart(config.data, **asked) if config.heldout.is_on else None
     everything = opened(config.data, dataset=objects.dataset)
     ranks = parallel.data_size
     dataset, heldout = divide(config, everything, apart, opened, ranks=ranks)

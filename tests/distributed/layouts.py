@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from apt.distributed.mesh import ParallelConfig
 from apt.distributed.parallel import Parallel
-from apt.errors import ConfigError
+from apt.errors import ConfigError, PeerError
 from tests.distributed.gang import gang
 
 LAYOUTS = {
@@ -30,9 +30,31 @@ def main(folder: Path) -> None:
             parallel.laid_out(ParallelConfig(sequence=3))
         except ConfigError as error:
             found["refused"] = {"message": str(error)}
+        found["told"] = told(parallel)
         (folder / f"{parallel.rank}.json").write_text(json.dumps(found))
 
     gang(4, work, LAYOUTS["default"])
+
+
+def told(parallel: Parallel) -> dict[str, object]:
+    """What rank 0 alone makes and fails to make, as each rank hears of it."""
+    made: list[int] = []
+
+    def make() -> dict[str, object]:
+        made.append(parallel.rank)
+        return {"clips": list(range(1000)), "from": parallel.rank}
+
+    def fail() -> None:
+        made.append(parallel.rank)
+        raise ConfigError("no such folder")
+
+    found: dict[str, object] = {"made": parallel.from_main(make)}
+    try:
+        parallel.from_main(fail)
+    except (ConfigError, PeerError) as error:
+        found["error"] = [type(error).__name__, str(error)]
+    # Ranks still meet each other, and nobody else has worked.
+    return {**found, "worked": made, "sum": parallel.mean({"rank": float(parallel.rank)})["rank"]}
 
 
 def described(parallel: Parallel) -> dict[str, object]:

@@ -92,3 +92,12 @@ def test_other_numbers_of_ranks_are_refused(config: ParallelConfig, world: int) 
 def test_sizes_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"parallel.{name} must be at least"):
         ParallelConfig(**{name: -1})
+
+
+def test_what_rank_0_makes_or_fails_to_make_reaches_all(found: list[dict[str, Any]]) -> None:
+    told = [rank["told"] for rank in found]
+    assert all(rank["made"] == {"clips": list(range(1000)), "from": 0} for rank in told)
+    assert [rank["worked"] for rank in told] == [[0, 0], [], [], []]
+    kinds = ["ConfigError", "PeerError", "PeerError", "PeerError"]
+    assert [rank["error"] for rank in told] == [[kind, "no such folder"] for kind in kinds]
+    assert all(rank["sum"] == 1.5 for rank in told)

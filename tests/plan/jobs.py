@@ -69,11 +69,13 @@ JOBS = {
         micro_batch_size=2,
     ),
 }
+# Deep enough to be planned from a few of its blocks.
+JOBS["deep"] = JOBS["checkpointed"].of_depth(12)
 RANKS = {
     2: {"shard": ParallelConfig()},
     4: {"copies": ParallelConfig(replicate=2), "sequence": ParallelConfig(sequence=2)},
 }
-ON_RANKS = ("pretrain", "distill", "apt", "attention")
+ON_RANKS = ("pretrain", "distill", "apt", "attention", "deep")
 
 
 def in_layout(name: str, layout: ParallelConfig) -> Job:

@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from apt.checkpoints.info import SampleInfo
 from apt.distributed.mesh import Layout, ParallelConfig
@@ -93,6 +95,49 @@ def test_a_layout_that_is_named_is_tried_alone() -> None:
     named = dataclasses.replace(paper(), parallel=ParallelConfig(sequence=4))
     layouts = {found.layout for found in chosen(named, states=100, activations=20).tried}
     assert layouts == {Layout(1, 4, 4)}
+
+
+def test_what_cannot_fit_by_what_others_take_is_not_measured() -> None:
+    choice = chosen(paper(), states=100, activations=150)
+    assert {
+        (way.parallel.sequence, way.stage.discriminator_forwards) for way, _ in choice.skipped
+    } == {  # type: ignore[attr-defined]
+        (1, 2),
+        (2, 1),
+    }
+    for way, least in choice.skipped:
+        there = needing(way, 100, 150)
+        assert not there.fits and least <= there.needed
+    assert "not measured" in report(job(paper()), choice, 16)
+
+
+@given(st.floats(1, 2000), st.floats(1, 2000), st.sampled_from([1, 2, 4, 8, 16, 32]))
+def test_skipping_changes_nothing_of_the_choice(
+    states: float, activations: float, ranks: int
+) -> None:
+    config = dataclasses.replace(paper(), batch_size=9216)
+
+    def assess(way: TrainConfig) -> Estimate:
+        return needing(way, states, activations, ranks)
+
+    choice = choose(job(config), ranks, H100, assess)
+    assert all(not assess(way).fits for way, _ in choice.skipped)
+    if not choice.taken.fits:
+        assert not any(found.fits for found in choice.tried)
+
+
+def test_attention_is_kept_only_where_there_may_be_room() -> None:
+    measured: list[TrainConfig] = []
+
+    def assess(way: TrainConfig) -> Estimate:
+        measured.append(way)
+        found = needing(way, 100, 20)
+        usage = dataclasses.replace(found.usage, with_attention=78 * GIB)
+        return dataclasses.replace(found, usage=usage)
+
+    taken = choose(job(paper()), 16, H100, assess).taken
+    assert taken.fits and not taken.config.checkpointing.saves_attention
+    assert not any(way.checkpointing.saves_attention for way in measured)
 
 
 def test_where_nothing_fits_it_says_what_would_help() -> None:
