@@ -118,7 +118,7 @@ def clips_of(config: TrainConfig, folder: FolderStatistics) -> ClipSize:
 
     Raises DataError if most files are too short or too small.
     """
-    resolving = _Resolving(config, None, {}, NO_OBJECTS)
+    resolving = _Resolving(config, None, {}, NO_OBJECTS, made_here)
     data = dataclasses.replace(config.data, size_multiple=resolving.multiple())
     return resolving.of_folder(data, folder)[0]
 

@@ -209,13 +209,12 @@ def _prepare(
     taken: list[str] = []
     if found is not None and meta is not None:
         taken = check_resumable(config, meta, found, checkpoint.step_of(found))
-    asked: dict[str, Any] = {
-        "seed": config.seed,
-        "check": prompt_check(config, objects),
-        "captioned": config.stage.reads_captions,
-    }
-    opened = partial(make_dataset, **asked, from_main=parallel.from_main)
-    apart = kept_apart(config.data, **asked) if config.heldout.is_on else None
+    seed, captioned = config.seed, config.stage.reads_captions
+    check, from_main = prompt_check(config, objects), parallel.from_main
+    opened = partial(make_dataset, seed=seed, check=check, captioned=captioned, from_main=from_main)
+    apart = None
+    if config.heldout.is_on:
+        apart = kept_apart(config.data, seed=seed, check=check, captioned=captioned)
     everything = opened(config.data, dataset=objects.dataset)
     ranks = parallel.data_size
     dataset, heldout = divide(config, everything, apart, opened, ranks=ranks)
