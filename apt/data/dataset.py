@@ -193,8 +193,9 @@ class BucketOrder(Generic[Shape]):
         for shape, size in sizes.items():
             if size < batch_size:
                 _LOG.warning(
-                    "bucket %s has %d %s for batches of %d: a batch repeats what is there; use "
-                    "fewer buckets, a smaller batch or more files",
+                    "bucket %s has %d %s for batches of %d: a batch repeats what is there; add "
+                    "files, take a smaller --batch-size, or have fewer buckets "
+                    "(--data.no-native-ratio, --data.images none)",
                     shape, size, "item" if size == 1 else "items", batch_size,
                 )  # fmt: skip
 

@@ -84,7 +84,7 @@ def _data(config: TrainConfig, dataset: TrainingData) -> list[str]:
         return [*lines, f"clips: {clip.frames} frames of {clip.height}x{clip.width}{rate}"]
     sizes = sorted(dataset.bucket_sizes().items(), key=lambda item: -item[1])
     lines += [
-        f"clips: {number:,} of {bucket.frames}x{bucket.height}x{bucket.width}{rate}"
+        f"clips: {number:,} of {bucket}{rate if bucket.frames > 1 else ''}"
         for bucket, number in sizes
     ]
     return lines
