@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,17 @@ class OutputRecord:
             return made is not None and made == file_content(output.path)
         except OSError:
             return False
+
+    def check(self, outputs: Sequence[Output]) -> None:
+        """Raise InputError if a file that is noted was made of another prompt or seed."""
+        made = {name: (prompt, seed) for name, prompt, seed in self._done}
+        for output in outputs:
+            prompt, seed = made.get(output.path.name, (output.prompt, output.seed))
+            if (prompt, seed) != (output.prompt, output.seed):
+                raise InputError(
+                    f"{str(output.path)!r} was made of {prompt!r} with seed {seed}, and would be "
+                    f"overwritten with {output.prompt!r} and seed {output.seed}; {self._anew}"
+                )
 
     def add(self, output: Output) -> None:
         """Note that the file is whole. Raises InputError if the disk refuses."""

@@ -43,7 +43,7 @@ def generate_samples(
 
     Raises:
         InputError: for a prompt, seed or option that does not fit; for a folder that cannot be
-            written, or that has samples of other settings.
+            written, or that has samples of other settings, or other prompts under the same names.
         PeerError: for an error of another rank, after this one has made its share.
     """
     check_folder(folder)
@@ -51,6 +51,7 @@ def generate_samples(
     together(parallel, lambda: gather_manifests(folder, model))
     outputs = plan_outputs(folder, model, keys, lossless=lossless)
     record = _record(folder / MANIFEST, model)
+    record.check(outputs)
     left = [
         output
         for batch in _batches(outputs, model)

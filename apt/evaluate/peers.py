@@ -76,8 +76,8 @@ PEERS: Mapping[str, Peer] = {
         repo="black-forest-labs/FLUX.1-dev",
         licence="FLUX.1 [dev] Non-Commercial License (gated)",
         source=(
-            "card: licence; the paper: 25 steps, guidance 3.5; 512 tokens are diffusers' default. "
-            "The card's own example could not be read here"
+            "card: licence; guidance 3.5, 512 tokens and bfloat16 (50 steps there) as its example "
+            "is quoted elsewhere, since the card itself could not be read; the paper: 25 steps"
         ),
         dtype="bfloat16",
         num_steps=25,
@@ -98,8 +98,8 @@ PEERS: Mapping[str, Peer] = {
         repo="stabilityai/stable-diffusion-3.5-large",
         licence=_STABILITY,
         source=(
-            "card: licence; the paper: 25 steps, at diffusers' default guidance, which is 7. The "
-            "3.5 here is said to be the card's, whose text could not be read"
+            "card, in a public copy of it: guidance 3.5, bfloat16, licence (28 steps there); the "
+            "paper: 25 steps, at diffusers' default guidance, which is 7"
         ),
         dtype="bfloat16",
         num_steps=25,

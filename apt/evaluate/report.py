@@ -15,8 +15,10 @@ from apt.evaluate.sheet import write_sample_sheet
 from apt.evaluate.tables import image, plus_minus, table
 from apt.files import without_nan, write_text
 from apt.media.parts import is_shown
+from apt.media.playable import write_playable
 from apt.samples import SampleFolder
 
+SHOWN = "shown"
 _ROWS = 8
 _COLOURS = ("#4c78a8", "#e39c37", "#2e8b57", "#8a6fb0", "#b0483a", "#777777")
 _REAL = "real"
@@ -36,9 +38,9 @@ def write_report(out: Path, evaluation: Evaluation, folders: Mapping[str, Sample
         DataError: a sample that cannot be shown.
     """
     name = evaluation.protocol.name
-    grid = _grid(evaluation, folders)
     sheet = out / f"{name}_samples.png"
     try:
+        grid = _grid(evaluation, folders, out / SHOWN)
         write_sample_sheet(
             sheet,
             [[file for file in row if file is not None] for row in grid.files],
@@ -147,13 +149,16 @@ def _plot(path: Path, evaluation: Evaluation) -> str | None:
     return plot_bars(path, labels, panels, colours=colours).name
 
 
-def _grid(evaluation: Evaluation, folders: Mapping[str, SampleFolder]) -> Grid:
-    """The first sample of each of the first prompts, and the real file where there is one."""
+def _grid(evaluation: Evaluation, folders: Mapping[str, SampleFolder], shown: Path) -> Grid:
+    """The first sample of each of the first prompts, and the real file where there is one.
+
+    Samples that a page cannot show are written anew into the folder `shown`.
+    """
     protocol = evaluation.protocol
     keys = protocol.keys(protocol.seeds[0])[:: protocol.samples_per_prompt][:_ROWS]
     columns: list[str] = [model.name for model in evaluation.models]
     files: list[list[Path | None]] = [
-        [folders[name].samples[key].path for name in columns] for key in keys
+        [_shown(folders[name].samples[key].path, shown / name) for name in columns] for key in keys
     ]
     real = [protocol.references.get(prompt) for prompt, _ in keys]
     if all(file is not None and is_shown(file) for file in real):
@@ -161,3 +166,7 @@ def _grid(evaluation: Evaluation, folders: Mapping[str, SampleFolder]) -> Grid:
             row.append(file)
         columns = [*columns, _REAL]
     return Grid(rows=[prompt for prompt, _ in keys], columns=columns, files=files)
+
+
+def _shown(file: Path, folder: Path) -> Path:
+    return file if is_shown(file) else write_playable(folder / f"{file.stem}.mp4", file)

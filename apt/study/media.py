@@ -1,7 +1,8 @@
 """Samples for raters: checked, playable in a browser, and without a trace of their origin.
 
-Videos keep their packets but lose their metadata. Stills become PNG, which keeps every pixel, so
-that the file type does not reveal the model.
+Videos keep their packets but lose their metadata; .mkv files, which browsers do not play, are
+encoded again. Stills become PNG, which keeps every pixel, so that the file type does not reveal the
+model.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from apt.errors import DataError
 from apt.files import replacing
 from apt.media import write_mp4, write_png
 from apt.media.parts import VIDEO_TYPES
+from apt.media.playable import read_frames, write_playable
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 STILL = ".png"
 MEDIA_TYPES = {**VIDEO_TYPES, STILL: "image/png"}
 
+_UNPLAYED = ".mkv"
 _CODECS = ("h264", "vp8", "vp9", "av1")
 _PIXEL_FORMATS = ("yuv420p", "yuvj420p")
 """Pixel formats that every browser decodes."""
@@ -35,11 +38,13 @@ def clean_suffix(sample: Path) -> str:
     suffix = sample.suffix.lower()
     if suffix in VIDEO_TYPES:
         return suffix
+    if suffix == _UNPLAYED:
+        return ".mp4"
     if suffix in IMAGE_SUFFIXES:
         return STILL
     raise DataError(
         f"{str(sample)!r} cannot be shown to raters; generate samples as one of "
-        f"{', '.join([*VIDEO_TYPES, *IMAGE_SUFFIXES])}"
+        f"{', '.join([*VIDEO_TYPES, _UNPLAYED, *IMAGE_SUFFIXES])}"
     )
 
 
@@ -50,6 +55,9 @@ def write_clean(target: Path, sample: Path) -> None:
         DataError: for a damaged file, an animated image, or a file that some browsers cannot play.
         OSError: if the file cannot be written.
     """
+    if sample.suffix.lower() == _UNPLAYED:
+        write_playable(target, sample)
+        return
     content = _clean_video(sample) if target.suffix in VIDEO_TYPES else _clean_image(sample)
     with replacing(target) as partial:
         partial.write_bytes(content)
@@ -65,7 +73,7 @@ def write_degraded(target: Path, sample: Path, seed: int) -> None:
             frames = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
         write_png(target, degrade(frames, seed), scale=1)
     else:
-        frames, fps = _read_video(sample)
+        frames, fps = read_frames(sample)
         write_mp4(target, degrade(frames, seed), fps=fps, scale=1)
 
 
@@ -131,15 +139,6 @@ def _clean_image(sample: Path) -> bytes:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{str(sample)!r} is broken ({error}); generate it again") from error
     return content.getvalue()
-
-
-def _read_video(sample: Path) -> tuple[NDArray[np.uint8], float]:
-    import av
-
-    with av.open(str(sample)) as source:
-        stream = source.streams.video[0]
-        frames = [frame.to_ndarray(format="rgb24") for frame in source.decode(stream)]
-        return np.stack(frames), float(stream.average_rate or 24)
 
 
 def _unplayable(sample: Path, what: str) -> str:

@@ -111,6 +111,18 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     assert lines_of(tmp_path) == lines_of(whole)
 
 
+def test_samples_of_other_prompts_are_not_overwritten(
+    tmp_path: Path, model: SampleModel, whole: Path
+) -> None:
+    """As of another protocol, whose prompts are numbered alike."""
+    folder = tmp_path / "samples"
+    shutil.copytree(whole, folder)
+    generate_samples(folder, model, KEYS[:2])
+    with pytest.raises(InputError, match=r"was made of 'a red one' with seed 0, and would be"):
+        generate_samples(folder, model, [("a green six", 0)])
+    assert lines_of(folder) == lines_of(whole)
+
+
 def test_other_settings_are_refused(tmp_path: Path, place: str) -> None:
     keys = KEYS[:1]
     generate_samples(tmp_path, load_model(parse_model(f"{place},frames=1"), device="cpu"), keys)

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from apt.errors import DataError
-from apt.media import write_mp4, write_webp
+from apt.media import write_media, write_mp4, write_webp
 from apt.study.media import clean_suffix, degrade, write_clean, write_degraded
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (7, 32, 48, 3), dtype=np.uint8)
@@ -49,6 +49,24 @@ def test_a_video_keeps_its_frames_and_loses_its_words(
     assert (frames_of(target) == frames_of(sample)).all() and len(frames_of(target)) == 7
     with av.open(str(target)) as container:
         assert container.streams.video[0].average_rate == 8
+
+
+def test_a_lossless_video_is_encoded_for_browsers(tmp_path: Path) -> None:
+    frames = np.full((5, 32, 48, 3), 90, np.uint8)
+    frames[:, 8:20, 16:30] = (200, 60, 30)
+    sample = write_media(tmp_path / "a.mkv", frames, fps=8, scale=1, tags={"model": "SECRET"})
+    assert b"SECRET" in sample.read_bytes() and clean_suffix(sample) == ".mp4"
+    target = tmp_path / "b.mp4"
+    write_clean(target, sample)
+    assert b"SECRET" not in target.read_bytes()
+    with av.open(str(target)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.average_rate) == ("h264", 8)
+    shown = frames_of(target)[:, ::8, ::8].astype(int)
+    assert shown.shape == frames.shape and np.abs(shown - frames).mean() < 4
+    sample.write_bytes(b"junk")
+    with pytest.raises(DataError, match="is broken"):
+        write_clean(target, sample)
 
 
 def test_stills_become_png_of_the_same_pixels(tmp_path: Path) -> None:

@@ -90,8 +90,9 @@ class Coco:
             found = {"fid": fid().distance(statistics)}
             if self.fdr:
                 # FDr may be in the features of FID too, which need no second look.
-                name = network(self.features).name
-                ratios = ratio()(_files(samples), {name: statistics})
+                same = self.features in self.fdr
+                known = {network(self.features).name: statistics} if same else {}
+                ratios = ratio()(_files(samples), known)
                 found |= {"fdr": ratios.mean}
                 found |= {f"fdr_{name}": value for name, value in ratios.ratios.items()}
             return found

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from apt.checks import check_range
-from apt.data.digits import TRAIN_LABELS
+from apt.data.digits import TRAIN_LABELS, clip_size
+from apt.errors import ConfigError
 from apt.evaluate.digits import ClassifierConfig, load_classifier
 from apt.evaluate.digits.clips import caption_set, real_reference
 from apt.evaluate.digits.measure import Judge
@@ -45,7 +46,17 @@ class Digits:
         check_range(self, "", limits | {"num_reference": (2, 100_000)})
 
     def build(self, request: Request) -> Protocol:
-        """The protocol. Raises ConfigError for numbers that do not fit."""
+        """The protocol. Raises ConfigError for a model that is to make clips of another size."""
+        size = clip_size(self.classifier.setting)
+        wanted = {"frames": size.frames, "height": size.side, "width": size.side}
+        for choice in request.models:
+            for name, number in wanted.items():
+                if getattr(choice.options, name) not in (None, number):
+                    raise ConfigError(
+                        f"{choice.name} is to make clips of {name} "
+                        f"{getattr(choice.options, name)}, and the judge reads {number}; leave it "
+                        "out"
+                    )
         each, setting = self.samples_per_caption, self.classifier.setting
         sets = [caption_set(seed, self.captions * each, each, setting) for seed in self.seeds]
         kept = request.out / "judge" if self.cache is None else self.cache
