@@ -127,8 +127,8 @@ def _accuracy_bars(results: Results) -> Iterator[Bar]:
     change = results.difference(APT.name, CONSISTENCY.name, "accuracy")
     yield Bar(
         key="accuracy_consistency",
-        claim="caption accuracy, one-step APT less one-step consistency",
-        bar="≥ 0, less the spread",
+        claim="caption accuracy, one-step APT minus one-step consistency",
+        bar="≥ 0 within the spread",
         reached=change,
         passed=_not_below(change),
         goal="> 0",
@@ -184,7 +184,7 @@ def _worse(key: str, claim: str, ends: tuple[Spread, Spread] | None, sign: int) 
         change = Spread(without.mean - with_it.mean, math.hypot(without.std, with_it.std))
     return Bar(
         key=f"no_r1_{key}",
-        claim=f"without the regulariser, past the peak: {claim}, less that with it",
+        claim=f"without minus with the regulariser, past the peak: {claim}",
         bar=f"{'<' if sign < 0 else '>'} 0 by more than the spread",
         reached=change,
         passed=_beyond(change, sign),

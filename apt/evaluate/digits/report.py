@@ -51,10 +51,10 @@ def report_text(
     main = [*results.real, *(m for m in results.methods if m.group != "ablation")]
     parts = [
         "# Moving digits: results",
-        "Made by `diffusion-apt evaluate digits`; the figures of every trial are in "
+        "Made by `diffusion-apt evaluate digits`. The figures of every trial are in "
         f"[{data_file}]({data_file}). Device: {results.machine}.",
         _how_measured(results),
-        "## What it must show",
+        "## Targets",
         _bars_table(bars, causes),
         _left_out(bar.claim for bar in bars if bar.reached is None),
         _paper_note(),
@@ -72,10 +72,11 @@ def report_text(
         *_progress(results, pictures),
         *_distillation(results, pictures),
         *_inside(pictures),
-        "## What it took",
+        "## Training time",
         _costs(results.costs),
         "## Samples",
-        "First training run, first seed, first captions; the same noise for every method.",
+        "From the first training run, first seed and first captions; the noise is the same for "
+        "every method.",
         *(f"### {label}\n\n{image(file, label)}" for label, file in pictures.sheets.items()),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -85,38 +86,39 @@ def _how_measured(r: Results) -> str:
     test, held, train = (r.classifiers[MAIN][split] for split in ("test", "heldout", "train"))
     captions = r.num_samples // r.samples_per_caption
     training = (
-        f"{r.runs} training runs of other seeds"
+        f"{r.runs} training runs with different seeds"
         if r.runs > 1
-        else "one training run: the spread "
-        "is that of captions, noise and real clips, and not of training"
+        else "one training run, so that "
+        "the spread covers captions, noise and real clips, but not training"
     )
     return "\n".join(
         [
             "## How it is measured",
             "",
             f"- **Samples**: {r.num_samples} per trial for every method ({captions} training "
-            f"captions, {r.samples_per_caption} of each); {len(r.seeds)} evaluation seeds "
-            f"({', '.join(map(str, r.seeds))}) of {training}. Captions, noise and real clips "
-            f"change with the seed. Networks compute in {r.precision}. Figures are mean ± standard "
+            f"captions, {r.samples_per_caption} samples each); {len(r.seeds)} evaluation seeds "
+            f"({', '.join(map(str, r.seeds))}) for {training}. The seed changes captions, noise "
+            f"and real clips. Networks compute in {r.precision}. Figures are mean ± standard "
             "deviation over all trials.",
             f"- **Clips**: the {r.setting} digits. **Reference**: {r.num_reference} real clips of "
-            "handwriting that no model has seen. The rows of real clips are other clips, as many "
-            "as of each method: what a perfect generator would get. The codec's reconstruction is "
-            "of real clips, and the floor of everything that is made in its latents.",
-            "- **Fréchet distance**: in the last hidden layer of a small classifier trained on "
-            "real clips of the training handwriting. Its own accuracy, digit, colour and "
-            f"direction all right: {percent(test.all)} on held-out handwriting "
+            "handwriting that no model has seen. The rows of real clips show what a perfect "
+            "generator would get: they are other real clips, as many as samples of each method. "
+            "The codec's reconstructions of real clips are the best that any model in its latents "
+            "can reach.",
+            "- **Fréchet distance**: in the last hidden layer of a small classifier, trained on "
+            "real clips of the training handwriting. The classifier gets digit, colour and "
+            f"direction all right in {percent(test.all)} of clips with held-out handwriting "
             f"(digit {percent(test.digit)}, colour {percent(test.colour)}, direction "
-            f"{percent(test.direction)}), {percent(held.all)} on held-out captions too, "
-            f"{percent(train.all)} on new clips of the training handwriting.",
-            "- **Patch distance**: Fréchet distance of high-passed 8×8 pixel patches, as the "
-            "paper's PFID sees detail without resizing. It sees blur, ghosting and half-grey "
-            "pixels, which classifier features overlook.",
+            f"{percent(test.direction)}), in {percent(held.all)} with held-out captions as well, "
+            f"and in {percent(train.all)} of new clips with the training handwriting.",
+            "- **Patch distance**: Fréchet distance between high-passed patches of 8×8 pixels. "
+            "Like the paper's PFID it looks at detail without resizing, and sees blur, ghosting "
+            "and half-grey pixels, which classifier features overlook.",
             "- **Spectrum**: root mean square difference of the log power spectra, radially "
             "averaged over frames (spatial) and along time (temporal), in dB.",
-            "- **Accuracy**: share of samples in which the classifier reads digit, colour and "
-            f"direction as in the caption. *Held-out captions*: the same for {r.num_heldout} "
-            "samples of captions that were never trained on.",
+            "- **Accuracy**: share of samples in which the classifier finds the caption's digit, "
+            f"colour and direction. *Held-out captions*: the same for {r.num_heldout} samples of "
+            "captions that were never trained on.",
             "- **Diversity**: mean pixel distance between samples of one caption (within) and of "
             "different ones (across), divided by that of real clips of the same captions.",
         ]
@@ -128,13 +130,13 @@ def _bars_table(bars: Sequence[Bar], causes: Mapping[str, str]) -> str:
     for bar in bars:
         if bar.reached is None:
             continue
-        missed = causes.get(bar.key, "its cause is not known yet")
+        missed = causes.get(bar.key, "cause not known yet")
         verdict = "pass" if bar.passed else f"**missed**: {missed}"
         if bar.passed is None:
             verdict = "not judged: a single trial has no spread"
         reached = plus_minus(bar.reached)
         rows.append([bar.claim, bar.bar, bar.goal or "–", bar.paper or "–", reached, verdict])
-    return table(["", "bar", "goal", "paper", "reached", ""], rows, words=(0, 5))
+    return table(["", "target", "goal", "paper", "reached", ""], rows, words=(0, 5))
 
 
 def _left_out(claims: Iterable[str]) -> str:
@@ -163,10 +165,10 @@ def _paper_note() -> str:
         )
 
     return (
-        "The paper's ratios are those of its Table 5 (COCO-5K, images): "
-        f"{line('frechet', 'FID')}; {line('patch', 'PFID')}. Ratios and differences of ours are "
-        "formed trial by trial, since methods share captions and noise; those without the "
-        "regulariser are of the ends of two runs, and their spreads add in quadrature."
+        "The paper's ratios come from its Table 5 (COCO-5K, images): "
+        f"{line('frechet', 'FID')}; {line('patch', 'PFID')}. Our ratios and differences are "
+        "computed per trial, since methods share captions and noise. The differences without the "
+        "regulariser compare the ends of two runs, and their spreads add in quadrature."
     )
 
 
@@ -227,8 +229,8 @@ def _judges(results: Results) -> list[str]:
     if not names:
         return []
     right = "; ".join(
-        f"*{name}*: {DESCRIPTIONS[name]}; it reads {percent(results.classifiers[name]['test'].all)}"
-        " of real held-out handwriting"
+        f"*{name}*: {DESCRIPTIONS[name]}; it is right on "
+        f"{percent(results.classifiers[name]['test'].all)} of real held-out handwriting"
         for name in names
     )
     rows = []
@@ -252,7 +254,7 @@ def _judges(results: Results) -> list[str]:
         return []
     return [
         "## Independent judges",
-        f"One-step APT against others. {right}.",
+        f"Other classifiers compare one-step APT with its rivals. {right}.",
         table(["one-step APT", "main judge", *names], rows),
     ]
 
@@ -264,10 +266,10 @@ def _regulariser(pictures: Pictures) -> list[str]:
     return [
         title,
         image(pictures.regulariser, "D's loss, its input gradient, diversity and distances"),
-        "Constant rates, past the peak of quality. The penalty is not part of D's loss. At this "
-        "scale samples do not become plain colours without the regulariser: that needs a D much "
-        "stronger than a small one; `examples/minimal.py` shows, on a mixture in two dimensions, "
-        "the game that does not come to rest.",
+        "Learning rates are constant, and training goes past the peak of quality. D's loss is "
+        "shown without the penalty. At this scale, samples do not collapse to plain colours "
+        "without the regulariser; that would need a much stronger D. `examples/minimal.py` shows "
+        "how the game does not converge without it, on a mixture in two dimensions.",
     ]
 
 
@@ -298,9 +300,9 @@ def _ablations(results: Results) -> list[str]:
         rows.append([method.label, updates, *cells, said, verdict])
     return [
         "## Ablations",
-        "One step of EMA weights, all after as many updates from the same start at constant rates. "
-        "The last column is about both distances, and says nothing where they differ by less than "
-        "the spreads, added in quadrature.",
+        "All with one step of the EMA weights, after equally many updates from the same start at "
+        "constant rates. The last column compares both distances with the whole method; "
+        "differences below the spreads, added in quadrature, do not count.",
         table(header, rows, words=(0, 6, 7)),
         _not_run(results, [f"ablation_{name}" for name in ABLATIONS], "Not run"),
     ]
@@ -325,7 +327,7 @@ def _progress(results: Results, pictures: Pictures) -> list[str]:
     rows = _snapshot_rows(results, APT.run)
     if not rows:
         return [title, "Not run: no snapshots were found."]
-    start = "0 updates is the consistency model, which APT starts from. "
+    start = "At 0 updates it is the consistency model, from which APT starts. "
     return [
         title,
         image(pictures.progress, "Quality against updates, EMA and raw weights"),
@@ -339,14 +341,15 @@ def _inside(pictures: Pictures) -> list[str]:
         return []
     return [
         "## Inside the model (APT Appendices G and I)",
-        "What a linear projection to the final latents reads from each layer of the one-step model "
-        "(`diffusion-apt probe`): its error on noise that it was not fitted on, and pictures.",
+        "A linear projection per layer predicts the final latents of the one-step model "
+        "(`diffusion-apt probe`). The plot has its error on noise that it was not fitted on; the "
+        "sheet shows its predictions.",
         image(pictures.errors, "Error of each layer's projection"),
         image(pictures.layers, "What each layer knows"),
-        "One caption on the way from one noise to the next, and to a third "
-        "(`diffusion-apt traverse`). A model that switches between modes has a largest step far "
-        "above the mean one.",
-        image(pictures.ways, "Ways between three noises"),
+        "Samples of one caption on the path from one noise to a second and a third "
+        "(`diffusion-apt traverse`). If a model switches between modes, its largest step is far "
+        "above the mean step.",
+        image(pictures.ways, "Paths between three noises"),
     ]
 
 
@@ -356,7 +359,7 @@ def _distillation(results: Results, pictures: Pictures) -> list[str]:
         return []
     return [
         "## The length of distillation",
-        "What APT gains over its start depends on how long that was distilled, so the length was "
+        "The gain of APT over its start depends on the length of distillation, so that length was "
         "fixed before any ratio was measured.",
         image(pictures.distillation, "One-step quality against updates of distillation"),
         table(_SNAPSHOT_HEADER, rows),
@@ -382,8 +385,8 @@ def _snapshot_note(results: Results) -> str:
     if results.snapshot_samples == results.num_samples:
         return f"{results.snapshot_samples} samples per trial, as in the tables above."
     return (
-        f"{results.snapshot_samples} samples per trial; a Fréchet distance of fewer samples is "
-        "larger, so these compare among themselves only."
+        f"{results.snapshot_samples} samples per trial. Fréchet distances grow when there are "
+        "fewer samples, so compare these only with each other."
     )
 
 
