@@ -68,7 +68,7 @@ class Workload:
     batch: int = 1
     dtype: str = "bfloat16"
     fps: float = FRAMES_PER_SECOND
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

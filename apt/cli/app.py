@@ -216,6 +216,7 @@ def usage_in_a_line(args: Sequence[str], *, prog: str) -> Iterator[None]:
         del os.environ["COLUMNS"]
         if columns is not None:
             os.environ["COLUMNS"] = columns
+    sys.stderr.write(said.getvalue())  # a warning
 
 
 def overview(commands: dict[str, Command]) -> str:

@@ -138,9 +138,9 @@ def parse_recipe(
                 )
         except UnknownOption as error:
             said = _in_its_place(begun.rest)
-            if not said and len(stages) > 1:
-                said = _of_a_row(stages, stage)
-            raise UnknownOption("; ".join(filter(None, [str(error), said]))) from error
+            if not said and len(stages) == 1:
+                raise
+            raise UnknownOption(said or f"{error}; {_of_a_row(stages, stage)}") from error
         parsed.append(one)
     configs = [_with_options(one.config, stage) for one, stage in zip(parsed, stages, strict=True)]
     if len(configs) > 1 and len({config.run_dir for config in configs}) == 1:

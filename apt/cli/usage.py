@@ -32,7 +32,7 @@ def usage_error(said: str, prog: str) -> InputError:
         said: the box, in a terminal so wide that nothing in it is folded.
         prog: the command, whose help is named.
     """
-    title, *rest = re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines()
+    title, *rest = re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines() or [""]
     # Where the output is no UTF-8 there is a rule below the title, and nothing at the sides.
     drawn = title.startswith("╭")
     body = [line[2:-2] if drawn else line[2:] for line in (rest if drawn else rest[1:])]
@@ -42,7 +42,7 @@ def usage_error(said: str, prog: str) -> InputError:
         for is_rule, section in groupby(body, key=lambda line: set(line) in ({"─"}, {"-"}))
         if not is_rule
     ]
-    first = sections[0]
+    first = sections[0] if sections else [title]
     if title == "Required options":
         missing = ", ".join(_options(first))
         return InputError(f"{missing} is missing; `{prog} --help` explains the options")

@@ -23,7 +23,7 @@ OBJECTS = "objects"
 METHOD = "method"
 """The key of a stage that says which one it is: its `exports_as`."""
 
-_TAKEN = {TrainConfig: "model", ModelConfig: "codec"}
+_TAKEN: Mapping[type[Any], str] = {TrainConfig: "model", ModelConfig: "codec"}
 """What is null where the stage takes it from the model, or the codec, that it names."""
 
 T = TypeVar("T")

@@ -64,9 +64,8 @@ class RunLog:
     of a resumed run equals the one of an uninterrupted run byte for byte; what does is in
     `speed.jsonl`. On a terminal a progress bar shows the time left; elsewhere a plain line is
     printed from time to time. Both fit into 80 columns, with two figures. After three updates a
-    line says how long the others are expected to take. Where tensorboard
-    is not installed there are no TensorBoard files, and without rich no bar: both are said at the
-    start.
+    line says how long the others are expected to take. Where tensorboard is not installed there are
+    no TensorBoard files, and without rich no bar: both are said at the start.
 
     Args:
         run_dir: folder of the run; created if missing.

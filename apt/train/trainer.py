@@ -88,7 +88,8 @@ def run(
         dataset: clips in place of `config.data.source`: map-style, item i a pair of pixels
             (3, T, H, W) float32 in [-1, 1] and a caption; see `apt.data.clips.check_clips`. Where
             the configuration leaves the size open, it is that of the first clip.
-        resume: continue the run in the folder; "auto": if there is one.
+        resume: continue the run in the folder; "auto": if there is one. One that is finished, as it
+            is asked for, is left as it is.
         start_over: begin again where all checkpoints are damaged or gone.
         take_over: take the folder from another process that still has it.
         parallel: shared by stages in a row, as a process group is joined once; alone, a run makes

@@ -314,7 +314,7 @@ def test_a_damaged_description_is_explained(folder: Path, content: str) -> None:
         ("config.json", "diffusers or transformers"),
         ("model.ckpt", "pickles"),
         ("step_00000100", "training run"),
-        ("notes.txt", "save_bundle wrote"),
+        ("notes.txt", "of a training run or of an export"),
     ],
 )
 def test_a_folder_of_something_else_is_recognised(tmp_path: Path, file: str, message: str) -> None:
