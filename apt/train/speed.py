@@ -1,4 +1,4 @@
-"""What an update was worth: samples, tokens and operations a second, and which rank was waited for.
+"""What an update was worth: samples, tokens and operations a second, and which rank is slow.
 
 Operations are the model's: those of its matrix products and attention once forward, once more for
 gradients of inputs and once more for those of weights. What is computed again counts nothing.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from apt.kernels.roofline import GPUS
 from apt.methods.base import Pass
 from apt.models.costs import COUNTERS, dit_cost
 
-__all__ = ["model_flops", "peak_tflops", "speed"]
+__all__ = ["model_flops", "peak_tflops", "probe_seconds", "speed"]
+
+_PROBES = 8
 
 _COUNTED: dict[str, float | None] = {}
 
@@ -73,6 +77,28 @@ def peak_tflops(device: torch.device) -> float | None:
     return None
 
 
+def probe_seconds(device: torch.device) -> float:
+    """How long a product of one size takes here, now.
+
+    A rank that computes slower than the others is found so: they wait for it inside an update,
+    which therefore takes as long on all.
+    """
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+    x = torch.ones(size, size, dtype=dtype, device=device)
+    x @ x  # the first one may choose a kernel
+    _wait(device)
+    begin = time.perf_counter()
+    for _ in range(_PROBES):
+        x @ x
+    _wait(device)
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @dataclass(frozen=True)
 class Update:
     """An update that is done.
@@ -102,6 +128,9 @@ def speed(update: Update, passes: Sequence[Pass], parallel: Parallel) -> dict[st
     if len(waits) > 1:
         found["speed/data_wait_spread_seconds"] = max(waits) - min(waits)
         found["speed/slowest_rank"] = float(waits.index(max(waits)))
+        probes = parallel.of_each(probe_seconds(parallel.device))
+        found["speed/probe_ratio"] = max(probes) / median(probes)
+        found["speed/slowest_computing_rank"] = float(probes.index(max(probes)))
     if not passes or update.latent_shape is None:
         return found
     tokens = math.prod(passes[0].backbone.token_grid(update.latent_shape))
