@@ -46,6 +46,7 @@ __all__ = [
     "model_flops",
     "peak_memory",
     "peak_tflops",
+    "probe_seconds",
     "read_log",
     "speed",
 ]
@@ -53,6 +54,8 @@ __all__ = [
 _COLUMNS = 80
 _SHOWN = 3
 """Updates that tell how long the others take: the first alone is slower than they are."""
+
+_PROBES = 8
 
 _COUNTED: dict[str, float | None] = {}
 
@@ -363,6 +366,28 @@ def peak_tflops(device: torch.device) -> float | None:
     return None
 
 
+def probe_seconds(device: torch.device) -> float:
+    """How long a product of one size takes here, now.
+
+    A rank that computes slower than the others is found so: they wait for it inside an update,
+    which therefore takes as long on all.
+    """
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+    x = torch.ones(size, size, dtype=dtype, device=device)
+    x @ x  # the first one may choose a kernel
+    _wait(device)
+    begin = time.perf_counter()
+    for _ in range(_PROBES):
+        x @ x
+    _wait(device)
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @dataclass(frozen=True)
 class Update:
     """An update that is done.
@@ -392,6 +417,9 @@ def speed(update: Update, passes: Sequence[Pass], parallel: Parallel) -> dict[st
     if len(waits) > 1:
         found["speed/data_wait_spread_seconds"] = max(waits) - min(waits)
         found["speed/slowest_rank"] = float(waits.index(max(waits)))
+        probes = parallel.of_each(probe_seconds(parallel.device))
+        found["speed/probe_ratio"] = max(probes) / statistics.median(probes)
+        found["speed/slowest_computing_rank"] = float(probes.index(max(probes)))
     if not passes or update.latent_shape is None:
         return found
     tokens = math.prod(passes[0].backbone.token_grid(update.latent_shape))

@@ -391,8 +391,8 @@ def rounded(config: TrainConfig, data_size: int) -> tuple[TrainConfig, str | Non
         return config, None
     each = f" with micro-batches of {config.micro_batch_size}" if config.micro_batch_size else ""
     said = (
-        f"batch_size {config.batch_size} does not divide by {data_size} ranks{each}: rounded to "
-        f"{size}; --batch-size {size} continues the run on other numbers of ranks"
+        f"batch_size {config.batch_size} does not divide by {data_size} data ranks{each}: rounded "
+        f"to {size}; --batch-size {size} continues the run on other numbers of ranks"
     )
     return dataclasses.replace(config, batch_size=size), said
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from apt.distributed.mesh import Layout, ParallelConfig, RankMesh
 from apt.distributed.parallel import Parallel
@@ -56,6 +58,20 @@ def test_a_batch_is_rounded_where_that_is_next_to_nothing(
     assert made.batch_size == expected
     assert (said is None) == (expected == batch)
     assert said is None or f"rounded to {expected}" in said
+
+
+@given(st.integers(1, 20_000), st.integers(0, 16), st.integers(1, 1024))
+def test_rounding_divides_or_leaves_the_batch_to_be_refused(
+    batch: int, micro: int, groups: int
+) -> None:
+    config = train_config(PretrainConfig(), batch_size=batch, micro_batch_size=micro)
+    found, said = rounded(config, groups)
+    assert abs(found.batch_size - batch) <= 0.02 * batch
+    unit = groups * max(micro, 1)
+    lower = batch // unit * unit
+    near = [size for size in (lower, lower + unit) if size and abs(size - batch) <= 0.02 * batch]
+    assert (found.batch_size % unit == 0) == bool(near)
+    assert (said is not None) == (found != config) == (bool(near) and batch % unit != 0)
 
 
 def test_ways_of_recomputing_need_recomputing() -> None:

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from apt.checkpoints.info import CodecInfo, SampleInfo, SamplingInfo
 from apt.checkpoints.load import NO_SIZE
@@ -18,7 +16,7 @@ from apt.methods import AdversarialConfig, DistillConfig, MethodConfig, Pretrain
 from apt.train.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from apt.train.config_file import plain
 from apt.train.recipes import RECIPES, list_recipes
-from apt.train.resolve import advice, prompt_check, resolve, resolve_with_notes, rounded
+from apt.train.resolve import advice, prompt_check, resolve, resolve_with_notes
 from tests.data.media import numbered, write_image, write_video
 from tests.train.tiny_methods import random_bundle
 
@@ -265,40 +263,3 @@ def test_precision_is_what_the_device_computes_in() -> None:
         expected = "bf16" if computes_in_bf16(device) else "fp32"
         assert resolve(settings, TEACHER).precision == expected
     assert resolve(config(STAGES[0], precision="bf16"), TEACHER).precision == "bf16"
-
-
-@pytest.mark.parametrize(
-    ("batch", "micro", "groups", "expected"),
-    [
-        (9062, 0, 128, 9088),  # the paper's images, on its GPUs
-        (9062, 1, 128, 9088),
-        (9062, 8, 16, 9088),  # 128 GPUs, of which 8 share each sample
-        (101, 2, 2, 100),
-        (1024, 4, 8, 1024),
-        (1000, 0, 3, 999),
-    ],
-)
-def test_a_batch_that_ranks_nearly_share_is_rounded_and_that_is_said(
-    batch: int, micro: int, groups: int, expected: int
-) -> None:
-    settings = config(PretrainConfig(), batch_size=batch, micro_batch_size=micro)
-    found, said = rounded(settings, groups)
-    assert found == dataclasses.replace(settings, batch_size=expected)
-    assert (said is None) == (batch == expected)
-    if said is not None:
-        assert f"batch_size {batch}" in said and f"--batch-size {expected}" in said
-        assert "\n" not in said
-
-
-@given(st.integers(1, 20_000), st.integers(0, 16), st.integers(1, 1024))
-def test_rounding_divides_or_leaves_the_batch_to_be_refused(
-    batch: int, micro: int, groups: int
-) -> None:
-    settings = config(PretrainConfig(), batch_size=batch, micro_batch_size=micro)
-    found, said = rounded(settings, groups)
-    assert abs(found.batch_size - batch) <= 0.02 * batch
-    unit = groups * max(micro, 1)
-    lower = batch // unit * unit
-    near = [size for size in (lower, lower + unit) if size and abs(size - batch) <= 0.02 * batch]
-    assert (found.batch_size % unit == 0) == bool(near)
-    assert (said is not None) == (found != settings) == (bool(near) and batch % unit != 0)

@@ -14,7 +14,7 @@ from apt.methods.apt import AdversarialConfig
 from apt.methods.base import MicroBatch
 from apt.methods.consistency import DistillConfig
 from apt.methods.flow_matching import PretrainConfig
-from apt.train.logs import Update, model_flops, speed
+from apt.train.logs import Update, model_flops, probe_seconds, speed
 from tests.train.tiny_methods import (
     CAPTIONS,
     TINY_MODEL,
@@ -73,3 +73,4 @@ def test_rates() -> None:
     assert found["speed/model_tflops_per_rank"] == pytest.approx(4 * flops / 1e12)
     assert found["speed/data_wait_seconds"] == 0.5
     assert not {"speed/mfu", "speed/slowest_rank"} & found.keys()  # a CPU, and alone
+    assert probe_seconds(torch.device("cpu")) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -107,6 +108,10 @@ def test_three_stages_in_a_row_with_two_ranks(tmp_path: Path):
     for stage in ("pretrain", "distill", "apt"):
         run_dir = tmp_path / "run" / stage
         assert [entry["step"] for entry in read_log(run_dir)] == [1, 2]
+        for line in (run_dir / "speed.jsonl").read_text().splitlines():
+            timing = json.loads(line)
+            assert {timing["speed/slowest_rank"], timing["speed/slowest_computing_rank"]} <= {0, 1}
+            assert timing["speed/probe_ratio"] >= 1
         assert read_info(run_dir / "export").training["updates"] == 2
         shards = (run_dir / "checkpoints" / "step_00000002").glob("*.safetensors")
         assert len({shard.name.split("-model-")[0] for shard in shards}) == 2
