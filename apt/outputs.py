@@ -110,7 +110,7 @@ class OutputRecord:
             return False
 
     def check(self, outputs: Sequence[Output]) -> None:
-        """Raise InputError for a file that has another sample, or a sample that is in another file."""
+        """Raise InputError for a file of another sample, or a sample that is in another file."""
         made = {name: (prompt, seed) for name, prompt, seed in self._done}
         places = {key: name for name, key in made.items()}
         for output in outputs:
