@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from apt.cli.list import SECTIONS, format_section
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
-from apt.distributed.launch import is_one_of_many
+from apt.cli.ranks import ranks
 from apt.errors import InputError
 from apt.evaluate.choice import parse_model
 
-if TYPE_CHECKING:
-    from apt.distributed.parallel import Parallel
-
 DIGITS = "digits"
-_PATIENCE = timedelta(days=7)
-"""For the slowest rank, whose samples may take long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,18 +100,6 @@ def overview(prog: str) -> str:
             f"`{prog} PROTOCOL --help` shows the options.",
         ]
     )
-
-
-@contextmanager
-def ranks(device: str | None = None) -> Iterator[Parallel | None]:
-    """The ranks that share an evaluation; None where this process is the only one."""
-    if not is_one_of_many():
-        yield None
-        return
-    from apt.distributed.parallel import Parallel
-
-    with Parallel.from_environment(device or "auto", timeout=_PATIENCE) as parallel:
-        yield parallel
 
 
 def _evaluate(protocol: Any, options: Options, command: str) -> None:

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from apt.cli.evaluate import ranks
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
+from apt.cli.ranks import ranks
 from apt.evaluate.digits import EvaluateConfig, evaluate_digits
 
 

@@ -67,7 +67,7 @@ class Prompts:
                 try:
                     total[name] += FIDELITIES[name].measure(*clips, fps)
                 except InputError as error:
-                    raise InputError(f"{sample.path} and {other.path}: {error}") from error
+                    raise InputError(f"{other.path} and {sample.path}: {error}") from error
         return {name: value / len(samples) for name, value in total.items()}
 
 
