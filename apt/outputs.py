@@ -110,14 +110,21 @@ class OutputRecord:
             return False
 
     def check(self, outputs: Sequence[Output]) -> None:
-        """Raise InputError if a file that is noted was made of another prompt or seed."""
+        """Raise InputError for a file of another sample, or a sample that is in another file."""
         made = {name: (prompt, seed) for name, prompt, seed in self._done}
+        places = {key: name for name, key in made.items()}
         for output in outputs:
-            prompt, seed = made.get(output.path.name, (output.prompt, output.seed))
-            if (prompt, seed) != (output.prompt, output.seed):
+            name, key = output.path.name, (output.prompt, output.seed)
+            prompt, seed = made.get(name, key)
+            if (prompt, seed) != key:
                 raise InputError(
                     f"{str(output.path)!r} was made of {prompt!r} with seed {seed}, and would be "
                     f"overwritten with {output.prompt!r} and seed {output.seed}; {self._anew}"
+                )
+            if (other := places.get(key, name)) != name:
+                raise InputError(
+                    f"{str(output.path.with_name(other))!r} was made of {output.prompt!r} with "
+                    f"seed {output.seed}, which would now be {name!r}; {self._anew}"
                 )
 
     def add(self, output: Output) -> None:

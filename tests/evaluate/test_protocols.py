@@ -147,6 +147,10 @@ def test_prompts_hold_further_models_against_the_first(model: ModelChoice, tmp_p
     assert equal == {"psnr": math.inf, "ssim": pytest.approx(1.0)}
     found = measure(samples[:1], samples[1:])
     assert 5 < found["psnr"] < 30 and found["ssim"] < 0.95
+    path = write_mp4(tmp_path / "large.mp4", moving_square(0), fps=8, scale=2)
+    large = dataclasses.replace(samples[0], path=path)
+    with pytest.raises(InputError, match=r"0.mp4 and .*large.mp4: frames of shapes"):
+        measure([large], samples[:1])
 
 
 def test_videos_without_a_reference_or_a_network(model: ModelChoice, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from apt.data.decode import probe
+from apt.errors import InputError
 from apt.evaluate.compare import FIDELITIES, Fidelity
 from apt.evaluate.protocol import PROTOCOLS, Figure, Figures, Protocol, Request
 from apt.evaluate.video_measures import read_video
@@ -34,9 +35,9 @@ class Prompts:
     width: int | None = None
     """Width in pixels."""
     fidelity: tuple[Literal["psnr", "ssim", "flip", "cvvdp"], ...] = ()
-    """How near each further model's samples are to the first one's, prompt by prompt and seed by
-    seed: for 8-bit weights, exports and kernels, not for different models. `compare` checks two
-    folders of samples against limits."""
+    """How near each further model's samples, kept without loss, are to the first one's, prompt by
+    prompt and seed by seed: for 8-bit weights, exports and kernels, not for different models.
+    `compare` checks two folders of samples against limits."""
 
     def build(self, request: Request) -> Protocol:
         """The protocol. Raises InputError for prompts that cannot be read."""
@@ -49,6 +50,7 @@ class Prompts:
             prompts=tuple(dict.fromkeys(read_prompts(self.prompts))),
             samples_per_prompt=self.samples_per_prompt,
             seeds=self.seeds,
+            lossless=bool(self.fidelity),
             options=GenerateOptions(frames=self.frames, height=self.height, width=self.width),
             figures={name: _figure(FIDELITIES[name]) for name in self.fidelity},
             pair_measures=(self._measure,) if self.fidelity else (),
@@ -62,7 +64,10 @@ class Prompts:
             clips = read_video(other.path), read_video(sample.path)
             fps = float(probe(other.path).fps)
             for name in total:
-                total[name] += FIDELITIES[name].measure(*clips, fps)
+                try:
+                    total[name] += FIDELITIES[name].measure(*clips, fps)
+                except InputError as error:
+                    raise InputError(f"{other.path} and {sample.path}: {error}") from error
         return {name: value / len(samples) for name, value in total.items()}
 
 
