@@ -86,7 +86,8 @@ def sampling_timesteps(num_steps: int, shift: float = 1.0) -> Tensor:
     if num_steps < 1:
         raise InputError(f"the number of steps must be at least 1, got {num_steps}")
     # fp64 in between, so that the first timestep is exactly 1 for any shift.
-    return shift_timesteps(torch.linspace(1, 0, num_steps + 1).double(), shift).float()
+    uniform = torch.linspace(1, 0, num_steps + 1, dtype=torch.float32, device="cpu")
+    return shift_timesteps(uniform.double(), shift).float()
 
 
 def euler_sample(predict: Predict, z: Tensor, timesteps: Tensor | Sequence[float]) -> Tensor:
@@ -100,7 +101,7 @@ def euler_sample(predict: Predict, z: Tensor, timesteps: Tensor | Sequence[float
     x = z
     grid = [float(t) for t in timesteps]
     for t, t_next in itertools.pairwise(grid):
-        x = x - (t - t_next) * predict(x, torch.full((x.shape[0],), t, device=x.device))
+        x = x - (t - t_next) * predict(x, _each(t, x))
     return x
 
 
@@ -148,7 +149,7 @@ def bind_guided(
 
 def one_step_sample(predict: Predict, z: Tensor) -> Tensor:
     """G(z, c) = z - v(z, 1) (APT Eq. 5) for noise z (B, ...)."""
-    t = torch.ones(z.shape[0], device=z.device)
+    t = _each(1.0, z)
     return to_sample(z, predict(z, t), t)
 
 
@@ -172,7 +173,7 @@ def consistency_sample(
     x_t = z
     x = z
     for step, value in enumerate(grid[:-1]):
-        t = torch.full((z.shape[0],), value, device=z.device)
+        t = _each(value, z)
         if step:
             x_t = interpolate(x, noise(step), t)
         x = to_sample(x_t, predict(x_t, t), t)
@@ -194,6 +195,11 @@ def sample(
     if sampler == "euler":
         return euler_sample(predict, z, grid)
     return consistency_sample(predict, z, grid, noise)
+
+
+def _each(t: float, x: Tensor) -> Tensor:
+    """A timestep for each sample of x (B, ...): (B,) fp32, whatever torch's default type is."""
+    return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
 
 
 def check_timesteps(timesteps: Tensor | Sequence[float]) -> list[float]:

@@ -58,16 +58,18 @@ def sample_noise(
     num: int, shape: Sequence[int], draw: Draw, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Standard normal noise (num, *shape); row i has the key of sample offset + i."""
-    noise = torch.empty(num, *shape)
+    noise = torch.empty(num, *shape, dtype=torch.float32, device="cpu")
     for row, generator in enumerate(_generators(num, draw)):
-        torch.randn(tuple(shape), generator=generator, out=noise[row])
+        torch.randn(tuple(shape), generator=generator, out=noise[row], device="cpu")
     return noise.to(device=draw.device, dtype=dtype)
 
 
 def sample_uniform(num: int, draw: Draw) -> Tensor:
     """Uniform fp32 values (num,) in [0, 1); entry i has the key of sample offset + i."""
-    values = [torch.rand((), generator=generator).item() for generator in _generators(num, draw)]
-    return torch.tensor(values, dtype=torch.float32, device=draw.device)
+    values = torch.empty(num, dtype=torch.float32, device="cpu")
+    for row, generator in enumerate(_generators(num, draw)):
+        torch.rand((), generator=generator, out=values[row], device="cpu")
+    return values.to(device=draw.device)
 
 
 def _generators(num: int, draw: Draw) -> Iterator[torch.Generator]:

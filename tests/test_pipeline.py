@@ -86,6 +86,17 @@ def test_global_randomness_is_neither_used_nor_spent(pipeline: OneStepPipeline) 
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_torchs_default_type_does_not_matter(pipeline: OneStepPipeline) -> None:
+    """In bf16, which others' scripts set it to, t and the noise would be rounded."""
+    expected = pipeline(PROMPT, num_steps=3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = pipeline(PROMPT, num_steps=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 def test_prompts_seeds_and_samplers_matter(pipeline: OneStepPipeline) -> None:
     videos = {
         "base": pipeline(PROMPT),

@@ -73,6 +73,19 @@ def test_draws_do_not_touch_torchs_own_state() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_torchs_defaults_do_not_matter() -> None:
+    draw = Draw(3, stream="a")
+    expected = sample_noise(2, (3, 4), draw), sample_uniform(5, draw)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = sample_noise(2, (3, 4), draw), sample_uniform(5, draw)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, usual in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, usual)
+
+
 def test_noise_is_standard_normal() -> None:
     noise = sample_noise(64, (8, 64), Draw(0, stream="a"))
     assert noise.shape == (64, 8, 64) and noise.dtype == torch.float32

@@ -69,7 +69,7 @@ SURE_SIGMA = 0.1
 
 def generate(network: Any, z: Tensor, c: Any) -> Tensor:
     """G(z, c), one sample per noise (Eqs. 3-5), with gradients to the network and z."""
-    t = torch.ones(len(z), device=z.device)
+    t = torch.ones(len(z), dtype=torch.float32, device=z.device)
     v = network(z, t, c)  # Eq. 3: the velocity at pure noise
     return to_sample(z, v, t)  # Eqs. 4-5: z - v
 

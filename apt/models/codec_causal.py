@@ -145,7 +145,7 @@ class CausalCodec(LatentCodec):
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.config.latents_mean or (0.0,) * self.channels
         std = self.config.latents_std or (1.0,) * self.channels
-        both = torch.tensor([mean, std], device=like.device)
+        both = torch.tensor([mean, std], dtype=torch.float32, device=like.device)
         return _per_channel(both[0]), _per_channel(both[1])
 
 

@@ -206,8 +206,8 @@ class DiffusersCodec(LatentCodec):
 
     def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
         shape = (1, self.channels, 1, 1, 1)
-        mean = torch.tensor(self._mean, device=device).view(shape)
-        return mean, torch.tensor(self._std, device=device).view(shape)
+        both = torch.tensor([self._mean, self._std], dtype=torch.float32, device=device)
+        return both[0].view(shape), both[1].view(shape)
 
     def _temporal_compression(self) -> int:
         given = self.config.temporal_compression

@@ -122,7 +122,7 @@ class ByteTextEncoder(TextEncoder):
         vectors = self.embedding(ids)
         # The first part is the word, the others are its trigrams.
         valid = torch.arange(1, longest, device=device) < lengths[:, None]
-        weight = (valid / (lengths[:, None] - 1)).to(vectors.dtype)
+        weight = valid.to(vectors.dtype) / (lengths[:, None] - 1)
         return vectors[:, 0] + torch.einsum("nk,nke->ne", weight, vectors[:, 1:])
 
 

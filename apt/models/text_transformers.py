@@ -178,7 +178,7 @@ class TransformersTextEncoder(TextEncoder):
 
 
 # As ftfy does: quotation marks are straight, letters and punctuation of full width are plain.
-_PLAIN = {
+_PLAIN: dict[int, str | None] = {
     **dict.fromkeys(map(ord, "\u02bc\u2018\u2019\u201a\u201b"), "'"),
     **dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"'),
     **{code: unicodedata.normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFF0)},
