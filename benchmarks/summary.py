@@ -42,7 +42,7 @@ def summary_table(
         rows += [_plain_row(m) for m in measurements.get(topic, ())]
     rows += reversed(list(_op_rows(measurements.get("kernels", ()))))
     rows += reversed([_network_row(m) for m in measurements.get("dit", ())])
-    return format_table(("what", "measured", "beside"), rows, left=3)
+    return format_table(("what", "measured", "details"), rows, left=3)
 
 
 def _plain_row(m: Measurement) -> Row:

@@ -330,7 +330,7 @@ def _write_animation(
 
 @contextmanager
 def _writing(path: str | Path, suffix: str) -> Iterator[Path]:
-    """Yield a temporary file beside `path`, moved to `path` if the block succeeds."""
+    """Yield a temporary file next to `path`, moved to `path` if the block succeeds."""
     final = Path(path)
     if final.suffix.lower() != suffix:
         raise InputError(f"the file name {str(path)!r} must end in {suffix}")
