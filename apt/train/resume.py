@@ -274,8 +274,10 @@ def _what_is_lost(run_dir: Path, damaged: list[str]) -> str:
     if not (run_dir / LOG_NAME).is_file() or not (run_dir / CONFIG_NAME).is_file():
         return ""
     steps = len(read_log(run_dir))
-    every = json.loads((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))["checkpoint_every"]
-    if steps <= every:
+    config = json.loads((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
+    # The first one may still be on its way in the background, until the second is due.
+    due = 2 if config.get("checkpoint_in_background") else 1
+    if steps <= due * config["checkpoint_every"]:
         return ""
     return f"{run_dir} holds a run whose log tells of {steps} updates, but no checkpoint"
 

@@ -67,15 +67,26 @@ def test_a_good_checkpoint_is_continued_whatever_is_damaged_beside_it(tmp_path: 
 
 
 def test_checkpoints_that_somebody_deleted_are_lost_work_too(tmp_path: Path):
-    begin(tmp_path / "run", steps=3, saved=())
-    with pytest.raises(CheckpointError, match="tells of 3 updates, but no checkpoint"):
+    begin(tmp_path / "run", steps=5, saved=())
+    with pytest.raises(CheckpointError, match="tells of 5 updates, but no checkpoint"):
         find_start(tmp_path / "run", True)
 
 
 @pytest.mark.parametrize("resume", [False, True, "auto"])
-def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path: Path, resume: Resume):
-    begin(tmp_path / "run", steps=2, saved=())
+@pytest.mark.parametrize("steps", [2, 4])  # the first is written while updates go on, up to 4
+def test_a_run_stopped_before_its_first_checkpoint_begins_anew(
+    tmp_path: Path, resume: Resume, steps: int
+):
+    begin(tmp_path / "run", steps=steps, saved=())
     assert find_start(tmp_path / "run", resume) is None
+
+
+def test_a_run_that_waits_for_its_checkpoints_has_the_first_when_it_is_due(tmp_path: Path):
+    begin(tmp_path / "run", steps=3, saved=())
+    waits = dataclasses.replace(CONFIG, checkpoint_in_background=False)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(plain(waits)))
+    with pytest.raises(CheckpointError, match="tells of 3 updates, but no checkpoint"):
+        find_start(tmp_path / "run", True)
 
 
 def test_one_command_for_the_first_attempt_and_all_later_ones(tmp_path: Path):
