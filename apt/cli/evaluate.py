@@ -30,8 +30,8 @@ class Options:
     published peer by its name; or diffusers:FOLDER and diffusers:owner/name for any pipeline. Give
     it once for each model, with a name before it and options behind it where they are needed:
     --model digits --model two=digits,num_steps=2 --model wan=diffusers:some/wan,cfg_scale=5,fps=16.
-    Options are those of `generate`, num_steps, cfg_scale, negative_prompt, sampler, frames, height
-    and width; and fps, and unet (a peer's weights as safetensors)."""
+    Options are those of `generate`, num_steps, cfg_scale, negative_prompt, sampler, batch_size,
+    frames, height and width; and fps, and unet (a peer's weights as safetensors)."""
     out: Path
     """Folder for samples, figures and the page. The same call again goes on where it stopped."""
     device: str | None = None
