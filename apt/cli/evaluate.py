@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from apt.cli.app import called
 from apt.cli.list import SECTIONS, format_section
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
@@ -82,8 +82,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     asked: Any = tyro.cli(
         both, args=rest, prog=f"{prog} {name}", description=PROTOCOLS.summary(name)
     )
-    command = shlex.join([*prog.split(), *args])
-    _evaluate(asked.protocol, asked.options, command)
+    _evaluate(asked.protocol, asked.options, called(prog, args))
 
 
 def overview(prog: str) -> str:
