@@ -54,7 +54,7 @@ def write_clean(target: Path, sample: Path) -> None:
     Raises:
         DataError: a file that is damaged, moves although it is no video, or that browsers do not
             play.
-        OSError: the disk refuses.
+        OSError: the disk refuses; InputError, where a video is encoded anew.
     """
     if sample.suffix.lower() == _UNPLAYED:
         write_playable(target, sample)
