@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import io
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -26,6 +27,8 @@ PROG = "diffusion-apt"
 
 IMPORT_OPTION = "--import"
 """A user's own module, whose models, methods and recipes register themselves."""
+
+_imported: list[str] = []  # by the command that is running
 
 O = TypeVar("O")  # noqa: E741
 
@@ -91,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _warnings_in_a_line():
             rest, modules = take_imports([arg for arg in args if arg != "--debug"])
             import_modules(modules)
+            _imported[:] = modules
             code = dispatch(rest)
         sys.stdout.flush()
     except PeerError:
@@ -257,6 +261,12 @@ def take_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
             raise InputError(f"{IMPORT_OPTION} needs a module: a dotted name, or a .py file")
         modules.append(module)
     return rest, modules
+
+
+def called(prog: str, args: Sequence[str]) -> str:
+    """The command that is running, as a shell takes it, with its `--import`s."""
+    imports = [part for module in _imported for part in (IMPORT_OPTION, module)]
+    return shlex.join([*prog.split(), *args, *imports])
 
 
 def import_modules(modules: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from apt.cli.app import parse
+from apt.cli.app import called, parse
 from apt.cli.list import SECTIONS, format_section
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
@@ -31,8 +30,8 @@ class Options:
     published peer by its name; or diffusers:FOLDER and diffusers:owner/name for any pipeline. Give
     it once for each model, with a name before it and options behind it where they are needed:
     --model digits --model two=digits,num_steps=2 --model wan=diffusers:some/wan,cfg_scale=5,fps=16.
-    Options are those of `generate`, num_steps, cfg_scale, negative_prompt, sampler, frames, height
-    and width; and fps, and unet (a peer's weights as safetensors)."""
+    Options are those of `generate`, num_steps, cfg_scale, negative_prompt, sampler, batch_size,
+    frames, height and width; and fps, and unet (a peer's weights as safetensors)."""
     out: Path
     """Folder for samples, figures and the page. The same call again goes on where it stopped."""
     device: str | None = None
@@ -81,8 +80,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
         frozen=True,
     )
     asked: Any = parse(both, rest, prog=f"{prog} {name}", description=PROTOCOLS.summary(name))
-    command = shlex.join([*prog.split(), *args])
-    _evaluate(asked.protocol, asked.options, command)
+    _evaluate(asked.protocol, asked.options, called(prog, args))
 
 
 def overview(prog: str) -> str:

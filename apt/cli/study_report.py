@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from apt.cli.app import parse
+from apt.cli.app import called, parse
 from apt.cli.output import printing
 from apt.errors import InputError
 from apt.study.report import ReportConfig, report_study
@@ -45,7 +44,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
         asked.directory / "report" if asked.out is None else asked.out,
         bases=split_bases(asked.base),
         config=asked.config,
-        command=shlex.join([*prog.split(), *args]),
+        command=called(prog, args),
     )
     with printing():
         print(page.read_text(encoding="utf-8"))

@@ -53,7 +53,7 @@ def write_clean(target: Path, sample: Path) -> None:
 
     Raises:
         DataError: for a damaged file, an animated image, or a file that some browsers cannot play.
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written; InputError where a video is encoded again.
     """
     if sample.suffix.lower() == _UNPLAYED:
         write_playable(target, sample)

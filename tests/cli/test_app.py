@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +103,17 @@ def test_a_closed_pipe_is_no_error() -> None:
     process.stderr.close()
     assert process.wait(timeout=60) == 141
     assert errors == ""
+
+
+def test_a_command_is_told_with_the_modules_that_it_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own parts.py"
+    own.write_text("")
+    assert app.main(["list", "--import", str(own), "losses"]) == 0
+    assert app.called("diffusion-apt list", ["losses"]) == (
+        f"diffusion-apt list losses --import '{own}'"
+    )
+    assert app.main(["--version"]) == 0
+    assert app.called("diffusion-apt", ["--version"]) == "diffusion-apt --version"
+    capsys.readouterr()

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from apt.evaluate.digits.clips import (
     real_for_captions,
     real_reference,
 )
-from apt.evaluate.digits.measure import FIGURES
+from apt.evaluate.digits.measure import FIGURES, Measurement
+from apt.evaluate.digits.methods import CONSISTENCY
 from apt.evaluate.digits.runs import DISCRIMINATOR_LOSS, INPUT_GRADIENT
+from apt.evaluate.digits.trials import Sampling, Trials
 from apt.models.create import create_codec, create_model, create_text_encoder
 from apt.pipeline import OneStepPipeline
 from apt.pixels import to_uint8
@@ -252,31 +255,33 @@ def test_the_same_again_gives_the_same_figures_and_one_run_is_enough(
 
 
 def test_samples_are_kept_and_belong_to_their_weights(tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    save_run(root, 0)
-    config = tiny_config(tmp_path / "out", root, methods=("consistency_1",), seeds=(1,))
+    model = tmp_path / "distill" / "export"
+    save_tiny_model(model, "consistency", seed=0)
+    config = tiny_config(tmp_path / "out", tmp_path, seeds=(1,), independent_judges=False)
+    sampling = Sampling(method=CONSISTENCY, folder=model, run=1)
 
-    def folders() -> list[Path]:
-        assert evaluate_digits(config) is not None
-        return sorted((root / "evaluation" / "samples").iterdir())
+    def measured() -> tuple[list[Path], dict[str, Measurement]]:
+        trials = Trials.prepare(config, None, lambda _: nullcontext(lambda done, total: None))
+        trials.make(sampling)
+        return sorted((config.kept / "samples").iterdir()), trials.measure(sampling)
 
-    (folder,) = folders()
-    captions = caption_set(1, 4, 2)
+    (folder,), figures = measured()
+    keys = caption_set(1, 4, 2).keys
     found = read_samples(folder)
-    assert set(found.samples) == set(captions.keys)
-    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    figures = (tmp_path / "out" / "digits.json").read_bytes()
-    damaged = found.samples[captions.keys[3]].path
+    assert set(found.samples) == set(keys)
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*.mkv")}
+    assert measured() == ([folder], figures)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    damaged = found.samples[keys[3]].path
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-9])
-    assert folders() == [folder]
+    assert measured() == ([folder], figures)
     # All of this tiny model's samples were one batch, and it is made again as such.
     assert damaged.read_bytes() == whole
-    assert (tmp_path / "out" / "digits.json").read_bytes() == figures
-    assert folders() == [folder]
-    assert {path.stat().st_mtime_ns > times[path] for path in folder.glob("*.mkv")} == {True}
-    save_tiny_model(root / "distill" / "export", "consistency", seed=9)
-    assert len(folders()) == 2
+    assert all(path.stat().st_mtime_ns > time for path, time in times.items())
+    save_tiny_model(model, "consistency", seed=9)
+    folders, others = measured()
+    assert len(folders) == 2 and others != figures
 
 
 def test_samples_are_what_the_model_makes_to_the_last_bit(runs: tuple[Path, Path]) -> None:
