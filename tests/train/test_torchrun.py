@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from apt.checkpoints.info import read_info
+from apt.data.digits import FPS, MovingDigits
+from apt.data.write import write_video_folder
 from apt.train.logs import read_log
 
 ROOT = Path(__file__).parents[2]
@@ -153,3 +155,40 @@ def test_objects_and_held_out_clips_on_two_ranks(tmp_path: Path):
         assert "heldout/generator/loss" in ours
         for name, value in ours.items():
             assert theirs[name] == pytest.approx(value, rel=1e-3), name
+
+
+# Whoever but rank 0 lists the folder or reads a header of its files ends the run.
+BLIND = """
+import os, sys
+from apt.data import builtin_sources, folder, statistics
+
+def refuse(*arguments, **options):
+    raise AssertionError("another rank than 0 reads the folder")
+
+if os.environ["RANK"] != "0":
+    for owner, names in ((folder, ("probe", "look_at", "scan_folder")), (statistics, ("look_at",)),
+                         (builtin_sources, ("scan_folder",))):
+        for name in names:
+            setattr(owner, name, refuse)
+from apt.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_one_rank_reads_a_folder_and_tells_the_other(tmp_path: Path) -> None:
+    write_video_folder(MovingDigits(0), tmp_path / "clips", 6, FPS)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blind.py").write_text(BLIND)
+
+    def train(run: str, clips: str) -> subprocess.CompletedProcess[str]:
+        asked = ("--run-dir", run, *TINY, "--data.source", "folder", "--data.path", clips)
+        return launch(tmp_path, "blind.py", "train", "digits_pixels_pretrain", *asked)
+
+    done = train("run", "clips")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [entry["step"] for entry in read_log(tmp_path / "run")] == [1, 2]
+    nothing = train("no", "empty")
+    assert nothing.returncode != 0
+    told = [line for line in nothing.stderr.splitlines() if line.startswith("error:")]
+    assert len(told) == 1 and "empty: nothing usable" in told[0]
