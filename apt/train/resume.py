@@ -233,7 +233,7 @@ def is_done_as_asked(config: TrainConfig) -> bool:
     """Whether the run is finished, and asked for as it was: nothing is left to do.
 
     What the configuration leaves open was settled when the run began. Of a run that was given
-    objects in Python that is not known.
+    objects in Python that is not known, nor of data at another path before they are looked at.
     """
     run_dir = Path(config.run_dir)
     try:
@@ -245,9 +245,10 @@ def is_done_as_asked(config: TrainConfig) -> bool:
         return False
     now, then, unused = _by_option(plain(config)), _by_option(before), _unused(config)
     settled = {key for key, value in now.items() if value is None or value == "auto"}
+    free = {*_FREE_FIELDS, *settled, OBJECTS, _CHANNELS} - {"data.path", "heldout.path"}
     return all(
         now.get(key) == then.get(key)
-        or {key, key.split(".")[0]} & {*_FREE_FIELDS, *settled, OBJECTS, _CHANNELS}
+        or not free.isdisjoint((key, key.split(".")[0]))
         or f"{key}.".startswith(unused)
         for key in now.keys() | then.keys()
     )
