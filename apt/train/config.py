@@ -367,6 +367,11 @@ class TrainConfig:
         check_range(self.optimizer, "optimizer.", dict.fromkeys(counts, (0, math.inf)))
         smoothing: dict[str, tuple[float, float]] = {"alpha": (0, 1), "betas": (0, 1)}
         check_range(self.optimizer, "optimizer.", smoothing, open_end=True)
+        if self.optimizer.name == "rmsprop" and self.optimizer.weight_decay:
+            raise ConfigError(
+                f"optimizer.weight_decay {self.optimizer.weight_decay:g} is for adamw only; set "
+                "--optimizer.name adamw, or --optimizer.weight-decay 0"
+            )
         self.stage.check()
         check_range(self.heldout, "heldout.", {"share": (0, 1)}, open_end=True)
         check_range(self.heldout, "heldout.", {"clips": (0, math.inf), "every": (1, math.inf)})

@@ -80,6 +80,7 @@ def test_a_config_is_json() -> None:
             {"optimizer": OptimizerConfig(learning_rate=NAN)},
             r"optimizer\.learning_rate must be a f",
         ),
+        ({"optimizer": OptimizerConfig(weight_decay=0.1)}, r"weight_decay 0\.1 is for adamw only"),
         ({"optimizer": OptimizerConfig(betas=(0.9, 1.0))}, r"betas must be at least 0 and below 1"),
         (
             {"optimizer": OptimizerConfig(betas=(-0.1, 0.9))},
