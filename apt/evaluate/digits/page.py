@@ -24,6 +24,7 @@ from apt.pixels import to_frames
 
 REPORT, DATA, CAUSES = "digits.md", "digits.json", "digits_causes.json"
 _COMPARISON = "digits_comparison.png"
+_WALKS, _WALKS_SHEET = "walks/clips.md", "walks/clips_samples.png"
 _SHEET_ROWS = 8
 _BESIDE = ("real", DIFFUSION_GUIDED.name, CONSISTENCY.name, APT.name)
 
@@ -72,6 +73,8 @@ def render_page(out: Path, results: Results | None = None) -> Path:
         layers=_if_there(out, inside.LAYERS),
         errors=_if_there(out, inside.ERRORS),
         ways=_if_there(out, inside.WAYS),
+        walks=_if_there(out, _WALKS),
+        walks_sheet=_if_there(out, _WALKS_SHEET),
         sheets=sheets,
     )
     text = report_text(

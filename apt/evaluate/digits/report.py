@@ -36,6 +36,8 @@ class Pictures:
     layers: str | None
     errors: str | None
     ways: str | None
+    walks: str | None
+    walks_sheet: str | None
     sheets: dict[str, str]
 
 
@@ -72,6 +74,7 @@ def report_text(
         *_progress(results, pictures),
         *_distillation(results, pictures),
         *_inside(pictures),
+        *_walks(pictures),
         "## Training time",
         _costs(results.costs),
         "## Samples",
@@ -350,6 +353,19 @@ def _inside(pictures: Pictures) -> list[str]:
         "(`diffusion-apt traverse`). If a model switches between modes, its largest step is far "
         "above the mean step.",
         image(pictures.ways, "Paths between three noises"),
+    ]
+
+
+def _walks(pictures: Pictures) -> list[str]:
+    if not pictures.walks:
+        return []
+    return [
+        "## Rendered video: first-person walks",
+        "The same four stages on clips that a game engine renders (`diffusion-apt data vizdoom`, "
+        "1,500 clips of 64×64 pixels), in about an hour of one CPU core (`diffusion-apt train "
+        "walks`): a first look, one run and one evaluation seed. Captions are those of 96 clips of "
+        f"another seed. `diffusion-apt evaluate clips` made [all figures]({pictures.walks}).",
+        image(pictures.walks_sheet, "Walks: samples of every stage beside rendered clips"),
     ]
 
 
