@@ -11,7 +11,6 @@ In fp32 each block is a unit, and what is outside of blocks another.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -59,8 +58,8 @@ def shard(
             reshard_after_forward=number < len(units),
         )
     fully_shard(module, mesh=mesh, mp_policy=_FULL)
-    for before, after in itertools.pairwise(units):
-        _sharded(before[0]).set_modules_to_forward_prefetch([_sharded(after[0])])
+    # The next block is not prefetched explicitly: where blocks are computed again in the backward
+    # pass, that would gather one that is done with, and hold it until the next pass.
     for name in forward_methods:
         register_fsdp_forward_method(module, name)
 
@@ -81,8 +80,3 @@ def reduce_gradients(module: nn.Module, *, last: bool, once: bool) -> None:
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last or not once)
         module.set_requires_all_reduce(last)
-
-
-def _sharded(module: nn.Module) -> FSDPModule:
-    assert isinstance(module, FSDPModule)
-    return module
