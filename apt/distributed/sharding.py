@@ -11,6 +11,7 @@ In fp32 each block is a unit, and what is outside of blocks another.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -58,8 +59,12 @@ def shard(
             reshard_after_forward=number < len(units),
         )
     fully_shard(module, mesh=mesh, mp_policy=_FULL)
-    # The next block is not prefetched explicitly: where blocks are computed again in the backward
-    # pass, that would gather one that is done with, and hold it until the next pass.
+    # Blocks may be computed again in the backward pass. A prefetch in forward order, or FSDP's own,
+    # by what ran last, would then gather the block that is just done with, and hold it until the
+    # next pass. The first block, with none before it, asks for itself, which does nothing.
+    heads = [_sharded(unit[0]) for unit in units]
+    for before, this in itertools.pairwise([*heads[:1], *heads]):
+        this.set_modules_to_backward_prefetch([before])
     for name in forward_methods:
         register_fsdp_forward_method(module, name)
 
@@ -80,3 +85,8 @@ def reduce_gradients(module: nn.Module, *, last: bool, once: bool) -> None:
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last or not once)
         module.set_requires_all_reduce(last)
+
+
+def _sharded(module: nn.Module) -> FSDPModule:
+    assert isinstance(module, FSDPModule)
+    return module

@@ -9,18 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from apt.checkpoints.info import SampleInfo
 from apt.distributed.imagined import imagined_ranks
 from apt.distributed.mesh import Layout, ParallelConfig
 from apt.errors import ConfigError
 from apt.methods.base import Stage
+from apt.models.mmdit import MMDiTConfig
 from apt.pixels import LatentCodec
 from apt.plan import measure
 from apt.plan.compare import real_peaks
 from apt.plan.estimate import Job, estimate
-from apt.plan.measure import Usage, begin_stage, make_batches
+from apt.plan.measure import STATES, Peak, Usage, begin_stage, make_batches
 from apt.plan.tracking import Tracker
 from apt.train.host import encoded
-from tests.plan.jobs import JOBS, ON_RANKS, RANKS, in_layout
+from tests.plan.jobs import JOBS, ON_RANKS, RANKS, SHAPE, in_layout
 from tests.processes import run_main
 
 
@@ -114,3 +116,20 @@ def test_clips_are_encoded_once_unless_each_part_has_its_own(
 def test_a_batch_that_does_not_divide_is_refused_as_by_the_run() -> None:
     with pytest.raises(ConfigError, match=r"batch_size 8 does not divide by the 3 .* 6 or 9"):
         planned(in_layout("apt", ParallelConfig()), 3)
+
+
+def test_blocks_that_are_computed_again_leave_no_gathered_weights() -> None:
+    """With more blocks a rank holds more states and inputs of blocks, but no more weights."""
+    small = SampleInfo(frames=1, height=32, width=32, fps=8)
+    job = dataclasses.replace(JOBS["attention"], sample=small)
+    shallow, deep = (
+        estimate(job.of_depth(depth), Layout(1, 4, 1), whole=True).peaks for depth in (3, 6)
+    )
+    block = MMDiTConfig(**SHAPE).build().block_list()[0]
+    gathered = 2 * sum(weight.numel() for weight in block.parameters())  # in bf16
+
+    def beside_states(peak: Peak) -> float:
+        return peak.total - sum(peak.parts[part] for part in STATES)
+
+    for name, peak in deep.items():
+        assert beside_states(peak) - beside_states(shallow[name]) < 3 * gathered / 2
