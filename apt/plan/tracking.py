@@ -185,7 +185,7 @@ class Tracker(TorchDispatchMode):
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[assignment,method-assign]
         # DTensor asks tensors without data, of the size of all shards together, for shapes.
-        ShardingPropagator._propagate_tensor_meta_non_cached = without_memory  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = without_memory  # type: ignore[assignment,method-assign]
         try:
             with self:
                 yield self
