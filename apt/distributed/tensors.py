@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from apt.distributed.collectives import rank, world
 
-__all__ = ["WholeTensors", "is_sharded", "local", "own_rows", "whole"]
+__all__ = ["WholeTensors", "is_sharded", "local", "own_rows", "shapes_found_inside", "whole"]
 
 
 def is_sharded(kind: type) -> bool:
@@ -96,3 +97,24 @@ class WholeTensors(Mapping[str, Tensor]):
         said = torch.tensor([number])
         dist.broadcast(said, src=0)
         return int(said.item())
+
+
+@contextmanager
+def shapes_found_inside(context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Enter `context` around each time that DTensor finds the shapes of an op's results.
+
+    It does so with tensors without data, of the size of all shards together.
+    """
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    original = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate(*args: Any) -> Any:
+        with context():
+            return original(*args)
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = propagate  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = original  # type: ignore[method-assign]

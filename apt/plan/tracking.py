@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from apt.distributed.tensors import is_sharded
+from apt.distributed.tensors import is_sharded, shapes_found_inside
 from apt.models.checkpointing import is_attention
 
 __all__ = ["CAST", "GATHERED", "OTHER", "Collective", "Tracker", "Work"]
@@ -177,21 +176,12 @@ class Tracker(TorchDispatchMode):
                 self._look()
             return result
 
-        propagate = ShardingPropagator._propagate_tensor_meta_non_cached
-
-        def without_memory(*args: Any) -> Any:
-            with self.elsewhere():
-                return propagate(*args)
-
         torch.UntypedStorage.resize_ = resize  # type: ignore[assignment,method-assign]
-        # DTensor asks tensors without data, of the size of all shards together, for shapes.
-        ShardingPropagator._propagate_tensor_meta_non_cached = without_memory  # type: ignore[assignment,method-assign]
         try:
-            with self:
+            with shapes_found_inside(self.elsewhere), self:
                 yield self
         finally:
             torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
-            ShardingPropagator._propagate_tensor_meta_non_cached = propagate  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
