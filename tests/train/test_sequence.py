@@ -14,6 +14,9 @@ from tests.processes import run_main
 from tests.train.sequence_runs import LAYOUTS, PENALTIES, UPDATES
 from tests.train.small_runs import STAGES
 
+SAMPLES_APART = ("two of two", "copies")
+"""Layouts whose ranks do not all have the same samples."""
+
 
 def runs(root: Path, kind: str) -> tuple[Path, dict[str, Any]]:
     run_main("tests.train.sequence_runs", root, kind, folder=root)
@@ -25,15 +28,25 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     return runs(tmp_path_factory.mktemp("everything"), "all")
 
 
-def assert_logs_equal(made: tuple[Path, dict[str, Any]], name: str, expected: str) -> None:
-    """To 1e-5 of each value; of a penalty, the difference of logits to what rounds logits."""
+def assert_logs_equal(
+    made: tuple[Path, dict[str, Any]], name: str, expected: str, *, monitored: bool = True
+) -> None:
+    """To 1e-5 of each value; of a penalty, the difference of logits to what rounds logits.
+
+    The collapse monitor looks at the first rank's own samples, so where others have more of them
+    its figures are not compared.
+    """
     root, report = made
     for run in (name, expected):
         for outcome in report[run]:
             assert outcome["code"] == 0, outcome["output"]
     found, wanted = (list(map(unsquared, read_log(root / run))) for run in (name, expected))
     assert len(found) == len(wanted) >= UPDATES
-    for entry, other in zip(found, wanted, strict=True):
+    for entries in zip(found, wanted, strict=True):
+        entry, other = (
+            {key: value for key, value in all_of.items() if monitored or key[:8] != "samples/"}
+            for all_of in entries
+        )
         assert entry == pytest.approx(other, rel=1e-5, abs=2e-6)
 
 
@@ -56,7 +69,8 @@ def test_two_ranks_that_share_samples_train_as_one(
 def test_ranks_in_any_layout_train_as_one(
     everything: tuple[Path, dict[str, Any]], stage: str, layout: str
 ) -> None:
-    assert_logs_equal(everything, f"{layout}/{stage}", f"whole/{stage}")
+    monitored = layout not in SAMPLES_APART
+    assert_logs_equal(everything, f"{layout}/{stage}", f"whole/{stage}", monitored=monitored)
 
 
 @pytest.mark.slow
