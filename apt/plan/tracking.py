@@ -266,7 +266,7 @@ class Tracker(TorchDispatchMode):
         """Bytes that are alive, by part."""
         named = self.name_parts()
         found: Counter[str] = Counter()
-        for key, held in self._alive.items():
+        for key, held in self._alive.copy().items():  # storages may die meanwhile
             if held.size:
                 part = named.get(key)
                 if part is not None:
