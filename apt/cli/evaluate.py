@@ -12,7 +12,7 @@ import tyro
 
 from apt.cli.app import called, parse
 from apt.cli.list import SECTIONS, format_section
-from apt.cli.output import printing
+from apt.cli.output import print_page, printing
 from apt.cli.progress import progress_bar
 from apt.cli.ranks import ranks
 from apt.errors import InputError
@@ -115,7 +115,4 @@ def _evaluate(protocol: Any, options: Options, command: str) -> None:
             parallel=parallel,
             progress=progress_bar,
         )
-    if page is not None:
-        with printing():
-            print(page)
-            print(page.with_suffix(".html"))
+    print_page(page)

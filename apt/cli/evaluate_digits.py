@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from apt.cli.app import parse
-from apt.cli.output import printing
+from apt.cli.output import print_page
 from apt.cli.progress import progress_bar
 from apt.cli.ranks import ranks
 from apt.evaluate.digits import EvaluateConfig, evaluate_digits
@@ -28,7 +28,4 @@ def main(args: Sequence[str], *, prog: str) -> None:
     options = parse(Evaluate, args, prog=prog)
     with ranks() as parallel:
         page = evaluate_digits(options.config, parallel=parallel, progress=progress_bar)
-    if page is not None:
-        with printing():
-            print(page)
-            print(page.with_suffix(".html"))
+    print_page(page)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from apt.errors import InputError
 
@@ -22,3 +23,11 @@ def printing() -> Iterator[None]:
         # Python flushes standard output once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise InputError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def print_page(page: Path | None) -> None:
+    """Say where a page is, as Markdown and as HTML; None, of a rank that wrote none, is silent."""
+    if page is not None:
+        with printing():
+            print(page)
+            print(page.with_suffix(".html"))

@@ -62,8 +62,8 @@ def shard(
     # Blocks may be computed again in the backward pass. A prefetch in forward order, or FSDP's own,
     # by what ran last, would then gather the block that is just done with, and hold it until the
     # next pass. The first block, with none before it, asks for itself, which does nothing.
-    heads = [_sharded(unit[0]) for unit in units]
-    for before, this in itertools.pairwise([*heads[:1], *heads]):
+    sharded = [_sharded(unit[0]) for unit in units]
+    for before, this in itertools.pairwise([*sharded[:1], *sharded]):
         this.set_modules_to_backward_prefetch([before])
     for name in forward_methods:
         register_fsdp_forward_method(module, name)
