@@ -69,7 +69,7 @@ class Protocol:
         pair_measures: of each further model's samples against the first model's.
         prepare: makes ready what the measures hold, such as networks and what is real; called once,
             before anything is generated.
-        real: figures of what is real, for a row of its own; None has none.
+        baselines: rows above the models', by name: measure what no model made, such as real videos.
         references: real files by prompt, to be shown beside samples.
         settings: what else decides the figures, for the record: folders, networks.
     """
@@ -86,7 +86,7 @@ class Protocol:
     measures: tuple[Measure, ...] = ()
     pair_measures: tuple[PairMeasure, ...] = ()
     prepare: Callable[[], object] = lambda: None
-    real: Callable[[], Figures] | None = None
+    baselines: Mapping[str, Callable[[], Figures]] = field(default_factory=dict)
     references: Mapping[str, Path] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
 
