@@ -132,5 +132,5 @@ def test_bad_input(videos: Mapping[str, list[Path]], tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"broken\.mp4"):
         FrechetVideo([tmp_path / "broken.mp4"], VideoFeatures("brightness", brightness))
-    with pytest.raises(InputError, match="the features 'flat' came as"):
+    with pytest.raises(InputError, match="the features 'flat' returned"):
         FrechetVideo(videos["moving"], VideoFeatures("flat", lambda clips: clips.float()))
