@@ -206,7 +206,9 @@ def test_a_run_alone_is_gone_on_with_where_it_is_now(tmp_path: Path) -> None:
     assert "micro_batch_size (was 0, is 1)" in said and "data.path (was " in said
     assert len(read_log(run_dir)) == 3 and not (tmp_path / "run").exists()
     header = result.stderr.splitlines()[:8]
-    assert header[0] == "digits_pixels_pretrain: 3 updates of 2 samples, on from update 2"
+    assert (
+        header[0] == "digits_pixels_pretrain (updates: 3, batch size: 2), continued from update 2"
+    )
     assert re.fullmatch(r"  generator: \d+\.\d k parameters", header[1])
     assert header[3] == "  clips: 4 of 9x32x32 at 8 fps"
     assert re.fullmatch(r"  device: cpu with \d+\.\d GiB, bf16", header[4])
@@ -268,7 +270,10 @@ def test_help_of_a_recipe_shows_its_fields_and_values() -> None:
         (["--take-over", "digits_apt"], "the recipe's name comes first"),
         (["own", "--config", "none.json"], "--config FILE stands in place of the recipe's name"),
         (["own", "--resume", "run"], "behind it, --run-dir RUN names the folder"),
-        (["--config", "."], "'.' is a folder; expected what `train RECIPE --print-config` prints"),
+        (
+            ["--config", "."],
+            "'.' is a folder; expected the output of `train RECIPE --print-config`",
+        ),
         (["digits_apt", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["digits_apt", "--num-updates", "30"], "--optimizer.decay-updates to at most 30"),
         (["digits_apt", "--optimizer.betas", "0.5", "nan"], "optimizer.betas must be a finite"),

@@ -114,7 +114,7 @@ def test_clips_are_encoded_once_unless_each_part_has_its_own(
 
 
 def test_a_batch_that_does_not_divide_is_refused_as_by_the_run() -> None:
-    with pytest.raises(ConfigError, match=r"batch_size 8 does not divide by the 3 .* 6 or 9"):
+    with pytest.raises(ConfigError, match=r"batch_size 8 is not divisible by the 3 .* 6 or 9"):
         planned(in_layout("apt", ParallelConfig()), 3)
 
 

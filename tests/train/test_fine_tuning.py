@@ -77,7 +77,7 @@ def test_all_of_it_goes_on_training_also_as_an_object(start: Path, tmp_path: Pat
         named, given = (load_file(run / "export" / name) for run in runs)
         assert any(not torch.equal(before[key], named[key]) for key in before)
         assert all(torch.equal(named[key], given[key]) for key in before)
-    with pytest.raises(ConfigError, match=r"hand over that model, bundles=.'start'"):
+    with pytest.raises(ConfigError, match=r"as bundles=.'start'"):
         model = tiny_bundle().backbone
         apt.train.run(config(tmp_path / "x"), model=model, bundles={"start": bundle()})
 

@@ -33,7 +33,7 @@ def test_a_run_has_a_layout_of_its_own() -> None:
     config = train_config(PretrainConfig(), parallel=ParallelConfig(replicate=2, sequence=2))
     assert laid_out(config, FOUR).layout == Layout(2, 1, 2)
     assert laid_out(config, FOUR).data_rank == 0
-    with pytest.raises(ConfigError, match="does not make 1 rank;"):
+    with pytest.raises(ConfigError, match="does not fit 1 rank;"):
         laid_out(config, single())
 
 
