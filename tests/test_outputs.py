@@ -88,12 +88,12 @@ def test_a_new_list_begins_a_new_record_with_its_first_file(record: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"file": "mine"}\n', "is no record of outputs"),
-        ("not json\n", "is no record of outputs"),
+        ('{"file": "mine"}\n', "is not a record of outputs"),
+        ("not json\n", "is not a record of outputs"),
         (json.dumps({"settings": SETTINGS}) + "\nnot json\n", "is damaged at"),
         (json.dumps({"settings": SETTINGS}) + "\n[1]\n", "is damaged at"),
-        (json.dumps({"settings": 5}) + "\n", "is no record of outputs"),
-        (json.dumps({"settings": {"steps": 4, "size": [9, 32]}}) + "\n", "steps was 4 and is 1"),
+        (json.dumps({"settings": 5}) + "\n", "is not a record of outputs"),
+        (json.dumps({"settings": {"steps": 4, "size": [9, 32]}}) + "\n", "steps was 4 and is now"),
     ],
 )
 def test_records_that_are_none_of_this_list(tmp_path: Path, text: str, message: str) -> None:
@@ -107,7 +107,7 @@ def test_records_that_are_none_of_this_list(tmp_path: Path, text: str, message: 
 def test_a_file_of_the_user_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"caption": "mine"}\n')
-    with pytest.raises(InputError, match="is no record of outputs"):
+    with pytest.raises(InputError, match="is not a record of outputs"):
         OutputRecord(path, SETTINGS, resume=False)
 
 

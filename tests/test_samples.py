@@ -48,7 +48,7 @@ def test_a_hostile_or_foreign_folder_is_one_line(tmp_path: Path) -> None:
     line = json.loads(lines[1])
     fails(lines[0], json.dumps(line | {"file": "../../etc/passwd"}), match="out of its folder")
     fails(lines[0], json.dumps(line | {"file": "/etc/passwd"}), match="absolute")
-    fails(lines[0], json.dumps(line | {"seed": "three"}), match="no sample")
+    fails(lines[0], json.dumps(line | {"seed": "three"}), match="an invalid line")
     fails(lines[0], lines[1], json.dumps(line | {"file": "b.mp4"}), match="two samples of")
     fails(lines[0], "nonsense", match="damaged")
     fails(lines[0], match="no manifest of samples")

@@ -189,7 +189,7 @@ def test_who_may_not_push_is_told(hub: HubServer, own: Path, tmp_path: Path) -> 
     line = error_line(run_cli(hub, tmp_path, "push", own, "me/digits", token=STRANGER))
     assert "the Hub refuses (403)" in line
     line = error_line(run_cli(hub, tmp_path, "push", own, "not an id", token=TOKEN))
-    assert "is no name on the Hub" in line
+    assert "is not a name on the Hub" in line
     line = error_line(
         run_cli(hub, tmp_path, "push", own, "me/digits", token=TOKEN, HF_HUB_OFFLINE="1")
     )
