@@ -96,8 +96,8 @@ class Objects:
                 )
             if not isinstance(bundle, ModelBundle):
                 raise ConfigError(
-                    f"bundles: {name} has type {type(bundle).__name__}; expected an apt.ModelBundle, "
-                    "as from apt.load_bundle"
+                    f"bundles: {name} has type {type(bundle).__name__}; expected an "
+                    "apt.ModelBundle, as from apt.load_bundle"
                 )
             _check_weights(f"the backbone of {name}", bundle.backbone)
 
