@@ -93,13 +93,13 @@ class OutputRecord:
         self._settings = json.loads(json.dumps(settings))
         self._lines: list[dict[str, Any]] = []
         self._done: dict[tuple[str, str, int], tuple[int, str]] = {}
-        text = self._text()
-        if text and not text.startswith(RECORD_BEGINNING):
+        content = self._content()
+        if content and not content.startswith(RECORD_BEGINNING.encode()):
             raise InputError(
                 f"{str(path)!r} is no record of outputs; move it away, or write elsewhere"
             )
         if resume:
-            self._read(text)
+            self._read(content)
 
     def has(self, output: Output) -> bool:
         """Whether the file is there as it was made."""
@@ -171,21 +171,20 @@ class OutputRecord:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def _text(self) -> str:
+    def _content(self) -> bytes:
         """What the record says; nothing if there is none."""
         try:
-            return self._path.read_text(encoding="utf-8")
+            return self._path.read_bytes()
         except FileNotFoundError:
-            return ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"cannot read {str(self._path)!r} ({error}); move it away, or write elsewhere"
-            ) from error
+            return b""
+        except OSError as error:
+            raise self._unreadable(error) from error
 
-    def _read(self, text: str) -> None:
-        # A line that was cut off has no end, and did not happen.
-        *whole, _ = text.split("\n")
-        lines = [parse_line(self._path, line) for line in whole]
+    def _read(self, content: bytes) -> None:
+        try:
+            lines = [parse_line(self._path, line) for line in whole_lines(content)]
+        except UnicodeDecodeError as error:
+            raise self._unreadable(error) from error
         if not lines:
             return
         self._check_settings(lines[0])
@@ -193,8 +192,17 @@ class OutputRecord:
         for line in self._lines:
             made = (int(line["bytes"]), str(line["sha256"]))
             self._done[str(line["file"]), str(line["prompt"]), int(line["seed"])] = made
-        if text != "\n".join([*whole, ""]):
-            self._path.write_text("\n".join([*whole, ""]), encoding="utf-8")
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            try:
+                os.truncate(self._path, whole)
+            except OSError as error:
+                raise self._refused(error) from error
+
+    def _unreadable(self, error: Exception) -> InputError:
+        return InputError(
+            f"cannot read {str(self._path)!r} ({error}); move it away, or write elsewhere"
+        )
 
     def _check_settings(self, first: Mapping[str, Any]) -> None:
         before = first.get("settings")
@@ -216,6 +224,12 @@ class OutputRecord:
                 f"the files of {str(self._path)!r} were made with other settings: {changes}; use "
                 f"the same ones, or {self._anew}"
             )
+
+
+def whole_lines(content: bytes) -> list[str]:
+    """The lines of a record. One that was cut off, maybe inside a letter, has no end, and did not
+    happen. Raises UnicodeDecodeError for what is no text."""
+    return content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
 
 
 def parse_line(path: Path, line: str) -> dict[str, Any]:
