@@ -169,6 +169,10 @@ class TrainedNetwork(Protocol):
         """Micro-batches whose gradients add up, in a loop around forward and backward pass."""
         ...
 
+    def backward_passes(self, number: int) -> Iterator[object]:
+        """Turns for the backward passes of a micro-batch that has several, a loop around each."""
+        ...
+
     def step(self, update: int) -> float:
         """Move weights and average; `update` counts from 0. Returns the gradient's norm."""
         ...
