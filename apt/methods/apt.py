@@ -41,6 +41,7 @@ from apt.losses import (
     create_loss,
     list_losses,
 )
+from apt.methods.backward_apart import BackwardApart
 from apt.methods.base import (
     Host,
     Method,
@@ -183,8 +184,9 @@ class AdversarialConfig(MethodConfig):
         generator_captions: "shared" trains G on the captions and sizes of the clips that D was just
             trained on, which are read and encoded once; "own" uses those of the next batch, so an
             update takes twice as many clips. The paper does not say which it did.
-        discriminator_forwards: 2 runs generated samples through D in a forward pass of their own:
-            less peak memory and the same logits, but a sharded D is gathered twice.
+        discriminator_forwards: 2 runs generated samples through D in forward and backward passes of
+            their own: less peak memory and the same logits, but a sharded D is gathered, and its
+            gradients are reduced, twice.
         discriminator_precision: "run" computes D in the precision of the run; "tf32" and "fp32"
             compute it without autocast, with matrix products in TF32 or fp32. In bf16, the
             approximated R1 with a small sigma is mostly rounding error (docs/training.md).
@@ -384,13 +386,22 @@ class AdversarialPostTraining(Method):
             with self.double_backward(), self.products():
                 if number == 0 and self._checks_rounding(update):
                     checks["discriminator/r1_rounding"] = self.rounding(batch, t, c, update)
+                apart = BackwardApart(self.discriminator) if self._goes_back_apart else None
                 with self.discriminating():
-                    loss, log = self.loss_of_discriminator(batch, x_fake, t, c, update)
-                (loss / len(batches)).backward()
+                    loss, log = self.loss_of_discriminator(batch, x_fake, t, c, update, apart)
+                if apart is None:
+                    (loss / len(batches)).backward()
+                else:
+                    apart.backward(loss / len(batches), trained.backward_passes)
             logs.append({f"discriminator/{name}": value for name, value in log.items()})
         norm = trained.step(update)
         found = {**mean_logs(logs), **checks, **compared(fake, real)}
         return {**found, "discriminator/grad_norm": norm}
+
+    @property
+    def _goes_back_apart(self) -> bool:
+        # Exact R1 is a gradient of what D returns, all the way to its input.
+        return self.config.discriminator_forwards == 2 and not self.config.terms.exact_r1.weight
 
     def _checks_rounding(self, update: int) -> bool:
         every = self.config.rounding_every
@@ -419,13 +430,23 @@ class AdversarialPostTraining(Method):
         return 100 * near / far.clamp_min(torch.finfo(far.dtype).tiny)
 
     def loss_of_discriminator(
-        self, batch: MicroBatch, x_fake: Tensor, t: Tensor, c: Condition, update: int
+        self,
+        batch: MicroBatch,
+        x_fake: Tensor,
+        t: Tensor,
+        c: Condition,
+        update: int,
+        through: LogitNetwork | None = None,
     ) -> tuple[Tensor, Logs]:
-        """Return Eq. 10 and its parts on one micro-batch, with all terms of nonzero weight."""
+        """Return Eq. 10 and its parts on one micro-batch, with all terms of nonzero weight.
+
+        Args:
+            through: called in place of D.
+        """
         draw = self.draw(batch, update, "perturbation")
         x = batch.x.detach().requires_grad_(self.config.terms.exact_r1.weight > 0)
         return discriminator_loss(
-            self.discriminator,
+            through or self.discriminator,
             x,
             x_fake,
             t,

@@ -169,6 +169,10 @@ class TrainedNetwork(Protocol):
         """Yield the micro-batches; gradients of the passes in the loop's body accumulate."""
         ...
 
+    def backward_passes(self, number: int) -> Iterator[object]:
+        """Yield once before each of several backward passes of a micro-batch."""
+        ...
+
     def step(self, update: int) -> float:
         """Update the weights and the average, and return the gradient norm.
 
