@@ -229,8 +229,8 @@ class OutputRecord:
 def whole_lines(content: bytes) -> list[str]:
     """Return the complete lines of a record.
 
-    A last line without a line ending was cut off, perhaps inside a character, and is ignored. Raises
-    UnicodeDecodeError if the rest is not UTF-8.
+    A last line without a line ending was cut off, perhaps inside a character, and is ignored.
+    Raises UnicodeDecodeError if the rest is not UTF-8.
     """
     return content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
 

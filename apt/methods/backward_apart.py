@@ -45,4 +45,4 @@ class BackwardApart:
         for _ in turns(len(self._passes)):
             outputs, cut = self._passes.pop()
             reached = [(o, c.grad) for o, c in zip(outputs, cut, strict=True) if c.grad is not None]
-            torch.autograd.backward(*zip(*reached, strict=True))
+            torch.autograd.backward([o for o, _ in reached], [grad for _, grad in reached])
