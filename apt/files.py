@@ -55,7 +55,11 @@ def read_text(path: Path) -> str:
         OSError: if the file cannot be read.
         UnicodeDecodeError: if the text is in neither encoding.
     """
-    content = path.read_bytes()
+    return decode_text(path.read_bytes())
+
+
+def decode_text(content: bytes) -> str:
+    """Decode a file's bytes as `read_text` does, with the same UnicodeDecodeError."""
     text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     return re.sub("\r\n?", "\n", text.replace("\ufeff", ""))
 

@@ -93,13 +93,13 @@ class OutputRecord:
         self._settings = json.loads(json.dumps(settings))
         self._lines: list[dict[str, Any]] = []
         self._done: dict[tuple[str, str, int], tuple[int, str]] = {}
-        text = self._text()
-        if text and not text.startswith(RECORD_BEGINNING):
+        content = self._content()
+        if content and not content.startswith(RECORD_BEGINNING.encode()):
             raise InputError(
                 f"{str(path)!r} is not a record of outputs; move it away, or write elsewhere"
             )
         if resume:
-            self._read(text)
+            self._read(content)
 
     def has(self, output: Output) -> bool:
         """Return whether the file was made and is unchanged."""
@@ -171,21 +171,20 @@ class OutputRecord:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def _text(self) -> str:
-        """Return the text of the record; empty if there is none."""
+    def _content(self) -> bytes:
+        """Return the bytes of the record; empty if there is none."""
         try:
-            return self._path.read_text(encoding="utf-8")
+            return self._path.read_bytes()
         except FileNotFoundError:
-            return ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"cannot read {str(self._path)!r} ({error}); move it away, or write elsewhere"
-            ) from error
+            return b""
+        except OSError as error:
+            raise self._unreadable(error) from error
 
-    def _read(self, text: str) -> None:
-        # A last line without a line ending was cut off while it was written; ignore it.
-        *whole, _ = text.split("\n")
-        lines = [parse_line(self._path, line) for line in whole]
+    def _read(self, content: bytes) -> None:
+        try:
+            lines = [parse_line(self._path, line) for line in whole_lines(content)]
+        except UnicodeDecodeError as error:
+            raise self._unreadable(error) from error
         if not lines:
             return
         self._check_settings(lines[0])
@@ -193,8 +192,17 @@ class OutputRecord:
         for line in self._lines:
             made = (int(line["bytes"]), str(line["sha256"]))
             self._done[str(line["file"]), str(line["prompt"]), int(line["seed"])] = made
-        if text != "\n".join([*whole, ""]):
-            self._path.write_text("\n".join([*whole, ""]), encoding="utf-8")
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            try:
+                os.truncate(self._path, whole)
+            except OSError as error:
+                raise self._refused(error) from error
+
+    def _unreadable(self, error: Exception) -> InputError:
+        return InputError(
+            f"cannot read {str(self._path)!r} ({error}); move it away, or write elsewhere"
+        )
 
     def _check_settings(self, first: Mapping[str, Any]) -> None:
         before = first.get("settings")
@@ -216,6 +224,15 @@ class OutputRecord:
                 f"the files of {str(self._path)!r} were made with other settings: {changes}; use "
                 f"the same settings, or {self._anew}"
             )
+
+
+def whole_lines(content: bytes) -> list[str]:
+    """Return the complete lines of a record.
+
+    A last line without a line ending was cut off, perhaps inside a character, and is ignored.
+    Raises UnicodeDecodeError if the rest is not UTF-8.
+    """
+    return content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
 
 
 def parse_line(path: Path, line: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.errors import DataError, InputError
-from apt.outputs import RECORD_BEGINNING, RECORD_SUFFIX, Output, parse_line
+from apt.outputs import RECORD_BEGINNING, RECORD_SUFFIX, Output, parse_line, whole_lines
 from apt.untrusted import check_name
 
 MANIFEST = "samples" + RECORD_SUFFIX
@@ -99,8 +99,7 @@ def _manifests(folder: Path) -> list[Path]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        # A last line without a line ending was cut off, and its file may be incomplete.
-        *whole, _ = path.read_text(encoding="utf-8").split("\n")
+        whole = whole_lines(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot read {str(path)!r} ({error}); generate its samples again"

@@ -68,6 +68,13 @@ def test_a_line_that_was_cut_off_did_not_happen(record: Path) -> None:
     assert record.read_text(encoding="utf-8") == text
 
 
+def test_a_line_that_was_cut_off_inside_a_letter(record: Path) -> None:
+    before = record.read_bytes()
+    record.write_bytes(before + '{"file": "x-2.png", "prompt": "猫'.encode()[:-1])
+    assert done(record) == [True, True, False]
+    assert record.read_bytes() == before
+
+
 def test_a_record_of_nothing_but_half_a_line(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"settings": {"st')

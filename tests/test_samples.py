@@ -30,7 +30,8 @@ def test_manifests_of_several_processes_are_one(tmp_path: Path) -> None:
 def test_a_sample_that_was_cut_off_is_none(tmp_path: Path) -> None:
     write_samples(tmp_path / "a")
     manifest = tmp_path / "a" / MANIFEST
-    manifest.write_text(manifest.read_text()[:-10])
+    # In the middle of a letter.
+    manifest.write_bytes(manifest.read_bytes()[:-10] + "猫".encode()[:2])
     assert list(read_samples(tmp_path / "a").samples) == list(KEYS[:-1])
 
 

@@ -81,7 +81,10 @@ class Video:
         # Attribute access fails on a missing decoder, which the type stubs do not know.
         if cast(object, self.stream.codec_context) is None:
             self.close()
-            raise DataError(f"{name_of(self.source)}: this FFmpeg has no decoder for it; {REMUX}")
+            raise DataError(
+                f"{name_of(self.source)}: its codec is unknown: either the file is cut off, so "
+                f"copy it again, or this FFmpeg has no decoder for it; {REMUX}"
+            )
         # One thread, as in `picture`. Exceptions can keep a decoder alive until after a fork, and
         # the copy of a thread pool in the other process, which has no threads, never closes.
         self.stream.codec_context.thread_count = 1

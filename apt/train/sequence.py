@@ -1,4 +1,4 @@
-"""Stages that follow each other, each starting from the models that earlier ones left."""
+"""Sequences of stages, each of which starts from the models of earlier ones."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from apt.train.config import TrainConfig
 def move_runs(
     configs: Sequence[TrainConfig], *, before: Sequence[TrainConfig]
 ) -> list[TrainConfig]:
-    """Give every stage a folder of its own under the one folder that all of them name.
+    """Give every stage its own folder inside the one folder that all of them name.
 
     Args:
         configs: stages with the same `run_dir`, the folder for all.
-        before: the same stages with folders of their own; the last part of each name is kept.
+        before: the same stages with separate folders; the last part of each path is kept.
 
     Returns:
-        The stages; where one starts from an earlier one's model, it does so in the new place.
+        The stages; those that start from the model of an earlier one name its new folder.
     """
     places = {
         old.run_dir: str(Path(new.run_dir) / Path(old.run_dir).name)
@@ -53,7 +53,7 @@ def move_runs(
 
 
 def is_finished(config: TrainConfig) -> bool:
-    """Whether the run's folder has the model of its last update."""
+    """Return whether the run's folder has the model of its last update."""
     export = Path(config.run_dir) / EXPORT
     if not (export / INFO_FILE).is_file():
         return False

@@ -64,12 +64,12 @@ def test_a_finished_row_is_not_trained_again(trained: Path) -> None:
         result = invoke("train", "digits_pixels", "--run-dir", trained, *TINY, *options, again)
         assert result.returncode == 0, result.stderr
         said = result.stderr.splitlines()
-        assert len(said) == 3 and all("finished after 2 updates" in line for line in said)
+        assert len(said) == 3 and all("already finished at update 2" in line for line in said)
         assert result.stdout.splitlines()[2] == f"digits_pixels_apt: {trained / 'apt' / 'export'}"
     assert (trained / "apt" / "log.jsonl").read_bytes() == log
     # What is asked for must be what was done; what does not matter may be other.
     on = ("train", "--resume", trained / "apt", "--data.num-workers", "2")
-    assert "finished after" in invoke(*on).stderr
+    assert "already finished" in invoke(*on).stderr
     assert "seed (was 0, is 1)" in error_line(invoke(*on, "--seed", "1"))
 
 
@@ -202,11 +202,13 @@ def test_a_run_alone_is_gone_on_with_where_it_is_now(tmp_path: Path) -> None:
     )
     result = invoke(*on, "--micro-batch-size", "1")
     assert result.returncode == 0, result.stderr
-    (said,) = (line for line in result.stderr.splitlines() if "goes on from" in line)
+    (said,) = (line for line in result.stderr.splitlines() if "with other options" in line)
     assert "micro_batch_size (was 0, is 1)" in said and "data.path (was " in said
     assert len(read_log(run_dir)) == 3 and not (tmp_path / "run").exists()
     header = result.stderr.splitlines()[:8]
-    assert header[0] == "digits_pixels_pretrain: 3 updates of 2 samples, on from update 2"
+    assert (
+        header[0] == "digits_pixels_pretrain (updates: 3, batch size: 2), continued from update 2"
+    )
     assert re.fullmatch(r"  generator: \d+\.\d k parameters", header[1])
     assert header[3] == "  clips: 4 of 9x32x32 at 8 fps"
     assert re.fullmatch(r"  device: cpu with \d+\.\d GiB, bf16", header[4])
@@ -221,7 +223,7 @@ def test_a_run_alone_is_gone_on_with_where_it_is_now(tmp_path: Path) -> None:
     (tmp_path / "moved").rename(tmp_path / "others")
     further = ["--num-updates", "4", "--data.path", tmp_path / "others"]
     other = error_line_at_end(invoke("train", "--resume", run_dir, *further))
-    assert "are others" in other and "start a new run" in other
+    assert "differ in files" in other and "start a new run" in other
 
 
 def test_a_row_is_not_one_run(trained: Path) -> None:
@@ -271,7 +273,10 @@ def test_help_of_a_recipe_shows_its_fields_and_values() -> None:
         (["--take-over", "digits_apt"], "the recipe's name comes first"),
         (["own", "--config", "none.json"], "--config FILE replaces the recipe's name"),
         (["own", "--resume", "run"], "or keep it and write --run-dir RUN --resume"),
-        (["--config", "."], "'.' is a folder; expected what `train RECIPE --print-config` prints"),
+        (
+            ["--config", "."],
+            "'.' is a folder; expected the output of `train RECIPE --print-config`",
+        ),
         (["digits_apt", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["digits_apt", "--num-updates", "30"], "--optimizer.decay-updates to at most 30"),
         (["digits_apt", "--optimizer.betas", "0.5", "nan"], "optimizer.betas must be a finite"),

@@ -236,7 +236,7 @@ def test_guidance_leads_away_from_text_alone_and_every_sampler_is_told(c: Condit
 @torch.no_grad()
 def test_models_say_what_they_read(c: Condition) -> None:
     z = sample_noise(NUM, LATENT_SHAPE, Draw(0))
-    with pytest.raises(InputError, match="needs 'first_frame' beside the text, got text alone"):
+    with pytest.raises(InputError, match="needs 'first_frame' beside the text, got only text"):
         generate(tiny(), z, Condition(c.text))
     with pytest.raises(
         InputError, match="does not read first_frame; beside the text it reads nothing"

@@ -62,7 +62,7 @@ def test_what_a_stage_takes_from_elsewhere_is_null(tmp_path: Path) -> None:
         ({"data": 3}, "data: expected an object with fields, got 3"),
         ({"stage": {"method": "apt", "r1": {"weigth": 1.0}}}, "stage: r1 takes no option 'weigth'"),
         ({"stage": {"method": "aptt"}}, "unknown method 'aptt'; did you mean 'apt'"),
-        ({"stage": {"generator": "g"}}, "not clear of which method"),
+        ({"stage": {"generator": "g"}}, "which method they belong to"),
         ({"snapshot_at": [1, "x"]}, "option 'snapshot_at' must be"),
     ],
 )

@@ -147,7 +147,7 @@ def test_a_first_stage_takes_what_the_folder_gives(tmp_path: Path) -> None:
     assert found.data.size_multiple == 8
     assert found.data.clip == SampleInfo(frames=17, height=48, width=64, fps=16.0)
     assert notes[0] == (
-        "  size: 17 frames of 48x64 at 16 fps, which most of 5 videos and 1 image can give"
+        "  size: 17 frames of 48x64 at 16 fps, which most of 5 videos and 1 image can provide"
     )
     # The long one, which the text encoder refuses, is no prompt.
     assert found.sample_prompts == tuple(f"clip {i} of them" for i in range(5))
@@ -230,8 +230,8 @@ def test_later_stages_take_the_rest_from_their_teacher(tmp_path: Path) -> None:
     assert found.sample_prompts == ("a red one", "a blue two")
     assert found.data.size_multiple == 4  # 2 pixels to a latent, 2 latents to a token
     assert notes == [
-        "  num_timesteps 40, timestep_shift 5: as the model that it starts from is sampled",
-        "  size: 17 frames of 64x96 at 16 fps, as the model that it starts from",
+        "  num_timesteps 40, timestep_shift 5: taken from the model that it starts from",
+        "  size: 17 frames of 64x96 at 16 fps, taken from the model that it starts from",
     ]
     other = config(STAGES[1], negative_prompt="", sample_prompts=("x",))
     assert resolve(other, TEACHER).negative_prompt == ""
