@@ -260,7 +260,7 @@ class VideoFolder(Shuffled):
         return Problem(
             "too small",
             name,
-            f"{size} would have to be enlarged by more than {max_upscale:g} for every bucket",
+            f"{size} would have to be enlarged by a factor above {max_upscale:g} for every bucket",
         )
 
 

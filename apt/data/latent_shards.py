@@ -138,8 +138,8 @@ def _written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"cannot write {path}: {error.strerror or error}; earlier shards are kept, so repeat "
-            "the command to continue"
+            f"cannot write {path}: {error.strerror or error}; earlier shards are kept, so free "
+            "some space and repeat the command to continue"
         ) from error
 
 

@@ -234,7 +234,10 @@ def write_cache_info(directory: Path, info: CacheInfo) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error}; choose another folder, or free some "
+            "space"
+        ) from error
 
 
 def write_texts(path: Path, texts: Mapping[str, EncodedText]) -> None:

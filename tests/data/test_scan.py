@@ -228,4 +228,4 @@ def test_captions_of_every_system(tmp_path: Path) -> None:
     }
     (tmp_path / "a.txt").write_bytes("no mark".encode("utf-16-le"))
     (problem,) = scan_folder(tmp_path).problems
-    assert "a.txt is UTF-16 without its mark" in problem.detail
+    assert "a.txt is UTF-16 without a byte order mark" in problem.detail
