@@ -27,12 +27,12 @@ from apt.errors import LostRankError, first_line
 __all__ = ["LostRankError", "is_of_a_collective", "watched"]
 
 PULSE = 2.0
-"""Seconds between two entries of a rank"""
+"""Seconds between two entries of a rank."""
 
 _FRAMES = 3
 
 _MISSED = 3
-"""Pulses that a rank may miss before it counts as dead"""
+"""Pulses that a rank may miss before it counts as dead."""
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ METHOD = "method"
 """The key that names the method of a stage: its `exports_as`"""
 
 _TAKEN: Mapping[type[Any], str] = {TrainConfig: "model", ModelConfig: "codec"}
-"""Fields that are null if the stage takes them from the model or codec that it names"""
+"""Fields that are null if the stage takes them from the model or codec that it names."""
 
 T = TypeVar("T")
 

@@ -53,7 +53,7 @@ __all__ = [
 
 _COLUMNS = 80
 _SHOWN = 3
-"""Updates before the expected time is shown, because the first one is slower than the others"""
+"""Updates before the expected time is shown, because the first one is slower than the others."""
 
 _PROBES = 8
 

@@ -50,7 +50,7 @@ from apt.train.weights_and_biases import WandbLog
 __all__ = ["Run"]
 
 PLOT_SECONDS = 60.0
-"""Least time between drawings of `losses.png`, which happen at checkpoints"""
+"""Least time between drawings of `losses.png`, which happen at checkpoints."""
 
 T = TypeVar("T")
 

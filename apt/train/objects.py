@@ -28,7 +28,7 @@ from apt.train.config import DataConfig, TrainConfig
 __all__ = ["NO_OBJECTS", "Objects", "check_same_objects"]
 
 Kinds = Mapping[str, Mapping[str, Any]]
-"""Descriptions of objects, as a checkpoint records them"""
+"""Descriptions of objects, as a checkpoint records them."""
 
 
 class _Part(NamedTuple):

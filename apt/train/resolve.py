@@ -46,10 +46,10 @@ __all__ = [
 ]
 
 NUM_PROMPTS = 6
-"""Captions on a sample sheet by default"""
+"""Captions on a sample sheet by default."""
 
 Start = ModelInfo | CodecInfo | None
-"""Description of the model, or the trained codec, that a stage starts from"""
+"""Description of the model, or the trained codec, that a stage starts from."""
 
 # The largest share that the first weights of a run may have in the exported average.
 _STALE = 0.05
