@@ -79,7 +79,7 @@ def test_digits_in_files_have_the_figures_of_the_clips(model: ModelChoice, tmp_p
 
 
 def test_digits_numbers_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="to make clips of height 64, and the judge reads 32"):
+    with pytest.raises(ConfigError, match="sets height to 64, but the judge reads 32"):
         Digits().build(Request(tmp_path, (parse_model("digits,height=64"),)))
     for options in ({"seeds": ()}, {"captions": 1}, {"captions": 500}, {"samples_per_caption": 1}):
         with pytest.raises(ConfigError, match=next(iter(options))):

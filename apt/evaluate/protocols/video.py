@@ -1,4 +1,4 @@
-"""Videos against real ones, by measures that a frozen video cannot win."""
+"""Compare videos with real ones, by measures that a frozen video cannot all win."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from apt.registry import Registry
 from apt.samples import Sample
 
 VIDEO_FEATURES: Registry[VideoFeatures] = Registry("video features")
-"""Networks of your own that see whole videos, such as FVD's I3D, by name; none is built in."""
+"""Your own networks for whole videos, such as FVD's I3D, by name; none is built in."""
 
 NO_FEATURES = "none"
 
@@ -54,15 +54,15 @@ _DIVERSITY = """
 
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions:
-    """What protocols of videos have in common."""
+    """Options that all protocols for videos share."""
 
     samples_per_prompt: int = 2
-    """Samples of each prompt and seed; from 2 on their diversity is measured."""
+    """Samples of each prompt and seed; with 2 or more, diversity is measured."""
     seeds: tuple[int, ...] = (0,)
-    """Evaluation seeds; each has noise of its own."""
+    """Evaluation seeds; each has its own noise."""
     features: str = "inception"
-    """Of distance and diversity: a network of pictures in `apt.evaluate.features`, whose features
-    of frames and of their changes are taken, or your own from --import; "none" leaves them out."""
+    """Features for distance and diversity: a network in `apt.evaluate.features`, applied to frames
+    and their changes, or your own from --import; "none" leaves both out."""
     measure_device: str = "cpu"
     """Where features are computed: cpu or cuda."""
 
@@ -70,22 +70,22 @@ class VideoOptions:
 @PROTOCOLS.register("video")
 @dataclass(frozen=True, kw_only=True)
 class Video(VideoOptions):
-    """Videos of a file of prompts: distance to real ones, sharpness, flicker, motion, diversity."""
+    """Videos for your prompts: distance to real ones, sharpness, flicker, motion, diversity."""
 
     prompts: Path
     """Text with one prompt per line."""
     reference: Path | None = None
-    """Folder of real videos; without one no distance is measured. They should have the length,
-    size and rate of the samples: the protocol `clips` cuts them so."""
+    """Folder of real videos; without one, no distance is measured. They should have the length,
+    size and rate of the samples; the protocol `clips` cuts them accordingly."""
     frames: int | None = None
-    """Frames of each sample; None, also below, is each model's own number."""
+    """Frames of each sample; None, here and below, uses each model's own."""
     height: int | None = None
     """Height in pixels."""
     width: int | None = None
     """Width in pixels."""
 
     def build(self, request: Request) -> Protocol:
-        """The protocol. Raises InputError for prompts, DataError for a folder without videos."""
+        """Build the protocol. Raises InputError for prompts, DataError for a bad folder."""
         files = () if self.reference is None else tuple(_videos(self.reference))
         return video_protocol(
             "video",
@@ -112,14 +112,14 @@ def video_protocol(
     references: Mapping[str, Path] | None = None,
     settings: Mapping[str, object],
 ) -> Protocol:
-    """A protocol whose measures are those of videos.
+    """Build a protocol with the measures of videos.
 
     Args:
         name, about, prompts, options, references, settings: of the protocol.
-        reference: gives the real videos, once.
+        reference: returns the real videos; called once.
         config: what else is measured, and with what.
         number: of real videos; 0 measures no distance.
-        size: (H, W) of all videos, where files enlarge them; None: that of the files.
+        size: (H, W) of all videos before files enlarge them; None if they do not.
     """
     figures, text = dict(_MOVEMENT), _ABOUT
     measures: list[Measure] = [lambda samples: _movement(_files(samples))]
