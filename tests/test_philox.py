@@ -34,7 +34,7 @@ def test_known_answers(counter: str, key: int, expected: str) -> None:
 
 
 def test_values_are_the_same_for_ever_and_on_every_machine() -> None:
-    """Runs resume and ranks may differ, so instruction sets, threads and libraries must not matter."""
+    """Runs resume and ranks may differ: instruction sets, threads and libraries must not matter."""
     assert philox.normal(0, 1, 4, first=0).tolist() == [
         [-0.25581595301628113, 1.17759108543396, 0.6301836371421814, 0.26756224036216736]
     ]
