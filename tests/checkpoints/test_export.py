@@ -37,7 +37,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A one-step model of ours that started from the pipeline, as a run exports it."""
+    """A one-step model that was trained from the pipeline, as a run exports it."""
     bundle = load_bundle(wan)
     bundle.info = dataclasses.replace(
         bundle.info,

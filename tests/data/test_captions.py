@@ -18,7 +18,7 @@ LIMIT = 12
 
 
 def check(prompts: Sequence[str]) -> None:
-    """An encoder that takes so many characters, and no digits."""
+    """An encoder that takes a limited number of characters, and no digits."""
     for prompt in prompts:
         if any(ch.isdigit() for ch in prompt):
             raise InputError("digits are not read")

@@ -1,4 +1,4 @@
-"""Videos as recorders, phones and editors write them: what is in them, from any moment on."""
+"""Videos as recorders, phones and editors write them, read from any moment on."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_recording_that_begins_in_the_middle_of_a_group(
 
 
 def test_a_recording_whose_first_parameters_come_late(tmp_path: Path) -> None:
-    """Nothing can be decoded, by its decoder's own word, before the second group."""
+    """The decoder itself reports that nothing before the second group can be decoded."""
     options = {"bf": "0", "preset": "ultrafast", "x264-params": "scenecut=0"}
     whole = write_video(tmp_path / "a.ts", noise(210, 32, 32), 25, gop=200, options=options)
     content = whole.read_bytes()
@@ -490,7 +490,7 @@ def test_an_edit_list_that_begins_within_a_group_is_obeyed(
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 def test_decoding_starts_no_threads(tmp_path: Path) -> None:
-    """A pool that outlives its use, in an error's traceback, hangs a loader's forked worker."""
+    """A thread pool that an error's traceback keeps alive would hang a loader's forked worker."""
     for codec in ("libx264", "libsvtav1", "libvpx-vp9"):
         video = write_video(tmp_path / f"{codec}.mkv", numbered(9, 128, 128), codec=codec)
         info = probe(video)

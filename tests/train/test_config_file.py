@@ -1,4 +1,4 @@
-"""Configurations in files: what is not there, or does not fit, is said."""
+"""Configurations in files: errors say what is missing or does not fit."""
 
 from __future__ import annotations
 

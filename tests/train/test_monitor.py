@@ -130,7 +130,7 @@ FITTED = PatchifyConfig(lapped=True, mean=-0.49, std=0.42)  # to the digits
 
 
 def seen(codec: PatchifyConfig, pixels: Tensor, *, chosen: bool = True) -> list[str]:
-    """What is said of clips that come four at a time."""
+    """The messages about clips that come four at a time."""
     statistics, built = LatentStatistics(codec, chosen=chosen), PatchifyCodec(codec)
     notes = [statistics.observe(part, built.encode(part)) for part in pixels.split(4)]
     return [note for note in notes if note is not None]

@@ -1,4 +1,4 @@
-"""The recipe for a folder of one's own, from files to a video, with networks of a few thousand
+"""The recipe for a user's own folder, from files to a video, with networks of a few thousand
 weights."""
 
 from __future__ import annotations
