@@ -44,8 +44,8 @@ class TrainingStopped(InputError, RuntimeError):
 class MonitorConfig:
     """What counts as a collapse, and what to do then.
 
-    A check raises an alarm after several observations in a row beyond its limit, and again after
-    `repeat` more. A limit of 0 turns its check off.
+    A check raises an alarm after several observations in a row beyond its limit, and another after
+    every `repeat` further ones. A limit of 0 turns its check off.
 
     Attributes:
         action: `"warn"`, or `"stop"` to end the run with `TrainingStopped`.
