@@ -158,11 +158,11 @@ class CollapseMonitor:
             SAMPLE_DIVERSITY: (c.min_diversity, "the difference between the samples is"),
             RELATIVE_CONTRAST: (
                 c.min_relative_contrast,
-                "the contrast inside the samples, as a share of the real ones', is",
+                "the contrast inside the samples, relative to real ones, is",
             ),
             RELATIVE_DIVERSITY: (
                 c.min_relative_diversity,
-                "the difference between the samples, as a share of the real ones', is",
+                "the difference between the samples, relative to real ones, is",
             ),
         }
         found: list[tuple[str, str | None]] = []
