@@ -218,7 +218,7 @@ def _blame(entries: dict[int, _Entry | None]) -> str:
         began = f", after {entry.last}" if entry.last else ""
         said.append(f"rank {number} keeps the others waiting: it is {_where(entry)}{began}")
     if not said:
-        said.append("a collective failed, and every rank is in one")
+        said.append("a collective failed although all ranks are in one")
     return "; ".join([*said, *_of_the_others(there, waiting)])
 
 
