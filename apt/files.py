@@ -59,7 +59,7 @@ def read_text(path: Path) -> str:
 
 
 def decode_text(content: bytes) -> str:
-    """The bytes of a file as `read_text` reads them. Raises UnicodeDecodeError likewise."""
+    """Decode a file's bytes as `read_text` does, with the same UnicodeDecodeError."""
     text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     return re.sub("\r\n?", "\n", text.replace("\ufeff", ""))
 

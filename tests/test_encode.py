@@ -227,7 +227,7 @@ def test_an_interruption_loses_one_shard_at_most(root: Path, tmp_path: Path) -> 
         go(tmp_path / "out", interrupt)
     (first,) = tmp_path.glob("out/latents-*")
     kept = first.stat().st_mtime_ns
-    with pytest.raises(Exception, match="not complete"):
+    with pytest.raises(Exception, match="incomplete"):
         LatentFolder(tmp_path / "out")
     go(tmp_path / "out", lambda done, total: None)
     assert first.stat().st_mtime_ns == kept

@@ -235,8 +235,8 @@ def overview(commands: dict[str, Command]) -> str:
             *(f"  {name:<{width}}  {command.summary}" for name, command in commands.items()),
             "",
             f"`{PROG} COMMAND --help` shows the options of a command.",
-            "Anywhere on the line, --import MODULE loads your own models, methods and recipes, and",
-            "--debug shows the traceback of an error. --version prints the version.",
+            "--import MODULE, anywhere, loads your own models, methods and recipes.",
+            "--debug, anywhere, shows the traceback of an error; --version prints the version.",
             "The exit code is 0 for success, and 2 for an error that you can fix.",
         ]
     )

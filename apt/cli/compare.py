@@ -40,8 +40,7 @@ class Compare:
     max_flip: float | None = None
     """Upper limit of FLIP, from 0 (equal) to 1."""
     min_cvvdp: float | None = None
-    """Lower limit of ColorVideoVDP in JOD, at most 10; three of four people see a difference of
-    1."""
+    """Lower limit of ColorVideoVDP in JOD, at most 10. Three of four people notice a loss of 1."""
     out: Path | None = None
     """JSON file for the figures of every pair."""
 

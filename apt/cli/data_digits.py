@@ -30,8 +30,7 @@ class DataDigits:
     seed: int = 0
     """Random seed; another seed gives other clips."""
     split: Literal["train", "test", "heldout"] = "train"
-    """train; test: handwriting that is never trained on; heldout: also captions that are never
-    trained on."""
+    """train; test: with held-out handwriting; heldout: with held-out handwriting and captions."""
     setting: Literal["centred", "near", "free", "large"] = "centred"
     """centred: the caption determines where the digit is; free: places and backgrounds vary; near:
     places vary less; large: as free, with twice the size and frame rate."""

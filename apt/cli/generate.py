@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Generate videos or images from prompts, one for each prompt and seed.
+    """Generate a video or image for each prompt and seed.
 
     The same model, prompt, seed and settings give the same output. Several outputs are named after
     `--out`: out-prompt0-seed3.mp4. Each file is written atomically as soon as it is finished, and
@@ -75,17 +75,17 @@ class Generate:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the weights."""
     offload: bool = False
-    """Keep only the part that is working on the device. Slower; for models that do not fit."""
+    """Keep on the device only the part that is computing: slower, but needs less of its memory."""
     compile_blocks: bool = False
-    """Compile the transformer's blocks with torch.compile, which takes a minute: for many
-    videos."""
+    """Compile the transformer's blocks with torch.compile. This takes a minute, so it pays only for
+    many videos."""
     lora: str | None = None
     """A LoRA to merge first: a .safetensors file, a folder or a Hub id."""
     lora_scale: float = 1.0
     """Strength of the LoRA."""
     tags: bool = True
     """Record in each file how it was made: prompt, seed, model and settings, but no path of this
-    machine. `diffusion-apt tags FILE` prints them."""
+    machine. `diffusion-apt tags FILE` prints it."""
     verbose: bool = False
     """Also print the device, versions, and the kernels used for attention and the fused ops."""
 

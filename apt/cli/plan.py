@@ -28,7 +28,7 @@ class Options:
     model: str = ""
     """A registered model that replaces those that the recipe starts from."""
     utilization: float = 0.4
-    """Fraction of the GPU's peak that matrix products and attention reach, used for the time."""
+    """Fraction of the GPU's peak that matrix products and attention reach; affects the time."""
     whole: bool = False
     """Run every block of deep networks, instead of running a few and multiplying."""
     compare: bool = False

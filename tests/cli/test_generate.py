@@ -299,7 +299,7 @@ def test_a_list_goes_on_where_it_was_interrupted(
         assert (out.parent / path.name).read_bytes() == path.read_bytes()
     # Nothing is left to do, and nothing is loaded for it.
     assert listed(model, out, "--resume").stdout == "6 of 6 files exist already\n"
-    assert "num_steps was None and is 2" in error_line(
+    assert "num_steps was None and is now 2" in error_line(
         listed(model, out, "--resume", "--num-steps", "2")
     )
 

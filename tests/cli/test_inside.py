@@ -66,7 +66,7 @@ def test_traverse_shows_models_side_by_side(models: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("--model", "digits", "digits"), "each once"),
+        (("--model", "digits", "digits"), "each only once"),
         (("--out", __file__), "is a file"),
         (("--seeds", "1"), "two seeds"),
         (("--fps", "0"), "fps must be above 0"),

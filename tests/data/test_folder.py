@@ -172,7 +172,7 @@ def test_a_folder_with_nothing_usable_says_what_it_looked_for(tmp_path: Path) ->
     for word in (".mp4", ".png", "metadata.csv", "metadata.jsonl", ".txt", "no such files"):
         assert word in str(caught.value)
     (tmp_path / "a.mp4").touch()
-    with pytest.raises(DataError, match=r"a\.mp4: .*a\.txt is not there"):
+    with pytest.raises(DataError, match=r"a\.mp4: .*a\.txt is missing"):
         VideoFolder(tmp_path, buckets=SQUARE)
 
 

@@ -23,7 +23,7 @@ def rows(tmp_path: Path, text: str, name: str = "metadata.csv") -> dict[str, str
 
 def test_commas_that_nobody_quoted_are_named(tmp_path: Path) -> None:
     found = rows(tmp_path, HEAD + "a.png,a cat, on a mat, asleep\nb.png,a dog\nc.png,bird,,\n")
-    assert found.pop("2", "").startswith("has 4 fields, the first line has 2; put a caption with")
+    assert found.pop("2", "").startswith("has 4 fields, but the first line has 2; enclose captions")
     assert found == {"3": "a dog", "4": "bird"}, "a spreadsheet's empty cells are no captions"
     (row, *_) = read_metadata(tmp_path / "metadata.csv")
     assert row.file_name == "a.png"

@@ -94,9 +94,9 @@ def test_what_is_wrong_is_named(root: Path, tmp_path: Path) -> None:
     assert problems["bare.tar/y.mp4"].kind == "missing caption"
     assert problems["bare.tar/z.png"].kind == "unreadable"
     assert "/tmp" not in str(problems["bare.tar/z.png"])
-    assert "no uncompressed tar" in str(problems["broken.tar"])
+    assert "not an uncompressed tar" in str(problems["broken.tar"])
     (tmp_path / "good.tar").write_bytes(whole[:2000])
-    with pytest.raises(DataError, match="ends before its member does"):
+    with pytest.raises(DataError, match="ends in the middle of a member"):
         shards[0]
 
 

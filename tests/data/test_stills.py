@@ -317,7 +317,7 @@ def test_modes_of_pictures(tmp_path: Path) -> None:
 def test_numbers_without_a_white_are_refused(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (8, 8), 70000).save(tmp_path / "a.tif")
     for look in (read_image, verify):
-        with pytest.raises(DataError, match=r"a\.tif: .*32 bits"):
+        with pytest.raises(DataError, match=r"a\.tif: .*32-bit"):
             look(tmp_path / "a.tif")
 
 

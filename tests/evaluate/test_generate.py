@@ -131,7 +131,7 @@ def test_other_settings_are_refused(tmp_path: Path, place: str) -> None:
     (sample,) = read_samples(tmp_path).samples.values()
     assert sample.path.suffix == ".png"
     other = load_model(parse_model(f"{place},frames=1,num_steps=2"), device="cpu")
-    with pytest.raises(InputError, match=r"num_steps was 1 and is 2; .* choose another folder"):
+    with pytest.raises(InputError, match=r"num_steps was 1 and is now 2; .* choose another folder"):
         generate_samples(tmp_path, other, keys)
 
 
