@@ -21,15 +21,7 @@ from apt.data.picture import Picture, picture_of
 from apt.data.reading import REMUX, MediaInfo, Source, name_of
 from apt.data.timeline import irregular_span, usual_rate, without_second_fields
 from apt.errors import DataError
-
-# A playlist can name any file and address, whatever its own name; media files cannot.
-_OPTIONS = {
-    "protocol_whitelist": "file",
-    "format_whitelist": (
-        "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,dv,rm,"
-        "gif,apng,h264,hevc,m4v,ivf"
-    ),
-}
+from apt.media.containers import READING, file_address
 
 _STREAMS = ("mpegts", "mpeg")
 """Formats of recorders: they begin and end anywhere, and their frames are in no index."""
@@ -56,16 +48,15 @@ class Video:
         self._open()
 
     def _open(self) -> None:
-        # The prefix keeps FFmpeg from reading a protocol into a file's name, and foreign bytes in
-        # a title are no reason to refuse a video.
         file: Any = self.source
         if isinstance(self.source, str | Path):
-            file = f"file:{self.source}"
+            file = file_address(self.source)
         else:
             self.source.seek(0)
         try:
+            # Foreign bytes in a title are no reason to refuse a video.
             self.container: InputContainer = av.open(
-                file, "r", metadata_errors="replace", options=_OPTIONS
+                file, "r", metadata_errors="replace", options=READING
             )
         except ArgumentError:
             raise DataError(

@@ -34,6 +34,7 @@ from PIL import Image, PngImagePlugin
 from apt.device import require_memory
 from apt.errors import InputError
 from apt.files import replacing
+from apt.media.containers import file_address, open_container
 from apt.untrusted import parse_json
 
 Frames = torch.Tensor | NDArray[np.uint8]
@@ -107,7 +108,10 @@ def write_mp4(
     height, width = pixels.shape[1:3]
     pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     rate, metadata = _frame_rate(fps), container_metadata(tags)
-    with _writing(path, ".mp4") as target, av.open(str(target), "w", format="mp4") as container:
+    with (
+        _writing(path, ".mp4") as target,
+        av.open(file_address(target), "w", format="mp4") as container,
+    ):
         container.metadata.update(metadata)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
         stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
@@ -141,7 +145,7 @@ def write_mkv(
     exact = {"fflags": "+bitexact"}
     with (
         _writing(path, ".mkv") as target,
-        av.open(str(target), "w", format="matroska", options=exact) as container,
+        av.open(file_address(target), "w", format="matroska", options=exact) as container,
     ):
         container.metadata.update(metadata)
         # Version 1, since later ones take twice as long to begin a small video.
@@ -425,10 +429,8 @@ def _title(tags: Tags) -> str:
 
 
 def _comment_of_video(file: Path) -> str:
-    import av
-
     try:
-        with av.open(str(file)) as container:
+        with open_container(file) as container:
             # Matroska's names of tags are in capitals.
             found = {name.lower(): text for name, text in container.metadata.items()}
             return found.get("comment", "")
