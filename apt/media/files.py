@@ -277,6 +277,9 @@ SUFFIXES = (*_ANIMATED, ".png")
 _LARGEST = {".mp4": 16384, ".mkv": 16384, ".gif": 65535, ".webp": 16383, ".png": 2**31 - 1}
 """The most pixels along a side that each format and its encoder allow."""
 
+_SLOWEST = 0.01
+"""Frames per second. A GIF holds a frame for 655 seconds at most."""
+
 
 def _suffix(path: str | Path) -> str:
     """Return the suffix of a path in lower case. Raises InputError if it is not in `SUFFIXES`."""
@@ -299,6 +302,8 @@ def _factor(height: int, width: int, scale: int | None) -> int:
 def _frame_rate(fps: float) -> Fraction:
     if not 0 < fps <= 1000:
         raise InputError(f"fps must be above 0 and at most 1000, got {fps}")
+    if fps < _SLOWEST:
+        raise InputError(f"fps must be at least {_SLOWEST}, as files count no longer, got {fps}")
     return Fraction(fps).limit_denominator(1001)
 
 
