@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import av
+from av.codec.codec import UnknownCodecError
 from av.container import InputContainer
 from av.error import ArgumentError, FFmpegError, InvalidDataError
 from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -28,6 +30,9 @@ _STREAMS = ("mpegts", "mpeg")
 
 _WHOLE = ("gif", "apng")
 """Formats whose frames are painted over the ones before, so that all are needed."""
+
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders that give the transparency of WebM, which FFmpeg's own leave out."""
 
 _EARLIER = (0, 1, 4, 16)
 """Seconds before a clip at which a key frame is looked for."""
@@ -74,7 +79,25 @@ class Video:
         # One thread, as in `picture`: errors can keep a decoder alive until after a fork, and a
         # pool whose threads are in the other process can never be closed.
         self.stream.codec_context.thread_count = 1
+        self.alpha = self._alpha_decoder()
         self.format = self.container.format.name
+
+    def _alpha_decoder(self) -> VideoCodecContext | None:
+        """What decodes in place of the stream's own decoder, if there is transparency to lose."""
+        name = _WITH_ALPHA.get(self.stream.codec_context.name)
+        if name is None or self.stream.metadata.get("alpha_mode") != "1":
+            return None
+        try:
+            decoder = av.CodecContext.create(name, "r")
+        except UnknownCodecError:
+            self.close()
+            raise DataError(
+                f"{name_of(self.source)}: is transparent, which this FFmpeg cannot decode without "
+                f"{name}; {REMUX}"
+            ) from None
+        assert isinstance(decoder, VideoCodecContext)
+        decoder.thread_count = 1
+        return decoder
 
     def close(self) -> None:
         self.container.close()
@@ -87,6 +110,8 @@ class Video:
     def seek(self, seconds: Fraction) -> None:
         """To a key frame at or before a reading of the file's clock, as far as its index knows."""
         self.container.seek(_ticks(self.stream, seconds), stream=self.stream)
+        if self.alpha is not None:
+            self.alpha.flush_buffers()
 
     def packets(self) -> Iterator[Packet]:
         """Packets of the stream with a time, and at last an empty one that flushes the decoder."""
@@ -120,7 +145,7 @@ class Video:
     def decode(self, packet: Packet, *, begun: bool) -> list[VideoFrame]:
         """The frames that a packet completes."""
         try:
-            return packet.decode()
+            return packet.decode() if self.alpha is None else self.alpha.decode(packet)
         except InvalidDataError:
             # A recording may begin in the middle of a group, of which nothing can be decoded.
             if begun or self.format not in _STREAMS:
@@ -231,7 +256,9 @@ def _raw_frames_from(
             break
         try:
             video.seek(first + start - earlier)
-            decoded = _from_key_frame(video.frames())
+            # libvpx does not mark key frames, and gives nothing before the first.
+            frames = video.frames()
+            decoded = _from_key_frame(frames) if video.alpha is None else frames
             found = next(decoded, None)
         except FFmpegError:
             # Some formats cannot seek at all; damage is met again on the way from the beginning.
