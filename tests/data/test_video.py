@@ -370,6 +370,28 @@ def test_transparent_pixels_are_white(tmp_path: Path) -> None:
     assert np.abs(found.T - [[200, 60, 30], [227, 157, 142], [255, 255, 255]]).max() <= 4
 
 
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_transparent_webm_is_white(tmp_path: Path, codec: str) -> None:
+    """FFmpeg's own decoders give what lies under the transparent pixels, mostly black."""
+    planes = flat(codes(200, 60, 30), (32, 96), 2, 8)
+    planes.append(np.full((32, 96), 255, np.uint8))
+    planes[0][:, 48:], planes[3][:, 48:] = 16, 0
+    video = write_yuv(
+        tmp_path / "a.webm",
+        planes,
+        pix_fmt="yuva420p",
+        num=12,
+        codec=codec,
+        options={"auto-alt-ref": "0", "g": "4", "b": "1M"},
+        color_range=1,
+    )
+    assert probe(video).frames == 12
+    for start in (ZERO, Fraction(9, 8)):
+        clip = read_clip(video, start=start, num_frames=3, fps=Fraction(8))
+        found = (np.asarray(clip[:, 2, 9, (20, 76)]) + 1) * 127.5
+        assert np.abs(found.T - [[200, 60, 30], [255, 255, 255]]).max() <= 6
+
+
 def test_interlaced_frames_lose_their_combs_and_only_them(tmp_path: Path) -> None:
     frames = np.full((9, 64, 96, 3), 60, np.uint8)
     frames[:, 20:40, 70:90] = 160  # stands still
