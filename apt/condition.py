@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt.errors import InputError
+from apt.words import described_weights
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,13 @@ class TextEncoder(nn.Module):
     config: Any
     embedding_dim: int
     max_length: int
+
+    def __repr__(self) -> str:
+        """In a line; `torch.nn.Module.__repr__(encoder)` shows what is inside."""
+        return (
+            f"{type(self).__name__}(embedding_dim={self.embedding_dim}, "
+            f"max_length={self.max_length}, {described_weights(self)})"
+        )
 
     def forward(self, prompts: Sequence[str]) -> EncodedText:
         """Encode prompts; raises InputError for a prompt that it cannot take."""

@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import itertools
 import json
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +28,7 @@ from apt.train.recipes import RECIPES
 from apt.train.resolve import check_captions
 from apt.train.resume import COLLECTIVES, CONFIG_NAME, Resume
 from apt.train.run_state import exit_status
-from apt.train.sequence import is_finished, move_runs
+from apt.train.sequence import STAGES_NAME, is_finished, move_runs, read_stages, record_stages
 from apt.train.signals import StopRequest
 from apt.train.trainer import laid_out, run
 
@@ -67,8 +69,8 @@ class Overview(Options):
     of one. Under torchrun: torchrun --nproc-per-node 8 -m apt train RECIPE ...
 
     In place of RECIPE: `--config FILE` takes what --print-config printed, and `--resume RUN` goes
-    on with the run in that folder, as it was configured; any field can be changed after either,
-    when resuming those that do not change what is computed.
+    on with the run in that folder, or with all stages in it, as configured; any field can be
+    changed after either, when resuming those that do not change what is computed.
     """
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
@@ -260,9 +262,11 @@ def _from_file(file: Path, rest: list[str]) -> _Begun:
 
 
 def _from_run(name: str, rest: list[str]) -> _Begun:
-    """A run as it was configured, in the folder where it is now."""
+    """A run, or a sequence of them, as it was configured, in the folder where it is now."""
     folder = Path(name)
     file = folder / CONFIG_NAME
+    if recorded := read_stages(folder):
+        return _Begun(recorded, f"--resume {name}", rest, resume=True)
     if stages := sorted(child.parent.name for child in folder.glob(f"*/{CONFIG_NAME}")):
         raise InputError(
             f"{name} holds runs of several stages ({', '.join(stages)}); name one of them, or "
@@ -300,6 +304,7 @@ def train_stages(
             laid_out(config, parallel)
             if number:
                 parallel.from_main(partial(check_captions, config))
+        parallel.on_main(partial(record_stages, configs))
         for number, config in enumerate(configs):
             begun = (Path(config.run_dir) / CONFIG_NAME).is_file()
             run_dir = run(
@@ -312,7 +317,19 @@ def train_stages(
             )
             parallel.barrier()
             if not is_finished(config):
+                if number + 1 < len(configs) and parallel.is_main:
+                    _tell_of_the_rest(configs, number)
                 return False
             if parallel.is_main:
                 print(f"{config.name}: {run_dir / 'export'}")
     return True
+
+
+def _tell_of_the_rest(configs: Sequence[TrainConfig], number: int) -> None:
+    """Say which stages of a sequence have not begun, and how to go on with all."""
+    folder = Path(configs[number].run_dir).parent
+    if not (folder / STAGES_NAME).is_file():
+        return
+    rest = ", ".join(config.name for config in configs[number + 1 :])
+    command = f"diffusion-apt train --resume {shlex.quote(str(folder))}"
+    print(f"still to come: {rest} (`{command}` goes on with all)", file=sys.stderr)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apt.errors import InputError
+from apt.errors import InputError, counted
 from apt.evaluate.html_page import Grid, write_html_page
 from apt.evaluate.plotting import Panel, plot_bars
 from apt.evaluate.results import Evaluation, ModelResult
@@ -86,8 +86,8 @@ def report_text(evaluation: Evaluation, *, data: str, plot: str | None, sheet: s
         f"Every figure of every seed is in [{data}]({data}).",
         "## How it is measured",
         protocol.about,
-        f"{len(protocol.prompts)} prompts with {each} sample{'s' * (each > 1)} of each, {number} a "
-        f"seed. {spread} Measured on {evaluation.machine}, by {evaluation.software}.",
+        f"{counted(len(protocol.prompts), 'prompt')} with {counted(each, 'sample')} of each, "
+        f"{number} a seed. {spread} Measured on {evaluation.machine}, by {evaluation.software}.",
         "## Figures",
         _figures_table(evaluation),
         image(plot, "Every figure of every model"),

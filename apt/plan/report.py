@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from apt.errors import counted
 from apt.plan.estimate import Estimate, Job
 from apt.plan.gpus import GIB
 from apt.plan.layouts import Choice
@@ -120,7 +121,7 @@ def _time(taken: Estimate) -> str:
     total = taken.seconds * taken.config.num_updates
     return (
         f"{text}\nSo {_words(taken.seconds)} an update, {taken.samples_per_second:.3g} samples/s, "
-        f"{_words(total)} for {taken.config.num_updates:,} updates."
+        f"{_words(total)} for {counted(taken.config.num_updates, 'update')}."
     )
 
 

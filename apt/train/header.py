@@ -13,6 +13,7 @@ from apt.data.folder import VideoFolder
 from apt.device import total_memory
 from apt.distributed.parallel import Parallel
 from apt.distributed.tensors import local
+from apt.errors import counted
 from apt.methods.base import Stage
 from apt.train.config import TrainConfig
 
@@ -42,7 +43,8 @@ def header(
     """
     begins = f", on from update {done}" if done else ""
     lines = [
-        f"{config.name}: {config.num_updates:,} updates of {config.batch_size} samples{begins}"
+        f"{config.name}: {counted(config.num_updates, 'update')} of "
+        f"{counted(config.batch_size, 'sample')}{begins}"
     ]
     lines += [f"  {name}: {_parameters(part.module)}" for name, part in stage.trained.items()]
     lines += [f"  {text}" for text in _data(config, dataset)]

@@ -12,7 +12,7 @@ from apt.checkpoints.runs import STATE_NAME, model_folder
 from apt.checkpoints.source import weights_digest
 from apt.distributed.collectives import everywhere, rank
 from apt.distributed.mesh import ParallelConfig
-from apt.errors import CheckpointError, ConfigError
+from apt.errors import CheckpointError, ConfigError, counted
 from apt.models.checkpointing import Checkpointing
 from apt.train import checkpoint
 from apt.train.config import HeldoutConfig, TrainConfig
@@ -128,8 +128,8 @@ def check_resumable(
     """
     if done > config.num_updates:
         raise ConfigError(
-            f"{path} has {done} updates, and the run is to have {config.num_updates}; ask for at "
-            f"least --num-updates {done} (nothing was changed)"
+            f"{path} has {counted(done, 'update')}, and the run is to have {config.num_updates}; "
+            f"ask for at least --num-updates {done} (nothing was changed)"
         )
     before = meta["config"]
     # Runs of earlier versions had none of these, and did not name their method.
@@ -280,7 +280,7 @@ def _what_is_lost(run_dir: Path, damaged: list[str]) -> str:
     due = 2 if config.get("checkpoint_in_background") else 1
     if steps <= due * config["checkpoint_every"]:
         return ""
-    return f"{run_dir} holds a run whose log tells of {steps} updates, but no checkpoint"
+    return f"{run_dir} holds a run whose log tells of {counted(steps, 'update')}, but no checkpoint"
 
 
 def _set_aside(run_dir: Path) -> None:

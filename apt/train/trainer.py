@@ -16,7 +16,7 @@ from apt.condition import TextEncoder
 from apt.data.loader import num_micro_batches, share_of_rank
 from apt.distributed.launch import restarts
 from apt.distributed.parallel import Parallel
-from apt.errors import CheckpointError, ConfigError, InputError
+from apt.errors import CheckpointError, ConfigError, InputError, counted
 from apt.methods.base import MethodConfig, Stage
 from apt.models.architectures import CODECS
 from apt.models.cached import CachedCodec
@@ -158,7 +158,7 @@ def _finished(config: TrainConfig) -> str:
     if not isinstance(config.stage, MethodConfig):
         uses = ""
     return (
-        f"{config.name}: finished after {config.num_updates:,} updates; {uses}a larger "
+        f"{config.name}: finished after {counted(config.num_updates, 'update')}; {uses}a larger "
         "--num-updates trains on"
     )
 
@@ -232,7 +232,9 @@ def _prepare(
         made.notes.append(rounding)
     made.heldout = heldout
     if heldout is not None:
-        made.notes.append(f"  held out: {len(heldout)} clips, measured every {heldout.every}")
+        made.notes.append(
+            f"  held out: {counted(len(heldout), 'clip')}, measured every {heldout.every}"
+        )
     if found is not None and meta is not None:
         made.retention.trust(found)
         if taken:
