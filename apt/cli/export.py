@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from apt.checkpoints.runs import is_model, model_folder, snapshot_folder
+from apt.checkpoints.source import ASSETS, list_pretrained
 from apt.cli.app import parse
 from apt.device import explained_memory
 from apt.errors import CheckpointError, InputError
@@ -24,7 +25,7 @@ class Export:
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_MODEL")]
-    """Folder of a training run, or of a model."""
+    """Folder of a training run, or of a model; or a built-in model by its name."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to write, made if need be; for comfyui a file that ends in .safetensors."""
     format: Literal["apt", "diffusers", "comfyui"] = "apt"
@@ -70,6 +71,8 @@ def model_to_export(folder: Path, update: int | None, weights: str) -> Path:
     Raises CheckpointError for a run without such a model, naming those there are, and InputError
     for a choice among snapshots where there are none to choose from.
     """
+    if str(folder) in list_pretrained():
+        folder = ASSETS / folder
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {str(folder)!r}; pass that of a run or a model")
     if is_model(folder):

@@ -85,11 +85,13 @@ class Preview:
         names: of each.
         generated: whether they are samples, whose collapse is watched for; clips of the batch may
             well be alike.
+        shows: what each row of the sheet holds.
     """
 
     latents: Tensor
     names: tuple[str, ...]
     generated: bool = True
+    shows: str = "frames"
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def _prepare(
                 f"warning: the data are not those of {found}: files or captions were added, "
                 "removed or changed, so samples do not continue where they stopped"
             )
-    if config.sample_every and config.sample_prompts and isinstance(stage.codec, CachedCodec):
+    if config.sample_every and isinstance(stage.codec, CachedCodec):
         made.notes.append(
             "no sample sheets: a run on a latent cache loads no codec to decode with; the "
             "monitor looks at latents. `diffusion-apt generate --model` draws samples"
