@@ -463,3 +463,9 @@ def test_it_is_shown_in_a_line() -> None:
     assert text.startswith("OneStepPipeline(ModelBundle(apt: MMDiT(depth=2, hidden_size=24")
     assert text.endswith("codec patchify, 9 frames of 32x32 at 8 fps), offloaded from cuda)")
     assert repr(pipeline.bundle) in text and "\n" not in text and len(text) < 300
+    codec, encoder = repr(pipeline.bundle.codec), repr(pipeline.bundle.text_encoder)
+    assert codec == (
+        "PatchifyCodec(channels=768, temporal_compression=4, spatial_compression=8, no parameters)"
+    )
+    assert encoder.startswith("ByteTextEncoder(embedding_dim=") and "float32 on cpu" in encoder
+    assert "\n" not in encoder

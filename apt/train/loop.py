@@ -261,7 +261,7 @@ class Run:
         if pixels is not None:
             path = self.run_dir / "samples" / f"{update:08d}.png"
             title = f"{config.name}, update {update}"
-            self.attempt_on_main(partial(write_sheet, path, pixels, preview.names, title))
+            self.attempt_on_main(partial(write_sheet, path, pixels, preview, title))
             self.attempt_on_main(partial(self.log.picture, update, path))
         if not preview.generated:
             return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -226,8 +227,18 @@ def test_a_run_alone_is_gone_on_with_where_it_is_now(tmp_path: Path) -> None:
     assert "differ in files" in other and "start a new run" in other
 
 
-def test_a_row_is_not_one_run(trained: Path) -> None:
-    line = error_line(invoke("train", "--resume", trained))
+def test_a_row_goes_on_from_its_folder_alone(trained: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved row"
+    shutil.copytree(trained, moved)
+    shutil.rmtree(moved / "apt")
+    result = invoke("train", "--resume", moved)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].endswith(f": {moved / 'apt' / 'export'}")
+    started = json.loads((moved / "apt" / "config.json").read_text())["stage"]
+    assert started["generator"] == f"{moved}/distill/export"
+    # One that an earlier version began does not say what its stages are.
+    (moved / "stages.json").unlink()
+    line = error_line(invoke("train", "--resume", moved))
     assert "several stages (apt, distill, pretrain)" in line
 
 
