@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt.errors import InputError
+from apt.words import described_weights
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,13 @@ class TextEncoder(nn.Module):
     config: Any
     embedding_dim: int
     max_length: int
+
+    def __repr__(self) -> str:
+        """Return one line; `torch.nn.Module.__repr__(encoder)` shows the modules."""
+        return (
+            f"{type(self).__name__}(embedding_dim={self.embedding_dim}, "
+            f"max_length={self.max_length}, {described_weights(self)})"
+        )
 
     def forward(self, prompts: Sequence[str]) -> EncodedText:
         """Encode prompts. Raises InputError for a prompt that cannot be encoded."""

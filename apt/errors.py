@@ -74,3 +74,8 @@ def listed(items: Iterable[str]) -> str:
     names = list(items)
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: "1 image", "2,000 images"; `plural` unless it only adds s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.errors import InputError
+from apt.words import described_weights
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,6 +44,14 @@ class LatentCodec(nn.Module):
     temporal_compression: int
     spatial_compression: int
     encodes_in_autocast: bool = False
+
+    def __repr__(self) -> str:
+        """Return one line; `torch.nn.Module.__repr__(codec)` shows the modules."""
+        time, space = self.temporal_compression, self.spatial_compression
+        return (
+            f"{type(self).__name__}(channels={self.channels}, temporal_compression={time}, "
+            f"spatial_compression={space}, {described_weights(self)})"
+        )
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode pixels to latents. Raises InputError for sizes that do not fit."""

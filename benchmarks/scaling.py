@@ -5,9 +5,12 @@
     python -m benchmarks.scaling --ranks 1 8 --sequence 8 --device cuda
 
 The digits' stages, with a batch that is the same for any number of ranks: on a GPU the recipes',
-on a CPU half of it. Every number of ranks is a torchrun of its own, and they take turns for
-several rounds, so that another load on the machine falls on all alike. On CPU ranks the ratios
-alone mean anything; with more ranks than cores, they show what ranks cost and no speed-up.
+on a CPU a quarter of it. Every number of ranks is a torchrun of its own, and they take turns for
+several rounds, so that another load on the machine falls on all alike.
+
+On CPU ranks the ratios alone mean anything. That of samples per second is a speed-up only if every
+rank has a core to itself. `work` is the processor time of all ranks together, against that of the
+first number: what it costs to be several, whoever else uses the cores.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -35,10 +39,11 @@ from benchmarks.training import STAGES, stage_config, steady, train
 
 ROOT = Path(__file__).parents[1]
 
-Times = dict[str, list[float]]
-"""Milliseconds of each update after those that warm up, by stage."""
+Times = dict[str, dict[str, list[float]]]
+"""By stage, for each update after those that warm up: "clock", milliseconds, and "work", those of
+the processor in all ranks."""
 
-_BATCH = {"cpu": 16, "cuda": 32}
+_BATCH = {"cpu": 8, "cuda": 32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,17 +61,27 @@ class Trial:
         return "bf16" if self.device == "cuda" else "fp32"
 
 
-def measure_ranks(trial: Trial) -> Iterator[tuple[str, list[float]]]:
+def measure_ranks(trial: Trial) -> Times:
     """The times of each stage on the ranks of this launch; collective."""
+    found: Times = {}
     with Parallel.from_environment(trial.device) as ranks:
         shared = ParallelConfig(sequence=min(trial.sequence, ranks.world_size))
         parallel = ranks.laid_out(shared)
         for stage in trial.stages:
             config = stage_config(stage, precision=trial.precision)
             config = dataclasses.replace(config, parallel=shared, batch_size=trial.batch_size)
-            yield stage, list(steady(list(train(config, parallel, trial.updates))))
+            done, work = [], []
+            begin = time.process_time()
+            for update in train(config, parallel, trial.updates):
+                done.append(update)
+                work.append((time.process_time() - begin) * 1e3)
+                begin = time.process_time()
+            clock = list(steady(done))
+            of_all = [sum(ranks.of_each(mine)) for mine in work]
+            found[stage] = {"clock": clock, "work": of_all[-len(clock) :]}
             if parallel.device.type == "cuda":
                 torch.cuda.empty_cache()
+    return found
 
 
 def launch(ranks: int, trial: Trial) -> Times:
@@ -86,37 +101,52 @@ def launch(ranks: int, trial: Trial) -> Times:
         return found
 
 
-def measure(numbers: Sequence[int], trial: Trial, rounds: int) -> dict[int, list[Times]]:
-    """The times of each number of ranks, round by round; each round begins with another."""
+def measure(
+    numbers: Sequence[int], trial: Trial, rounds: int, max_seconds: float
+) -> dict[int, list[Times]]:
+    """The times of each number of ranks, round by round; each round begins with another.
+
+    Stops after the round that exceeds `max_seconds`.
+    """
     found: dict[int, list[Times]] = {ranks: [] for ranks in numbers}
+    began = time.monotonic()
     for number in range(rounds):
         first = number % len(numbers)
         for ranks in [*numbers[first:], *numbers[:first]]:
             times = launch(ranks, trial)
             found[ranks].append(times)
             speeds = [
-                f"{stage} {trial.batch_size / median(taken) * 1e3:.3g}"
+                f"{stage} {trial.batch_size / median(taken['clock']) * 1e3:.3g}"
                 for stage, taken in times.items()
             ]
             words = f"round {number + 1} of {rounds}, ranks {ranks}: {', '.join(speeds)} samples/s"
             print(f"{words}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+        if time.monotonic() - began > max_seconds:
+            break
     return found
 
 
 def measurements(found: Mapping[int, Sequence[Times]], trial: Trial) -> list[Measurement]:
-    """Each stage on each number of ranks, with how many times as fast as on the first it is.
+    """Each stage on each number of ranks, against the first of them.
 
-    A ratio is of medians within one round; of these, the median and both ends are told.
+    A ratio is of medians within one round; what is told is the median of the rounds, and for the
+    clock both ends.
     """
     reference = next(iter(found.values()))
     made = []
     for stage in trial.stages:
         for ranks, rounds in found.items():
-            ratios = [
-                median(base[stage]) / median(times[stage])
-                for base, times in zip(reference, rounds, strict=True)
-            ]
-            samples = tuple(taken for times in rounds for taken in times[stage])
+
+            def times_first(
+                kind: str, stage: str = stage, rounds: Sequence[Times] = rounds
+            ) -> list[float]:
+                return [
+                    median(times[stage][kind]) / median(base[stage][kind])
+                    for base, times in zip(reference, rounds, strict=True)
+                ]
+
+            faster = [1 / ratio for ratio in times_first("clock")]
+            samples = tuple(taken for times in rounds for taken in times[stage]["clock"])
             case: dict[str, str | int] = {
                 "stage": stage,
                 "ranks": ranks,
@@ -126,10 +156,12 @@ def measurements(found: Mapping[int, Sequence[Times]], trial: Trial) -> list[Mea
             }
             metrics = {
                 "samples/s": trial.batch_size / median(samples) * 1e3,
-                "ratio": median(ratios),
-                "lowest": min(ratios),
-                "highest": max(ratios),
+                "ratio": median(faster),
+                "lowest": min(faster),
+                "highest": max(faster),
             }
+            if trial.device == "cpu":
+                metrics["work"] = median(times_first("work"))
             made.append(Measurement(case=case, samples_ms=samples, metrics=metrics))
     return made
 
@@ -140,8 +172,10 @@ def make_record(made: Sequence[Measurement], trial: Trial, load: float) -> Recor
     if trial.device == "cpu":
         note = (
             f"CPU ranks of one thread each, on {os.cpu_count()} cores that others use too (load "
-            f"before the run: {load:.1f}): the ratios alone mean anything, and where there are "
-            "more ranks than cores, they show what ranks cost and no speed-up."
+            f"{load:.1f} before the run, {os.getloadavg()[0]:.1f} behind it): only ratios mean "
+            "anything. Ratio: samples per second against the first number of ranks, with the "
+            "lowest and the highest of all rounds; no speed-up where ranks have no cores to "
+            "themselves. Work: processor time of all ranks together against the first number's."
         )
     return Record(
         topic="scaling",
@@ -162,8 +196,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch-size", type=int, help="of an update over all ranks")
     parser.add_argument("--sequence", type=int, default=1, help="ranks that share a sample")
-    parser.add_argument("--updates", type=int, default=8, help="of which three warm up")
+    parser.add_argument("--updates", type=int, default=6, help="of which three warm up")
     parser.add_argument("--rounds", type=int, default=3, help="launches of each number of ranks")
+    parser.add_argument(
+        "--max-seconds", type=float, default=600, help="begin no further round after so many"
+    )
     parser.add_argument("--out", type=Path, help="a folder for the record; without, none is kept")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(args)
@@ -175,12 +212,13 @@ def main(args: Sequence[str] | None = None) -> None:
         updates=options.updates,
     )
     if options.write is not None:  # a rank of a launch
-        found = dict(measure_ranks(trial))
+        times = measure_ranks(trial)
         if os.environ.get("RANK", "0") == "0":
-            options.write.write_text(json.dumps(found), encoding="utf-8")
+            options.write.write_text(json.dumps(times), encoding="utf-8")
         return
     load = os.getloadavg()[0]
-    made = measurements(measure(options.ranks, trial, options.rounds), trial)
+    found = measure(options.ranks, trial, options.rounds, options.max_seconds)
+    made = measurements(found, trial)
     record = make_record(made, trial, load)
     print("\n\n".join(part for part in (record.note, record_table(record)) if part))
     if options.out is not None:

@@ -1,9 +1,9 @@
 """One step against twenty-five, with the models that come with the package: `make demo`.
 
-Generates the same prompts from the same noise with the consistency model in one step, after
-adversarial post-training in one step and in two, and with the diffusion model that both were made
-from; writes videos, a contact sheet and a page that plays them side by side; prints the median time
-per video of each sampler. `--picture FILE.webp` writes one moving picture of them too.
+Generates the same prompts from the same noise with the consistency model in one step, with the
+adversarially post-trained model in one and two steps, and with the diffusion model that both were
+made from. Writes videos, a contact sheet and a page that plays them side by side, and prints the
+median time per video of each sampler. `--picture FILE.webp` also writes one animated picture.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ CONSISTENCY = "digits-consistency" if "digits-consistency" in list_pretrained() 
 SEED = 0
 SCALE = 6
 ROUNDS = 3
-"""How often every prompt is generated; the medians have that many values for each."""
+"""How often each prompt is generated; each median is over that many times the prompts."""
 
 
 @dataclass
 class Run:
-    """One sampler, and what it made."""
+    """A sampler, its videos and its timings."""
 
     pipeline: OneStepPipeline
     name: str
@@ -67,9 +67,9 @@ class Run:
 
 
 def generate(runs: list[Run]) -> None:
-    """Generate every prompt one by one, as a user who waits for it would.
+    """Generate every prompt by itself, as for a user who waits for it.
 
-    The samplers take turns, so that whatever else the machine does meets all of them.
+    The samplers take turns, so that other load on the machine affects all of them.
     """
     for run in runs:
         run.pipeline(PROMPTS[0], seed=SEED, num_steps=run.num_steps)  # the first call is slower
@@ -115,7 +115,7 @@ def write_results(runs: list[Run], folder: Path, fps: float) -> None:
 
 
 def write_picture(runs: list[Run], file: Path, fps: float) -> None:
-    """Write one moving picture: prompts beside each other, many steps above one."""
+    """Write one animated picture: prompts side by side, many steps above one step."""
     shown = [runs[-1], *(run for run in runs[:-1] if run.num_steps == 1)]
     frames = moving_sheet(
         [[run.videos[column] for column in range(len(PROMPTS))] for run in shown],
@@ -127,7 +127,7 @@ def write_picture(runs: list[Run], file: Path, fps: float) -> None:
 
 
 def print_results(runs: list[Run], folder: Path, console: Console) -> None:
-    """Say how long each sampler took, and where the files are."""
+    """Print how long each sampler took, and where the files are."""
     slowest = max(run.median for run in runs)
     table = Table(title=f"Median time per video (CPU, {_threads()})")
     table.add_column("sampler")
@@ -148,7 +148,7 @@ def print_results(runs: list[Run], folder: Path, console: Console) -> None:
 
 
 def main() -> int:
-    """Run the demo; returns the exit code."""
+    """Run the demo; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
     parser.add_argument("--model", default="digits", help="the one-step model")

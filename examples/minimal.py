@@ -2,8 +2,8 @@
 
     python examples/minimal.py          # under a minute on two cores; writes minimal.png
 
-A network learns the flow of a ring of Gaussians, is distilled to one step and becomes G, and with a
-new output D. Without the approximated R1 their game does not come to rest (Mescheder et al. 2018).
+A network learns the flow of a ring of Gaussians. Distilled to one step it becomes G; with a new
+output, D. Without the approximated R1 their game does not converge (Mescheder et al. 2018).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from apt.models.discriminator import DiscriminatorOutput
 from apt.rng import Draw
 
 BATCH, WIDTH, MODES, SPREAD = 128, 64, 8, 0.02
-RATE = 2e-3  # of G and of D, as the paper has one for both
+RATE = 2e-3  # of G and D: the paper uses one rate for both
 
 
 class Network(nn.Module):
-    """(x, t) to a velocity (B, 2)."""
+    """Maps (x, t) to a velocity (B, 2)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Network(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """The diffusion network with a logit as its output; sample i has row `rows[i]` of t."""
+    """The diffusion network with a logit as its output; sample i uses `t[rows[i]]`."""
 
     def __init__(self, diffusion: Network) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Discriminator(nn.Module):
 
 
 def data(num: int) -> Tensor:
-    """(num, 2) points of the mixture."""
+    """Draw points (num, 2) from the mixture."""
     angle = torch.randint(MODES, (num,)) * (2 * math.pi / MODES)
     return torch.stack([angle.cos(), angle.sin()], dim=1) + SPREAD * torch.randn(num, 2)
 
@@ -70,7 +70,7 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def pretrain(updates: int) -> Network:
-    """The diffusion model (Sec. 3.1)."""
+    """Train the diffusion model (Sec. 3.1)."""
     network, loss = Network(), FlowMatching()
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     for _ in range(updates):
@@ -79,7 +79,7 @@ def pretrain(updates: int) -> Network:
 
 
 def distill(teacher: Network, updates: int) -> Network:
-    """One step from noise, blurred (Sec. 3.2)."""
+    """Distil the teacher to one step; samples are blurred (Sec. 3.2)."""
     student, target, loss = copy.deepcopy(teacher), copy.deepcopy(teacher), Consistency(25, 1.0)
     optimizer = torch.optim.Adam(student.parameters(), lr=5e-4)
     for _ in range(updates):
@@ -94,7 +94,7 @@ def distill(teacher: Network, updates: int) -> Network:
 def post_train(
     start: Network, diffusion: Network, r1: ApproximateR1, updates: int
 ) -> tuple[Network, list[float]]:
-    """APT (Secs. 3.3-3.5). Returns G and its distance to the data every 50 updates."""
+    """Train with APT (Secs. 3.3-3.5); return G and its distance to the data every 50 updates."""
     generator, discriminator = copy.deepcopy(start), Discriminator(diffusion)
     to_g = torch.optim.RMSprop(generator.parameters(), lr=RATE, alpha=0.9)
     to_d = torch.optim.RMSprop(discriminator.parameters(), lr=RATE, alpha=0.9)
@@ -114,13 +114,13 @@ def post_train(
 
 @torch.no_grad()
 def distance(generator: Network) -> float:
-    """The energy distance between one-step samples and data."""
+    """Return the energy distance between one-step samples and data."""
     a, b = generate(generator, torch.randn(1000, 2), None), data(1000)
     return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
 
 
 def main(folder: Path, updates: tuple[int, int, int] = (3000, 400, 2000)) -> dict[str, list[float]]:
-    """Train and plot; returns the curves of both runs."""
+    """Train and plot; return the curves of both runs."""
     torch.manual_seed(0)
     diffusion = pretrain(updates[0])
     one_step = distill(diffusion, updates[1])

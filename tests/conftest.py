@@ -1,4 +1,4 @@
-"""What must be settled before any test module is imported."""
+"""Settings that must be made before any test module is imported."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if importlib.util.find_spec("hypothesis") is not None:
     settings.load_profile("repeatable")
 
 TESTS = Path(__file__).parent
-# Files of more than ten seconds, the longest first: a process that takes one of them when the
-# others are done would end the suite alone.
+# Files that take more than ten seconds, the longest first: if one of them started last, the other
+# processes would wait for it.
 LONG = (
     "train/test_resume.py",
     "test_whole_way.py",

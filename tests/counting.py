@@ -114,7 +114,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def bytes_of(state: Any) -> int:
-    """Bytes of the tensors in a tree as this rank has them; what is there twice counts once."""
+    """Return this rank's bytes of the tensors in a tree; a tensor that occurs twice counts once."""
     storages = {}
     for leaf in tree_leaves(state):
         if isinstance(leaf, Tensor) and not (part := local(leaf.detach())).is_meta:

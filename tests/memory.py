@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most that `function` held at once beyond what was held before, by torch's allocator."""
+    """Return the peak memory of `function` beyond what was held before, by torch's allocator."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         function()
     with tempfile.TemporaryDirectory() as folder:
@@ -29,7 +29,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 def saved_bytes(function: Callable[[], object], *, without: Tensor) -> int:
-    """What autograd keeps for the backward pass of `function`, each storage once, except one."""
+    """Return the bytes that autograd saves for backward, each storage once, except `without`."""
     sizes: dict[int, int] = {}
 
     def note(value: Tensor) -> Tensor:

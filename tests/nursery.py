@@ -1,12 +1,11 @@
-"""Forks processes on request: run as a script, it has torch and our package loaded already.
+"""A script that forks processes on request, with torch and our package already loaded.
 
-Loading torch, and what diffusers and transformers load beside it, takes longer than what most tests
-do with it. It computes nothing, so its children may start threads. huggingface_hub reads its
-settings when it is imported, so that and what imports it is left to each process: to it, they are
-fresh.
+Loading torch, and what diffusers and transformers load beside it, takes longer than most tests. The
+script computes nothing, so its children may start threads. huggingface_hub reads its settings when
+it is imported, so each process imports it, and what depends on it, by itself.
 
-A request is a line of JSON on stdin: the code, its arguments, its environment, and a folder for
-its `stdout`, `stderr` and, when it has ended, `code`. The answer is the process's id.
+A request is a line of JSON on stdin: the code, its arguments, its environment, and a folder for its
+`stdout`, `stderr` and, when it has ended, `code`. The answer is the process's id.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ importlib.import_module("torch.utils.tensorboard")
 
 
 def run(request: dict[str, Any]) -> NoReturn:
-    """Be the process that was asked for."""
+    """Become the requested process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(request["env"])
@@ -59,7 +58,7 @@ def run(request: dict[str, Any]) -> NoReturn:
 if __name__ == "__main__":
     assert apt.cli.app and apt.hub and apt.checkpoints.load and apt.pipeline and apt.train.trainer
     assert "huggingface_hub" not in sys.modules
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the children
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps the children
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -1,4 +1,4 @@
-"""Processes that are forked from one which has torch and our package loaded (`tests.nursery`)."""
+"""Processes forked from one that has torch and our package loaded (`tests.nursery`)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def start_main(module: str, *args: int | str | Path | list[str], folder: Path) -
 
 
 def run_main(module: str, *args: int | str | Path | list[str], folder: Path) -> Result:
-    """As `start_main`, to its end; fails if it does."""
+    """Like `start_main`, but wait for the end; fail if the process fails."""
     done = start_main(module, *args, folder=folder).wait_for()
     assert done.returncode == 0, done.stderr[-4000:]
     return done

@@ -1,4 +1,4 @@
-"""Errors are caught by their root, and by what Python calls their cause; real parts raise them."""
+"""Errors are caught by their base class and by Python's own; real parts raise them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,22 @@ from tests.tiny import tiny_bundle
 from tests.train.small_runs import config
 
 
+def test_numbers_agree_with_their_nouns() -> None:
+    counted = apt.errors.counted
+    assert [counted(n, "clip") for n in (0, 1, 2, 1200)] == [
+        "0 clips",
+        "1 clip",
+        "2 clips",
+        "1,200 clips",
+    ]
+    assert (counted(1, "entry", "entries"), counted(3, "entry", "entries")) == (
+        "1 entry",
+        "3 entries",
+    )
+
+
 def load_with_umt5(folder: Path) -> None:
-    """A model whose text encoder is another library's: all that refuses it is the library."""
+    """Load a model with a text encoder of another library, which only that library refuses."""
     save_bundle(folder, tiny_bundle())
     document = json.loads((folder / INFO_FILE).read_text())
     document["text_encoder"] = {
@@ -78,8 +92,8 @@ def test_a_missing_package_is_an_import_error(
     package: str, use: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    # What an earlier test of this process has registered with Pillow would still be found. All is
-    # registered before: what came later would be lost with the patch, and Pillow not look for it.
+    # Plugins that an earlier test registered with Pillow would still be found. All are registered
+    # first: later ones would be lost with the patch, and Pillow would not look for them again.
     Image.init()
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
     with pytest.raises(ImportError, match="pip install") as caught:
@@ -119,7 +133,7 @@ for use in (
 
 
 def test_an_unreachable_hub_is_an_os_error(tmp_path: Path) -> None:
-    """And stays one on its way through those who tell of a full disk."""
+    """It stays one on its way through code that reports a full disk."""
     save_wan(tmp_path / "wan")
     with HubServer() as hub:
         environment = {"HF_ENDPOINT": hub.endpoint}

@@ -20,7 +20,7 @@ from apt.files import read_lines, read_text, replacing, write_safetensors, write
 
 @contextmanager
 def full_disk(size: int = 4096) -> Iterator[None]:
-    """No file can grow beyond `size` bytes: what a disk without room does to a writer."""
+    """Limit files to `size` bytes, as a full disk would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

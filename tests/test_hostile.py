@@ -65,7 +65,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the bait leaves its mark; nothing may, and nobody may be asked whether it should."""
+    """Where the bait would leave its mark. Nothing may leave one, nor ask whether it may."""
     path = tmp_path / "it-ran"
     asked: list[Any] = []
     monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")

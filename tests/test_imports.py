@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each part of the package, and the parts that it may import. Itself is always allowed.
 BASE = {
     "checks", "condition", "device", "distributed", "errors", "files", "flow", "outputs", "pixels",
-    "registry", "rng", "untrusted", "version",
+    "registry", "rng", "untrusted", "version", "words",
 }  # fmt: skip
-# Files of a room that lie above its others: what a model is, above the models that files fill.
+# Files of a package that form its upper layer: they build whole models, and may import models.
 UPPER_FLOORS = {
     "hub": {"card", "pull", "push"},
     "checkpoints": {"export", "load", "public", "save"},
@@ -29,14 +29,15 @@ MODELS = {"models", "checkpoints", "checkpoints, upper floor"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "checks": {"errors"},
-    "condition": {"errors"},
+    "condition": {"errors", "words"},
     "version": set(),
+    "words": set(),
     "files": set(),
     "registry": {"errors"},
     "rng": {"errors"},
     "philox": set(),
     "flow": {"condition", "errors"},
-    "pixels": {"errors"},
+    "pixels": {"errors", "words"},
     "prompts": {"errors"},
     "generate_options": {"errors", "registry"},
     "outputs": {"errors"},
@@ -98,7 +99,7 @@ OPTIONAL_PACKAGES = (
     "waitress",
     "xformers",
 )
-# Too slow to load for people who only look for a name; functions that need them import them.
+# Too slow to load just to look up a name; functions that need them import them.
 LATE_PACKAGES = ("av", "huggingface_hub", "matplotlib", "sklearn", "tensorboard", "tyro")
 
 
@@ -138,7 +139,7 @@ def is_apt(module: str) -> bool:
 
 
 def wrong_arrows(source: str, importer: str, *, is_package: bool = False) -> list[str]:
-    """What a file's source imports although its part may not."""
+    """Return what a file's source imports although its part may not."""
     part = part_of(importer)
     allowed = ARROWS[part] | {part}
     return [

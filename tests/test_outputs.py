@@ -1,4 +1,4 @@
-"""What is done of many outputs, and where they can be written."""
+"""Which of many outputs are done, and where they can be written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def output(folder: Path, number: int, prompt: str = 'a seven\u2028 "left"') -> O
 
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
-    """Of two files."""
+    """A record of two files."""
     path = tmp_path / "x.png.jsonl"
     written = OutputRecord(path, SETTINGS, resume=False)
     for number in (0, 1):

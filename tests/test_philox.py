@@ -34,7 +34,7 @@ def test_known_answers(counter: str, key: int, expected: str) -> None:
 
 
 def test_values_are_the_same_for_ever_and_on_every_machine() -> None:
-    """Runs resume, and ranks may differ: no instruction set, thread or library shows."""
+    """Runs resume and ranks may differ: instruction sets, threads and libraries must not matter."""
     assert philox.normal(0, 1, 4, first=0).tolist() == [
         [-0.25581595301628113, 1.17759108543396, 0.6301836371421814, 0.26756224036216736]
     ]
@@ -43,7 +43,7 @@ def test_values_are_the_same_for_ever_and_on_every_machine() -> None:
 
 
 def words() -> torch.Tensor:
-    """Random ones, both ends, and both sides of where formulas change and the sign turns."""
+    """Random words, both ends, and both sides of each change of formula or sign."""
     generator = torch.Generator().manual_seed(0)
     near = torch.arange(-2000, 2000)
     seams = [round(0.075 * WORD), round(0.925 * WORD), WORD // 2]

@@ -71,7 +71,7 @@ def test_a_seed_is_a_video_whatever_the_company(
         assert torch.equal(crowd[2], alone)
         crowd = pipe([PROMPT, *OTHERS], seed=5, num_steps=num_steps)
         assert torch.equal(crowd[0], alone)
-        # Together, prompts of other lengths are padded and matrices split otherwise: rounding.
+        # In a batch, prompts are padded and matrices are split differently, which changes rounding.
         batch = pipe([*OTHERS, PROMPT], seed=[9, 2, 5], num_steps=num_steps, batch_size=3)
         assert (batch[2].int() - alone.int()).abs().max() <= 1
 
@@ -87,7 +87,7 @@ def test_global_randomness_is_neither_used_nor_spent(pipeline: OneStepPipeline) 
 
 
 def test_torchs_default_type_does_not_matter(pipeline: OneStepPipeline) -> None:
-    """In bf16, which others' scripts set it to, t and the noise would be rounded."""
+    """If a script set it to bf16, t and the noise would be rounded."""
     expected = pipeline(PROMPT, num_steps=3)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -463,3 +463,9 @@ def test_it_is_shown_in_a_line() -> None:
     assert text.startswith("OneStepPipeline(ModelBundle(apt: MMDiT(depth=2, hidden_size=24")
     assert text.endswith("codec patchify, 9 frames of 32x32 at 8 fps), offloaded from cuda)")
     assert repr(pipeline.bundle) in text and "\n" not in text and len(text) < 300
+    codec, encoder = repr(pipeline.bundle.codec), repr(pipeline.bundle.text_encoder)
+    assert codec == (
+        "PatchifyCodec(channels=768, temporal_compression=4, spatial_compression=8, no parameters)"
+    )
+    assert encoder.startswith("ByteTextEncoder(embedding_dim=") and "float32 on cpu" in encoder
+    assert "\n" not in encoder

@@ -1,4 +1,4 @@
-"""The paper's nine traps, as DESIGN.md lists them: each test fails for whoever falls in.
+"""Nine traps in implementing the paper: each test fails for code that falls into one.
 
 The parts under test are the real ones: the adversarial stage that `diffusion-apt train` runs, on a
 tiny model whose every layer is random, so that x, t and c all reach the logits.
@@ -63,7 +63,7 @@ CAPTIONS = [
 
 
 class Seen(NamedTuple):
-    """One forward of D, spread out to a row per sample."""
+    """One forward pass of D, expanded to a row per sample."""
 
     x: Tensor
     t: Tensor
@@ -98,7 +98,7 @@ def make_stage(model_folder: Path):  # type: ignore[no-untyped-def]
 
 
 def randomize_heads(stage: AdversarialPostTraining) -> None:
-    """Logits of order 1 that differ between samples: fresh heads hardly do."""
+    """Make logits of order 1 that differ between samples; those of new heads hardly do."""
     generator = torch.Generator().manual_seed(1)
     for parameter in discriminator(stage).project.parameters():
         with torch.no_grad():

@@ -1,5 +1,5 @@
-"""How many of the package's files a prompt, a checkpoint and a sample pass through, and that
-docs/architecture.md says no less."""
+"""The package's files that a prompt, a checkpoint and a sample pass through are no more than
+docs/architecture.md says."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import tyro
 from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
-from apt.errors import DataError
+from apt.errors import DataError, counted
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
         raise DataError(f"{options.directory} has nothing to train on; see the report above")
     if found.problems:
         raise DataError(
-            f"{len(found.problems)} problems in {options.directory}; fix or remove those files, or "
-            "keep them: training skips them and reports it"
+            f"{counted(len(found.problems), 'problem')} in {options.directory}; fix or remove "
+            "those files, or keep them: training skips them and reports it"
         )
 
 

@@ -12,6 +12,7 @@ import tyro
 from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
+from apt.errors import counted
 
 
 @dataclass(frozen=True)
@@ -48,4 +49,4 @@ def main(args: Sequence[str], *, prog: str) -> None:
     with progress_bar("writing", options.num) as update:
         folder = write_video_folder(dataset, options.directory, options.num, fps, progress=update)
     with printing():
-        print(f"{options.num} videos and metadata.csv in {folder}")
+        print(f"{counted(options.num, 'video')} and metadata.csv in {folder}")

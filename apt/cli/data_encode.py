@@ -13,7 +13,7 @@ import tyro
 from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
-from apt.errors import InputError
+from apt.errors import InputError, counted
 
 if TYPE_CHECKING:
     from apt.distributed.parallel import Parallel
@@ -173,6 +173,9 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
             rank=parallel.rank,
             world_size=parallel.world_size,
         )
-    with printing():
-        print(videos.report.text())
-        print(f"{plan.num_clips} clips and {plan.num_prompts} prompts: {options.out}")
+    parallel.barrier()
+    if parallel.is_main:
+        clips, texts = counted(plan.num_clips, "clip"), counted(plan.num_prompts, "prompt")
+        with printing():
+            print(videos.report.text())
+            print(f"{clips} and {texts}: {options.out}")

@@ -11,6 +11,7 @@ import tyro
 
 from apt.cli.app import parse
 from apt.cli.progress import progress_bar
+from apt.errors import counted
 
 
 @dataclass(frozen=True)
@@ -49,4 +50,4 @@ def main(args: Sequence[str], *, prog: str) -> None:
         progress_bar("rendering", options.num) as update,
     ):
         folder = write_video_folder(clips, options.directory, options.num, FPS, progress=update)
-    print(f"{options.num} videos and metadata.csv in {folder}")
+    print(f"{counted(options.num, 'video')} and metadata.csv in {folder}")

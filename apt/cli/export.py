@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from apt.checkpoints.runs import is_model, model_folder, snapshot_folder
+from apt.checkpoints.source import ASSETS, list_pretrained
 from apt.cli.app import parse
 from apt.device import explained_memory
 from apt.errors import CheckpointError, InputError
@@ -25,7 +26,7 @@ class Export:
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_MODEL")]
-    """Folder of a training run or of a model."""
+    """Folder of a training run or of a model, or the name of a built-in model."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to write, created if missing; for comfyui, a file that ends in .safetensors."""
     format: Literal["apt", "diffusers", "comfyui"] = "apt"
@@ -71,6 +72,8 @@ def model_to_export(folder: Path, update: int | None, weights: str) -> Path:
     Raises CheckpointError if the run does not have that model, naming those that it has, and
     InputError if a snapshot is chosen but the folder is a model.
     """
+    if str(folder) in list_pretrained():
+        folder = ASSETS / folder
     if not folder.is_dir():
         raise CheckpointError(
             f"there is no folder {str(folder)!r}; pass the folder of a run or a model"

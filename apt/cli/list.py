@@ -84,7 +84,7 @@ def _status(rows: Sequence[BackendStatus]) -> list[Row]:
 
 def _models() -> list[Row]:
     from apt.models.catalogue import catalogue
-    from apt.models.layers import count_words
+    from apt.words import count_words
 
     entries = catalogue()
     cells = []

@@ -14,7 +14,7 @@ import tyro
 from apt.cli.app import parse
 from apt.cli.output import printing
 from apt.cli.progress import progress_bar
-from apt.errors import InputError
+from apt.errors import InputError, counted
 from apt.evaluate.choice import ModelChoice, check_model, parse_model, parse_name
 from apt.prompts import read_prompts
 from apt.samples import SampleFolder, SampleKey, read_samples
@@ -106,7 +106,8 @@ def main(args: Sequence[str], *, prog: str) -> None:
         study = make_study(asked.directory, folders, comparisons, config, progress=update)
     with printing():
         print(
-            f"{len(study.pairs)} pairs and {len(study.checks)} attention checks in "
+            f"{counted(len(study.pairs), 'pair')} and "
+            f"{counted(len(study.checks), 'attention check')} in "
             f"{asked.directory}; next: diffusion-apt study serve {asked.directory}"
         )
 

@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import itertools
 import json
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +28,7 @@ from apt.train.recipes import RECIPES
 from apt.train.resolve import check_captions
 from apt.train.resume import COLLECTIVES, CONFIG_NAME, Resume
 from apt.train.run_state import exit_status
-from apt.train.sequence import is_finished, move_runs
+from apt.train.sequence import STAGES_NAME, is_finished, move_runs, read_stages, record_stages
 from apt.train.signals import StopRequest
 from apt.train.trainer import laid_out, run
 
@@ -67,8 +69,8 @@ class Overview(Options):
     fields of one. Under torchrun: torchrun --nproc-per-node 8 -m apt train RECIPE ...
 
     Instead of RECIPE, `--config FILE` reads the output of --print-config, and `--resume RUN`
-    continues the run in that folder with its own configuration. Options after it change fields;
-    when resuming, only those that do not affect results.
+    continues the run in that folder, or all stages in it, with its own configuration. Options after
+    it change fields; when resuming, only those that do not affect results.
     """
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
@@ -262,9 +264,11 @@ def _from_file(file: Path, rest: list[str]) -> _Begun:
 
 
 def _from_run(name: str, rest: list[str]) -> _Begun:
-    """Read a run's configuration, with the folder in which the run is now."""
+    """Read the configuration of a run or a sequence, with the folder in which it is now."""
     folder = Path(name)
     file = folder / CONFIG_NAME
+    if recorded := read_stages(folder):
+        return _Begun(recorded, f"--resume {name}", rest, resume=True)
     if stages := sorted(child.parent.name for child in folder.glob(f"*/{CONFIG_NAME}")):
         raise InputError(
             f"{name} holds runs of several stages ({', '.join(stages)}); name one of them, or "
@@ -302,6 +306,7 @@ def train_stages(
             laid_out(config, parallel)
             if number:
                 parallel.from_main(partial(check_captions, config))
+        parallel.on_main(partial(record_stages, configs))
         for number, config in enumerate(configs):
             begun = (Path(config.run_dir) / CONFIG_NAME).is_file()
             run_dir = run(
@@ -314,7 +319,19 @@ def train_stages(
             )
             parallel.barrier()
             if not is_finished(config):
+                if number + 1 < len(configs) and parallel.is_main:
+                    _tell_of_the_rest(configs, number)
                 return False
             if parallel.is_main:
                 print(f"{config.name}: {run_dir / 'export'}")
     return True
+
+
+def _tell_of_the_rest(configs: Sequence[TrainConfig], number: int) -> None:
+    """Print which stages of a sequence have not started, and how to continue them all."""
+    folder = Path(configs[number].run_dir).parent
+    if not (folder / STAGES_NAME).is_file():
+        return
+    rest = ", ".join(config.name for config in configs[number + 1 :])
+    command = f"diffusion-apt train --resume {shlex.quote(str(folder))}"
+    print(f"remaining stages: {rest}; `{command}` continues with all", file=sys.stderr)

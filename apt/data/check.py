@@ -17,7 +17,7 @@ from apt.data.decode import probe, verify
 from apt.data.reading import Entry, MediaInfo, reason
 from apt.data.report import Problem, problem_lines
 from apt.data.scan import Scan, scan_folder
-from apt.errors import DataError
+from apt.errors import DataError, counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -79,7 +79,7 @@ class FolderCheck:
         if not self.problems:
             depth = "every frame decoded" if self.decoded else "headers only"
             return Group(facts, Text(f"no problems ({depth})", style="green"))
-        lines = [f"{len(self.problems)} problems", *problem_lines(self.problems)]
+        lines = [counted(len(self.problems), "problem"), *problem_lines(self.problems)]
         return Group(facts, Text("\n".join(lines), style="red"))
 
     def _facts(self) -> list[tuple[str, str]]:
@@ -88,7 +88,7 @@ class FolderCheck:
             ("folder", str(self.directory)),
             ("captions from", self.captions_in),
             ("files", f"{self.num_files} found"),
-            ("usable", f"{self.num_videos} videos, {self.num_images} images"),
+            ("usable", f"{counted(self.num_videos, 'video')}, {counted(self.num_images, 'image')}"),
         ]
         if self.left_aside:
             facts.append(("other files", _most_common(self.left_aside)))

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
+from apt.errors import counted
+
 _LOG = logging.getLogger(__name__)
 
 ProblemKind = Literal[
@@ -81,9 +83,9 @@ class DataReport:
 
     def text(self) -> str:
         """Return the report as plain text: a line of counts, then the files by kind of problem."""
-        used = f"{self.num_videos} videos and {self.num_images} images in use"
+        used = f"{counted(self.num_videos, 'video')} and {counted(self.num_images, 'image')} in use"
         if self.cut:
-            used += f"; {len(self.cut)} captions cut"
+            used += f"; {counted(len(self.cut), 'caption')} cut"
         if not self.problems:
             return f"{used}; no problems"
         return "\n".join([f"{used}; {len(self.problems)} skipped", *problem_lines(self.problems)])

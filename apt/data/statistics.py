@@ -16,7 +16,7 @@ from apt.data.folder import exact_rate, look_at
 from apt.data.reading import Entry, MediaInfo
 from apt.data.report import problem_lines
 from apt.data.scan import Scan, scan_folder
-from apt.errors import DataError
+from apt.errors import DataError, counted
 
 __all__ = [
     "ClipSize",
@@ -181,7 +181,9 @@ def _look(entry: Entry) -> MediaInfo | None:
 def _nothing(scan: Scan, unreadable: int) -> str:
     found = problem_lines(scan.problems)
     if unreadable:
-        found.append(f"  {unreadable} files that cannot be read (`diffusion-apt data check`)")
+        found.append(
+            f"  {counted(unreadable, 'file')} that cannot be read (`diffusion-apt data check`)"
+        )
     return "\n".join(
         [
             f"{scan.directory}: nothing usable; looked for {scan.looked_for}. Found:",

@@ -190,6 +190,8 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         profile = ImageCms.ImageCmsProfile(BytesIO(image.info["icc_profile"]))
         if "sRGB" in ImageCms.getProfileDescription(profile):
             return image
+        if image.mode == "P":
+            image = image.convert("RGB")
         spaces = {"L": "GRAY", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
         if profile.profile.xcolor_space.strip() != spaces.get(image.mode):
             return image

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import av
+from av.codec.codec import UnknownCodecError
 from av.container import InputContainer
 from av.error import ArgumentError, FFmpegError, InvalidDataError
 from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -21,21 +23,16 @@ from apt.data.picture import Picture, picture_of
 from apt.data.reading import REMUX, MediaInfo, Source, name_of
 from apt.data.timeline import irregular_span, usual_rate, without_second_fields
 from apt.errors import DataError
-
-# Only formats of media files: a playlist under any name could refer to any file or address.
-_OPTIONS = {
-    "protocol_whitelist": "file",
-    "format_whitelist": (
-        "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,dv,rm,"
-        "gif,apng,h264,hevc,m4v,ivf"
-    ),
-}
+from apt.media.containers import READING, file_address
 
 _STREAMS = ("mpegts", "mpeg")
 """Formats of recorders, which start and end anywhere and have no index of frames."""
 
 _WHOLE = ("gif", "apng")
 """Formats whose frames are drawn over the previous ones, so that all are needed."""
+
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders that return the transparency of WebM, which FFmpeg's own drop."""
 
 _EARLIER = (0, 1, 4, 16)
 """Seconds before a clip at which to look for a key frame."""
@@ -60,12 +57,13 @@ class Video:
         # not UTF-8 is no reason to reject a video.
         file: Any = self.source
         if isinstance(self.source, str | Path):
-            file = f"file:{self.source}"
+            file = file_address(self.source)
         else:
             self.source.seek(0)
         try:
+            # Foreign bytes in a title are no reason to refuse a video.
             self.container: InputContainer = av.open(
-                file, "r", metadata_errors="replace", options=_OPTIONS
+                file, "r", metadata_errors="replace", options=READING
             )
         except ArgumentError:
             raise DataError(
@@ -88,7 +86,25 @@ class Video:
         # One thread, as in `picture`. Exceptions can keep a decoder alive until after a fork, and
         # the copy of a thread pool in the other process, which has no threads, never closes.
         self.stream.codec_context.thread_count = 1
+        self.alpha = self._alpha_decoder()
         self.format = self.container.format.name
+
+    def _alpha_decoder(self) -> VideoCodecContext | None:
+        """Return a decoder that keeps transparency, if the stream has some; otherwise None."""
+        name = _WITH_ALPHA.get(self.stream.codec_context.name)
+        if name is None or self.stream.metadata.get("alpha_mode") != "1":
+            return None
+        try:
+            decoder = av.CodecContext.create(name, "r")
+        except UnknownCodecError:
+            self.close()
+            raise DataError(
+                f"{name_of(self.source)}: is transparent, which this FFmpeg cannot decode without "
+                f"{name}; {REMUX}"
+            ) from None
+        assert isinstance(decoder, VideoCodecContext)
+        decoder.thread_count = 1
+        return decoder
 
     def close(self) -> None:
         self.container.close()
@@ -101,6 +117,8 @@ class Video:
     def seek(self, seconds: Fraction) -> None:
         """Seek to a key frame at or before a timestamp, as far as the file's index allows."""
         self.container.seek(_ticks(self.stream, seconds), stream=self.stream)
+        if self.alpha is not None:
+            self.alpha.flush_buffers()
 
     def packets(self) -> Iterator[Packet]:
         """Yield the stream's packets, and at the end an empty one that flushes the decoder."""
@@ -134,7 +152,7 @@ class Video:
     def decode(self, packet: Packet, *, begun: bool) -> list[VideoFrame]:
         """Return the frames that a packet completes."""
         try:
-            return packet.decode()
+            return packet.decode() if self.alpha is None else self.alpha.decode(packet)
         except InvalidDataError:
             # A recording may begin within a group of pictures, which cannot be decoded then.
             if begun or self.format not in _STREAMS:
@@ -248,7 +266,9 @@ def _raw_frames_from(
             break
         try:
             video.seek(first + start - earlier)
-            decoded = _from_key_frame(video.frames())
+            # libvpx does not mark key frames, and returns nothing before the first.
+            frames = video.frames()
+            decoded = _from_key_frame(frames) if video.alpha is None else frames
             found = next(decoded, None)
         except FFmpegError:
             # Some formats cannot seek at all. Damage will be found again when reading from the

@@ -52,7 +52,7 @@ def under_torchrun() -> bool:
 
 
 def restarts() -> int:
-    """Return how often torchrun has restarted the ranks. Raises ConfigError as `launch_rank`."""
+    """Return how often torchrun has restarted the ranks. Raises ConfigError like `launch_rank`."""
     return _count("TORCHELASTIC_RESTART_COUNT", 0)
 
 

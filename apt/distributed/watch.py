@@ -27,12 +27,12 @@ from apt.errors import LostRankError, first_line
 __all__ = ["LostRankError", "is_of_a_collective", "watched"]
 
 PULSE = 2.0
-"""Seconds between two entries of a rank"""
+"""Seconds between two entries of a rank."""
 
 _FRAMES = 3
 
 _MISSED = 3
-"""Pulses that a rank may miss before it counts as dead"""
+"""Pulses that a rank may miss before it counts as dead."""
 
 
 @contextlib.contextmanager
@@ -218,7 +218,7 @@ def _blame(entries: dict[int, _Entry | None]) -> str:
         began = f", after {entry.last}" if entry.last else ""
         said.append(f"rank {number} keeps the others waiting: it is {_where(entry)}{began}")
     if not said:
-        said.append("a collective failed, and every rank is in one")
+        said.append("a collective failed although all ranks are in one")
     return "; ".join([*said, *_of_the_others(there, waiting)])
 
 

@@ -62,7 +62,7 @@ def evaluate(
     names = [choice.name for choice in models]
     if not names or len(set(names)) < len(names):
         raise InputError(
-            f"expected at least one model, all with different names, got {names}; add NAME=..."
+            f"models need different names, at least one; got {names}; set a name with NAME=PLACE"
         )
     for choice in models:
         check_model(choice)
@@ -197,6 +197,6 @@ def _samples(protocol: Protocol, seed: int, folder: SampleFolder) -> list[Sample
         if not whole:
             raise DataError(
                 f"{str(sample.path)!r} was truncated or changed since it was made; evaluate "
-                "again: it is made again, and everything else is kept"
+                "again to replace it; everything else is kept"
             )
     return samples

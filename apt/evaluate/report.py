@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apt.errors import InputError
+from apt.errors import InputError, counted
 from apt.evaluate.html_page import Grid, write_html_page
 from apt.evaluate.plotting import Panel, plot_bars
 from apt.evaluate.protocol import Figure
@@ -88,8 +88,8 @@ def report_text(evaluation: Evaluation, *, data: str, plot: str | None, sheet: s
         f"Every figure of every seed is in [{data}]({data}).",
         "## How it is measured",
         protocol.about,
-        f"{len(protocol.prompts)} prompts with {each} sample{'s' * (each > 1)} each, {number} per "
-        f"seed. {spread} Measured on {evaluation.machine}, with {evaluation.software}.",
+        f"{counted(len(protocol.prompts), 'prompt')} with {counted(each, 'sample')} each, {number} "
+        f"per seed. {spread} Measured on {evaluation.machine}, with {evaluation.software}.",
         "## Figures",
         _figures_table(evaluation),
         image(plot, "Every figure of every model"),

@@ -66,7 +66,7 @@ def download(
     )
 
 
-def find_commit(repo_id: str, revision: str | None, local_dir: str | Path | None) -> str | None:
+def find_commit(repo_id: str, revision: str | None, local_dir: str | Path) -> str | None:
     """Return the commit that a branch or tag (None: main) names now, for several downloads of it.
 
     If the Hub does not answer and there is a copy, which `download` would use, this is `revision`.

@@ -32,9 +32,11 @@ def pull_from_hub(
         CheckpointError: as `download`, for a repository without a model, and for a model whose
             configuration names code to run.
     """
-    # The same commit throughout, even if the branch moves.
-    commit = find_commit(repo_id, revision, local_dir)
+    # The same commit throughout, even if the branch moves. The cache names its folders by it, and
+    # remembers what a branch was only if that is what was asked for.
+    commit = revision if local_dir is None else find_commit(repo_id, revision, local_dir)
     folder = download(repo_id, commit, DESCRIPTIONS, local_dir=local_dir)
+    commit = folder.name if local_dir is None else commit
     patterns = [*_FILES, *_EXTRAS]
     if (folder / PIPELINE_FILE).is_file() and not everything:
         _, parts = read_pipeline(folder / PIPELINE_FILE)

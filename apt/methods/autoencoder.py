@@ -221,7 +221,8 @@ class AutoencoderTraining(Stage):
         clips, captions = batches[0].x[:_SHOWN], tuple(batches[0].captions[:_SHOWN])
         zeros = torch.zeros(1, device=clips.device)
         output, _ = self.generator.module(clips, zeros, zeros)
-        return Preview(torch.cat([clips, output.float()], dim=4), captions, generated=False)
+        pairs = torch.cat([clips, output.float()], dim=4)
+        return Preview(pairs, captions, generated=False, shows="clip | reconstruction, frames")
 
     def extra_state(self) -> dict[str, Any]:
         return {"statistics": self.statistics}

@@ -85,11 +85,13 @@ class Preview:
         names: one for each.
         generated: whether they are generated samples, which are watched for collapse; clips of
             the batch may well be alike.
+        shows: what each row of the sheet contains.
     """
 
     latents: Tensor
     names: tuple[str, ...]
     generated: bool = True
+    shows: str = "frames"
 
 
 @dataclass(frozen=True)

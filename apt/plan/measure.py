@@ -63,7 +63,7 @@ HEADS = "heads and logits"
 BATCH = "batch"
 
 STATES = (WEIGHTS, FROZEN, GRADIENTS, OPTIMIZER, AVERAGES)
-"""Parts that are sharded over the ranks that share a copy of the weights"""
+"""Parts that are sharded over the ranks that share a copy of the weights."""
 
 
 @dataclass(frozen=True)

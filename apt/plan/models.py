@@ -160,7 +160,7 @@ def paper_model(found: str) -> PlannedModel:
 
 
 Row = Sequence[TrainConfig]
-"""Stages that are planned together: later ones may start from what earlier ones export"""
+"""Stages that are planned together: later ones may start from what earlier ones export."""
 
 
 def find_model(config: TrainConfig, field: str, row: Row = ()) -> PlannedModel:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from apt.errors import counted
 from apt.plan.estimate import Estimate, Job
 from apt.plan.gpus import GIB
 from apt.plan.layouts import Choice
@@ -122,7 +123,7 @@ def _time(taken: Estimate) -> str:
     total = taken.seconds * taken.config.num_updates
     return (
         f"{text}\nIn total {_words(taken.seconds)} per update, {taken.samples_per_second:.3g} "
-        f"samples/s, {_words(total)} for all updates ({taken.config.num_updates:,})."
+        f"samples/s, {_words(total)} for {counted(taken.config.num_updates, 'update')}."
     )
 
 

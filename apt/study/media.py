@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from apt.errors import DataError
 from apt.files import replacing
 from apt.media import write_mp4, write_png
+from apt.media.containers import open_container
 from apt.media.parts import VIDEO_TYPES
 from apt.media.playable import read_frames, write_playable
 
@@ -98,7 +99,7 @@ def _clean_video(sample: Path) -> bytes:
 
     content = io.BytesIO()
     try:
-        with av.open(str(sample)) as source:
+        with open_container(sample) as source:
             if not source.streams.video:
                 raise DataError(f"{str(sample)!r} contains no video; generate it again")
             stream = source.streams.video[0]

@@ -179,7 +179,7 @@ class LoRAConfig:
 class HeldoutConfig:
     """Measure losses of the averaged weights on clips that are not trained on.
 
-    It is off unless one of share, clips and path is set.
+    Off unless one of share, clips and path is set.
 
     Attributes:
         share: approximate share of the files to hold out, in (0, 1). File names decide, so every
@@ -256,8 +256,8 @@ class TrainConfig:
             supports it: on a GPU, or a CPU with AVX-512 BF16 or AMX.
         activation_checkpointing: keep only the inputs of blocks, and recompute blocks in the
             backward pass.
-        checkpointing: details of this (`apt.models.checkpointing`): whether the outputs of
-            attention are kept too, and whether inputs wait in host memory.
+        checkpointing: options of activation checkpointing (`apt.models.checkpointing`): also keep
+            the outputs of attention, or keep the inputs of blocks in host memory.
         compile_blocks: compile the blocks that train with `torch.compile`; the first updates then
             take minutes. Results are the same except for rounding.
         bf16_residual: in bf16, also keep tokens between blocks in bf16 in MMDiT with shared

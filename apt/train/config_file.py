@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from apt.errors import ConfigError
+from apt.files import read_text
 from apt.methods.base import StageConfig
 from apt.registry import Registry, check_options
 from apt.train.config import ModelConfig, TrainConfig
@@ -24,7 +25,7 @@ METHOD = "method"
 """The key that names the method of a stage: its `exports_as`"""
 
 _TAKEN: Mapping[type[Any], str] = {TrainConfig: "model", ModelConfig: "codec"}
-"""Fields that are null if the stage takes them from the model or codec that it names"""
+"""Fields that are null if the stage takes them from the model or codec that it names."""
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ def read_configs(file: Path) -> list[TrainConfig]:
             "the config.json of a run (`train --resume RUN` resumes the run in a folder)"
         )
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = json.loads(read_text(file))
     except OSError as error:
         raise ConfigError(f"cannot read {str(file)!r}: {error.strerror or error}") from error
     except ValueError as error:

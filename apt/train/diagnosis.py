@@ -83,7 +83,7 @@ def _until_it_would_move(part: Part, batches: Sequence[MicroBatch], update: int)
         part(batches, update)
     except Rehearsed:
         return
-    raise AssertionError("a part of an update ended without moving weights")
+    raise AssertionError("a part of an update ended without updating weights")
 
 
 def _modules(trained: Mapping[str, TrainedNetwork]) -> dict[str, torch.nn.Module]:

@@ -13,6 +13,7 @@ from apt.data.folder import VideoFolder
 from apt.device import total_memory
 from apt.distributed.parallel import Parallel
 from apt.distributed.tensors import local
+from apt.errors import counted
 from apt.methods.base import Stage
 from apt.train.config import TrainConfig
 
@@ -44,7 +45,8 @@ def header(
     """
     begins = f", continued from update {done}" if done else ""
     lines = [
-        f"{config.name} (updates: {config.num_updates:,}, batch size: {config.batch_size}){begins}"
+        f"{config.name}: {counted(config.num_updates, 'update')} of "
+        f"{counted(config.batch_size, 'sample')}{begins}"
     ]
     lines += [f"  {name}: {_parameters(part.module)}" for name, part in stage.trained.items()]
     lines += [f"  {text}" for text in _data(config, dataset)]

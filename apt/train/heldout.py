@@ -136,7 +136,7 @@ def divide(
     if apart is not None:
         if not asked.clips:
             raise ConfigError(
-                f"--heldout.share needs a source with a fixed number of clips, but "
+                "--heldout.share needs a source with a fixed number of clips, but "
                 f"{config.data.source!r} is endless; set a number of clips, such as "
                 "--heldout.clips 64"
             )

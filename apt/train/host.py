@@ -104,7 +104,7 @@ class RunHost:
         begun: Mapping[str, Layer] = {}
         if config.lora.base and not discriminator:
             field = config.stage.start_field
-            assert field is not None, "adapters are of stages that start from a model"
+            assert field is not None, "adapters need a stage that starts from a model"
             begun = load_lora(find_lora(config.stage.source(field)), backbone).layers
         add_adapters(backbone, config.lora, seed=self.seed, begun=begun)
 

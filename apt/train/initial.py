@@ -91,7 +91,7 @@ def _bundle_on_cache(source: str, cache: Path, from_main: FromMain) -> ModelBund
 
 def _new_bundle(config: TrainConfig, objects: Objects) -> ModelBundle:
     model, stage = config.model, config.stage
-    assert isinstance(stage, MethodConfig), "only a generator is built anew"
+    assert isinstance(stage, MethodConfig), "only generators start from random weights"
     torch.manual_seed(config.seed)
     text_encoder, text_info = _text_encoder(config, objects)
     codec, codec_info = _codec(config, objects)

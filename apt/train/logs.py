@@ -27,7 +27,7 @@ import torch
 
 from apt.checkpoints.runs import LOG_NAME, SPEED_NAME, log_lines, read_log
 from apt.distributed.parallel import Parallel
-from apt.errors import InputError
+from apt.errors import InputError, counted
 from apt.kernels.roofline import GPUS
 from apt.methods.base import Pass
 from apt.models.costs import COUNTERS, dit_cost
@@ -53,7 +53,10 @@ __all__ = [
 
 _COLUMNS = 80
 _SHOWN = 3
-"""Updates before the expected time is shown, because the first one is slower than the others"""
+"""Updates before the expected time is shown, because the first one is slower than the others."""
+
+_MUCH_WAITING = 0.3
+"""Share of an update's time above which waiting for data is reported."""
 
 _PROBES = 8
 
@@ -109,6 +112,7 @@ class RunLog:
         self._speed_path = run_dir / SPEED_NAME
         self._speed = _open_after(self._speed_path, done)
         self._seconds: list[float] = []  # of the first updates
+        self._waits: list[float] = []  # the part of it spent waiting for data
         self._hook = threading.excepthook
         threading.excepthook = self._thread_failed
         self._progress: Progress | None = None
@@ -144,7 +148,9 @@ class RunLog:
         if self._also is not None:
             self._also.write(update, scalars)
         self._show(update, _figures(metrics))
-        self._expect(update, (timing or {}).get("speed/seconds_per_update"))
+        if timing and "speed/seconds_per_update" in timing:
+            waited = timing.get("speed/data_wait_seconds", 0.0)
+            self._expect(update, timing["speed/seconds_per_update"], waited)
 
     def picture(self, update: int, path: Path) -> None:
         """Show a PNG of an update, such as a sample sheet, in TensorBoard."""
@@ -243,17 +249,21 @@ class RunLog:
         )
         self._progress.start()
 
-    def _expect(self, update: int, seconds: float | None) -> None:
-        """Print once how long the rest of the run is expected to take."""
-        if seconds is None or len(self._seconds) == _SHOWN:
+    def _expect(self, update: int, seconds: float, waited: float) -> None:
+        """Print once how long the rest should take, and whether much of it is waiting for data."""
+        if len(self._seconds) == _SHOWN:
             return
         self._seconds.append(seconds)
+        self._waits.append(waited)
         left = self._total - update
         if len(self._seconds) < _SHOWN or not left:
             return
         each = statistics.median(self._seconds)
         time_left = timedelta(seconds=round(each * left))
-        self.message(f"  expected time: {time_left} (updates left: {left:,}, {each:.2g} s each)")
+        self.message(f"  expected time: {time_left} for {counted(left, 'update')} of {each:.2g} s")
+        share = statistics.median(self._waits) / max(each, 1e-9)
+        if share > _MUCH_WAITING:
+            self.message(f"  {share:.0%} of it is spent waiting for data: raise --data.num-workers")
 
     def _show(self, update: int, shown: str) -> None:
         if self._progress is not None:

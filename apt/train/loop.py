@@ -50,7 +50,7 @@ from apt.train.weights_and_biases import WandbLog
 __all__ = ["Run"]
 
 PLOT_SECONDS = 60.0
-"""Least time between drawings of `losses.png`, which happen at checkpoints"""
+"""Least time between drawings of `losses.png`, which happen at checkpoints."""
 
 T = TypeVar("T")
 
@@ -261,7 +261,7 @@ class Run:
         if pixels is not None:
             path = self.run_dir / "samples" / f"{update:08d}.png"
             title = f"{config.name}, update {update}"
-            self.attempt_on_main(partial(write_sheet, path, pixels, preview.names, title))
+            self.attempt_on_main(partial(write_sheet, path, pixels, preview, title))
             self.attempt_on_main(partial(self.log.picture, update, path))
         if not preview.generated:
             return {}

@@ -44,8 +44,8 @@ class TrainingStopped(InputError, RuntimeError):
 class MonitorConfig:
     """What counts as a collapse, and what to do then.
 
-    A check raises an alarm after several observations in a row beyond its limit, and again after
-    `repeat` more. A limit of 0 turns its check off.
+    A check raises an alarm after several observations in a row beyond its limit, and another after
+    every `repeat` further ones. A limit of 0 turns its check off.
 
     Attributes:
         action: `"warn"`, or `"stop"` to end the run with `TrainingStopped`.
@@ -158,11 +158,11 @@ class CollapseMonitor:
             SAMPLE_DIVERSITY: (c.min_diversity, "the difference between the samples is"),
             RELATIVE_CONTRAST: (
                 c.min_relative_contrast,
-                "the contrast inside the samples, as a share of the real ones', is",
+                "the contrast inside the samples, relative to real ones, is",
             ),
             RELATIVE_DIVERSITY: (
                 c.min_relative_diversity,
-                "the difference between the samples, as a share of the real ones', is",
+                "the difference between the samples, relative to real ones, is",
             ),
         }
         found: list[tuple[str, str | None]] = []

@@ -52,12 +52,12 @@ class Trained:
     num_updates: int
     ema: EMA | None = None
     sharded: bool = False
-    """Whether its tensors are sharded over several ranks"""
+    """Whether its tensors are sharded over several ranks."""
     reduces_once: bool = False
     moves: int = 0
-    """How often an optimiser step has begun in this process"""
+    """How often an optimiser step has begun in this process."""
     rehearses: bool = False
-    """Whether `step` raises Rehearsed instead of changing anything"""
+    """Whether `step` raises Rehearsed instead of changing anything."""
     _in_last_batch: bool = field(default=True, init=False)
 
     def zero_grad(self) -> None:

@@ -17,7 +17,7 @@ from apt.checkpoints.weights import shapes_of
 from apt.condition import TextEncoder
 from apt.data.builtin_sources import OBJECT
 from apt.data.clips import clip_size
-from apt.errors import ConfigError, InputError
+from apt.errors import ConfigError, InputError, counted
 from apt.methods.base import MethodConfig
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS
 from apt.models.transformer import DiffusionTransformer
@@ -28,7 +28,7 @@ from apt.train.config import DataConfig, TrainConfig
 __all__ = ["NO_OBJECTS", "Objects", "check_same_objects"]
 
 Kinds = Mapping[str, Mapping[str, Any]]
-"""Descriptions of objects, as a checkpoint records them"""
+"""Descriptions of objects, as a checkpoint records them."""
 
 
 class _Part(NamedTuple):
@@ -238,5 +238,5 @@ def _module_kind(module: nn.Module) -> dict[str, Any]:
 
 def _words(kind: Mapping[str, Any]) -> str:
     if "length" in kind:
-        return f"{kind['class']} of {kind['length']} clips"
+        return f"{kind['class']} of {counted(kind['length'], 'clip')}"
     return f"{kind['class']} with {kind['parameters']:,} parameters"

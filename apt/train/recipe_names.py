@@ -8,7 +8,7 @@ from apt.registry import Registry
 from apt.train.config import TrainConfig
 
 RECIPES: Registry[TrainConfig | Sequence[TrainConfig]] = Registry("recipe")
-"""Functions that return the configuration of a run, or of several in a row"""
+"""Functions that return the configuration of a run, or of several in a row."""
 
 
 def list_recipes(pattern: str = "*") -> list[str]:

@@ -18,7 +18,7 @@ from apt.train.recipe_names import RECIPES
 from apt.train.recipes_digits import digits_apt
 
 UPDATES = 100
-"""Updates of each short run"""
+"""Updates of each short run."""
 
 _NO_R2 = ApproximateR2(weight=0.0)
 _LONG = (50, UPDATES, 150, 200)

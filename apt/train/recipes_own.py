@@ -24,7 +24,7 @@ from apt.train.config import DataConfig, ModelConfig, TrainConfig
 from apt.train.recipe_names import RECIPES
 
 Size = Literal["tiny", "mini", "small"]
-"""Size of the model, which also limits the size of clips"""
+"""Size of the model, which also limits the size of clips."""
 
 LEARNED_CODEC = "video_ae"
 

@@ -24,7 +24,7 @@ from apt.data.statistics import (
 )
 from apt.device import computes_in_bf16
 from apt.distributed.parallel import FromMain, made_here
-from apt.errors import DataError, InputError
+from apt.errors import DataError, InputError, counted
 from apt.methods.base import MethodConfig
 from apt.models.architectures import MODELS, TEXT_ENCODERS
 from apt.models.create import describe_codec
@@ -46,10 +46,10 @@ __all__ = [
 ]
 
 NUM_PROMPTS = 6
-"""Captions on a sample sheet by default"""
+"""Captions on a sample sheet by default."""
 
 Start = ModelInfo | CodecInfo | None
-"""Description of the model, or the trained codec, that a stage starts from"""
+"""Description of the model, or the trained codec, that a stage starts from."""
 
 # The largest share that the first weights of a run may have in the exported average.
 _STALE = 0.05
@@ -71,8 +71,8 @@ def check_captions(config: TrainConfig) -> None:
     usable = _takes(prompt_check(config))
     if not any(usable(caption) for caption in captions):
         raise DataError(
-            f"{source.path}: the text encoder of {config.name} can use none of the captions "
-            f"(number: {len(captions)}); `diffusion-apt data check` shows them"
+            f"{source.path}: the text encoder of {config.name} can use none of the "
+            f"{counted(len(captions), 'caption')}; `diffusion-apt data check` shows them"
         )
 
 
@@ -347,7 +347,9 @@ class _Resolving:
             return ()
         usable = _takes(prompt_check(config, self.objects))
         found = choose_prompts(self.folder.captions, NUM_PROMPTS, usable)
-        self.notes.append(f"  sample prompts: captions spread over the folder ({len(found)})")
+        self.notes.append(
+            f"  sample prompts: {counted(len(found), 'caption')} spread over the folder"
+        )
         return found
 
 

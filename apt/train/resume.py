@@ -12,7 +12,7 @@ from apt.checkpoints.runs import STATE_NAME, model_folder
 from apt.checkpoints.source import weights_digest
 from apt.distributed.collectives import everywhere, rank
 from apt.distributed.mesh import ParallelConfig
-from apt.errors import CheckpointError, ConfigError
+from apt.errors import CheckpointError, ConfigError, counted
 from apt.models.checkpointing import Checkpointing
 from apt.train import checkpoint
 from apt.train.config import HeldoutConfig, TrainConfig
@@ -289,7 +289,7 @@ def _what_is_lost(run_dir: Path, damaged: list[str]) -> str:
     due = 2 if config.get("checkpoint_in_background") else 1
     if steps <= due * config["checkpoint_every"]:
         return ""
-    return f"{run_dir} holds a run whose log has entries (updates: {steps}), but no checkpoint"
+    return f"{run_dir} holds a run with {counted(steps, 'update')} in its log, but no checkpoint"
 
 
 def _set_aside(run_dir: Path) -> None:

@@ -16,7 +16,7 @@ __all__ = [
 ]  # fmt: skip
 
 EXIT_UNFINISHED = 75
-"""EX_TEMPFAIL of sysexits.h: try again later"""
+"""EX_TEMPFAIL of sysexits.h: try again later."""
 
 State = Literal["running", "unfinished", "finished", "failed"]
 

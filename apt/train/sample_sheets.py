@@ -40,8 +40,8 @@ def decode_samples(stage: Stage, latents: Tensor) -> Tensor | None:
         return stage.codec.decode(latents).clamp(-1, 1)
 
 
-def write_sheet(path: Path, pixels: Tensor, names: tuple[str, ...], title: str) -> None:
+def write_sheet(path: Path, pixels: Tensor, preview: Preview, title: str) -> None:
     """Write a PNG with one row of frames per sample."""
     frames = to_uint8(pixels).permute(0, 2, 3, 4, 1).cpu()
     cells = [[video.numpy()] for video in frames]
-    write_contact_sheet(path, cells, rows=list(names), columns=["frames"], title=title)
+    write_contact_sheet(path, cells, rows=list(preview.names), columns=[preview.shows], title=title)

@@ -23,10 +23,10 @@ _PATIENCE = 60.0
 _TIMEOUT = timedelta(hours=2)  # ranks may have much to write, some more than others
 
 Position = tuple[int, int]
-"""Number of whole updates, and of finished parts of the next one"""
+"""Number of whole updates, and of finished parts of the next one."""
 
 Signature = tuple[tuple[str, int, int], ...]
-"""Names, sizes and times of a checkpoint's files"""
+"""Names, sizes and times of a checkpoint's files."""
 
 
 @dataclass

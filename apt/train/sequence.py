@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from apt.checkpoints.info import INFO_FILE, read_description
 from apt.checkpoints.runs import EXPORT
+from apt.errors import InputError
+from apt.files import write_text
 from apt.train.config import TrainConfig
+from apt.train.config_file import plain, read_configs
+
+STAGES_NAME = "stages.json"
+"""In the folder of a sequence: the configurations of its stages, so that the folder is enough to
+resume it."""
 
 
 def move_runs(
@@ -50,6 +58,37 @@ def move_runs(
         )
         for old, new in zip(before, configs, strict=True)
     ]
+
+
+def record_stages(configs: Sequence[TrainConfig]) -> None:
+    """Write `STAGES_NAME` into the folder that all stages share; do nothing if there is none.
+
+    Raises InputError if it cannot be written.
+    """
+    folders = {Path(config.run_dir).parent for config in configs}
+    if len(configs) < 2 or len(folders) > 1:
+        return
+    file = folders.pop() / STAGES_NAME
+    text = json.dumps([plain(config) for config in configs], indent=2)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, f"{text}\n")
+    except OSError as error:
+        raise InputError(f"cannot write {str(file)!r}: {error.strerror or error}") from error
+
+
+def read_stages(folder: Path) -> list[TrainConfig]:
+    """Return the recorded stages of a sequence, with the folder where it is now; empty if none are.
+
+    Raises ConfigError for a damaged record.
+    """
+    file = folder / STAGES_NAME
+    if not file.is_file():
+        return []
+    before = read_configs(file)
+    return move_runs(
+        [dataclasses.replace(config, run_dir=str(folder)) for config in before], before=before
+    )
 
 
 def is_finished(config: TrainConfig) -> bool:

@@ -16,7 +16,7 @@ from apt.condition import TextEncoder
 from apt.data.loader import num_micro_batches, share_of_rank
 from apt.distributed.launch import restarts
 from apt.distributed.parallel import Parallel
-from apt.errors import CheckpointError, ConfigError, InputError
+from apt.errors import CheckpointError, ConfigError, InputError, counted
 from apt.methods.base import MethodConfig, Stage
 from apt.models.architectures import CODECS
 from apt.models.cached import CachedCodec
@@ -161,8 +161,8 @@ def _finished(config: TrainConfig) -> str:
     if not isinstance(config.stage, MethodConfig):
         uses = ""
     return (
-        f"{config.name}: already finished at update {config.num_updates:,}; {uses}a larger "
-        "--num-updates continues training"
+        f"{config.name}: already finished after {counted(config.num_updates, 'update')}; {uses}a "
+        "larger --num-updates continues training"
     )
 
 
@@ -236,7 +236,8 @@ def _prepare(
     made.heldout = heldout
     if heldout is not None:
         made.notes.append(
-            f"  held-out clips: {len(heldout)}, updates between measurements: {heldout.every}"
+            f"  held out: {counted(len(heldout), 'clip')}, measured every "
+            f"{counted(heldout.every, 'update')}"
         )
     if found is not None and meta is not None:
         made.retention.trust(found)
@@ -248,7 +249,7 @@ def _prepare(
                 f"warning: the data have changed since {found}: files or captions were added, "
                 "removed or changed, so the order of samples does not continue where it stopped"
             )
-    if config.sample_every and config.sample_prompts and isinstance(stage.codec, CachedCodec):
+    if config.sample_every and isinstance(stage.codec, CachedCodec):
         made.notes.append(
             "no sample sheets: a run on a latent cache loads no codec to decode them, and the "
             "monitor checks latents; `diffusion-apt generate --model` draws samples"

@@ -1,4 +1,4 @@
-"""One wrong row among thousands is seen, and rounding is not taken for one."""
+"""One wrong row among thousands is detected, and rounding is not mistaken for an error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_one_value_off_by_its_size_is_seen_in_fp32():
     assert deviation(planted, EXACT).row > 5e-5
 
 
-def test_what_is_left_of_sums_that_cancel_is_held_to_the_other_rows():
+def test_a_row_of_cancelling_sums_is_compared_with_the_size_of_other_rows():
     exact = torch.ones(64, ROW, dtype=torch.float64)
     exact[3] = 1e-9
     assert deviation(exact + 1e-6, exact).row < 2e-5

@@ -1,4 +1,4 @@
-"""Clocks and power are read as nvidia-smi tells them; what cannot be read has a reason."""
+"""Clocks and power are read from nvidia-smi; if they cannot be read, a reason is given."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINE = "1755, 2619, 693.11, 700.00, 61\n"
 
 @pytest.fixture
 def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A program of that name that says and ends as a test wants, and notes what it was asked."""
+    """A fake nvidia-smi with a given output and exit code, which records its arguments."""
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234-5678")
     )
@@ -50,14 +50,14 @@ def test_a_program_that_fails_is_a_reason_and_no_error(nvidia_smi):
     )
 
 
-def test_figures_that_a_gpu_does_not_tell():
+def test_figures_that_a_gpu_does_not_report():
     state = parse_nvidia_smi("1755, 2619, [N/A], [N/A], 61")
     assert (state.sm_clock_mhz, state.power_w) == (1755, None)
     assert state.reason == "nvidia-smi has no power.draw, power.limit here"
     assert "nvidia-smi printed 'No devices'" in parse_nvidia_smi("No devices").reason
 
 
-def test_without_the_program_nvml_is_asked_and_its_absence_told(tmp_path, monkeypatch):
+def test_without_nvidia_smi_nvml_is_used_and_its_absence_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
 
     def absent(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""A forward pass of a network: sizes, variants, and no time for what computes something else."""
+"""Timing a forward pass: sizes, variants, and no time for a variant with another result."""
 
 from __future__ import annotations
 

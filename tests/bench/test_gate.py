@@ -1,4 +1,4 @@
-"""The gates fail on a planted slowdown, pass within noise, and refuse what is not alike."""
+"""The gates fail on a planted slowdown, pass within noise, and refuse runs that differ."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class TestBudget:
         run = run_of(2.0, gb_s=1.0, machine=replace(MACHINE, device="NVIDIA A100"))
         assert self.outcome(SPEED, run) == "not judged"
 
-    def test_another_case_is_not_its_business(self):
+    def test_a_budget_ignores_other_cases(self):
         assert check_budget(replace(SPEED, where={"op": "attention"}), run_of(1.0), []) is None
         assert check_budget(replace(SPEED, where={"head": "*x"}), run_of(1.0), []) is None
         assert check_budget(replace(SPEED, where={"topic": "dit"}), run_of(1.0), []) is None

@@ -1,4 +1,4 @@
-"""What is wrong gets no time, what cannot run says why, and figures follow from the samples."""
+"""Wrong results get no time, what cannot run says why, and figures follow from the samples."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def measure(case: OpCase, *only: str) -> dict[str, Measurement]:
 
 
 def test_compiled_variants_of_all_ops_in_one_process(monkeypatch):
-    """They share a function's code: each would count as a recompilation of those before."""
-    # What Dynamo counts does not depend on what compiles its graphs
+    """They share one function's code, so each would count as a recompilation of the others."""
+    # Dynamo's count does not depend on the backend that compiles its graphs
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     limit = 2  # of more than eight, to be quick
-    # `monkeypatch` would take the option away when it puts it back.
+    # `monkeypatch` would delete the option when restoring it.
     with torch._dynamo.config.patch(recompile_limit=limit):
         for case in [case for case in ALL_CASES if case.op.compiled][: limit + 2]:
             check = check_op(case, device=CPU, only=["compile"])["compile"]
@@ -163,7 +163,7 @@ def unwritten(inputs: Inputs) -> Outputs:
     values = modulated_norm(**inputs, backend="reference")
     out = torch.empty_like(values)
     if not out.isnan().all():
-        out.copy_(values)  # as a GPU's allocator does, whose freed memory is the next tensor's
+        out.copy_(values)  # as a GPU's allocator does, which gives freed memory to the next tensor
     copy_but_the_last_kernel[(values.numel() // 64,)](values, out, values.numel(), BLOCK=64)
     return out
 
@@ -221,7 +221,7 @@ def test_compiled_variants_on_the_cpu(case):
     "case", [case for case in ALL_CASES if "triton" in variants_of(case.op)], ids=label
 )
 def test_our_kernels_are_declared_right(case):
-    """In the interpreter: the GPU command must not be the first to call them this way."""
+    """In the interpreter, so that the GPU command is not the first to call them this way."""
     check = check_op(case, device=CPU, only=["triton"])["triton"]
     assert check.status == "measured", check.reason
 

@@ -1,4 +1,4 @@
-"""Memory that nobody writes is NaN, and torch is afterwards as it was."""
+"""Unwritten memory is NaN, and torch's settings are restored afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records come back as they were written, and nothing else is taken for one."""
+"""Records are read back as they were written, and other files are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The committed targets are those of the project, and a mistake in the file is told."""
+"""The committed targets are those of the project, and mistakes in the file are reported."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_committed_targets():
 
 
 def shares(op: str, direction: str) -> list[float]:
-    """What the committed budgets ask of an op at 720p."""
+    """The shares that the committed budgets require of an op at 720p."""
     case = {"op": op, "shape": "720p", "direction": direction, "variant": "triton"}
     case |= {"topic": "kernels", "dtype": "float32" if op == "fused_rmsprop" else "bfloat16"}
     return [
@@ -72,7 +72,7 @@ def test_an_op_is_held_to_what_is_predicted_of_it():
 
 
 def judged(case: OpCase) -> str:
-    """What "never slower than torch.compile" says of one of our kernels that takes 1.5 times as
+    """The verdict of "never slower than torch.compile" on a kernel of ours that takes 1.5 times as
     long, on a machine as fast as an H100."""
     rates = Rates(matmul_tflops=798, memory_gb_s=3000)
     floor = 1e3 * rates.seconds(case.op.cost(case.shape, case.dtype, case.direction == "backward"))

@@ -1,4 +1,4 @@
-"""Turns, statistics, and what is and is not timed. A clock that counts calls stands for time."""
+"""Order of samples, statistics, and what is timed. A clock that counts calls replaces time."""
 
 from __future__ import annotations
 
@@ -113,10 +113,10 @@ def test_clocks_by_device():
 
 
 class Queue:
-    """A device that works through a queue in a time of its own, and a host that fills it.
+    """A simulated device that works through a queue, and a host that fills it.
 
-    Both times are counted, in milliseconds: the device begins a piece when it was queued, or when
-    the piece before it is done, whichever is later.
+    Both have their own clock, in milliseconds. The device begins a piece of work when it is queued
+    or when the previous piece is done, whichever is later.
     """
 
     def __init__(self, flush: float = 0.1) -> None:
@@ -154,7 +154,7 @@ class Queue:
 
 
 def clocked(queue: Queue, host: float, device: float, launches: int = 1) -> Timing:
-    """Work of so many launches, each of so much time on the host and on the device."""
+    """Work of several launches, each with a given time on the host and on the device."""
 
     def run(_: object) -> None:
         for _ in range(launches):

@@ -1,4 +1,4 @@
-"""Jobs that go wrong in every way, for `benchmarks.worker`."""
+"""Jobs that fail in every way, for `benchmarks.worker`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Context = dict[str, Any]
 
 
 def measures(context: Context, only: Sequence[str] = ("good",)) -> dict[str, Any]:
-    """As a network of these variants."""
+    """Like a network with these variants."""
     print("working")
     case = {
         "model": "net", "size": "1x8x8", "batch": 1, "text_tokens": 1, "dtype": "float32",
@@ -32,7 +32,7 @@ def measures(context: Context, only: Sequence[str] = ("good",)) -> dict[str, Any
 
 
 def aborts(context: Context) -> dict[str, Any]:
-    """As a failed assertion in a driver."""
+    """Like a failed assertion in a driver."""
     print("about to abort")
     os.abort()
 
@@ -56,7 +56,7 @@ def hangs(context: Context) -> dict[str, Any]:
 
 
 def loses(context: Context) -> dict[str, Any]:
-    """An illegal access: the call is over, and all that follow fail."""
+    """An illegal access: this call and all later ones fail."""
 
     def synchronize() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore words")

@@ -1,4 +1,4 @@
-"""Committed records can be read, name no folder of a machine, and have their page beside them."""
+"""Committed records can be read, name no local folder, and have their page beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VAE and text encoder: rehearsed tiny, and the sizes that they would have."""
+"""VAE and text encoder: rehearsals with tiny ones, and the sizes of real ones."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from benchmarks.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The command line's and the media's packages, and peers: none of them may be needed
+# Packages of the command line, of media and of peers: none may be needed
 ABSENT = (
     "tyro", "av", "rich", "diffusers", "matplotlib", "tensorboard", "liger_kernel",
     "pytest_benchmark", "flash_attn", "xformers",
@@ -33,7 +33,7 @@ sys.modules.update(dict.fromkeys({ABSENT!r}))
 
 
 def run(tmp_path: Path, *args: str | Path) -> subprocess.CompletedProcess[str]:
-    """In processes, those of the steps too, that lack these packages."""
+    """Run in processes, including those of the steps, that lack these packages."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(SITE)
@@ -120,7 +120,7 @@ def test_a_call_can_be_narrowed():
 
 @pytest.fixture
 def session(tmp_path: Path) -> Callable[..., Session]:
-    """Sessions on a machine whose rates are known, and whose time counts."""
+    """Sessions on a machine with known rates and limited time."""
 
     def make(seconds: float = 60) -> Session:
         options = parser().parse_args(["--device", "cpu", "--out", str(tmp_path / "out")])

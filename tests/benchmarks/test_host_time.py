@@ -1,4 +1,4 @@
-"""`python -m benchmarks.host_time` where there is nothing to launch on."""
+"""`python -m benchmarks.host_time` without a GPU."""
 
 from __future__ import annotations
 

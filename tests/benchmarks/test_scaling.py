@@ -15,36 +15,45 @@ ROOT = Path(__file__).parents[2]
 TRIAL = Trial(stages=("distill", "apt"), device="cpu", batch_size=10, sequence=2, updates=5)
 
 
+def times(**clocks: float) -> Times:
+    """Of stages, each a second of work."""
+    return {stage: {"clock": [clock], "work": [1e3]} for stage, clock in clocks.items()}
+
+
 def test_speeds_are_told_by_those_of_the_first_in_the_same_round() -> None:
-    # The machine is half as fast in the second round: neither ratio knows.
-    found: dict[int, list[Times]] = {
-        1: [{"distill": [100.0], "apt": [400.0]}, {"distill": [200.0], "apt": [800.0]}],
-        4: [{"distill": [100.0], "apt": [100.0]}, {"distill": [200.0], "apt": [400.0]}],
+    # The machine is half as fast in the second round, of which no ratio knows.
+    found = {
+        1: [times(distill=100.0, apt=400.0), times(distill=200.0, apt=800.0)],
+        4: [times(distill=100.0, apt=100.0), times(distill=200.0, apt=400.0)],
     }
+    found[4][0]["apt"]["work"] = found[4][1]["apt"]["work"] = [1500.0]
     made = measurements(found, TRIAL)
-    ratios = {(m.case["stage"], m.case["ranks"]): dict(m.metrics) for m in made}
-    assert ratios["distill", 4] == {
-        "samples/s": pytest.approx(10 / 0.15), "ratio": 1, "lowest": 1, "highest": 1,
+    figures = {(m.case["stage"], m.case["ranks"]): dict(m.metrics) for m in made}
+    assert figures["distill", 4] == {
+        "samples/s": pytest.approx(10 / 0.15), "ratio": 1, "lowest": 1, "highest": 1, "work": 1,
     }  # fmt: skip
-    assert ratios["apt", 4]["ratio"] == 3
-    assert (ratios["apt", 4]["lowest"], ratios["apt", 4]["highest"]) == (2, 4)
+    apt = figures["apt", 4]
+    assert [apt[key] for key in ("ratio", "lowest", "highest", "work")] == [3, 2, 4, 1.5]
     assert [m.case["sequence"] for m in made] == [1, 2, 1, 2]
     assert made[3].samples_ms == (100.0, 400.0)
 
 
-def test_numbers_of_ranks_take_turns(
+def test_numbers_of_ranks_take_turns_until_the_time_is_over(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     order = []
 
     def launch(ranks: int, trial: Trial) -> Times:
         order.append(ranks)
-        return {"apt": [1e3 / ranks]}
+        return times(apt=1e3 / ranks)
 
     monkeypatch.setattr(scaling, "launch", launch)
-    measure([1, 2, 4], TRIAL, rounds=2)
+    measure([1, 2, 4], TRIAL, rounds=2, max_seconds=3600)
     assert order == [1, 2, 4, 2, 4, 1]
     assert "round 2 of 2, ranks 4: apt 40 samples/s" in capsys.readouterr().err
+    assert measure([1, 2], TRIAL, rounds=3, max_seconds=-1) == {
+        1: [times(apt=1000.0)], 2: [times(apt=500.0)],
+    }  # fmt: skip
 
 
 @pytest.mark.slow

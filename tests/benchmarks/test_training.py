@@ -1,4 +1,4 @@
-"""The training check: what it holds losses to, and that the recorded curve is this code's."""
+"""The training check: how it judges losses, and that this code gives the recorded curve."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_curve_is_recorded_for_every_stage():
 
 
 def test_pretraining_follows_the_recorded_curve():
-    """If a recipe, a model or a loss has changed on purpose: python -m benchmarks.training."""
+    """After a deliberate change of a recipe, model or loss, run python -m benchmarks.training."""
     recorded = json.loads(CURVE.read_text())["losses"]["pretrain"]
     done = [u.metrics for u in train(stage_config("pretrain", precision="fp32"), alone(CPU), 2)]
     deviation, where = worst_deviation(done, recorded)

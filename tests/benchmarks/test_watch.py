@@ -22,7 +22,7 @@ def job(name: str, **options: Any) -> dict[str, Any]:
 def run(
     folder: Path, *jobs: dict[str, Any], seconds: float = 60, limit: float = 60
 ) -> tuple[dict[str, dict[str, Any]], list[Exit]]:
-    """The end of every job that had one, and the deaths."""
+    """Return how every finished job ended, and the deaths."""
     deadline = time.monotonic() + seconds
     plan = {"context": {"rehearsal": False}, "deadline": deadline, "jobs": jobs}
     (folder / "plan").write_text(json.dumps(plan))

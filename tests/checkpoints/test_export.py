@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import apt
 from apt.checkpoints.export import Format, export_model
-from apt.checkpoints.info import SamplingInfo, read_info, write_info
+from apt.checkpoints.info import SamplingInfo, read_description, read_info, write_info
 from apt.checkpoints.load import load_bundle
 from apt.checkpoints.save import save_bundle
 from apt.errors import CheckpointError, InputError
@@ -37,7 +37,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A one-step model of ours that started from the pipeline, as a run exports it."""
+    """A one-step model that was trained from the pipeline, as a run exports it."""
     bundle = load_bundle(wan)
     bundle.info = dataclasses.replace(
         bundle.info,
@@ -234,6 +234,14 @@ def test_the_command_line(trained: Path, wan: Path, tmp_path: Path) -> None:
     result = invoke("export", out, tmp_path / "ours")
     assert result.returncode == 0, result.stderr
     assert read_info(tmp_path / "ours").stage == "apt"
+
+
+def test_a_built_in_model_goes_by_its_name(tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    result = invoke("export", "digits", out)
+    assert result.returncode == 0, result.stderr
+    assert read_description(out).stage == "apt"
+    assert (out / "codec.safetensors").is_file()  # which the built-in models share
 
 
 def test_what_cannot_be_exported_says_why(trained: Path, wan: Path, tmp_path: Path) -> None:

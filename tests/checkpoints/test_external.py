@@ -17,7 +17,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def offline_cache(tmp_path, monkeypatch):
-    """The Hub's cache as a download leaves it, and no connection."""
+    """The Hub's cache after a download, without a connection."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -165,7 +165,7 @@ def test_files_of_other_kinds_are_named(folder: Path, content: bytes, message: s
 
 @pytest.mark.parametrize("length", [0x80, 0x280, 0x4B50])
 def test_a_header_length_that_looks_like_a_pickle_is_none(tmp_path: Path, length: int) -> None:
-    """The first bytes of a good file are the length of its header: any number."""
+    """The first bytes of a good file are the length of its header, which can be any number."""
     header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
     data = length.to_bytes(8, "little") + header.ljust(length).encode() + bytes(4)
     (tmp_path / "x.safetensors").write_bytes(data)

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: behind prefixes, in 8 bits, of other kinds, which are named."""
+"""Checkpoints as people have them: with prefixes, in 8 bits, or of kinds that errors name."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_original_layouts_of_one_file(
 def test_a_registered_size_is_recognised_by_its_tensors(
     wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tiny one is registered for the test; the folder's own config.json is of its authors."""
+    """The test registers the tiny size; the folder's config.json is in the authors' format."""
     export_model(wan, tmp_path / "diffusion_pytorch_model.safetensors", format="comfyui")
     (tmp_path / "config.json").write_text('{"_class_name": "WanModel", "dim": 24}')
     tiny = type(MODELS.get("wan2.1_t2v_1.3b")())(**shape_options(wan))

@@ -42,7 +42,7 @@ def invoke(*args: str | Path) -> Result:
 
 
 def error_line(result: Result) -> str:
-    """The one line of an error that the user can mend; fails if there is more to it."""
+    """Return the one line of a user error; fail if there is more output."""
     assert result.returncode == 2, f"exit code {result.returncode}: {result.stderr}"
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: "), line

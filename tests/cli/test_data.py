@@ -57,7 +57,7 @@ def test_check_reports_broken_files_and_fails(digits: Path, tmp_path: Path) -> N
     assert result.returncode == 2
     assert "2 videos, 0 images" in result.stdout
     assert "000001.mp4" in result.stdout
-    assert "1 problems in" in result.stderr
+    assert "1 problem in" in result.stderr
 
 
 def test_check_names_captions_that_a_model_cannot_read(digits: Path, tmp_path: Path) -> None:

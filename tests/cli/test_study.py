@@ -28,7 +28,7 @@ def test_models_are_generated_with_and_compared(tmp_path: Path) -> None:
     ]  # fmt: skip
     result = invoke(*make)
     assert result.returncode == 0, result.stderr
-    assert "4 pairs and 1 attention checks" in result.stdout
+    assert "4 pairs and 1 attention check in" in result.stdout
     study = read_study(tmp_path / "study")
     assert study.comparisons == [("tiny", "two")]
     assert [study.models[name]["num_steps"] for name in ("tiny", "two")] == [1, 2]

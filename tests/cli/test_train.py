@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_a_finished_row_is_not_trained_again(trained: Path) -> None:
         result = invoke("train", "digits_pixels", "--run-dir", trained, *TINY, *options, again)
         assert result.returncode == 0, result.stderr
         said = result.stderr.splitlines()
-        assert len(said) == 3 and all("already finished at update 2" in line for line in said)
+        assert len(said) == 3 and all("already finished after 2 updates" in line for line in said)
         assert result.stdout.splitlines()[2] == f"digits_pixels_apt: {trained / 'apt' / 'export'}"
     assert (trained / "apt" / "log.jsonl").read_bytes() == log
     # What is asked for must be what was done; what does not matter may be other.
@@ -160,7 +161,7 @@ def test_a_shorter_run_than_was_done_changes_nothing(trained: Path) -> None:
     before = (run_dir / "config.json").read_bytes()
     options = [*TINY, "--stage.timestep-shift", "1.25", "--num-updates", "1", "--resume"]
     line = error_line(invoke("train", "digits_pixels_pretrain", "--run-dir", run_dir, *options))
-    assert "is already at update 2" in line and "--num-updates 2" in line
+    assert "is already at update 2" in line and "set --num-updates to at least 2" in line
     assert (run_dir / "config.json").read_bytes() == before
 
 
@@ -206,9 +207,7 @@ def test_a_run_alone_is_gone_on_with_where_it_is_now(tmp_path: Path) -> None:
     assert "micro_batch_size (was 0, is 1)" in said and "data.path (was " in said
     assert len(read_log(run_dir)) == 3 and not (tmp_path / "run").exists()
     header = result.stderr.splitlines()[:8]
-    assert (
-        header[0] == "digits_pixels_pretrain (updates: 3, batch size: 2), continued from update 2"
-    )
+    assert header[0] == "digits_pixels_pretrain: 3 updates of 2 samples, continued from update 2"
     assert re.fullmatch(r"  generator: \d+\.\d k parameters", header[1])
     assert header[3] == "  clips: 4 of 9x32x32 at 8 fps"
     assert re.fullmatch(r"  device: cpu with \d+\.\d GiB, bf16", header[4])
@@ -226,8 +225,18 @@ def test_a_run_alone_is_gone_on_with_where_it_is_now(tmp_path: Path) -> None:
     assert "differ in files" in other and "start a new run" in other
 
 
-def test_a_row_is_not_one_run(trained: Path) -> None:
-    line = error_line(invoke("train", "--resume", trained))
+def test_a_row_goes_on_from_its_folder_alone(trained: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved row"
+    shutil.copytree(trained, moved)
+    shutil.rmtree(moved / "apt")
+    result = invoke("train", "--resume", moved)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].endswith(f": {moved / 'apt' / 'export'}")
+    started = json.loads((moved / "apt" / "config.json").read_text())["stage"]
+    assert started["generator"] == f"{moved}/distill/export"
+    # One that an earlier version began does not say what its stages are.
+    (moved / "stages.json").unlink()
+    line = error_line(invoke("train", "--resume", moved))
     assert "several stages (apt, distill, pretrain)" in line
 
 

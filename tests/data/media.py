@@ -139,7 +139,7 @@ def write_yuv(
 
 
 def hold(source: Path, path: Path, *, last: int) -> Path:
-    """Copy a video's packets; the last in time lasts as long as `last` of its kind."""
+    """Copy a video's packets; the last one in time lasts `last` times as long."""
     with av.open(str(source)) as read, av.open(str(path), "w") as write:
         stream = read.streams.video[0]
         copy = write.add_stream_from_template(stream)

@@ -98,7 +98,7 @@ def test_best_bucket_never_enlarges_and_nothing_keeps_more(
         assert kept(best) >= max(map(kept, fitting)) * (1 - 1e-9)
 
 
-def test_of_two_that_keep_as_much_the_shape_that_loses_nothing_wins() -> None:
+def test_if_two_buckets_keep_as_much_the_one_that_crops_nothing_wins() -> None:
     exact, wider = Bucket(1, 48, 64), Bucket(1, 48, 80)  # 3072 pixels, and 4/5 of 3840
     for scale in (2, 3, 5, 7, 11):
         assert best_bucket([exact, wider], frames=1, height=48 * scale, width=64 * scale) == exact

@@ -24,7 +24,7 @@ PIXELS = torch.zeros(3, *SIZE)
 
 
 class Items:
-    """A map-style data set of what it is given."""
+    """A map-style data set of the given items."""
 
     def __init__(self, *items: Any) -> None:
         self.items = items
@@ -46,7 +46,7 @@ def test_every_pass_has_every_clip_and_goes_on_anywhere(
 ) -> None:
     clips = check_clips(Items(*((clip(i / 10), f"clip {i}") for i in range(length))), REQUEST)
     batches = list(islice(clips.batches(batch_size, seed=1), length + start + 1))
-    # As many batches as there are clips are as many whole passes as a batch has clips.
+    # As many batches as clips are exactly as many passes as a batch has clips.
     seen = [index for batch in batches[:length] for index in batch]
     assert sorted(seen) == list(range(batch_size * length))
     assert next(clips.batches(batch_size, seed=1, start=start)) == batches[start]

@@ -64,7 +64,7 @@ def test_resampling_takes_the_nearest_frame(
     video = write_video(tmp_path / "a.mp4", numbered(16), source)
     clip = read_clip(video, start=Fraction(0), num_frames=len(expected), fps=Fraction(target))
     got = numbers(clip)
-    # At 30 to 24 the moments 2/24 and 6/24 lie in the middle of two frames; either is nearest.
+    # From 30 to 24 fps, 2/24 and 6/24 lie midway between two frames; either is nearest.
     assert all(abs(a - b) <= (source == 30) for a, b in zip(got, expected, strict=True)), got
     times = [Fraction(i, target) for i in range(len(expected))]
     for time, number in zip(times, got, strict=True):
@@ -124,7 +124,7 @@ def test_a_clip_does_not_read_the_whole_video(tmp_path: Path) -> None:
         clip = read_clip(file, start=Fraction(first, 10), num_frames=9, fps=Fraction(10))
         assert clip.shape[1] == 9
         assert file.taken < len(content) / 4, first
-    # The counter can fail: a clip of everything takes everything.
+    # The check can fail: reading all frames reads the whole file.
     file = CountingFile(content)
     read_clip(file, start=Fraction(0), num_frames=200, fps=Fraction(10))
     assert file.taken > len(content) * 0.9

@@ -157,7 +157,7 @@ def test_the_digit_moves_evenly_and_stays_in_the_picture(setting: str) -> None:
 
 
 def test_a_blend_of_free_clips_is_a_smear() -> None:
-    """How much of the edges of clips is left in the mean of all clips of a caption."""
+    """How much of the clips' edges is left in the mean of all clips of a caption."""
 
     def edges(clips: np.ndarray) -> float:
         return sum(float(np.square(np.diff(clips, axis=axis)).mean()) for axis in (-2, -1))

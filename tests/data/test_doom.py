@@ -16,7 +16,7 @@ from tests.cli.shell import error_line, invoke
 
 
 def places(*steps: tuple[float, float, float], count: int = 5) -> np.ndarray:
-    """A way (T, 3) of equal steps in x, y and heading, from a heading that wraps around."""
+    """A path (T, 3) of equal steps in x, y and heading, starting where the heading wraps around."""
     way = np.cumsum([(0.0, 0.0, 350.0), *steps * (count - 1)], axis=0)
     way[:, 2] %= 360
     return way

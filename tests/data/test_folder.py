@@ -146,11 +146,11 @@ def test_every_unusable_file_is_counted_named_and_skipped(
     assert {problem.file: problem.kind for problem in folder.report.problems} == expected
     assert folder.report.counts() == dict(Counter(expected.values()))
     text = folder.report.text()
-    assert text.startswith("1 videos and 0 images in use; 6 skipped")
+    assert text.startswith("1 video and 0 images in use; 6 skipped")
     assert all(name in text and name in caplog.text for name in expected)
     assert "8 frames at 8 fps" in text
     assert "16x16" in text
-    # The same folder, wanted otherwise, loses fewer.
+    # With other settings, the same folder loses fewer files.
     wide = VideoFolder(tmp_path, buckets=[*SQUARE, (5, 32, 32), (1, 32, 32)], max_upscale=3)
     assert set(wide.report.counts()) == {"unreadable", "missing caption"}
 
@@ -250,7 +250,7 @@ def test_one_video_fills_a_batch_with_many_clips(
 
 
 def broken_later(root: Path, num: int = 6, bad: tuple[int, ...] = (2,)) -> VideoFolder:
-    """A folder whose headers are fine, and some of whose files are not."""
+    """A folder in which all headers are sound but some files are broken."""
     for i in range(num):
         video = write_video(root / f"{i}.mp4", noise(9, 32, 32, i), 8, faststart=True)
         caption(video)

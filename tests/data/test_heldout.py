@@ -1,4 +1,4 @@
-"""Which clips are held out, and that they are never among those that are trained on."""
+"""Which clips are held out, and that none of them is ever trained on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REQUEST = ClipRequest(frames=1, height=4, width=4)
 
 
 class Numbered(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Clips that tell which they are."""
+    """Clips that show their own number."""
 
     def __init__(self, count: int) -> None:
         self.count = count

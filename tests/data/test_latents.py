@@ -276,6 +276,6 @@ def test_damaged_shards_of_latents_are_named(tarred: Path) -> None:
             LatentFolder(tarred)
 
 
-def test_what_a_cache_was_before_there_were_kinds_of_shards_it_is_still(cache: Path) -> None:
-    """Runs on it go on: its fingerprint holds what `CacheInfo` says of itself."""
+def test_caches_from_before_there_were_kinds_of_shards_keep_their_fingerprint(cache: Path) -> None:
+    """So that runs on them can continue: the fingerprint contains the repr of `CacheInfo`."""
     assert "shards" not in repr(read_cache_info(cache))

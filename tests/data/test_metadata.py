@@ -15,7 +15,7 @@ HEAD = "file_name,caption\n"
 
 
 def rows(tmp_path: Path, text: str, name: str = "metadata.csv") -> dict[str, str | None]:
-    """What is wrong, or the caption, by line."""
+    """By line, what is wrong or the caption."""
     (tmp_path / name).write_bytes(text.encode())
     found = read_metadata(tmp_path / name)
     return {row.where.partition(":")[2]: row.problem or row.caption for row in found}
@@ -79,7 +79,7 @@ def test_what_a_csv_writer_writes_is_read(captions: list[str]) -> None:
 
 
 def test_many_open_quotes_take_no_more_than_their_share(tmp_path: Path) -> None:
-    """What is searched for the end of a quote is bounded, or this would not end."""
+    """The search for the end of a quote is bounded; otherwise this would never finish."""
     text = HEAD + 'a.png,"open\n' * 10 + "b.png,b\n" * 5_000
     found = rows(tmp_path, text)
     assert len(found) == 5_010

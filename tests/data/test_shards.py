@@ -142,7 +142,7 @@ def test_a_check_names_broken_members(root: Path, tmp_path: Path) -> None:
 
 
 def test_of_a_member_only_what_is_asked_for_is_read(root: Path, tmp_path: Path) -> None:
-    """What is far behind its header and its first frame may as well not be there."""
+    """Data far behind the header and the first frame may as well be missing."""
     video = (root / "files" / "v0.mp4").read_bytes()
     pack(tmp_path / "a.tar", {"x.mp4": video + bytes(10**6)})
     at = read_index(tmp_path / "a.tar")["x"]["mp4"]

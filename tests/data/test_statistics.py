@@ -159,5 +159,5 @@ def test_a_folder_is_read_with_and_without_captions(tmp_path: Path) -> None:
     found = read_statistics(tmp_path)
     assert found.words() == "1 video" and found.captions == read_captions(tmp_path) == ["a clip"]
     (tmp_path / "a.mp4").write_bytes(b"none")
-    with pytest.raises(DataError, match="1 files that cannot be read"):
+    with pytest.raises(DataError, match="1 file that cannot be read"):
         read_statistics(tmp_path)

@@ -1,4 +1,4 @@
-"""Videos as recorders, phones and editors write them: what is in them, from any moment on."""
+"""Videos as recorders, phones and editors write them, read from any moment on."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_recording_that_begins_in_the_middle_of_a_group(
 
 
 def test_a_recording_whose_first_parameters_come_late(tmp_path: Path) -> None:
-    """Nothing can be decoded, by its decoder's own word, before the second group."""
+    """The decoder itself reports that nothing before the second group can be decoded."""
     options = {"bf": "0", "preset": "ultrafast", "x264-params": "scenecut=0"}
     whole = write_video(tmp_path / "a.ts", noise(210, 32, 32), 25, gop=200, options=options)
     content = whole.read_bytes()
@@ -370,6 +370,28 @@ def test_transparent_pixels_are_white(tmp_path: Path) -> None:
     assert np.abs(found.T - [[200, 60, 30], [227, 157, 142], [255, 255, 255]]).max() <= 4
 
 
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_transparent_webm_is_white(tmp_path: Path, codec: str) -> None:
+    """FFmpeg's own decoders give what lies under the transparent pixels, mostly black."""
+    planes = flat(codes(200, 60, 30), (32, 96), 2, 8)
+    planes.append(np.full((32, 96), 255, np.uint8))
+    planes[0][:, 48:], planes[3][:, 48:] = 16, 0
+    video = write_yuv(
+        tmp_path / "a.webm",
+        planes,
+        pix_fmt="yuva420p",
+        num=12,
+        codec=codec,
+        options={"auto-alt-ref": "0", "g": "4", "b": "1M"},
+        color_range=1,
+    )
+    assert probe(video).frames == 12
+    for start in (ZERO, Fraction(9, 8)):
+        clip = read_clip(video, start=start, num_frames=3, fps=Fraction(8))
+        found = (np.asarray(clip[:, 2, 9, (20, 76)]) + 1) * 127.5
+        assert np.abs(found.T - [[200, 60, 30], [255, 255, 255]]).max() <= 6
+
+
 def test_interlaced_frames_lose_their_combs_and_only_them(tmp_path: Path) -> None:
     frames = np.full((9, 64, 96, 3), 60, np.uint8)
     frames[:, 20:40, 70:90] = 160  # stands still
@@ -490,7 +512,7 @@ def test_an_edit_list_that_begins_within_a_group_is_obeyed(
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 def test_decoding_starts_no_threads(tmp_path: Path) -> None:
-    """A pool that outlives its use, in an error's traceback, hangs a loader's forked worker."""
+    """A thread pool that an error's traceback keeps alive would hang a loader's forked worker."""
     for codec in ("libx264", "libsvtav1", "libvpx-vp9"):
         video = write_video(tmp_path / f"{codec}.mkv", numbered(9, 128, 128), codec=codec)
         info = probe(video)

@@ -100,7 +100,7 @@ def test_an_interrupted_call_continues(tmp_path: Path) -> None:
         write_video_folder(Interrupted(), tmp_path, 5, 8)
     before = files(tmp_path)
     assert sorted(before) == ["000000.mp4", "000001.mp4", "000002.mp4"]
-    # What a kill in the middle of a file leaves is no sample and in nobody's way.
+    # The partial file that a kill leaves is not a sample, and does no harm.
     (tmp_path / f".000003.mp4.{os.getpid()}.tmp").write_bytes(b"half a file")
     calls: list[int] = []
     write_video_folder(Noise(), tmp_path, 5, 8, progress=calls.append)

@@ -1,4 +1,4 @@
-"""Ranks that are forked from one process, which has imported torch already and computed nothing."""
+"""Ranks forked from one process that has imported torch but computed nothing."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ WAIT = timedelta(minutes=10)
 
 
 def gang(world: int, work: Callable[[Parallel], object], layout: ParallelConfig) -> None:
-    """Run `work` on so many ranks at once, with the environment that torchrun gives them.
+    """Run `work` on several ranks at once, with the environment that torchrun sets.
 
-    Raises RuntimeError if one fails; its own words are on stderr then.
+    Raises RuntimeError if one fails; that rank's own error is then on stderr.
     """
     wait_for(begin(world, work, layout))
 
 
 def begin(world: int, work: Callable[[Parallel], object], layout: ParallelConfig) -> list[int]:
-    """Start the ranks, and go on; their process ids."""
+    """Start the ranks without waiting for them; return their process ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
 
 
 def told(parallel: Parallel) -> dict[str, object]:
-    """What rank 0 alone makes and fails to make, as each rank hears of it."""
+    """What each rank hears of a result and of a failure of rank 0."""
     made: list[int] = []
 
     def make() -> dict[str, object]:

@@ -72,7 +72,7 @@ class Run:
             self.step += 1
 
     def average_given_weights(self) -> None:
-        """EMA updates over weights that are the same, bit for bit, in every setting."""
+        """Update an EMA over weights that are equal, bit for bit, in every setting."""
         for i in range(4):
             generator = torch.Generator().manual_seed(100 + i)
             for value in model_state(self.net).values():

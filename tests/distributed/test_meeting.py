@@ -14,7 +14,7 @@ WAIT = timedelta(seconds=120)
 
 
 def meet(store: dist.Store, order: list[int]) -> set[str]:
-    """The names that ranks hear who come in this order."""
+    """Return the names that ranks get if they arrive in this order."""
     with ThreadPoolExecutor(len(order)) as pool:
         heard = [pool.submit(_meet, store, rank, len(order), WAIT) for rank in order]
         return {future.result() for future in heard}

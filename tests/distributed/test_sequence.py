@@ -1,4 +1,4 @@
-"""Ranks that share the tokens of the same samples: everything as one process computes it."""
+"""Ranks that share the tokens of the same samples compute the same as one process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def distances(folder: Path, kind: str) -> dict[str, dict[str, dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, float]]]:
-    """Of each rank of two and of four, how far it is from one process."""
+    """For two and four ranks, how far each rank is from one process."""
     return distances(tmp_path_factory.mktemp("splits"), "quick")
 
 

@@ -1,4 +1,4 @@
-"""The commands that several ranks share the work of, under torchrun."""
+"""Commands whose work several ranks share, under torchrun."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
     return made
 
 
-def test_the_first_rank_that_fails_has_the_word(
+def test_only_the_first_rank_that_fails_prints_its_error(
     store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -32,7 +32,7 @@ def test_the_first_rank_that_fails_has_the_word(
     assert capfd.readouterr().err == "the disk is full\n"
 
 
-def test_nobody_leaves_before_it_is_said(
+def test_no_rank_exits_before_the_error_is_printed(
     store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     silent = threading.Thread(target=report, args=[None])
@@ -45,7 +45,7 @@ def test_nobody_leaves_before_it_is_said(
     assert capfd.readouterr().err == "the disk is full\n"
 
 
-def test_ranks_that_are_started_again_have_a_word_of_their_own(
+def test_restarted_ranks_print_an_error_of_their_own(
     store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for attempt, rank in (("0", "1"), ("1", "0")):

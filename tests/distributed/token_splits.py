@@ -1,5 +1,7 @@
-"""Networks whose tokens two and four ranks share, beside the same on one; test_sequence.py starts
-this. Each rank computes both, and writes how far they are apart."""
+"""Networks whose tokens two and four ranks share, compared with one; test_sequence.py starts this.
+
+Each rank computes both, and writes how far they are apart.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,7 @@ class Traffic(TorchDispatchMode):
 
 
 def traffic(group: SequenceGroup, heads: int) -> dict[str, float]:
-    """Of the attention of one sample of 24 tokens."""
+    """Traffic of attention on one sample of 24 tokens."""
     split = group.split(24)
     q, k, v = (torch.ones(1, split.length, heads, 4, requires_grad=True) for _ in range(3))
     with Traffic(group.rank) as forward:

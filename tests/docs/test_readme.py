@@ -1,5 +1,4 @@
-"""The Python of README.md and docs/own_parts.md has the types that it seems to have, for a user's
-own checker too."""
+"""The Python in README.md and docs/own_parts.md passes type checkers, as it would for a user."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ my_encoder = apt.create_text_encoder("bytes")
 my_codec = apt.create_codec("patchify")
 my_clips = Bars(3, ClipRequest(frames=1, height=8, width=8))
 """
-"""What the page on own parts takes as given."""
+"""Names that the page on own parts takes as given."""
 WRONG = ['pipe("a", num_step=2)', 'pipe("a", guidance_scale="high")', "r1.sigam"]
 
 

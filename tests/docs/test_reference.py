@@ -1,4 +1,4 @@
-"""The site: what leads nowhere fails the build, and names of the package lead somewhere."""
+"""The site: dead links fail the build, and names of the package are links."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def made() -> Any:
 
 
 def build_site(folder: Path, docstring: str) -> None:
-    """A page of a package of one function, with the settings of the site."""
+    """Build a page for a package with one function, with the site's settings."""
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     for plugin in settings["plugins"]:
         if "mkdocstrings" in plugin:

@@ -1,4 +1,4 @@
-"""Every message that the page quotes is one that the code still has."""
+"""Every message that the page quotes still exists in the code."""
 
 from __future__ import annotations
 

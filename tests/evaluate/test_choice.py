@@ -27,7 +27,7 @@ def test_names_and_options() -> None:
         parse_model("digits,fps=many")
 
 
-def test_a_size_of_its_own_goes_before_the_protocols() -> None:
+def test_a_models_own_size_overrides_that_of_the_protocol() -> None:
     choice = parse_model("digits,height=64")
     sized = choice.sized(GenerateOptions(frames=1, height=32, width=32, num_steps=7))
     options = sized.options
@@ -35,7 +35,7 @@ def test_a_size_of_its_own_goes_before_the_protocols() -> None:
     assert options.num_steps is None
 
 
-def test_a_model_that_is_nowhere_is_one_line_with_near_names() -> None:
+def test_an_unknown_model_is_one_line_with_similar_names() -> None:
     check_model(parse_model("digits"))
     check_model(parse_model("flux-schnell"))
     for text, near in (("digitz", "'digits'"), ("sdxl_turbo", "'sdxl-turbo'")):

@@ -99,7 +99,7 @@ def test_a_row_for_each_picture(name: str, pictures: Tensor, tmp_path: Path) -> 
     assert features.size == 32
     rows = features(pictures)
     assert rows.shape == (3, 16) and rows.dtype == torch.float32 and not rows.requires_grad
-    # MAE shuffles its patches, which only rounding may tell.
+    # MAE shuffles its patches, which may only change rounding.
     torch.testing.assert_close(features(pictures[1:2].float()), rows[1:2], rtol=1e-4, atol=1e-5)
     assert (rows[0] - rows[1]).abs().max() > 1e-4
 
@@ -140,7 +140,7 @@ def test_clip_score_is_the_cosine_of_clips_embeddings(pictures: Tensor, tmp_path
 
 
 class TestInceptionsWeights:
-    def test_without_network_the_place_is_told(
+    def test_without_network_the_error_names_the_place(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))

@@ -1,4 +1,4 @@
-"""Samples of a model in a folder with their manifest."""
+"""Generating samples of a model into a folder with a manifest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def whole(model: SampleModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines_of(folder: Path) -> list[str]:
-    """The manifest, in any order; the files are in it by their digests."""
+    """The manifest's lines, in any order; they include the files' digests."""
     return sorted((folder / MANIFEST).read_text().splitlines())
 
 
@@ -70,7 +70,7 @@ def test_two_ranks_make_what_one_makes_and_one_goes_on_with_theirs(
 ) -> None:
     outputs = plan_outputs(tmp_path, model, KEYS)
     make_share(tmp_path, model, outputs, rank=1, world=2)
-    # Rank 0 was killed: what rank 1 made is found by whoever comes next.
+    # Rank 0 was killed: the next call finds what rank 1 made.
     assert len(read_samples(tmp_path).samples) == 2
     made: list[int] = []
     generate_samples(tmp_path, model, KEYS, progress=lambda done, total: made.append(done))
@@ -114,7 +114,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
 def test_samples_of_other_prompts_are_not_overwritten(
     tmp_path: Path, model: SampleModel, whole: Path
 ) -> None:
-    """As of another protocol, whose prompts are numbered alike."""
+    """For example those of another protocol, whose prompts have the same numbers."""
     folder = tmp_path / "samples"
     shutil.copytree(whole, folder)
     generate_samples(folder, model, KEYS[:2])

@@ -1,4 +1,4 @@
-"""The whole way: models and a protocol in; samples, figures and a page out."""
+"""From models and a protocol to samples, figures and a page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def brightness_of(sample: Sample) -> float:
 
 @dataclass
 class Brightness:
-    """Measures the first frames, and counts how often it is asked."""
+    """Measures the first frames, and counts its calls."""
 
     calls: list[tuple[int, ...]] = field(default_factory=list)
     breaks: bool = False
@@ -85,7 +85,7 @@ def protocol() -> Brightness:
 def page(
     models: list[ModelChoice], protocol: Brightness, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Of a call that met a broken file, and was repeated."""
+    """The page of a call that failed on a broken file and was repeated."""
     out = tmp_path_factory.mktemp("evaluation")
     with pytest.raises(DataError, match=r"prompt1-seed4000002.mp4' was truncated .*evaluate again"):
         evaluate(protocol, models, out, device="cpu")

@@ -83,7 +83,7 @@ def test_fid_is_that_of_torchmetrics(folders: dict[str, list[Path]]) -> None:
     assert ours > 0.1
 
 
-def test_what_fid_saw_serves_for_the_ratio(folders: dict[str, list[Path]]) -> None:
+def test_the_ratio_reuses_the_statistics_of_fid(folders: dict[str, list[Path]]) -> None:
     seen: list[int] = []
     network = features()
 
@@ -127,7 +127,7 @@ def test_odd_pictures_are_cropped_and_resized_without_rounding(tmp_path: Path) -
 
 class TestPatches:
     def test_patches_see_the_detail_that_resizing_hides(self, tmp_path: Path) -> None:
-        """Alternating rows of light and dark are grey at half of their size."""
+        """Alternating light and dark rows become grey at half size."""
 
         def contrast(pictures: Tensor) -> Tensor:
             return pictures.double().diff(dim=1).abs().mean(dim=(2, 3))

@@ -69,7 +69,7 @@ def test_upsampling_is_bilinear(height: int, width: int) -> None:
     ramp = np.stack([rows, columns, rows + columns], axis=-1)
     larger = upsample(ramp, 2 * min(height, width))
     assert larger.shape == (2 * height, 2 * width, 3)
-    # Between the centres of the outer pixels a ramp stays one, of half the slope.
+    # Between the centres of the outer pixels, a ramp stays a ramp, with half the slope.
     expected = (np.arange(2 * height) + 0.5) / 2 - 0.5
     np.testing.assert_allclose(larger[1:-1, 5, 0], expected[1:-1], atol=1e-4)
 

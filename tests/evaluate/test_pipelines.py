@@ -1,4 +1,4 @@
-"""Pipelines of diffusers, and the peers' settings on tiny pipelines of the same classes."""
+"""Diffusers pipelines, and the peers' settings on tiny pipelines of the same classes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def local(name: str, folders: Mapping[str, Path]) -> Peer:
 
 
 TIMESTEPS = {"sdxl-dmd2": 399, "sdxl-hyper": 800, "sdxl-nitro": 249, "sdxl-lightning": 999}
-"""At which the UNet is asked in its one step."""
+"""The timestep at which the UNet is called in its one step."""
 
 
 @pytest.mark.parametrize("name", sorted(PEERS))

@@ -79,7 +79,7 @@ def test_digits_in_files_have_the_figures_of_the_clips(model: ModelChoice, tmp_p
 
 
 def test_digits_numbers_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="to make clips of height 64, and the judge reads 32"):
+    with pytest.raises(ConfigError, match="sets height to 64, but the judge reads 32"):
         Digits().build(Request(tmp_path, (parse_model("digits,height=64"),)))
     for options in ({"seeds": ()}, {"captions": 1}, {"captions": 500}, {"samples_per_caption": 1}):
         with pytest.raises(ConfigError, match=next(iter(options))):
@@ -87,14 +87,14 @@ def test_digits_numbers_are_checked(tmp_path: Path) -> None:
 
 
 def moving_square(number: int, frames: int = 12, size: int = 40) -> np.ndarray:
-    """A bright square that moves to the right, another one for each number."""
+    """A bright square that moves to the right; it differs for each number."""
     video = np.full((frames, size, size, 3), 30 + 10 * number, np.uint8)
     for t in range(frames):
         video[t, 8 + 4 * number : 20 + 4 * number, 2 * t : 2 * t + 12] = 200 - 20 * number
     return video
 
 
-def test_clips_of_an_own_folder_end_to_end(model: ModelChoice, tmp_path: Path) -> None:
+def test_clips_of_your_own_folder_end_to_end(model: ModelChoice, tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     for number in range(3):
         write_mp4(videos / f"{number}.mp4", moving_square(number), fps=8, scale=1)
@@ -115,6 +115,7 @@ def test_clips_of_an_own_folder_end_to_end(model: ModelChoice, tmp_path: Path) -
     info = probe(real[0])
     assert (info.frames, info.fps) == (5, 8)
     # What is there is what was cut, of the size of the samples, which keep every pixel.
+    # The files are the clips that were cut, at the model's size, enlarged like samples.
     made = read_samples(page.parent / "samples" / "tiny").samples
     samples = [sample.path for sample in made.values()]
     assert len(samples) == 3
@@ -139,7 +140,7 @@ def test_clips_of_an_own_folder_end_to_end(model: ModelChoice, tmp_path: Path) -
         config.build(Request(tmp_path, (parse_model("sdxl"),)))
 
 
-def test_prompts_hold_further_models_against_the_first(model: ModelChoice, tmp_path: Path) -> None:
+def test_prompts_compare_further_models_with_the_first(model: ModelChoice, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red one\n")
     config = Prompts(prompts=tmp_path / "prompts.txt", fidelity=("psnr", "ssim"))
     (measure,) = config.build(Request(tmp_path, (model,))).pair_measures
@@ -169,7 +170,7 @@ def test_videos_without_a_reference_or_a_network(model: ModelChoice, tmp_path: P
         dataclasses.replace(config, reference=tmp_path).build(Request(tmp_path, (model,)))
 
 
-def test_vbench_reads_what_it_left_once_it_has_run(model: ModelChoice, tmp_path: Path) -> None:
+def test_results_of_vbench_are_read_once_it_has_run(model: ModelChoice, tmp_path: Path) -> None:
     source = tmp_path / "info.json"
     source.write_text(json.dumps([{"prompt_en": "a bird", "dimension": ["color"]}]))
     protocol = VBench(source=source).build(Request(tmp_path, (model,)))
@@ -211,7 +212,7 @@ def test_coco_end_to_end(model: ModelChoice, tmp_path: Path) -> None:
     assert page is not None
     data = json.loads(page.with_suffix(".json").read_text())
     figures = data["models"][0]["figures"]["seed 0"]
-    # Some captions come twice, each with noise of its own.
+    # Some captions occur twice, each time with its own noise.
     found = read_samples(page.parent / "samples" / "tiny").samples
     assert [seed for _, seed in found] == list(range(6))
     files = [sample.path for sample in found.values()]

@@ -93,7 +93,7 @@ def test_samples_that_vbench_would_miss(tmp_path: Path) -> None:
 
 
 class TestRun:
-    """The script, with a stand-in that takes and leaves what vbench 0.1.5 does."""
+    """The script, with a stand-in that has the inputs and outputs of vbench 0.1.5."""
 
     @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -119,7 +119,9 @@ class TestRun:
         monkeypatch.setitem(sys.modules, "vbench", module)
         return asked
 
-    def test_goes_on_where_it_was_and_is_read_back(self, tmp_path: Path, asked: list[str]) -> None:
+    def test_continues_where_it_stopped_and_is_read_back(
+        self, tmp_path: Path, asked: list[str]
+    ) -> None:
         results = tmp_path / "results"
         arguments = [str(tmp_path), str(results), "--device", "cpu"]
         assert main([*arguments, "--dimensions", "color", "scene"]) == 0

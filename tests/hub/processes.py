@@ -8,7 +8,7 @@ from tests.hub.server import HubServer
 from tests.processes import Result, Running, start
 
 QUICK = "import apt.hub.client; apt.hub.client.FIRST_WAIT = 0.01\n"
-"""Try again at once: tests need not wait as a real Hub deserves."""
+"""Retries do not wait, as they would for a real Hub."""
 
 
 def run_python(

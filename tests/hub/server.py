@@ -230,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         return value.removeprefix("Bearer ") or None
 
     def _may_read(self, repo_id: str) -> Repo | None:
-        """The repository, or None after an answer that refuses."""
+        """Return the repository, or None after sending a refusal."""
         repo = self.hub.repos.get(repo_id)
         if self.token not in (None, TOKEN, STRANGER):
             self._reply(401, message="Invalid credentials in Authorization header")

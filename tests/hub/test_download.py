@@ -212,7 +212,7 @@ def test_a_link_in_the_cache_that_leads_out_of_it(hub: HubServer, tmp_path: Path
 
 
 class LoginPage(BaseHTTPRequestHandler):
-    """What a hotel's network answers."""
+    """The login page of a network such as a hotel's."""
 
     def do_GET(self) -> None:
         self.send_response(200)

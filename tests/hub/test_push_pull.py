@@ -1,4 +1,4 @@
-"""Models to the local Hub and back, in fresh processes, as a user types it."""
+"""Models are pushed to the local Hub and pulled, in fresh processes, as by a user."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def wan_folder(folder: Path, *, two_experts: bool = False, **transformer: Any) -
             "in_channels": 16,
             "out_channels": 16,
             "text_dim": WIDTH,
-            # As many positions as the videos need that the real model is made for.
+            # Enough positions for the videos that the real model is made for.
             "rope_max_seq_len": 128,
             **transformer,
         }

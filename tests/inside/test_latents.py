@@ -1,4 +1,4 @@
-"""Tokens and the latents that they stand for."""
+"""Tokens and the latents that they represent."""
 
 from __future__ import annotations
 

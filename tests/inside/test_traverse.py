@@ -1,4 +1,4 @@
-"""Ways between noises."""
+"""Paths between noises."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_equal_noises_are_a_way_that_stays() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "said"), [(1.0, 0.0, "is all zero"), (1.0, -2.0, "are exactly opposite")]
 )
-def test_where_there_is_no_one_way(a: float, b: float, said: str) -> None:
+def test_noises_without_a_unique_path_are_refused(a: float, b: float, said: str) -> None:
     one = torch.ones(2, 2)
     with pytest.raises(InputError, match=said):
         great_circle(a * one, b * one, torch.tensor([0.5]))
@@ -57,8 +57,8 @@ def test_a_way_passes_through_the_samples_of_its_seeds() -> None:
     assert way.peak == pytest.approx(float(way.steps.max() / way.steps.mean())) and way.peak >= 1
 
 
-def test_what_differs_along_a_way_is_the_first_noise_alone() -> None:
-    """In two steps: the noise of the second would make every step a jump."""
+def test_only_the_first_noise_differs_along_a_path() -> None:
+    """With two steps; the noise of the second would make every step a jump."""
     pipeline = OneStepPipeline(tiny_bundle())
     how = GenerateOptions(num_steps=2, batch_size=4)
     far = traverse(pipeline, "a", num_between=1, options=how).mean_step
@@ -75,16 +75,16 @@ def test_what_differs_along_a_way_is_the_first_noise_alone() -> None:
         ({"options": GenerateOptions(height=64)}, "the model's own size"),
     ],
 )
-def test_ways_that_are_none_are_refused(asked: dict[str, object], said: str) -> None:
+def test_invalid_paths_are_refused(asked: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         traverse(OneStepPipeline(tiny_bundle()), "a", **asked)  # type: ignore[arg-type]
 
 
-def test_parts_that_are_offloaded_come_to_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_parts_are_moved_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = tiny_bundle("diffusion")
     how = GenerateOptions(num_steps=2, cfg_scale=2.0)
     expected = traverse(OneStepPipeline(bundle), "a", num_between=1, options=how)
-    # Another spelling of the same device tells where a part was sent to last.
+    # Another spelling of the same device shows where a part was last sent.
     places: dict[str, str] = {}
     worked: list[tuple[str, str]] = []
 

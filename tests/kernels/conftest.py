@@ -22,6 +22,6 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> None:
-    """Tests share code that they compile, of which Dynamo takes a limited number of versions."""
+    """Tests compile the same code, of which Dynamo keeps a limited number of versions."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

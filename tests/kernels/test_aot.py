@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, within their limits and as recorded."""
+"""Every kernel compiles for GPUs that are not present, within their limits and as recorded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: kernels of this one are interpreted."""
+    """Run in a separate process, since this one interprets kernels."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.run(
@@ -49,7 +49,7 @@ def test_all_kernels_with_another_triton(version):
 
 
 def test_every_fused_op_has_a_case():
-    # A case is called as its op, or its class, and what is special
+    # A case is named after its op or class, then what is special about it
     compiled = {case.name.replace(",", "").split()[0].lower() for case in CASES}
     fused = [op for op, backends in OPS.items() if "triton" in backends]
     assert [op for op in fused if not {op, op.replace("_", "")} & compiled] == []

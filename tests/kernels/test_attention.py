@@ -187,7 +187,7 @@ def test_a_package_that_imports_and_cannot_be_called_is_unavailable(tmp_path, mo
 
 @pytest.mark.parametrize("chosen", ["by argument", "outside"])
 def test_a_package_is_one_graph_with_what_is_around_it(tmp_path, monkeypatch, chosen):
-    """Imports and probes stay out of the graph, also where it is the first that needs them."""
+    """Imports and probes stay out of the graph, even if it is the first to need them."""
     (tmp_path / "flash_attn_interface.py").write_text(
         "def flash_attn_func(q, k, v): return (q * k).softmax(-1) * v, None"
     )
@@ -232,7 +232,7 @@ def gpus(tmp_path, monkeypatch):
 
 
 def on_gpu(index: int) -> Any:
-    """What is read of a tensor before anything runs."""
+    """The properties of a tensor that are read before anything runs."""
     return SimpleNamespace(
         device=torch.device("cuda", index), is_cuda=True, dtype=torch.bfloat16, ndim=4,
         shape=(1, 2, 1, 8),

@@ -1,4 +1,4 @@
-"""Which attention kernel runs is known, told, and warned of where it should be another."""
+"""Which attention kernel runs is known and reported, with a warning if it should be another."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def qkv(
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A GPU that need not be here, and versions beside it."""
+    """A GPU that need not be present, and library versions."""
 
     def install(
         capability: tuple[int, int] = (9, 0), cudnn: int | None = 91900, cuda: str = "13.0"

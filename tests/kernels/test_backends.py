@@ -1,4 +1,4 @@
-"""Who chooses between a kernel and its reference, and what is said when one cannot run."""
+"""How a kernel or its reference is chosen, and what is reported if one cannot run."""
 
 from __future__ import annotations
 

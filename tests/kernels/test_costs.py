@@ -83,7 +83,7 @@ def test_residual_modulated_norm_by_hand():
 def test_the_boundary_at_720p_moves_four_token_tensors():
     cost = residual_modulated_norm_cost(1, 46_800, 3072, dtype=BF16)
     assert cost.bytes == 4 * 46_800 * 3072 * 2 + 3 * 3072 * 2
-    assert round(46_800 * 3072 * 2 / 1e6) == 288  # the "287 MB each" of the field notes
+    assert round(46_800 * 3072 * 2 / 1e6) == 288  # 288 MB per token tensor
 
 
 def test_an_unknown_norm_is_no_other():

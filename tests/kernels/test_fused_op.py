@@ -1,4 +1,4 @@
-"""The short way of eager calls computes what the library's op computes, and gives way to it."""
+"""The shortcut for eager calls computes what the registered op computes, and yields to it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_both_ways_are_the_same_function(name, monkeypatch):
 
 
 class Seen(TorchDispatchMode):
-    """The ops of ours that come by."""
+    """Records our ops as they are dispatched."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Seen(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["modulated_norm", "joint_qk_norm_rope"])
-def test_whoever_looks_sees_the_ops(name):
+def test_dispatch_modes_and_the_profiler_see_the_ops(name):
     inputs = draw(name)
     with Seen() as seen:
         outputs_and_gradients(name, inputs)
@@ -126,7 +126,7 @@ class Lists(NamedTuple):
 
 @pytest.fixture(scope="module")
 def asked() -> list[Any]:
-    """Of which elements of xs gradients were asked for, call by call."""
+    """For each call, the elements of xs whose gradients were requested."""
     return []
 
 
@@ -181,8 +181,9 @@ def test_the_ops_under_test_are_those_that_are_host_bound():
 
 
 def test_a_kernels_file_has_its_ops_name():
-    """`_triton/NAME.py` and `apt::NAME` in torch.library, one to one, and `apt/kernels/NAME.py`,
-    where two ops have no file together because they share their reference."""
+    """`_triton/NAME.py` and `apt::NAME` in torch.library match one to one, and so does
+    `apt/kernels/NAME.py`, except that two ops live in the file of the op whose reference they
+    share."""
     public, fused = (
         {path.stem for path in folder.glob("*.py")} for folder in (KERNELS, KERNELS / "_triton")
     )

@@ -1,4 +1,4 @@
-"""RMSProp and the average of the weights: torch's own are the oracle."""
+"""RMSProp and the average of the weights, against torch's own."""
 
 from __future__ import annotations
 
@@ -328,7 +328,7 @@ def one_of_each_kind() -> list[nn.Parameter]:
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="its fake GPUs are two, and must not be here")
-def test_one_parameter_that_the_kernel_cannot_take_leaves_the_others_theirs(monkeypatch):
+def test_a_parameter_that_the_kernel_cannot_take_does_not_affect_the_others(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

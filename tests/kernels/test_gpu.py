@@ -18,7 +18,7 @@ from apt.bench.shapes import SHAPES, Shape
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-    # A GPU's freed memory is the next tensor's: without this an unwritten output holds the result
+    # A GPU gives freed memory to the next tensor: an unwritten output would hold the right result
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 

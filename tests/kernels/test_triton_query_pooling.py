@@ -134,8 +134,8 @@ def test_accuracy_of_many_heads(dtype):
 def test_accuracy_at_ragged_shapes(batch, length, heads, width, dtype, seed):
     """Of the core alone: folding may cancel, which would magnify any rounding of its gradient.
 
-    Errors are root mean squares of some draws: of a few numbers, the reference's may be small by
-    luck.
+    Errors are root mean squares over several draws: on a few numbers, the reference's error may be
+    small by luck.
     """
     # What a factor in fp32 keeps beside bf16 tokens
     core = 2.0**-15 if dtype == torch.bfloat16 else torch.finfo(torch.float32).eps
@@ -173,7 +173,7 @@ def core_errors(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parts_of_the_tokens_merge_to_the_whole(dtype):
-    """As ranks merge what each pooled of its tokens: every gradient through the lse too."""
+    """As ranks merge what each pooled of its tokens; gradients also flow through the lse."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 90, 24, generator=generator).to(DEVICE, dtype)
     folded = torch.randn(3, 24, generator=generator).to(DEVICE)  # maxima of parts differ
@@ -235,10 +235,8 @@ def test_splits_and_samples_are_summed_apart(dtype, monkeypatch):
 
 
 def test_tokens_in_bf16_and_weights_in_fp32():
-    """As in a discriminator under autocast: 16 bits of what meets tokens, and no rounding to bf16.
-
-    The interpreter truncates the low parts, hence 2^-15.
-    """
+    """As in a discriminator under autocast: factors that meet tokens keep 16 bits, instead of being
+    rounded to bf16. The interpreter truncates the low parts, hence 2^-15."""
     case = Case(2, 130, 3, 8, 96, 4)
     inputs = case.draw()
     inputs["x"] = inputs["x"].detach().bfloat16().requires_grad_()
@@ -349,7 +347,7 @@ def test_checkpointing_computes_it_again():
 
 
 def test_tokens_are_never_widened_in_memory():
-    """What a step keeps beside x, and what it holds at once, in units of bf16 tokens."""
+    """The memory that a step keeps beside x, and its peak, in units of bf16 tokens."""
     batch, length, heads, width = 1, 512, 2, 512
     x = torch.randn(batch, length, width, device=DEVICE).bfloat16().requires_grad_()
     folded = torch.randn(heads, width, device=DEVICE, requires_grad=True)

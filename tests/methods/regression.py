@@ -1,4 +1,4 @@
-"""A method and a recipe of a user's own, which touch nothing of the package.
+"""A user's own method and recipe, which change nothing in the package.
 
 Luhman & Luhman 2021: the one-step sample is regressed on what the teacher makes from the same noise
 in many steps.

@@ -91,7 +91,7 @@ class Oracle:
 def discriminator_gradients(
     stage: AdversarialPostTraining, loss: Tensor
 ) -> dict[str, Tensor | None]:
-    """What `loss` gives D, where D's own step left other gradients before."""
+    """Return D's gradients of `loss`, after its own step left other gradients."""
     discriminator = networks(stage)[1]
     discriminator.zero_grad()
     loss.backward()
@@ -452,7 +452,7 @@ def test_mismatched_pairs_leave_out_equal_captions(tmp_path: Path) -> None:
 
 
 def test_mismatched_pairs_need_a_neighbour(tmp_path: Path) -> None:
-    """Of micro-batches of one the term would be 0 in every update, and nobody told."""
+    """With micro-batches of one, the term would silently be 0 in every update."""
     terms = Terms(mismatched=MismatchedCondition(weight=2.0))
     stage = adversarial(tmp_path, terms=terms)
     with pytest.raises(ConfigError, match="--micro-batch-size to 2 or more"):
@@ -551,7 +551,7 @@ def in_bf16(tmp_path: Path, **options: Any) -> AdversarialPostTraining:
     return adversarial(tmp_path, train={"precision": "bf16"}, **options)
 
 
-def test_a_sigma_that_is_lost_in_bf16_is_told_with_one_that_is_not(tmp_path: Path) -> None:
+def test_a_sigma_that_bf16_loses_is_reported_with_one_that_it_keeps(tmp_path: Path) -> None:
     small = ApproximateR1(weight=100.0, sigma=0.01)
     (warning,) = in_bf16(tmp_path, r1=small).warnings()
     assert "--stage.r1.weight 1 --stage.r1.sigma 0.1" in warning
@@ -560,7 +560,7 @@ def test_a_sigma_that_is_lost_in_bf16_is_told_with_one_that_is_not(tmp_path: Pat
     assert not adversarial(tmp_path, r1=small).warnings()
 
 
-def test_rounding_is_told_from_slope(tmp_path: Path) -> None:
+def test_rounding_is_distinguished_from_slope(tmp_path: Path) -> None:
     """In fp32 a tenth of sigma gives a hundredth of the penalty; in bf16 a tiny sigma does not."""
     batch = micro_batches(first=FIRST)[0]
 

@@ -1,6 +1,6 @@
-"""First frames, which nothing in the package knows, go the whole way from data to samples.
+"""First frames, which the package does not know, go all the way from data to samples.
 
-What makes them and what reads them is here; all that hands them on is the package's own.
+This file makes and reads them; everything that passes them on is the package's own.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class FirstFrameConfig(MMDiTConfig):
 
 
 class FirstFrameMMDiT(MMDiT):
-    """The package's model, told latents (R, C, 1, H, W) of the frame that a clip begins with."""
+    """The package's model, which also reads the latents (R, C, 1, H, W) of a clip's first frame."""
 
     extra_conditions = ("first_frame",)
 
@@ -106,7 +106,7 @@ def stages(folder: Path) -> Iterator[Method]:
 
 
 def data() -> Batch:
-    """Clips as a data set of one's own would give them."""
+    """Clips as a user's own data set would give them."""
     generator = torch.Generator().manual_seed(0)
     samples = [
         Sample(
@@ -120,7 +120,7 @@ def data() -> Batch:
 
 
 def batches(stage: Method, size: int = NUM) -> MicroBatches:
-    """The same as the update's micro-batches of so many samples."""
+    """The same clips as micro-batches of an update."""
     whole = data()
     assert whole.pixels is not None
     parts = [
@@ -144,7 +144,7 @@ def tiny(**options: Any) -> Any:
 
 
 def conditions(stage: Method) -> tuple[Condition, Tensor]:
-    """Those of the data, and their frames."""
+    """The conditions of the data, and their first frames."""
     (batch,) = batches(stage)
     return stage.condition(batch), batch.extra["first_frame"]
 

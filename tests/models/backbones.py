@@ -1,4 +1,4 @@
-"""Every registered backbone, tiny: what a suite over all of them runs on."""
+"""Tiny versions of every registered backbone, for tests over all of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3_second_attention_last": ("sd3.5_large", {"dual_attention_layers": (2,)}),
     "wan_odd_patch": ("wan2.1_t2v_1.3b", {"patch_size": (2, 1, 3)}),
 }
-"""What no registered size has, and has a way of its own through the code."""
+"""Variants that no registered size has, but that take their own path through the code."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Case:
 
 
 def tiny_config(name: str, **options: Any) -> Any:
-    """A registered model's config in a tiny shape, whatever makes it what it is kept."""
+    """Return a registered model's config in a tiny shape, with its characteristic options."""
     config = MODELS.get(name)()
     assert type(config) in SHAPES, f"give {type(config).__name__} a tiny shape in SHAPES"
     options = {**SHAPES[type(config)], **options}

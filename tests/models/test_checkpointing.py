@@ -70,7 +70,7 @@ def test_every_way_gives_the_same_gradients_and_keeps_what_it_says(family: str) 
     assert once >= DEPTH
     assert attention == {"all": once, "inputs": 2 * once, "attention": once, "host": 2 * once,
                          "both": once}  # fmt: skip
-    # Inputs of blocks go by hooks of their own to the host; the outer ones see only the rest.
+    # Hooks of their own move inputs of blocks to the host; the outer hooks see only the rest.
     assert kept["host"] < kept["inputs"] < kept["all"] / 2
 
 
@@ -84,7 +84,7 @@ def test_every_way_gives_the_same_gradients_and_keeps_what_it_says(family: str) 
     ],
 )
 def test_the_residual_stream_under_autocast(family: str, wide: bool) -> None:
-    """fp32 where a family's gates are, unless it is kept narrow; then bf16 in all."""
+    """fp32 in families with fp32 gates, unless it is kept narrow; then bf16 in all."""
     x, t, c = CASES[family].inputs()
     found = []
     for narrow in (False, True):

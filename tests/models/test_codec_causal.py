@@ -109,7 +109,7 @@ def test_an_image_is_a_video_of_one_frame() -> None:
 @settings(max_examples=15, deadline=None)
 @given(length=st.integers(1, 7), chunk=st.integers(1, 4))
 def test_in_chunks_or_whole_is_the_same(length: int, chunk: int) -> None:
-    """In fp64, where a place that a chunk forgot could not hide in rounding."""
+    """In fp64, where an error at a border of chunks cannot hide in rounding."""
     codec = small(chunk=chunk).double()
     clip = pixels(1, 3, 4 * length - 3, 8, 8).double()
     latents = codec.encoder(clip)

@@ -109,7 +109,7 @@ def test_lapped_latents_lose_nothing_in_autocast() -> None:
     torch.testing.assert_close(found, clip, rtol=1e-4, atol=1e-5)
 
 
-def test_whoever_needs_a_lapped_basis_first_does_not_decide_what_it_is() -> None:
+def test_a_lapped_basis_does_not_depend_on_its_first_user() -> None:
     lapped_basis.cache_clear()
     with torch.device("meta"), torch.inference_mode():
         lapped_basis(16, 8)

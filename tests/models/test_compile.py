@@ -1,4 +1,4 @@
-"""Compiled blocks compute what the others do, in every pass that training makes."""
+"""Compiled blocks compute the same as eager ones, in every pass of training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAMILIES = [*{type(case.config): name for name, case in reversed(CASES.items())}
 
 
 def passed(model: DiffusionTransformer, case: Case) -> dict[str, Tensor]:
-    """What passes with and without gradients give, and the gradients."""
+    """The results of passes with and without gradients, and the gradients."""
     x, t, c = case.inputs()
     with torch.no_grad():
         found = {"velocity": model(x, t, c)}

@@ -1,7 +1,7 @@
-"""What every backbone owes to the generator, the discriminator and the trainer.
+"""What the generator, the discriminator and the trainer require of every backbone.
 
-A new family is covered by its registration and a line in `tests.models.backbones.SHAPES`. What its
-numbers have to be is for its own tests.
+A new family is covered by its registration and a line in `tests.models.backbones.SHAPES`. Its own
+tests check its values.
 """
 
 from __future__ import annotations

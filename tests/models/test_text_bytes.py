@@ -124,7 +124,7 @@ def test_words_are_found_by_their_spelling_in_every_process() -> None:
 
 
 def test_relatives_share_parts() -> None:
-    """A word that training never showed still lies near those that it is spelled like."""
+    """A word that training never showed is still near words with a similar spelling."""
     model = encoder(width=4096, depth=0)  # so wide that chance likeness is small
     seven, sevens, blue = model._encode_words([b"seven", b"sevens", b"blue"])
     assert torch.cosine_similarity(seven, sevens, dim=0) > 0.1

@@ -1,4 +1,4 @@
-"""The frame with a model of one's own, as small as one can be."""
+"""The base class with the smallest possible model of one's own."""
 
 from __future__ import annotations
 

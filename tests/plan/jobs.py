@@ -22,7 +22,7 @@ from apt.plan.models import PlannedModel, new_model
 from apt.train.config import LoRAConfig, ModelConfig, OptimizerConfig, TrainConfig
 from tests.distributed.gang import gang
 
-# Large enough that a norm's statistics or a scalar are no share of it.
+# Large enough that a norm's statistics or a scalar do not count.
 SHAPE = {"hidden_size": 96, "depth": 3, "num_heads": 4, "text_dim": 64}
 SAMPLE = SampleInfo(frames=9, height=64, width=64, fps=8)
 

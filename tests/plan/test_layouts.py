@@ -1,4 +1,4 @@
-"""The choice among layouts, on figures that are given instead of measured."""
+"""The choice of a layout, from given instead of measured figures."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def job(config: TrainConfig) -> Job:
 
 
 def needing(config: TrainConfig, states: float, activations: float, ranks: int = 16) -> Estimate:
-    """GiB of states are sharded, of activations split over the sequence; D's groups are two thirds
-    of them, and blocks without attention computed again take a tenth longer."""
+    """An estimate for these GiB of states, which are sharded, and of activations, which are split
+    over the sequence. D's groups hold two thirds of them. If attention is recomputed too, the work
+    is a tenth more."""
     layout = config.parallel.layout(ranks)
     held = activations / layout.sequence
     if getattr(config.stage, "discriminator_forwards", 1) == 2:

@@ -1,4 +1,4 @@
-"""What is planned without data, held against the same updates in real tensors."""
+"""Plans made without data, compared with the same updates on real tensors."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_parts_add_up_and_states_are_told_apart() -> None:
 
 @pytest.mark.slow
 def test_a_deep_network_is_told_from_shallow_ones() -> None:
-    """Peaks and work of 12 blocks by 6 and 8, against all 12."""
+    """Peaks and work of 12 blocks, extrapolated from 6 and 8, against all 12."""
     job = JOBS["deep"]
     few, whole = estimate(job, Layout(1, 4, 1)), estimate(job, Layout(1, 4, 1), whole=True)
     assert peaks(few) == pytest.approx(peaks(whole), rel=1e-3)

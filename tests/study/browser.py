@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PATIENCE_MS = 120_000
-"""Of a busy machine."""
+"""Enough for a busy machine."""
 
 
 @contextmanager

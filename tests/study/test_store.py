@@ -1,4 +1,4 @@
-"""Answers: kept once, whoever sends them twice, and whoever is killed."""
+"""Answers are kept once, even if they are sent twice or a process is killed."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_windows_and_raters_at_once(tmp_path: Path, study: Study) -> None:
 
 
 def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, study: Study) -> None:
-    """SQLite's own limit on a file's pages is its full disk."""
+    """SQLite's own limit on a file's pages stands in for a full disk."""
     store = AnswerStore(tmp_path, study)
     store.begin(1)
     store.answer(1, 0, 1, LEFT)
@@ -126,7 +126,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, study: Study) -> None:
     connection.execute(f"PRAGMA max_page_count = {2 * pages}")
     kept = [shown for shown in store.everything() if shown.version]
     assert len(kept) == answered
-    # And goes on as soon as there is room.
+    # It continues as soon as there is room.
     rater = max(shown.rater for shown in kept)
     rest = [shown for shown in store.begin(rater) if shown.version == 0]
     for shown in rest:

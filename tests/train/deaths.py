@@ -1,4 +1,4 @@
-"""Ends of a run at a moment that is chosen, in the process that ends: nothing depends on timing."""
+"""End a run at a chosen moment, from inside its process, so that nothing depends on timing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 def die_before(chosen: Callable[[str, str], bool]) -> None:
-    """SIGKILL for this process before the first change on disk that is chosen.
+    """Send this process SIGKILL before the first chosen change on disk.
 
-    `chosen` is asked before each, in its order: the audit event ("open" for writing, "os.mkdir",
-    "os.rename", "os.remove", "os.rmdir") and the path, which may be relative to an open folder.
+    `chosen` is called before each change, in order, with the audit event ("open" for writing,
+    "os.mkdir", "os.rename", "os.remove", "os.rmdir") and the path, which may be relative to an open
+    folder.
     """
 
     def hook(event: str, args: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Two sharded ranks, of which one computes what is not finite, then what is not the same twice.
+"""Two sharded ranks, of which one computes non-finite values, then values that do not repeat.
 
 test_diagnosis.py runs it. Both are forked from one process, so that torch is imported once.
 """

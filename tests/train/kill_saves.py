@@ -37,7 +37,7 @@ def save_and_prune(root: Path, step: int) -> None:
 
 
 def child(root: Path, step: int, change: int) -> None:
-    """Save, and die before the change of that number, counted from 0."""
+    """Save, and die before the change with this number, counted from 0."""
     numbers = count()
     try:
         die_before(lambda event, path: next(numbers) == change)
@@ -52,7 +52,7 @@ HALF = 3000  # bytes of a file that is larger
 
 
 def die_in_the_bytes(root: Path, step: int) -> None:
-    """The kernel ends the process as soon as a file has more bytes than so many."""
+    """Let the kernel end the process as soon as a file exceeds a number of bytes."""
     try:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -65,7 +65,7 @@ def die_in_the_bytes(root: Path, step: int) -> None:
 
 
 def check_death_in_the_bytes(root: Path, last: int) -> None:
-    """A tensor file is there in part, and the checkpoint before is the newest one."""
+    """Assert that a tensor file is partial, and the previous checkpoint is the newest one."""
     pid = os.fork()
     if pid == 0:
         die_in_the_bytes(root, last + 1)

@@ -1,4 +1,4 @@
-"""Parts of a user's own, as small as they can be: nothing of the package knows them."""
+"""The smallest possible parts of a user's own, which the package does not know."""
 
 from __future__ import annotations
 

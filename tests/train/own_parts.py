@@ -1,4 +1,4 @@
-"""A module of a user's own, as `--import` gets it: it registers parts and recipes."""
+"""A user's own module for `--import`, which registers parts and recipes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHARED: dict[str, Any] = {
 
 @RECIPES.register("mine")
 def recipes() -> list[TrainConfig]:
-    """All three stages on parts of one's own."""
+    """All three stages on the user's own parts."""
     return [
         TrainConfig(
             name="own_pretrain",

@@ -37,11 +37,11 @@ LAYOUTS = {
     "copies": ParallelConfig(sequence=2, replicate=2),
 }
 PENALTIES = {"discriminator/approximate_r1": 100.0, "discriminator/approximate_r2": 50.0}
-"""The weight of each by its name in the log."""
+"""The weight of each term, by its name in the log."""
 
 
 def config(root: Path, stage: str, name: str, **changes: Any) -> TrainConfig:
-    """A small run of a stage, without rates that rounding errors grow under."""
+    """A small run of a stage, at rates at which rounding errors do not grow."""
     made = small_runs.config(root, stage, name, num_updates=UPDATES, sample_every=0, **changes)
     optimizer = dataclasses.replace(
         made.optimizer, learning_rate=1e-3, eps=1e-2, warmup_updates=0, decay_updates=0

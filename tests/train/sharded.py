@@ -1,7 +1,7 @@
 """Stages of training on 1, 2 and 4 ranks, in fp32 and in bf16; test_sharded.py starts this.
 
-All ranks of all worlds see the same micro-batches of one sample, so that even in bf16 the gradients
-that are added up are the same ones.
+All ranks of all worlds see the same micro-batches of one sample, so even in bf16 the same gradients
+are added up.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def die_in_a_save() -> None:
 
 
 def die_after_a_save() -> None:
-    """Before whatever comes after it."""
+    """Die just after a save, before anything else."""
     saved: list[str] = []
 
     def chosen(event: str, path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Configurations in files: what is not there, or does not fit, is said."""
+"""Configurations in files: errors say what is missing or does not fit."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def test_every_recipe_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
     configs = [made] if isinstance(made, TrainConfig) else list(made)
     (tmp_path / "c.json").write_text(json.dumps([plain(config) for config in configs]))
     assert read_configs(tmp_path / "c.json") == configs
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_what_powershell_writes_is_read(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(plain(digits_apt())), encoding=encoding)
+    assert read_configs(tmp_path / "c.json") == [digits_apt()]
 
 
 def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ Source = Literal["folder", "webdataset", "latents"]
 
 
 class Ranks:
-    """Rank 0's `from_main` first, then that of another rank, which gets what rank 0 has sent."""
+    """`from_main` of rank 0, then of another rank, which gets what rank 0 sent."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []

@@ -102,7 +102,7 @@ def test_fewer_updates_than_are_done(tmp_path: Path):
     before = plain(CONFIG)
     shorter = dataclasses.replace(CONFIG, num_updates=8)
     check_resumable(shorter, {"config": before}, tmp_path, 8)
-    with pytest.raises(ConfigError, match="--num-updates 9"):
+    with pytest.raises(ConfigError, match="--num-updates to at least 9"):
         check_resumable(shorter, {"config": before}, tmp_path, 9)
 
 

@@ -1,4 +1,4 @@
-"""Pre-training that goes on from a model's weights."""
+"""Pre-training that starts from a model's weights."""
 
 from __future__ import annotations
 

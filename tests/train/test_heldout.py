@@ -1,4 +1,4 @@
-"""The loss on clips that are held out: what it is, and that training is the same beside it."""
+"""The loss on held-out clips: what it is, and that measuring it does not change training."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def test_a_broken_clip_among_them_stops_with_the_state_saved(tmp_path: Path) -> 
     assert all(torch.equal(before[key], now[key]) for key in before)
 
 
-def test_runs_from_before_there_was_such_a_thing_go_on(tmp_path: Path) -> None:
+def test_runs_from_before_held_out_clips_continue(tmp_path: Path) -> None:
     now = dataclasses.replace(config(tmp_path), ema_warmup=False)
     before = plain(now)
     del before["heldout"]

@@ -1,4 +1,4 @@
-"""Errors in the middle of an update: what was done is saved, and the run goes on bit for bit."""
+"""Errors in the middle of an update: finished work is saved, and the run continues bit for bit."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(run_dir: Path) -> dict[str, bytes]:
-    """All that two equal runs have in common."""
+    """All files that equal runs have in common."""
     kinds = ("samples/*.png", "export/*.safetensors", "snapshots/*/*/*.safetensors", LOG_NAME)
     return {str(p.relative_to(run_dir)): p.read_bytes() for k in kinds for p in run_dir.glob(k)}
 
@@ -76,7 +76,7 @@ def state(run_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_plots() -> Iterator[None]:
-    """Half of the time of so short a run, and nothing that is looked at here."""
+    """Plots take half the time of so short a run, and are not tested here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_losses", lambda run_dir: None)
         yield
@@ -87,7 +87,7 @@ def full_disk(*arguments: Any, **options: Any) -> None:
 
 
 def once(part: Callable[..., Any], fault: Callable[..., Any]) -> Callable[..., Any]:
-    """`part`, that fails in the one update."""
+    """`part`, which fails in one update."""
 
     def faulty(stage: Any, batches: Any, update: int) -> Any:
         return fault() if update + 1 == FAILS_AT else part(stage, batches, update)

@@ -1,4 +1,4 @@
-"""What is said of ranks and batches before anything is loaded."""
+"""Checks of ranks and batches before anything is loaded."""
 
 from __future__ import annotations
 

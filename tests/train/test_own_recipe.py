@@ -1,4 +1,4 @@
-"""The recipe for a folder of one's own, from files to a video, with networks of a few thousand
+"""The recipe for a user's own folder, from files to a video, with networks of a few thousand
 weights."""
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def test_errors_are_one_line_each(clips: Path, tmp_path: Path) -> None:
     assert "--data.path is empty" in said()
     (empty / "a.mp4").write_bytes(b"not a video")
     (empty / "a.txt").write_text("a")
-    assert "1 files that cannot be read" in said("--data.path", empty)
+    assert "1 file that cannot be read" in said("--data.path", empty)
     write_video(empty / "a.mp4", numbered(3, 32, 32), 8)
     assert "fewer than 5 frames at 8 fps" in said("--data.path", empty)
     assert "unknown model 'mmdit_x'" in said("--data.path", clips, "--model.name", "mmdit_x")

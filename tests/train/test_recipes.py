@@ -53,7 +53,7 @@ PUBLIC = (
     "sd35_distill",
     "apt_image_sd35",
 )
-# What an ablation may say of itself: its name, its place, how long it runs and what it keeps.
+# Fields that may differ in every ablation: name, folder, length and what is kept.
 OWN = {"name", "run_dir", "num_updates", "snapshot_at", "optimizer.decay_updates"}
 
 
@@ -114,7 +114,7 @@ def test_recipes_say_what_they_are_and_hang_together(name: str) -> None:
                 )
 
 
-# DESIGN.md's table of the paper's values.
+# The paper's values.
 PAPER: dict[str, dict[str, Any]] = {
     "apt_image_1024": {
         "data.frames": 1,

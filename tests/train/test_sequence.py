@@ -31,10 +31,10 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
 def assert_logs_equal(
     made: tuple[Path, dict[str, Any]], name: str, expected: str, *, monitored: bool = True
 ) -> None:
-    """To 1e-5 of each value; of a penalty, the difference of logits to what rounds logits.
+    """To 1e-5 of each value; of a penalty, its difference of logits to the rounding of logits.
 
-    The collapse monitor looks at the first rank's own samples, so where others have more of them
-    its figures are not compared.
+    The collapse monitor sees only the first rank's samples, so its figures are not compared where
+    other ranks have other samples.
     """
     root, report = made
     for run in (name, expected):
@@ -51,7 +51,7 @@ def assert_logs_equal(
 
 
 def unsquared(entry: dict[str, float]) -> dict[str, float]:
-    """With the root of each penalty, which is the square of a small difference of large numbers."""
+    """Replace each penalty, the square of a small difference of large numbers, by its root."""
     roots = {name: math.sqrt(entry[name] / PENALTIES[name]) for name in PENALTIES if name in entry}
     return {**entry, **roots}
 

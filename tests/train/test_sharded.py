@@ -21,7 +21,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("two", "four", "
 
 
 class Found:
-    """What layouts of ranks have made, each computed when a test asks for it first."""
+    """The results of layouts of ranks, each computed when a test first asks for it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -73,7 +73,7 @@ def test_weights_averages_and_targets_are_those_of_one_rank(
 
 
 def of_all_ranks(metrics: dict[str, float]) -> dict[str, float]:
-    """Without the collapse monitor's, which looks at the first rank's own samples."""
+    """Without those of the collapse monitor, which sees only the first rank's samples."""
     return {key: value for key, value in metrics.items() if not key.startswith("samples/")}
 
 

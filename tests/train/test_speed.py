@@ -1,4 +1,4 @@
-"""What a run says of its speed: operations against those that torch counts."""
+"""The speed that a run reports: operations against those that torch counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.train.tiny_methods import (
     train_config,
 )
 
-# So wide that what is no backbone, text and heads, is a small share.
+# So wide that text and heads are a small share beside the backbone.
 WIDE = dataclasses.replace(
     TINY_MODEL, options={**TINY_MODEL.options, "hidden_size": 192, "num_heads": 4}
 )

@@ -1,4 +1,4 @@
-"""Training where it does not have the process for itself: in a thread, and without a terminal."""
+"""Training inside another program: in a thread, and without a terminal."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_thread_trains_as_the_main_thread_does(tmp_path: Path) -> None:
 
 
 class Cell(io.StringIO):
-    """What a notebook's cell shows, with somebody who stops the run at its first line."""
+    """The output of a notebook's cell, with a user who stops the run at its first line."""
 
     def __init__(self, stop: StopRequest) -> None:
         super().__init__()

@@ -157,7 +157,7 @@ def test_objects_and_held_out_clips_on_two_ranks(tmp_path: Path):
             assert theirs[name] == pytest.approx(value, rel=1e-3), name
 
 
-# Whoever but rank 0 lists the folder or reads a header of its files ends the run.
+# Any rank but 0 that lists the folder or reads a header of its files ends the run.
 BLIND = """
 import os, sys
 from apt.data import builtin_sources, folder, statistics

@@ -47,8 +47,7 @@ class ClassifierConfig:
 
     Attributes:
         network: "glimpse" or "frames" (`apt.evaluate.digits.networks`).
-        blur: standard deviation of the Gaussian that blurs its input, in pixels at 32x32; 0 is
-            none.
+        blur: standard deviation of the Gaussian blur of its input, in pixels at 32x32; 0 is none.
         optimizer: "adamw", or "sgd" with momentum.
         setting: of the moving digits to judge.
     """

@@ -330,7 +330,7 @@ def _progress(results: Results, pictures: Pictures) -> list[str]:
     rows = _snapshot_rows(results, APT.run)
     if not rows:
         return [title, "Not run: no snapshots were found."]
-    start = "The row of 0 updates is the consistency model, from which APT starts. "
+    start = "0 updates is the consistency model, from which APT starts. "
     return [
         title,
         image(pictures.progress, "Quality against updates, EMA and raw weights"),

@@ -1,4 +1,4 @@
-"""The protocols; importing this registers them."""
+"""The protocols; importing this package registers them."""
 
 from __future__ import annotations
 

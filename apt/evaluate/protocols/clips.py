@@ -1,4 +1,4 @@
-"""A folder of own videos as prompts and as what is real, for a model that was trained on it."""
+"""A folder of your own videos as prompts and real clips, for a model that was trained on it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from apt.pixels import to_frames
 @PROTOCOLS.register("clips")
 @dataclass(frozen=True, kw_only=True)
 class Clips(VideoOptions):
-    """Your own captioned videos: samples of their captions against clips that are cut from them."""
+    """Your own captioned videos: samples for their captions, compared with clips cut from them."""
 
     videos: Path
     """Folder of videos with captions, as for `train own`: metadata.csv, or a .txt beside each."""
     most: int | None = None
-    """So many videos at most, the first by name; None takes all."""
+    """At most this many videos, the first by name; None takes all."""
     frames: int | None = None
-    """Frames of each clip and sample; None, also below, is what the first model was trained on."""
+    """Frames of each clip and sample; None, here and below, follows the first model's clips."""
     height: int | None = None
     """Height in pixels."""
     width: int | None = None
@@ -41,7 +41,7 @@ class Clips(VideoOptions):
     """Frames per second."""
 
     def build(self, request: Request) -> Protocol:
-        """The protocol. Raises InputError without a size, DataError for an unusable folder."""
+        """Build the protocol. Raises InputError without a size, DataError for a bad folder."""
         frames, height, width, fps = self._size(request)
         if frames < 3:
             raise InputError(f"motion needs clips of at least 3 frames, got {frames}")
@@ -55,7 +55,7 @@ class Clips(VideoOptions):
         prompts = tuple(folder.caption(index) for index in range(number))
 
         def cut() -> Sequence[Path]:
-            """Write the clips that are not there; each appears whole or not at all."""
+            """Write missing clips, each whole or not at all; return all files."""
             for index, file in enumerate(files):
                 if not file.is_file():
                     write_mkv(file, to_frames(folder[index].pixels[None])[0], fps=fps, scale=1)
@@ -71,10 +71,10 @@ class Clips(VideoOptions):
         )
         return video_protocol(
             "clips",
-            f"Samples of the captions of {number} videos, and clips of {frames} frames of "
-            f"{height}×{width} (height × width) at {fps:g} a second that were cut from these. A "
-            "model that was trained on them may know them by heart: this tells how well it "
-            "learned, not how well it makes new ones.",
+            f"Samples for the captions of {number} videos are compared with clips of {frames} "
+            f"frames of {height}×{width} (height × width) at {fps:g} frames per second, cut from "
+            "these videos. A model may have memorised videos that it was trained on; then the "
+            "figures show how well it learned them, not how well it makes new ones.",
             prompts,
             cut,
             self,
@@ -86,7 +86,7 @@ class Clips(VideoOptions):
         )
 
     def _size(self, request: Request) -> tuple[int, int, int, float]:
-        """Frames, height, width and rate, as asked for or those of the first model."""
+        """Return frames, height, width and rate: as given, or those of the first model."""
         own = _trained(request.models[0].place)
         frames = self.frames or (own and own.frames)
         height = self.height or (own and own.height)
@@ -94,14 +94,14 @@ class Clips(VideoOptions):
         fps = self.fps or (own and own.fps)
         if not (frames and height and width and fps):
             raise InputError(
-                f"{request.models[0].place} does not say how long and large its clips are; give "
-                "--frames, --height, --width and --fps"
+                f"{request.models[0].place} does not define the length, size and rate of its "
+                "clips; give --frames, --height, --width and --fps"
             )
         return frames, height, width, fps
 
 
 def _trained(place: str) -> SampleInfo | None:
-    """What a model of ours was trained on; None of others."""
+    """Return what one of our models was trained on; None for other models."""
     if _is_foreign(place):
         return None
     folder = locate(place).folder

@@ -1,4 +1,4 @@
-"""The paper's metrics of images (APT, Appendix A), on the captions of COCO 2014."""
+"""The paper's image metrics (APT, Appendix A) on captions of COCO 2014."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from apt.samples import Sample
 
 _NONE = "none"
 _ABOUT = """\
-Images of the first {number} captions of COCO 2014 validation against the {real} images that these
-were written for, as in APT's Appendix A:
+Images generated for the first {number} captions of COCO 2014 validation are compared with the
+{real} images that the captions were written for, as in APT's Appendix A:
 
 - **FID**: Fréchet distance in the features *{features}*; images are cropped to a square and resized
   as clean-fid does.
-- **PFID**: the same of 299-pixel patches from the middle, not resized; images of up to 512 pixels
-  are enlarged to 1024 before.
+- **PFID**: the same for 299-pixel patches from the middle, not resized; generated images of up to
+  512 pixels are first enlarged to 1024.
 {more}
-The paper found these figures to contradict what people see (FLUX in one step beats its base in 25):
-several of them, with samples to look at, and better a study (`diffusion-apt study make`), are worth
-more than one."""
+The paper found that these figures contradict what people see (one-step FLUX beats its 25-step
+base). Read several of them, look at the samples, and better still, run a study
+(`diffusion-apt study make`)."""
 _CLIP = "- **CLIP score**: 100 times the cosine of image and caption in *{name}*.\n"
 _FDR = (
     "- **FDr**: mean over {names} of the Fréchet distance, divided by that of held-out real "
@@ -39,32 +39,32 @@ _FDR = (
 @PROTOCOLS.register("coco")
 @dataclass(frozen=True, kw_only=True)
 class Coco:
-    """FID, PFID, FDr and CLIP score on COCO 2014, as the paper's Tables 5 and 6."""
+    """FID, PFID, FDr and CLIP score on COCO 2014, as in the paper's Tables 5 and 6."""
 
     folder: Path
     """COCO 2014 validation: annotations/captions_val2014.json, and the images in val2014/."""
     captions: int = 5000
-    """The first so many; the paper has 5,000 and 10,000."""
+    """Number of captions, from the first; the paper uses 5,000 and 10,000."""
     seeds: tuple[int, ...] = (0,)
-    """Evaluation seeds; each has noise of its own."""
+    """Evaluation seeds; each has its own noise."""
     height: int | None = None
-    """Height in pixels; None, also below, is each model's own."""
+    """Height in pixels; None, here and below, uses each model's own."""
     width: int | None = None
     """Width in pixels."""
     features: str = "inception"
-    """Of FID and PFID: a name in `apt.evaluate.features`, or your own from --import."""
+    """Features of FID and PFID: a name in `apt.evaluate.features`, or your own from --import."""
     fdr: tuple[str, ...] = ()
-    """Features of FDr, by name: inception convnextv2 dinov2 mae siglip2 clip are the six of its
-    authors. None leaves it out."""
+    """Features of FDr, by name; its authors use inception convnextv2 dinov2 mae siglip2 clip. If
+    there are none, FDr is left out."""
     clip: str = PAPER_MODEL
-    """Model of the CLIP score, a folder or a Hub id; "none" leaves it out."""
+    """Model of the CLIP score: a folder or a Hub id; "none" leaves it out."""
     batch_size: int = 32
-    """Pictures that a network sees at once."""
+    """Pictures per network call."""
     measure_device: str = "cpu"
     """Where features are computed: cpu or cuda."""
 
     def build(self, request: Request) -> Protocol:
-        """The protocol. Raises DataError for a folder that is not COCO's, InputError for names."""
+        """Build the protocol. Raises DataError for an unusable folder, InputError for names."""
         for name in (self.features, *self.fdr):
             FEATURES.get(name)
         if self.captions < 2:
@@ -89,7 +89,7 @@ class Coco:
             statistics = fid().statistics(_files(samples))
             found = {"fid": fid().distance(statistics)}
             if self.fdr:
-                # FDr may be in the features of FID too, which need no second look.
+                # FDr may use the features of FID too, which are computed only once.
                 same = self.features in self.fdr
                 known = {network(self.features).name: statistics} if same else {}
                 ratios = ratio()(_files(samples), known)

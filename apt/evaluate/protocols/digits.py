@@ -1,4 +1,4 @@
-"""The figures of the digits' results page, for any model that makes moving digits."""
+"""The figures of the digits results page, for any model that generates moving digits."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from apt.evaluate.digits.protocol import NAME, digits_protocol
 from apt.evaluate.protocol import PROTOCOLS, Protocol, Request, check_seeds
 
 _ABOUT = """\
-The figures of the digits' results page, which says what each is: {captions} captions that models
-were trained on, and {heldout} that they were not, against {reference} real clips of handwriting
-that no model has seen. The judge is a classifier trained on real clips."""
+The figures are those of the digits results page, which explains them. Samples of {captions}
+captions that models were trained on and {heldout} held-out captions are compared with {reference}
+real clips of handwriting that no model has seen. The judge is a classifier trained on real
+clips."""
 
 
 @PROTOCOLS.register(NAME)
 @dataclass(frozen=True, kw_only=True)
 class Digits:
-    """Distances, words and diversity on the moving digits; without --model, the results page."""
+    """Distances, accuracy and diversity on moving digits; without --model, the results page."""
 
     captions: int = len(TRAIN_LABELS)
-    """Captions that models were trained on; as many that were held out are added, if there are."""
+    """Number of trained captions; up to as many held-out captions are added."""
     samples_per_caption: int = 2
     """Samples of each caption and seed."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Evaluation seeds; each has noise and real clips of its own."""
+    """Evaluation seeds; each has its own noise and real clips."""
     num_reference: int = 2048
-    """Real clips that everything is compared with."""
+    """Real clips that all samples are compared with."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    """The judge, which is trained at first use."""
+    """The judge, trained at first use."""
     cache: Path | None = None
-    """Folder of the judge; None is `judge` in --out. `runs/digits/evaluation` has the page's."""
+    """Folder of the judge; None is `judge` in --out. The page's is in `runs/digits/evaluation`."""
 
     def __post_init__(self) -> None:
         limits = {"captions": (2, len(TRAIN_LABELS)), "samples_per_caption": (2, 1000)}
@@ -46,16 +47,15 @@ class Digits:
         check_range(self, "", limits | {"num_reference": (2, 100_000)})
 
     def build(self, request: Request) -> Protocol:
-        """The protocol. Raises ConfigError for a model that is to make clips of another size."""
+        """Build the protocol. Raises ConfigError for a model whose options set another size."""
         size = clip_size(self.classifier.setting)
         wanted = {"frames": size.frames, "height": size.side, "width": size.side}
         for choice in request.models:
             for name, number in wanted.items():
                 if getattr(choice.options, name) not in (None, number):
                     raise ConfigError(
-                        f"{choice.name} is to make clips of {name} "
-                        f"{getattr(choice.options, name)}, and the judge reads {number}; leave it "
-                        "out"
+                        f"{choice.name} sets {name} to {getattr(choice.options, name)}, but the "
+                        f"judge reads {number}; leave it out"
                     )
         each, setting = self.samples_per_caption, self.classifier.setting
         sets = [caption_set(seed, self.captions * each, each, setting) for seed in self.seeds]

@@ -1,4 +1,4 @@
-"""Samples of a file of prompts side by side: to look at, and one model's against another's."""
+"""Samples of a file of prompts, side by side, and the fidelity of one model to another."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from apt.samples import Sample
 @PROTOCOLS.register("prompts")
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts of your own, side by side: to look at, for a study, or to check a change."""
+    """Your own prompts, side by side: to look at, for a study, or to check a change."""
 
     prompts: Path
     """Text with one prompt per line."""
     samples_per_prompt: int = 1
     """Samples of each prompt and seed."""
     seeds: tuple[int, ...] = (0,)
-    """Evaluation seeds; each has noise of its own."""
+    """Evaluation seeds; each has its own noise."""
     frames: int | None = None
-    """Frames of each sample; None, also below, is each model's own number."""
+    """Frames of each sample; None, here and below, uses each model's own."""
     height: int | None = None
     """Height in pixels."""
     width: int | None = None
     """Width in pixels."""
     fidelity: tuple[Literal["psnr", "ssim", "flip", "cvvdp"], ...] = ()
-    """How near each further model's samples, kept without loss, are to the first one's, prompt by
-    prompt and seed by seed: for 8-bit weights, exports and kernels, not for different models.
+    """How close each further model's samples, stored without loss, are to the first model's with
+    the same prompt and seed: for 8-bit weights, exports and kernels, not for different models.
     `compare` checks two folders of samples against limits."""
 
     def build(self, request: Request) -> Protocol:
-        """The protocol. Raises InputError for prompts that cannot be read."""
+        """Build the protocol. Raises InputError for prompts that cannot be read."""
         about = "The same prompts and noise seeds for every model."
         if self.fidelity:
-            about += " Each further model's samples are held against those of the first one."
+            about += " Each further model's samples are compared with those of the first."
         return Protocol(
             name="prompts",
             about=about,
@@ -58,7 +58,7 @@ class Prompts:
         )
 
     def _measure(self, samples: Sequence[Sample], others: Sequence[Sample]) -> Figures:
-        """Means over the pairs. Raises InputError for samples of different sizes."""
+        """Return means over the pairs. Raises InputError for samples of different sizes."""
         total = dict.fromkeys(self.fidelity, 0.0)
         for sample, other in zip(samples, others, strict=True):
             clips = read_video(other.path), read_video(sample.path)

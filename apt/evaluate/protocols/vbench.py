@@ -1,4 +1,4 @@
-"""VBench's prompts and, once it has run in an environment of its own, its figures."""
+"""VBench's prompts and, once it has run in its own environment, its figures."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from apt.generate_options import GenerateOptions
 from apt.samples import Sample
 
 _ABOUT = """\
-VBench (Huang et al., 2024): 16 dimensions of {prompts} prompts with {each} videos each, raw, and
-its three scores in percent. It pins old packages and fetches a dozen models, so it runs in an
-environment of its own. A model without figures waits for it:
+VBench (Huang et al., 2024): the raw figures of its 16 dimensions on {prompts} prompts with {each}
+videos each, and its three scores in percent. It pins old packages and downloads a dozen models, so
+it runs in its own environment. For a model without figures, run `apt/evaluate/vbench_run.py` there:
 
     python vbench_run.py {place}/MODEL/*/videos {place}/MODEL/*/results
 
-with `apt/evaluate/vbench_run.py`, and then this command again."""
+Then repeat this command."""
 
 
 @PROTOCOLS.register("vbench")
 @dataclass(frozen=True, kw_only=True)
 class VBench:
-    """VBench's prompts, five videos of each; reads its figures once it has run by itself."""
+    """VBench's prompts, five videos each; reads its figures once it has run separately."""
 
     source: Path
-    """Where its prompts are: vbench-*.whl (`pip download --no-deps vbench`), the folder of an
+    """Source of its prompts: vbench-*.whl (`pip download --no-deps vbench`), the folder of an
     installed vbench, or VBench_full_info.json."""
     frames: int | None = None
-    """Frames of each sample; None, also below, is each model's own number."""
+    """Frames of each sample; None, here and below, uses each model's own."""
     height: int | None = None
     """Height in pixels."""
     width: int | None = None
     """Width in pixels."""
 
     def build(self, request: Request) -> Protocol:
-        """The protocol. Raises DataError for a source without VBench's prompts."""
+        """Build the protocol. Raises DataError for a source without VBench's prompts."""
         prompts = tuple(read_vbench_prompts(self.source))
         place = request.out / "vbench"
         scores = {
@@ -68,7 +68,7 @@ class VBench:
 
 
 def _measure(place: Path, prompts: Sequence[str], samples: Sequence[Sample]) -> Figures:
-    """What VBench found of these samples; nothing yet where it has not run, but their files."""
+    """Arrange the files of these samples for VBench, and return its figures if it has run."""
     digest = hashlib.sha256("".join(sample.sha256 for sample in samples).encode()).hexdigest()[:12]
     folder = place / samples[0].path.parent.name / digest
     arrange_videos(

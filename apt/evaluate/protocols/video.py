@@ -1,4 +1,4 @@
-"""Videos against real ones, by measures that a frozen video cannot win."""
+"""Compare videos with real ones, by measures that a frozen video cannot all win."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from apt.registry import Registry
 from apt.samples import Sample
 
 VIDEO_FEATURES: Registry[VideoFeatures] = Registry("video features")
-"""Networks of your own that see whole videos, such as FVD's I3D, by name; none is built in."""
+"""Your own networks for whole videos, such as FVD's I3D, by name; none is built in."""
 
 NO_FEATURES = "none"
 
@@ -37,20 +37,20 @@ _MOVEMENT = {
     "frozen": Figure("frozen videos", "lower", "share"),
 }
 _ABOUT = """\
-- **sharpness**: variance of the Laplacian of each frame, in squared grey levels; **flicker**: jumps
-  of brightness, and **change from frame to frame**, in grey levels; **motion**: of the fastest
-  parts, as a share of the shorter side per frame; **frozen videos**: the share without any. None of
-  these is better high or low: near to real videos is."""
+- **sharpness**: variance of the Laplacian of each frame, in squared grey levels; **flicker**:
+  amplitude of jumps in brightness, and **change from frame to frame**, both in grey levels;
+  **motion**: speed of the moving parts, as a share of the shorter side per frame; **frozen
+  videos**: the share of videos without motion. The closer these are to real videos, the better."""
 _DISTANCE = """
-- **Fréchet distance** to {number} real videos in the features *{features}*: as FVD, and FVD itself
-  where these are its I3D. Figures of other features or numbers of videos cannot be compared."""
+- **Fréchet distance** to {number} real videos in the features *{features}*. With FVD's I3D as
+  features, this is FVD. Figures with other features or numbers of videos cannot be compared."""
 _PATCHES = """
 - **patch distance** to {number} real videos: a Fréchet distance between patches of 8×8
   pixels, which detects blur, ghosting and grain at full resolution and needs no network. Samples
   are stored without loss for it."""
 _CODEC = """
-- **through the codec**: the real videos, encoded and decoded by the first model's codec, which is
-  the best that a model in its latents can reach."""
+- **through the codec**: the real videos, encoded and decoded by the first model's codec. No model
+  in its latents can do better."""
 _DIVERSITY = """
 - **diversity**: mean distance in these features between samples of one prompt (within), and of
   different ones (across)."""
@@ -58,15 +58,15 @@ _DIVERSITY = """
 
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions:
-    """What protocols of videos have in common."""
+    """Options that all protocols for videos share."""
 
     samples_per_prompt: int = 2
-    """Samples of each prompt and seed; from 2 on their diversity is measured."""
+    """Samples of each prompt and seed; with 2 or more, diversity is measured."""
     seeds: tuple[int, ...] = (0,)
-    """Evaluation seeds; each has noise of its own."""
+    """Evaluation seeds; each has its own noise."""
     features: str = "inception"
-    """Of distance and diversity: a network of pictures in `apt.evaluate.features`, whose features
-    of frames and of their changes are taken, or your own from --import; "none" leaves them out."""
+    """Features for distance and diversity: a network in `apt.evaluate.features`, applied to frames
+    and their changes, or your own from --import; "none" leaves both out."""
     measure_device: str = "cpu"
     """Where features are computed: cpu or cuda."""
 
@@ -74,22 +74,22 @@ class VideoOptions:
 @PROTOCOLS.register("video")
 @dataclass(frozen=True, kw_only=True)
 class Video(VideoOptions):
-    """Videos of a file of prompts: distance to real ones, sharpness, flicker, motion, diversity."""
+    """Videos for your prompts: distance to real ones, sharpness, flicker, motion, diversity."""
 
     prompts: Path
     """Text with one prompt per line."""
     reference: Path | None = None
-    """Folder of real videos; without one no distance is measured. They should have the length,
-    size and rate of the samples: the protocol `clips` cuts them so."""
+    """Folder of real videos; without one, no distance is measured. They should have the length,
+    size and rate of the samples; the protocol `clips` cuts them accordingly."""
     frames: int | None = None
-    """Frames of each sample; None, also below, is each model's own number."""
+    """Frames of each sample; None, here and below, uses each model's own."""
     height: int | None = None
     """Height in pixels."""
     width: int | None = None
     """Width in pixels."""
 
     def build(self, request: Request) -> Protocol:
-        """The protocol. Raises InputError for prompts, DataError for a folder without videos."""
+        """Build the protocol. Raises InputError for prompts, DataError for a bad folder."""
         files = () if self.reference is None else tuple(_videos(self.reference))
         return video_protocol(
             "video",

@@ -51,7 +51,7 @@ def merged(base: nn.Module, path: Path, scale: float = 1.0) -> nn.Module:
 
 
 def assert_changes(model: nn.Module, base: nn.Module, changes: dict[str, Tensor]) -> None:
-    """Just these parameters moved, by these amounts."""
+    """Assert that exactly these parameters changed, by these amounts."""
     before = dict(base.named_parameters())
     for name, value in model.named_parameters():
         expected = before[name].detach()
@@ -229,7 +229,7 @@ def test_lycoris_norms_and_full(base: nn.Module, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["lycoris_", "lora_unet_"])
 def test_lycoris_products(base: nn.Module, tmp_path: Path, prefix: str) -> None:
-    """Its formulas; alpha stands beside the factors, and counts for nothing beside whole ones."""
+    """Its formulas; alpha scales factors, and is ignored for whole matrices."""
     name, ours = f"{prefix}blocks_0_attn1_to_q", "blocks.0.attn1.to_q.weight"
     alpha = torch.tensor(3.0)
     w1, w2 = random(4, 4), random(12, 12, seed=1)

@@ -28,7 +28,7 @@ from tests.models.wan_nets import ours_of, tiny_peer, wan_inputs
 diffusers = pytest.importorskip("diffusers")
 
 RANK = 3
-# Ours, and the authors' name, of one layer of each kind.
+# Our name and the authors' name of one layer of each kind.
 LAYERS = {
     "blocks.0.attn1.to_q": "blocks.0.self_attn.q",
     "blocks.1.attn1.to_out.0": "blocks.1.self_attn.o",
@@ -45,7 +45,7 @@ def model() -> nn.Module:
 
 
 def factors(model: nn.Module, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-    """Random (down, up) of each of LAYERS."""
+    """Random (down, up) for each of LAYERS."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name in LAYERS:

@@ -1,4 +1,4 @@
-"""Alpha from every place that files keep it in."""
+"""Alpha from every place where files store it."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_where_alpha_stands(given: dict[str, Any], expected: float, tmp_path: Pa
 
 
 def test_a_converter_that_keeps_the_header_of_what_it_has_multiplied_in(tmp_path: Path) -> None:
-    """musubi-tuner's convert_lora writes diffusion_model.*.lora_A from kohya's file, alpha in the
-    factors, and passes the header on."""
+    """musubi-tuner's convert_lora writes diffusion_model.*.lora_A from kohya's file with alpha
+    multiplied into the factors, but copies the header."""
     header = {"ss_network_alpha": "16"}
     converted = [f"diffusion_model.{NAME}.lora_A.weight"]
     assert scale(tmp_path, header=header, keys=converted) == 1

@@ -105,7 +105,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     write_log(root / "apt", [1.386 - 0.01 * i for i in range(40)])
     write_log(root / "ablations" / "long", [1.386 - 0.001 * i for i in range(40)])
     write_log(root / "ablations" / "no_r1", [1.386 * 0.8**i for i in range(40)])
-    # The last line was cut short by a kill.
+    # A kill truncated the last line.
     lines = [f'{{"step": {step}, "speed/seconds_per_update": 20.0}}\n' for step in (1, 2, 3)]
     (root / "distill" / "speed.jsonl").write_text("".join(lines) + '{"step": 4, "spe')
     return root, second
@@ -135,7 +135,7 @@ def report(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def rows_of(report: Path) -> dict[str, list[str]]:
-    """The last row of each name, without it."""
+    """The last row of each name, without the name."""
     lines = [line for line in report.read_text().splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return {row[0]: row[1:] for row in cells}
@@ -160,11 +160,11 @@ def test_ablations_meet_the_whole_method_at_equal_length(report: Path) -> None:
     assert "Fréchet" in rows["one head, on the last block"][-1]
 
 
-def test_times_are_those_of_the_log_without_what_was_done_twice(report: Path) -> None:
+def test_times_count_updates_that_were_done_twice_once(report: Path) -> None:
     assert "| 1 | distill | 3 | 1.0 |" in report.read_text()
 
 
-def test_every_picture_of_the_report_is_there_and_is_none_too_many(report: Path) -> None:
+def test_the_report_has_exactly_the_pictures_that_it_shows(report: Path) -> None:
     text = report.read_text()
     shown = {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
     there = {str(path.relative_to(report.parent)) for path in report.parent.rglob("*.png")}
@@ -192,7 +192,7 @@ def test_raw_figures_give_the_table(report: Path) -> None:
     real = data["real"][0]["measurements"]["run 1, seed 1"]
     assert (real["within"], real["across"]) == (1.0, 1.0)
     assert set(real["opinions"]) == {"whole frames", "blurred"}
-    # A codec that loses nothing gives back the very clips.
+    # A lossless codec returns exactly the same clips.
     codec = next(m for m in data["methods"] if m["name"] == "codec")
     back = codec["measurements"]["run 2, seed 1"]
     assert [back[name] for name in FIGURES] == pytest.approx([real[name] for name in FIGURES])
@@ -276,7 +276,7 @@ def test_samples_are_kept_and_belong_to_their_weights(tmp_path: Path) -> None:
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-9])
     assert measured() == ([folder], figures)
-    # All of this tiny model's samples were one batch, and it is made again as such.
+    # All samples of this tiny model were one batch, which is made again as a whole.
     assert damaged.read_bytes() == whole
     assert all(path.stat().st_mtime_ns > time for path, time in times.items())
     save_tiny_model(model, "consistency", seed=9)
@@ -322,7 +322,7 @@ def test_real_clips_of_a_caption_differ() -> None:
 
 
 def test_real_clips_are_what_their_videos_in_8_bits_would_be() -> None:
-    """As generated ones: or sharp details below a rounding would count as a difference."""
+    """Like generated ones; otherwise details finer than rounding would count as a difference."""
     captions = caption_set(0, 4, 2)
     for clips in (
         real_reference(3),
@@ -369,7 +369,7 @@ def test_runs_of_other_data(tmp_path: Path, changes: dict[str, Any], message: st
         evaluate_digits(tiny_config(tmp_path / "out", tmp_path))
 
 
-def test_causes_that_are_none(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_invalid_causes_are_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
     for text in ("[1]", "{", '{"accuracy": 1}'):
         (tmp_path / "digits_causes.json").write_text(text)
         with pytest.raises(DataError, match="does not hold causes"):

@@ -17,8 +17,8 @@ class Flops(NamedTuple):
 
 
 def counted_by_torch(model: Any, *inputs: Any, **options: Any) -> Flops:
-    """Of one call. Batched products are those of attention: in the plain one torch sees them, in
-    the CPU's fused kernel it counts nothing."""
+    """Return torch's count for one call. Batched products are those of attention: torch counts them
+    in plain attention, but nothing in the CPU's fused kernel."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), attention_backend("_native_math"), counter:
         model(*inputs, **options)

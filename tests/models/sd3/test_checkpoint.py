@@ -62,7 +62,7 @@ def original_shapes(config: SD3Config) -> dict[str, tuple[int, ...]]:
 
 
 def convert(config: SD3Config, original: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the rules say, each original key meeting one of them."""
+    """Convert by the rules; each original key matches exactly one."""
     rules = FAMILIES.get("sd3")().rules_for(config)
     ours: dict[str, Tensor] = {}
     for key, tensor in original.items():
