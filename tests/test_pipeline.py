@@ -61,7 +61,7 @@ def test_one_step_is_eq_5_in_pixels(pipeline: OneStepPipeline) -> None:
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
-def test_a_seed_is_a_video_whatever_the_company(
+def test_a_seed_gives_the_same_video_in_any_batch(
     pipeline: OneStepPipeline, diffusion: OneStepPipeline, num_steps: int
 ) -> None:
     for pipe in (pipeline, diffusion):

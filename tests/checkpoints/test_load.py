@@ -150,7 +150,7 @@ def test_full_sizes_go_to_the_original_layout_and_back(name: str) -> None:
     assert sorted(back) == sorted(shapes), "each key once"
 
 
-def test_building_without_memory_is_nothing_to_other_threads() -> None:
+def test_building_without_memory_does_not_affect_other_threads() -> None:
     elsewhere: list[nn.Module] = []
 
     @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def test_tables_that_no_checkpoint_holds_are_refused() -> None:
         empty_module(Config())
 
 
-def test_rules_that_cannot_be_turned_round() -> None:
+def test_rules_that_cannot_be_inverted() -> None:
     for theirs, ours in ((r"a\.(x|y)", "b"), (r"a.*", "b"), (r"a\.((x)|y)", r"b.\1")):
         with pytest.raises(ValueError):
             original_layout(["b"], [KeyRule(theirs=theirs, ours=(ours,))])

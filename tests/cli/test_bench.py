@@ -40,7 +40,7 @@ def test_the_floor_of_a_public_model_is_at_its_own_sizes():
 
 
 def test_attention_is_slower_with_narrow_heads():
-    """At rates that are published; what the vendor calls a peak is called so."""
+    """At published rates; a vendor's peak is labelled as a peak."""
     large = invoke("bench", "dit", "--model", "sd3.5_large", "--floor", "--gpu", "h100").stdout
     assert "16k tokens, head dimension 64" in large
     fastest = next(line for line in large.splitlines() if line.startswith("| flash-attn 3"))

@@ -91,7 +91,7 @@ def test_strict_errors_reach_the_main_process_as_one_line(root: Path, num_worker
 
 
 class Processes:
-    """Samples that tell in which process and process group they were made."""
+    """Samples that contain the process and process group that made them."""
 
     fingerprint = "processes"
 

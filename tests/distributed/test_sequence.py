@@ -71,7 +71,7 @@ def test_every_backbone_and_compiled_blocks(tmp_path: Path) -> None:
 
 
 def ranks(size: int) -> list[SequenceGroup]:
-    """Places in a group that nobody has joined: enough to ask who has which tokens."""
+    """Ranks of a group that nobody has joined: enough to ask which rank has which tokens."""
     nobody = cast("torch.distributed.ProcessGroup", None)
     return [SequenceGroup(nobody, rank, size) for rank in range(size)]
 

@@ -113,7 +113,7 @@ def test_hidden_states_are_the_tokens_between_the_blocks(case: Case) -> None:
 @cases
 @pytest.mark.parametrize("layers", [[], [2], [1, 4], [5]], ids=str)
 def test_only_the_layers_asked_for_are_kept(case: Case, layers: list[int]) -> None:
-    """None for the velocity. Before each block only its input is alive beside them."""
+    """None are kept for the velocity. Before each block, only its input is alive beside them."""
     model = case.build(depth=5)
     inputs = case.inputs()
     outputs: list[weakref.ref[Tensor]] = []
@@ -157,7 +157,7 @@ def test_peak_memory_does_not_depend_on_the_depth(case: Case) -> None:
 
 @cases
 @pytest.mark.parametrize("last", [1, 2, 3])
-def test_what_nothing_reads_behind_a_layer_can_be_deleted(case: Case, last: int) -> None:
+def test_weights_that_nothing_reads_after_a_layer_can_be_deleted(case: Case, last: int) -> None:
     whole, kept = case.build(), case.build()
     kept.keep_hidden_states(last)
     x, t, c = case.inputs()

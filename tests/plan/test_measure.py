@@ -73,7 +73,7 @@ def test_parts_add_up_and_states_are_told_apart() -> None:
 
 
 @pytest.mark.slow
-def test_a_deep_network_is_told_from_shallow_ones() -> None:
+def test_a_deep_network_is_extrapolated_from_shallow_ones() -> None:
     """Peaks and work of 12 blocks, extrapolated from 6 and 8, against all 12."""
     job = JOBS["deep"]
     few, whole = estimate(job, Layout(1, 4, 1)), estimate(job, Layout(1, 4, 1), whole=True)

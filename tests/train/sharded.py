@@ -46,7 +46,7 @@ LAYOUTS = {
     "hybrid": (4, ParallelConfig(replicate=2)),
     "once": (2, ParallelConfig(reduce_once=True)),
 }
-# A large eps: the first updates would else be the gradient's sign, which rounding can flip.
+# A large eps: otherwise the first updates would be the gradient's sign, which rounding can flip.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, eps=1e-2)
 
 

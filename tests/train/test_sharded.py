@@ -1,4 +1,4 @@
-"""Training on several ranks is that of one: weights, metrics, averages, and what is exported."""
+"""Training on several ranks equals that on one: weights, metrics, averages and exports."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def save_run(root: Path, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two training runs, the first with what was trained once."""
+    """Two training runs; the first also has what was trained only once."""
     root, second = tmp_path_factory.mktemp("digits"), tmp_path_factory.mktemp("second")
     save_run(root, 0)
     save_run(second, 10)

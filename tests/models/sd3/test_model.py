@@ -266,8 +266,8 @@ def test_the_vae_normalises_with_its_own_statistics(tmp_path: Any) -> None:
 
 
 @variants
-def test_masked_text_is_not_there(config: SD3Config) -> None:
-    """Equal to diffusers on the words alone, whatever stands behind them."""
+def test_masked_text_has_no_effect(config: SD3Config) -> None:
+    """Equal to diffusers on the unmasked tokens alone, whatever follows them."""
     model = tiny(config)
     x, t, c = inputs(config, lengths=[3, 3])
     assert c.text.mask is not None and c.text.pooled is not None
@@ -284,7 +284,7 @@ def test_masked_text_is_not_there(config: SD3Config) -> None:
 
 @variants
 def test_every_weight_trains_but_the_last_texts_queries(config: SD3Config) -> None:
-    """Published files hold those, though nothing reads them; they are frozen."""
+    """Published files contain those, although nothing reads them; they are frozen."""
     model = tiny(config)
     x, t, c = inputs(config)
     model(x, t, c).square().sum().backward()
