@@ -160,7 +160,7 @@ def test_ablations_meet_the_whole_method_at_equal_length(report: Path) -> None:
     assert "Fréchet" in rows["one head, on the last block"][-1]
 
 
-def test_times_count_updates_that_were_done_twice_once(report: Path) -> None:
+def test_times_count_repeated_updates_once(report: Path) -> None:
     assert "| 1 | distill | 3 | 1.0 |" in report.read_text()
 
 
