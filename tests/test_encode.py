@@ -227,7 +227,7 @@ def test_an_interruption_loses_one_shard_at_most(root: Path, tmp_path: Path) -> 
         go(tmp_path / "out", interrupt)
     (first,) = tmp_path.glob("out/latents-*")
     kept = first.stat().st_mtime_ns
-    with pytest.raises(Exception, match="not complete"):
+    with pytest.raises(Exception, match="incomplete"):
         LatentFolder(tmp_path / "out")
     go(tmp_path / "out", lambda done, total: None)
     assert first.stat().st_mtime_ns == kept
@@ -311,7 +311,7 @@ def test_captions_that_are_too_long_are_left_out_or_cut(root: Path, tmp_path: Pa
         [*CAPTIONS[1:], "a still"]
     )
     result = invoke(*arguments, tmp_path / "cut", *options, "--long-captions", "cut")
-    assert result.returncode == 0 and "1 captions cut" in result.stdout
+    assert result.returncode == 0 and "1 caption cut" in result.stdout
     cut = LatentFolder(tmp_path / "cut")
     (caption,) = {cut[i].caption for i in range(len(cut))} - {*CAPTIONS, "a still"}
     assert long.startswith(caption) and caption.startswith(CAPTIONS[0]) and caption in cut.texts

@@ -34,6 +34,20 @@ from tests.tiny import tiny_bundle
 from tests.train.small_runs import config
 
 
+def test_numbers_agree_with_their_nouns() -> None:
+    counted = apt.errors.counted
+    assert [counted(n, "clip") for n in (0, 1, 2, 1200)] == [
+        "0 clips",
+        "1 clip",
+        "2 clips",
+        "1,200 clips",
+    ]
+    assert (counted(1, "entry", "entries"), counted(3, "entry", "entries")) == (
+        "1 entry",
+        "3 entries",
+    )
+
+
 def load_with_umt5(folder: Path) -> None:
     """Load a model with a text encoder of another library, which only that library refuses."""
     save_bundle(folder, tiny_bundle())

@@ -57,7 +57,7 @@ def test_full_disks_are_errors_of_the_part_that_writes(tmp_path: Path) -> None:
         write_safetensors(tmp_path / "x.safetensors", {"x": torch.zeros(10_000)})
     with pytest.raises(CheckpointError, match="cannot write"), full_disk():
         save_lora(tmp_path, {"a": LoRALayer(torch.ones(1, 10_000), torch.ones(2, 1))})
-    with pytest.raises(DataError, match="goes on from them"), full_disk():
+    with pytest.raises(DataError, match="repeat the command to continue"), full_disk():
         clip = Clip(torch.ones(16, 1, 32, 32), "a", Bucket(1, 256, 256))
         write_clips(tmp_path / "latents-00000.safetensors", [clip])
     assert not list(tmp_path.iterdir())

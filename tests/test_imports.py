@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each part of the package, and the parts that it may import. Itself is always allowed.
 BASE = {
     "checks", "condition", "device", "distributed", "errors", "files", "flow", "outputs", "pixels",
-    "registry", "rng", "untrusted", "version",
+    "registry", "rng", "untrusted", "version", "words",
 }  # fmt: skip
 # Files of a package that form its upper layer: they build whole models, and may import models.
 UPPER_FLOORS = {
@@ -29,14 +29,15 @@ MODELS = {"models", "checkpoints", "checkpoints, upper floor"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "checks": {"errors"},
-    "condition": {"errors"},
+    "condition": {"errors", "words"},
     "version": set(),
+    "words": set(),
     "files": set(),
     "registry": {"errors"},
     "rng": {"errors"},
     "philox": set(),
     "flow": {"condition", "errors"},
-    "pixels": {"errors"},
+    "pixels": {"errors", "words"},
     "prompts": {"errors"},
     "generate_options": {"errors", "registry"},
     "outputs": {"errors"},

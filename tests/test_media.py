@@ -26,6 +26,7 @@ from apt.media import (
     contact_sheet,
     enlarge,
     moving_sheet,
+    read_tags,
     write_contact_sheet,
     write_gif,
     write_html,
@@ -197,6 +198,15 @@ def test_a_path_that_cannot_be_written_is_an_input_error(tmp_path: Path, suffix:
         write_media(tmp_path / "file" / f"x{suffix}", moving_square(), fps=8)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_name_is_no_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_media(f"scene:1{suffix}", moving_square(), fps=8, tags={"prompt": "x"})
+    assert read_tags(path) == {"prompt": "x"}
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = write_mp4(tmp_path / "x.mp4", moving_square(), fps=8)
     before = path.read_bytes()
@@ -358,6 +368,7 @@ def test_ratios_are_readable(ratio: float, text: str) -> None:
         ("x", (2, 8, 8), {}, "the suffix '' is not one of"),
         ("x.mp4", (2, 8, 8), {"fps": float("nan")}, "fps must be above 0"),
         ("x.mp4", (2, 8, 8), {"fps": 0}, "fps must be above 0"),
+        ("x.gif", (2, 8, 8), {"fps": 0.001}, "fps must be at least 0.01"),
         ("x.gif", (2, 8, 8), {"scale": 0}, "scale must be a whole number of at least 1"),
         ("x.mp4", (2, 8, 16386), {}, "at most 16384 pixels a side"),
         ("x.webp", (2, 16384, 8), {}, "at most 16383 pixels a side"),

@@ -182,17 +182,17 @@ def test_sizes_fit_or_name_sizes_that_do(pipeline: OneStepPipeline, value: int, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": ""}, "not empty"),
-        ({"prompt": " \n"}, "not empty"),
-        ({"prompt": []}, "no prompt"),
-        ({"prompt": [PROMPT, ""]}, "not empty, got ''"),
+        ({"prompt": ""}, "non-empty text"),
+        ({"prompt": " \n"}, "non-empty text"),
+        ({"prompt": []}, "list of prompts or seeds is empty"),
+        ({"prompt": [PROMPT, ""]}, "non-empty text, got ''"),
         ({"prompt": [PROMPT, 7]}, "got 7"),
         ({"prompt": "a \udcff"}, "not UTF-8"),
         ({"prompt": "a \x07"}, "U\\+0007"),
         ({"prompt": "seven " * 65}, "65 words, at most 64"),
         ({"prompt": "x" * 33}, "33 bytes, at most 32"),
         ({"prompt": [PROMPT, PROMPT], "seed": [1, 2, 3]}, "2 prompts need one seed"),
-        ({"prompt": [PROMPT], "seed": []}, "no seed"),
+        ({"prompt": [PROMPT], "seed": []}, "list of prompts or seeds is empty"),
         ({"prompt": PROMPT, "seed": [0.5]}, "whole number"),
         ({"prompt": PROMPT, "seed": [True]}, "whole number"),
         ({"prompt": PROMPT, "num_steps": 0}, "num_steps"),
@@ -203,9 +203,12 @@ def test_sizes_fit_or_name_sizes_that_do(pipeline: OneStepPipeline, value: int, 
         ({"prompt": PROMPT, "cfg_scale": float("nan")}, "cfg_scale"),
         ({"prompt": PROMPT, "cfg_scale": -1}, "cfg_scale"),
         ({"prompt": PROMPT, "num_inference_steps": 0}, "num_steps"),
-        ({"prompt": PROMPT, "frames": 5, "num_frames": 5}, "are one option"),
+        ({"prompt": PROMPT, "frames": 5, "num_frames": 5}, "are the same option"),
         ({"prompt": PROMPT, "guidance": 2.0}, "did you mean 'guidance_scale'"),
-        ({"prompt": PROMPT, "seed": 0, "generator": torch.Generator()}, "pass one of them"),
+        (
+            {"prompt": PROMPT, "seed": 0, "generator": torch.Generator()},
+            "pass either a seed or a generator",
+        ),
         ({"prompt": PROMPT, "seed": 0.5}, "whole number, got 0.5"),
         ({"prompt": PROMPT, "generator": 3}, "must be a torch.Generator"),
         ({"prompt": [PROMPT] * 3, "generator": [torch.Generator()] * 2}, "need one generator"),
@@ -460,3 +463,9 @@ def test_it_is_shown_in_a_line() -> None:
     assert text.startswith("OneStepPipeline(ModelBundle(apt: MMDiT(depth=2, hidden_size=24")
     assert text.endswith("codec patchify, 9 frames of 32x32 at 8 fps), offloaded from cuda)")
     assert repr(pipeline.bundle) in text and "\n" not in text and len(text) < 300
+    codec, encoder = repr(pipeline.bundle.codec), repr(pipeline.bundle.text_encoder)
+    assert codec == (
+        "PatchifyCodec(channels=768, temporal_compression=4, spatial_compression=8, no parameters)"
+    )
+    assert encoder.startswith("ByteTextEncoder(embedding_dim=") and "float32 on cpu" in encoder
+    assert "\n" not in encoder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.checkpoints.info import INFO_FILE, PIPELINE_FILE
-from apt.errors import CheckpointError, DataError
+from apt.errors import CheckpointError, DataError, counted
 
 EXPORT, SNAPSHOTS = "export", "snapshots"
 LOG_NAME, SPEED_NAME, STATE_NAME = "log.jsonl", "speed.jsonl", "state.json"
@@ -130,6 +130,6 @@ def _progress(run: Path) -> str:
     try:
         state: dict[str, Any] = json.loads((run / STATE_NAME).read_text(encoding="utf-8"))
         words = _STATES.get(state["state"], "was stopped")
-        return f" (it {words} after {state['update']} of {state['num_updates']} updates)"
+        return f" (it {words} after {state['update']} of {counted(state['num_updates'], 'update')})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

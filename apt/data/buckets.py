@@ -1,8 +1,8 @@
 """Aspect-ratio buckets: a few sizes that keep clips near their native resolution and shape.
 
 The paper trains on images and videos "at their native resolutions" (APT section 3; NaViT). A batch
-needs one shape, so every clip goes to the size that keeps most of it, by resizing without
-distortion and cropping the centre.
+needs one shape, so every clip is resized without distortion and centre-cropped to the size that
+keeps most of it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ASPECT_RATIOS: tuple[Fraction, ...] = tuple(
         (16, 9), (9, 16), (2, 1), (1, 2), (21, 9), (9, 21),
     )
 )  # fmt: skip
-"""Width over height of the formats that cameras and screens use."""
+"""Width divided by height, for the formats of cameras and screens."""
 
 MAX_UPSCALE = 1.1
-"""Clips a little below a size are enlarged to it; below that they would only teach blur."""
+"""The most that a clip is enlarged to a bucket; beyond it, clips would only teach blur."""
 
 
 class Bucket(NamedTuple):
@@ -41,13 +41,14 @@ class Bucket(NamedTuple):
 def check_size(
     frames: int, height: int, width: int, *, multiple: int, frame_step: int, prefix: str = ""
 ) -> None:
-    """Raise ConfigError for a clip that would be cut to another size than is asked for, and that
-    no model of these latents could make.
+    """Raise ConfigError for a clip size that no model of these latents could generate.
+
+    Such clips would be cropped to another size than requested.
 
     Args:
         frames, height, width: of the clip.
         multiple: of heights and widths, as for `make_buckets`.
-        frame_step: a clip has a multiple of this many frames after its first.
+        frame_step: the number of frames after the first must be a multiple of this.
         prefix: of the options' names, such as "data.".
     """
     for name, asked in (("height", height), ("width", width)):
@@ -74,18 +75,18 @@ def make_buckets(
     aspect_ratios: Iterable[Fraction] = ASPECT_RATIOS,
     levels: int = 1,
 ) -> list[Bucket]:
-    """Sizes of at most `max_pixels` per frame, for each aspect ratio and number of frames.
+    """Return sizes of at most `max_pixels` per frame, for each aspect ratio and number of frames.
 
     Args:
         max_pixels: height times width of the largest frames, e.g. 1280 * 720.
         multiple: heights and widths are multiples of this (codec times patch size).
         frames: numbers of frames, each 4k + 1; 1 is for images.
-        aspect_ratios: width over height.
-        levels: with 2, 3, ... also sizes of a half, a quarter, ... of the pixels, for sources
-            that are smaller than the budget.
+        aspect_ratios: width divided by height.
+        levels: 2, 3, ... adds sizes with a half, a quarter, ... of the pixels, for sources that
+            are smaller than the budget.
 
     Returns:
-        Distinct buckets, sorted. The area may be above a level's by rounding, never above
+        Distinct buckets, sorted. Rounding may put an area above its level's, but never above
         `max_pixels`.
 
     Raises:
@@ -103,7 +104,7 @@ def make_buckets(
             height = round_to(math.sqrt(pixels / ratio), multiple)
             width = round_to(math.sqrt(pixels * ratio), multiple)
             while height * width > max_pixels:
-                # Shrink the side whose loss leaves the shape nearer to the ratio.
+                # Shrink the side that leaves the shape nearer to the ratio.
                 shorter = abs(math.log(width / max(height - multiple, 1) / ratio))
                 narrower = abs(math.log(max(width - multiple, 1) / height / ratio))
                 if width == multiple or (height > multiple and shorter < narrower):
@@ -115,10 +116,10 @@ def make_buckets(
 
 
 def check_buckets(buckets: Iterable[Sequence[int]]) -> list[Bucket]:
-    """Sizes as distinct buckets in the given order.
+    """Return sizes as distinct buckets, in the given order.
 
     Raises:
-        ConfigError: if there is none, or a size is not positive, or its frames are not 4k + 1.
+        ConfigError: if there are none, a size is not positive, or its frames are not 4k + 1.
     """
     checked = list(dict.fromkeys(Bucket(*bucket) for bucket in buckets))
     if not checked:
@@ -127,8 +128,8 @@ def check_buckets(buckets: Iterable[Sequence[int]]) -> list[Bucket]:
         if min(bucket) < 1 or bucket.frames % 4 != 1:
             below = max(1, (bucket.frames - 1) // 4 * 4 + 1)
             raise ConfigError(
-                f"bucket {bucket} does not fit: sizes must be positive and frames 4k + 1, "
-                f"for example {below} or {below + 4}"
+                f"bucket {bucket} is invalid: sizes must be positive and frames 4k + 1, for "
+                f"example {below} or {below + 4}"
             )
     return checked
 
@@ -141,17 +142,17 @@ def best_bucket(
     width: int,
     max_upscale: float = MAX_UPSCALE,
 ) -> Bucket | None:
-    """The bucket that keeps most of a source.
+    """Return the bucket that keeps most of a source.
 
-    What a bucket keeps is its volume (T * H * W) times the share of the picture that is left
-    after the centre crop. Buckets longer than the source, or that would enlarge it by more than
-    `max_upscale` (on a side), are left out; the first of equals wins.
+    A bucket keeps its volume (T * H * W) times the fraction of the picture that remains after the
+    centre crop. Buckets that are longer than the source, or would enlarge a side by more than
+    `max_upscale`, are skipped. Among equals the first one is returned.
 
     Args:
         buckets: candidates.
-        frames: frames that the source offers at the wanted frame rate.
+        frames: frames of the source at the wanted frame rate.
         height, width: the source's display size in pixels.
-        max_upscale: 1 forbids enlarging, `math.inf` permits any.
+        max_upscale: 1 forbids enlarging, `math.inf` allows any.
 
     Returns:
         One of `buckets`, or None if none fits.
@@ -161,7 +162,7 @@ def best_bucket(
         scale = max(bucket.height / height, bucket.width / width)
         if bucket.frames > frames or scale > max_upscale:
             continue
-        # One division of whole numbers: equals come out equal.
+        # A single division of integers, so that equal amounts compare as equal.
         sides = (bucket.height * width, bucket.width * height)
         amount = math.prod(bucket) * min(sides) / max(sides)
         if amount > most:
@@ -170,5 +171,5 @@ def best_bucket(
 
 
 def round_to(value: float, multiple: int) -> int:
-    """The multiple that is nearest, at least one."""
+    """Return the nearest multiple, at least one times `multiple`."""
     return max(multiple, round(value / multiple) * multiple)

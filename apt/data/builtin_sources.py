@@ -29,8 +29,8 @@ class Digits(DataSource):
     """The built-in stream of moving digits, 9 frames of 32x32.
 
     Attributes:
-        setting: "centred", "free" in place and background, "near", whose places vary less, or
-            "large": 17 frames of 64x64.
+        setting: "centred"; "free", with varying places and backgrounds; "near", whose places vary
+            less; or "large", which is free with 17 frames of 64x64.
     """
 
     setting: Setting = "centred"
@@ -46,20 +46,20 @@ class Digits(DataSource):
         return MovingDigits(request.seed, setting=self.setting)
 
     def open_heldout(self, request: ClipRequest) -> MovingDigits:
-        """Digits in handwriting that is not trained on."""
+        """Return digits in handwriting that is never trained on."""
         return MovingDigits(request.seed, "test", setting=self.setting)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Files(DataSource):
-    """Captioned videos and images in a folder, which can be listed without decoding them."""
+    """Captioned videos and images in a folder that can be listed without decoding them."""
 
     path: str = ""
 
     @staticmethod
     @abstractmethod
     def scan(directory: str | Path, *, captioned: bool = True) -> Scan:
-        """List them; see `apt.data.scan.scan_folder`."""
+        """List the files; see `apt.data.scan.scan_folder`."""
 
 
 @DATASETS.register("folder")
@@ -91,7 +91,7 @@ class Shards(Files):
 @DATASETS.register("latents")
 @dataclass(frozen=True, kw_only=True)
 class Latents(DataSource):
-    """What `diffusion-apt data encode` made of a folder (--data.path); its size and rate hold."""
+    """A latent cache from `diffusion-apt data encode` (--data.path), with its own size and rate."""
 
     gives_latents: ClassVar[bool] = True
 
@@ -108,12 +108,12 @@ class Latents(DataSource):
 @DATASETS.register(OBJECT)
 @dataclass(frozen=True, kw_only=True)
 class GivenObject(DataSource):
-    """A data set handed to `apt.train.run`, from Python alone."""
+    """A data set passed to `apt.train.run`; only from Python."""
 
     def open(self, request: ClipRequest) -> NoReturn:
         raise ConfigError(
-            "--data.source object stands for a data set that was handed to apt.train.run: hand it "
-            "over in Python, apt.train.run(config, dataset=...)"
+            "--data.source object stands for a data set that is passed in Python; call "
+            "apt.train.run(config, dataset=...)"
         )
 
 
@@ -130,7 +130,7 @@ def _folder(kind: type[Clips], path: str, request: ClipRequest) -> Clips:
 
 
 def named_folder(path: str) -> Path:
-    """The folder. Raises ConfigError if none is named."""
+    """Return the folder. Raises ConfigError if none is named."""
     if not path:
         raise ConfigError(
             "--data.path is empty: name the folder of captioned videos "

@@ -1,4 +1,4 @@
-"""Captions that a text encoder refuses: found early, then skipped, cut, or an error."""
+"""Captions that a text encoder rejects: found early, then skipped, cut, or raised as errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from apt.errors import DataError, InputError, PromptLengthError
 
 LongCaptions = Literal["skip", "cut", "error"]
 
-# Tokenizers are several times as fast on many texts at once.
+# Tokenizers are several times faster on many texts at once.
 _AT_ONCE = 256
 
 
@@ -19,8 +19,8 @@ class Refused:
     """A caption that cannot be used.
 
     Attributes:
-        kind: "long caption", or "bad caption" for what the encoder does not read at all.
-        reason: the encoder's own words.
+        kind: "long caption", or "bad caption" if the encoder cannot read it at all.
+        reason: the encoder's message.
     """
 
     kind: Literal["long caption", "bad caption"]
@@ -29,27 +29,27 @@ class Refused:
 
 @dataclass(frozen=True)
 class CaptionRule:
-    """What becomes of captions that a text encoder refuses.
+    """How to treat captions that a text encoder rejects.
 
     Attributes:
-        check: the encoder's; raises PromptLengthError for a prompt that is too long, InputError
-            for one that it cannot read.
-        long: "skip" leaves the sample out, as one whose file is broken; "cut" keeps what fits of
-            the caption, in whole words where there are any; "error" raises.
+        check: the encoder's check. It raises PromptLengthError for a prompt that is too long, and
+            InputError for one that it cannot read.
+        long: for captions that are too long. "skip" leaves the sample out, like one whose file is
+            broken; "cut" keeps the part that fits, in whole words if there are any; "error" raises.
     """
 
     check: Callable[[Sequence[str]], None]
     long: LongCaptions = "skip"
 
     def apply(self, captions: Sequence[str], names: Sequence[str]) -> list[str | Refused]:
-        """The captions to use, in their order.
+        """Return the captions to use, in their order.
 
         Args:
-            captions: as they were found.
+            captions: as found.
             names: of their files, for errors.
 
         Raises:
-            DataError: for the first one that is refused, if `long` is "error".
+            DataError: for the first rejected caption, if `long` is "error".
         """
         results: list[str | Refused] = []
         for start in range(0, len(captions), _AT_ONCE):
@@ -62,8 +62,8 @@ class CaptionRule:
         for name, result in zip(names, results, strict=True):
             if self.long == "error" and isinstance(result, Refused):
                 raise DataError(
-                    f"{name}: {result.kind} ({result.reason}); mend it, or let such captions be "
-                    "skipped or cut: --long-captions, in training --data.long-captions"
+                    f"{name}: {result.kind} ({result.reason}); fix it, or have such captions "
+                    "skipped or cut with --long-captions (in training --data.long-captions)"
                 )
         return results
 
@@ -78,7 +78,7 @@ class CaptionRule:
         return caption
 
     def _cut(self, caption: str) -> str:
-        """The longest beginning that fits; empty if not one character does."""
+        """Return the longest beginning that fits; empty if not even one character does."""
         fits, above = 0, len(caption)
         while above - fits > 1:
             middle = (fits + above) // 2
@@ -89,7 +89,7 @@ class CaptionRule:
         short = caption[:fits]
         if not caption[fits].isspace() and " " in short.strip():
             short = short[: short.rindex(" ")]
-        # A part of a word can have more tokens than the whole one.
+        # Part of a word can have more tokens than the whole word.
         return short.rstrip() if self._takes(short.rstrip()) else ""
 
     def _takes(self, caption: str) -> bool:

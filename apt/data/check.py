@@ -1,4 +1,4 @@
-"""A look at a folder before training on it: what is there, and what is broken."""
+"""A check of a folder before training on it: what is in it, and what is broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from apt.data.decode import probe, verify
 from apt.data.reading import Entry, MediaInfo, reason
 from apt.data.report import Problem, problem_lines
 from apt.data.scan import Scan, scan_folder
-from apt.errors import DataError
+from apt.errors import DataError, counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,21 +27,21 @@ _ROWS = 12
 
 @dataclass(frozen=True)
 class FolderCheck:
-    """What `check_folder` found; the statistics cover the usable files.
+    """The findings of `check_folder`. The statistics are of the usable files.
 
     Attributes:
         directory: the folder.
-        captions_in: name of the metadata file, or where else captions are.
+        captions_in: name of the metadata file, or the other place of the captions.
         num_files: media files found, usable or not.
-        num_videos, num_images: usable files: they have a caption and can be read.
+        num_videos, num_images: usable files, which have a caption and can be read.
         resolutions: number of files per (width, height), upright.
         durations: seconds of each video.
         frame_rates: number of videos per frame rate.
         codecs: number of files per codec or image format.
         captions: one per file and caption.
-        problems: broken files, missing captions and files.
+        problems: broken files, missing captions and missing files.
         left_aside: number of other files by suffix.
-        looked_for: what there could have been.
+        looked_for: description of the files that were searched for.
         decoded: whether every frame was decoded, or only the headers were read.
     """
 
@@ -62,11 +62,11 @@ class FolderCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether there is something to train on, and no problem."""
+        """Whether there is something to train on and no problem."""
         return not self.problems and self.num_videos + self.num_images > 0
 
     def render(self) -> RenderableType:
-        """Tables for a rich console."""
+        """Return the findings as tables for a rich console."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -79,7 +79,7 @@ class FolderCheck:
         if not self.problems:
             depth = "every frame decoded" if self.decoded else "headers only"
             return Group(facts, Text(f"no problems ({depth})", style="green"))
-        lines = [f"{len(self.problems)} problems", *problem_lines(self.problems)]
+        lines = [counted(len(self.problems), "problem"), *problem_lines(self.problems)]
         return Group(facts, Text("\n".join(lines), style="red"))
 
     def _facts(self) -> list[tuple[str, str]]:
@@ -88,10 +88,10 @@ class FolderCheck:
             ("folder", str(self.directory)),
             ("captions from", self.captions_in),
             ("files", f"{self.num_files} found"),
-            ("usable", f"{self.num_videos} videos, {self.num_images} images"),
+            ("usable", f"{counted(self.num_videos, 'video')}, {counted(self.num_images, 'image')}"),
         ]
         if self.left_aside:
-            facts.append(("left aside", _most_common(self.left_aside)))
+            facts.append(("other files", _most_common(self.left_aside)))
         if self.num_videos + self.num_images == 0:
             return [*facts, ("looked for", self.looked_for)]
         sizes = {f"{width}x{height}": n for (width, height), n in self.resolutions.items()}
@@ -111,7 +111,7 @@ class FolderCheck:
                 (
                     "durations",
                     f"{min(self.durations):.2f} to {max(self.durations):.2f} s (median "
-                    f"{median(self.durations):.2f} s), {sum(self.durations) / 3600:.2f} h in all",
+                    f"{median(self.durations):.2f} s), {sum(self.durations) / 3600:.2f} h in total",
                 ),
                 ("frame rates", _most_common(Counter(rates))),
             ]
@@ -130,14 +130,14 @@ def check_folder(
 
     Args:
         path: the folder.
-        decode: decode every frame of every file; False only reads headers, which is fast and
-            overlooks damage further in.
-        captions: of the text encoder that is to read them; None asks no encoder.
+        decode: decode every frame of every file. False only reads headers, which is fast but does
+            not find damaged frames.
+        captions: rule of the text encoder that will read the captions; None skips this check.
         progress: called with (files done, files to do) after each file.
         scan: finds the files; `apt.data.shards.scan_shards` for a folder of `.tar` shards.
 
     Returns:
-        The findings; broken files are among its problems, not errors.
+        The findings. Broken files are reported as problems in it, and raise no error.
 
     Raises:
         DataError: if there is no such folder, or its metadata cannot be read at all.
@@ -184,7 +184,7 @@ def check_folder(
 
 
 def _test(entry: Entry, decode: bool) -> MediaInfo | str:
-    """What a file holds, or what is wrong with it."""
+    """Return a file's contents, or what is wrong with it."""
     with entry.at_hand() as file:
         try:
             return verify(file) if decode else probe(file)

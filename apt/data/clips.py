@@ -1,4 +1,4 @@
-"""Data sets of the user's own as training data: each clip is looked at before it is trained on."""
+"""Data sets of the user's own as training data. Each clip is checked before it is trained on."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from apt.errors import DataError
 __all__ = ["MapStyle", "check_clips", "clip_size"]
 
 _EXPECTED = "expected a pair of pixels (3, T, H, W), float32 in [-1, 1], and a caption"
-# Room for the rounding of a codec or of a resize.
+# Tolerates rounding by a codec or a resize.
 _LARGEST = 1.001
 _HASHED = 4
 
 
 @runtime_checkable
 class MapStyle(Protocol):
-    """What `torch.utils.data.Dataset` calls map-style: items by number, and how many there are."""
+    """A map-style data set as in `torch.utils.data.Dataset`: items by index, and a length."""
 
     def __len__(self) -> int: ...
 
@@ -35,7 +35,7 @@ class MapStyle(Protocol):
 
 @runtime_checkable
 class _Ordered(Protocol):
-    """A data set that gives its own batches, as `apt.data.dataset.VideoDataset` does."""
+    """A data set that makes its own batches, as `apt.data.dataset.VideoDataset` does."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -46,19 +46,19 @@ class _Ordered(Protocol):
 
 
 def check_clips(dataset: Any, request: ClipRequest) -> VideoDataset:
-    """A data set of the user's own as training data; its first clip is looked at now.
+    """Wrap a data set of the user's own as training data, and check its first clip.
 
     Args:
-        dataset: map-style, where item i is a pair of pixels (3, T, H, W) float32 in [-1, 1] and a
-            caption, or a `Sample`; pixels alone will do where captions are not read. Items must not
-            change, or a resumed run does not continue where it stopped. One with `batches` and
-            `fingerprint` (`apt.data.dataset.VideoDataset`) keeps its own order, and may have
-            several sizes.
-        request: the size of clips, and what becomes of captions.
+        dataset: map-style; item i is a pair of pixels (3, T, H, W) float32 in [-1, 1] and a
+            caption, or a `Sample`. Pixels alone are enough if captions are not read. Items must not
+            change, or a resumed run would not continue where it stopped. A data set with `batches`
+            and `fingerprint` (`apt.data.dataset.VideoDataset`) keeps its own order, and may have
+            clips of several sizes.
+        request: the size of the clips, and how to treat captions.
 
     Raises:
-        DataError: it is no such data set, it is empty, or its first clip cannot be used. Others
-            raise it when they are read.
+        DataError: if it is not such a data set, is empty, or its first clip cannot be used. Other
+            clips are checked when they are read.
     """
     if isinstance(dataset, _Ordered):
         clips: VideoDataset = _CheckedOrder(dataset, request)
@@ -66,15 +66,15 @@ def check_clips(dataset: Any, request: ClipRequest) -> VideoDataset:
         clips = _CheckedItems(dataset, request)
     else:
         raise DataError(
-            f"{_name(dataset)} is no data set: expected __len__ and __getitem__, as a map-style "
-            "torch.utils.data.Dataset has them"
+            f"{_name(dataset)} is not a data set: expected __len__ and __getitem__, as in a "
+            "map-style torch.utils.data.Dataset"
         )
     clips[0]
     return clips
 
 
 def clip_size(dataset: Any) -> Bucket | None:
-    """The size that a map-style data set's first clip has; None if that does not tell.
+    """Return the size of a map-style data set's first clip; None for other or empty data sets.
 
     Raises DataError if the first clip cannot be used.
     """
@@ -85,7 +85,7 @@ def clip_size(dataset: Any) -> Bucket | None:
 
 
 class _CheckedItems(Shuffled):
-    """A map-style data set, shuffled in passes. Index `epoch * len + item` is an item in a pass."""
+    """A map-style data set, reshuffled in every pass. Index `epoch * len + item` is an item."""
 
     def __init__(self, dataset: MapStyle, request: ClipRequest) -> None:
         self._dataset = dataset
@@ -100,7 +100,7 @@ class _CheckedItems(Shuffled):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the length and of the first clips."""
+        """A hash of the length and the first clips."""
         return _fingerprint(self, repr((_name(self._dataset), self._length)), self._length)
 
     def __getitem__(self, index: int) -> Sample:
@@ -110,19 +110,19 @@ class _CheckedItems(Shuffled):
         size = Bucket(*sample.pixels.shape[1:])
         if size != self._request.size:
             raise DataError(
-                f"{where} is {size}, and the run asks for "
-                f"{self._request.size} (--data.frames, --data.height, --data.width): clips of a "
-                "data set without batches of its own have one size"
+                f"{where} is {size}, but the run asks for {self._request.size} (--data.frames, "
+                "--data.height, --data.width); all clips of a data set without its own batches() "
+                "must have this size"
             )
         return sample
 
     def file_name(self, index: int) -> str:
-        """The name of a sample, for messages."""
+        """Return the name of a sample, for messages."""
         return f"{_name(self._dataset)}, item {index % self._length}"
 
 
 class _CheckedOrder:
-    """A data set with an order of its own."""
+    """A data set with its own order."""
 
     def __init__(self, dataset: _Ordered, request: ClipRequest) -> None:
         self._dataset = dataset
@@ -136,16 +136,16 @@ class _CheckedOrder:
         return _checked(self._dataset[index], self.file_name(index), self._request)
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
-        """The data set's own."""
+        """Return the data set's own batches."""
         return self._dataset.batches(batch_size, seed=seed, start=start)
 
     def file_name(self, index: int) -> str:
-        """The name of a sample, for messages."""
+        """Return the name of a sample, for messages."""
         return f"{_name(self._dataset)}, sample {index}"
 
 
 def _checked(item: Any, where: str, request: ClipRequest) -> Sample:
-    """The sample that an item is, fit to train on. Raises DataError that says what is wrong."""
+    """Return an item as a sample to train on. Raises DataError if something is wrong with it."""
     pixels, caption = _pixels_and_caption(item, where, captioned=request.captioned)
     if not bool(pixels.isfinite().all()):
         raise DataError(f"{where} has values that are NaN or infinite; {_EXPECTED}")
@@ -158,8 +158,8 @@ def _checked(item: Any, where: str, request: ClipRequest) -> Sample:
         used = request.captions.apply([caption], [where])[0]
         if isinstance(used, Refused):
             raise DataError(
-                f"{where}: {used.kind} ({used.reason}); leave it out of the data set, or cut such "
-                "captions (--data.long-captions cut)"
+                f"{where}: {used.kind} ({used.reason}); remove it from the data set, or cut such "
+                "captions with --data.long-captions cut"
             )
         caption = used
     given = item if isinstance(item, Sample) else Sample(pixels, caption)
@@ -171,13 +171,15 @@ def _checked(item: Any, where: str, request: ClipRequest) -> Sample:
 def _check_extra(name: Any, value: Any, where: str) -> None:
     if not isinstance(name, str) or not isinstance(value, Tensor):
         raise DataError(
-            f"{where} has {name!r} of type {type(value).__name__} in Sample.extra; expected "
-            "tensors by name"
+            f"{where} has {name!r} of type {type(value).__name__} in Sample.extra; expected a dict "
+            "from names to tensors"
         )
     if value.device.type != "cpu":
-        raise DataError(f"{where} has {name!r} on {value.device}; give it on the CPU")
+        raise DataError(f"{where} has {name!r} on {value.device}; return it on the CPU")
     if not bool(value.isfinite().all()):
-        raise DataError(f"{where} has values in {name!r} that are NaN or infinite")
+        raise DataError(
+            f"{where} has values in {name!r} that are NaN or infinite; fix or remove it"
+        )
 
 
 def _pixels_and_caption(item: Any, where: str, *, captioned: bool) -> tuple[Tensor, str]:
@@ -194,7 +196,7 @@ def _pixels_and_caption(item: Any, where: str, *, captioned: bool) -> tuple[Tens
     if not isinstance(pixels, Tensor):
         raise DataError(f"{where} has pixels of type {type(pixels).__name__}; {_EXPECTED}")
     if pixels.dtype != torch.float32:
-        hint = ": uint8 is pixels / 127.5 - 1" if pixels.dtype == torch.uint8 else ""
+        hint = "; convert uint8 with pixels / 127.5 - 1" if pixels.dtype == torch.uint8 else ""
         raise DataError(f"{where} is {str(pixels.dtype).removeprefix('torch.')}; {_EXPECTED}{hint}")
     if pixels.device.type != "cpu":
         raise DataError(f"{where} is on {pixels.device}; {_EXPECTED}, on the CPU")

@@ -1,5 +1,4 @@
-"""What every data set hands out: samples, batches and their order, and the protocol that trainers
-rely on."""
+"""Samples, batches and their order, and the protocol of data sets that trainers rely on."""
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ class Sample:
     Attributes:
         pixels: (3, T, H, W) float32 in [-1, 1].
         caption: the text that describes it.
-        problems: files that failed while this sample was made, and that it stands in for.
-        extra: what it is conditioned on beside the caption, by name, such as a camera's path.
+        problems: files that failed to decode and that this sample replaces.
+        extra: other conditions by name, such as a camera path.
     """
 
     pixels: Tensor
@@ -42,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """One captioned clip as latents (C, T', H', W'), in the type in which they were stored."""
+    """One captioned clip as latents (C, T', H', W'), in the dtype in which they were stored."""
 
     latents: Tensor
     caption: str
@@ -51,16 +50,16 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of a global batch that one rank gets at once: pixels, or latents.
+    """A micro-batch: the samples of a global batch that one rank processes at once.
 
     Attributes:
-        pixels: (b, 3, T, H, W), float32 in [-1, 1], or uint8, which stands for x / 127.5 - 1.
+        pixels: (b, 3, T, H, W), float32 in [-1, 1], or uint8 x that means x / 127.5 - 1.
         captions: b texts.
-        offset: the index of the first sample within the global batch.
-        batch_index: the number of the global batch since the start of the run.
-        problems: files that failed while the samples were made.
-        latents: (b, C, T', H', W') in place of pixels.
-        extra: what the samples are conditioned on beside captions, by name, each (b, ...).
+        offset: index of the first sample within the global batch.
+        batch_index: number of the global batch since the start of the run.
+        problems: files that failed to decode.
+        latents: (b, C, T', H', W') instead of pixels.
+        extra: other conditions by name, each (b, ...).
     """
 
     pixels: Tensor | None
@@ -72,7 +71,7 @@ class Batch:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pin_memory(self) -> Batch:
-        """The same in page-locked memory, which a GPU copies from without waiting."""
+        """Return a copy in page-locked memory, for asynchronous transfers to a GPU."""
         return dataclasses.replace(
             self,
             pixels=None if self.pixels is None else self.pixels.pin_memory(),
@@ -86,14 +85,14 @@ class Batch:
     ) -> Batch:
         """Stack samples of one kind and one shape.
 
-        Raises DataError for several shapes, or if they are not all conditioned on the same.
+        Raises DataError if the shapes or the extra conditions differ.
         """
         names = list(samples[0].extra)
         if any(sample.extra.keys() != set(names) for sample in samples):
-            kinds = sorted({", ".join(sorted(s.extra)) or "captions alone" for s in samples})
+            kinds = sorted({", ".join(sorted(s.extra)) or "only captions" for s in samples})
             raise DataError(
-                f"samples of one batch are conditioned on different things: {' and '.join(kinds)}; "
-                "give all samples of a data set the same"
+                f"samples of one batch have different conditions: {' and '.join(kinds)}; give all "
+                "samples of a data set the same ones"
             )
         pixels = [sample.pixels for sample in samples if isinstance(sample, Sample)]
         latents = [sample.latents for sample in samples if isinstance(sample, EncodedSample)]
@@ -101,7 +100,8 @@ class Batch:
         if len(shapes) > 1:
             raise DataError(
                 f"batch {batch_index} has samples of the shapes {', '.join(map(str, shapes))}; all "
-                "of a batch must have one: batches() of the data set brings them together"
+                "samples of a batch must have the same shape, so batches() of the data set must "
+                "group them by shape"
             )
         problems = (s.problems for s in samples if isinstance(s, Sample))
         return cls(
@@ -120,25 +120,25 @@ Own = TypeVar("Own", bound="Shuffled")
 
 
 class Indexed(Protocol[Item]):
-    """A data set whose samples depend on their index alone, so that any reader order is exact.
+    """A data set whose samples depend only on their index, so they can be read in any order.
 
-    Indices are not bound by a length: an index also says which pass over the data it belongs to.
+    Indices may exceed the length: an index also determines the pass over the data.
     """
 
     @property
     def fingerprint(self) -> str:
-        """A hash that differs where samples would not continue as before after a resume."""
+        """A hash that changes if a resumed run would not get the same samples."""
         ...
 
     def __getitem__(self, index: int, /) -> Item:
-        """Sample `index`: the same one whenever, and in whichever process, it is asked for."""
+        """Return sample `index`, which is the same at any time and in any process."""
         ...
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
-        """Global batches of indices for ever, from batch number `start`.
+        """Yield global batches of indices without end, from batch number `start`.
 
-        All samples of a batch have one (T, H, W). `batches(n, seed=s, start=k)` continues exactly
-        where the first k batches of `batches(n, seed=s)` ended.
+        All samples of a batch have the same (T, H, W). `batches(n, seed=s, start=k)` continues
+        exactly where the first k batches of `batches(n, seed=s)` ended.
         """
         ...
 
@@ -148,26 +148,28 @@ class VideoDataset(Indexed[Sample], Protocol):
 
 
 TrainingData = Indexed[Sample] | Indexed[EncodedSample]
-"""What a run can be trained on."""
+"""The data sets that a run can be trained on."""
 
 
 Shape = TypeVar("Shape", bound=Hashable)
 
 
 class BucketOrder(Generic[Shape]):
-    """The order of training: endless passes over items that come in several shapes.
+    """The order of training: endless passes over items of several shapes.
 
-    Its batches are of one shape each, and continue at any point.
+    Each batch has one shape, and the order can be continued at any batch.
 
-    Every pass shuffles each shape's items, and then the batches, by (seed, pass). A batch that a
-    shape's pass leaves incomplete is filled from its next pass, so nothing is dropped.
+    Every pass shuffles the items of each shape, and then the batches, by (seed, pass). A batch
+    that is incomplete at the end of a shape's pass is filled from the next pass, so no item is
+    dropped.
 
     Args:
-        members: the items, by number, of each shape. Their order counts, and `str` of a shape.
+        members: the item numbers of each shape. The result depends on their order and on `str` of
+            the shape.
         num_items: of all shapes; index `pass * num_items + item` is an item in a pass.
 
     Attributes:
-        members: as given.
+        members: as passed.
     """
 
     def __init__(self, members: Mapping[Shape, list[int]], num_items: int) -> None:
@@ -175,15 +177,15 @@ class BucketOrder(Generic[Shape]):
         self._num_items = num_items
 
     def part(self, items: Collection[int]) -> BucketOrder[Shape]:
-        """The order of some of the items alone, whose indices stay as they are."""
+        """Return the order of only these items, whose indices do not change."""
         wanted = set(items)
         left = {s: [item for item in own if item in wanted] for s, own in self.members.items()}
         return BucketOrder({s: own for s, own in left.items() if own}, self._num_items)
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
-        """Global batches of indices for ever, from batch number `start`, found without walking.
+        """Yield global batches of indices without end, jumping directly to batch number `start`.
 
-        Raises ConfigError for a batch size below 1, or a negative start.
+        Raises ConfigError for a batch size below 1 or a negative start.
         """
         if batch_size < 1 or start < 0:
             raise ConfigError(
@@ -193,16 +195,16 @@ class BucketOrder(Generic[Shape]):
         for shape, size in sizes.items():
             if size < batch_size:
                 _LOG.warning(
-                    "bucket %s has %d %s for batches of %d: a batch repeats what is there; add "
-                    "files, take a smaller --batch-size, or have fewer buckets "
-                    "(--data.no-native-ratio, --data.images none)",
+                    "bucket %s has %d %s for batches of %d, so batches repeat items; add files, "
+                    "use a smaller --batch-size, or use fewer buckets (--data.no-native-ratio, "
+                    "--data.images none)",
                     shape, size, "item" if size == 1 else "items", batch_size,
                 )  # fmt: skip
 
         def completed(epochs: int) -> int:
             return sum(epochs * size // batch_size for size in sizes.values())
 
-        # The pass in which batch number `start` is completed.
+        # Find the pass that completes batch number `start`.
         limit = 1
         while completed(limit) <= start:
             limit *= 2
@@ -215,7 +217,7 @@ class BucketOrder(Generic[Shape]):
     def _epoch_batches(
         self, batch_size: int, seed: int, epoch: int, skipped: int
     ) -> Iterator[list[int]]:
-        """The batches that are completed in pass `epoch`, in their order, without the first."""
+        """Yield the batches that pass `epoch` completes, in order, without the `skipped` first."""
         due = [
             (shape, number)
             for shape, items in self.members.items()
@@ -237,7 +239,7 @@ class BucketOrder(Generic[Shape]):
             yield batch
 
     def _shuffled(self, seed: int, shape: Shape, epoch: int) -> list[int]:
-        """Indices of a shape's items in pass `epoch`, in that pass's order."""
+        """Return the indices of a shape's items in pass `epoch`, in the order of that pass."""
         items = self.members[shape]
         generator = generator_for("item order", seed, str(shape), epoch)
         order = torch.randperm(len(items), generator=generator).tolist()
@@ -245,7 +247,7 @@ class BucketOrder(Generic[Shape]):
 
 
 class Shuffled:
-    """A data set whose items are shuffled in passes, by an order that it sets as `_order`."""
+    """A data set whose items are reshuffled in every pass, by the order in its `_order`."""
 
     _order: BucketOrder[Bucket]
 
@@ -255,11 +257,11 @@ class Shuffled:
         return self._order.members
 
     def part(self: Own, items: Collection[int]) -> Own:
-        """The same data set with some of its items alone; an index is the same sample as before."""
+        """Return the data set with only these items; an index is the same sample as before."""
         other = copy.copy(self)
         other._order = self._order.part(items)
         return other
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
-        """Global batches for ever, each of one bucket; see `BucketOrder`."""
+        """Yield global batches without end, each of one bucket; see `BucketOrder`."""
         return self._order.batches(batch_size, seed=seed, start=start)

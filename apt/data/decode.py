@@ -1,8 +1,8 @@
-"""Decoding: what a file holds, and exactly the clip that is asked for.
+"""Reading a file's properties, and decoding clips from it.
 
-Videos, GIF, APNG and moving AVIF are decoded with PyAV (FFmpeg), animated WebP and stills with
-Pillow. Pictures come upright by every tag and matrix that turns or mirrors them, over white where
-they are transparent, and with the colours of an SDR screen.
+Videos, GIF, APNG and animated AVIF are decoded with PyAV (FFmpeg), animated WebP and stills with
+Pillow. All rotation and mirroring tags and matrices are applied, transparency is composited over
+white, and colours are converted to those of an SDR screen.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from apt.errors import DataError
 
 
 def is_image(source: Source) -> bool:
-    """Whether the name is that of a picture, still or moving; all else is read as a video."""
+    """Return whether the name is that of a still or animated image; the rest are videos."""
     return Path(name_of(source)).suffix.lower() in IMAGE_SUFFIXES
 
 
 def probe(source: Source) -> MediaInfo:
-    """Read what a file says that it holds, and of a video the first frame.
+    """Read a file's properties from its header, and for a video also from the first frame.
 
-    Some formats say it in no one place: transport and program streams are read through, though
-    not decoded.
+    Some formats have no such header: transport and program streams are read to the end, but not
+    decoded.
 
     Raises:
-        DataError: if the file cannot be read as what its name says.
+        DataError: if the file cannot be read as the kind of file that its name says.
     """
     if is_image(source):
         with reading(source):
@@ -51,13 +51,13 @@ def probe(source: Source) -> MediaInfo:
 
 
 def read_image(source: Source, *, size: tuple[int, int] | None = None) -> Tensor:
-    """A still as a clip of one frame, upright, over white where it is transparent.
+    """Read a still image as a clip of one frame, upright, with transparency over white.
 
-    A JPEG of more than twice the size is decoded at a half, a quarter or an eighth of its own.
+    A JPEG of more than twice `size` is decoded at a half, a quarter or an eighth of its own size.
 
     Args:
         source: the file.
-        size: (height, width) to scale and crop to; None keeps its own.
+        size: (height, width) to scale and crop to; None keeps the image's own.
 
     Returns:
         (3, 1, H, W) float32 in [-1, 1].
@@ -78,11 +78,10 @@ def read_clip(
     size: tuple[int, int] | None = None,
     info: MediaInfo | None = None,
 ) -> Tensor:
-    """A clip of a video, resampled in time by taking the nearest source frame.
+    """Read a clip of a video, resampled in time to the nearest source frames.
 
-    Where frames are held, a moment shows the frame that is on the screen then, or the one that
-    appears within half a usual frame. Reading begins at the key frame before the clip and stops at
-    its end.
+    If a frame is held longer than usual, it is used until half a usual frame duration before the
+    next one appears. Reading starts at the key frame before the clip and stops at its end.
 
     Args:
         source: the file.
@@ -90,13 +89,13 @@ def read_clip(
         num_frames: number of frames T.
         fps: wanted frames per second.
         size: (height, width) to scale and crop each frame to; None keeps the display size.
-        info: what `probe` found, which saves looking again.
+        info: the result of `probe`, if it is known already.
 
     Returns:
         (3, T, H, W) float32 in [-1, 1].
 
     Raises:
-        DataError: if the file is unreadable, damaged inside the clip, or ends before it.
+        DataError: if the file is unreadable, damaged within the clip, or ends before the clip does.
     """
     times = [start + i / fps for i in range(num_frames)]
     frames: list[Tensor] = []
@@ -112,10 +111,10 @@ def read_clip(
 
 
 def verify(source: Source) -> MediaInfo:
-    """Decode a whole file; returns what `probe` does.
+    """Decode a whole file; returns the same as `probe`.
 
     Raises:
-        DataError: at the first damage, or if it ends before its header says.
+        DataError: at the first damage, or if the file ends earlier than its header says.
     """
     info = probe(source)
     if info.is_image:
@@ -134,7 +133,7 @@ def verify(source: Source) -> MediaInfo:
 
 class _Frames(Protocol):
     def __call__(self, start: Fraction, /) -> Iterator[tuple[Picture, Fraction]]:
-        """Frames and their times in seconds, from one at or before `start` on."""
+        """Yield frames and their times in seconds, starting at or before `start`."""
         ...
 
 
@@ -148,7 +147,7 @@ def _open_moving(source: Source, info: MediaInfo | None = None) -> Iterator[_Mov
     if is_animated_webp(source):
         yield _Moving(info or look_webp(source), lambda start: webp_frames(source))
         return
-    # Only videos need FFmpeg.
+    # Imported here, because only videos need FFmpeg.
     from apt.data.video import frames_from, look, open_video
 
     with open_video(source) as video:
@@ -159,9 +158,10 @@ def _open_moving(source: Source, info: MediaInfo | None = None) -> Iterator[_Mov
 
 
 def _nearest(source: Source, moving: _Moving, times: Sequence[Fraction]) -> Iterator[Picture]:
-    """For each of the ascending `times` (seconds after the first frame), the nearest frame.
+    """Yield the nearest frame for each of the ascending `times` (seconds after the first frame).
 
-    A frame that appears more than half a usual frame later is not near: the one before is held.
+    A frame that appears more than half a usual frame duration later does not count as near; the
+    one before it is held.
     """
     pending = deque(times)
     half = 1 / (2 * moving.info.fps)
@@ -186,21 +186,23 @@ def _nearest(source: Source, moving: _Moving, times: Sequence[Fraction]) -> Iter
 
 def _refuse_damage(source: Source, picture: Picture, time: Fraction) -> None:
     if picture.damaged:
-        raise DataError(f"{name_of(source)}: damaged at {float(time):.2f} s")
+        raise DataError(
+            f"{name_of(source)}: damaged at {float(time):.2f} s; copy or download the file again"
+        )
 
 
 def _ends_early(source: Source, end: Fraction, wanted: Fraction) -> str:
     return (
-        f"{name_of(source)}: ends after {float(end):.2f} s, where its header promises "
-        f"{float(wanted):.2f} s or more; fetch the file again"
+        f"{name_of(source)}: ends after {float(end):.2f} s, but its header promises "
+        f"{float(wanted):.2f} s or more; copy or download the file again"
     )
 
 
 def _to_pixels(picture: Picture, size: tuple[int, int]) -> Tensor:
-    """(3, H, W) float32 in [-1, 1]."""
+    """Return a picture as (3, H, W) float32 in [-1, 1]."""
     pixels = picture.pixels()
     if pixels.dtype == np.uint16:
-        # FFmpeg scales eight bits to sixteen by 256.
+        # FFmpeg scales 8 bits to 16 bits by 256.
         frame = torch.from_numpy(pixels.astype(np.float32) / 256)
     else:
         frame = torch.from_numpy(pixels.copy())

@@ -1,14 +1,14 @@
 """Moving digits: real handwriting in colour, moving over real photographs, with captions.
 
-The digits are scikit-learn's 8x8 scans (UCI Optical Recognition of Handwritten Digits) and the
-backgrounds are crops of the two photographs that scikit-learn ships. Both come with the package,
+The digits are scikit-learn's 8x8 scans (UCI Optical Recognition of Handwritten Digits), and the
+backgrounds are crops of the two photographs that scikit-learn ships. Both come with scikit-learn,
 so nothing is downloaded. A clip is a pure function of (setting, seed, split, index).
 
-In "centred" clips a caption tells where the digit is, give or take a pixel, before one of 20
-backgrounds, so that the mean of all clips of a caption can be read. In "free" ones places and
-backgrounds vary so much that a mean is a smear. "near" ones have the backgrounds of free ones, with
-the digit nearer to the centre: a small model learns to write them in less than an hour. "large"
-ones are free ones at twice the pixels a side and twice the frames a second.
+In "centred" clips, the caption determines where the digit is, within a pixel, in front of one of 20
+backgrounds, so the mean of all clips with a caption is legible. In "free" clips, places and
+backgrounds vary so much that the mean is a smear. "near" clips have the backgrounds of free clips,
+with the digit nearer to the centre; a small model learns them in less than an hour. "large" clips
+are free clips with twice the pixels per side and twice the frame rate.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ Split = Literal["train", "test", "heldout"]
 Setting = Literal["centred", "near", "free", "large"]
 
 _DIGIT_SIDE = 20
-_PHOTO_SCALE = 10  # 64x42 pixels: a clip of 32x32 shows a good part of the scene
+_PHOTO_SCALE = 10  # 64x42 pixels, so a clip of 32x32 shows a good part of the scene
 
 
 class ClipSize(NamedTuple):
-    """Frames of a clip, its height and width, and frames a second."""
+    """Frames of a clip, its height (equal to its width), and frames per second."""
 
     frames: int
     side: int
@@ -55,15 +55,15 @@ class ClipSize(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class _Freedom:
-    """How much clips of one caption differ.
+    """How much clips with the same caption differ.
 
     Attributes:
-        along, across: pixels by which the digit's way may be off the picture's centre.
-        crop_step: pixels between places of crops.
-        gain: lowest and highest brightness of the background, which a bright digit stands out of;
-            if they differ, each colour has its own.
-        mirrored: half of the backgrounds are.
-        scale: of pixels a side and of frames a second.
+        along, across: maximum offset of the digit's path from the centre, in pixels.
+        crop_step: pixels between the places of crops.
+        gain: lowest and highest brightness of the background, kept low so that the bright digit
+            stands out. If they differ, each colour channel has its own.
+        mirrored: whether half of the backgrounds are mirrored.
+        scale: factor of the pixels per side and of the frame rate.
     """
 
     along: int = 1
@@ -75,12 +75,12 @@ class _Freedom:
 
     @property
     def clip(self) -> ClipSize:
-        """The size of its clips."""
+        """The size of the clips."""
         return ClipSize((FRAMES - 1) * self.scale + 1, SIZE * self.scale, FPS * self.scale)
 
 
 _FREEDOM: dict[Setting, _Freedom] = {
-    "centred": _Freedom(),  # 20 backgrounds in all
+    "centred": _Freedom(),  # 20 backgrounds in total
     "near": _Freedom(along=1, across=2, crop_step=1, gain=(0.3, 0.5), mirrored=True),
     "free": _Freedom(along=2, across=3, crop_step=1, gain=(0.3, 0.5), mirrored=True),
     "large": _Freedom(along=4, across=6, crop_step=1, gain=(0.3, 0.5), mirrored=True, scale=2),
@@ -88,13 +88,13 @@ _FREEDOM: dict[Setting, _Freedom] = {
 
 
 def clip_size(setting: Setting) -> ClipSize:
-    """The size of a setting's clips."""
+    """Return the size of a setting's clips."""
     return _FREEDOM[setting].clip
 
 
 @dataclass(frozen=True)
 class Label:
-    """What a clip shows, as words."""
+    """The content of a clip, in words."""
 
     digit: str
     colour: str
@@ -109,7 +109,7 @@ ALL_LABELS = tuple(
     Label(digit, colour, direction)
     for digit, colour, direction in itertools.product(DIGITS, COLOURS, DIRECTIONS)
 )
-# One caption in ten, spread so that every digit, colour and direction is also trained on.
+# One caption in ten, chosen so that every digit, colour and direction still occurs in training.
 HELDOUT_LABELS = tuple(label for i, label in enumerate(ALL_LABELS) if i % 10 == (i // 24) % 10)
 TRAIN_LABELS = tuple(label for label in ALL_LABELS if label not in HELDOUT_LABELS)
 
@@ -118,10 +118,10 @@ class MovingDigits:
     """A stream of clips: index i is always the same clip, and any index is valid.
 
     Args:
-        seed: another seed is another stream.
+        seed: another seed gives another stream.
         split: "train" has the training handwriting and the training captions; "test" has held-out
             handwriting (one scan in five) and the training captions; "heldout" has held-out
-            handwriting and the captions that are never trained on.
+            handwriting and held-out captions.
         labels: draw from these labels instead of the split's, with the split's handwriting.
         setting: "centred", "near", "free" or "large".
 
@@ -152,22 +152,22 @@ class MovingDigits:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the first clips: it differs if the clips of a seed have changed."""
+        """A hash of the first clips, which changes if the clips of a seed change."""
         digest = hashlib.sha256(repr((self.seed, self.split, self._labels)).encode())
         for index in range(8):
             digest.update(self[index].pixels.numpy().tobytes())
         return digest.hexdigest()
 
     def labels(self, index: int) -> Label:
-        """The label of clip `index`."""
+        """Return the label of clip `index`."""
         return self._labels[int(self._random(index).integers(len(self._labels)))]
 
     def caption(self, index: int) -> str:
-        """The caption of clip `index`, for example "a red seven moving left"."""
+        """Return the caption of clip `index`, for example "a red seven moving left"."""
         return self.labels(index).caption
 
     def __getitem__(self, index: int) -> Sample:
-        """Clip `index`: pixels (3, T, H, W) fp32 in [-1, 1], of `clip_size`, and its caption."""
+        """Return clip `index`: pixels (3, T, H, W) fp32 in [-1, 1], and its caption."""
         random = self._random(index)
         label = self._labels[int(random.integers(len(self._labels)))]
         scans = self._scans[DIGITS.index(label.digit)]
@@ -176,7 +176,10 @@ class MovingDigits:
         return Sample(pixels=pixels * 2 - 1, caption=label.caption)
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
-        """Consecutive indices for ever, from batch `start`; a stream needs no shuffle (`seed`)."""
+        """Yield consecutive indices without end, from batch `start`.
+
+        `seed` is ignored, because a stream needs no shuffling.
+        """
         for batch in itertools.count(start):
             yield list(range(batch * batch_size, (batch + 1) * batch_size))
 
@@ -187,11 +190,11 @@ class MovingDigits:
 def _compose(
     random: np.random.Generator, label: Label, scans: np.ndarray, freedom: _Freedom
 ) -> np.ndarray:
-    """Frames (T, H, W, 3) in [0, 1]."""
+    """Return frames (T, H, W, 3) in [0, 1]."""
     clip = freedom.clip
     alpha = scans[int(random.integers(len(scans)))][..., None]
     frames = np.repeat(_background(random, freedom)[None], clip.frames, axis=0)
-    # One pixel a frame, through the centre at half time, give or take the freedom.
+    # One pixel per frame, passing the centre (plus a random offset) at half time.
     step = np.array(DIRECTIONS[label.direction])
     reach = np.where(step, freedom.along, freedom.across)
     digit = len(alpha)
@@ -207,7 +210,7 @@ def _compose(
 
 
 def _background(random: np.random.Generator, freedom: _Freedom) -> np.ndarray:
-    """A crop (H, W, 3) of a photograph, darkened."""
+    """Return a darkened crop (H, W, 3) of a photograph."""
     photos, size = _photos(freedom.scale), freedom.clip.side
     photo = photos[int(random.integers(len(photos)))]
     y, x = (
@@ -224,7 +227,7 @@ def _background(random: np.random.Generator, freedom: _Freedom) -> np.ndarray:
 
 @lru_cache
 def _photos(scale: int) -> tuple[np.ndarray, ...]:
-    """The two photographs in [0, 1], reduced."""
+    """Return the two photographs in [0, 1], reduced."""
     from sklearn.datasets import load_sample_images
 
     factor = _PHOTO_SCALE // scale
@@ -234,7 +237,7 @@ def _photos(scale: int) -> tuple[np.ndarray, ...]:
 
 @lru_cache
 def _scans(*, heldout: bool, scale: int) -> tuple[np.ndarray, ...]:
-    """For each digit, opacity masks (N, side, side) in [0, 1] of its training or held-out scans."""
+    """Return opacity masks (N, side, side) in [0, 1] of each digit's training or held-out scans."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

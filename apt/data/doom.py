@@ -1,11 +1,11 @@
 """First-person clips from ViZDoom, with captions of what the camera does and sees.
 
-Real motion of a camera through a scene in depth, for training from folders: the engine and the
-scenes come with the package `vizdoom` (extra of the same name), and nothing rendered ships with
-this one. A clip is a pure function of (seed, index, size) and the version of the engine.
+The clips show a camera moving through 3D scenes, for training from folders. The engine and the
+scenes come with the package `vizdoom` (extra of the same name); this package ships no rendered
+clips. A clip is a pure function of (seed, index, size) and the version of the engine.
 
-A motion is drawn, played, and measured from the camera's position and heading. A clip in which the
-camera did something else, because a wall was in the way, is drawn again, so captions are true.
+A motion is drawn, played, and checked against the camera's position and heading. If the camera
+moved differently, because a wall was in the way, the clip is drawn again, so captions are true.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ TICS_PER_SECOND = 35
 _TICS_PER_FRAME = 4
 FPS = Fraction(TICS_PER_SECOND, _TICS_PER_FRAME)
 
-_WIDTH, _HEIGHT = 160, 120  # that the engine renders
-# Scenarios of the package, and what they look like.
+_WIDTH, _HEIGHT = 160, 120  # of the engine's picture
+# Scenarios of the package, with descriptions.
 _SCENES = {
     "my_way_home": "a maze of rooms",
     "health_gathering_supreme": "a stone maze",
     "deadly_corridor": "a brick corridor",
     "basic": "a small hall",
 }
-# What the engine calls what can be seen; the rest is not mentioned.
+# The engine's names of things, with words for captions. Other things are not mentioned.
 _THINGS = {
     "Zombieman": "a soldier",
     "ShotgunGuy": "a soldier",
@@ -47,13 +47,13 @@ _THINGS = {
     "GreenArmor": "green armour",
     "CustomMedikit": "a medikit",
 }
-_LEAST_HEIGHT = 6  # pixels, of a thing that is mentioned
-_ATTEMPTS, _PATIENCE = 128, 8  # in all, and with one scene and motion
+_LEAST_HEIGHT = 6  # pixels; smaller things are not mentioned
+_ATTEMPTS, _PATIENCE = 128, 8  # in total, and per scene and motion
 
 
 @dataclass(frozen=True)
 class _Motion:
-    """Which way the camera moves and turns: -1, 0 or 1 for each."""
+    """The directions in which the camera moves and turns: -1, 0 or 1 for each."""
 
     forward: int = 0
     right: int = 0
@@ -61,7 +61,7 @@ class _Motion:
 
     @property
     def words(self) -> str:
-        """ "moves forward and turns left"; "stands still" for none."""
+        """The motion in words, such as "moves forward and turns left", or "stands still"."""
         words = (
             {1: "moves forward", -1: "moves backward"}.get(self.forward),
             {1: "slides right", -1: "slides left"}.get(self.right),
@@ -81,25 +81,25 @@ _MOTIONS = (
     ),
 )
 _SPEED, _TURN = 4.0, (0.5, 1.2)
-_SETTLE = 4 * _TICS_PER_FRAME  # until the speed is even
-# Per tic, in units of the map and degrees: at least, for what moves or turns, and at most, for what
-# does not. Who turns while walking drifts outwards.
+_SETTLE = 4 * _TICS_PER_FRAME  # until the speed is constant
+# Limits per tic, in map units and in degrees: the minimum of an intended motion or turn, and the
+# maximum of an unintended one. A camera that turns while walking drifts outwards.
 _MOVED, _DRIFTED = 0.8, 0.5
 _TURNED, _STEADY = 0.4, 0.1
 
 
 class DoomClips:
-    """Clips by index, of one size. A context manager: the engines run until it is left.
+    """Clips by index, of one size. A context manager, which stops the engines at its end.
 
     Args:
-        seed: another seed is another stream.
+        seed: another seed gives another stream.
         frames: of a clip, at `FPS`.
-        height, width: the middle of the engine's picture is scaled down to them.
+        height, width: the centre of the engine's picture is scaled down to this size.
 
     Raises:
-        MissingPackageError: vizdoom is not installed.
-        ConfigError: a size that is not positive, or larger than the engine's picture.
-        DataError: the engine does not run here.
+        MissingPackageError: if vizdoom is not installed.
+        ConfigError: if a size is not positive, or larger than the engine's picture.
+        DataError: if the engine does not run here.
     """
 
     def __init__(self, seed: int = 0, *, frames: int = 17, height: int = 64, width: int = 64):
@@ -132,7 +132,7 @@ class DoomClips:
         self._folder.cleanup()
 
     def __getitem__(self, index: int) -> Sample:
-        """Clip `index`: pixels (3, T, H, W) fp32 in [-1, 1], and its caption."""
+        """Return clip `index`: pixels (3, T, H, W) fp32 in [-1, 1], and its caption."""
         random = np.random.default_rng([self.seed, index])
         scene, motion = "", _MOTIONS[0]
         for attempt in range(_ATTEMPTS):
@@ -142,7 +142,7 @@ class DoomClips:
             try:
                 played = self._play(scene, motion, random)
             except self._errors() as error:
-                raise DataError(f"the engine of vizdoom stopped: {error}") from error
+                raise DataError(f"vizdoom's engine stopped: {error}") from error
             if played is None:
                 continue
             pictures, things = played
@@ -150,12 +150,14 @@ class DoomClips:
             if things:
                 caption += f", {' and '.join(things)} in sight"
             return Sample(pixels=self._scaled(pictures), caption=caption)
-        raise DataError(f"no clip {index} in {_ATTEMPTS} attempts; use another seed")
+        raise DataError(
+            f"clip {index} could not be rendered in {_ATTEMPTS} attempts; use another --seed"
+        )
 
     def _play(
         self, scene: str, motion: _Motion, random: np.random.Generator
     ) -> tuple[np.ndarray, list[str]] | None:
-        """Pictures (T, H, W, 3) uint8 and things in sight; None if the camera moved otherwise."""
+        """Return frames (T, H, W, 3) uint8 and things in sight; None if the motion differed."""
         game = self._games.get(scene) or self._start(scene)
         game.set_seed(int(random.integers(1 << 31)))
         game.new_episode()
@@ -188,7 +190,7 @@ class DoomClips:
     def _start(self, scene: str) -> Any:
         vizdoom = self._vizdoom
         game = vizdoom.DoomGame()
-        # Where the engine keeps its settings, which would otherwise be the working directory.
+        # The engine would otherwise write its settings to the working directory.
         game.set_doom_config_path(str(Path(self._folder.name) / f"{scene}.ini"))
         game.set_doom_scenario_path(str(Path(vizdoom.scenarios_path) / f"{scene}.wad"))
         game.set_doom_map("map01")
@@ -213,7 +215,7 @@ class DoomClips:
             [variables.POSITION_X, variables.POSITION_Y, variables.ANGLE]
         )
         game.set_mode(vizdoom.Mode.PLAYER)
-        # It makes folders where it is started.
+        # The engine creates folders in the directory where it is started.
         here = Path.cwd()
         os.chdir(self._folder.name)
         try:
@@ -228,7 +230,7 @@ class DoomClips:
         return tuple(getattr(self._vizdoom, f"ViZDoom{name}") for name in names)
 
     def _scaled(self, pictures: np.ndarray) -> torch.Tensor:
-        """The middle of the pictures in the clip's size."""
+        """Crop the centre of the pictures and scale it to the clip's size."""
         scale = max(self.height / _HEIGHT, self.width / _WIDTH)
         height, width = round(self.height / scale), round(self.width / scale)
         top, left = (_HEIGHT - height) // 2, (_WIDTH - width) // 2
@@ -240,7 +242,10 @@ class DoomClips:
 
 
 def _did(motion: _Motion, places: np.ndarray) -> bool:
-    """Whether a camera at `places` (T, 3), x, y and heading in degrees, moved so, all the time."""
+    """Return whether a camera at `places` (T, 3), x, y and heading in degrees, moved as intended.
+
+    The motion must fit between every two frames.
+    """
     if len(places) < 2:
         return True
     headings = np.unwrap(places[:, 2], period=360)
@@ -249,7 +254,7 @@ def _did(motion: _Motion, places: np.ndarray) -> bool:
     per_frame = (
         (dx * np.cos(angle) + dy * np.sin(angle), motion.forward, _MOVED, _DRIFTED),
         (dx * np.sin(angle) - dy * np.cos(angle), motion.right, _MOVED, _DRIFTED),
-        # Headings grow to the left.
+        # Headings increase to the left.
         (-np.diff(headings), motion.turn, _TURNED, _STEADY),
     )
     return all(
@@ -265,7 +270,7 @@ def _import_vizdoom() -> ModuleType:
         import vizdoom
     except ImportError as error:
         raise MissingPackageError(
-            f"first-person clips need vizdoom, which does not import here ({error}); run "
+            f"first-person clips need vizdoom, which cannot be imported here ({error}); run "
             "`pip install diffusion-apt[vizdoom]`"
         ) from error
     return vizdoom

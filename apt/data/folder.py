@@ -29,16 +29,16 @@ from apt.rng import generator_for
 _LOG = logging.getLogger(__name__)
 
 _MAX_REPLACEMENTS = 16
-"""So many broken files in a row are no accident: a disk is gone, or the folder was moved."""
+"""More broken files than this in a row mean that a disk is gone or the folder was moved."""
 
 _LOOKED_AT: dict[tuple[Hashable, int, int], MediaInfo] = {}
-"""What files hold, by their places, times of change and sizes: a run looks at a folder for its size
-and then for its clips."""
+"""Properties of files by place, modification time and size. A run reads them twice: to choose the
+clip size, and to list the clips."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A usable file with its caption and the bucket that it is trained in."""
+    """A usable file with its caption and its training bucket."""
 
     entry: Entry
     info: MediaInfo
@@ -48,16 +48,16 @@ class Item:
 class VideoFolder(Shuffled):
     """Captioned videos and images (one-frame videos), as clips in aspect-ratio buckets.
 
-    Captions are found as `apt.data.scan` says. Index `epoch * len(folder) + item` is a clip of
-    that item: its first frame is drawn from (seed, epoch, item), so a sample is a pure function of
-    its index and the files, in any process and any order.
+    `apt.data.scan` describes where captions are found. Index `epoch * len(folder) + item` is a clip
+    of that item. The clip's first frame is drawn from (seed, epoch, item), so a sample is a pure
+    function of its index and the files, in any process and any order.
 
-    A file that cannot be used is named in `report` and skipped. One that fails only when its clip
-    is decoded is named too, and another file of its bucket takes its place: which one depends on
-    the index alone. Of a `part`, it is one of that, and all parts have one report.
+    A file that cannot be used is skipped and named in `report`. A file that fails only when its
+    clip is decoded is also named, and replaced by another file of its bucket, which depends only on
+    the index. In a `part`, the replacement is from that part. All parts share one report.
 
     Args:
-        directory: the folder; sub-folders count, hidden files do not.
+        directory: the folder. Sub-folders are included, hidden files are not.
         buckets: (frames, height, width) of the clips; frames must be 4k + 1. Images use the
             buckets of one frame; videos use the longer ones, or single frames if there are none.
         fps: frame rate of the clips; each frame is the nearest one of the source. None keeps each
@@ -65,8 +65,8 @@ class VideoFolder(Shuffled):
         seed: of the clips' starts.
         max_upscale: sources that would have to be enlarged by more than this are skipped.
         strict: raise at the first file that cannot be used.
-        captions: what becomes of captions that the text encoder refuses; None asks no encoder.
-        captioned: whether a file needs a caption; without one it then has the empty one.
+        captions: how to treat captions that the text encoder rejects; None checks no captions.
+        captioned: whether files need a caption. If False, files without one get the empty caption.
 
     Attributes:
         items: usable files, sorted by name.
@@ -120,12 +120,12 @@ class VideoFolder(Shuffled):
         self._order = BucketOrder(ordered, len(self.items))
 
     def __len__(self) -> int:
-        """Number of items: files times captions."""
+        """Return the number of items: one per file and caption."""
         return len(self.items)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of names, captions, sizes and buckets: it differs if a resume would go astray."""
+        """A hash of names, captions, sizes and buckets, which changes if a resume would differ."""
         digest = hashlib.sha256(repr((self.seed, self.fps)).encode())
         for item in self.items:
             digest.update(
@@ -134,23 +134,23 @@ class VideoFolder(Shuffled):
         return digest.hexdigest()
 
     def bucket_sizes(self) -> dict[Bucket, int]:
-        """Number of items in each bucket in use."""
+        """Return the number of items in each non-empty bucket."""
         return {bucket: len(items) for bucket, items in self.members.items()}
 
     def caption(self, index: int) -> str:
-        """The caption of sample `index`, without decoding it."""
+        """Return the caption of sample `index`, without decoding it."""
         return self.items[self._split(index)[1]].entry.caption
 
     def file_name(self, index: int) -> str:
-        """The name of the file of sample `index`, relative to the folder."""
+        """Return the name of the file of sample `index`, relative to the folder."""
         return self.items[self._split(index)[1]].entry.name
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample `index`: a clip of item `index % len(self)` in pass `index // len(self)`.
+        """Return sample `index`: a clip of item `index % len(self)` in pass `index // len(self)`.
 
         Raises:
             IndexError: if `index` is negative.
-            DataError: if the file cannot be decoded and `strict`, or nothing can take its place.
+            DataError: if the file cannot be decoded and `strict`, or no other file can replace it.
         """
         epoch, first = self._split(index)
         problems: list[Problem] = []
@@ -177,7 +177,7 @@ class VideoFolder(Shuffled):
         return divmod(index, len(self.items))
 
     def _candidates(self, index: int, first: int) -> Iterator[int]:
-        """The item itself, then the ones that replace it, in an order drawn from the index."""
+        """Yield the item itself, then its replacements, in an order drawn from the index."""
         yield first
         others = [item for item in self.members[self.items[first].bucket] if item != first]
         generator = generator_for("replacement", self.seed, index)
@@ -210,7 +210,7 @@ class VideoFolder(Shuffled):
         self.report.add(problem)
 
     def _with_captions(self, entries: list[Entry], rule: CaptionRule) -> list[Entry]:
-        """The entries whose captions can be used, some of them cut."""
+        """Return the entries with usable captions, some of them cut."""
         found = rule.apply([entry.caption for entry in entries], [entry.name for entry in entries])
         kept = []
         for entry, caption in zip(entries, found, strict=True):
@@ -223,7 +223,7 @@ class VideoFolder(Shuffled):
         return kept
 
     def _usable(self, entries: list[Entry], max_upscale: float) -> list[Item]:
-        """Probe the files, several at a time, and assign buckets."""
+        """Probe the files in parallel and assign buckets."""
         items = []
         files = {entry.place: entry for entry in entries}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -245,7 +245,7 @@ class VideoFolder(Shuffled):
         moving = [bucket for bucket in self.buckets if bucket.frames > 1]
         buckets = stills if info.is_image else moving or stills
         if not buckets:
-            return Problem("no bucket", name, "an image, and no bucket has one frame")
+            return Problem("no bucket", name, "an image, but no bucket has one frame")
         fps = self.fps or info.fps
         frames = 1 if info.is_image else info.clip_frames(fps)
         fit = partial(best_bucket, buckets, height=info.height, width=info.width)
@@ -255,17 +255,17 @@ class VideoFolder(Shuffled):
         shortest = min(bucket.frames for bucket in buckets)
         if frames < shortest:
             have = f"{frames} frames at {float(fps):g} fps"
-            return Problem("too short", name, f"{have}, the shortest bucket has {shortest}")
+            return Problem("too short", name, f"{have}, but the shortest bucket has {shortest}")
         size = f"{info.width}x{info.height} pixels"
         return Problem(
             "too small",
             name,
-            f"{size} would be enlarged by more than {max_upscale:g} for any bucket",
+            f"{size} would have to be enlarged by a factor above {max_upscale:g} for every bucket",
         )
 
 
 def exact_rate(fps: float | Fraction) -> Fraction:
-    """A frame rate as a fraction; 29.97 and its like become the multiples of 1/1001 they mean."""
+    """Return a frame rate as a fraction; NTSC rates such as 29.97 become multiples of 1/1001."""
     if isinstance(fps, Fraction):
         return fps
     ntsc = Fraction(round(fps * 1001 / 1000) * 1000, 1001)
@@ -275,9 +275,9 @@ def exact_rate(fps: float | Fraction) -> Fraction:
 
 
 def look_at(entry: Entry) -> MediaInfo:
-    """What a file holds; one that is as it was is not opened again.
+    """Read a file's properties; an unchanged file is not opened again.
 
-    Raises DataError, without its name, if it cannot be read.
+    Raises DataError, without the file's name, if it cannot be read.
     """
     try:
         state = entry.path.stat()
@@ -299,7 +299,7 @@ def _look_or_error(entry: Entry) -> MediaInfo | DataError:
 
 @contextmanager
 def _without_name(source: Source) -> Iterator[None]:
-    """Errors of readers without the name that they begin with: the entry says which file."""
+    """Strip the file name from readers' errors, because the entry names the file."""
     try:
         yield
     except DataError as error:

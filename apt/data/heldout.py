@@ -1,7 +1,7 @@
-"""Which clips are held out of training: the same ones in every run, whatever its seed.
+"""The choice of clips to hold out of training, which is the same in every run and for every seed.
 
-They are chosen by the names of their files alone, so that all captions of a file go with it, and
-stages in a row hold out the same ones, also where one of them leaves out files that another reads.
+Only the names of the files decide. So all captions of a file stay together, and consecutive stages
+hold out the same files, even if one stage skips files that another reads.
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ Data = TypeVar("Data", bound="Divisible")
 
 @runtime_checkable
 class Divisible(Protocol):
-    """A data set that can be had in parts. Index `pass * len + item` is an item in a pass."""
+    """A data set that can be split. Index `pass * len + item` is an item in a pass."""
 
     @property
     def members(self) -> Mapping[Any, list[int]]:
-        """Its items by the shape of their clips."""
+        """The items by the shape of their clips."""
         ...
 
     def __len__(self) -> int: ...
 
     def file_name(self, index: int) -> str:
-        """The file of a sample, or another name; samples of one name belong together."""
+        """Return a sample's file, or another name. Samples with the same name stay together."""
         ...
 
     def part(self: Data, items: Collection[int]) -> Data:
-        """The same with some of the items alone; an index is the same sample as before."""
+        """Return the data set with only these items; an index is the same sample as before."""
         ...
 
 
 def hold_out(dataset: Data, *, share: float = 0.0, clips: int = 0) -> tuple[Data, Data]:
-    """Divide a data set.
+    """Split a data set into training and held-out parts.
 
     Args:
-        dataset: all of it.
-        share: about which share of its files is held out, in (0, 1): each by itself; or
-        clips: how many files, those that a smaller share would take first.
+        dataset: the whole data set.
+        share: approximate fraction of the files to hold out, in (0, 1). Each file is decided
+            independently.
+        clips: exact number of files to hold out instead: those that a growing share takes first.
 
     Returns:
-        What is trained on, and what is held out.
+        The training part and the held-out part.
 
     Raises:
-        ConfigError: nothing would be held out, or nothing left.
+        ConfigError: if nothing would be held out, or nothing would be left to train on.
     """
     items: dict[str, list[int]] = {}
     for item in range(len(dataset)):
@@ -60,14 +61,14 @@ def hold_out(dataset: Data, *, share: float = 0.0, clips: int = 0) -> tuple[Data
     if not 0 < len(chosen) < len(items):
         raise ConfigError(
             f"{len(chosen)} of {len(items)} files would be held out, which leaves nothing to "
-            f"{'train on' if chosen else 'measure'}; choose another --heldout.share, or say how "
-            "many with --heldout.clips"
+            f"{'train on' if chosen else 'measure'}; choose another --heldout.share, or a number "
+            "of files with --heldout.clips"
         )
     held = {item for name in chosen for item in items[name]}
     return dataset.part(set(range(len(dataset))) - held), dataset.part(held)
 
 
 def _place(name: str) -> float:
-    """Where a name lies in [0, 1), as if it were drawn."""
+    """Return a pseudo-random number in [0, 1) that depends only on the name."""
     digest = hashlib.sha256(name.encode(errors="backslashreplace")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

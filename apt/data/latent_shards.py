@@ -1,4 +1,4 @@
-"""The files of a latent cache: safetensors of many clips, or WebDataset shards of them."""
+"""The files of a latent cache: safetensors files of many clips, or WebDataset shards."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _LATENTS = "latents"
 
 
 class Clip(NamedTuple):
-    """Latents (C, T', H', W') of a caption's clip, which had the bucket's size in pixels.
+    """Latents (C, T', H', W') of a captioned clip, which had the bucket's size in pixels.
 
-    `extra` is what else the clip is conditioned on, by name; `file` is what it was made of.
+    `extra` are the clip's other conditions by name; `file` is its source.
     """
 
     latents: Tensor
@@ -46,9 +46,9 @@ class Clip(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What a shard says of a clip; `file` is empty in those of earlier versions.
+    """A shard's description of a clip; `file` is empty in shards of earlier versions.
 
-    `at` is where its tensors are in a tar file.
+    `at` is the place of the clip's tensors in a tar file.
     """
 
     key: str
@@ -59,16 +59,16 @@ class Entry(NamedTuple):
 
 
 def write_clips(path: Path, clips: Sequence[Clip]) -> None:
-    """Write a shard of clips, whole or not at all; by its suffix a tar file or a safetensors one.
+    """Write a shard of clips atomically, as a tar or safetensors file according to its suffix.
 
-    Raises DataError for values that are not finite, or a disk that refuses.
+    Raises DataError for values that are not finite, or a failed write.
     """
     for clip in clips:
         for name, value in {_LATENTS: clip.latents, **clip.extra}.items():
             if not bool(torch.isfinite(value).all()):
                 raise DataError(
-                    f"{name} of the clip {clip.caption!r} are NaN or infinite in {value.dtype}; "
-                    "encode in a wider type"
+                    f"{name} of the clip {clip.caption!r} has values that are NaN or infinite in "
+                    f"{value.dtype}; use a wider --dtype"
                 )
     facts = [{"caption": c.caption, "bucket": list(c.bucket), "file": c.file} for c in clips]
     if path.suffix == _TAR:
@@ -91,7 +91,7 @@ def write_clips(path: Path, clips: Sequence[Clip]) -> None:
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """Of each clip in a shard. Raises DataError for a damaged file."""
+    """Read the entries of a shard's clips. Raises DataError for a damaged file."""
     if path.suffix != _TAR:
         return read_metadata(
             path, "clips", lambda clips: [_entry(key, fact) for key, fact in clips.items()]
@@ -108,7 +108,7 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 def read_latents(path: Path, key: str, at: Member | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """A clip's latents, and what else it is conditioned on. Raises DataError for a damaged file."""
+    """Read a clip's latents and its other conditions. Raises DataError for a damaged file."""
     if at is not None:
         try:
             extra = load(read_member(path, at))
@@ -127,7 +127,7 @@ def _entry(key: str, fact: Mapping[str, Any], at: Member | None = None) -> Entry
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or not at all. Raises DataError if the disk refuses."""
+    """Write a safetensors file atomically. Raises DataError if it cannot be written."""
     with _written(path):
         write_safetensors(path, tensors, metadata)
 
@@ -138,13 +138,13 @@ def _written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"cannot write {path}: {error.strerror or error}; shards that were written before "
-            "stay, and the same command goes on from them"
+            f"cannot write {path}: {error.strerror or error}; earlier shards are kept, so free "
+            "some space and repeat the command to continue"
         ) from error
 
 
 def open_shard(path: Path) -> Any:
-    """A safetensors file to read from. Raises DataError if it is gone or damaged."""
+    """Open a safetensors file for reading. Raises DataError if it is missing or damaged."""
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -152,18 +152,22 @@ def open_shard(path: Path) -> Any:
 
 
 def read_metadata(path: Path, name: str, parse: Callable[[Any], T]) -> T:
-    """What a shard's metadata says under a name, in the form that `parse` gives it."""
+    """Read an entry of a shard's metadata, converted by `parse`.
+
+    Raises DataError if the file is damaged or has no such entry.
+    """
     with open_shard(path) as shard:
         try:
             return parse(parse_json(shard.metadata()[name]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"{path} is not a file of a latent cache ({error}); delete it"
+                f"{path} is not a file of a latent cache ({error}); delete it, and run the same "
+                "`data encode` again"
             ) from error
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
     return DataError(
         f"{path} is missing or damaged ({error}); delete it and run the same `data encode` "
-        "again, which makes only that file"
+        "again, which writes only that file"
     )

@@ -2,11 +2,11 @@
 
     latents.json                 what was encoded, by which codec and text encoder: `CacheInfo`
     latents-00000.safetensors    latents (C, T', H', W') of clips, with captions in its metadata
-    latents-00000.tar            or these: a WebDataset shard, of each clip a .safetensors with
-                                 "latents" and what else it is conditioned on, and a .json
+    latents-00000.tar            instead of these, a WebDataset shard with two files per clip: a
+                                 .safetensors with "latents" and other conditions, and a .json
     texts-00000.safetensors      embeddings of prompts, with the prompts in its metadata
 
-A shard is there whole or not at all, so writing one continues after any interruption.
+Shards are written atomically, so encoding can continue after any interruption.
 """
 
 from __future__ import annotations
@@ -54,16 +54,17 @@ class CacheInfo:
     """The contents of `latents.json`.
 
     Attributes:
-        codec, text_encoder: {"architecture", "config"} of the parts that encoded; no text encoder:
-            that of the model has weights of its own, and encodes while it trains.
+        codec, text_encoder: {"architecture", "config"} of the parts that encoded. text_encoder is
+            None if the model's encoder has weights of its own, and encodes during training.
         channels, temporal_compression, spatial_compression: of the codec.
-        frames, height, width, fps: the clips that were asked for; height times width is the pixel
-            budget of aspect-ratio buckets.
+        frames, height, width, fps: the requested clips; height times width is the pixel budget of
+            aspect-ratio buckets.
         dtype: of the stored latents.
-        source: hash of the clips that were to be encoded.
-        num_clips: how many they are; a shard has `CLIPS_PER_SHARD` of them, less broken ones.
-        num_prompts: distinct captions and extra prompts that have embeddings at the end.
-        shards: the kind of the files of latents; caches of earlier versions do not say.
+        source: hash of the clips to encode.
+        num_clips: number of these clips. A shard has `CLIPS_PER_SHARD` of them, less broken ones.
+        num_prompts: number of distinct captions and extra prompts with embeddings in a complete
+            cache.
+        shards: file format of the latents; missing in caches of earlier versions.
     """
 
     codec: dict[str, Any]
@@ -79,11 +80,12 @@ class CacheInfo:
     source: str
     num_clips: int
     num_prompts: int
-    # Not in fingerprints, which are those of earlier versions: names of files tell it as well.
+    # Not part of fingerprints, so that those of earlier versions stay valid. The names of the files
+    # are in them, and have the format too.
     shards: ShardKind = field(default="safetensors", repr=False)
 
     def clip_shards(self) -> list[str]:
-        """Names of all files of latents."""
+        """Return the names of all files of latents."""
         count = -(-self.num_clips // CLIPS_PER_SHARD)
         return [f"latents-{number:05d}.{self.shards}" for number in range(count)]
 
@@ -91,20 +93,21 @@ class CacheInfo:
 class LatentFolder(Shuffled):
     """The clips of a latent cache, as `EncodedSample`s.
 
-    The order is that of the videos themselves, if each gave one clip.
+    With one clip per video, the order is the same as in training from the videos.
 
     Args:
         directory: written by `diffusion-apt data encode`.
-        images: "mix" has all clips, "only" those of one frame, "none" the longer ones.
-        captions: what becomes of captions that the text encoder refuses, if it encodes while the
-            model trains; None asks no encoder.
+        images: "mix" has all clips, "only" those of one frame, "none" only longer ones.
+        captions: how to treat captions that the text encoder rejects, if it encodes during
+            training; None checks no captions.
 
     Attributes:
-        info: what the cache says of itself.
+        info: the cache's description.
         texts: the embeddings of its prompts.
 
     Raises:
-        DataError: no cache, one that is not complete, a damaged file, or no clip of that kind.
+        DataError: if there is no cache, it is incomplete, a file is damaged, or it has no clip of
+            that kind.
     """
 
     def __init__(
@@ -121,9 +124,9 @@ class LatentFolder(Shuffled):
         missing = [name for name in names if not (self.directory / name).is_file()]
         if missing or len(self.texts) < self.info.num_prompts:
             raise DataError(
-                f"{directory}: the cache is not complete, {len(names) - len(missing)} of "
+                f"{directory}: the cache is incomplete, with {len(names) - len(missing)} of "
                 f"{len(names)} files of latents and {len(self.texts)} of {self.info.num_prompts} "
-                "prompts are there; run the same `data encode` again, it goes on"
+                "prompts; run the same `data encode` again to continue it"
             )
         self._clips: list[tuple[str, str, str]] = []
         self._files: list[str] = []
@@ -139,29 +142,29 @@ class LatentFolder(Shuffled):
         if not self._clips:
             kind = {"mix": "clip", "only": "image", "none": "video"}[images]
             raise DataError(
-                f"{directory}: the cache has no {kind} in it; encode a folder with some"
+                f"{directory}: the cache contains no {kind}; encode a folder that has some"
             )
         self._order = BucketOrder(dict(sorted(members.items())), len(self._clips))
 
     def __len__(self) -> int:
-        """Number of clips."""
+        """Return the number of clips."""
         return len(self._clips)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what was encoded, and of all captions."""
+        """A hash of the cache's description and all captions."""
         digest = hashlib.sha256(repr(self.info).encode())
         digest.update(repr(self._clips).encode())
         return digest.hexdigest()
 
     def file_name(self, index: int) -> str:
-        """The file that a sample was made of; in caches of earlier versions its place in them."""
+        """Return the source file of a sample; in caches of earlier versions, its shard and key."""
         return self._files[index % len(self._files)]
 
     def __getitem__(self, index: int) -> EncodedSample:
-        """Sample `index`: clip `index % len(self)`.
+        """Return sample `index`: clip `index % len(self)`.
 
-        Raises DataError if the file has gone or is damaged.
+        Raises DataError if the file is missing or damaged.
         """
         number = index % len(self._clips)
         name, key, caption = self._clips[number]
@@ -170,7 +173,7 @@ class LatentFolder(Shuffled):
 
 
 class TextFolder(Mapping[str, EncodedText]):
-    """The embeddings of a cache by prompt, of one row each, read when they are asked for.
+    """The embeddings of a cache by prompt, one row each, read on access.
 
     Raises DataError for a damaged file.
     """
@@ -203,7 +206,7 @@ class TextFolder(Mapping[str, EncodedText]):
 
 
 def read_cache_info(directory: Path) -> CacheInfo:
-    """Read `latents.json`. Raises DataError if it is missing or not one of this format."""
+    """Read `latents.json`. Raises DataError if it is missing, damaged or of another format."""
     path = directory / INFO_FILE
     try:
         document = read_json_file(path)
@@ -213,31 +216,34 @@ def read_cache_info(directory: Path) -> CacheInfo:
                 return info
     except FileNotFoundError as error:
         raise DataError(
-            f"{directory} has no {INFO_FILE}, so it is no latent cache; make one with "
+            f"{directory} has no {INFO_FILE}, so it is not a latent cache; make one with "
             "`diffusion-apt data encode`"
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); encode the folder again") from error
-    raise DataError(f"{path} is of another format; encode the folder again with this version")
+    raise DataError(f"{path} has another format; encode the folder again with this version")
 
 
 def write_cache_info(directory: Path, info: CacheInfo) -> None:
-    """Write `latents.json` at once. Raises DataError if the disk refuses."""
+    """Write `latents.json` atomically. Raises DataError if it cannot be written."""
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(info)}, indent=2) + "\n"
     path = directory / INFO_FILE
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error}; choose another folder, or free some "
+            "space"
+        ) from error
 
 
 def write_texts(path: Path, texts: Mapping[str, EncodedText]) -> None:
-    """Write a shard of embeddings of one row each, whole or not at all.
+    """Write a shard of embeddings, one row each, atomically.
 
-    Raises DataError if the disk refuses.
+    Raises DataError if it cannot be written.
     """
     tensors = {
         f"{number}.{kind}": value[0]
@@ -249,7 +255,7 @@ def write_texts(path: Path, texts: Mapping[str, EncodedText]) -> None:
 
 
 def _usable(shard: str, entries: list[Entry], rule: CaptionRule | None) -> list[Entry]:
-    """The clips of a shard whose captions can be used, some of them cut."""
+    """Return the clips of a shard that have usable captions, some of them cut."""
     if rule is None:
         return entries
     names = [f"{shard}, clip {entry.key}" for entry in entries]

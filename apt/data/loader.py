@@ -1,4 +1,4 @@
-"""From a data set to the micro-batches of one rank."""
+"""The loader that turns a data set into the micro-batches of one rank."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from apt.pixels import to_uint8
 
 @runtime_checkable
 class Reporting(Protocol):
-    """A data set that keeps a report of files that failed."""
+    """A data set that reports files that failed."""
 
     report: DataReport
 
 
 @runtime_checkable
 class Named(Protocol):
-    """A data set that can tell which file a sample comes from."""
+    """A data set that knows which file a sample comes from."""
 
     def file_name(self, index: int) -> str:
-        """The file of sample `index`, without opening it."""
+        """Return the file of sample `index`, without opening it."""
         ...
 
 
 @runtime_checkable
 class Rounding(Protocol):
-    """A data set whose pixels come of pictures of 8 bits.
+    """A data set whose pixels come from 8-bit pictures.
 
-    They wait and travel to the device as such, in a quarter of the memory.
+    They are queued and sent to the device as 8 bits, in a quarter of the memory.
     """
 
     eight_bits: bool
@@ -59,28 +59,28 @@ def make_loader(
     start_batch: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """One rank's micro-batches for ever, in an order that no number of workers changes.
+    """Yield one rank's micro-batches without end, in an order independent of the workers' number.
 
-    Global batch `n` is the n-th of `dataset.batches(batch_size, seed=seed)`; this rank gets a
-    contiguous share of it, as `share_of_rank(...)` micro-batches. Nothing larger than a micro-batch
-    is ever made. Starting at `start_batch` continues exactly where a loader that has given
-    `start_batch` batches stopped, whatever its workers had prepared.
+    Global batch `n` is the n-th of `dataset.batches(batch_size, seed=seed)`. This rank gets a
+    contiguous share of it, as micro-batches; nothing larger than a micro-batch is ever made. With
+    `start_batch`, the loader continues exactly where another one stopped after `start_batch`
+    batches, whatever its workers had prefetched.
 
     Args:
-        dataset: samples that depend on their index alone.
+        dataset: samples that depend only on their index.
         batch_size: samples in a global batch, over all ranks.
-        micro_batch_size: samples that are handed out at once; 0 is all of the rank's share.
-        rank, world_size: which slice.
-        num_workers: processes that decode ahead, each two micro-batches; 0 decodes here.
+        micro_batch_size: samples per micro-batch; 0 is all of the rank's share.
+        rank, world_size: this rank, and the number of ranks.
+        num_workers: processes that each prefetch two micro-batches; 0 decodes in this process.
         seed: of the order.
         start_batch: number of the first global batch.
-        pin_memory: put what workers have made into memory that a GPU copies from by itself.
+        pin_memory: copy the workers' results into page-locked memory, for asynchronous transfers.
 
     Raises:
         ConfigError: if the batch or the rank's share cannot be split evenly, or a number is out of
             range.
-        DataError: while iterating, from the data set, also when it arose in a worker, or a worker
-            that died; says which file it was decoding.
+        DataError: while iterating, if the data set raises it, also in a worker, or a worker dies;
+            it then names the file that the worker was decoding.
     """
     if not 0 <= rank < world_size or num_workers < 0 or start_batch < 0:
         raise ConfigError(
@@ -105,7 +105,7 @@ def make_loader(
 
 
 def share_of_rank(batch_size: int, world_size: int) -> int:
-    """A rank's samples of a global batch. Raises ConfigError if they are not as many for all."""
+    """Return a rank's number of samples per batch. Raises ConfigError if ranks would differ."""
     if batch_size < 1 or batch_size % world_size:
         raise ConfigError(
             f"the global batch size {batch_size} must be a positive multiple of the {world_size} "
@@ -115,7 +115,7 @@ def share_of_rank(batch_size: int, world_size: int) -> int:
 
 
 def num_micro_batches(share: int, micro_batch_size: int) -> int:
-    """How many make up a rank's share. Raises ConfigError if they are not of equal size."""
+    """Return the number of micro-batches in a rank's share. Raises ConfigError if sizes differ."""
     size = micro_batch_size or share
     if share % size:
         raise ConfigError(
@@ -125,22 +125,22 @@ def num_micro_batches(share: int, micro_batch_size: int) -> int:
 
 
 def _context() -> BaseContext:
-    """How workers start: as usual, or afresh where this is not the main thread.
+    """Return how to start workers: the platform's default, or spawn outside the main thread.
 
-    A process that is forked in a thread may hold a copy of a lock that another thread had taken,
-    and wait for it for ever.
+    A process forked from another thread may inherit a lock that a third thread holds, and wait for
+    it forever.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     return multiprocessing.get_context(None if in_main_thread else "spawn")
 
 
 _Key = tuple[int, int, list[int]]
-"""Of a micro-batch: the number of its global batch, its place in it, and its samples' indices."""
+"""A micro-batch's key: number of its global batch, offset in it, and indices of its samples."""
 
 
 @dataclass(frozen=True)
 class _Plan(Iterable[_Key]):
-    """The keys of this rank's micro-batches; iterated in the main process only."""
+    """The keys of this rank's micro-batches, iterated only in the main process."""
 
     dataset: TrainingData
     batch_size: int
@@ -159,12 +159,12 @@ class _Plan(Iterable[_Key]):
 
 
 class _Slices(Dataset[Batch | DataError]):
-    """Makes a micro-batch at once: the unit of work of a worker."""
+    """Makes whole micro-batches, which are a worker's unit of work."""
 
     def __init__(self, dataset: TrainingData, context: BaseContext, num_workers: int) -> None:
         self.dataset = dataset
         self._rounds = isinstance(dataset, Rounding) and dataset.eight_bits
-        # Process and sample of each worker, for the one that dies over a file.
+        # Process id and sample index of each worker, to name the file if a worker dies.
         self._at_work = context.Array("q", 2 * num_workers)
 
     def __getitem__(self, key: _Key) -> Batch | DataError:
@@ -173,7 +173,7 @@ class _Slices(Dataset[Batch | DataError]):
             samples = [self._sample(index) for index in indices]
             return Batch.collate(samples, offset=first, batch_index=number)
         except DataError as error:
-            # torch would rebuild it around a worker's traceback; users are owed the one line.
+            # Returned, not raised: torch would wrap it in the worker's traceback.
             return DataError(str(error))
 
     def _sample(self, index: int) -> Sample | EncodedSample:
@@ -186,7 +186,7 @@ class _Slices(Dataset[Batch | DataError]):
         return sample
 
     def of_the_dead(self) -> list[str]:
-        """The files that workers which are no longer there were decoding."""
+        """Return the files that dead workers were decoding."""
         if not isinstance(self.dataset, Named):
             return []
         pairs = self._at_work[:]
@@ -205,14 +205,15 @@ def _batches(loader: Iterable[Batch | DataError], slices: _Slices) -> Iterator[B
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            # Not "Caught RuntimeError in DataLoader worker", which is a data set's own.
+            if not str(error).startswith("DataLoader worker (pid"):
                 raise
             files = ", ".join(slices.of_the_dead())
             raise DataError(
-                "a process that decodes ahead died"
+                "a data worker process died"
                 + (f" at {files}" if files else "")
-                + f" ({str(error).splitlines()[0].rstrip('. ')}). A broken file can do that "
-                "(`diffusion-apt data check` tests all), and so can a lack of memory (fewer "
+                + f" ({str(error).splitlines()[0].rstrip('. ')}). The cause may be a broken file "
+                "(test all with `diffusion-apt data check`) or too little memory (use fewer "
                 "--data.num-workers)"
             ) from error
         if isinstance(batch, DataError):
@@ -222,12 +223,12 @@ def _batches(loader: Iterable[Batch | DataError], slices: _Slices) -> Iterator[B
 
 
 def _start(loader: Iterable[Batch | DataError]) -> Iterator[Batch | DataError]:
-    """Start the workers, and let their deaths be seen where a batch is asked for, only."""
+    """Start the workers, and make their deaths raise only where a batch is requested."""
     before = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
     batches = iter(loader)
     if before is not None and signal.getsignal(signal.SIGCHLD) != before:
-        # torch's handler raises wherever the main process is: in the middle of an optimiser's step,
-        # for one, whose weights could then not be saved.
+        # torch's handler raises wherever the main process is, even in the middle of an optimiser
+        # step, after which the weights could not be saved.
         signal.signal(signal.SIGCHLD, before)
     return batches
 
@@ -241,14 +242,14 @@ def _alive(pid: int) -> bool:
 
 
 def _record(dataset: TrainingData, problems: Iterable[Problem]) -> None:
-    # A worker's report dies with the worker.
+    # A worker's own report is lost with the worker.
     if isinstance(dataset, Reporting):
         for problem in problems:
             dataset.report.add(problem)
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C, or a signal to the whole process group, must stop the run at a step's end with its
-    # state saved. A worker that dies of the signal first would take the run down with it.
+    # After Ctrl-C, or a signal to the whole process group, the run must stop at the end of a step
+    # and save its state. If the signal killed a worker first, the run would fail.
     if sys.platform != "win32":
         os.setpgrp()

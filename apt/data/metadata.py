@@ -1,4 +1,4 @@
-"""Captions in `metadata.csv` and `metadata.jsonl`, row by row, with what is wrong with each."""
+"""Captions in `metadata.csv` and `metadata.jsonl`, row by row, with the problem of each bad row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from apt.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -17,7 +16,7 @@ from apt.untrusted import parse_json
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 _CAPTION_COLUMNS = ("caption", "text")
 
-_QUOTES = 'put a caption with commas or line ends between " and ", and write " inside it twice'
+_QUOTES = 'enclose captions that contain commas or line breaks in ", and double every " inside them'
 
 _BEGINS_A_ROW = re.compile(
     rf'\s*"?[^,"]*({"|".join(map(re.escape, sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES)))})"?\s*,',
@@ -27,11 +26,11 @@ _BEGINS_A_ROW = re.compile(
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a file and its caption, or what is wrong.
+    """One row: a file and its caption, or a problem.
 
     Attributes:
-        where: file name and line.
-        file_name: as written; None if the row does not tell.
+        where: name of the metadata file, and line.
+        file_name: as written; None if it is unknown.
         caption: empty if there is none.
         problem: what was found and what was expected, or None.
     """
@@ -43,13 +42,13 @@ class Row:
 
 
 def read_metadata(path: Path) -> list[Row]:
-    """The rows of a metadata file.
+    """Read the rows of a metadata file.
 
     Raises:
         DataError: if it cannot be read at all, or does not name the columns.
     """
     if not path.is_file():
-        raise DataError(f"{path}: cannot be read: it is no regular file")
+        raise DataError(f"{path}: cannot be read: it is not a regular file")
     try:
         lines = read_lines(path)
     except UnicodeDecodeError as error:
@@ -73,9 +72,9 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[Row]:
         named = dict(zip(columns, fields, strict=False))
         extra = len(fields) - len(columns)
         if not problem and extra > 0 and any(field.strip() for field in fields[-extra:]):
-            problem = f"has {len(fields)} fields, the first line has {len(columns)}; {_QUOTES}"
+            problem = f"has {len(fields)} fields, but the first line has {len(columns)}; {_QUOTES}"
         if problem:
-            # Of a row that was torn apart, only what stands before the captions is sure.
+            # In a badly quoted row, only the fields before the caption are reliable.
             first = columns[0] == "file_name" and fields
             yield Row(where, fields[0].strip() if first else None, problem=problem)
         else:
@@ -83,22 +82,21 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[Row]:
 
 
 def _csv_records(lines: list[str]) -> Iterator[tuple[int, list[str], str | None]]:
-    """(line, fields, what is wrong or None) of each record that is not empty.
+    """Yield (line, fields, problem or None) of each record that is not empty.
 
-    A quote that nobody closed swallows what follows: such a record is given as its first line
-    alone, and the lines behind it are read as if it were whole.
+    An unclosed quote swallows the following lines. Such a record is yielded with its first line
+    only, and the lines after it are read as if it were complete.
     """
     at = 0
     while at < len(lines):
-        reader = csv.reader(
-            (line + "\n" for line in islice(lines, at, None)), skipinitialspace=True, strict=True
-        )
+        rest = (lines[number] + "\n" for number in range(at, len(lines)))
+        reader = csv.reader(rest, skipinitialspace=True, strict=True)
         problem = None
         try:
             fields, num = next(reader), reader.line_num
             swallowed = next(filter(_BEGINS_A_ROW.match, lines[at + 1 : at + num]), None)
             if swallowed is not None:
-                problem = f"the quote takes in {swallowed!r}"
+                problem = f"the quote includes {swallowed!r}"
         except csv.Error as error:
             problem = str(error)
         if problem:
@@ -135,12 +133,13 @@ def _checked_row(where: str, row: Mapping[str, object]) -> Row:
         return Row(
             where, name.strip(), problem=f"caption must be text, got {type(caption).__name__}"
         )
-    if not all(map(_is_text, (name, caption))):
-        return Row(where, problem="holds half of a character (a lone surrogate)")
+    if not all(map(is_text, (name, caption))):
+        return Row(where, problem="contains a NUL or half of a character (a lone surrogate)")
     return Row(where, name.strip(), caption.strip())
 
 
-def _is_text(text: str) -> bool:
+def is_text(text: str) -> bool:
+    """Return whether a caption can be encoded, and is not UTF-16 that was read as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,7 +1,6 @@
-"""A decoded frame as the picture that a viewer would see: upright, of the size that is wanted, with
-the colours of an SDR screen.
+"""Conversion of decoded frames to what a viewer would see: upright, scaled, in SDR colours.
 
-Numbers of matrices, transfer functions and primaries are those of ITU-T H.273, as in all
+The numbers of matrices, transfer functions and primaries are those of ITU-T H.273, as in all
 containers.
 """
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
-"""(h, w, 3), R'G'B', 8 bits, or 16 where 8 are too few."""
+"""(h, w, 3), R'G'B', with 8 bits, or 16 if 8 are too few."""
 
 UNSPECIFIED, PQ, HLG = 2, 16, 18
 
@@ -46,44 +45,44 @@ _TO_BT709 = {
         (-0.019638, -0.078636, 1.098274),
     ),
 }
-"""Linear light of other primaries in BT.709's, by ITU-R BT.2087 and SMPTE EG 432-1."""
+"""Matrices of linear light from other primaries to BT.709 (ITU-R BT.2087, SMPTE EG 432-1)."""
 
 _REFERENCE_WHITE = 203.0
-"""Candela per square metre of a white page in PQ, by ITU-R BT.2408."""
+"""Luminance of reference white in PQ, in cd/m² (ITU-R BT.2408)."""
 
 _HLG_WHITE = 0.75
-"""The HLG signal of the same."""
+"""HLG signal of reference white (ITU-R BT.2408)."""
 
 _BAND = 2**22
-"""Pixels that are scaled at once."""
+"""Pixels to scale at once."""
 
 
 class ColorTags(NamedTuple):
-    """How a source says that its colours are meant."""
+    """A source's description of its colours."""
 
     primaries: int = UNSPECIFIED
     transfer: int = UNSPECIFIED
 
     @property
     def hdr(self) -> bool:
-        """Whether numbers mean light up to 10,000 cd/m² (PQ), or 12 times a scene's white (HLG)."""
+        """Whether values mean light up to 10,000 cd/m² (PQ), or 12 times a scene's white (HLG)."""
         return self.transfer in (PQ, HLG)
 
     @property
     def sdr(self) -> bool:
-        """Whether the pixels can be shown as they are."""
+        """Whether the pixels need no conversion for an SDR screen."""
         return not self.hdr and self.primaries not in (BT2020, _DCI_P3, _DISPLAY_P3)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A frame that is converted only if it is wanted.
+    """A frame that is converted lazily.
 
     Attributes:
-        pixels: makes the picture: upright, over white where it is transparent.
-        size: (height, width) at which it is to be seen, with square pixels.
-        damaged: whether the decoder had to guess a part of it.
-        tags: how its colours are meant.
+        pixels: returns the picture, upright, with transparency over white.
+        size: display size (height, width), with square pixels.
+        damaged: whether the decoder had to guess part of it.
+        tags: description of its colours.
     """
 
     pixels: Callable[[], Pixels]
@@ -93,7 +92,7 @@ class Picture:
 
 
 def picture_of(source: Source, stream: VideoStream, frame: VideoFrame) -> Picture:
-    """A frame of `stream` as a `Picture`. Raises DataError for colours that nobody here knows."""
+    """Return a frame of `stream` as a `Picture`. Raises DataError for unsupported colours."""
     tags = ColorTags(int(frame.color_primaries), int(frame.color_trc))
     _refuse_foreign_colours(source, stream, frame, tags)
     return Picture(
@@ -105,7 +104,7 @@ def picture_of(source: Source, stream: VideoStream, frame: VideoFrame) -> Pictur
 
 
 def _display_size(stream: VideoStream, frame: VideoFrame) -> tuple[int, int]:
-    """(height, width) at which a frame is to be seen: upright, with square pixels."""
+    """Return the display size (height, width) of a frame: upright, with square pixels."""
     aspect = stream.sample_aspect_ratio or Fraction(1)
     width = round(frame.width * max(aspect, Fraction(1)))
     height = round(frame.height / min(aspect, Fraction(1)))
@@ -114,7 +113,7 @@ def _display_size(stream: VideoStream, frame: VideoFrame) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Turn:
-    """First rows and columns are swapped, then either is reversed."""
+    """A rotation or mirroring: rows and columns are swapped first, then each may be reversed."""
 
     transposed: bool = False
     rows_reversed: bool = False
@@ -127,19 +126,19 @@ class _Turn:
 
 
 def _display_matrix(frame: VideoFrame) -> _Turn:
-    """The nearest of the eight ways to lay a picture down to what the file's matrix says."""
+    """Return the orientation, among the eight possible, that is nearest to the file's matrix."""
     data = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
     if data is None:
         return _Turn()
-    # (column, row) · matrix = the place on the screen; 16.16 numbers in the machine's order.
+    # (column, row) · matrix = the place on the screen; 16.16 numbers in native byte order.
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return _Turn(False, rows_reversed=d < 0, columns_reversed=a < 0)
     return _Turn(True, rows_reversed=b < 0, columns_reversed=c < 0)
 
 
-# YCgCo, SMPTE 2085, chromaticity-derived, ICtCp, IPT and later ones: FFmpeg's scaler would read
-# them as BT.601.
+# Not YCgCo, SMPTE 2085, chromaticity-derived, ICtCp, IPT and later ones, which FFmpeg's scaler
+# would read as BT.601.
 _KNOWN_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9, 10)
 
 
@@ -148,34 +147,34 @@ def _refuse_foreign_colours(
 ) -> None:
     if int(frame.colorspace) not in _KNOWN_MATRICES:
         raise DataError(
-            f"{name_of(source)}: its colours are stored by matrix {int(frame.colorspace)} of "
-            f"ITU-T H.273, which is not read; {REMUX}"
+            f"{name_of(source)}: its colours use matrix {int(frame.colorspace)} of ITU-T H.273, "
+            f"which is not supported; {REMUX}"
         )
-    # Dolby Vision whose base others can show says how, or goes by another name.
+    # Dolby Vision with a compatible base layer has HDR tags, or another codec tag.
     if stream.codec_context.codec_tag in ("dvh1", "dvhe", "dav1") and not tags.hdr:
         raise DataError(
-            f"{name_of(source)}: is Dolby Vision without a picture that other decoders can show; "
-            "export it from its app or camera as SDR, HLG or HDR10"
+            f"{name_of(source)}: is Dolby Vision without a base layer for other decoders; export "
+            "it from its app or camera as SDR, HLG or HDR10"
         )
 
 
 def _source_matrix(frame: VideoFrame, tags: ColorTags) -> Colorspace | None:
-    """The matrix of a frame that names none; None leaves FFmpeg's choice, BT.601."""
+    """Return the matrix for a frame that names none; None keeps FFmpeg's choice, BT.601."""
     from av.video.reformatter import Colorspace
 
     if int(frame.colorspace) != UNSPECIFIED or frame.format.is_rgb:
         return None
     if tags.hdr or tags.primaries == BT2020:
         return Colorspace.BT2020
-    # As players do: what is larger than television was is meant as HD.
+    # As in video players: frames larger than standard definition are HD.
     return Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else None
 
 
 def _upright_rgb(frame: VideoFrame, tags: ColorTags) -> Pixels:
     alpha = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
-    # Eight bits of PQ or HLG would leave too few for what an SDR screen shows of them.
+    # 8 bits of PQ or HLG would leave too few for the range that an SDR screen shows.
     kind = ("rgba" if alpha else "rgb24") if tags.sdr else ("rgba64le" if alpha else "rgb48le")
-    # One thread: a pool that is left to the garbage collector hangs a process forked meanwhile.
+    # One thread, because a thread pool that the garbage collector frees hangs forked processes.
     converted = frame.reformat(format=kind, src_colorspace=_source_matrix(frame, tags), threads=1)
     pixels = cast(Pixels, converted.to_ndarray())
     if alpha:
@@ -186,7 +185,7 @@ def _upright_rgb(frame: VideoFrame, tags: ColorTags) -> Pixels:
 
 
 def _over_white(pixels: Pixels) -> Pixels:
-    """(h, w, 4) with straight alpha to (h, w, 3)."""
+    """Composite (h, w, 4) with straight alpha over white; returns (h, w, 3)."""
     full = np.iinfo(pixels.dtype).max
     colour, alpha = pixels[..., :3], pixels[..., 3:]
     if alpha.min() == full:
@@ -197,10 +196,10 @@ def _over_white(pixels: Pixels) -> Pixels:
 
 
 def _without_combs(pixels: Pixels) -> Pixels:
-    """Where the second field of an interlaced frame was taken at another moment, the first alone.
+    """Deinterlace a frame where it moves.
 
-    Lines of the second field that stand out from both their neighbours, which are the first's,
-    become their mean; where nothing moves, the picture keeps all its lines.
+    Pixels of the second field that stand out from both neighbours, which belong to the first field,
+    are replaced by the mean of the two. Where nothing moves, the frame keeps all its lines.
     """
     pairs = (pixels.shape[0] - 1) // 2
     above, line, below = (
@@ -218,16 +217,16 @@ def resize_and_crop(
 ) -> Tensor:
     """Scale a frame to cover `size` (bicubic, antialiased) and crop the centre.
 
-    Rows are scaled in bands, so that a large photo is never held as floats.
+    Rows are scaled in bands, so that a large photo is never held in memory as floats.
 
     Args:
         frame: (3, h, w) in [0, 255], uint8 or float32.
         size: wanted (height, width).
-        display_size: (height, width) at which the frame is to be seen if its pixels are not
-            square; None = its own.
+        display_size: display size (height, width) of the frame, if its pixels are not square; None
+            is the frame's own size.
 
     Returns:
-        (3, height, width) float32 in [-1, 1]; exact, without resampling, where sizes agree.
+        (3, height, width) float32 in [-1, 1]; not resampled if the sizes agree.
     """
     height, width = size
     shown_height, shown_width = display_size or (frame.shape[1], frame.shape[2])
@@ -250,18 +249,18 @@ def _scale(frame: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def to_sdr(pixels: Tensor, tags: ColorTags) -> Tensor:
-    """Pixels as an SDR screen shows them.
+    """Convert pixels to the colours of an SDR screen.
 
-    Of HDR, reference white becomes white and what is brighter is clipped, as in the HDR-to-SDR
-    hard clip of ITU-R BT.2408; the light below is kept and encoded as sRGB. Of wide gamuts, what
-    an SDR screen cannot show is clipped.
+    In HDR, reference white becomes white and brighter values are clipped, as in the HDR-to-SDR hard
+    clip of ITU-R BT.2408; light below is kept and encoded as sRGB. Colours outside the gamut of an
+    SDR screen are clipped.
 
     Args:
         pixels: (3, ...) in [-1, 1], R'G'B' as decoded.
-        tags: how they are meant.
+        tags: description of their colours.
 
     Returns:
-        Same shape, in [-1, 1].
+        The same shape, in [-1, 1].
     """
     if tags.sdr:
         return pixels
@@ -272,7 +271,7 @@ def to_sdr(pixels: Tensor, tags: ColorTags) -> Tensor:
         light = _hlg_light(signal) / _hlg_light(torch.tensor(_HLG_WHITE))
     else:
         light = signal**2.4
-    # HDR is BT.2020's unless it says otherwise; the two P3 differ in their white alone.
+    # HDR has BT.2020 primaries unless tagged otherwise. The two P3 differ only in their white.
     primaries = _DISPLAY_P3 if tags.primaries in (_DCI_P3, _DISPLAY_P3) else BT2020
     light = torch.einsum("oi,i...->o...", light.new_tensor(_TO_BT709[primaries]), light)
     light = light.clamp(0, 1)
@@ -281,14 +280,14 @@ def to_sdr(pixels: Tensor, tags: ColorTags) -> Tensor:
 
 
 def _pq_light(signal: Tensor) -> Tensor:
-    """Signal in [0, 1] to cd/m², SMPTE ST 2084."""
+    """Convert a signal in [0, 1] to cd/m² (SMPTE ST 2084)."""
     m1, m2, c1, c2, c3 = 0.1593017578125, 78.84375, 0.8359375, 18.8515625, 18.6875
     power = signal ** (1 / m2)
     return 10000 * ((power - c1).clamp(min=0) / (c2 - c3 * power)) ** (1 / m1)
 
 
 def _hlg_light(signal: Tensor) -> Tensor:
-    """Signal in [0, 1] to the light of the scene in [0, 1], ARIB STD-B67."""
+    """Convert a signal in [0, 1] to scene light in [0, 1] (ARIB STD-B67)."""
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     return torch.where(signal <= 0.5, signal**2 / 3, (((signal - c) / a).exp() + b) / 12)
 

@@ -1,5 +1,4 @@
-"""Files that are read: their captions, what they say that they hold, and errors of all that reads
-them as `DataError`."""
+"""Input files: their captions and properties, and decoders' errors as `DataError`."""
 
 from __future__ import annotations
 
@@ -18,11 +17,11 @@ from PIL import Image
 from apt.errors import DataError
 
 Source = str | Path | IO[bytes]
-"""A file, or an open binary file that can seek."""
+"""A path, or an open binary file that can seek."""
 
 REMUX = "rewrite it with: ffmpeg -i FILE -c:v libx264 -crf 12 FIXED.mp4"
 
-# What Pillow's plugins raise for damaged files of their formats.
+# Exceptions that Pillow's plugins raise for damaged files.
 _PILLOW_ERRORS = (
     OSError,
     EOFError,
@@ -43,29 +42,29 @@ class Entry:
 
     @property
     def place(self) -> Hashable:
-        """What tells the file from others; several captions have it in common."""
+        """A key that identifies the file; entries for several captions of a file share it."""
         return self.path
 
     @contextmanager
     def at_hand(self) -> Iterator[Source]:
-        """The file by itself, for as long as it is read."""
+        """Yield the file for reading."""
         yield self.path
 
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a file says that it holds.
+    """A file's properties.
 
     Attributes:
-        is_image: a still; its `fps` is 0.
-        width, height: display size in pixels: upright, with square pixels.
+        is_image: whether it is a still, whose `fps` is 0.
+        width, height: display size in pixels, upright, with square pixels.
         frames: number of frames.
-        fps: the usual frames per second: of a variable rate, or where single frames are held, the
-            rate of the others.
-        codec: the codec's or the image format's name.
-        span: seconds from the first frame to the last, where that is not what the frames take at
-            `fps`. How long the last frame is held does not count.
-        first: what the file's clock says at the first frame that can be decoded, in seconds.
+        fps: the usual frame rate. If the rate varies or some frames are held, it is the rate of
+            most frames.
+        codec: name of the codec or image format.
+        span: seconds from the first frame to the last, if this differs from an even rate of `fps`.
+            The duration of the last frame is not included.
+        first: timestamp of the first decodable frame, in seconds.
     """
 
     is_image: bool
@@ -84,26 +83,26 @@ class MediaInfo:
 
     @property
     def length(self) -> Fraction:
-        """How many frames the file would have if all of it had the rate `fps`."""
+        """The number of frames that the file would have at an even rate of `fps`."""
         return Fraction(self.frames) if self.span is None else self.span * self.fps + 1
 
     def clip_starts(self, num_frames: int, fps: Fraction) -> int:
-        """How many moments, 1 / `self.fps` apart, a clip of `num_frames` at `fps` can start at.
+        """Return the number of times, 1 / `self.fps` apart, at which such a clip can start.
 
-        0 = too short.
+        It is 0 if the file is too short for `num_frames` at `fps`.
         """
-        # Each wanted moment takes the nearest frame, so half a frame may be missing at the end.
+        # Each time takes the nearest frame, so half a frame may be missing at the end.
         span = (num_frames - 1) * self.fps / fps
         return max(0, math.floor(self.length - Fraction(1, 2) - span) + 1)
 
     def clip_frames(self, fps: Fraction) -> int:
-        """The length of the longest clip at `fps`, in frames."""
+        """Return the length of the longest clip at `fps`, in frames."""
         return math.floor((self.length - Fraction(1, 2)) * fps / self.fps) + 1
 
 
 @contextmanager
 def reading(source: Source) -> Iterator[None]:
-    """Decoders' errors inside the block become a DataError that begins with the file's name."""
+    """Turn decoders' errors in the block into a DataError that begins with the file's name."""
     try:
         yield
     except DataError:
@@ -114,23 +113,26 @@ def reading(source: Source) -> Iterator[None]:
 
 
 def _decoder_errors() -> tuple[type[Exception], ...]:
-    """Pillow's and FFmpeg's; the latter cannot come from a PyAV that nobody imported."""
+    """Return Pillow's exceptions, and FFmpeg's if PyAV has been imported."""
     ffmpeg = sys.modules.get("av.error")
     return _PILLOW_ERRORS if ffmpeg is None else (*_PILLOW_ERRORS, ffmpeg.FFmpegError)
 
 
 def name_of(source: Source) -> str:
-    """What messages call the file."""
+    """Return the name of the file for messages."""
     return str(source if isinstance(source, str | Path) else getattr(source, "name", "the file"))
 
 
 def reason(error: DataError, source: Source) -> str:
-    """An error of a reader without the name that it begins with."""
+    """Return a reader's error message without the file name that it begins with."""
     return str(error).removeprefix(f"{name_of(source)}: ")
 
 
 def is_animated_webp(source: Source) -> bool:
-    """Whether a file is one, by its first bytes. Raises OSError if it cannot be read."""
+    """Return whether a file is an animated WebP, by its first bytes.
+
+    Raises OSError if it cannot be read.
+    """
     with bytes_of(source) as file:
         head = bytes_at(file, 0, 21)
     return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20:] and head[20] & 2)
@@ -138,7 +140,7 @@ def is_animated_webp(source: Source) -> bool:
 
 @contextmanager
 def bytes_of(source: Source) -> Iterator[IO[bytes]]:
-    """The file, open; one that was open before is put back where it was."""
+    """Yield the file, open; a file that was passed open gets its position back afterwards."""
     if isinstance(source, str | Path):
         with Path(source).open("rb") as file:
             yield file
@@ -149,6 +151,6 @@ def bytes_of(source: Source) -> Iterator[IO[bytes]]:
 
 
 def bytes_at(file: IO[bytes], place: int, size: int) -> bytes:
-    """So many bytes from a place on."""
+    """Read `size` bytes at an offset."""
     file.seek(place)
     return file.read(size)

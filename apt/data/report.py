@@ -1,4 +1,4 @@
-"""What went wrong with which file, counted and named."""
+"""Reports of the files that cannot be used, with counts and reasons."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
+
+from apt.errors import counted
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class DataReport:
         num_videos: usable videos (one per file and caption).
         num_images: usable images.
         problems: one entry per file and kind, in the order found.
-        cut: names of files whose caption was cut to what the text encoder takes.
+        cut: names of files whose caption was cut to fit the text encoder.
     """
 
     num_videos: int = 0
@@ -61,7 +63,7 @@ class DataReport:
     _seen: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
     def add(self, problem: Problem) -> bool:
-        """Record and log a problem; False if this file was already recorded with that kind."""
+        """Record and log a problem; returns False if the file already has one of that kind."""
         key = (problem.kind, problem.file)
         if key in self._seen:
             return False
@@ -73,24 +75,24 @@ class DataReport:
     def add_cut(self, file: str) -> None:
         """Record and log that a file's caption was cut."""
         self.cut.append(file)
-        _LOG.warning("cut the caption of %s to what the text encoder takes", file)
+        _LOG.warning("cut the caption of %s to fit the text encoder", file)
 
     def counts(self) -> dict[str, int]:
-        """Number of files per kind of problem, the most frequent first."""
+        """Return the number of files per kind of problem, most frequent first."""
         return dict(Counter(problem.kind for problem in self.problems).most_common())
 
     def text(self) -> str:
-        """The report as plain text: one line of counts, then the files by kind of problem."""
-        used = f"{self.num_videos} videos and {self.num_images} images in use"
+        """Return the report as plain text: a line of counts, then the files by kind of problem."""
+        used = f"{counted(self.num_videos, 'video')} and {counted(self.num_images, 'image')} in use"
         if self.cut:
-            used += f"; {len(self.cut)} captions cut"
+            used += f"; {counted(len(self.cut), 'caption')} cut"
         if not self.problems:
             return f"{used}; no problems"
         return "\n".join([f"{used}; {len(self.problems)} skipped", *problem_lines(self.problems)])
 
 
 def problem_lines(problems: list[Problem]) -> list[str]:
-    """Problems as indented lines, grouped by kind; long groups are cut with a count of the rest."""
+    """Format problems as indented lines, grouped by kind; long groups end with a count."""
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.kind, []).append(problem)

@@ -1,11 +1,11 @@
 """Finding media files and their captions in a folder.
 
-Three layouts, also in sub-folders: `metadata.csv` or `metadata.jsonl` in the folder itself, with
-the columns `file_name` (relative to the folder) and `caption` (or `text`, as in Hugging Face's
-folders); or a `.txt` beside each file. Metadata wins over a `.txt`. A file that is named twice is
-two samples, one per caption. Links are followed, and nothing is passed over without a word: what
-is neither media nor a caption is counted, and what looks like media under a name that is not known
-is a problem.
+There are three layouts, also with sub-folders: `metadata.csv` or `metadata.jsonl` in the folder
+itself, with the columns `file_name` (relative to the folder) and `caption` (or `text`, as in
+Hugging Face's folders); or a `.txt` beside each file. Metadata takes precedence over a `.txt`. A
+file that is named twice is two samples, one per caption. Links are followed. Nothing is ignored
+silently: files that are neither media nor captions are counted, and files that look like media but
+have an unknown suffix are problems.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from apt.data.metadata import METADATA_NAMES, read_metadata
+from apt.data.metadata import METADATA_NAMES, is_text, read_metadata
 from apt.data.reading import Entry
 from apt.data.report import Problem, ProblemKind
 from apt.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_media, may_be_media
@@ -27,7 +27,7 @@ from apt.untrusted import is_inside
 
 
 def looked_for() -> str:
-    """What a folder may hold, for messages about folders that hold none of it."""
+    """Return a description of usable files, for messages about folders without any."""
     return (
         f"videos ({' '.join(sorted(VIDEO_SUFFIXES))}) and images "
         f"({' '.join(sorted(IMAGE_SUFFIXES))}), each with a caption: a row (file_name, caption) in "
@@ -37,17 +37,18 @@ def looked_for() -> str:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder holds, sorted by name.
+    """The contents of a folder, sorted by name.
 
     Attributes:
         directory: the folder.
         metadata: name of the metadata file, or None.
         files: media files by name, captioned or not.
         entries: files with a caption, or all.
-        problems: files without, metadata that leads nowhere, and media that cannot be looked for.
+        problems: files without a caption, metadata of missing files, and media with unknown
+            suffixes.
         left_aside: number of other files by suffix.
-        looked_for: what such a folder may hold, for messages about one that holds none of it.
-        captions_in: where captions are, without metadata.
+        looked_for: description of usable files, for messages about a folder without any.
+        captions_in: the place of the captions, if there is no metadata.
     """
 
     directory: Path
@@ -61,18 +62,19 @@ class Scan:
 
 
 def scan_folder(directory: str | Path, *, captioned: bool = True) -> Scan:
-    """List a folder's media files and captions, without opening any of the former.
+    """List a folder's media files and captions, without opening the media files.
 
     Args:
         directory: the folder.
-        captioned: whether a file without a caption is a problem; otherwise it has the empty one.
+        captioned: whether a file without a caption is a problem. If False, it gets the empty
+            caption.
 
     Raises:
-        DataError: if it is no folder, or its metadata cannot be read at all.
+        DataError: if it is not a folder, or its metadata cannot be read at all.
     """
     root = Path(directory)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give a folder of videos and images")
+        raise DataError(f"{root}: no such folder; pass a folder of videos and images")
     problems: list[Problem] = []
     files, others = _files(root, problems)
     metadata = _metadata_file(root)
@@ -86,10 +88,12 @@ def scan_folder(directory: str | Path, *, captioned: bool = True) -> Scan:
             continue
         path = files.get(name) or root / (row.file_name or "")
         if name not in files and not is_inside(path, root):
-            detail = f"named in {row.where}, but outside the folder; put it, or a link, into it"
+            detail = (
+                f"named in {row.where}, but outside the folder; move or link it into the folder"
+            )
             problems.append(Problem("missing file", name, detail))
         elif not path.is_file():
-            state = "a folder" if path.is_dir() else "not there"
+            state = "a folder" if path.is_dir() else "missing"
             detail = f"named in {row.where}, but {state}"
             problems.append(Problem("missing file", name, detail))
         elif row.caption or not captioned:
@@ -114,9 +118,9 @@ def scan_folder(directory: str | Path, *, captioned: bool = True) -> Scan:
 
 
 def _files(root: Path, problems: list[Problem]) -> tuple[dict[str, Path], list[Path]]:
-    """Media files by relative name in one Unicode form, sorted, and other files.
+    """Return media files by relative name (in Unicode NFC), sorted, and other files.
 
-    Hidden ones are left out.
+    Hidden files are left out.
     """
     media, others = {}, []
     for path in _walk(root, problems):
@@ -124,13 +128,15 @@ def _files(root: Path, problems: list[Problem]) -> tuple[dict[str, Path], list[P
         try:
             if path.is_symlink() and not path.exists():
                 target = os.readlink(path)
-                problems.append(Problem("missing file", name, f"a link to {target}, not there"))
+                problems.append(
+                    Problem("missing file", name, f"a link to {target}, which is missing")
+                )
             elif not path.is_file():
-                problems.append(Problem("unreadable", name, "is no regular file"))
+                problems.append(Problem("unreadable", name, "is not a regular file"))
             elif is_media(path):
                 media[name] = path
             elif may_be_media(path):
-                detail = f"{_suffix(path)} is not looked for; convert or rename it, or move it away"
+                detail = f"{_suffix(path)} is not supported; convert or rename it, or move it away"
                 problems.append(Problem("unknown suffix", name, detail))
             else:
                 others.append(path)
@@ -140,7 +146,7 @@ def _files(root: Path, problems: list[Problem]) -> tuple[dict[str, Path], list[P
 
 
 def _walk(root: Path, problems: list[Problem]) -> Iterator[Path]:
-    """Every file that is not hidden, in folders and in those that links lead to, each once."""
+    """Yield every file that is not hidden, once each, following links to folders."""
 
     def add(kind: ProblemKind, folder: str | Path, detail: str) -> None:
         name = _same_form(Path(folder).relative_to(root).as_posix())
@@ -150,14 +156,14 @@ def _walk(root: Path, problems: list[Problem]) -> Iterator[Path]:
         add("unreadable", error.filename, str(error.strerror or error))
 
     above = Path(os.path.realpath(root)).parents
-    # What is there under its own name is not taken by a link's, whatever comes first.
+    # Links are walked last, so that a folder's own path takes precedence over links to it.
     links: list[Path] = [root]
     seen: set[str] = set()
     while links:
         pending, links = links, []
         for start in pending:
             if start != root and Path(os.path.realpath(start)) in above:
-                add("unreadable", start, "a link to a folder that holds this one: not followed")
+                add("unreadable", start, "a link to a folder that contains this one: not followed")
                 continue
             for folder, subfolders, names in os.walk(start, onerror=unreadable):
                 real = os.path.realpath(folder)
@@ -176,8 +182,8 @@ def _suffix(path: Path) -> str:
 
 
 def _same_form(name: str) -> str:
-    # macOS stores accents decomposed, most editors write them composed; and of names that are not
-    # UTF-8, the bytes that are not are spelled out, so that they can be printed.
+    # macOS stores accents decomposed, but most editors write them composed. Bytes that are not
+    # UTF-8 are escaped, so that the name can be printed.
     printable = name.encode("utf-8", "backslashreplace").decode()
     return unicodedata.normalize("NFC", PurePath(printable).as_posix())
 
@@ -198,13 +204,15 @@ def _sidecar_caption(path: Path) -> str | _NoCaption:
     beside = path.with_suffix(".txt")
     name = _same_form(beside.name)
     if not beside.exists():
-        return _NoCaption(f"{name} is not there")
+        return _NoCaption(f"{name} is missing")
     if not beside.is_file():
-        return _NoCaption(f"{name} is {'a folder' if beside.is_dir() else 'no regular file'}")
+        return _NoCaption(f"{name} is {'a folder' if beside.is_dir() else 'not a regular file'}")
     try:
         caption = read_text(beside).strip()
     except UnicodeDecodeError:
         return _NoCaption(f"{name} is not UTF-8")
     except OSError as error:
         return _NoCaption(f"{name} cannot be read: {error.strerror or error}")
+    if not is_text(caption):
+        return _NoCaption(f"{name} is UTF-16 without a byte order mark; save it as UTF-8")
     return caption or _NoCaption(f"{name} is empty")

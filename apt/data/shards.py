@@ -1,4 +1,4 @@
-"""WebDataset shards: `.tar` files of clips and captions, read at any place and in any order."""
+"""WebDataset shards: `.tar` files of clips and captions, with random access to the clips."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apt.data.folder import VideoFolder
+from apt.data.metadata import is_text
 from apt.data.reading import Entry, Source, reason
 from apt.data.report import Problem
 from apt.data.scan import Scan
 from apt.data.suffixes import is_media
 from apt.data.tar import Member, open_member, read_index, read_members
 from apt.errors import DataError
+from apt.files import decode_text
 from apt.untrusted import parse_json
 
 __all__ = ["VideoShards", "scan_shards"]
@@ -22,7 +24,7 @@ __all__ = ["VideoShards", "scan_shards"]
 
 @dataclass(frozen=True)
 class _Inside(Entry):
-    """A clip in a shard, `path`; `name` is that of the shard and its own."""
+    """A clip in the shard `path`; `name` consists of the shard's name and its own."""
 
     at: Member
 
@@ -37,14 +39,14 @@ class _Inside(Entry):
 
 
 class VideoShards(VideoFolder):
-    """The clips of a folder of WebDataset shards, in all else as `VideoFolder`.
+    """The clips of a folder of WebDataset shards; otherwise the same as `VideoFolder`.
 
     Members whose names agree up to the first dot are one sample: a video or an image, and its
-    caption in `.txt`, or in `.json` as "caption" or "text". The index of each shard is read at
-    the start, and a clip is read from its place in the file, so the order is shuffled over all
-    shards, and a resume continues at the exact sample.
+    caption in `.txt`, or in `.json` as "caption" or "text". The index of each shard is read at the
+    start, and clips are read at their offsets. So the order is shuffled over all shards, and a
+    resume continues at the exact sample.
 
-    Arguments, attributes and errors are those of `VideoFolder`; shards are not compressed.
+    Arguments, attributes and errors are those of `VideoFolder`. Shards must be uncompressed.
     """
 
     def _scan(self, directory: Path, captioned: bool) -> Scan:
@@ -52,18 +54,19 @@ class VideoShards(VideoFolder):
 
 
 def scan_shards(directory: str | Path, *, captioned: bool = True) -> Scan:
-    """List the media members of a folder's shards and their captions, without decoding the former.
+    """List the media members of a folder's shards and their captions, without decoding the media.
 
     Args:
         directory: the folder.
-        captioned: whether a member without a caption is a problem; otherwise it has the empty one.
+        captioned: whether a member without a caption is a problem. If False, it gets the empty
+            caption.
 
     Raises:
-        DataError: if it is no folder.
+        DataError: if it is not a folder.
     """
     root = Path(directory)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give a folder of .tar shards")
+        raise DataError(f"{root}: no such folder; pass a folder of .tar shards")
     problems: list[Problem] = []
     entries: list[Entry] = []
     files: dict[str, Entry] = {}
@@ -76,7 +79,7 @@ def scan_shards(directory: str | Path, *, captioned: bool = True) -> Scan:
             problems.append(Problem("unreadable", name, reason(error, path)))
             continue
         except (tarfile.TarError, OSError) as error:
-            problems.append(Problem("unreadable", name, f"no uncompressed tar file ({error})"))
+            problems.append(Problem("unreadable", name, f"not an uncompressed tar file ({error})"))
             continue
         for key, parts in samples.items():
             caption = captions.get(key, "")
@@ -88,20 +91,20 @@ def scan_shards(directory: str | Path, *, captioned: bool = True) -> Scan:
                 if caption or not captioned:
                     entries.append(files[member])
                 else:
-                    detail = "no .txt, and no .json with a caption, of the same name"
+                    detail = "no .txt, or .json with a caption, of the same name"
                     problems.append(Problem("missing caption", member, detail))
     return Scan(root, None, files, entries, problems, looked_for=_LOOKED_FOR, captions_in=_CAPTIONS)
 
 
 _CAPTIONS = ".txt and .json members"
 _LOOKED_FOR = (
-    "uncompressed .tar files with videos and images, each with a .txt, or a .json that has a "
-    "caption, of the same name"
+    "uncompressed .tar files with videos and images, each with a .txt of the same name, or a .json "
+    "with a caption"
 )
 
 
 def _captions(path: Path, samples: Mapping[str, Mapping[str, Member]]) -> dict[str, str]:
-    """Of each sample that has one; empty if it cannot be read."""
+    """Return the caption of each sample that has one; empty if it cannot be read."""
     kinds = {
         key: next((kind for kind in ("txt", "json") if kind in parts), "")
         for key, parts in samples.items()
@@ -116,10 +119,11 @@ def _captions(path: Path, samples: Mapping[str, Mapping[str, Member]]) -> dict[s
 
 def _caption(kind: str, content: bytes) -> str:
     try:
+        text = decode_text(content)
         if kind == "txt":
-            return content.decode().strip()
-        document = parse_json(content.decode())
+            return text.strip() if is_text(text) else ""
+        document = parse_json(text)
         found = document.get("caption") or document.get("text")
-        return found.strip() if isinstance(found, str) else ""
+        return found.strip() if isinstance(found, str) and is_text(found) else ""
     except (ValueError, AttributeError):
         return ""

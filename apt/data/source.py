@@ -1,4 +1,4 @@
-"""What a run can be told to train on by name: a registered class with its options."""
+"""Data sources that a run can name: registered classes with their options."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ __all__ = ["DATASETS", "ClipRequest", "DataSource"]
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRequest:
-    """The clips that a run asks a source for.
+    """The clips that a run requests from a source.
 
     Attributes:
-        frames, height, width: of a clip; with `native_ratio` height times width is a budget.
+        frames, height, width: of a clip; with `native_ratio`, height times width is a pixel budget.
         fps: frame rate; 0 keeps each video's own.
-        seed: of whatever is drawn, such as where in a video a clip starts.
+        seed: of all random draws, such as where in a video a clip starts.
         size_multiple: heights and widths are multiples of this.
-        native_ratio: aspect-ratio buckets near each file's own shape.
-        images: "mix" gives images as clips of one frame beside the videos; "only" and "none".
+        native_ratio: use aspect-ratio buckets near each file's own shape.
+        images: "mix" includes images as clips of one frame, "only" uses nothing else, and "none"
+            leaves them out.
         strict: stop at the first file that cannot be used.
-        captions: what becomes of captions that the text encoder refuses; None asks no encoder.
+        captions: how to treat captions that the text encoder rejects; None checks no captions.
         captioned: whether captions are read at all.
     """
 
@@ -48,8 +49,10 @@ class ClipRequest:
         return Bucket(self.frames, self.height, self.width)
 
     def buckets(self) -> list[Bucket]:
-        """The sizes of clips that a folder of files is sorted into. Raises ConfigError as
-        `make_buckets`."""
+        """Return the clip sizes into which the files are sorted.
+
+        Raises ConfigError as `make_buckets` does.
+        """
         moving, still = {self.frames}, {1}
         frames = sorted({"mix": still | moving, "only": still, "none": moving}[self.images])
         if self.native_ratio:
@@ -59,12 +62,12 @@ class ClipRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource(ABC):
-    """Where clips come from; its fields are options (--data.options NAME VALUE).
+    """A source of clips; its fields are options (--data.options NAME VALUE).
 
     Class attributes:
-        names_folders: options that name folders or files of this machine, which nobody else gets to
-            read; `path`, which is --data.path, always is one.
-        gives_latents: whether it is a cache of latents that stand for clips.
+        names_folders: options that name folders or files of this machine, which are kept out of
+            everything that is published; `path` (--data.path) is always one of them.
+        gives_latents: whether it is a cache of latents instead of clips.
     """
 
     names_folders: ClassVar[tuple[str, ...]] = ()
@@ -72,21 +75,21 @@ class DataSource(ABC):
 
     @abstractmethod
     def open(self, request: ClipRequest) -> Any:
-        """The data set: `apt.data.dataset.TrainingData`, or what `check_clips` makes it of.
+        """Return the data set: `apt.data.dataset.TrainingData`, or an input of `check_clips`.
 
         Raises:
-            ConfigError: it does not have such clips.
-            DataError: there is nothing, or nothing usable.
+            ConfigError: if the source has no such clips.
+            DataError: if there is nothing, or nothing usable.
         """
 
     def open_heldout(self, request: ClipRequest) -> Any | None:
-        """Clips that `open` never gives, from a source without end; None: a part is held out."""
+        """Return clips that `open` never gives, if the source is endless; None splits its clips."""
         return None
 
     def latent_cache(self) -> Path | None:
-        """The folder of a source that gives latents; raises ConfigError if none is named."""
+        """Return the folder of a source of latents. Raises ConfigError if none is named."""
         return None
 
 
 DATASETS: Registry[DataSource] = Registry("data source")
-"""Classes of sources by name, `--data.source`."""
+"""Source classes by name, for `--data.source`."""

@@ -1,4 +1,4 @@
-"""Which clips a folder gives: the size, length and rate that most of its files have."""
+"""The choice of clips for a folder: a size, length and frame rate that suit most of its files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apt.data.folder import exact_rate, look_at
 from apt.data.reading import Entry, MediaInfo
 from apt.data.report import problem_lines
 from apt.data.scan import Scan, scan_folder
-from apt.errors import DataError
+from apt.errors import DataError, counted
 
 __all__ = [
     "ClipSize",
@@ -28,10 +28,10 @@ __all__ = [
 ]
 
 MOST = 0.9
-"""The share of the files that a choice must suit; a few odd ones do not decide for all."""
+"""The fraction of files that a choice must suit, so that a few odd files do not decide for all."""
 
 MAX_FPS = 30
-"""Above it, every second (third, ...) frame is taken: a clip of few frames would show no motion."""
+"""Above it, every second (third, ...) frame is used: a clip of few frames would show no motion."""
 
 _DISTINCT_SIZES = 400
 
@@ -52,8 +52,8 @@ class FolderStatistics:
 
     Attributes:
         directory: the folder.
-        videos, images: what each says that it holds, by name.
-        captions: of them, in the order of their names.
+        videos, images: properties of each file, by name.
+        captions: in the order of the files' names.
     """
 
     directory: Path
@@ -62,7 +62,7 @@ class FolderStatistics:
     captions: list[str]
 
     def words(self) -> str:
-        """How many of what there are, such as "40 videos and 3 images"."""
+        """Return the counts in words, such as "40 videos and 3 images"."""
         counts = {"video": len(self.videos), "image": len(self.images)}
         named = [f"{n} {kind}{'s' if n != 1 else ''}" for kind, n in counts.items() if n]
         return " and ".join(named)
@@ -75,11 +75,11 @@ def read_statistics(
 
     Args:
         directory: the folder; see `apt.data.scan`.
-        captioned: only files with a caption.
+        captioned: use only files with a caption.
         scan: finds the files, as `apt.data.scan.scan_folder` does.
 
     Raises:
-        DataError: no such folder, or nothing usable in it.
+        DataError: if there is no such folder, or nothing usable in it.
     """
     found = scan(directory, captioned=captioned)
     captions: dict[Hashable, list[str]] = {}
@@ -100,7 +100,7 @@ def read_statistics(
 
 
 def read_captions(directory: str | Path, *, scan: Callable[..., Scan] = scan_folder) -> list[str]:
-    """The captions in a folder, in the order of the files, of which none is opened.
+    """Read the captions in a folder in the order of the files, without opening the files.
 
     Raises DataError if there are none, or no such folder.
     """
@@ -123,24 +123,25 @@ def choose_clip(
     fps: float | None = None,
     native_ratio: bool = True,
 ) -> ClipSize:
-    """Clips that at least nine in ten of a folder's videos can give; of its images, if it has none.
+    """Choose clips that suit at least nine in ten videos of a folder, or images if it has no video.
 
-    The rate is the highest that they all have, so that no frame is repeated, and the length the
-    longest that they all reach. The size is the one that keeps most of the most common shape, where
-    none of them must be enlarged.
+    The rate is the highest that these videos all reach, so that no frame is repeated, and the
+    length is the longest that they all reach. The size is the one that keeps most of the most
+    common shape without enlarging any of these files.
 
     Args:
-        found: what the folder holds.
+        found: the folder's contents.
         multiple: of heights and widths.
-        max_frames: of a clip.
-        max_pixels: height times width, at most.
-        frame_step: a clip that moves has a multiple of this many frames after its first, which is
-            itself a multiple of 4.
-        frames, height, width, fps: what is settled already; None is chosen.
-        native_ratio: clips keep shapes near their own, and height times width is a budget.
+        max_frames: maximum number of frames.
+        max_pixels: maximum of height times width.
+        frame_step: clips with motion have a multiple of this many frames after the first. It must
+            be a multiple of 4.
+        frames, height, width, fps: values that are already decided; None are chosen.
+        native_ratio: clips keep shapes near their own, and height times width is a pixel budget.
 
     Raises:
-        DataError: more than half of the videos are too short to move, or of the files too small.
+        DataError: if more than half of the videos are too short for motion, or of the files too
+            small.
     """
     videos = found.videos
     if fps is None or not videos:
@@ -156,17 +157,17 @@ def choose_clip(
 def choose_prompts(
     captions: Sequence[str], count: int, usable: Callable[[str], bool] = bool
 ) -> tuple[str, ...]:
-    """At most `count` different captions from all over a folder, always the same.
+    """Choose up to `count` distinct captions, spread over a folder and always the same.
 
     Args:
         captions: in the order of the files.
-        count: how many.
-        usable: whether the text encoder takes a caption.
+        count: maximum number.
+        usable: returns whether the text encoder accepts a caption.
     """
     distinct = [caption for caption in dict.fromkeys(captions) if usable(caption)]
     if len(distinct) <= count:
         return tuple(distinct)
-    # The middles of `count` equal stretches: files of one folder or scene stand together.
+    # The middles of `count` equal stretches, because neighbouring files are often of one scene.
     return tuple(distinct[(2 * i + 1) * len(distinct) // (2 * count)] for i in range(count))
 
 
@@ -174,13 +175,15 @@ def _look(entry: Entry) -> MediaInfo | None:
     try:
         return look_at(entry)
     except DataError:
-        return None  # the data set names it, with the reason
+        return None  # the data set reports it, with the reason
 
 
 def _nothing(scan: Scan, unreadable: int) -> str:
     found = problem_lines(scan.problems)
     if unreadable:
-        found.append(f"  {unreadable} files that cannot be read (`diffusion-apt data check`)")
+        found.append(
+            f"  {counted(unreadable, 'file')} that cannot be read (`diffusion-apt data check`)"
+        )
     return "\n".join(
         [
             f"{scan.directory}: nothing usable; looked for {scan.looked_for}. Found:",
@@ -190,12 +193,12 @@ def _nothing(scan: Scan, unreadable: int) -> str:
 
 
 def _rate(rates: Sequence[Fraction]) -> float:
-    """The highest rate that most videos have at least."""
+    """Return the highest rate that most videos reach."""
     needed = MOST * len(rates)
     counts = Counter(rates)
 
     def at_least(rate: Fraction) -> int:
-        # A hundredth lower is as good: 23.976 is 24.
+        # Rates up to 1% lower count as equal: 23.976 is 24.
         return sum(n for other, n in counts.items() if other >= rate * Fraction(99, 100))
 
     best = max(rate for rate in counts if at_least(rate) >= needed)
@@ -203,7 +206,7 @@ def _rate(rates: Sequence[Fraction]) -> float:
 
 
 def _frames(found: FolderStatistics, fps: float, max_frames: int, step: int) -> int:
-    """The longest step * k + 1 that most videos reach at a rate."""
+    """Return the longest step * k + 1 that most videos reach at a rate."""
     rate = exact_rate(fps) if fps else None
     lengths = sorted(info.clip_frames(rate or info.fps) for info in found.videos)
     reached = lengths[math.floor((1 - MOST) * len(lengths))]
@@ -215,7 +218,7 @@ def _frames(found: FolderStatistics, fps: float, max_frames: int, step: int) -> 
     if 2 * short > len(lengths):
         raise DataError(
             f"{found.directory}: {short} of {len(lengths)} videos have fewer than {shortest} "
-            f"frames at {fps:g} fps, too short for clips that move; use longer ones, a higher "
+            f"frames at {fps:g} fps, too short for clips with motion; use longer videos, a higher "
             "--data.fps, or single frames with --data.frames 1"
         )
     return shortest
@@ -230,7 +233,7 @@ def _size(
     width: int | None,
     native_ratio: bool,
 ) -> tuple[int, int]:
-    """The largest (height, width) of the most common shape that most files reach."""
+    """Return the largest (height, width) of the most common shape that most files reach."""
     shape = _common_shape(sizes)
     sample = _thinned(sizes)
     total = sum(sample.values())
@@ -249,8 +252,8 @@ def _size(
         small = max(sizes.items(), key=lambda item: item[1])[0]
         raise DataError(
             f"{found.directory}: most files, such as those of {small[1]}x{small[0]} pixels, are "
-            f"smaller than the least size, {best[1]}x{best[0]}; use larger ones, or another codec "
-            "or model, whose --data.size-multiple is smaller"
+            f"smaller than the smallest clip size, {best[1]}x{best[0]}; use larger files, or a "
+            "codec or model with a smaller --data.size-multiple"
         )
     return best
 
@@ -258,7 +261,7 @@ def _size(
 def _candidates(
     shape: float, multiple: int, max_pixels: int, height: int | None, width: int | None
 ) -> list[tuple[int, int]]:
-    """Sizes near a shape (width over height), from the one that keeps least of it."""
+    """Return sizes near a shape (width over height), sorted by how much of it they keep."""
 
     if height is not None:
         return [(height, round_to(height * shape, multiple))]
@@ -277,20 +280,20 @@ def _candidates(
 
 
 def _common_shape(sizes: Counter[tuple[int, int]]) -> float:
-    """Width over height of most files: the middle of those near the most common format."""
+    """Return the usual width over height: the median of files near the most common format."""
     near: dict[Fraction, list[float]] = {}
     for (height, width), number in sizes.items():
         shape = width / height
         ratio = min(ASPECT_RATIOS, key=lambda r: abs(math.log(shape / r)))
         near.setdefault(ratio, []).extend([shape] * number)
-    # The first of equals, in the order of the formats.
+    # Among equals, the first in the order of the formats.
     common = max(ASPECT_RATIOS, key=lambda r: len(near.get(r, ())))
     shapes = sorted(near[common])
     return shapes[len(shapes) // 2]
 
 
 def _thinned(sizes: Counter[tuple[int, int]]) -> Counter[tuple[int, int]]:
-    """Sizes evenly taken from all, by area: photographs can have a size each."""
+    """Sample the sizes evenly by area, because each photograph can have its own size."""
     if len(sizes) <= _DISTINCT_SIZES:
         return sizes
     ordered = sorted(sizes.elements(), key=lambda size: (size[0] * size[1], size))

@@ -1,4 +1,4 @@
-"""Pictures through Pillow: upright, in sRGB, over white, in bounded memory."""
+"""Still images, read with Pillow: upright, in sRGB, over white, in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from apt.data.tags import color_tags, orientation
 from apt.errors import DataError, MissingDecoderError
 
 MAX_PIXELS = 2**28
-"""The largest picture, 268 megapixels. Pillow's own limit would refuse what phones take."""
+"""The largest picture, 268 megapixels. Pillow's own limit would reject photos from phones."""
 
 _LARGE = 2**25
 _ONE_AT_A_TIME = threading.Lock()
-"""Held while a picture of more than 32 megapixels is decoded: threads must not add them up."""
+"""Held while decoding a picture of more than 32 megapixels, so that threads decode only one."""
 
 _PILLOW_LIMIT = threading.Lock()
 
@@ -32,10 +32,10 @@ _MOVING = ("GIF", "PNG", "WEBP", "AVIF")
 
 
 def look_still(source: Source) -> MediaInfo | None:
-    """A picture's size by its header; None if it is a moving one.
+    """Read a picture's properties from its header; returns None if it is animated.
 
     Raises:
-        DataError: if it is too large, or one of several that the file holds.
+        DataError: if it is too large, or the file has several pages.
     """
     with _opened(source) as image:
         if image.format in _MOVING and getattr(image, "n_frames", 1) > 1:
@@ -46,7 +46,7 @@ def look_still(source: Source) -> MediaInfo | None:
 
 
 def read_still(source: Source, size: tuple[int, int] | None) -> Tensor:
-    """A picture as (3, H, W) float32 in [-1, 1], scaled and cropped to `size` (height, width)."""
+    """Read a picture as (3, H, W) float32 in [-1, 1], scaled and cropped to `size`, (h, w)."""
     with _opened(source) as image:
         turn = orientation(source, image)
         shown = image.size[::-1] if turn < 5 else image.size
@@ -61,7 +61,7 @@ def read_still(source: Source, size: tuple[int, int] | None) -> Tensor:
 
 
 def verify_still(source: Source) -> None:
-    """Decode all of a picture, at a reduced size where its format has that."""
+    """Decode a whole picture, at a reduced size if its format allows that."""
     with _opened(source) as image:
         _refuse_pages(source, image)
         _reduce(image, (1, 1))
@@ -69,7 +69,7 @@ def verify_still(source: Source) -> None:
             _rgb(source, image, convert_profile=False)
 
 
-# What turns the stored picture (h, w, 3) upright, for each EXIF orientation.
+# Functions that turn a stored picture (h, w, 3) upright, by EXIF orientation.
 _UPRIGHT = {
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
@@ -95,7 +95,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         if image.width * image.height > MAX_PIXELS:
             raise DataError(
                 f"{name_of(source)}: {image.width}x{image.height} pixels are more than "
-                f"{MAX_PIXELS:,}; make it smaller"
+                f"{MAX_PIXELS:,}; scale it down"
             )
         yield image
 
@@ -110,7 +110,7 @@ def _open(source: Source) -> Image.Image:
 
 
 def _is_heic(source: Source) -> bool:
-    """By its first bytes: phones and their apps also call such files .jpg."""
+    """Return whether a file is HEIC, by its first bytes: phones and apps also call these .jpg."""
     with bytes_of(source) as file:
         head = bytes_at(file, 0, 64)
     brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -122,13 +122,14 @@ def _let_pillow_read_heic(source: Source) -> None:
         import pi_heif
     except ImportError:
         raise MissingDecoderError(
-            f"{name_of(source)}: is HEIC, which takes pi-heif: pip install 'diffusion-apt[heic]'"
+            f"{name_of(source)}: is HEIC, which needs pi-heif; run "
+            "`pip install 'diffusion-apt[heic]'`"
         ) from None
     pi_heif.register_heif_opener()
 
 
 def _refuse_pages(source: Source, image: Image.Image) -> None:
-    """A TIFF of several pages shows the first alone; smaller copies of it are no pages."""
+    """Raise DataError for a TIFF with several pages; smaller copies of the first do not count."""
     if image.format != "TIFF" or getattr(image, "n_frames", 1) == 1:
         return
     size, pages = image.size, 1
@@ -138,13 +139,13 @@ def _refuse_pages(source: Source, image: Image.Image) -> None:
     image.seek(0)
     if pages > 1:
         raise DataError(
-            f"{name_of(source)}: holds {pages} pages, and only the first would be used; save each "
-            "as a file"
+            f"{name_of(source)}: holds {pages} pages, but only the first would be used; save each "
+            "page as a file"
         )
 
 
 def _reduce(image: Image.Image, size: tuple[int, int]) -> None:
-    """Let a JPEG decode at a half, a quarter or an eighth, if twice `size` (h, w) still fits."""
+    """Let a JPEG decode at a half, a quarter or an eighth, if that is still twice `size` (h, w)."""
     scale = max(size[0] / image.height, size[1] / image.width)
     image.draft(None, (round(2 * scale * image.width), round(2 * scale * image.height)))
 
@@ -156,15 +157,15 @@ def _turn_to_decode(image: Image.Image) -> Iterator[None]:
 
 
 def _rgb(source: Source, image: Image.Image, *, convert_profile: bool) -> Image.Image:
-    """The whole picture as stored, in 8 bits, over white."""
+    """Return the whole picture as stored, in 8 bits, over white."""
     image.load()
     if image.mode == "F" or (image.mode == "I" and cast(int, image.getextrema()[1]) > 65535):
         raise DataError(
-            f"{name_of(source)}: holds numbers of 32 bits, whose white nobody knows; save it with "
-            "8 or 16"
+            f"{name_of(source)}: holds 32-bit values, whose white level is unknown; save it with 8 "
+            "or 16 bits"
         )
     if image.mode.startswith("I"):
-        # Pillow clips 16-bit greys instead of scaling them.
+        # Pillow would clip 16-bit greys instead of scaling them.
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     transparent = image.has_transparency_data
     if transparent:
@@ -181,12 +182,16 @@ def _rgb(source: Source, image: Image.Image, *, convert_profile: bool) -> Image.
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
-    """Out of the picture's own colour profile; one that cannot be read counts as sRGB, as in
-    browsers."""
+    """Convert from the picture's own colour profile to sRGB.
+
+    A profile that cannot be read counts as sRGB, as in browsers.
+    """
     try:
         profile = ImageCms.ImageCmsProfile(BytesIO(image.info["icc_profile"]))
         if "sRGB" in ImageCms.getProfileDescription(profile):
             return image
+        if image.mode == "P":
+            image = image.convert("RGB")
         spaces = {"L": "GRAY", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
         if profile.profile.xcolor_space.strip() != spaces.get(image.mode):
             return image

@@ -1,4 +1,4 @@
-"""What files are taken for, by their names."""
+"""Recognising media files by their names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = frozenset(
         ".tif", ".tiff", ".avif", ".avifs", ".heic", ".heif", ".hif", ".jp2", ".ppm",
     )
 )  # fmt: skip
-"""Pictures, moving ones among them: GIF, APNG, WebP and AVIF can hold either."""
+"""Still and animated images; GIF, APNG, WebP and AVIF can be either."""
 
 _HEADS = (
     (0, b"\x1aE\xdf\xa3"),  # Matroska
@@ -35,12 +35,12 @@ _HEADS = (
 
 
 def is_media(path: Path) -> bool:
-    """Whether the name is that of a video or a picture."""
+    """Return whether the name is that of a video or an image."""
     return path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
 
 
 def may_be_media(path: Path) -> bool:
-    """Whether a file under another name is a video or a picture, by its name or its first bytes.
+    """Return whether a file with another suffix looks like media, by its name or first bytes.
 
     Raises:
         OSError: if it cannot be read.

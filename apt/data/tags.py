@@ -1,4 +1,4 @@
-"""What pictures say of themselves and Pillow does not tell: turns and colours."""
+"""Metadata of pictures that Pillow does not report: orientation and colours."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _LATE_TEXT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
 
 def orientation(source: Source, image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8, by which the pixels that Pillow will load are to be turned."""
+    """Return the EXIF orientation, 1 to 8, of the pixels that Pillow will load."""
     if image.format == "TIFF":
-        return 1  # Pillow turns these by itself
+        return 1  # Pillow rotates these itself
     exif = _png_exif(source, image) if image.format == "PNG" else image.getexif()
     found = exif.get(_ORIENTATION, 1)
     return found if found in range(1, 9) else 1
 
 
 def color_tags(source: Source, image: Image.Image) -> ColorTags:
-    """How the colours are meant, by PNG's cICP chunk or the nclx box of AVIF and HEIC."""
+    """Read the colour description from PNG's cICP chunk, or the nclx box of AVIF and HEIC."""
     with bytes_of(source) as file:
         if image.format == "PNG":
             for kind, size in _png_chunks(file):
@@ -38,7 +38,7 @@ def color_tags(source: Source, image: Image.Image) -> ColorTags:
 
 
 def _png_exif(source: Source, image: Image.Image) -> Image.Exif:
-    """The tags, wherever the file has them, without decoding it, as Pillow would."""
+    """Read the EXIF tags from anywhere in the file. Pillow would decode the pixels to find them."""
     with bytes_of(source) as file:
         pixels_begun = False
         for kind, size in _png_chunks(file):
@@ -54,7 +54,7 @@ def _png_exif(source: Source, image: Image.Image) -> Image.Exif:
 
 
 def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
-    """(type, size) of each chunk; the file is then at its content."""
+    """Yield (type, size) of each chunk, with the file positioned at its content."""
     at = 8
     while True:
         file.seek(at)
@@ -67,7 +67,7 @@ def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
 
 
 def _primary_nclx(file: IO[bytes]) -> ColorTags:
-    """The colours of the primary item; others may be HDR renditions of it (ISO/IEC 23008-12)."""
+    """Read the colours of the primary item; others may be its HDR versions (ISO/IEC 23008-12)."""
     meta = next((body for kind, body in _boxes(file.read(1 << 20)) if kind == b"meta"), b"")
     inside = dict(_boxes(meta[4:]))
     item = (
@@ -97,7 +97,7 @@ def _boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _associated(ipma: bytes, item: int) -> list[int]:
-    """Numbers, from 1, of the properties of an item."""
+    """Return the numbers, from 1, of an item's properties."""
     if len(ipma) < 8:
         return []
     version, wide = ipma[0], ipma[3] & 1

@@ -1,4 +1,4 @@
-"""Members of uncompressed `.tar` files, read where they lie; and writing such files."""
+"""Uncompressed `.tar` files: random access to their members, and writing."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["Member", "open_member", "read_index", "read_member", "read_members",
 
 
 class Member(NamedTuple):
-    """Where the bytes of a member are in its file."""
+    """The place of a member's bytes in its file."""
 
     offset: int
     size: int
 
 
 def read_index(path: Path) -> dict[str, dict[str, Member]]:
-    """The samples of a WebDataset shard, in their order.
+    """Read the samples of a WebDataset shard, in their order.
 
-    Members whose names agree up to the first dot are one sample; the rest of the name tells them
-    apart.
+    Members whose names agree up to the first dot are one sample; the rest of the name is their
+    kind.
 
     Raises:
-        OSError, tarfile.TarError: it cannot be read, or is no uncompressed tar file.
+        OSError, tarfile.TarError: if it cannot be read, or is not an uncompressed tar file.
     """
     samples: dict[str, dict[str, Member]] = {}
     with tarfile.open(path, "r:") as shard:
@@ -42,12 +42,12 @@ def read_index(path: Path) -> dict[str, dict[str, Member]]:
 
 
 def read_member(path: Path, at: Member) -> bytes:
-    """The bytes of a member. Raises DataError if the file has gone, or ends before them."""
+    """Read the bytes of a member. Raises DataError if the file is missing or ends too early."""
     return read_members(path, [at])[0]
 
 
 def read_members(path: Path, places: Sequence[Member]) -> list[bytes]:
-    """The bytes of several members, in one go. Raises DataError as `read_member`."""
+    """Read the bytes of several members in one pass. Raises DataError as `read_member` does."""
     found = []
     try:
         with path.open("rb") as file:
@@ -62,17 +62,17 @@ def read_members(path: Path, places: Sequence[Member]) -> list[bytes]:
 
 
 def open_member(path: Path, at: Member, name: str) -> IO[bytes]:
-    """A member as a file of that name, of which only what is asked for is read.
+    """Open a member as a file of that name, which is read on demand.
 
-    Raises DataError, also while it is read, if the shard has gone or ends before the member does.
+    Raises DataError, also on later reads, if the shard is missing or ends before the member does.
     """
     return io.BufferedReader(_Window(path, at, name))
 
 
 def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
-    """Write a tar file, whole or not at all, the same for the same members.
+    """Write a tar file atomically and deterministically.
 
-    Raises OSError if the disk refuses.
+    Raises OSError if it cannot be written.
     """
     with replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, content in members.items():
@@ -82,7 +82,7 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A part of a file, as a file object of its own."""
 
     def __init__(self, path: Path, at: Member, name: str) -> None:
         self.name = name
@@ -128,4 +128,4 @@ class _Window(io.RawIOBase):
 
 
 def _ends_early(path: Path) -> str:
-    return f"{path}: ends before its member does; fetch the shard again"
+    return f"{path}: ends in the middle of a member; copy or download the shard again"

@@ -1,4 +1,4 @@
-"""From the times of a video's frames to its rate and length."""
+"""A video's frame rate and length from the times of its frames."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from itertools import pairwise
 from statistics import median_low
 
 _SAME_RATE = Fraction(1, 2000)
-"""Half of what lies between 30 and 30000/1001."""
+"""Half of the relative difference between 30 and 30000/1001."""
 
 
 def usual_rate(
     times: Sequence[int], tick: Fraction, declared: Iterable[Fraction | None]
 ) -> Fraction | None:
-    """Frames per second of most of a video, whatever single frames are held.
+    """Return the frame rate of most of a video, ignoring single frames that are held.
 
-    The mean over the gaps that are within half and twice the median: rounded times, film on
-    television (gaps of 2 and 3 fields) and unsteady phones average out; held and dropped frames
-    do not count.
+    It is computed from the mean of the gaps between half and twice the median gap. Rounded times,
+    telecined film (gaps of 2 and 3 fields) and the jitter of phones average out; held and dropped
+    frames are ignored.
 
     Args:
         times: of the frames, ascending, in ticks.
-        tick: seconds.
-        declared: rates that the file names, the most trusted first. One that agrees is taken, as
-            it is exact where times are rounded; with fewer than two frames the first one is.
+        tick: length of a tick in seconds.
+        declared: rates that the file states, most trusted first. One that agrees is returned,
+            because it is exact while times are rounded. With fewer than two frames, the first rate
+            is returned.
 
     Returns:
-        None if nothing tells.
+        Frames per second, or None if the rate is unknown.
     """
     named = [rate for rate in declared if rate]
     gaps = [after - before for before, after in pairwise(times)]
@@ -44,17 +45,17 @@ def usual_rate(
 
 
 def irregular_span(frames: int, span: Fraction, fps: Fraction) -> Fraction | None:
-    """`span`, the seconds from first to last frame, or None if it is that of an even rate."""
+    """Return `span`, the seconds from first to last frame, or None if the rate is even."""
     even = (frames - 1) / fps
     return None if abs(span - even) * fps <= Fraction(1, 2) else span
 
 
 def without_second_fields(times: Sequence[int], shown: Sequence[int]) -> Sequence[int]:
-    """Times of frames, where an interlaced camera stored each in two packets of one field.
+    """Return the times of frames, if an interlaced camera stored each field in its own packet.
 
     Args:
         times: of the packets, ascending.
-        shown: of the first three frames that the decoder gave.
+        shown: times of the first three frames from the decoder.
     """
     paired = len(shown) >= 3 and list(times[0:5:2]) == list(shown[:3])
     return times[::2] if paired else times

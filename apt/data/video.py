@@ -1,4 +1,4 @@
-"""Videos through FFmpeg: what they hold, and their frames from any moment on."""
+"""Videos, read with FFmpeg: their properties, and their frames from any time on."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import av
+from av.codec.codec import UnknownCodecError
 from av.container import InputContainer
 from av.error import ArgumentError, FFmpegError, InvalidDataError
 from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -21,100 +23,121 @@ from apt.data.picture import Picture, picture_of
 from apt.data.reading import REMUX, MediaInfo, Source, name_of
 from apt.data.timeline import irregular_span, usual_rate, without_second_fields
 from apt.errors import DataError
-
-# A playlist can name any file and address, whatever its own name; media files cannot.
-_OPTIONS = {
-    "protocol_whitelist": "file",
-    "format_whitelist": (
-        "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,dv,rm,"
-        "gif,apng,h264,hevc,m4v,ivf"
-    ),
-}
+from apt.media.containers import READING, file_address
 
 _STREAMS = ("mpegts", "mpeg")
-"""Formats of recorders: they begin and end anywhere, and their frames are in no index."""
+"""Formats of recorders, which start and end anywhere and have no index of frames."""
 
 _WHOLE = ("gif", "apng")
-"""Formats whose frames are painted over the ones before, so that all are needed."""
+"""Formats whose frames are drawn over the previous ones, so that all are needed."""
+
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders that return the transparency of WebM, which FFmpeg's own drop."""
 
 _EARLIER = (0, 1, 4, 16)
-"""Seconds before a clip at which a key frame is looked for."""
+"""Seconds before a clip at which to look for a key frame."""
 
 _ENOUGH = 1000
-"""Frames of a Matroska file that are looked at for the rate of all."""
+"""Frames of a Matroska file from which its rate is measured."""
 
 _LONGEST_GAP = 10
-"""Seconds between two frames of a recorder, or one back, where times are guessed; beyond them its
-clock was set anew."""
+"""Longest gap between two frames of a recorder, in seconds. A longer gap, or a step back of more
+than a second (less is due to guessed times), means that its clock was reset."""
 
 
 class Video:
-    """An open video file, of which one stream is read."""
+    """An open video file with one stream to read."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self._open()
 
     def _open(self) -> None:
-        # The prefix keeps FFmpeg from reading a protocol into a file's name, and foreign bytes in
-        # a title are no reason to refuse a video.
+        # The prefix keeps FFmpeg from taking part of a file's name for a protocol. A title that is
+        # not UTF-8 is no reason to reject a video.
         file: Any = self.source
         if isinstance(self.source, str | Path):
-            file = f"file:{self.source}"
+            file = file_address(self.source)
         else:
             self.source.seek(0)
         try:
+            # Foreign bytes in a title are no reason to refuse a video.
             self.container: InputContainer = av.open(
-                file, "r", metadata_errors="replace", options=_OPTIONS
+                file, "r", metadata_errors="replace", options=READING
             )
         except ArgumentError:
             raise DataError(
-                f"{name_of(self.source)}: is of no format that videos are read from; {REMUX}"
+                f"{name_of(self.source)}: is not in a supported video format; {REMUX}"
             ) from None
         stream = self.container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
             self.close()
-            raise DataError(f"{name_of(self.source)}: holds no video stream")
+            raise DataError(
+                f"{name_of(self.source)}: holds no video stream; remove it, or use a video"
+            )
         self.stream = cast(VideoStream, stream)
         # Attribute access fails on a missing decoder, which the type stubs do not know.
         if cast(object, self.stream.codec_context) is None:
             self.close()
-            raise DataError(f"{name_of(self.source)}: this FFmpeg has no decoder for it; {REMUX}")
-        # One thread, as in `picture`: errors can keep a decoder alive until after a fork, and a
-        # pool whose threads are in the other process can never be closed.
+            raise DataError(
+                f"{name_of(self.source)}: its codec is unknown: either the file is cut off, so "
+                f"copy it again, or this FFmpeg has no decoder for it; {REMUX}"
+            )
+        # One thread, as in `picture`. Exceptions can keep a decoder alive until after a fork, and
+        # the copy of a thread pool in the other process, which has no threads, never closes.
         self.stream.codec_context.thread_count = 1
+        self.alpha = self._alpha_decoder()
         self.format = self.container.format.name
+
+    def _alpha_decoder(self) -> VideoCodecContext | None:
+        """Return a decoder that keeps transparency, if the stream has some; otherwise None."""
+        name = _WITH_ALPHA.get(self.stream.codec_context.name)
+        if name is None or self.stream.metadata.get("alpha_mode") != "1":
+            return None
+        try:
+            decoder = av.CodecContext.create(name, "r")
+        except UnknownCodecError:
+            self.close()
+            raise DataError(
+                f"{name_of(self.source)}: is transparent, which this FFmpeg cannot decode without "
+                f"{name}; {REMUX}"
+            ) from None
+        assert isinstance(decoder, VideoCodecContext)
+        decoder.thread_count = 1
+        return decoder
 
     def close(self) -> None:
         self.container.close()
 
     def restart(self) -> None:
-        """Begin anew at the first byte, which in a stream without an index no seek finds."""
+        """Restart at the first byte, which seeking cannot reach in a stream without an index."""
         self.close()
         self._open()
 
     def seek(self, seconds: Fraction) -> None:
-        """To a key frame at or before a reading of the file's clock, as far as its index knows."""
+        """Seek to a key frame at or before a timestamp, as far as the file's index allows."""
         self.container.seek(_ticks(self.stream, seconds), stream=self.stream)
+        if self.alpha is not None:
+            self.alpha.flush_buffers()
 
     def packets(self) -> Iterator[Packet]:
-        """Packets of the stream with a time, and at last an empty one that flushes the decoder."""
+        """Yield the stream's packets, and at the end an empty one that flushes the decoder."""
         before: Fraction | None = None
         for packet in self.container.demux(self.stream):
             if self.format in _STREAMS and packet.dts is not None:
                 time = packet.dts * self.tick
                 if before is not None and not -1 < time - before < _LONGEST_GAP:
                     raise DataError(
-                        f"{name_of(self.source)}: its clock jumps from {float(before):.2f} to "
+                        f"{name_of(self.source)}: its timestamps jump from {float(before):.2f} to "
                         f"{float(time):.2f} s; {REMUX}"
                     )
                 before = time
             yield packet
 
     def frames(self) -> Iterator[tuple[VideoFrame, Fraction]]:
-        """Decoded frames with what the file's clock says, from where the file was opened or left.
+        """Yield decoded frames with their timestamps, from the current position.
 
-        A frame that the file repeats without storing it again is given again.
+        A frame that the file repeats without storing it again is yielded again.
         """
         last: VideoFrame | None = None
         for packet in self.packets():
@@ -127,20 +150,20 @@ class Video:
                 yield frame, self.time(frame)
 
     def decode(self, packet: Packet, *, begun: bool) -> list[VideoFrame]:
-        """The frames that a packet completes."""
+        """Return the frames that a packet completes."""
         try:
-            return packet.decode()
+            return packet.decode() if self.alpha is None else self.alpha.decode(packet)
         except InvalidDataError:
-            # A recording may begin in the middle of a group, of which nothing can be decoded.
+            # A recording may begin within a group of pictures, which cannot be decoded then.
             if begun or self.format not in _STREAMS:
                 raise
             return []
 
     @property
     def tick(self) -> Fraction:
-        """Seconds."""
+        """Length of a tick in seconds."""
         if self.stream.time_base is None:
-            raise DataError(f"{name_of(self.source)}: its frames carry no times; {REMUX}")
+            raise DataError(f"{name_of(self.source)}: its frames have no timestamps; {REMUX}")
         return self.stream.time_base
 
     def time(self, frame: VideoFrame) -> Fraction:
@@ -151,13 +174,13 @@ class Video:
 
 
 def repeats(packet: Packet) -> bool:
-    """Whether a packet stands for the frame before it: it has a time and no content."""
+    """Return whether a packet repeats the previous frame: it has a time and no content."""
     return packet.size == 0 and packet.pts is not None
 
 
 @contextmanager
 def open_video(source: Source) -> Iterator[Video]:
-    """An open video. Raises DataError if it holds none that can be decoded."""
+    """Open a video. Raises DataError if the file has no video that can be decoded."""
     video = Video(source)
     try:
         yield video
@@ -166,14 +189,14 @@ def open_video(source: Source) -> Iterator[Video]:
 
 
 def look(video: Video) -> MediaInfo:
-    """What a video that was just opened holds, by its packets and its first frame.
+    """Read the properties of a newly opened video from its packets and its first frame.
 
-    Of MP4, MOV and AVI only the header and the ends are read; of long Matroska files the
-    beginning and the end; of others all, but decoded is one frame.
+    For MP4, MOV and AVI, only the header and both ends are read; for long Matroska files, the
+    beginning and the end; for others, all packets. At most the first few frames are decoded.
 
     Raises:
-        DataError: if it holds no frame, its rate is unknown, its clock jumps, or its colours are
-            of a kind that is not read.
+        DataError: if it has no frames, its rate is unknown, its timestamps jump, or its colours are
+            unsupported.
     """
     indexed = _indexed_times(video.stream)
     limit = 0 if indexed else _ENOUGH if video.format.startswith("matroska") else math.inf
@@ -191,7 +214,10 @@ def look(video: Video) -> MediaInfo:
     else:
         whole = True
     if not shown:
-        raise DataError(f"{name_of(video.source)}: holds no frames")
+        raise DataError(
+            f"{name_of(video.source)}: holds no frames; copy or download the file again, or remove "
+            "it"
+        )
     first = video.time(shown[0])
     begins = [cast(int, frame.pts) for frame in shown]
     times = sorted({begins[0], *(time for time in times if time > begins[0])})
@@ -221,10 +247,10 @@ def look(video: Video) -> MediaInfo:
 def frames_from(
     video: Video, info: MediaInfo, start: Fraction
 ) -> Iterator[tuple[Picture, Fraction]]:
-    """Frames of a video that was just opened, and their times in seconds after its first.
+    """Yield frames of a newly opened video, and their times in seconds after its first frame.
 
-    They begin at a key frame at or before `start`; where the file's index leads elsewhere, at the
-    first frame.
+    They start at a key frame at or before `start`, or at the first frame if the file's index is
+    wrong.
     """
     for frame, time in _raw_frames_from(video, info.first, start):
         yield picture_of(video.source, video.stream, frame), time - info.first
@@ -240,10 +266,13 @@ def _raw_frames_from(
             break
         try:
             video.seek(first + start - earlier)
-            decoded = _from_key_frame(video.frames())
+            # libvpx does not mark key frames, and returns nothing before the first.
+            frames = video.frames()
+            decoded = _from_key_frame(frames) if video.alpha is None else frames
             found = next(decoded, None)
         except FFmpegError:
-            # Some formats cannot seek at all; damage is met again on the way from the beginning.
+            # Some formats cannot seek at all. Damage will be found again when reading from the
+            # beginning.
             break
         if found is not None and found[1] - first <= start:
             return chain([found], decoded)
@@ -254,7 +283,7 @@ def _raw_frames_from(
 def _from_key_frame(
     frames: Iterator[tuple[VideoFrame, Fraction]],
 ) -> Iterator[tuple[VideoFrame, Fraction]]:
-    """Without what decoders make of the end of a group whose beginning they have not seen."""
+    """Skip frames before the first key frame, which decoders cannot decode correctly."""
     begun = False
     for frame, time in frames:
         begun = begun or frame.key_frame
@@ -263,12 +292,16 @@ def _from_key_frame(
 
 
 def _enough(shown: list[VideoFrame]) -> bool:
-    """One frame tells size and beginning; three tell if interlaced ones come in two packets."""
+    """Return whether these frames are enough to know the video's properties.
+
+    One frame gives the size and the start. Interlaced video needs three, to see whether each frame
+    is stored in two packets.
+    """
     return bool(shown) and (len(shown) >= 3 or not shown[0].interlaced_frame)
 
 
 def _indexed_times(stream: VideoStream) -> list[int] | None:
-    """Decoding times of all frames from the first key frame on, if the file's header has them."""
+    """Return the decoding times of frames from the first key frame on, if the header has them."""
     if not stream.frames or len(stream.index_entries) != stream.frames:
         return None
     from_key = dropwhile(lambda entry: not entry.is_keyframe, stream.index_entries)
@@ -278,7 +311,7 @@ def _indexed_times(stream: VideoStream) -> list[int] | None:
 def _length(
     video: Video, indexed: list[int] | None, times: list[int], first: Fraction, rate: Fraction
 ) -> tuple[int, Fraction]:
-    """(frames, seconds from the first to the last) of a video whose packets were not all read."""
+    """Return (frames, seconds from first to last) of a video whose packets were not all read."""
     tick = video.tick
     if indexed:
         span = (indexed[-1] - indexed[0]) * tick
@@ -292,7 +325,7 @@ def _length(
     tail = [
         packet for packet in video.packets() if packet.pts is not None and not packet.is_discard
     ]
-    # What a truncated file has lost, its index still promises.
+    # The index of a truncated file still lists the frames that are lost.
     if indexed and sum(time >= (tail[0].dts or 0) for time in indexed if tail) != len(tail):
         return len(indexed), span
     last = max((cast(int, packet.pts) * tick for packet in tail), default=times[-1] * tick)

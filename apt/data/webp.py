@@ -1,4 +1,4 @@
-"""Animated WebP, which FFmpeg cannot read, through Pillow."""
+"""Animated WebP, which FFmpeg cannot read, read with Pillow."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from apt.data.timeline import irregular_span, usual_rate
 _TICK = Fraction(1, 1000)
 
 _SHORTEST, _INSTEAD = 10, 100
-"""Milliseconds: browsers show a frame that is to last up to 10 for 100."""
+"""Milliseconds. Browsers show a frame with a duration of up to 10 ms for 100 ms."""
 
 
 def look_webp(source: Source) -> MediaInfo:
-    """What it holds, by the headers of its frames."""
+    """Read the file's properties from the headers of its frames."""
     with Image.open(source) as image:
         width, height = image.size
     *starts, _ = accumulate(_durations(source), initial=0)
@@ -32,7 +32,7 @@ def look_webp(source: Source) -> MediaInfo:
 
 
 def webp_frames(source: Source) -> Iterator[tuple[Picture, Fraction]]:
-    """All frames, each painted over the one before, and their times in seconds."""
+    """Yield all frames, each drawn over the previous one, and their times in seconds."""
     with Image.open(source) as image:
         for number, start in enumerate(accumulate(_durations(source), initial=0)):
             if number == getattr(image, "n_frames", 1):
@@ -53,7 +53,7 @@ def _same(pixels: Pixels) -> Pixels:
 
 
 def _durations(source: Source) -> list[int]:
-    """Milliseconds of each frame."""
+    """Return the duration of each frame in milliseconds."""
     found = []
     with bytes_of(source) as file:
         at = 12

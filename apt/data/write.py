@@ -1,4 +1,4 @@
-"""Writing a data set as a folder of videos, for people to look at and for training from files."""
+"""Writing a data set as a folder of videos, for viewing and for training from files."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 _SAME_PICTURE = 8 / 255
-"""Mean absolute difference, in [-1, 1], above which a file does not hold the wanted clip."""
+"""Limit of the mean absolute difference between a file's pixels in [-1, 1] and its clip's."""
 
 
 class Clips(Protocol):
-    """What can be written: clips by number."""
+    """Clips by index, as they can be written."""
 
     def __getitem__(self, index: int, /) -> Sample: ...
 
@@ -42,28 +42,28 @@ def write_video_folder(
 ) -> Path:
     """Write samples 0 to num - 1 as H.264 `.mp4` files with a `metadata.csv`.
 
-    Frames are stored as lossless H.264 (x264 at crf 0) with full-resolution colour (yuv444p):
-    only the rounding of RGB to 8-bit YCbCr remains. On noisy 32x32 clips that is 52 dB PSNR (an
-    error of 0.005 in [-1, 1], a twentieth of the σ = 0.1 by which APT perturbs real videos), so
-    training from the files equals training from the samples. The usual yuv420p would leave colour
-    a grid of 16x16 and reach 26 dB; crf 4 reaches 43 dB for two thirds of the bytes.
+    Frames are stored as lossless H.264 (x264 at crf 0) with full-resolution colour (yuv444p), so
+    the only error is the rounding of RGB to 8-bit YCbCr. On noisy 32x32 clips that is 52 dB PSNR
+    (an error of 0.005 in [-1, 1], a twentieth of the σ = 0.1 by which APT perturbs real videos), so
+    training from the files equals training from the samples. The usual yuv420p would store colour
+    at 16x16 and reach 26 dB; crf 4 reaches 43 dB with two thirds of the bytes.
 
-    Every file appears whole or not at all, so an interrupted call can be repeated: files that
-    already hold their clip stay.
+    Files are written atomically, so an interrupted call can be repeated: files that already hold
+    their clip are kept.
 
     Args:
-        dataset: where the samples come from.
-        directory: made if need be.
+        dataset: source of the samples.
+        directory: created if missing.
         num: number of files.
         fps: frames per second to store.
-        progress: called with the number of finished files after each.
+        progress: called with the number of finished files after each file.
 
     Returns:
         The directory.
 
     Raises:
         ConfigError: if `num` or `fps` is not positive.
-        DataError: if the directory holds other videos under these names or cannot be written.
+        DataError: if the directory holds other videos with these names or cannot be written.
     """
     from av.error import FFmpegError
 
@@ -93,12 +93,14 @@ def write_video_folder(
         writer.writerows([("file_name", "caption"), *captions.items()])
         _replace(metadata, table.getvalue().encode())
     except (OSError, FFmpegError) as error:
-        raise DataError(f"{root}: cannot be written: {error}") from error
+        raise DataError(
+            f"{root}: cannot be written: {error}; choose another folder, or free some space"
+        ) from error
     return root
 
 
 def encode_video(pixels: Tensor, fps: Fraction) -> bytes:
-    """A clip (3, T, H, W) in [-1, 1] as the bytes of an `.mp4`; see `write_video_folder`."""
+    """Encode a clip (3, T, H, W) in [-1, 1] as the bytes of an `.mp4`; see `write_video_folder`."""
     import av
     from av.video.frame import VideoFrame
     from av.video.reformatter import ColorRange, Colorspace
@@ -110,7 +112,7 @@ def encode_video(pixels: Tensor, fps: Fraction) -> bytes:
         stream = cast("VideoStream", container.add_stream("libx264", rate=fps, options=options))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv444p"
-        # What readers assume of untagged files of this size, so that nobody has to guess.
+        # Readers would assume these colours for untagged files of this size; state them anyway.
         stream.codec_context.colorspace = Colorspace.ITU601
         stream.codec_context.color_range = ColorRange.MPEG
         stream.codec_context.thread_count = 1
@@ -126,7 +128,7 @@ def encode_video(pixels: Tensor, fps: Fraction) -> bytes:
 
 
 def _captions(metadata: Path) -> dict[str, str]:
-    """Captions that an earlier, complete call wrote; none if there was none."""
+    """Read the captions that an earlier, complete call wrote; empty if there was none."""
     if not metadata.is_file():
         return {}
     rows = read_metadata(metadata)
@@ -137,7 +139,10 @@ def _captions(metadata: Path) -> dict[str, str]:
 
 
 def _holds(path: Path, pixels: Tensor, fps: Fraction) -> bool:
-    """Whether the file is there with this clip; one that cannot be read is written anew."""
+    """Return whether the file holds this clip, or False if it must be written (again).
+
+    Raises DataError if it holds another clip.
+    """
     if not path.is_file():
         return False
     try:
@@ -146,7 +151,7 @@ def _holds(path: Path, pixels: Tensor, fps: Fraction) -> bool:
         return False
     same = stored.shape == pixels.shape and (stored - pixels).abs().mean() < _SAME_PICTURE
     if not same:
-        raise DataError(_foreign(path.parent, f"{path.name} shows something else"))
+        raise DataError(_foreign(path.parent, f"{path.name} shows another clip"))
     return True
 
 
@@ -155,8 +160,8 @@ def _foreign(root: Path, found: str) -> str:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or, after any interruption, as it was before."""
-    # Hidden, so that a leftover is no sample of the folder.
+    """Write a file atomically: after an interruption, it is either complete or unchanged."""
+    # Hidden, so that a leftover is not taken for a sample of the folder.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -1,6 +1,6 @@
-"""Ranks: what the launcher says, devices, the mesh, sharding, and what ranks do together.
+"""Ranks: launch variables, devices, the mesh, sharding, and collectives.
 
-Nothing above imports `torch.distributed` or reads the launcher's variables itself.
+Only this package imports `torch.distributed` or reads the launcher's variables.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Actions that all ranks take together, and that succeed on all or fail on all."""
+"""Actions that all ranks take together, and that either succeed or fail on all of them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _thread = threading.local()
 
 @contextmanager
 def own_group(timeout: timedelta | None = None) -> Iterator[Callable[[Callable[[], T]], T]]:
-    """A process group beside the usual one, for a thread that works while this one trains.
+    """Make a second process group, for a thread that works while the main thread trains.
 
-    Gives a function that runs an action so that its collectives, those of this module and of what
-    is built on it, meet the same thread's on other ranks and no others. Every rank must enter it.
+    Yields a function that runs an action: the collectives of this module, and of code that uses it,
+    then go through this group and cannot mix with those of other threads. Collective: every rank
+    must enter it.
     """
     made = dist.new_group(backend="gloo", timeout=timeout) if world() > 1 else None
 
@@ -44,27 +45,27 @@ def own_group(timeout: timedelta | None = None) -> Iterator[Callable[[Callable[[
 
 
 def group() -> dist.ProcessGroup | None:
-    """The process group of this thread's collectives; None is the usual one."""
+    """Return the process group of this thread's collectives; None is the default group."""
     return getattr(_thread, "group", None)
 
 
 def rank() -> int:
-    """This process's rank, 0 without a process group."""
+    """Return this process's rank, 0 without a process group."""
     return dist.get_rank() if _distributed() else 0
 
 
 def world() -> int:
-    """Number of ranks, 1 without a process group."""
+    """Return the number of ranks, 1 without a process group."""
     return dist.get_world_size() if _distributed() else 1
 
 
 def group_size(group: Any) -> int | None:
-    """How many ranks are in a group, as an op of torch is given it; None for anything else."""
+    """Return the size of a process group that was passed to a torch op; None for other objects."""
     if isinstance(group, torch.ScriptObject):
         try:
             return dist.ProcessGroup.unbox(group).size()
         except (RuntimeError, TypeError):
-            return None  # another object of torch, such as the kind of a reduction
+            return None  # another torch object, such as a reduction op
     if isinstance(group, str):
         try:
             return dist.distributed_c10d._resolve_process_group(cast(Any, group)).size()
@@ -74,7 +75,7 @@ def group_size(group: Any) -> int | None:
 
 
 def everywhere(action: Callable[[], T]) -> list[T]:
-    """Run `action` on every rank; return all results, or raise on all ranks if one failed.
+    """Run `action` on every rank. Return all results, or raise on all ranks if one failed.
 
     Raises:
         CheckpointError: for an OSError or a CheckpointError on any rank.
@@ -96,7 +97,7 @@ def everywhere(action: Callable[[], T]) -> list[T]:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, with the file if the system names it."""
+    """Return what went wrong, with the file if the operating system names one."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     return str(error) or type(error).__name__

@@ -11,25 +11,25 @@ __all__ = ["pick_device"]
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """This process's device, which becomes CUDA's current one if it is a GPU.
+    """Return this process's device; a GPU also becomes the current CUDA device.
 
     Args:
-        device: `"auto"` (CUDA where there is one), `"cpu"` or `"cuda"`.
+        device: `"auto"` (a GPU if there is one), `"cpu"` or `"cuda"`.
 
     Raises:
-        ConfigError: `"cuda"` was asked for and is not available, there are fewer GPUs than local
-            ranks, or the device is none of the above.
+        ConfigError: the device is unknown, `"cuda"` is not available, or there are fewer GPUs than
+            local ranks.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device {device!r} is not one of 'auto', 'cpu', 'cuda'.")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but PyTorch sees no GPU; use 'cpu'.")
+        raise ConfigError("device 'cuda' was requested, but PyTorch sees no GPU; use 'cpu'.")
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     index = local_rank()
     if index >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {index} has no GPU of its own: there are "
+            f"local rank {index} has no GPU of its own: this node has only "
             f"{torch.cuda.device_count()}. Start torchrun with fewer processes per node."
         )
     here = torch.device("cuda", index)

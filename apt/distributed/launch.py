@@ -1,4 +1,4 @@
-"""What the launcher says of this process, as torchrun does in the environment; needs no torch."""
+"""What the launcher (torchrun) says about this process in the environment. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,44 +19,47 @@ __all__ = [
 
 
 def launch_rank() -> int:
-    """RANK: 0 .. world size - 1; 0 without a launcher. Raises ConfigError if it is no count."""
+    """Return RANK: 0 .. world size - 1; 0 without a launcher.
+
+    Raises ConfigError if the variable is not a non-negative integer; so do the functions below.
+    """
     return _count("RANK", 0)
 
 
 def launch_world_size() -> int:
-    """WORLD_SIZE: number of processes; 1 without a launcher. Raises ConfigError likewise."""
+    """Return WORLD_SIZE: the number of processes; 1 without a launcher."""
     return _count("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    """LOCAL_RANK: 0 .. processes on this node - 1; 0 without a launcher. Raises likewise."""
+    """Return LOCAL_RANK: 0 .. processes on this node - 1; 0 without a launcher."""
     return _count("LOCAL_RANK", 0)
 
 
 def is_one_of_many() -> bool:
-    """Whether a launcher started this process beside others.
+    """Return whether a launcher started this process together with others.
 
-    What is no number counts as alone here: error messages depend on it, and those who join the
-    ranks say what is wrong with it.
+    A WORLD_SIZE that is not a number counts as a single process and does not raise, because code
+    that reports errors calls this. Joining the ranks then raises.
     """
     value = os.environ.get("WORLD_SIZE", "")
     return value.isdecimal() and int(value) > 1
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun started this process, which takes any exit code except 0 for a crash."""
+    """Return whether torchrun started this process. It takes any nonzero exit code for a crash."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def restarts() -> int:
-    """How often torchrun has started the ranks again. Raises likewise."""
+    """Return how often torchrun has restarted the ranks. Raises ConfigError like `launch_rank`."""
     return _count("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def job() -> str:
-    """What names this launch of torchrun on all its nodes and in all its restarts; else empty.
+    """Return an ID of this torchrun launch, the same on all nodes and after restarts; else "".
 
-    Its --rdzv-id; without one, the agent that started this process.
+    It is the --rdzv-id, or without one, host and process ID of the agent that started this process.
     """
     if not under_torchrun():
         return ""
@@ -70,7 +73,7 @@ def _count(name: str, default: int) -> int:
         return default
     if not value.isdecimal():
         raise ConfigError(
-            f"the environment has {name}={value!r}, which is no number of a launcher; start with "
-            f"torchrun, or unset {name}"
+            f"the environment has {name}={value!r}, which must be a non-negative integer; start "
+            f"with torchrun, or unset {name}"
         )
     return int(value)

@@ -1,4 +1,4 @@
-"""Ranks come together, also after torchrun has started them again."""
+"""Join the ranks into a process group, also after torchrun has restarted them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _attempt = ""
 
 
 def attempt() -> str:
-    """What all ranks that were started together call this start; empty before they have met."""
+    """Return the name of this start, the same on all ranks; empty before they have met."""
     return _attempt
 
 
 def join(backend: str, timeout: timedelta) -> None:
-    """Make the process group of the ranks that the launcher describes.
+    """Join the process group that the launcher describes.
 
     torchrun's agents keep one store for all attempts, and PyTorch looks up the addresses of ranks
-    there by keys that do not tell attempts apart, so ranks that were started again may connect to
-    those that are dead (torch 2.13). Agents count restarts each by itself, so the ranks agree on
-    a name for this attempt first, under which the group then has its keys.
+    there by keys that are the same for all attempts. Restarted ranks may therefore connect to dead
+    ones (torch 2.13). Each agent counts restarts by itself, so the counts may differ. The ranks
+    therefore first agree on a name for this attempt, which then prefixes the group's keys.
 
     Args:
-        backend: of `init_process_group`.
-        timeout: of its collectives, and for all ranks to be there.
+        backend: for `init_process_group`.
+        timeout: for its collectives, and for all ranks to arrive.
 
     Raises:
         torch.distributed.DistError: ranks are missing.
@@ -62,10 +62,10 @@ def join(backend: str, timeout: timedelta) -> None:
 
 
 def _meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """The name that rank 0 has drawn for this attempt; other names in the store are older.
+    """Return the name that rank 0 drew for this attempt; the store may also hold older names.
 
-    Every rank answers rank 0's invitation with a name of its own, and knows by its own name in what
-    rank 0 says then that the invitation was not of an earlier attempt.
+    Every rank answers rank 0's invitation with a random name. Rank 0 then publishes all answers.
+    A rank that finds its own answer there knows that the invitation is from this attempt.
     """
     mine = secrets.token_hex(8)
     if rank == 0:
@@ -86,6 +86,6 @@ def _meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> 
             return invitation
         if time.monotonic() > deadline:
             raise dist.DistStoreError(
-                f"rank {rank} has waited {timeout} for rank 0, or for others that rank 0 waits for"
+                f"rank {rank} has waited {timeout} for rank 0, or for ranks that rank 0 waits for"
             )
         time.sleep(_PAUSE)

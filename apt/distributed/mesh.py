@@ -1,16 +1,16 @@
-"""How the ranks of a run are laid out: copies of the weights, shards of a copy, parts of a sample.
+"""The layout of a run's ranks: copies of the weights, shards of a copy, slices of a sample.
 
     ranks = replicate x shard x sequence          rank = (copy * shard + part) * sequence + slice
 
-The `sequence` ranks of a group are neighbours, so they lie on one node where that is possible. They
-work on the same samples, each on its slice of the tokens; `replicate x shard` groups of them, the
-data ranks, have samples of their own. States (weights, gradients, averages, moments) are sharded
-over all `shard x sequence` ranks of a copy, and gradients averaged over all ranks.
+The `sequence` ranks of a group are neighbours, so they share a node where possible. They work on
+the same samples, each on its slice of the tokens. The `replicate x shard` groups, the data ranks,
+each have their own samples. States (weights, gradients, averages, moments) are sharded over all
+`shard x sequence` ranks of a copy, and gradients are averaged over all ranks.
 
-That average is the right one for slices too, if what crosses ranks is differentiated as what it is:
-the gradient of an all-to-all is an all-to-all, that of a sum over ranks is a sum over ranks. A
-rank's loss may then be the mean over its slice, or the same whole loss on each rank of a group; the
-mean of the losses over all ranks is what is differentiated.
+This average is also correct for slices, provided that collectives have their true gradients: that
+of an all-to-all is an all-to-all, that of a sum over ranks is a sum over ranks. A rank's loss may
+then be the mean over its slice, or the same whole loss on each rank of a group. The gradient is
+that of the mean of the losses over all ranks.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ GroupName = Literal["replicate", "states", "data", "sequence"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How ranks share the work: replicate x shard x sequence is their number.
+    """How the ranks share the work; replicate x shard x sequence must be their number.
 
     Attributes:
-        replicate: copies of the weights, whose gradients are averaged between them (HSDP): one for
-            each node keeps the gathering of weights inside nodes.
-        shard: ranks with samples of their own that share one copy; 0 takes all that are left.
-        sequence: ranks that share the tokens of each sample, and the copy too.
-        reduce_once: add up the gradients of micro-batches on each rank, and reduce them at the
-            update's last one. Saves a reduction per micro-batch, and takes 4 bytes for each
-            parameter of the network that trains, on each rank. Between copies gradients are
-            averaged once in any case.
+        replicate: copies of the weights, between which gradients are averaged (HSDP). With one copy
+            per node, weights are gathered only within nodes.
+        shard: ranks that share one copy and each have their own samples; 0 takes all remaining
+            ranks.
+        sequence: ranks that share the tokens of each sample, and also the copy.
+        reduce_once: add up the gradients of an update's micro-batches on each rank, and reduce them
+            once, after the last one. This saves one reduction per micro-batch, but takes 4 bytes
+            per parameter of the network that trains on each rank. Between copies, gradients are
+            always averaged only once per update.
     """
 
     replicate: int = 1
@@ -57,22 +58,22 @@ class ParallelConfig:
                 )
 
     def layout(self, world_size: int) -> Layout:
-        """The layout of so many ranks. Raises ConfigError if the sizes do not multiply to them."""
+        """Return the layout of `world_size` ranks. Raises ConfigError if the sizes do not fit."""
         fixed = self.replicate * self.sequence
         shard = self.shard or world_size // fixed
         if shard < 1 or fixed * shard != world_size:
             sizes = f"replicate {self.replicate} x shard {self.shard or 'the rest'} x sequence "
             raise ConfigError(
-                f"--parallel: {sizes}{self.sequence} does not make {world_size} "
-                f"rank{'s' if world_size > 1 else ''}; choose sizes whose product is that, or "
-                f"start {fixed * max(self.shard, 1)}"
+                f"--parallel: {sizes}{self.sequence} does not fit {world_size} "
+                f"rank{'s' if world_size > 1 else ''}; choose sizes whose product is the number "
+                f"of ranks, or start {fixed * max(self.shard, 1)}"
             )
         return Layout(self.replicate, shard, self.sequence)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes that multiply to the number of ranks; see `ParallelConfig`."""
+    """Sizes whose product is the number of ranks; see `ParallelConfig`."""
 
     replicate: int = 1
     shard: int = 1
@@ -80,21 +81,21 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of ranks."""
         return self.replicate * self.shard * self.sequence
 
     @property
     def states(self) -> int:
-        """Ranks that one copy of the weights is sharded over."""
+        """Number of ranks over which one copy of the weights is sharded."""
         return self.shard * self.sequence
 
     @property
     def data(self) -> int:
-        """Groups of ranks that have samples of their own."""
+        """Number of groups of ranks that each have their own samples."""
         return self.replicate * self.shard
 
     def data_rank(self, rank: int) -> int:
-        """Which of the `data` groups a rank belongs to."""
+        """Return which of the `data` groups a rank belongs to."""
         return rank // self.sequence
 
     def __str__(self) -> str:
@@ -103,10 +104,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class RankMesh:
-    """The groups of several ranks. Every rank must make it, and ask for the same groups.
+    """The process groups of a layout. Every rank must make it, and request the same groups.
 
     Attributes:
-        layout: of all ranks of the process group.
+        layout: the layout of all ranks of the process group.
         device_type: "cpu" or "cuda".
     """
 
@@ -115,7 +116,7 @@ class RankMesh:
 
     @cached_property
     def states(self) -> DeviceMesh:
-        """What FSDP shards over: ("states",), or ("replicate", "states") of several copies."""
+        """The mesh that FSDP shards over: ("states",), or ("replicate", "states") with copies."""
         if self.layout.replicate == 1:
             return init_device_mesh(
                 self.device_type, (self.layout.states,), mesh_dim_names=("states",)
@@ -125,12 +126,12 @@ class RankMesh:
 
     @cached_property
     def samples(self) -> DeviceMesh:
-        """("data", "sequence"): which ranks have samples of their own, and which share them."""
+        """("data", "sequence"): which ranks have their own samples, and which share them."""
         sizes = self.layout.data, self.layout.sequence
         return init_device_mesh(self.device_type, sizes, mesh_dim_names=("data", "sequence"))
 
     def group(self, name: GroupName) -> dist.ProcessGroup | None:
-        """This rank's group of a name; None if it would be alone in it."""
+        """Return this rank's group of that name; None if the rank would be alone in it."""
         if getattr(self.layout, name) == 1:
             return None
         mesh = self.states if name in ("replicate", "states") else self.samples

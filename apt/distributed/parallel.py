@@ -28,15 +28,15 @@ __all__ = ["FromMain", "Parallel", "made_here"]
 T = TypeVar("T")
 
 FromMain = Callable[[Callable[[], Any]], Any]
-"""`Parallel.from_main`, or `made_here` for work that knows of no ranks."""
+"""`Parallel.from_main`, or `made_here` where there are no ranks."""
 
 
 def made_here(make: Callable[[], T]) -> T:
-    """What `make` gives."""
+    """Return what `make` returns."""
     return make()
 
 
-# Rank 0 may have to read a header of each of a million files.
+# Rank 0 may have to read the headers of a million files.
 _PATIENCE = timedelta(hours=2)
 
 
@@ -50,7 +50,7 @@ class Parallel:
         rank: 0 .. world_size - 1.
         world_size: number of processes.
         device: where this rank computes.
-        mesh: how the ranks are laid out; `None` with a single process.
+        mesh: the layout of the ranks; None with a single process.
     """
 
     rank: int
@@ -67,31 +67,31 @@ class Parallel:
         timeout: timedelta = timedelta(minutes=10),
         records: Path | None = None,
     ) -> Parallel:
-        """Join the process group that `torchrun` describes, or stand alone without one.
+        """Join the process group that `torchrun` describes, or run as a single process without it.
 
         Args:
-            device: `"auto"` (CUDA where there is one), `"cpu"` or `"cuda"`.
-            config: how the ranks are laid out; None shards over all.
+            device: `"auto"` (a GPU if there is one), `"cpu"` or `"cuda"`.
+            config: the layout of the ranks; None shards over all of them.
             timeout: how long a collective waits for the slowest rank.
-            records: a folder in which GPUs leave their last collectives when one waits longer.
+            records: a folder where ranks on GPUs write their last collectives after a timeout.
 
         Raises:
-            ConfigError: see `pick_device`; the launcher's variables are no numbers, or not those
-                that the layout makes.
+            ConfigError: see `pick_device`; the launcher's variables are not numbers; the layout
+                does not fit the number of ranks.
         """
         here = pick_device(device)
         rank, world_size = launch_rank(), launch_world_size()
         layout = (config or ParallelConfig()).layout(world_size)
         if world_size == 1:
             return cls(rank=0, world_size=1, device=here, mesh=None)
-        # Gloo also on GPUs, for the small CPU tensors and objects of logs and checkpoints.
+        # Gloo is needed on GPUs too, for the small CPU tensors and objects of logs and checkpoints.
         backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
         record_collectives(records if here.type == "cuda" else None)
         join(backend, timeout)
         return cls(rank, world_size, here, RankMesh(layout, here.type))
 
     def laid_out(self, config: ParallelConfig) -> Parallel:
-        """The same ranks in another layout. Raises ConfigError if it does not make so many."""
+        """Return the same ranks in another layout. Raises ConfigError if it does not fit them."""
         layout = config.layout(self.world_size)
         if self.mesh is None or layout == self.layout:
             return self
@@ -99,32 +99,32 @@ class Parallel:
 
     @property
     def layout(self) -> Layout:
-        """How many ranks share what; all 1 with a single process."""
+        """The layout of the ranks; all sizes are 1 with a single process."""
         return Layout() if self.mesh is None else self.mesh.layout
 
     @property
     def data_rank(self) -> int:
-        """0 .. data_size - 1: ranks of the same number have the same samples."""
+        """0 .. data_size - 1; ranks with the same number have the same samples."""
         return self.layout.data_rank(self.rank)
 
     @property
     def data_size(self) -> int:
-        """How many ranks, or groups of ranks, have samples of their own."""
+        """Number of ranks, or groups of ranks, that each have their own samples."""
         return 1 if self.mesh is None else self.layout.data
 
     def group(self, name: GroupName) -> dist.ProcessGroup | None:
-        """This rank's group of a name; None if it is alone in it. The first call is collective."""
+        """Return this rank's group of that name; None if it is alone. Collective the first time."""
         return None if self.mesh is None else self.mesh.group(name)
 
     @property
     def sequence(self) -> SequenceGroup | None:
-        """The ranks that share the tokens of this rank's samples; None if it has them alone."""
+        """The ranks that share the tokens of this rank's samples; None if no others do."""
         group = self.group("sequence")
         return None if group is None else SequenceGroup.of(group)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the one that writes logs and samples."""
+        """Whether this is rank 0, which writes logs and samples."""
         return self.rank == 0
 
     def shard(
@@ -137,26 +137,27 @@ class Parallel:
     ) -> None:
         """Shard `module` in place with FSDP2: each of `blocks` by itself, then the rest.
 
-        Does nothing with a single process. Afterwards parameters are DTensors; make optimisers
-        and EMAs after this call.
+        Does nothing with a single process. Parameters become DTensors, so create optimisers and
+        EMAs after this call.
 
         Args:
             module: the root module, already on `device`, or on the meta device.
             blocks: the repeated layers inside it.
-            half: gather the linear layers of blocks in bf16, for computing under autocast.
-            forward_methods: further methods of `module` that compute with its weights (such as
-                `"hidden_states"`); FSDP gathers parameters only around methods it knows.
+            half: gather the linear layers of blocks in bf16, for training under autocast.
+            forward_methods: other methods of `module` that compute with its weights (such as
+                `"hidden_states"`); FSDP gathers parameters only around methods that it knows.
         """
         if self.mesh is not None:
             shard(module, blocks, self.mesh.states, half=half, forward_methods=forward_methods)
 
     def mean(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
-        """Average scalars over the ranks in float64; every rank gets the same result.
+        """Return averages of scalars over the ranks, in float64 and the same on every rank.
 
-        Ranks of one sequence group count once each: they have the same, or parts of it.
+        Each rank counts once, also within a sequence group, whose ranks have the same values or
+        parts of them.
 
         Args:
-            values: the same keys, in any order, on every rank.
+            values: the same keys on every rank, in any order.
         """
         keys = sorted(values)
         scalars = [float(values[key]) for key in keys]
@@ -168,7 +169,7 @@ class Parallel:
         return {key: averaged[key] for key in values}
 
     def of_each(self, value: float) -> list[float]:
-        """A number of each rank, in their order; every rank must call it."""
+        """Return the value of each rank, in rank order. Collective."""
         if self.world_size == 1:
             return [value]
         found = torch.zeros(self.world_size, dtype=torch.float64)
@@ -177,7 +178,7 @@ class Parallel:
         return found.tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on at least one rank."""
+        """Return whether `flag` is true on at least one rank. Collective."""
         if self.world_size == 1:
             return flag
         seen = torch.tensor(int(flag))
@@ -185,12 +186,12 @@ class Parallel:
         return bool(seen.item())
 
     def agree(self, error: Exception | None) -> None:
-        """Raise on every rank if one has an error: its own where it arose, PeerError elsewhere.
+        """Raise on every rank if one has an error: the error itself there, PeerError elsewhere.
 
-        Every rank must call it, after work that it did by itself.
+        Collective: every rank calls it after work that it did alone.
 
         Raises:
-            PeerError: an error is another rank's; it has its words.
+            PeerError: another rank failed; the message is that of its error.
         """
         if not self.any(error is not None):
             return
@@ -202,7 +203,7 @@ class Parallel:
         raise PeerError(next(said for said in words if said is not None))
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0; if it fails there, all ranks raise."""
+        """Run `action` on rank 0; if it fails, all ranks raise. Collective."""
         problem: Exception | None = None
         if self.is_main:
             try:
@@ -212,10 +213,10 @@ class Parallel:
         self.agree(problem)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` gives on rank 0, sent to all, which have equal copies of it.
+        """Run `make` on rank 0, and return a copy of its result on every rank.
 
-        For what all would otherwise read alike from storage that they share. Others wait for up to
-        two hours. Every rank must call it; if it fails there, all raise, as in `agree`.
+        Use it where all ranks would otherwise read the same files from shared storage. The other
+        ranks wait for up to two hours. Collective; if `make` fails, all ranks raise, as in `agree`.
         """
         if self.world_size == 1:
             return make()
@@ -238,7 +239,7 @@ class Parallel:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
-            # A CPU collective: dist.barrier() would pick NCCL and a device on its own.
+            # Use a CPU collective: dist.barrier() would pick NCCL and a device by itself.
             dist.all_reduce(torch.zeros(1))
 
     def close(self) -> None:
@@ -251,5 +252,5 @@ class Parallel:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is not None and self.world_size > 1 and not issubclass(kind, PeerError):
-            claim()  # before the others hear of it by a closed connection
+            claim()  # before the other ranks fail because the connection is closed
         self.close()

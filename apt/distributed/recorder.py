@@ -1,4 +1,4 @@
-"""What the process groups of this rank did last: torch's flight recorder, of gloo and of NCCL."""
+"""The last collectives of this rank, from torch's flight recorder of gloo and NCCL."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["last_collective", "record_collectives"]
 
 
 def record_collectives(folder: Path | None = None) -> None:
-    """Have the last collectives kept, and NCCL write them down when one takes too long.
+    """Have torch keep the last collectives, and NCCL write them to files after a timeout.
 
-    Before the process group is made. What the environment says already holds.
+    Call it before the process group is made. Variables that are already set are kept.
 
     Args:
-        folder: for one file of each rank, `rank_0` and so on; None leaves the place to torch.
+        folder: for one file per rank (`rank_0`, ...); None leaves the place to torch.
     """
     kept = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     if folder is not None:
@@ -30,8 +30,10 @@ def record_collectives(folder: Path | None = None) -> None:
 
 
 def last_collective() -> str:
-    """The newest one that was begun here, such as "all_reduce 12 of default_pg", which is the
-    twelfth of that group; empty if nothing is recorded."""
+    """Return the newest collective that this rank began; empty if none is recorded.
+
+    For example "all_reduce 12 of default_pg", the twelfth collective of that group.
+    """
     entries = [entry for dump in _dumps() for entry in json.loads(dump()).get("entries", ())]
     if not entries:
         return ""
@@ -41,7 +43,7 @@ def last_collective() -> str:
 
 
 def _dumps() -> list[Callable[[], bytes]]:
-    """Of each recorder that this build of torch has."""
+    """Return the dump function of each recorder that this build of torch has."""
     module: Any = getattr(torch._C, "_distributed_c10d", None)
     names = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
     return [getattr(module, name) for name in names if hasattr(module, name)]

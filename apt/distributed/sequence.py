@@ -1,24 +1,24 @@
 """Sequence parallelism: several ranks share the tokens of the same samples (DeepSpeed-Ulysses).
 
-Each rank of a `SequenceGroup` has the same samples, noise, timesteps and text, and computes all
-that is done token by token for its own tokens alone. Where tokens meet, they are exchanged by
-`torch.distributed`'s all-to-all: before attention a rank gives away the heads that are not its own
-and gets all tokens of those that are; after it, the other way round. So attention runs on whole
-sequences, by any backend, with a share of the heads.
+All ranks of a `SequenceGroup` have the same samples, noise, timesteps and text. Each rank computes
+token-wise operations for its own tokens only. Attention needs all tokens, so the ranks exchange
+them with `torch.distributed`'s all-to-all. Before attention, a rank sends the heads of other ranks
+away and receives all tokens of its own heads; after it, the other way round. Attention thus runs on
+whole sequences, with any backend, on a share of the heads.
 
-Where the N ranks do not divide the H heads, u = gcd(N, H) ranks share the heads, and r = N / u of
-such rows share the queries: a rank attends from one row's queries, with H / u heads, to all keys.
-Keys and values then go to r ranks instead of one, which is what a ring passes on too, in as many
-bytes; but they are there at once, so that attention stays one call of any backend. A rank holds
-2 L H / u Dh of them: for the 12 heads of Wan 1.3B on 8 ranks those of 3 heads.
+If N ranks do not divide the H heads, u = gcd(N, H) ranks form a row that shares the heads, and the
+r = N / u rows share the queries: a rank attends from one row's queries, with H / u heads, to all
+keys. Each key and value then goes to r ranks instead of one. A ring sends as many bytes, but here
+all of them arrive at once, so attention remains one call of any backend. A rank holds 2 L H / u Dh
+numbers of keys and values: those of 3 heads for Wan 1.3B, which has 12, on 8 ranks.
 
-Shares differ by a token at most where N does not divide the tokens. Nothing is padded or masked.
+If N does not divide the tokens, the shares differ by at most one token, without padding or masks.
 
-Gradients. What all ranks of the group compute alike (latents, text, logits, losses) has the true
-gradient on each. What is a rank's own (its tokens) has N times its part of the loss's gradient, so
-that of a parameter, whichever way it was used, the *mean* over the ranks is the true one. It is
-what FSDP takes, over data and sequence alike: nothing has to know which parameters saw which
-tokens.
+Gradients. Tensors that all ranks of the group compute alike (latents, text, logits, losses) have
+the true gradient on each rank. Tensors of one rank (its tokens) have N times their part of the
+gradient. Either way, the *mean* of a parameter's gradients over the ranks is the true gradient.
+FSDP takes this mean over data and sequence ranks alike, so no code has to know which parameters saw
+which tokens.
 
 Shapes: B samples, L tokens, of which l are this rank's, H heads, Dh channels per head.
 """
@@ -41,11 +41,11 @@ __all__ = ["SequenceGroup", "TokenSplit", "gather_heads", "scatter_keys", "scatt
 
 @dataclass(frozen=True)
 class SequenceGroup:
-    """The ranks that share the tokens of the same samples, at least two.
+    """Two or more ranks that share the tokens of the same samples.
 
     Attributes:
         group: the process group.
-        rank: this process's place in it, 0 .. size - 1.
+        rank: this process's rank in it, 0 .. size - 1.
         size: N.
     """
 
@@ -55,39 +55,39 @@ class SequenceGroup:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> SequenceGroup | None:
-        """This process's place in a process group; None in a group of one."""
+        """Return the sequence group of a process group; None if it has one rank."""
         size = dist.get_world_size(group)
         return None if size == 1 else cls(group, dist.get_rank(group), size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceGroup:
-        """Itself: copies of a network work in the same group."""
+        """Return itself, because copies of a network use the same group."""
         return self
 
     def split(self, length: int) -> TokenSplit:
-        """So many tokens in shares that differ by one at most; some are empty if there are few."""
+        """Split `length` tokens into shares that differ by at most one; some may be empty."""
         least, more = divmod(length, self.size)
         return TokenSplit(self, tuple(least + (rank < more) for rank in range(self.size)))
 
     def rows(self, num_heads: int) -> int:
-        """r, of how many rows of ranks each has all heads: 1 if the ranks divide them."""
+        """Return r, the number of rows, each of which has all heads; 1 if N divides the heads."""
         return self.size // math.gcd(self.size, num_heads)
 
     def exchange(self, sent: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
-        """All-to-all of numbers, with the gradient: `given[i]` of them to rank i, in order.
+        """Exchange numbers by a differentiable all-to-all.
 
-        `taken[i]` are those that come from rank i, in order.
+        In rank order, `given[i]` numbers go to rank i, and `taken[i]` come from it.
         """
         received = functional.all_to_all_single_autograd(sent, list(taken), list(given), self.group)
         return functional.wait_tensor(received)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Values (...) of the same shape on all ranks as (N, ...), with the gradient."""
+        """Gather values (...), of the same shape on all ranks, as (N, ...); differentiable."""
         sizes = [values.numel()] * self.size
         received = self.exchange(values.flatten().repeat(self.size), sizes, sizes)
         return received.view(self.size, *values.shape)
 
     def alike(self, values: Tensor) -> Tensor:
-        """Values that are the same on all ranks, as they are; their gradient is the mean."""
+        """Return values that are the same on all ranks unchanged; average their gradient."""
         if not (torch.is_grad_enabled() and values.requires_grad):
             return values
         return _Alike.apply(values, self)
@@ -108,11 +108,11 @@ class _Alike(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """How many tokens each rank of a group has; rank after rank they are the whole sequence.
+    """The number of tokens of each rank of a group; in rank order, they form the whole sequence.
 
     Attributes:
         group: the ranks.
-        lengths: of each its tokens.
+        lengths: number of tokens of each rank.
     """
 
     group: SequenceGroup
@@ -120,32 +120,32 @@ class TokenSplit:
 
     @property
     def length(self) -> int:
-        """l, of this rank."""
+        """l, the number of tokens of this rank."""
         return self.lengths[self.group.rank]
 
     @property
     def total(self) -> int:
-        """L, of all."""
+        """L, the number of tokens of all ranks."""
         return sum(self.lengths)
 
     def beside(self, other: TokenSplit) -> TokenSplit:
-        """Two streams of tokens on each rank, one after the other."""
+        """Return the split of two streams that each rank concatenates."""
         pairs = zip(self.lengths, other.lengths, strict=True)
         return TokenSplit(self.group, tuple(a + b for a, b in pairs))
 
     def order(self, whole: Tensor, other: TokenSplit) -> Tensor:
-        """Values (B, L + L') of two whole streams in the order of `beside`."""
+        """Return values (B, L + L') of two whole streams in the order of `beside`."""
         first, second = whole.split([self.total, other.total], dim=1)
         pieces = zip(first.split(self.lengths, 1), second.split(other.lengths, 1), strict=True)
         return torch.cat([piece for pair in pieces for piece in pair], dim=1)
 
     def own(self, whole: Tensor, dim: int = 1) -> Tensor:
-        """This rank's part of a tensor that has all tokens along `dim`, with its own memory."""
+        """Return a copy of this rank's part of a tensor that has all tokens along `dim`."""
         start = sum(self.lengths[: self.group.rank])
         return whole.narrow(dim, start, self.length).contiguous()
 
     def whole(self, own: Tensor) -> Tensor:
-        """(B, L, ...) from each rank's (B, l, ...), with the gradient."""
+        """Return (B, L, ...) from each rank's (B, l, ...); differentiable."""
         size = _numbers_per_token(own)
         given = [own.numel()] * self.group.size
         taken = [size * length for length in self.lengths]
@@ -154,20 +154,20 @@ class TokenSplit:
 
 
 def scatter_queries(q: Tensor, split: TokenSplit) -> Tensor:
-    """Queries (B, l, H, Dh) to those of this rank's row with this rank's heads, (B, -, H / u, Dh).
+    """Turn queries (B, l, H, Dh) into (B, -, H / u, Dh): the row's tokens, this rank's heads.
 
-    Their tokens are those of the row's ranks, one after the other; all L where ranks divide heads.
+    The tokens are those of the row's ranks, in rank order; all L if N divides the heads.
     """
     return _scatter(q, split, _row(split, q.shape[2]))
 
 
 def scatter_keys(k: Tensor, split: TokenSplit) -> Tensor:
-    """Keys or values (B, l, H, Dh) to all tokens with this rank's heads, (B, L, H / u, Dh)."""
+    """Turn keys or values (B, l, H, Dh) into (B, L, H / u, Dh): all tokens, this rank's heads."""
     return _scatter(k, split, range(split.group.size))
 
 
 def gather_heads(attended: Tensor, split: TokenSplit, num_heads: int) -> Tensor:
-    """The way back of `scatter_queries`: this rank's tokens with all heads, (B, l, H, Dh)."""
+    """Invert `scatter_queries`: return this rank's tokens with all heads, (B, l, H, Dh)."""
     row = _row(split, num_heads)
     size = _numbers_per_token(attended)
     given, taken = [0] * split.group.size, [0] * split.group.size
@@ -184,16 +184,16 @@ def gather_heads(attended: Tensor, split: TokenSplit, num_heads: int) -> Tensor:
 
 
 def _row(split: TokenSplit, num_heads: int) -> range:
-    """The ranks that share all heads of the same queries, this one among them."""
+    """Return this rank's row: the ranks that share the heads of the same queries."""
     width = split.group.size // split.group.rows(num_heads)
     start = split.group.rank // width * width
     return range(start, start + width)
 
 
 def _scatter(x: Tensor, split: TokenSplit, partners: range) -> Tensor:
-    """Tokens (B, l, H, Dh) to those of all partners, with this rank's heads."""
+    """Turn tokens (B, l, H, Dh) into those of all partners, with this rank's heads."""
     blocks = len(_row(split, x.shape[2]))
-    # A row's ranks have the blocks of heads in order, and so has every other row.
+    # The ranks of every row have the blocks of heads in the same order.
     heads = x.unflatten(2, (blocks, -1)).movedim(2, 0)
     sent = heads.flatten()
     if len(partners) > blocks:
@@ -206,8 +206,8 @@ def _scatter(x: Tensor, split: TokenSplit, partners: range) -> Tensor:
 
 
 def _put_together(received: Tensor, lengths: Sequence[int], like: Tensor) -> Tensor:
-    """The tokens of each rank, flat, as one tensor (B, -, ...) of the shape of `like`."""
-    if like.shape[0] == 1:  # they are in place
+    """Return the flat tokens of each rank as one tensor (B, -, ...), shaped otherwise as `like`."""
+    if like.shape[0] == 1:  # already in order
         return received.view(1, sum(lengths), *like.shape[2:])
     size = _numbers_per_token(like)
     pieces = received.split([size * length for length in lengths])
@@ -219,5 +219,5 @@ def _put_together(received: Tensor, lengths: Sequence[int], like: Tensor) -> Ten
 
 
 def _numbers_per_token(x: Tensor) -> int:
-    """Of a tensor (B, l, ...), whatever l is."""
+    """Return how many numbers each token position of a tensor (B, l, ...) has."""
     return x.shape[0] * math.prod(x.shape[2:])

@@ -1,4 +1,4 @@
-"""One of several ranks tells the user of an error; the others keep silent."""
+"""Report an error to the user from only one of several ranks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PATIENCE = timedelta(seconds=10)
 
 
 def claim() -> None:
-    """Take the word for the error that ends this rank, unless another rank has it.
+    """Claim the right to report the error that ends this rank, unless another rank has it.
 
-    An error on one rank breaks the collectives of the others, whose own errors say nothing; and an
-    error on all ranks is one error. So the first rank has the word, and it asks for it before it
-    leaves the process group and lets the others down.
+    An error on one rank breaks the collectives of the others, whose own errors then tell nothing;
+    and an error on all ranks should be printed once. So the first rank reports, and it claims this
+    before it leaves the process group, which makes the others fail.
     """
     store = open_store()
     if store is not None:
@@ -30,13 +30,13 @@ def claim() -> None:
 
 
 def report(text: str | None) -> None:
-    """Print the error on stderr if this rank has the word, else wait until it has been said.
+    """Print the error on stderr if this rank reports it, else wait until it has been printed.
 
-    A launcher ends all ranks when the first one has gone, so nobody goes before. Where the ranks
-    cannot reach each other, each prints.
+    A launcher ends all ranks when the first one exits, so no rank exits before. If the ranks cannot
+    reach each other, each prints its own error.
 
     Args:
-        text: None if the error is another rank's.
+        text: the error; None if it came from another rank.
     """
     store = open_store()
     if store is None:
@@ -46,12 +46,15 @@ def report(text: str | None) -> None:
         print(text, file=sys.stderr, flush=True)
         store.set(_key("said"), "yes")
     else:
-        with contextlib.suppress(RuntimeError):  # whoever has the word was killed
+        with contextlib.suppress(RuntimeError):  # the rank that reports was killed
             store.wait([_key("said")], _PATIENCE)
 
 
 def open_store() -> dist.TCPStore | None:
-    """What the ranks share: torchrun's, or rank 0's for as long as it is in the process group."""
+    """Connect to the ranks' store: torchrun's, or rank 0's while it is in the process group.
+
+    Returns None if there is none, or it cannot be reached.
+    """
     try:
         return dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -70,5 +73,5 @@ def _claims(store: dist.TCPStore) -> bool:
 
 
 def _key(name: str) -> str:
-    # torchrun keeps its store when it starts the ranks again.
+    # torchrun keeps its store when it restarts the ranks.
     return f"apt/error/{attempt() or restarts()}/{name}"

@@ -1,4 +1,4 @@
-"""Tensors of all ranks in one folder of safetensors, through PyTorch's distributed checkpoint."""
+"""The tensors of all ranks in one folder of safetensors, by PyTorch's distributed checkpoint."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from apt.errors import CheckpointError
 
 __all__ = ["HostCopies", "own_files", "read_shards", "write_shards"]
 
-# The writer serialises one file in memory at a time, so this bounds the extra memory of a save.
+# The writer serialises one file at a time in memory, so this limits the extra memory of a save.
 FILE_BYTES = 2 * 2**30
 
 
 class HostCopies:
-    """Copies of tensors in host memory, which is kept for the next copies of the same tensors.
+    """Copies of tensors in host memory, which later copies of the same tensors reuse.
 
     Args:
-        device: where the tensors are; from a GPU they go into page-locked memory.
+        device: where the tensors are; those of a GPU are copied to page-locked memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,25 +41,25 @@ class HostCopies:
         )
 
     def of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What they are now, each rank's shard by itself. Overwrites the copies made before."""
+        """Copy the tensors, each rank its own shards. Overwrites earlier copies."""
         copies = self._stager.stage(tensors)
         assert isinstance(copies, dict)
         return copies
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         self._stager.close()
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write each rank's shards to files of its own; every rank must call it.
+    """Write each rank's shards to its own files. Collective.
 
     Args:
         folder: on a file system that all ranks share.
-        tensors: contiguous, plain or DTensors, the same names on every rank.
+        tensors: contiguous plain tensors or DTensors, with the same names on every rank.
 
     Raises:
-        CheckpointError: the disk refuses, on any rank.
+        CheckpointError: writing failed on any rank.
     """
     writer = dcp.HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=_file_indices(tensors), save_distributed=True
@@ -71,19 +71,19 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place, whatever the number of ranks that wrote them.
+    """Fill `tensors` in place; any number of ranks may have written the files. Collective.
 
     Raises:
-        CheckpointError: the files cannot be read, on any rank.
+        CheckpointError: reading failed on any rank.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
     _run(lambda: dcp.load(tensors, storage_reader=reader, no_dist=world() == 1))
 
 
 def _without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of those whose memory another has too, which safetensors refuses to write twice.
+    """Copy tensors that share memory with another, because safetensors refuses to write those.
 
-    Networks that start from one file share what does not train.
+    Networks that start from one file share the weights that do not train.
     """
     seen: set[tuple[str, int]] = set()
     apart: dict[str, Tensor] = {}
@@ -96,7 +96,7 @@ def _without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def own_files(folder: Path) -> list[Path]:
-    """The files that this rank wrote, sorted."""
+    """Return the files that this rank wrote, sorted."""
     return sorted(folder.glob(f"shard-{rank() + 1:05d}-*"))
 
 
@@ -114,9 +114,9 @@ def _file_indices(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def _run(action: Callable[[], object]) -> None:
-    """Run a call into torch.distributed.checkpoint, turning its failures into CheckpointError."""
-    # Without a process group it announces that it saves in a single process. For good, because
-    # filters are the process's, and another thread may train meanwhile.
+    """Run a call of torch.distributed.checkpoint, and turn its failures into CheckpointError."""
+    # Without a process group, it warns that it saves in a single process. The filter stays, because
+    # filters belong to the process, and another thread may be training.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
         action()

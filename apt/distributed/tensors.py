@@ -1,4 +1,4 @@
-"""Tensors that may be sharded: a rank's part of one, and the whole."""
+"""Tensors that may be sharded: a rank's shard, and the whole tensor."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ __all__ = ["WholeTensors", "is_sharded", "local", "own_rows", "shapes_found_insi
 
 
 def is_sharded(kind: type) -> bool:
-    """Whether tensors of a type are a rank's parts of whole ones."""
+    """Return whether tensors of this type are sharded over ranks."""
     from torch.distributed.tensor import DTensor
 
     return issubclass(kind, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard, sharing its storage; a plain tensor as it is."""
-    from torch.distributed.tensor import DTensor  # slow to import, and kernels need not be
+    """Return this rank's shard, with the same storage; a plain tensor unchanged."""
+    from torch.distributed.tensor import DTensor  # slow to import, and kernels do without it
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor; every rank must call it. A plain tensor as it is."""
+    """Return the whole of a sharded tensor; a plain tensor unchanged. Collective."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_rows(tensor: Tensor) -> slice | None:
-    """Which rows of the whole this rank has of a sharded tensor; None for a plain one.
+    """Return which rows of a sharded tensor this rank has; None for a plain tensor.
 
-    FSDP2 cuts along dimension 0 as `torch.chunk` does.
+    FSDP2 splits along dimension 0, like `torch.chunk`.
     """
     from torch.distributed.tensor import DTensor
 
@@ -52,13 +52,14 @@ def own_rows(tensor: Tensor) -> slice | None:
 
 
 class WholeTensors(Mapping[str, Tensor]):
-    """A state whose tensors are made whole on the CPU, each when rank 0 asks for it.
+    """A state dict whose tensors are gathered on the CPU, each when rank 0 reads it.
 
-    Rank 0 reads it as any mapping, in any order, inside `shown`; the other ranks give their parts
-    until it has done. No rank has more than one whole tensor at a time, unless rank 0 keeps it.
+    Inside `shown`, rank 0 reads it like any mapping, in any order, and the other ranks contribute
+    their shards until rank 0 is done. No rank holds more than one whole tensor at a time, unless
+    rank 0 keeps them.
 
     Args:
-        state: the same names in the same order on all ranks; sharded tensors or plain ones.
+        state: sharded or plain tensors, with the same names in the same order on all ranks.
     """
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
@@ -79,7 +80,7 @@ class WholeTensors(Mapping[str, Tensor]):
 
     @contextmanager
     def shown(self) -> Iterator[bool]:
-        """Whether this is rank 0, which reads; the others have served it when they get here."""
+        """Yield True on rank 0, which reads; on the others yield False after it is done."""
         if rank() != 0:
             tensors = list(self._state.values())
             while (number := self._say(0)) < len(tensors):
@@ -93,7 +94,7 @@ class WholeTensors(Mapping[str, Tensor]):
                 self._say(len(self))
 
     def _say(self, number: int) -> int:
-        """What rank 0 says."""
+        """Broadcast a number from rank 0, and return it."""
         said = torch.tensor([number])
         dist.broadcast(said, src=0)
         return int(said.item())
@@ -101,9 +102,9 @@ class WholeTensors(Mapping[str, Tensor]):
 
 @contextmanager
 def shapes_found_inside(context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Enter `context` around each time that DTensor finds the shapes of an op's results.
+    """Enter `context` whenever DTensor computes the shapes of an op's results.
 
-    It does so with tensors without data, of the size of all shards together.
+    DTensor does this with tensors without data, of the size of the whole tensor.
     """
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 

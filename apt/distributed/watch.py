@@ -1,7 +1,7 @@
-"""Which rank keeps the others waiting, told when a collective fails or waits too long.
+"""Find out which rank keeps the others waiting when a collective fails or times out.
 
-A thread of every rank writes down every few seconds where its main thread is: in the launcher's
-store, which outlives a rank. Whoever is left by a dead or hung rank reads there what all say.
+A thread of every rank writes every few seconds where its main thread is. It writes to the
+launcher's store, which outlives a rank. When a rank dies or hangs, the others read all entries.
 """
 
 from __future__ import annotations
@@ -32,23 +32,24 @@ PULSE = 2.0
 _FRAMES = 3
 
 _MISSED = 3
-"""Pulses that a rank may miss before it counts as gone."""
+"""Pulses that a rank may miss before it counts as dead."""
 
 
 @contextlib.contextmanager
 def watched(
     rank: int, world_size: int, place: Callable[[], str], *, pulse: float = PULSE
 ) -> Iterator[None]:
-    """Turns a failed collective inside the block into an error that names the rank to blame.
+    """Turn a failed collective inside the block into an error that names the rank at fault.
 
     Args:
-        rank: of this process; world_size: of all.
-        place: where this rank is in its work, in a few words; asked from another thread.
+        rank: this process's rank.
+        world_size: number of ranks.
+        place: returns where this rank is in its work, in a few words; called from another thread.
         pulse: seconds between two entries of a rank.
 
     Raises:
-        LostRankError: a rank is dead, stopped or out of reach, or does something else than all
-            the others, which wait for it in a collective.
+        LostRankError: a rank is dead, stopped or out of reach, or is not in the collective in which
+            the others wait for it.
     """
     shared = open_store() if world_size > 1 else None
     if shared is None:
@@ -66,21 +67,21 @@ def watched(
                 diary.waits_in(collective)
                 words = _blame(diary.entries(world_size))
             except dist.DistError:
-                words = f"the rank that has the store is dead or out of reach, in {collective}"
+                words = f"the rank that holds the store is dead or out of reach, in {collective}"
             raise LostRankError(f"{words} ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a rank last said of itself.
+    """The last entry that a rank wrote about itself.
 
     Attributes:
-        place: in its work.
+        place: where it is in its work.
         doing: the function that its main thread is in.
-        waits: whether that is a collective.
-        beat: another one in each entry.
-        last: the collective that it began last; told once a rank has asked.
-        alive: whether it still writes any.
+        waits: whether that function is a collective.
+        beat: a number that differs from entry to entry.
+        last: the collective that it began last; written once a rank has asked for it.
+        alive: whether the rank still writes entries.
     """
 
     place: str
@@ -92,7 +93,7 @@ class _Entry:
 
 
 class _Diary:
-    """The entries of all ranks in the store; a thread keeps this rank's."""
+    """The entries of all ranks in the store; a thread updates that of this rank."""
 
     def __init__(
         self, shared: dist.Store, rank: int, place: Callable[[], str], pulse: float
@@ -102,7 +103,7 @@ class _Diary:
         self._place = place
         self._pulse = pulse
         self._main = threading.get_ident()
-        self._failed = ""  # the collective
+        self._failed = ""  # the collective that failed
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="watch", daemon=True)
 
@@ -115,13 +116,13 @@ class _Diary:
         self._thread.join()
 
     def waits_in(self, collective: str) -> None:
-        """The main thread has come out of a collective that failed, and looks for the reason."""
+        """Record that a collective of the main thread failed, and that it looks for the cause."""
         self._failed = collective
         self._store.set(self._asked, "")
         self._write(-1)
 
     def entries(self, world_size: int) -> dict[int, _Entry | None]:
-        """Of each rank, None if it has never written any; takes a few pulses."""
+        """Return each rank's entry, None if it has never written one. Takes a few pulses."""
         before = {number: self._read(number) for number in range(world_size)}
         time.sleep(_MISSED * self._pulse)
         found: dict[int, _Entry | None] = {}
@@ -133,7 +134,7 @@ class _Diary:
 
     def _keep(self) -> None:
         beat = 0
-        # Without the store nobody reads it either.
+        # Without the store, nobody can read the entries anyway.
         with contextlib.suppress(dist.DistError):
             while not self._ended.wait(self._pulse):
                 beat += 1
@@ -156,12 +157,12 @@ class _Diary:
         return self._key("asked")
 
     def _key(self, name: int | str) -> str:
-        # The store outlives a restart, and what was noted before it is of other processes.
+        # The store outlives a restart, and earlier entries come from other processes.
         return f"apt/watch/{attempt() or restarts()}/{name}"
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Whether ranks did not come together, which leaves their process group broken."""
+    """Return whether an error comes from a collective, which leaves the process group broken."""
     if not isinstance(error, RuntimeError):
         return False
     text = str(error)
@@ -169,7 +170,7 @@ def is_of_a_collective(error: BaseException) -> bool:
 
 
 def _collective_of(traceback: TracebackType | None) -> str:
-    """The function of torch.distributed that an error came out of."""
+    """Return the function of torch.distributed that raised an error."""
     while traceback is not None:
         if name := _collective(traceback.tb_frame):
             return name
@@ -178,22 +179,22 @@ def _collective_of(traceback: TracebackType | None) -> str:
 
 
 def _at(frame: FrameType | None) -> tuple[str, bool]:
-    """The function that a thread is in, and whether it waits for other ranks there."""
+    """Return the function that a thread is in, and whether it waits for other ranks there."""
     chain: list[str] = []
     collective = ""
     while frame is not None and frame.f_globals.get("__name__") == __name__:
-        frame = frame.f_back  # the first entry is written by the main thread itself
+        frame = frame.f_back  # the main thread itself writes the first entry
     while frame is not None:
         code = frame.f_code
         if len(chain) < _FRAMES:
             chain.append(f"{code.co_name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})")
-        collective = _collective(frame) or collective  # the outermost is what was called
+        collective = _collective(frame) or collective  # keep the outermost, which was called
         frame = frame.f_back
     return collective or " of ".join(chain), bool(collective)
 
 
 def _collective(frame: FrameType) -> str:
-    """The name of a function that ranks call together; empty for any other."""
+    """Return the name of a collective function; empty for any other."""
     module, name = str(frame.f_globals.get("__name__", "")), frame.f_code.co_name
     together = ("torch.distributed.distributed_c10d", "torch.distributed.fsdp")
     if not module.startswith(together) or name.startswith("_") or name == "wrapper":
@@ -202,7 +203,7 @@ def _collective(frame: FrameType) -> str:
 
 
 def _blame(entries: dict[int, _Entry | None]) -> str:
-    """In words: the ranks that are gone, or those that are elsewhere while the others wait."""
+    """Describe the ranks that are gone, or those that are elsewhere while the others wait."""
     gone = [r for r, entry in entries.items() if entry is None or not entry.alive]
     there = {r: entry for r, entry in entries.items() if entry is not None and entry.alive}
     elsewhere = [r for r, entry in there.items() if not entry.waits]
@@ -217,7 +218,7 @@ def _blame(entries: dict[int, _Entry | None]) -> str:
         began = f", after {entry.last}" if entry.last else ""
         said.append(f"rank {number} keeps the others waiting: it is {_where(entry)}{began}")
     if not said:
-        said.append("a collective failed, and every rank is in one")
+        said.append("a collective failed although all ranks are in one")
     return "; ".join([*said, *_of_the_others(there, waiting)])
 
 

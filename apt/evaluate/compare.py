@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from apt.data.decode import probe
-from apt.errors import InputError, MissingPackageError, listed
+from apt.errors import InputError, MissingPackageError, counted, listed
 from apt.evaluate.video_measures import read_video
 from apt.files import without_nan, write_text
 from apt.metrics.fidelity import check_alike, psnr, ssim
@@ -132,7 +132,7 @@ class Comparison:
 
     def render(self) -> str:
         """Return a table: mean and worst figure of each measure, and whether its limit is met."""
-        lines = [f"{len(self.names)} pairs"]
+        lines = [counted(len(self.names), "pair")]
         for name, values in self.figures.items():
             pair, worst = self.worst(name)
             line = f"{FIDELITIES[name].title}: mean {_mean(values):.4g}, worst {worst:.4g} ({pair})"

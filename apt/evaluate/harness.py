@@ -87,7 +87,7 @@ def evaluate(
         machine=machine(),
         software=f"diffusion-apt {__version__}",
         models=measure(protocol, models, found, out, progress),
-        real={} if protocol.real is None else protocol.real(),
+        baselines={name: figures() for name, figures in protocol.baselines.items()},
     )
     return write_report(out, evaluation, found)
 

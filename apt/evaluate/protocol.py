@@ -68,7 +68,8 @@ class Protocol:
         pair_measures: of each further model's samples against the first model's.
         prepare: loads what the measures hold, such as networks and real data; called once, before
             anything is generated.
-        real: figures of the real data, shown as a row of its own; None for no such row.
+        baselines: rows above the models', by name: figures of what no model made, such as real
+            videos.
         references: real files by prompt, shown beside the samples.
         settings: what else determines the figures, for the record: folders, networks.
     """
@@ -85,7 +86,7 @@ class Protocol:
     measures: tuple[Measure, ...] = ()
     pair_measures: tuple[PairMeasure, ...] = ()
     prepare: Callable[[], object] = lambda: None
-    real: Callable[[], Figures] | None = None
+    baselines: Mapping[str, Callable[[], Figures]] = field(default_factory=dict)
     references: Mapping[str, Path] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
 

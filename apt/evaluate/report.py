@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apt.errors import InputError
+from apt.errors import InputError, counted
 from apt.evaluate.html_page import Grid, write_html_page
 from apt.evaluate.plotting import Panel, plot_bars
+from apt.evaluate.protocol import Figure
 from apt.evaluate.results import Evaluation, ModelResult
 from apt.evaluate.sheet import write_sample_sheet
+from apt.evaluate.spread import Spread, spread
 from apt.evaluate.tables import image, plus_minus, table
 from apt.files import without_nan, write_text
 from apt.media.parts import is_shown
@@ -86,8 +88,8 @@ def report_text(evaluation: Evaluation, *, data: str, plot: str | None, sheet: s
         f"Every figure of every seed is in [{data}]({data}).",
         "## How it is measured",
         protocol.about,
-        f"{len(protocol.prompts)} prompts with {each} sample{'s' * (each > 1)} each, {number} per "
-        f"seed. {spread} Measured on {evaluation.machine}, with {evaluation.software}.",
+        f"{counted(len(protocol.prompts), 'prompt')} with {counted(each, 'sample')} each, {number} "
+        f"per seed. {spread} Measured on {evaluation.machine}, with {evaluation.software}.",
         "## Figures",
         _figures_table(evaluation),
         image(plot, "Every figure of every model"),
@@ -106,15 +108,15 @@ def _figures_table(evaluation: Evaluation) -> str:
     if not figures:
         return "This protocol has no measures. Use `diffusion-apt study make` for ratings."
     rows = []
-    if real := evaluation.real:
-        cells = (f"{real[name]:.3g}" if name in real else "–" for name in figures)
-        rows.append([_REAL, *cells])
+    for baseline, found in evaluation.baselines.items():
+        rows.append([baseline, *_cells({n: spread([v]) for n, v in found.items()}, figures)])
     for model in evaluation.models:
-        summary = model.summary()
-        rows.append(
-            [model.name, *(plus_minus(summary[n]) if n in summary else "–" for n in figures)]
-        )
+        rows.append([model.name, *_cells(model.summary(), figures)])
     return table(["model", *(figure.heading for figure in figures.values())], rows)
+
+
+def _cells(found: Mapping[str, Spread], figures: Mapping[str, Figure]) -> list[str]:
+    return [plus_minus(found[name]) if name in found else "–" for name in figures]
 
 
 def _models_table(models: list[ModelResult]) -> str:
@@ -161,9 +163,9 @@ def _grid(evaluation: Evaluation, folders: Mapping[str, SampleFolder], shown: Pa
         [_shown(folders[name].samples[key].path, shown / name) for name in columns] for key in keys
     ]
     real = [protocol.references.get(prompt) for prompt, _ in keys]
-    if all(file is not None and is_shown(file) for file in real):
+    if None not in real:
         for row, file in zip(files, real, strict=True):
-            row.append(file)
+            row.append(file and _shown(file, shown / _REAL))
         columns = [*columns, _REAL]
     return Grid(rows=[prompt for prompt, _ in keys], columns=columns, files=files)
 

@@ -44,7 +44,7 @@ class Evaluation:
         machine: where it was measured.
         software: this package and its version.
         models: in the order of the command.
-        real: figures of the real data, if the protocol has any.
+        baselines: figures of the protocol's baselines, by name.
     """
 
     protocol: Protocol
@@ -52,7 +52,7 @@ class Evaluation:
     machine: str
     software: str
     models: list[ModelResult]
-    real: Mapping[str, float] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """Return every figure, and everything that determines it, as JSON."""
@@ -70,7 +70,7 @@ class Evaluation:
                 name: {"title": figure.title, "better": figure.better}
                 for name, figure in protocol.figures.items()
             },
-            "real": dict(self.real),
+            "baselines": {name: dict(figures) for name, figures in self.baselines.items()},
             "models": [
                 {
                     "name": model.name,

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from apt.data.decode import probe, read_clip, read_image
-from apt.errors import DataError, InputError
+from apt.errors import InputError
 from apt.evaluate.advance import Advance, nobody
 from apt.evaluate.features import Features, check_rows
 from apt.evaluate.pictures import clean_resize, crop_square
@@ -24,12 +23,10 @@ from apt.metrics.motion import flicker, frame_change, motion, sharpness
 from apt.pixels import to_frames
 
 
-def read_video(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """Read all frames of a file at its own rate, uint8 (T, H, W, 3); an image is one frame.
+def read_video(path: Path) -> Tensor:
+    """Return all frames of a file, at its own rate, as uint8 (T, H, W, 3); T is 1 for an image.
 
-    `size` (H, W) undoes the integer factor by which small samples are enlarged when written.
-
-    Raises DataError if not all frames can be decoded, or they are not a multiple of `size`.
+    Raises DataError if it cannot be decoded whole.
     """
     info = probe(path)
     if info.is_image:
@@ -38,15 +35,7 @@ def read_video(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         clip = read_clip(
             path, start=Fraction(0), num_frames=round(info.length), fps=info.fps, info=info
         )
-    return to_frames(clip[None])[0] if size is None else _reduced(path, clip, size)
-
-
-def _reduced(path: Path, clip: Tensor, size: tuple[int, int]) -> Tensor:
-    height, width = clip.shape[2:]
-    if height % size[0] or height * size[1] != width * size[0]:
-        raise DataError(f"{str(path)!r} is {height}x{width}, no multiple of {size[0]}x{size[1]}")
-    small = adaptive_avg_pool2d(clip.transpose(0, 1), size).transpose(0, 1)
-    return to_frames(small[None])[0]
+    return to_frames(clip[None])[0]
 
 
 @dataclass(frozen=True)
@@ -133,23 +122,22 @@ class FrechetVideo:
 class PatchFrechetVideo:
     """Fréchet distance between small patches of videos (`apt.metrics.PatchFrechet`).
 
-    It needs no network, and detects blur, ghosting and grain, but not content or motion. Videos
-    should have the size of the real ones. Lower is better.
+    It needs no network. It detects blur, ghosting and grain, but neither content nor motion. Lossy
+    files add their own differences, and enlarged ones hide detail, so give lossless files of the
+    real videos' size. Lower is better.
 
     Args:
         reference: files of real videos, at least one.
-        size: (H, W) of the clips before they were enlarged for the files; None if they were not.
 
-    Raises InputError for no files, and for frames smaller than a patch; DataError as `read_video`.
+    Raises InputError for no files and for frames smaller than a patch, DataError as `read_video`.
     """
 
-    def __init__(self, reference: Sequence[Path], *, size: tuple[int, int] | None = None) -> None:
-        self._size = size
-        self._distance = PatchFrechet(_Pixels(reference, size))
+    def __init__(self, reference: Sequence[Path]) -> None:
+        self._distance = PatchFrechet(_Pixels(reference))
 
     def __call__(self, files: Sequence[Path]) -> float:
         """Return the squared distance, 0 for equal statistics."""
-        return self._distance(_Pixels(files, self._size))
+        return self._distance(_Pixels(files))
 
 
 @dataclass(frozen=True)
@@ -157,11 +145,10 @@ class _Pixels:
     """Videos as (1, 3, T, H, W) in [-1, 1], read from their files on each iteration."""
 
     files: Sequence[Path]
-    size: tuple[int, int] | None
 
     def __iter__(self) -> Iterator[Tensor]:
         for path in self.files:
-            yield rearrange(read_video(path, self.size), "t h w c -> 1 c t h w") / 127.5 - 1
+            yield rearrange(read_video(path), "t h w c -> 1 c t h w") / 127.5 - 1
 
 
 @dataclass(frozen=True)

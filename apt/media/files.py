@@ -34,6 +34,7 @@ from PIL import Image, PngImagePlugin
 from apt.device import require_memory
 from apt.errors import InputError
 from apt.files import replacing
+from apt.media.containers import file_address, open_container
 from apt.untrusted import parse_json
 
 Frames = torch.Tensor | NDArray[np.uint8]
@@ -107,7 +108,10 @@ def write_mp4(
     height, width = pixels.shape[1:3]
     pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     rate, metadata = _frame_rate(fps), container_metadata(tags)
-    with _writing(path, ".mp4") as target, av.open(str(target), "w", format="mp4") as container:
+    with (
+        _writing(path, ".mp4") as target,
+        av.open(file_address(target), "w", format="mp4") as container,
+    ):
         container.metadata.update(metadata)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
         stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
@@ -141,7 +145,7 @@ def write_mkv(
     exact = {"fflags": "+bitexact"}
     with (
         _writing(path, ".mkv") as target,
-        av.open(str(target), "w", format="matroska", options=exact) as container,
+        av.open(file_address(target), "w", format="matroska", options=exact) as container,
     ):
         container.metadata.update(metadata)
         # Version 1, since later ones take twice as long to begin a small video.
@@ -273,6 +277,9 @@ SUFFIXES = (*_ANIMATED, ".png")
 _LARGEST = {".mp4": 16384, ".mkv": 16384, ".gif": 65535, ".webp": 16383, ".png": 2**31 - 1}
 """The most pixels along a side that each format and its encoder allow."""
 
+_SLOWEST = 0.01
+"""Frames per second. A GIF holds a frame for 655 seconds at most."""
+
 
 def _suffix(path: str | Path) -> str:
     """Return the suffix of a path in lower case. Raises InputError if it is not in `SUFFIXES`."""
@@ -295,6 +302,8 @@ def _factor(height: int, width: int, scale: int | None) -> int:
 def _frame_rate(fps: float) -> Fraction:
     if not 0 < fps <= 1000:
         raise InputError(f"fps must be above 0 and at most 1000, got {fps}")
+    if fps < _SLOWEST:
+        raise InputError(f"fps must be at least {_SLOWEST}, as files count no longer, got {fps}")
     return Fraction(fps).limit_denominator(1001)
 
 
@@ -425,10 +434,8 @@ def _title(tags: Tags) -> str:
 
 
 def _comment_of_video(file: Path) -> str:
-    import av
-
     try:
-        with av.open(str(file)) as container:
+        with open_container(file) as container:
             # Matroska's names of tags are in capitals.
             found = {name.lower(): text for name, text in container.metadata.items()}
             return found.get("comment", "")

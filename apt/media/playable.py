@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apt.errors import DataError
+from apt.media.containers import open_container
 from apt.media.files import write_mp4
 
 
@@ -26,7 +27,7 @@ def read_frames(video: Path) -> tuple[NDArray[np.uint8], float]:
     import av
 
     try:
-        with av.open(str(video)) as container:
+        with open_container(video) as container:
             stream = container.streams.video[0]
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
             return np.stack(frames), float(stream.average_rate or 24)

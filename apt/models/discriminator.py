@@ -19,8 +19,8 @@ from apt.distributed.sequence import SequenceGroup, TokenSplit
 from apt.errors import ConfigError, InputError
 from apt.kernels import query_pooling
 from apt.models.architectures import HEADS
-from apt.models.layers import described_weights
 from apt.models.transformer import DiffusionTransformer
+from apt.words import described_weights
 
 # Blocks 16, 26 and 36 of the paper's 36, counted from 1.
 _PAPER_DEPTHS = (16 / 36, 26 / 36, 1.0)

@@ -91,19 +91,3 @@ def keep_rows(layer: nn.Linear, *rows: slice) -> nn.Linear:
         kept.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
     kept.stored_rows = rows
     return cast(nn.Linear, kept)
-
-
-def described_weights(module: nn.Module) -> str:
-    """How many, of which type and where, as "5.8 M parameters, float32 on cpu"."""
-    parameters = list(module.parameters())
-    if not parameters:
-        return "no parameters"
-    first = parameters[0]
-    number = count_words(sum(parameter.numel() for parameter in parameters))
-    return f"{number} parameters, {str(first.dtype).removeprefix('torch.')} on {first.device}"
-
-
-def count_words(parameters: int) -> str:
-    """A number of parameters for people: "5.8 M", "8.16 B"."""
-    small = parameters < 10**8
-    return f"{parameters / 1e6:.1f} M" if small else f"{parameters / 1e9:.2f} B"

@@ -27,7 +27,7 @@ from apt.distributed.sequence import SequenceGroup, TokenSplit
 from apt.errors import ConfigError, InputError
 from apt.kernels.modulated_norm import take_rows
 from apt.models.checkpointing import Checkpointing
-from apt.models.layers import described_weights
+from apt.words import described_weights
 
 _LARGEST_PATCH = 16
 

@@ -1,7 +1,7 @@
-"""What a run would take, before it is started: memory by part, time, traffic, and what fits.
+"""Plan a run before it starts: memory by part, time, traffic, and layouts that fit.
 
-Nothing is estimated by formula that the trainer itself can be asked: its own networks and steps are
-run without data (`torch._subclasses.FakeTensorMode`), as rank 0 of ranks that are not there.
+The figures come from the trainer itself, not from formulas. Its own networks and steps run on
+tensors without data (`torch._subclasses.FakeTensorMode`), as rank 0 of simulated ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A plan held against the memory that the same update takes here, in real tensors."""
+"""Compare a plan with the memory of the same update, run here with real tensors."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = ["compared", "planned_peaks", "real_peaks"]
 
 
 def real_peaks(job: Job, parallel: Parallel) -> dict[str, float]:
-    """Bytes of this rank's tensors at the peak of each part of an update, run for real.
+    """Run an update, and return the bytes of this rank's tensors at the peak of each part.
 
-    Weights are zeros and samples too: what they are takes as much memory as any other. On CUDA it
-    is what torch's allocator says; on the CPU live storages are counted.
+    Weights and samples are zeros, which take as much memory as other values. On CUDA the figures
+    come from torch's allocator; on the CPU live storages are counted.
 
-    Raises ConfigError as `apt.plan.measure.measure`.
+    Raises ConfigError like `apt.plan.measure.measure`.
     """
     config, cuda = job.config, parallel.device.type == "cuda"
     share_of_batch(config, parallel.layout)
@@ -49,14 +49,14 @@ def real_peaks(job: Job, parallel: Parallel) -> dict[str, float]:
 
 
 def planned_peaks(job: Job, layout: Layout) -> dict[str, float]:
-    """What a plan says of the same, for the device that is here."""
+    """Return the planned counterparts of `real_peaks`, for this machine's kind of device."""
     on_gpu = pick_device(job.config.device).type == "cuda"
     usage = estimate(job, layout, gpu=on_gpu)
     return {name: peak.total for name, peak in usage.peaks.items()}
 
 
 def compared(planned: Mapping[str, float], job: Job, parallel: Parallel) -> str:
-    """A table of both."""
+    """Measure the real peaks, and return a table of them beside the planned ones."""
     rows = [
         [
             name,
@@ -67,12 +67,12 @@ def compared(planned: Mapping[str, float], job: Job, parallel: Parallel) -> str:
         for name, size in real_peaks(job, parallel).items()
     ]
     how = "torch's allocator" if parallel.device.type == "cuda" else "live tensors"
-    return table(["GiB at the peak of", "planned", how, "off by"], rows)
+    return table(["GiB at the peak of", "planned", how, "error"], rows)
 
 
 def _on_cuda(stage: Stage, batches: PlannedBatches) -> dict[str, float]:
     for trained in stage.trained.values():
-        trained.state()  # makes what the optimiser does not have yet
+        trained.state()  # makes the optimiser's state, which does not exist yet
     device = stage.host.device
     found = {}
     for name, part in stage.parts().items():

@@ -1,4 +1,4 @@
-"""A recipe in one layout of GPUs: measured, on few blocks where they are alike, and timed."""
+"""Estimate memory, traffic and time of a run in one layout of GPUs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from apt.train.config import TrainConfig
 
 __all__ = ["Estimate", "Job", "estimate"]
 
-# Depths of the networks that stand for a deep one. D's heads are at three depths in each.
+# Depths of the networks from which a deep one is extrapolated. In each, D's heads are at three
+# depths.
 _DEPTHS = (6, 8)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained.
+    """A run to be planned.
 
     Attributes:
-        config: of the run.
+        config: the configuration of the run.
         start: the model that its stage starts from.
-        others: those of the stage's other fields.
+        others: the models that other fields of the stage name, by field.
         sample: the size of clips.
     """
 
@@ -39,7 +40,7 @@ class Job:
     sample: SampleInfo
 
     def of_depth(self, depth: int) -> Job:
-        """The same with backbones of another depth, and D's heads at the same shares of it."""
+        """Return the job with backbones of another depth, and D's heads moved in proportion."""
 
         def cut(model: PlannedModel) -> PlannedModel:
             return dataclasses.replace(model, config=dataclasses.replace(model.config, depth=depth))
@@ -59,14 +60,14 @@ class Job:
 
     @property
     def depth(self) -> int:
-        """Of the backbones; 0 if they differ, or there is none."""
+        """The depth of the backbones; 0 if they differ."""
         models = [self.start, *self.others.values()]
         depths = {int(model.config.depth) for model in models}
         return depths.pop() if len(depths) == 1 else 0
 
     @property
     def blocks_are_alike(self) -> bool:
-        """Whether a shallow network tells of a deep one."""
+        """Whether the network is deep and uniform enough to extrapolate from shallow ones."""
         models = [self.start, *self.others.values()]
         return self.depth > max(_DEPTHS) and all(
             not getattr(model.config, "dual_attention_layers", ())
@@ -76,7 +77,7 @@ class Job:
 
     @property
     def as_many_heads(self) -> bool:
-        """Whether D has as many heads at the depths that stand for its own."""
+        """Whether D keeps its number of heads at the depths used for extrapolation."""
         layers = getattr(self.config.stage, "layers", ()) or paper_layers(max(self.depth, 1))
         found = {len(layers)}
         for depth in _DEPTHS:
@@ -86,13 +87,16 @@ class Job:
 
 
 def estimate(job: Job, layout: Layout, *, gpu: bool = True, whole: bool = False) -> Usage:
-    """What an update takes on one rank.
+    """Return what an update takes on one rank.
 
-    Networks of many blocks that are all alike are run with 6 and with 8 of them, and what a block
-    adds is multiplied.
+    Networks of many identical blocks are run with 6 and with 8 of them, and the difference is
+    extrapolated.
 
     Args:
-        whole: run every block all the same.
+        job: the run.
+        layout: the layout of the ranks.
+        gpu: plan for a GPU and its kernels, else for the CPU.
+        whole: run all blocks instead.
     """
 
     def run(job: Job) -> Usage:
@@ -108,13 +112,13 @@ def estimate(job: Job, layout: Layout, *, gpu: bool = True, whole: bool = False)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A layout, what it takes, and how long.
+    """The resources and time that a run takes in one layout.
 
     Attributes:
-        config: of the run, in this layout.
-        layout: of the ranks.
-        usage: of an update on one rank.
-        gpu: that it is planned for.
+        config: the run's configuration in this layout.
+        layout: the layout of the ranks.
+        usage: what one rank uses in an update.
+        gpu: the GPU that the plan is for.
         tflops: the rate at which matrix products and attention are assumed to run.
     """
 
@@ -126,17 +130,17 @@ class Estimate:
 
     @property
     def needed(self) -> float:
-        """Bytes of a GPU: tensors at their peak, and what is never theirs."""
+        """Bytes of GPU memory: tensors at their peak, plus `PlannedGpu.reserved`."""
         return self.usage.peak.total + self.gpu.reserved
 
     @property
     def room(self) -> float:
-        """The share of a GPU's memory that is left; below 0 if it does not fit."""
+        """The share of the GPU's memory that stays free; below 0 if the run does not fit."""
         return 1 - self.needed / self.gpu.memory
 
     @property
     def room_with_attention(self) -> float:
-        """The most that can be left, as `room`, if what attention gives was kept."""
+        """An upper bound of `room` for a run that keeps attention's outputs."""
         return 1 - (self.usage.with_attention + self.gpu.reserved) / self.gpu.memory
 
     @property
@@ -145,14 +149,14 @@ class Estimate:
 
     @property
     def compute_seconds(self) -> float:
-        """Of an update, at the assumed rate."""
+        """Computing time of an update at the assumed rate."""
         return self.usage.work.flops / (self.tflops * 1e12)
 
     def sent(self) -> dict[Collective, float]:
-        """Bytes that one rank sends in an update, by kind of collective.
+        """Return the bytes that one rank sends in an update, by kind of collective.
 
-        A ring sends (n - 1) / n of a whole tensor to gather or to scatter it, and twice that to
-        sum it; an all-to-all (n - 1) / n of what a rank has.
+        A ring sends (n - 1) / n of the whole tensor in an all-gather or reduce-scatter, and twice
+        as much in an all-reduce. An all-to-all sends (n - 1) / n of the rank's tensor.
         """
         found = {}
         for collective, size in self.usage.work.sent.items():
@@ -162,9 +166,10 @@ class Estimate:
         return found
 
     def seconds_of(self, collective: Collective, size: float) -> float:
-        """How long bytes take.
+        """Return how long it takes to send `size` bytes.
 
-        Ranks that share a copy are neighbours, so those of one machine; copies are in others.
+        Ranks that share a copy of the weights are neighbours, so as many of them as possible are on
+        one machine. Different copies are on different machines.
         """
         layout, node = self.layout, self.gpu.node
         between = collective.kind == "all-reduce" and collective.ranks == layout.replicate
@@ -173,21 +178,21 @@ class Estimate:
 
     @property
     def waiting_seconds(self) -> float:
-        """Of collectives that nothing can hide: all-to-alls stand between layers."""
+        """Time of collectives that cannot overlap with computation: all-to-alls between layers."""
         return sum(
             self.seconds_of(c, size) for c, size in self.sent().items() if c.kind == "all-to-all"
         )
 
     @property
     def hidden_seconds(self) -> float:
-        """Of those that go on beside computing."""
+        """Time of collectives that overlap with computation."""
         return sum(
             self.seconds_of(c, size) for c, size in self.sent().items() if c.kind != "all-to-all"
         )
 
     @property
     def seconds(self) -> float:
-        """Of an update: the longer of computing and sending, and what nothing hides."""
+        """Time of an update: computing or overlapped sending (the longer), plus waiting."""
         return max(self.compute_seconds, self.hidden_seconds) + self.waiting_seconds
 
     @property

@@ -1,4 +1,4 @@
-"""The GPUs that runs are planned for: their memory, and the rates that times are stated at."""
+"""GPUs for plans: their memory, and the rates from which times are computed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedGpu:
-    """A GPU as a plan sees it.
+    """The properties of a GPU that plans use.
 
     Attributes:
-        key: of `apt.kernels.roofline.GPUS`.
-        name: in full.
-        memory: bytes, as `torch.cuda.get_device_properties` tells.
-        node: how many there usually are in one machine.
-        node_gb_s: what one sends to another of its machine, 10^9 bytes per second, one way.
-        network_gb_s: the same to one of another machine.
-        reserved: bytes that are never tensors': the CUDA context, NCCL's buffers and cuBLAS's
+        key: its key in `apt.kernels.roofline.GPUS`.
+        name: its full name.
+        memory: bytes, as in `torch.cuda.get_device_properties`.
+        node: the usual number of GPUs in one machine.
+        node_gb_s: bandwidth to another GPU of the same machine, in 10^9 bytes per second, one way.
+        network_gb_s: bandwidth to a GPU of another machine.
+        reserved: bytes that tensors cannot use: the CUDA context, NCCL's buffers and cuBLAS's
             workspace. An assumption.
     """
 
@@ -37,12 +37,12 @@ class PlannedGpu:
 
     @property
     def peak_tflops(self) -> float:
-        """Of dense bf16 matrix products, as the vendor has it."""
+        """The vendor's figure for dense bf16 matrix products, in TFLOP/s."""
         return GPUS[self.key].peak.matmul_tflops
 
 
-# Memory: what nvidia-smi shows, less what the driver keeps. NVLink: the vendors' figure for both
-# ways, halved. Network: one 400 Gb/s port for each GPU, as in the vendors' reference systems.
+# Memory: what nvidia-smi shows, less what the driver keeps. NVLink: half of the vendors' figure,
+# which counts both ways. Network: one 400 Gb/s port per GPU, as in the vendors' reference systems.
 _GPUS = (
     PlannedGpu(key="a100", name="A100 SXM 80 GB", memory=int(79.1 * GIB), node_gb_s=300),
     PlannedGpu(key="h100", name="H100 SXM 80 GB", memory=int(79.1 * GIB), node_gb_s=450),
@@ -55,7 +55,7 @@ _OTHER_NAMES = {"4090": "rtx4090", "h100-sxm": "h100", "h200-sxm": "h200"}
 
 
 def find_gpu(name: str) -> PlannedGpu:
-    """The GPU of a name; raises InputError for others, with those there are."""
+    """Return a GPU by its name. Raises InputError for unknown names, and lists the known ones."""
     key = _OTHER_NAMES.get(name.lower(), name.lower())
     for gpu in _GPUS:
         if gpu.key == key:

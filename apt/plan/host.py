@@ -1,4 +1,4 @@
-"""What a planned run gives its stage: the trainer's own host, with models that nobody loads."""
+"""The host of a planned run: the trainer's own host, with models that are never loaded."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class PlannedHost(RunHost):
     """A `RunHost` whose models are built, not loaded.
 
     Attributes:
-        start: what the stage starts from.
-        others: the models of its other fields.
+        start: the model that the stage starts from.
+        others: the models that other fields of the stage name, by field.
     """
 
     start: PlannedModel
@@ -36,5 +36,5 @@ class PlannedHost(RunHost):
         return bundle.backbone, bundle.info
 
     def fill(self, network: nn.Module) -> None:
-        # By itself: nobody could tell of a failure.
+        # Without the other ranks, which are only simulated and could not report a failure.
         fill_from_origins(network, self.device, self.frozen)

@@ -1,4 +1,4 @@
-"""Which layouts are tried for so many GPUs, and which of them is taken."""
+"""Choose a layout for a number of GPUs: which are tried, and which is taken."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Choice", "choose", "ways"]
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found.
+    """The layout that was chosen, and the alternatives.
 
     Attributes:
-        taken: the layout that fits with the largest throughput of those tried; else the one that
-            needs least.
-        tried: all that were measured, in their order.
-        skipped: configurations that cannot fit by what was measured, and the bytes of a GPU that
-            each takes at least.
+        taken: the fastest of the tried layouts that fit; if none fits, the one that needs least
+            memory.
+        tried: all layouts that were measured, in order.
+        skipped: configurations that cannot fit according to other measurements, and a lower bound
+            of the bytes of GPU memory that each takes.
         refused: layouts that the trainer refuses, and why.
     """
 
@@ -40,22 +40,23 @@ class Choice:
 def choose(
     job: Job, ranks: int, gpu: PlannedGpu, assess: Callable[[TrainConfig], Estimate]
 ) -> Choice:
-    """Try layouts from the one that sends least to the one that holds least, until one fits.
+    """Try layouts, from the least communication to the least memory, until one fits.
 
-    A layout that the configuration names (`parallel`) is tried alone. Ways to hold less that leave
-    results as they are come next in each: D's groups in two forwards, and, where no more ranks can
-    share a sample, inputs of blocks in host memory, as nothing hides those copies; a way to compute
-    less, keeping what attention gave, once there is room. What cannot fit by what others take is
-    not measured, unless it is the last resort.
+    If the configuration sets a layout (`parallel`), only that one is tried. Within each layout,
+    options that save memory and leave results unchanged are tried next: D's groups in two forward
+    passes, and, where no more ranks can share a sample, inputs of blocks in host memory. That one
+    is last because nothing hides its copies. If a layout leaves room, attention's outputs are kept,
+    which saves computation. A configuration that cannot fit according to other measurements is not
+    measured, unless it is the last resort.
 
     Args:
-        job: what is to be trained.
-        ranks: GPUs.
-        gpu: of that kind.
+        job: the run.
+        ranks: number of GPUs.
+        gpu: the kind of GPU.
         assess: measures a configuration.
 
     Raises:
-        ConfigError: the trainer refuses all layouts; with the reason of the first.
+        ConfigError: the trainer refuses all layouts; the message is the reason for the first.
     """
     tried: list[Estimate] = []
     refused: list[tuple[ParallelConfig, str]] = []
@@ -97,7 +98,7 @@ def choose(
 def _layouts(
     config: TrainConfig, ranks: int, gpu: PlannedGpu
 ) -> Iterator[tuple[ParallelConfig, bool]]:
-    """Those that are to be tried, in order, and whether no more ranks can share a sample."""
+    """Yield the layouts to try, in order, and whether no more ranks can share a sample."""
     given = config.parallel
     if given != dataclasses.replace(ParallelConfig(), reduce_once=given.reduce_once):
         given.layout(ranks)
@@ -113,8 +114,10 @@ def _layouts(
 
 
 def ways(config: TrainConfig, *, last: bool) -> Iterator[TrainConfig]:
-    """The configuration, and then those of the same results that hold less; with host memory if it
-    is the `last` resort."""
+    """Yield the configuration, and then variants with the same results that take less memory.
+
+    Variants that use host memory come only with `last`: no more ranks can share a sample.
+    """
     yield config
     stage: Any = config.stage
     if getattr(stage, "discriminator_forwards", 2) == 1:
@@ -128,11 +131,11 @@ def ways(config: TrainConfig, *, last: bool) -> Iterator[TrainConfig]:
 
 
 def _least(found: Estimate, config: TrainConfig, ranks: int) -> float:
-    """Bytes of a GPU that another way takes at least; 0 if what was found tells nothing of it.
+    """Return a lower bound of the GPU memory of `config`, in bytes, from the estimate `found`.
 
-    States are divided among the ranks of a copy, and all else among those that share a sample, as
-    if none of it was whole on each. A forward pass of D for some of its groups has half of them or
-    more, and what waits in host memory takes nothing.
+    It is 0 if the estimate implies nothing. States are divided by the ranks that share a copy, and
+    everything else by those that share a sample, as if no rank held any of it whole. With D's
+    groups in two forward passes, a pass has at least half of them. Tensors in host memory count 0.
     """
     mine, layout = found.layout, config.parallel.layout(ranks)
     forwards = (_forwards(found.config), _forwards(config))
@@ -153,12 +156,12 @@ def _least(found: Estimate, config: TrainConfig, ranks: int) -> float:
 
 
 def _forwards(config: TrainConfig) -> int:
-    """Passes that D's groups take."""
+    """Return the number of forward passes for D's groups."""
     return int(getattr(config.stage, "discriminator_forwards", 1))
 
 
 def _with_attention_kept(config: TrainConfig) -> TrainConfig | None:
-    """The same with attention's outputs kept, if blocks are computed again without them."""
+    """Return the configuration with attention's outputs kept, or None if that changes nothing."""
     if not config.activation_checkpointing or config.checkpointing.saves_attention:
         return None
     kept = dataclasses.replace(config.checkpointing, saves_attention=True)

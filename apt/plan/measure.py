@@ -1,4 +1,4 @@
-"""One update of a stage, run without data: what it holds, computes and sends on one rank."""
+"""Run one update of a stage without data, and measure one rank's memory, work and traffic."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ HEADS = "heads and logits"
 BATCH = "batch"
 
 STATES = (WEIGHTS, FROZEN, GRADIENTS, OPTIMIZER, AVERAGES)
-"""What is sharded over the ranks that have a copy of the weights in common."""
+"""Parts that are sharded over the ranks that share a copy of the weights."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that is held at once within a stretch of an update.
+    """The peak of memory in a stretch of an update.
 
     Attributes:
         total: bytes.
@@ -79,7 +79,7 @@ class Peak:
     parts: Counter[str]
 
     def between(self, other: Peak, share: float) -> Peak:
-        """On the line from this at 0 to the other at 1."""
+        """Interpolate linearly from this peak (share 0) to the other (share 1)."""
         return Peak(
             self.total + share * (other.total - self.total),
             Counter(
@@ -96,12 +96,12 @@ class Usage:
     """What one update takes on one rank.
 
     Attributes:
-        stretches: for each part of an update, such as D's step, the peaks of its stretches: up to
-            each network's call, inside it, and on to the optimiser and behind it.
-        fixed: work of an update, whatever its micro-batches are.
-        each: work of a micro-batch.
-        micro_batches: of a rank's share.
-        with_attention: bytes that would be held at least if what attention gives was kept.
+        stretches: for each part of an update, such as D's step, the peaks of its stretches: before
+            and inside each call of a network, and before and after the optimiser's step.
+        fixed: work of an update that does not depend on the number of micro-batches.
+        each: work per micro-batch.
+        micro_batches: number of micro-batches on a rank.
+        with_attention: a lower bound of the bytes needed if attention's outputs were kept.
     """
 
     stretches: Mapping[str, tuple[Peak, ...]]
@@ -112,7 +112,7 @@ class Usage:
 
     @property
     def peaks(self) -> dict[str, Peak]:
-        """The highest stretch of each part of an update."""
+        """The highest peak of each part of an update."""
         return {
             name: max(stretches, key=lambda peak: peak.total)
             for name, stretches in self.stretches.items()
@@ -120,16 +120,19 @@ class Usage:
 
     @property
     def peak(self) -> Peak:
-        """The highest of all."""
+        """The highest peak of all."""
         return max(self.peaks.values(), key=lambda peak: peak.total)
 
     @property
     def work(self) -> Work:
-        """Of a whole update."""
+        """Work of a whole update."""
         return self.fixed.plus(self.each.scaled(self.micro_batches))
 
     def between(self, other: Usage, share: float) -> Usage | None:
-        """On the line from this at 0 to the other at 1; None if they did not go the same way."""
+        """Interpolate linearly from this (share 0) to the other (share 1).
+
+        Returns None if the two updates have different stretches.
+        """
         lengths = [{k: len(v) for k, v in usage.stretches.items()} for usage in (self, other)]
         if lengths[0] != lengths[1]:
             return None
@@ -160,18 +163,18 @@ def measure(
     *,
     gpu: bool,
 ) -> Usage:
-    """Run an update of a stage without data, and count.
+    """Run an update of a stage without data, and return what it takes on one rank.
 
     Args:
-        config: of the run.
-        layout: of the ranks.
+        config: the configuration of the run.
+        layout: the layout of the ranks.
         start: the model that the stage starts from.
-        others: those of the stage's other fields.
+        others: the models that other fields of the stage name, by field.
         sample: the size of clips.
-        gpu: as on a GPU, with its kernels; else as on the CPU.
+        gpu: run as on a GPU, with its kernels; else as on the CPU.
 
     Raises:
-        ConfigError: a batch that the ranks cannot share, as the run itself would.
+        ConfigError: the ranks cannot share the batch; training would raise the same.
     """
     share = share_of_batch(config, layout)
     number = share // (config.micro_batch_size or share)
@@ -193,9 +196,10 @@ def measure(
 
 
 def follow_update(stage: Stage, batches: PlannedBatches, tracker: Tracker) -> Usage:
-    """One update of at most two micro-batches, and what it takes. The tracker has been entered.
+    """Run an update of at most two micro-batches, and return what it takes.
 
-    The first micro-batch stands for all but the last, which has the update's end with it.
+    The tracker must be active. The first micro-batch represents all except the last, which includes
+    the end of the update.
     """
     found: dict[str, tuple[Peak, ...]] = {}
     whole, each = Work(), Work()
@@ -214,7 +218,7 @@ def follow_update(stage: Stage, batches: PlannedBatches, tracker: Tracker) -> Us
                 batches.forget()
             part(batches, 0)
             for trained in stage.trained.values():
-                trained.zero_grad()  # as the loop of a run does
+                trained.zero_grad()  # as the training loop does
         mark()
         found[name] = tuple(stretches)
         whole = whole.plus(tracker.work)
@@ -226,7 +230,7 @@ def follow_update(stage: Stage, batches: PlannedBatches, tracker: Tracker) -> Us
 
 @contextlib.contextmanager
 def host_memory(tracker: Tracker) -> Iterator[None]:
-    """What blocks leave in host memory is not the device's, though both are the CPU here."""
+    """Leave out what blocks save in host memory, though here the device is the CPU too."""
 
     class OnHost(torch.autograd.graph.saved_tensors_hooks):
         def __init__(self, pin_memory: bool = False) -> None:
@@ -246,7 +250,7 @@ def host_memory(tracker: Tracker) -> Iterator[None]:
 
 def _peak(tracker: Tracker) -> Peak:
     parts = Counter(tracker.parts)
-    parts[OTHER] += tracker.peak - sum(parts.values())  # what came since it was looked at
+    parts[OTHER] += tracker.peak - sum(parts.values())  # what was added since the last breakdown
     return Peak(tracker.peak, parts)
 
 
@@ -257,15 +261,16 @@ def _marks(
     mark: Callable[[], None],
     kept: Callable[[float], None],
 ) -> Iterator[None]:
-    """A mark wherever a pass begins and ends, forward or backward, around the two blocks at each
-    end of it, and before weights move.
+    """Set marks between the stretches of an update.
 
-    From block to block memory rises or falls as steadily in a deep network as in a shallow one, so
-    it is highest at one end or the other of what lies between: which of the two, depth decides, and
-    a stretch of its own for each tells both. The second block has what the first has not, such as
-    the weights of the next one, gathered already.
+    They are where a forward or backward pass begins and ends, around the first two and last two
+    blocks, and before optimiser steps. Between those blocks, memory changes by the same amount from
+    block to block, whatever the depth, so its peak is at one end or the other. Which end depends on
+    the depth, so each has its own stretch. The second block is included because it holds what the
+    first does not, such as the gathered weights of the next block.
 
-    At the end of each pass forward, `kept` hears what would be held with attention's outputs.
+    At the end of each forward pass, `kept` receives the bytes that would be held with attention's
+    outputs.
     """
     handles = []
     for trained in stage.trained.values():
@@ -289,9 +294,9 @@ def _marks_of_passes(
     mark: Callable[[], None],
     kept: Callable[[float], None],
 ) -> list[RemovableHandle]:
-    """Hooks of a network, and of blocks at its ends, that mark what passes and its gradient."""
+    """Add hooks to a network and its outer blocks that set marks in forward and backward passes."""
     blocks = cast("Any", module).backbone.block_list()
-    forward = False  # rather than again, in a backward pass
+    forward = False  # True in a forward pass, but not when a backward pass recomputes blocks
 
     def here(tensors: Any) -> None:
         mark()
@@ -318,7 +323,7 @@ def _marks_of_passes(
         here(output)
 
     last = len(blocks) - 1
-    # As many for any depth: of a few blocks, one may be both.
+    # The same number of hooks at any depth: in a shallow network, a block may appear twice.
     at_ends = [blocks[min(max(at, 0), last)] for at in (0, 1, last - 2, last - 1, last)]
     return [
         module.register_forward_pre_hook(begins, prepend=True),
@@ -332,7 +337,7 @@ def _scope(tracker: Tracker, part: str | None) -> None:
 
 
 def _heads(module: nn.Module) -> list[nn.Module]:
-    """What a discriminator has behind its backbone."""
+    """Return the modules of a discriminator after its backbone."""
     heads = getattr(module, "heads", None)
     if heads is None:
         return []
@@ -340,9 +345,9 @@ def _heads(module: nn.Module) -> list[nn.Module]:
 
 
 def name_states(stage: Stage) -> Callable[[], dict[int, str]]:
-    """What tells the parts of what training keeps, by the address of storages.
+    """Return a function that maps the addresses of storages to the parts of the training state.
 
-    Everything but gradients is looked up once, now; gradients come and go.
+    Gradients come and go, so they are looked up at each call; everything else once, here.
     """
     fixed: dict[int, str] = {}
     parameters: list[nn.Parameter] = []
@@ -363,7 +368,7 @@ def name_states(stage: Stage) -> Callable[[], dict[int, str]]:
 
     def names() -> dict[int, str]:
         found = dict(fixed)
-        with torch.no_grad():  # or a shard is looked at by an op
+        with torch.no_grad():  # else taking a shard would dispatch an op
             _name(found, [p.grad for p in parameters], GRADIENTS)
         return found
 
@@ -377,12 +382,12 @@ def _name(names: dict[int, str], tensors: Any, part: str) -> None:
 
 
 def share_of_batch(config: TrainConfig, layout: Layout) -> int:
-    """How many samples of an update a data rank has. Raises ConfigError as the run would."""
+    """Return the samples per update of a data rank. Raises ConfigError as training would."""
     if config.batch_size % layout.data:
         lower = config.batch_size // layout.data * layout.data
         raise ConfigError(
-            f"batch_size {config.batch_size} does not divide by the {layout.data} groups of ranks "
-            f"with samples of their own; set --batch-size {lower or layout.data} or "
+            f"batch_size {config.batch_size} is not divisible by the {layout.data} groups of ranks "
+            f"with their own samples; set --batch-size {lower or layout.data} or "
             f"{lower + layout.data}"
         )
     share = config.batch_size // layout.data
@@ -396,15 +401,15 @@ def begin_stage(
     start: PlannedModel,
     others: Mapping[str, PlannedModel],
 ) -> Stage:
-    """The stage at work, with weights that nobody loads."""
+    """Return the stage, ready to train, with weights that are never loaded."""
     return PlannedHost(config, parallel, start=start, others=dict(others)).begin()
 
 
 class PlannedBatches(MadeOneByOne):
-    """Micro-batches of which one at a time is on the device; the others wait in host memory.
+    """Micro-batches, one of which is on the device at a time; the others wait in host memory.
 
-    As in a run, pixels are encoded when they are first asked for, and captions too. Each time that
-    a micro-batch is taken, what had been done before is noted in `before`.
+    As in a run, pixels and captions are encoded when first used. Whenever iteration takes a
+    micro-batch, the work done so far is appended to `before`.
     """
 
     def __init__(
@@ -437,12 +442,12 @@ class PlannedBatches(MadeOneByOne):
         return MicroBatch(x, self._captions, first, texts=self._texts[number])
 
     def forget(self) -> None:
-        """Be those of another batch from now on."""
+        """Represent another batch from now on."""
         self._kept.clear()
         self._texts = [{} for _ in range(self._number)]
 
     def _read(self) -> Tensor:
-        """A micro-batch as it waits for the next part: in host memory, unless the only one."""
+        """Return a micro-batch to keep: in host memory, unless it is the only one."""
         x = torch.zeros(self._shape, device=self._stage.host.device)
         codec = self._stage.codec
         if codec is not None and not self._latents:
@@ -461,7 +466,10 @@ class PlannedBatches(MadeOneByOne):
 def make_batches(
     config: TrainConfig, stage: Stage, sample: SampleInfo, layout: Layout, tracker: Tracker
 ) -> PlannedBatches:
-    """A data rank's micro-batches, of which two stand for more. Raises ConfigError as the run."""
+    """Return at most two micro-batches of a data rank, which represent all of them.
+
+    Raises ConfigError as training would.
+    """
     share = share_of_batch(config, layout)
     size = config.micro_batch_size or share
     sized = dataclasses.replace(config, micro_batch_size=size)

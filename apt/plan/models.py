@@ -1,4 +1,4 @@
-"""What a recipe starts from, as far as it can be told before there are any weights."""
+"""The models that a recipe starts from, as far as they are known before any weights exist."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 ]  # fmt: skip
 
 PAPER = "apt_8b"
-# Of the paper's model, which has no public parts: those of the codecs that its authors' peers use.
+# Assumed for the paper's model, whose parts are not public: the compression of common video codecs.
 _COMPRESSION = (4, 8, 8)
 _TEXT_TOKENS = 256
 
@@ -47,15 +47,14 @@ class PlannedModel:
     """A model without weights.
 
     Attributes:
-        name: of its backbone, registered.
-        config: of the backbone.
-        sample: the size of what it makes; None if nothing says.
-        text_tokens: that it reads of a prompt, where its text encoder is not part of a run.
+        name: the registered name of its backbone.
+        config: the backbone's config.
+        sample: the size of its outputs; None if unknown.
+        text_tokens: the tokens that it reads of a prompt, if its text encoder is not part of a run.
         compression: pixels per latent along time, height and width.
-        text_encoder, codec: those that a run holds; None for parts that a cache stands in for.
-        file: what tells its weights from those of another; networks of one file share what does
-            not train.
-        found: how it was told, in words; empty if it was named.
+        text_encoder, codec: the parts that a run holds; None for parts that a cache replaces.
+        file: identifies its weights; networks of the same file share the weights that do not train.
+        found: how the model was determined, in words; empty if it was named.
         sampling: how it is sampled, which a stage may take from it.
     """
 
@@ -71,13 +70,13 @@ class PlannedModel:
     sampling: SamplingInfo = field(default_factory=SamplingInfo)
 
     def bundle(self, *, loads: bool) -> ModelBundle:
-        """The model, its weights in fp32; on the meta device if they are to be loaded."""
+        """Return the model in fp32; the backbone is on the meta device if a run would load it."""
         backbone = self._waiting() if loads else self.config.build()
         return ModelBundle(backbone, self._text_encoder(), self._codec(), self.info)
 
     @property
     def info(self) -> ModelInfo:
-        """What would be said of it."""
+        """The description that the model would have."""
         planned = ComponentInfo(architecture="planned", config={})
         return ModelInfo(
             stage="diffusion",
@@ -89,7 +88,7 @@ class PlannedModel:
         )
 
     def _waiting(self) -> DiffusionTransformer:
-        """The backbone without memory, as if its weights lay in a file."""
+        """Return the backbone without memory, as if its weights were in a file."""
         with torch.device("meta"):
             backbone: DiffusionTransformer = self.config.build()
         file = Path(self.file or self.name)
@@ -122,7 +121,7 @@ class PlannedModel:
 
 
 class PlannedTensor(StoredTensor):
-    """A tensor of a file that is not there."""
+    """A tensor of a file that does not exist."""
 
     @contextmanager
     def mapped(self) -> Iterator[torch.Tensor]:
@@ -130,7 +129,7 @@ class PlannedTensor(StoredTensor):
 
 
 class PlannedText(TextEncoder):
-    """Embeddings of a fixed length for any prompt, as a cache would have them."""
+    """Embeddings of a fixed length for any prompt, like those of a cache."""
 
     _here: torch.Tensor
 
@@ -140,38 +139,38 @@ class PlannedText(TextEncoder):
         self.embedding_dim = config.text_dim
         self.max_length = length
         self._pooled = int(getattr(config, "pooled_dim", 0))
-        # Moves with the module, and says where embeddings have to be.
+        # Moves with the module, and gives the device for embeddings.
         self.register_buffer("_here", torch.empty(0), persistent=False)
 
     def forward(self, prompts: Sequence[str]) -> EncodedText:
-        """(R, S, E) of zeros, and (R, P) if the backbone reads a pooled vector."""
+        """Return zeros (R, S, E), and (R, P) if the backbone reads a pooled vector."""
         rows = len(prompts)
         here = self._here
         pooled = here.new_zeros(rows, self._pooled) if self._pooled else None
         return EncodedText(here.new_zeros(rows, self.max_length, self.embedding_dim), pooled=pooled)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Takes any."""
+        """Accept any prompts."""
 
 
 def paper_model(found: str) -> PlannedModel:
-    """The shape of the paper's model, which has no public weights."""
+    """Return the shape of the paper's model, which has no public weights."""
     config = MODELS.get(PAPER)()
     return PlannedModel(PAPER, config, None, _TEXT_TOKENS, found=found)
 
 
 Row = Sequence[TrainConfig]
-"""Stages that are planned together: what one of them exports, a later one starts from."""
+"""Stages that are planned together: later ones may start from what earlier ones export."""
 
 
 def find_model(config: TrainConfig, field: str, row: Row = ()) -> PlannedModel:
-    """The model that a field of a stage names.
+    """Return the model that a field of a stage names.
 
-    It is a registered model, what a stage of the row exports, a folder that is there, or what a
-    recipe exports, which is looked up in turn. Where the stage names none, it is that of its other
-    field, or else the paper's.
+    The name is looked up as a registered model, the export of a stage of the row, an existing
+    folder, and the export of a recipe, in this order. If the field is empty, the model is that of
+    the stage's other field, or else the paper's.
 
-    Raises ConfigError for a name that is none of these.
+    Raises ConfigError if the name is none of these.
     """
     stage = config.stage
     value = str(getattr(stage, field))
@@ -183,13 +182,13 @@ def find_model(config: TrainConfig, field: str, row: Row = ()) -> PlannedModel:
         return dataclasses.replace(
             _named(other, (), row),
             file=other,
-            found=f"--stage.{field} is empty: the model of {other}",
+            found=f"--stage.{field} is empty, so the model of {other}",
         )
-    return paper_model(f"--stage.{field} is empty: the paper's, {PAPER}; --model names another")
+    return paper_model(f"--stage.{field} is empty, so the paper's {PAPER}; choose with --model")
 
 
 def is_public(stage: StageConfig, field: str) -> bool:
-    """Whether a field of a stage names a registered model, not what an earlier run makes."""
+    """Return whether a field of a stage names a registered model, not the export of a run."""
     return split_tag(str(getattr(stage, field)))[0] in MODELS.names()
 
 
@@ -203,22 +202,25 @@ def _named(value: str, seen: tuple[str, ...], row: Row) -> PlannedModel:
     maker = maker or _recipe_that_exports(value)
     if maker is None or value in seen:
         raise ConfigError(
-            f"{value!r} is not there yet, and no recipe exports it: name the model that it will be "
-            "with --model, one of `diffusion-apt list models`"
+            f"{value!r} does not exist yet, and no recipe exports it: name the model that it will "
+            "hold by --model, one of `diffusion-apt list models`"
         )
     start = maker.stage.start_field
-    words = f"{value} is what {maker.name} makes"
+    words = f"{value} is the export of {maker.name}"
     if start is None:
         return dataclasses.replace(new_model(maker, row), found=words)
     before = str(getattr(maker.stage, start))
     if not before:
-        return paper_model(f"{words}, which starts from the paper's, {PAPER}")
+        return paper_model(f"{words}, which starts from the paper's model, {PAPER}")
     made_from = _named(before, (*seen, value), row)
     return dataclasses.replace(made_from, found=f"{words}, from {before}")
 
 
 def registered_model(name: str) -> PlannedModel:
-    """A model by its registered name. Raises InputError with close matches for others."""
+    """Return a model by its registered name.
+
+    Raises InputError for an unknown name, and lists close matches.
+    """
     architecture, tag = split_tag(name)
     return _registered(architecture, tag)
 
@@ -252,18 +254,18 @@ def _described(info: ModelInfo, value: str) -> PlannedModel:
         _COMPRESSION if entry is None else entry.compression,
         text_encoder=info.text_encoder if own_text else None,
         codec=None if entry is not None else info.codec,
-        found=f"as {value} says",
+        found=f"read from {value}",
         sampling=info.sampling,
     )
 
 
 def new_model(config: TrainConfig, row: Row = ()) -> PlannedModel:
-    """What a stage that begins anew builds."""
+    """Return the model that a stage builds when it starts from no other."""
     model, codec, sampling = config.model, _new_codec(config, row), SamplingInfo()
     if isinstance(config.stage, MethodConfig):
         sampling = config.stage.sampling(sampling)
     backbone: Any = MODELS.configured(model.name, model.options)
-    if "in_channels" not in model.options:  # as `apt.train.resolve` has it
+    if "in_channels" not in model.options:  # as in `apt.train.resolve`
         channels = describe_codec(codec.architecture, **codec.config).channels
         backbone = dataclasses.replace(backbone, in_channels=channels)
     return PlannedModel(
@@ -280,7 +282,7 @@ def new_model(config: TrainConfig, row: Row = ()) -> PlannedModel:
 
 
 def _new_clips(config: TrainConfig, codec: ComponentInfo) -> SampleInfo:
-    """As the run itself would choose them; of a folder that is not there the largest."""
+    """Return the clips that the run would choose; the largest if the folder does not exist."""
     data = config.data
     is_there = bool(data.path) and Path(data.path).is_dir()
     if isinstance(data.make_source(), (Folder, Latents)) and not is_there:
@@ -308,7 +310,10 @@ def _new_codec(config: TrainConfig, row: Row) -> ComponentInfo:
         return describe(source).codec
     maker = maker or _recipe_that_exports(source)
     if maker is None:
-        raise ConfigError(f"{source!r} is not there yet, and no recipe exports it")
+        raise ConfigError(
+            f"codec {source!r} does not exist yet, and no recipe exports it; name another by "
+            "--stage.codec"
+        )
     model = maker.model
     return ComponentInfo(architecture=model.codec, config=dict(model.codec_options))
 
@@ -325,8 +330,12 @@ def _recipe_that_exports(folder: str) -> TrainConfig | None:
 
 
 def sample_size(config: TrainConfig, start: PlannedModel) -> SampleInfo:
-    """Size and rate of the clips that a run is planned for: the configuration's, or else those of
-    the model that it starts from. Raises ConfigError if neither says."""
+    """Return the size and frame rate of the clips that a run is planned for.
+
+    They come from the configuration, or else from the model that the run starts from.
+
+    Raises ConfigError if neither has them.
+    """
     data = config.data
     default = start.sample
     if default is None and data.source == DIGITS:
@@ -337,7 +346,7 @@ def sample_size(config: TrainConfig, start: PlannedModel) -> SampleInfo:
         missing = [name for name in ("frames", "height", "width") if values[name] is None]
         if missing:
             raise ConfigError(
-                f"nothing tells the {' and '.join(missing)} of the clips: set "
+                f"the {' and '.join(missing)} of the clips must be set: add "
                 + ", ".join(f"--data.{name}" for name in missing)
             )
         default = SampleInfo(frames=1, height=1, width=1, fps=1)

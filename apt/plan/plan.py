@@ -1,4 +1,4 @@
-"""A run planned from its configuration: what it starts from, layouts, and the choice."""
+"""Plan a run from its configuration: find its models, try layouts, and choose one."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ __all__ = ["job_of", "plan"]
 
 
 def job_of(config: TrainConfig, model: str = "", row: Row = ()) -> Job:
-    """What is to be trained.
+    """Return the job to plan.
 
     Args:
-        config: of the run.
-        model: registered name that stands for every model which the stage names, and for
-            `lora.base`; empty takes those. What earlier stages make stays a file of its own.
-        row: stages that come with it, by which what it starts from is made.
+        config: the configuration of the run.
+        model: a registered name that replaces every model that the stage names, and `lora.base`;
+            empty keeps them. The exports of earlier stages still count as separate files.
+        row: stages planned together with this one, which may export what it starts from.
 
     Raises:
-        ConfigError: a stage that trains a codec, or a model that is not there yet and that nobody
-            makes; a size of clips that nothing tells.
-        InputError: an unknown model, with close matches.
+        ConfigError: the stage trains a codec, a model does not exist and no recipe exports it, or
+            the size of clips is not set.
+        InputError: the model is unknown; the message lists close matches.
     """
     stage = config.stage
     if not isinstance(stage, MethodConfig):
         raise ConfigError(
-            "plan knows the stages that train a generator, and this one trains a codec"
+            "plan supports only stages that train a generator, and this one trains a codec; plan "
+            "another stage"
         )
     first = stage.start_field
     unused = {"codec", stage.starts_from if first is None else "codec"}
@@ -50,28 +51,28 @@ def job_of(config: TrainConfig, model: str = "", row: Row = ()) -> Job:
         start = new_model(config, row)
     else:
         start = models.pop(first)
-        if config.lora.base:  # whose weights the adapters lie beside, and whoever starts from it
+        if config.lora.base:  # its weights are shared with other networks that start from it
             start = dataclasses.replace(start, file=model or config.lora.base)
             config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, base=""))
         config = dataclasses.replace(config, stage=stage.filled(start.info))
-    config = dataclasses.replace(config, compile_blocks=False)  # counted op by op
+    config = dataclasses.replace(config, compile_blocks=False)  # ops are counted one by one
     if config.precision == "auto":
-        config = dataclasses.replace(config, precision="bf16")  # which all these GPUs compute in
+        config = dataclasses.replace(config, precision="bf16")  # supported by all these GPUs
     return Job(config, start, models, sample_size(config, start))
 
 
 def plan(job: Job, ranks: int, gpu: PlannedGpu, *, utilization: float, whole: bool) -> Choice:
-    """The layout for so many GPUs, measured.
+    """Measure layouts for a number of GPUs, and choose one.
 
     Args:
-        job: what is to be trained.
+        job: the run.
         ranks: number of GPUs.
-        gpu: of that kind.
+        gpu: the kind of GPU.
         utilization: the share of the peak that matrix products and attention are assumed to reach.
-        whole: run every block instead of a few.
+        whole: run all blocks instead of a few.
 
     Raises:
-        ConfigError: what the trainer would refuse.
+        ConfigError: the trainer would refuse the run.
     """
     tflops = utilization * gpu.peak_tflops
 

@@ -1,4 +1,4 @@
-"""A plan in words: memory by part, time, traffic, what was tried, and what to change."""
+"""The text of a plan: memory by part, time, traffic, what was tried, and what to change."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from apt.errors import counted
 from apt.plan.estimate import Estimate, Job
 from apt.plan.gpus import GIB
 from apt.plan.layouts import Choice
@@ -17,7 +18,7 @@ __all__ = ["describe_changes", "report"]
 
 
 def report(job: Job, choice: Choice, ranks: int) -> str:
-    """The whole plan."""
+    """Return the whole plan as text."""
     taken = choice.taken
     paragraphs = [
         _head(job, taken, ranks),
@@ -44,8 +45,8 @@ def _head(job: Job, taken: Estimate, ranks: int) -> str:
     share = taken.config.batch_size // taken.layout.data
     size_ = taken.config.micro_batch_size or share
     lines.append(
-        f"  batch: {taken.config.batch_size:,}, of which each data rank has {share:,} in "
-        f"micro-batches of {size_:,}"
+        f"  batch: {taken.config.batch_size:,}; {share:,} on each data rank, in micro-batches of "
+        f"{size_:,}"
     )
     return "\n".join(lines)
 
@@ -55,7 +56,7 @@ def _memory(taken: Estimate) -> str:
     names = sorted({part for peak in peaks.values() for part in peak.parts}, key=_order)
     header = ["GiB on each GPU at the peak of", *(f"{name}'s step" for name in peaks)]
     rows = [[part, *(_gib(peak.parts[part]) for peak in peaks.values())] for part in names]
-    if taken.usage.peak.total >= GIB:  # of small ones all parts are small
+    if taken.usage.peak.total >= GIB:  # below that, all parts are small
         rows = [row for row in rows if any(cell != _gib(0) for cell in row[1:])]
     rows.append(["tensors", *(_gib(peak.total) for peak in peaks.values())])
     reserved = taken.gpu.reserved
@@ -73,14 +74,14 @@ def _order(part: str) -> int:
 def _verdict(job: Job, taken: Estimate, ranks: int) -> str:
     have = f"{_gib(taken.gpu.memory)} GiB"
     if taken.fits:
-        return f"It fits: of {have}, {taken.room:.0%} stay free."
+        return f"It fits: {taken.room:.0%} of {have} stays free."
     lacking = _gib(taken.needed - taken.gpu.memory)
     advice = "".join(f"\n  - {text}" for text in _advice(job, taken, ranks))
-    return f"It does not fit: of {have}, {lacking} GiB are lacking. What would help:{advice}"
+    return f"It does not fit: it needs {lacking} GiB more than {have}. What would help:{advice}"
 
 
 def _advice(job: Job, taken: Estimate, ranks: int) -> list[str]:
-    """What to change, by what takes most."""
+    """Return what to change to save memory."""
     config, peak = taken.config, taken.usage.peak
     kept = sum(peak.parts[part] for part in STATES)
     found = []
@@ -88,19 +89,21 @@ def _advice(job: Job, taken: Estimate, ranks: int) -> list[str]:
     if size > 1:
         found.append(f"--micro-batch-size 1 (now {size}): activations grow with it")
     if not config.activation_checkpointing:
-        found.append("--activation-checkpointing: blocks are computed again")
+        found.append("--activation-checkpointing: the backward pass recomputes blocks")
     if kept > 0.4 * taken.needed:
-        sharded = f"{_gib(kept / 2)} of {_gib(kept)} GiB of states"
+        sharded = f"{_gib(kept / 2)} instead of {_gib(kept)} GiB of states"
         found.append(f"--gpus {2 * ranks}: {sharded} if twice as many share a copy")
         if not config.lora.rank and config.stage.start_field is not None:
-            found.append("--lora.rank 64: adapters train, and weights are frozen in bf16")
+            found.append("--lora.rank 64: only adapters train, and weights are frozen in bf16")
     shared = {model.file for model in job.others.values()}
     if config.lora.rank and shared and ranks == 1 and job.start.file not in shared:
-        found.append("--lora.base MODEL: G's adapters lie beside the weights that D starts from")
+        found.append("--lora.base MODEL: G's adapters share the frozen weights that D starts from")
     if not config.bf16_residual and config.precision == "bf16":
-        found.append("--bf16-residual: in MMDiT, inputs of blocks take half; results change")
+        found.append(
+            "--bf16-residual: in MMDiT, inputs of blocks take half the memory; results change"
+        )
     if job.sample.frames > 1:
-        found.append("fewer --data.frames: activations grow with the tokens")
+        found.append("fewer --data.frames: activations grow with the number of tokens")
     return found
 
 
@@ -114,13 +117,13 @@ def _time(taken: Estimate) -> str:
     )
     if taken.hidden_seconds or taken.waiting_seconds:
         text += (
-            f"\nSending takes {_words(taken.hidden_seconds)} beside it, and "
-            f"{_words(taken.waiting_seconds)} that nothing hides."
+            f"\nCommunication: {_words(taken.hidden_seconds)} overlaps with it, "
+            f"{_words(taken.waiting_seconds)} does not."
         )
     total = taken.seconds * taken.config.num_updates
     return (
-        f"{text}\nSo {_words(taken.seconds)} an update, {taken.samples_per_second:.3g} samples/s, "
-        f"{_words(total)} for {taken.config.num_updates:,} updates."
+        f"{text}\nIn total {_words(taken.seconds)} per update, {taken.samples_per_second:.3g} "
+        f"samples/s, {_words(total)} for {counted(taken.config.num_updates, 'update')}."
     )
 
 
@@ -138,7 +141,7 @@ def _traffic(taken: Estimate) -> str:
         for collective, size in sorted(sent.items(), key=lambda item: -item[1])
         if collective.ranks > 1
     ]
-    return table(["sent by each GPU in an update", "calls", "GB", "time"], rows)
+    return table(["sent by each GPU per update", "calls", "GB", "time"], rows)
 
 
 def _tried(config: TrainConfig, choice: Choice, ranks: int) -> str:
@@ -151,7 +154,7 @@ def _tried(config: TrainConfig, choice: Choice, ranks: int) -> str:
         rows.append([_way(config, found.config, ranks), *row])
     for other, least in choice.skipped:
         rows.append([_way(config, other, ranks), f"> {_gib(least)}", "", "not measured"])
-    text = table(["tried", "GiB", "an update", ""], rows)
+    text = table(["tried", "GiB", "per update", ""], rows)
     for parallel, reason in choice.refused:
         text += f"\nrefused: sequence {parallel.sequence}: {reason}"
     return text
@@ -167,16 +170,16 @@ def _assumed(job: Job, taken: Estimate) -> str:
     lines = [
         "Counted from the trainer's own networks and steps, run without data. Assumed: "
         f"{_gib(gpu.reserved)} GiB for CUDA and NCCL, {gpu.node_gb_s:g} GB/s between GPUs "
-        f"of a machine and {gpu.network_gb_s:g} GB/s between machines. Not counted: the "
-        "allocator's gaps, sample sheets"
+        f"of a machine and {gpu.network_gb_s:g} GB/s between machines. Not counted: "
+        "fragmentation of the allocator, sample sheets"
     ]
     if job.config.data.source not in ("latents", "digits"):
-        lines.append("; and text encoder and VAE, as if clips and captions came from a cache")
+        lines.append(", text encoder and VAE (as if clips and captions came from a cache)")
     return "".join(lines) + "."
 
 
 def describe_changes(before: TrainConfig, after: TrainConfig) -> str:
-    """The options that differ, as the command line has them; the layout's are left out."""
+    """Return the options that differ, as command-line arguments, except those of the layout."""
     found = []
     for name, was, now in _differences(before, after, ""):
         if name.startswith("parallel."):
@@ -200,7 +203,7 @@ def _differences(before: Any, after: Any, prefix: str) -> list[tuple[str, Any, A
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, figures to the right."""
+    """Return a table with aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -1,7 +1,6 @@
-"""Counting what a computation holds, computes and sends, op by op.
+"""Count the memory, operations and traffic of a computation, op by op.
 
-Real tensors and those without data are counted alike, which is how the tests hold one against the
-other.
+Real tensors and tensors without data are counted in the same way, so tests can compare the two.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ _aten = torch.ops.aten
 _FLASH_CPU = _aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_CPU_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# A new peak is looked at in detail if it exceeds the last one that was by this share.
+# A new peak is broken down by part if it exceeds the last such peak by this share.
 _STEP = 0.002
 
 
 @dataclass(frozen=True)
 class Collective:
-    """A kind of message: what is done, and among how many ranks."""
+    """A kind of collective, and the number of ranks in its group."""
 
     kind: str
     ranks: int
@@ -51,8 +50,9 @@ class Work:
 
     Attributes:
         linear, attention: floating-point operations of matrix products and of attention.
-        sent: bytes of the whole tensor that each kind of collective makes, or is given, here.
-        calls: how often.
+        sent: by kind of collective, the bytes of its largest tensor on this rank, input or output,
+            summed over calls.
+        calls: number of calls by kind of collective.
     """
 
     linear: float = 0.0
@@ -65,7 +65,7 @@ class Work:
         return self.linear + self.attention
 
     def scaled(self, factor: float) -> Work:
-        """So many times as much."""
+        """Return `factor` times the work."""
         return Work(
             self.linear * factor,
             self.attention * factor,
@@ -74,7 +74,7 @@ class Work:
         )
 
     def plus(self, other: Work, sign: int = 1) -> Work:
-        """Both together, or, with sign -1, what this has more."""
+        """Return the sum, or with sign -1, the difference."""
         sent, calls = Counter(self.sent), Counter(self.calls)
         for mine, theirs in ((sent, other.sent), (calls, other.calls)):
             for key, value in theirs.items():
@@ -89,7 +89,7 @@ class Work:
 
 @dataclass(eq=False)
 class _Held:
-    """A storage that is alive."""
+    """A live storage."""
 
     reference: weakref.ref[torch.UntypedStorage]
     size: int
@@ -98,23 +98,23 @@ class _Held:
 
 
 class Tracker(TorchDispatchMode):
-    """Follows every storage that ops make while it is entered, until the storage dies.
+    """While active, track every storage that ops create, until the storage is freed.
 
-    Storages that were there before count once an op returns them, or `adopt` is called.
+    Older storages count once an op returns them, or `adopt` is called.
 
     Args:
-        name_parts: gives the names of parts by the address of their storages, and wins over what
-            ops tell; asked at new peaks.
-        scalar: what looking at a value on the host gives; None looks. Tensors without data have
-            none.
+        name_parts: returns the names of parts by the addresses of their storages. It is called at
+            new peaks, and overrides the parts that follow from ops.
+        scalar: the value that reading a tensor on the host returns, because tensors without data
+            have none; None reads the real value.
 
     Attributes:
-        held: bytes that are alive.
-        peak: the most since `reset`.
+        held: live bytes.
+        peak: the most live bytes since `reset` or `begin_stretch`.
         parts: bytes by part at the peak.
         work: what was computed and sent since `reset`.
-        attended: bytes that attention has given since somebody set it to 0.
-        scope: the part of what is made from now on; None lets ops tell.
+        attended: bytes of attention's outputs since a caller last set it to 0.
+        scope: the part of storages created from now on; None derives it from the op.
     """
 
     def __init__(
@@ -134,17 +134,17 @@ class Tracker(TorchDispatchMode):
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew at what is alive now."""
+        """Start counting work and a new peak, from the bytes that are live now."""
         self.work = Work()
         self.begin_stretch()
 
     def begin_stretch(self) -> None:
-        """Begin a new peak at what is alive now."""
+        """Start a new peak, from the bytes that are live now."""
         self._detailed = self.peak = self.held
         self.parts = self.by_part()
 
     def adopt(self, tensors: Any, part: str = OTHER) -> None:
-        """Count tensors that ops did not make here."""
+        """Count tensors that no tracked op has created."""
         for tensor in tree_iter(tensors):
             if isinstance(tensor, Tensor):
                 self._note(tensor, part)
@@ -154,7 +154,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """What is made inside is in other memory, and counts nothing."""
+        """Count tensors created inside the block as 0 bytes, because they are in other memory."""
         self._elsewhere = True
         try:
             yield
@@ -163,8 +163,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator[Tracker]:
-        """As entering it, and storages that are given back or regrown in place are seen too, as
-        those of FSDP are."""
+        """Activate the tracker, and also follow storages that are resized in place, as by FSDP."""
         original = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
@@ -185,9 +184,9 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked several times an op
+            return args[0].fake_device  # a shortcut: each op asks several times
         if any(is_sharded(kind) for kind in types):
-            return NotImplemented  # it comes again, as ops on this rank's shard
+            return NotImplemented  # DTensor calls this again with ops on this rank's shard
         if func is _aten._local_scalar_dense.default and self._scalar is not None:
             dtype = args[0].dtype
             if dtype == torch.bool:
@@ -227,7 +226,7 @@ class Tracker(TorchDispatchMode):
         return held is not None and (held.part.endswith(word) or held.part == GATHERED)
 
     def _answer(self, condition: Tensor) -> bool:
-        """What a check of values would find: that all are right, and none is wrong."""
+        """Answer a check of values: all are valid, and none is invalid."""
         held = self._alive.get(condition.untyped_storage()._cdata)
         return held is not None and held.is_all
 
@@ -254,7 +253,7 @@ class Tracker(TorchDispatchMode):
         self.held += size
 
     def _look(self) -> None:
-        """Note a new peak, and what it is made of if it is much of one."""
+        """Record a new peak, and also its parts if it is much higher than the last."""
         if self.held <= self.peak:
             return
         self.peak = self.held
@@ -263,10 +262,10 @@ class Tracker(TorchDispatchMode):
             self.parts = self.by_part()
 
     def by_part(self) -> Counter[str]:
-        """Bytes that are alive, by part."""
+        """Return the live bytes by part."""
         named = self.name_parts()
         found: Counter[str] = Counter()
-        for key, held in self._alive.copy().items():  # storages may die meanwhile
+        for key, held in self._alive.copy().items():  # storages may be freed meanwhile
             if held.size:
                 part = named.get(key)
                 if part is not None:
@@ -314,7 +313,7 @@ _KINDS = {
 
 
 def _group_size(args: Any) -> int:
-    """How many ranks take part: a process group is among the arguments, or its name."""
+    """Return the number of ranks in the group that is among the arguments, itself or by name."""
     from apt.distributed.collectives import group_size
 
     return next((n for arg in args if (n := group_size(arg)) is not None), 1)

@@ -1,4 +1,4 @@
-"""Running the package's own code on tensors that have sizes, and no data."""
+"""Run the package's own code on tensors that have sizes but no data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ __all__ = ["without_data"]
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """What is made inside takes no memory, and ops on it no time; modules can be moved and cast.
+    """Make tensors created inside the block take no memory, and ops on them no time.
 
-    Tables that models keep from one call to the next are forgotten before and after.
+    Modules can still be moved and cast. Tables that models cache between calls are cleared before
+    and after.
     """
     original = nn.Module._apply
     nn.Module._apply = _apply  # type: ignore[method-assign]
@@ -32,7 +33,7 @@ def without_data() -> Iterator[None]:
 
 
 def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """As torch's, which swaps the contents of tensors; those without data it then cannot swap."""
+    """Replace torch's `Module._apply`, which cannot swap the contents of tensors without data."""
     if recurse:
         for child in module.children():
             child._apply(fn)
@@ -49,7 +50,7 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
 
 def _forget_tables() -> None:
     for found in gc.get_objects():
-        # Not isinstance(), which asks objects for their class: some answer with a warning.
+        # isinstance() reads `__class__`, which makes some objects print warnings.
         if type(found) is functools._lru_cache_wrapper:
             owner: Any = getattr(found, "__module__", "") or ""
             if owner.startswith("apt.models."):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apt.errors import DataError, InputError
+from apt.errors import DataError, InputError, counted
 from apt.files import without_nan, write_text
 from apt.outputs import check_folder
 from apt.study.criteria import CRITERIA
@@ -153,13 +153,14 @@ def report_text(figures: Mapping[str, Any]) -> str:
     comparisons, raters = figures["comparisons"], figures["raters"]
     rated = sum(rater["rated"] for rater in raters if rater["counted"])
     wanted = figures["pairs"] * figures["votes_wanted"]
-    counted = sum(rater["counted"] for rater in raters)
+    used = sum(rater["counted"] for rater in raters)
     lines = ["# Preference study", ""]
     if figures["note"]:
         lines += [f"**{_cell(figures['note'])}**", ""]
     lines += [
-        f"{figures['pairs']} pairs of samples, {rated} ratings of {wanted} wanted, by {counted} "
-        "raters. A score is (G − B)/(G + S + B), from +100 % (the first model is always preferred) "
+        f"{counted(figures['pairs'], 'pair')} of samples, {rated} of "
+        f"{counted(wanted, 'rating')} wanted, by {counted(used, 'rater')}. "
+        "A score is (G − B)/(G + S + B), from +100 % (the first model is always preferred) "
         f"to −100 %. Its 95 % interval, from {figures['resamples']} resamples of prompts and "
         "raters, is in brackets. The votes, G/S/B, are below it.",
         "",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt.errors import DataError, InputError, MissingPackageError
+from apt.errors import DataError, InputError, MissingPackageError, counted
 from apt.study.app import MAX_BODY, StudyApp
 from apt.study.document import MEDIA, Study, read_study
 from apt.study.store import AnswerStore
@@ -127,8 +127,8 @@ def check_media(folder: Path, study: Study) -> None:
     missing = sorted(name for name in names if not (folder / MEDIA / name).is_file())
     if missing:
         raise DataError(
-            f"{len(missing)} samples of the study are missing in {str(folder / MEDIA)!r}, such as "
-            f"{missing[0]!r}; run `study make` again with the same options to add them"
+            f"missing in {str(folder / MEDIA)!r}: {counted(len(missing), 'sample')} of the study, "
+            f"such as {missing[0]!r}; run `study make` again with the same options to add them"
         )
 
 

@@ -1,4 +1,4 @@
-"""Training: recipes, the trainer, and what keeps a run safe."""
+"""Training: recipes, the trainer, checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["run"]
 def __getattr__(name: str) -> Any:
     if name != "run":
         raise AttributeError(f"module 'apt.train' has no attribute {name!r}")
-    # Late, so that one who asks for a recipe's name does not wait for the trainer.
+    # Import it late, because code that only needs the recipes' names should not wait for it.
     from apt.train.trainer import run
 
     return run

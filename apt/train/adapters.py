@@ -1,4 +1,4 @@
-"""Training through LoRA adapters (peft): few weights train, and the base stays as it is."""
+"""Training with LoRA adapters (peft): few weights train, and the base stays unchanged."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def add_adapters(
     seed: int,
     begun: Mapping[str, Layer] = MappingProxyType({}),
 ) -> None:
-    """Put adapters beside linear layers, in place; only they train from now on.
+    """Add adapters to linear layers, in place; from then on only the adapters train.
 
-    They begin as no change, or as those that are given. Does nothing if the rank is 0.
+    New adapters leave the outputs unchanged at first. Does nothing if the rank is 0.
 
     Args:
-        backbone: whose blocks get them.
+        backbone: the network whose blocks get adapters.
         config: rank, alpha, and which layers.
-        seed: of their random halves.
-        begun: adapters to go on from, by module name.
+        seed: for the random half of each adapter.
+        begun: adapters to continue from, by module name.
 
     Raises:
         MissingPackageError: peft is not installed.
-        ConfigError: no layer has one of the names, or `begun` are of other layers or another rank.
+        ConfigError: a name matches no layer, or `begun` has other layers or another rank.
     """
     if not config.rank:
         return
@@ -48,7 +48,7 @@ def add_adapters(
         import peft
     except ImportError as error:
         raise MissingPackageError(
-            f"training through LoRA needs peft, which does not import here ({error}); "
+            f"training with LoRA needs peft, which cannot be imported ({error}); "
             "run `pip install 'diffusion-apt[lora]'`"
         ) from error
     chosen = _targets(backbone, config.targets)
@@ -62,13 +62,13 @@ def add_adapters(
 
 
 class BaseWeights(Mapping[str, Tensor]):
-    """A network's whole weights in the names that they have without adapters.
+    """A network's whole weights, under the names that they have without adapters.
 
-    Each is made when it is asked for. What is held in bf16 because it does not train is what the
-    file has that it came from.
+    Each tensor is made when it is read. Weights that are held in bf16 because they do not train are
+    read from the file that they came from.
 
     Args:
-        network: with adapters or without.
+        network: a network with or without adapters.
         state: its whole weights by name.
     """
 
@@ -98,16 +98,16 @@ class BaseWeights(Mapping[str, Tensor]):
 
 
 def find_adapters(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, LoRALayer]:
-    """The adapters in a network's whole weights, by module name."""
+    """Return the adapters among a network's whole weights, by module name."""
     scale = (config.alpha or config.rank) / max(config.rank, 1)
     names = [name.removesuffix(_DOWN) for name in state if name.endswith(_DOWN)]
     return {name: LoRALayer(state[name + _DOWN], state[name + _UP], scale) for name in names}
 
 
 def _begin(backbone: DiffusionTransformer, seed: int) -> None:
-    """Random values for the lower halves, and zeros for the upper ones, on the CPU.
+    """Initialise the down projections randomly and the up projections with zeros, on the CPU.
 
-    peft puts them where the layer beside them is, which may be on the meta device.
+    peft creates them on the device of the layer beside them, which may be the meta device.
     """
     for name, layer in backbone.named_modules():
         if not isinstance(layer, nn.Linear) or ".lora_" not in name:
@@ -121,29 +121,29 @@ def _begin(backbone: DiffusionTransformer, seed: int) -> None:
 
 @torch.no_grad()
 def _go_on(backbone: DiffusionTransformer, config: LoRAConfig, begun: Mapping[str, Layer]) -> None:
-    """Put adapters of before in the place of new ones."""
+    """Replace the values of new adapters by those of earlier ones."""
     scale = (config.alpha or config.rank) / config.rank
     parameters = dict(backbone.named_parameters())
     places = {name.removesuffix(_DOWN) for name in parameters if name.endswith(_DOWN)}
     if places != begun.keys():
         odd = sorted(places ^ begun.keys())
         raise ConfigError(
-            f"the adapters to go on from are beside other layers than lora.targets says, such as "
-            f"{odd[0]}; use the options that they were trained with"
+            f"the adapters to continue from belong to other layers than lora.targets selects, such "
+            f"as {odd[0]}; use the options that they were trained with"
         )
     for name, layer in begun.items():
         down, up = parameters[name + _DOWN], parameters[name + _UP]
         if not isinstance(layer, LoRALayer) or layer.down.shape != down.shape:
             raise ConfigError(
-                f"lora.rank is {config.rank}, and the adapter of {name} to go on from is another; "
-                "use the options that it was trained with"
+                f"lora.rank is {config.rank}, but the adapter of {name} to continue from has "
+                "another rank or type; use the options that it was trained with"
             )
         down.copy_(layer.down)
         up.copy_(layer.up * (layer.scale / scale))
 
 
 def _targets(backbone: DiffusionTransformer, wanted: tuple[str, ...]) -> list[str]:
-    """Full names of the linear layers inside blocks whose names end in one of `wanted`."""
+    """Return the full names of linear layers in blocks whose names end in one of `wanted`."""
     inside = {id(module) for block in backbone.block_list() for module in block.modules()}
     linear = [
         name
@@ -159,7 +159,7 @@ def _targets(backbone: DiffusionTransformer, wanted: tuple[str, ...]) -> list[st
     if unused or not chosen:
         ends = sorted({name.rpartition(".")[2] for name in linear})
         raise ConfigError(
-            f"lora.targets {', '.join(unused)} name no linear layer of the blocks; there are "
-            f"{', '.join(ends)} (a name may be longer, such as attn1.to_q)"
+            f"lora.targets {', '.join(unused)} match no linear layer of the blocks; choose from: "
+            f"{', '.join(ends)} (or a longer name, such as attn1.to_q)"
         )
     return chosen

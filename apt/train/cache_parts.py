@@ -12,13 +12,16 @@ from apt.errors import ConfigError
 from apt.models.architectures import CODECS, TEXT_ENCODERS
 from apt.models.cached import CachedCodec, CachedTextEncoder
 
-# How a part computes, not what.
+# Options that change how a part computes, but not its results.
 _FREE_OPTIONS = ("dtype", "tiling", "slicing", "chunk")
 _LONGEST = 40
 
 
 def cached_codec(cache: Path, part: ComponentInfo) -> CachedCodec:
-    """The model's codec as far as its latents tell; raises ConfigError if another one made them."""
+    """Return what a latent cache tells of the model's codec.
+
+    Raises ConfigError if another codec made the latents.
+    """
     info = read_cache_info(cache)
     _check("codec", cache, info.codec, part)
     return CachedCodec(
@@ -32,9 +35,11 @@ def cached_codec(cache: Path, part: ComponentInfo) -> CachedCodec:
 def cached_text_encoder(
     cache: Path, part: ComponentInfo, from_main: FromMain = made_here
 ) -> CachedTextEncoder:
-    """The model's text encoder as a table; raises ConfigError if another one made it.
+    """Return the model's text encoder as a table of cached embeddings.
 
-    Of several ranks, all must call it with their `from_main`: one looks at what there is.
+    With several ranks, all must call it with their `from_main`, and one rank lists the files.
+
+    Raises ConfigError if another text encoder made the embeddings.
     """
     _check("text encoder", cache, read_cache_info(cache).text_encoder, part)
     texts = from_main(lambda: TextFolder(cache))
@@ -42,17 +47,17 @@ def cached_text_encoder(
 
 
 def _check(kind: str, cache: Path, made_by: dict[str, Any] | None, part: ComponentInfo) -> None:
-    again = "encode the videos again with `diffusion-apt data encode --model` of this model"
+    again = "encode the videos again by `diffusion-apt data encode --model` with this model"
     if made_by is None:
         raise ConfigError(
-            f"{cache} has no text embeddings, as the model that it was made for trains "
-            f"its own text encoder, but this one's is {part.architecture!r}; {again}"
+            f"{cache} has no text embeddings, because it was made for a model that trains its own "
+            f"text encoder, but this model needs those of {part.architecture!r}; {again}"
         )
-    # Through `ComponentInfo`, as JSON has lists where configs have tuples.
+    # Convert by `ComponentInfo`, because JSON has lists where configs have tuples.
     theirs = ComponentInfo(architecture=made_by["architecture"], config=made_by["config"])
     if theirs.architecture != part.architecture:
         raise ConfigError(
-            f"{cache} was made by the {kind} {theirs.architecture!r}, this model's is "
+            f"{cache} was made by the {kind} {theirs.architecture!r}, but this model has "
             f"{part.architecture!r}; {again}"
         )
     names = (theirs.config.keys() | part.config.keys()) - set(_FREE_OPTIONS)
@@ -63,11 +68,12 @@ def _check(kind: str, cache: Path, made_by: dict[str, Any] | None, part: Compone
     ]
     if changed:
         raise ConfigError(
-            f"{cache} was made by another {kind} than this model's: {', '.join(changed)}; {again}"
+            f"{cache} was made by a {kind} with other options than this model's: "
+            f"{', '.join(changed)}; {again}"
         )
 
 
 def _shown(value: Any) -> str:
-    """A value in a message: of a long one, such as statistics by channel, the beginning."""
+    """Return a value for a message; a long one, such as statistics by channel, is cut."""
     text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -1,13 +1,12 @@
 """Checkpoints that survive kills, full disks and bit rot, at any number of ranks.
 
-A checkpoint is a folder `step_00000042` holding safetensors shards, written by PyTorch's
-distributed checkpoint, and `manifest.json` with everything that is not a tensor and with the
-size and SHA-256 of every file. It is written under a temporary name, flushed to disk and then
-renamed, so it is there whole or not at all. Nothing in it is pickled, so nothing in it can run.
+A checkpoint is a folder such as `step_00000042`. It holds safetensors shards, written by PyTorch's
+distributed checkpoint, and `manifest.json`, which has everything that is not a tensor, and the size
+and SHA-256 of every file. The folder is written under a temporary name, flushed to disk and then
+renamed, so it appears whole or not at all. Nothing in it is pickled, so loading it runs no code.
 
-`save`, `load`, `latest`, `verify` and `prune` are collective: under a process group every rank
-calls them, and the folder must lie on a file system that all ranks share. They raise on all ranks
-alike when one of them fails.
+`save`, `load`, `latest`, `verify` and `prune` are collective: every rank calls them, and the folder
+must be on a file system that all ranks share. If one rank fails, all raise.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ Contents = tuple[dict[str, Tensor], dict[str, Any]]
 def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
     """Write `state` and `meta` as the checkpoint of `step` under `root`.
 
-    A checkpoint of the same step is replaced, and only once the new one is complete. After a
-    failure the temporary files are removed and what was there before is untouched.
+    A checkpoint of the same step is replaced once the new one is complete. After a failure,
+    temporary files are removed, and earlier checkpoints are untouched.
 
     Args:
         root: folder of the run's checkpoints; created if missing.
@@ -68,14 +67,14 @@ def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> 
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: the disk is full, the folder cannot be written, or the like.
-        TypeError: `state` or `meta` holds something that is neither.
+        CheckpointError: writing failed, for example because the disk is full.
+        TypeError: `state` or `meta` holds anything else.
     """
     return write(root, step, flatten(state), meta)
 
 
 def write(root: Path, step: int, contents: Contents, meta: dict[str, Any]) -> Path:
-    """The same with what `flatten` has made of the state, or a copy of it."""
+    """Write a checkpoint like `save`, from the result of `flatten` or a copy of it."""
     tensors, values = contents
     name = f"step_{step:08d}"
     temporary, target = root / f".tmp-{name}", root / name
@@ -106,9 +105,8 @@ def write(root: Path, step: int, contents: Contents, meta: dict[str, Any]) -> Pa
 def load(path: Path, state: dict[str, Any], *, verified: bool = False) -> dict[str, Any]:
     """Fill `state` in place from the checkpoint at `path`, bit for bit.
 
-    Tensors are written where they are; plain values are replaced in their dicts. Names, shapes
-    and dtypes must agree exactly; the number of ranks need not be the one that saved. Nothing is
-    touched unless everything fits.
+    Tensors are filled in place; plain values are replaced in their dicts. Names, shapes and dtypes
+    must agree exactly, but the number of ranks may differ. Nothing changes unless everything fits.
 
     Args:
         path: a checkpoint folder.
@@ -119,7 +117,8 @@ def load(path: Path, state: dict[str, Any], *, verified: bool = False) -> dict[s
         The `meta` given to `save`.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, foreign, or does not fit `state`.
+        CheckpointError: the checkpoint is damaged, not one of this package, or does not fit
+            `state`.
     """
     if not verified:
         verify(path)
@@ -134,20 +133,23 @@ def load(path: Path, state: dict[str, Any], *, verified: bool = False) -> dict[s
     for parent, key, name, leaf in _leaves(state, ""):
         if not isinstance(leaf, Tensor):
             parent[key] = content["values"][name]
-        elif tensors[name] is not leaf:  # a contiguous copy was loaded in its place
+        elif tensors[name] is not leaf:  # a contiguous copy was loaded instead
             leaf.detach().copy_(tensors[name])
     return dict(content["meta"])
 
 
 def all_names(root: Path) -> list[str]:
-    """Names of the checkpoints under `root`, damaged ones too, newest first; collective."""
+    """Return the names of all checkpoints under `root`, also damaged ones, newest first.
+
+    Collective.
+    """
     return everywhere(lambda: _candidates(root))[0]
 
 
 def latest(root: Path) -> Path | None:
-    """Return the newest checkpoint under `root` that verifies, `None` if there is none.
+    """Return the newest intact checkpoint under `root`, or None.
 
-    A damaged or incomplete checkpoint is skipped with a warning that names it.
+    Damaged or incomplete checkpoints are skipped with a warning that names them.
     """
     for name in all_names(root):
         try:
@@ -161,7 +163,7 @@ def latest(root: Path) -> Path | None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether the checkpoint verifies."""
+    """Return whether `verify` finds the checkpoint intact. Collective."""
     try:
         verify(path)
     except CheckpointError:
@@ -170,12 +172,12 @@ def is_intact(path: Path) -> bool:
 
 
 def verify(path: Path) -> None:
-    """Check that every file of the checkpoint is there, has its size and its SHA-256.
+    """Check that every file of the checkpoint exists, with its size and SHA-256.
 
-    The files are shared out among the ranks.
+    Each rank checks a share of the files.
 
     Raises:
-        CheckpointError: something is missing or altered; says which file.
+        CheckpointError: a file is missing or altered; the message names it.
     """
 
     def check() -> None:
@@ -210,16 +212,16 @@ def prune(
     *,
     intact: Callable[[Path], bool] = is_intact,
 ) -> None:
-    """Delete all that is older than the `keep` newest checkpoints that verify.
+    """Delete all checkpoints that are older than the `keep` newest intact ones.
 
-    A damaged one never counts as kept; it stays until as many good ones are newer. Call it right
-    after a successful `save`.
+    A damaged checkpoint does not count; it stays until `keep` intact ones are newer. Call this
+    right after a successful `save`.
 
     Args:
         root: folder of the run's checkpoints.
-        keep: how many.
-        always: steps that stay besides.
-        intact: collective; for a caller who knows more cheaply than by reading everything.
+        keep: number of checkpoints to keep.
+        always: steps that are also kept.
+        intact: a collective check, for callers that know a cheaper one than reading all files.
 
     Raises:
         InputError: `keep` is less than 1.
@@ -260,9 +262,9 @@ def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[dict[str, Any],
 
 
 def flatten(state: dict[str, Any]) -> Contents:
-    """Split a nested state into tensors, still those that train, and plain values.
+    """Split a nested state into tensors, which are not copied, and plain values.
 
-    Both are named `outer/inner`. Raises TypeError for anything else.
+    Names have the form `outer/inner`. Raises TypeError for anything else.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
@@ -298,10 +300,10 @@ def _check_fit(
 ) -> None:
     expected: dict[str, Any] = tensors | dict.fromkeys(values, "a plain value")
     saved: dict[str, Any] = saved_tensors | dict.fromkeys(saved_values, "a plain value")
-    problems = [f"{k} is missing in it" for k in sorted(expected.keys() - saved.keys())]
-    problems += [f"{k} is not part of this run" for k in sorted(saved.keys() - expected.keys())]
+    problems = [f"it lacks {k}" for k in sorted(expected.keys() - saved.keys())]
+    problems += [f"its {k} is not part of this run" for k in sorted(saved.keys() - expected.keys())]
     problems += [
-        f"{k} is {saved[k]} in it, expected {expected[k]}"
+        f"its {k} is {saved[k]}, expected {expected[k]}"
         for k in sorted(expected.keys() & saved.keys())
         if expected[k] != saved[k]
     ]
@@ -319,7 +321,7 @@ def _check_fit(
 
 
 def _candidates(root: Path) -> list[str]:
-    """Names of the checkpoint folders, newest first; a replaced one after its replacement."""
+    """Return the names of checkpoint folders, newest first; a replaced one after its successor."""
     if not root.is_dir():
         return []
     matches = [m for m in (_NAME.fullmatch(entry.name) for entry in root.iterdir()) if m]
@@ -328,21 +330,21 @@ def _candidates(root: Path) -> list[str]:
 
 def _prepare(root: Path, temporary: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".tmp-step_*"):  # of a save or a deletion that was killed
+    for leftover in root.glob(".tmp-step_*"):  # from a save or deletion that was killed
         shutil.rmtree(leftover)
     temporary.mkdir()
 
 
 def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of the files that this rank wrote."""
+    """Return size and SHA-256 of the files that this rank wrote."""
     return {file.name: fingerprint(file) for file in own_files(folder)}
 
 
 def _publish(content: dict[str, Any], temporary: Path, target: Path) -> None:
     write_manifest(temporary, content)
     if target.exists():
-        # A folder cannot be replaced in one step. `latest` also knows the name of the old one,
-        # so a kill between the two renames loses nothing.
+        # A folder cannot be replaced atomically. `latest` also finds the old one under its new
+        # name, so a kill between the two renames loses nothing.
         old = target.with_name(target.name + ".old")
         if old.exists():
             _delete(old)
@@ -353,7 +355,7 @@ def _publish(content: dict[str, Any], temporary: Path, target: Path) -> None:
 
 
 def _settle_replaced(root: Path) -> None:
-    """Finish the replacements under `root`, those that a kill cut short too."""
+    """Finish the replacements under `root`, including those that a kill interrupted."""
     for old in list(root.glob("step_*.old")):
         replacement = old.with_suffix("")
         if replacement.exists():
@@ -363,7 +365,7 @@ def _settle_replaced(root: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    # Renamed first: a half-deleted folder must not look like a damaged checkpoint.
+    # Rename it first: a half-deleted folder must not look like a damaged checkpoint.
     doomed = folder.with_name(f".tmp-{folder.name}")
     folder.rename(doomed)
     shutil.rmtree(doomed)

@@ -1,4 +1,4 @@
-"""The configuration of a training run: frozen, keyword-only, one tree for every stage."""
+"""The configuration of a training run: one tree of frozen, keyword-only dataclasses."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ class DataConfig:
 
     Attributes:
         source: registered source (`diffusion-apt list datasets`): "digits", the built-in stream;
-            "folder", your own videos and images; "latents", what `diffusion-apt data encode` made
-            of such a folder, whose size and rate then hold; or one of your own (--import).
-        setting: of the built-in digits: "centred", "free" in place and background, "near", whose
-            places vary less, or "large", which are free ones of 17 frames of 64x64.
+            "folder", your own videos and images; "latents", the output of `diffusion-apt data
+            encode`, which also sets size and frame rate; or your own source (--import).
+        setting: setting of the built-in digits: "centred", "free" (places and backgrounds vary),
+            "near" (places vary less), or "large" ("free" with 17 frames of 64x64).
         path: the folder, for sources that read one.
-        options: other options of a source of your own.
+        options: other options of your own source.
         frames, height, width: size of a clip; frames are 4k + 1. In a folder, height times width
-            is the pixel budget of the aspect-ratio buckets. None, also of fps, takes that of the
-            model, or the trained codec, that the stage starts from; a first stage then takes what
-            most files of a folder can give (`apt.data.statistics`), or the digits' own size.
+            is the pixel budget of the aspect-ratio buckets. None, also for fps, takes the value of
+            the model or trained codec that the stage starts from. A first stage then takes what
+            most files of a folder allow (`apt.data.statistics`), or the digits' own size.
         fps: frame rate of the clips; 0 keeps each video's own.
-        max_frames, max_pixels: limits of what is taken from a folder where the size is left open;
-            pixels are height times width.
-        size_multiple: heights and widths of the buckets are multiples of this; None is what the
-            codec makes one latent of times the model's patch.
-        native_ratio: aspect-ratio buckets near each file's own shape; False crops all to
+        max_frames, max_pixels: limits for clips from a folder if the size is left open; pixels are
+            height times width.
+        size_multiple: heights and widths of the buckets are multiples of this; None is the codec's
+            compression times the model's patch.
+        native_ratio: use aspect-ratio buckets near each file's own shape; False crops all to
             height x width.
-        images: "mix" trains on images as one-frame videos beside the videos; "only" and "none".
-            A latent cache with both can be used for any of these.
+        images: "mix" trains on videos, and on images as one-frame videos; "only" uses only images,
+            and "none" leaves them out. A latent cache with both can be used for any of these.
         num_workers: processes that decode ahead; 0 decodes in the trainer.
-        long_captions: what becomes of a sample whose caption has more tokens than the text encoder
-            takes: "skip" and report it, "cut" the caption to what fits, or stop with an "error".
-        strict: stop at the first file that cannot be used, instead of skipping and reporting it.
+        long_captions: for captions with more tokens than the text encoder takes: "skip" and report
+            the sample, "cut" the caption to what fits, or stop with an "error".
+        strict: stop at the first unusable file instead of skipping and reporting it.
     """
 
     source: str = "digits"
@@ -70,7 +70,7 @@ class DataConfig:
 
     @property
     def clip(self) -> SampleInfo:
-        """Size and rate of a clip, with the digits' for what is None."""
+        """Size and frame rate of a clip; fields that are None are those of the digits."""
         digits = clip_size(self.setting)
         return SampleInfo(
             frames=digits.frames if self.frames is None else self.frames,
@@ -80,9 +80,9 @@ class DataConfig:
         )
 
     def make_source(self) -> DataSource:
-        """The source with its options.
+        """Create the source with its options.
 
-        Raises ConfigError for a source or an option that does not exist, with close matches.
+        Raises ConfigError for an unknown source or option, and lists close matches.
         """
         kind = DATASETS.get(self.source)
         options: dict[str, Any] = dict(self.options)
@@ -91,7 +91,7 @@ class DataConfig:
         if self.path:
             if "path" not in inspect.signature(kind).parameters:
                 raise ConfigError(
-                    f"--data.path {self.path} names a folder, and the data source "
+                    f"--data.path {self.path} names a folder, but the data source "
                     f"{self.source!r} reads none; add --data.source folder (or latents)"
                 )
             options["path"] = self.path
@@ -100,7 +100,7 @@ class DataConfig:
     def request(
         self, *, seed: int, captions: CaptionRule | None = None, captioned: bool = True
     ) -> ClipRequest:
-        """The clips that are asked for, with the digits' size and rate for what is None."""
+        """Return the request for clips; sizes and rates that are None are those of the digits."""
         clip = self.clip
         return ClipRequest(
             frames=clip.frames,
@@ -119,15 +119,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The networks of a pre-training run; later stages take theirs from the model they start from.
+    """The networks of a pre-training run. Later stages take them from the model they start from.
 
     Attributes:
         name: registered backbone.
         options: fields of its config to change, for example {"depth": 4}.
         text_encoder, text_encoder_options: registered text encoder, and fields of its config; it
-            is trained if it has weights of its own.
-        codec, codec_options: registered codec, and fields of its config; a codec run trains it,
-            later runs never do.
+            is trained if it has weights.
+        codec, codec_options: registered codec, and fields of its config; only a codec run trains
+            it.
     """
 
     name: str = "mmdit_digits"
@@ -140,20 +140,21 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Train low-rank adapters in place of the weights (Hu et al. 2022; needs peft).
+    """Train low-rank adapters instead of the weights (Hu et al. 2022; needs peft).
 
-    The finished model has them merged in, and holds them alone in
-    `pytorch_lora_weights.safetensors` too.
+    The adapters are merged into the finished model, and also saved alone in
+    `pytorch_lora_weights.safetensors`.
 
     Attributes:
-        rank: of the change of each weight; 0 trains the weights themselves.
-        alpha: the change is scaled by alpha over rank; 0 is the rank, a scale of 1.
-        targets: ends of the names of linear layers, such as "attn1.to_q"; empty takes all in the
-            blocks.
-        discriminator: D's backbone gets adapters as well; its heads train in full.
-        base: the model that the adapters of the generator's folder were trained on. They go on from
-            there, beside that model's weights, which on one GPU all networks that start from it
-            share. Empty: the weights with those adapters merged in are the base of new ones.
+        rank: rank of the change of each weight; 0 trains the weights themselves.
+        alpha: the change is scaled by alpha / rank; 0 takes the rank, a scale of 1.
+        targets: ends of the names of linear layers, such as "attn1.to_q"; empty takes all linear
+            layers in the blocks.
+        discriminator: also train D's backbone by adapters; its heads train in full.
+        base: the model on which the adapters in the generator's folder were trained. Training
+            continues those adapters beside that model's weights, which all networks that start from
+            it share on one GPU. Empty: the weights with those adapters merged in are the base of
+            new ones.
     """
 
     rank: int = 0
@@ -165,7 +166,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.base and not self.rank:
             raise ConfigError(
-                "lora.base is for adapters that go on; set --lora.rank to that of the generator's"
+                "lora.base continues the generator's adapters, but lora.rank is 0; set --lora.rank "
+                "to the rank of those adapters"
             )
         if self.rank < 0 or self.alpha < 0:
             raise ConfigError(
@@ -175,16 +177,17 @@ class LoRAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldoutConfig:
-    """A loss on clips that are not trained on, under the averaged weights; off unless one of share,
-    clips and path says which.
+    """Measure losses of the averaged weights on clips that are not trained on.
+
+    Off unless one of share, clips and path is set.
 
     Attributes:
-        share: about which share of the data's files is held out, in (0, 1). Names decide, so that
-            every stage on the data holds out the same ones.
-        clips: how many files are held out instead. Of the digits: how many clips in handwriting
-            that is never trained on.
-        path: a folder of clips of their own instead, of the kind of data.path.
-        every: updates between two measurements; each reads, encodes and passes all these clips.
+        share: approximate share of the files to hold out, in (0, 1). File names decide, so every
+            stage on the data holds out the same files.
+        clips: number of files to hold out instead. With the digits, the number of clips in
+            handwriting that is never trained on.
+        path: a separate folder of held-out clips instead, of the same kind as data.path.
+        every: updates between measurements; each measurement reads and encodes all held-out clips.
     """
 
     share: float = 0.0
@@ -200,19 +203,19 @@ class HeldoutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How weights move.
+    """The optimiser and its learning-rate schedule.
 
     Attributes:
         name: "rmsprop" (the paper: alpha 0.9, which is Adam with betas 0 and 0.9) or "adamw".
-        learning_rate: after the warm-up and before the decay.
-        warmup_updates: linear from 0.
-        decay_updates: linear to 0 over the last updates of the run; 0 keeps the rate constant, as
-            the paper does.
-        alpha: RMSprop's smoothing.
-        betas: AdamW's.
+        learning_rate: learning rate after warm-up and before decay.
+        warmup_updates: updates over which the rate rises linearly from 0.
+        decay_updates: last updates of the run, over which the rate falls linearly to 0; 0 keeps it
+            constant, as in the paper.
+        alpha: smoothing of RMSprop.
+        betas: betas of AdamW.
         eps: added to the root of the second moment.
-        weight_decay: AdamW only; the paper has none.
-        max_grad_norm: clip the gradient's norm; 0 does not clip, as the paper.
+        weight_decay: for AdamW only; the paper has none.
+        max_grad_norm: clip the gradient's norm; 0 does not clip, as in the paper.
     """
 
     name: Literal["rmsprop", "adamw"] = "rmsprop"
@@ -231,54 +234,54 @@ class TrainConfig:
     """One run of one stage.
 
     Attributes:
-        name: of the recipe; goes into logs and model folders.
-        run_dir: where checkpoints, logs, samples and the finished model go.
-        stage: the options of the stage that it is (`apt.methods`).
-        model, data, optimizer, lora, heldout, monitor, parallel: see there. Generator and
-            discriminator have one optimizer config, as in the paper, except D's own learning rate
-            if the stage gives one.
-        seed: of everything random.
+        name: name of the recipe, for logs and model folders.
+        run_dir: folder for checkpoints, logs, samples and the finished model.
+        stage: options of the stage (`apt.methods`).
+        model, data, optimizer, lora, heldout, monitor, parallel: see their classes. Generator and
+            discriminator share the optimizer config, as in the paper, but a stage can set another
+            learning rate for D.
+        seed: seed of all random numbers.
         num_updates: updates of the (generator's) weights.
-        batch_size: samples per update over all ranks and accumulation steps.
-        micro_batch_size: samples per rank that go through the network at once; 0 is all of the
-            rank's share. Gradients of micro-batches are accumulated.
-        ema_decay: of the exported weights.
-        ema_warmup: the decay of update n, from 0, is at most (1 + n) / (10 + n), so that the
-            average soon forgets where it began. None does so where random weights would otherwise
-            keep more than 5 % of it at the end: in pre-training, if ema_decay ** num_updates is
-            above 0.05. A resumed run keeps what it began with.
-        negative_prompt: fixed, for guidance and caption dropout; None is that of the model that the
-            stage starts from, or none.
+        batch_size: samples per update, over all ranks and accumulation steps.
+        micro_batch_size: samples per rank in one pass; 0 takes the rank's whole share. Gradients of
+            micro-batches are accumulated.
+        ema_decay: decay of the averaged weights, which are exported.
+        ema_warmup: limit the decay of update n, from 0, to (1 + n) / (10 + n), so that the average
+            soon forgets its start. None does this where random weights would otherwise make up
+            more than 5 % of the average at the end: in pre-training, if ema_decay ** num_updates
+            is above 0.05. A resumed run keeps its first choice.
+        negative_prompt: fixed, for guidance and caption dropout; None takes that of the model that
+            the stage starts from, if it has one.
         precision: "fp32", or "bf16" autocast with fp32 weights; "auto" is bf16 where the device
-            computes in it: a GPU, or a CPU with AVX-512 BF16 or AMX.
-        activation_checkpointing: recompute blocks in the backward pass, of which only inputs are
-            kept.
-        checkpointing: what is kept beside (`apt.models.checkpointing`): the outputs of attention,
-            and whether inputs wait in host memory.
-        compile_blocks: let `torch.compile` make the blocks that train; the first updates then take
-            minutes. Results are the same except for rounding.
-        bf16_residual: in bf16, tokens between blocks stay bf16 also in MMDiT with shared
-            modulation, whose fp32 gates make them fp32: half the memory of checkpoints. The other
-            families have bf16 there in any case.
+            supports it: on a GPU, or a CPU with AVX-512 BF16 or AMX.
+        activation_checkpointing: keep only the inputs of blocks, and recompute blocks in the
+            backward pass.
+        checkpointing: options of activation checkpointing (`apt.models.checkpointing`): also keep
+            the outputs of attention, or keep the inputs of blocks in host memory.
+        compile_blocks: compile the blocks that train with `torch.compile`; the first updates then
+            take minutes. Results are the same except for rounding.
+        bf16_residual: in bf16, also keep tokens between blocks in bf16 in MMDiT with shared
+            modulation, whose fp32 gates otherwise make them fp32; this halves the memory of
+            checkpointed inputs. In other families these tokens always are bf16.
         device: "auto", "cpu" or "cuda".
         checkpoint_every: updates between checkpoints.
-        keep_checkpoints: how many of the newest stay.
-        checkpoint_every_minutes: of rank 0's clock, after which one is written besides, at the end
-            of the update; 0 goes by updates alone.
-        checkpoint_in_background: train on while a copy of the state, in host memory, is hashed and
-            written.
-        replay_every: updates between checks of the hardware: each part of the update computes its
-            first micro-batch twice more, and every module must come out the same, bit for bit; 0
-            for none. Attention and other operations must be deterministic.
-        timeout_minutes: how long ranks wait for one that is dead or hangs, before the run ends and
-            says which.
+        keep_checkpoints: number of the newest checkpoints to keep.
+        checkpoint_every_minutes: also write a checkpoint when so many minutes have passed on rank
+            0's clock, at the end of the update; 0 goes by updates alone.
+        checkpoint_in_background: continue training while a copy of the state in host memory is
+            hashed and written.
+        replay_every: updates between checks of the hardware, 0 for none. A check computes the
+            first micro-batch of each part of the update twice more, and compares the outputs of
+            every module bit for bit. Attention and other operations must be deterministic.
+        timeout_minutes: how long ranks wait for a dead or hung rank before the run ends and names
+            it.
         snapshot_at: updates at which EMA and raw weights are exported to `snapshots/`.
         sample_every: updates between sample sheets; 0 for none.
-        sample_prompts: what the sheets show, and the collapse monitor looks at. None is what the
-            model that the stage starts from was shown with, or captions from all over the folder;
-            the option without a value is none.
-        wandb_project: of Weights & Biases, which then gets metrics and sheets too; empty: none
-            does. WANDB_MODE=offline keeps them in the run's folder.
+        sample_prompts: prompts of the sample sheets and of the collapse monitor. None takes those
+            of the model that the stage starts from, or captions spread over the folder; the option
+            without a value means no prompts.
+        wandb_project: project of Weights & Biases that also gets metrics and sheets; empty for
+            none. WANDB_MODE=offline keeps them in the run's folder.
     """
 
     name: str
@@ -323,38 +326,38 @@ class TrainConfig:
         for name in ("micro_batch_size", "sample_every", "replay_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        # A class; whether its options are right is asked when all of them are known.
+        # Look at the class only; its options are checked when all of them are known.
         gives_latents = getattr(DATASETS.get(self.data.source), "gives_latents", False)
         if gives_latents and not self.stage.takes_latents:
             raise ConfigError(
-                f"this stage is trained on pixels, and --data.source {self.data.source} has "
-                "latents; set it to folder"
+                f"this stage trains on pixels, but --data.source {self.data.source} has latents; "
+                "use --data.source folder"
             )
         if self.checkpointing != Checkpointing() and not self.activation_checkpointing:
             raise ConfigError(
-                "checkpointing.saves_attention and checkpointing.offloads are for blocks that are "
-                "recomputed; add --activation-checkpointing"
+                "checkpointing.saves_attention and checkpointing.offloads only apply to recomputed "
+                "blocks; add --activation-checkpointing"
             )
         if self.compile_blocks:
             self.stage.check_compiled()
             if self.checkpointing.saves_attention:
                 raise ConfigError(
-                    "checkpointing.saves_attention watches each operation of a block, of which a "
-                    "compiled one has none; leave it out, or set --no-compile-blocks"
+                    "checkpointing.saves_attention intercepts the operations of a block, which is "
+                    "impossible in a compiled one; leave it out, or set --no-compile-blocks"
                 )
         if self.lora.rank:
             self.stage.check_adapters()
         decay = self.optimizer.decay_updates
         if decay > self.num_updates:
             raise ConfigError(
-                f"optimizer.decay_updates {decay} is longer than the run of {self.num_updates} "
-                "updates, whose learning rate would never reach its value; set "
+                f"optimizer.decay_updates {decay} exceeds num_updates {self.num_updates}, so the "
+                "learning rate would never reach its full value; set "
                 f"--optimizer.decay-updates to at most {self.num_updates} (0 keeps the rate "
                 "constant)"
             )
 
     def _check_numbers(self) -> None:
-        # Here and not in each part: the command line wraps what a part raises into a usage message.
+        # Checked here because the command line turns errors of a part into a usage message.
         parts = ("optimizer", "stage", "data", "heldout", "monitor")
         check_finite(self, "")
         for name in parts:
@@ -377,7 +380,7 @@ class TrainConfig:
         check_range(self.heldout, "heldout.", {"clips": (0, math.inf), "every": (1, math.inf)})
         given = [f"--heldout.{n}" for n in ("share", "clips", "path") if getattr(self.heldout, n)]
         if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} each say what is held out; leave one of them")
+            raise ConfigError(f"{' and '.join(given)} exclude each other; set only one of them")
         sizes = ("frames", "height", "width", "size_multiple", "max_frames", "max_pixels")
         check_range(self.data, "data.", dict.fromkeys(sizes, (1, math.inf)))
         check_range(self.data, "data.", {"fps": (0, math.inf), "num_workers": (0, math.inf)})

@@ -1,4 +1,4 @@
-"""Configurations in files: what `train --print-config` prints, and a run keeps, read strictly."""
+"""Read and write configurations as JSON, as in `train --print-config` and a run's config.json."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from apt.errors import ConfigError
+from apt.files import read_text
 from apt.methods.base import StageConfig
 from apt.registry import Registry, check_options
 from apt.train.config import ModelConfig, TrainConfig
@@ -19,18 +20,18 @@ from apt.train.config import ModelConfig, TrainConfig
 __all__ = ["METHOD", "OBJECTS", "plain", "read_configs"]
 
 OBJECTS = "objects"
-"""The key under which config.json says what a run was given in Python: `Objects.kinds`."""
+"""The key in config.json for objects that a run was given in Python: `Objects.kinds`"""
 METHOD = "method"
-"""The key of a stage that says which one it is: its `exports_as`."""
+"""The key that names the method of a stage: its `exports_as`"""
 
 _TAKEN: Mapping[type[Any], str] = {TrainConfig: "model", ModelConfig: "codec"}
-"""What is null where the stage takes it from the model, or the codec, that it names."""
+"""Fields that are null if the stage takes them from the model or codec that it names."""
 
 T = TypeVar("T")
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON holds it; null is what is left open, or taken from elsewhere."""
+    """Return the configuration as JSON; values left open, or taken from elsewhere, are null."""
     tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     stage, model, usual = config.stage, config.model, ModelConfig()
     tree["stage"] = {METHOD: stage.exports_as, **tree["stage"]}
@@ -42,36 +43,36 @@ def plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def read_configs(file: Path) -> list[TrainConfig]:
-    """The configuration of a file, or of several stages in a row.
+    """Read the configurations in a file: one, or those of several stages in a row.
 
-    A field that is left out has its default, not a recipe's.
+    Fields that are left out have their defaults, not those of a recipe.
 
     Raises:
-        ConfigError: the file cannot be read, or holds fields that there are not, values of a wrong
-            type or out of range, a stage of a method that is not known, or a run that was given
-            objects in Python, which no file holds.
+        ConfigError: the file cannot be read; it has unknown fields, values of a wrong type or out
+            of range, or an unknown method; or its run was given objects in Python, which a file
+            cannot hold.
     """
     if file.is_dir():
         raise ConfigError(
-            f"{str(file)!r} is a folder; expected what `train RECIPE --print-config` prints, or "
-            "the config.json of a run (`train --resume RUN` goes on with the run in a folder)"
+            f"{str(file)!r} is a folder; expected the output of `train RECIPE --print-config`, or "
+            "the config.json of a run (`train --resume RUN` resumes the run in a folder)"
         )
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = json.loads(read_text(file))
     except OSError as error:
         raise ConfigError(f"cannot read {str(file)!r}: {error.strerror or error}") from error
     except ValueError as error:
         raise ConfigError(
-            f"{str(file)!r} is not JSON ({error}); expected what `train RECIPE --print-config` "
-            "prints"
+            f"{str(file)!r} is not JSON ({error}); expected the output of `train RECIPE "
+            "--print-config`"
         ) from error
     several = isinstance(document, list) and document
     configs = document if several else [document]
     given = {name for one in configs if isinstance(one, Mapping) for name in one.get(OBJECTS, ())}
     if given:
         raise ConfigError(
-            f"{str(file)!r} is of a run that was given objects in Python, which have no name here "
-            f"({', '.join(sorted(given))}); go on there: apt.train.run(config, ..., resume=True)"
+            f"the run of {str(file)!r} was given objects in Python, which a file cannot hold "
+            f"({', '.join(sorted(given))}); resume it by apt.train.run(config, ..., resume=True)"
         )
     places = [f"{file}, stage {number}" for number in range(1, len(configs) + 1)]
     places = places if several else [str(file)]
@@ -79,7 +80,7 @@ def read_configs(file: Path) -> list[TrainConfig]:
 
 
 def _read(kind: type[T], document: Any, where: str) -> T:
-    """A dataclass from an object of JSON."""
+    """Make a dataclass from a JSON object."""
     if not isinstance(document, Mapping):
         raise ConfigError(f"{where}: expected an object with fields, got {document!r:.80}")
     hints = typing.get_type_hints(kind)
@@ -93,12 +94,12 @@ def _read(kind: type[T], document: Any, where: str) -> T:
     check_options(where, accepted, values)
     absent = [name for name, field in fields.items() if name not in values and _required(field)]
     if absent:
-        raise ConfigError(f"{where}: {', '.join(absent)} is missing, which has no default")
+        raise ConfigError(f"{where}: {', '.join(absent)} must be set, because it has no default")
     return kind(**values)
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """JSON's value as a field of that type holds it; what does not fit is left for the check."""
+    """Convert a JSON value for a field of that type; a wrong type is left for the later check."""
     if hint is StageConfig:
         return _stage(value, where)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -111,7 +112,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def _stage(document: Any, where: str) -> StageConfig:
-    """The options of the method that the object names, or that alone has such fields."""
+    """Make the options of the method that the object names, or the only one with such fields."""
     if not isinstance(document, Mapping):
         raise ConfigError(f"{where}: expected an object with fields, got {document!r:.80}")
     options = {name: value for name, value in document.items() if name != METHOD}
@@ -128,14 +129,14 @@ def _stage(document: Any, where: str) -> StageConfig:
     ]
     if len(known) > 1 and len(fitting) != 1:
         raise ConfigError(
-            f"{where}: it is not clear of which method these options are; say so with {METHOD!r}, "
+            f"{where}: these options do not tell which method they belong to; add {METHOD!r}, "
             f"one of: {', '.join(sorted({kind.exports_as for kind in known}))}"
         )
     return _read((fitting or known)[0], options, where)
 
 
 def _kinds(base: type[Any]) -> Iterator[type[StageConfig]]:
-    """Every stage that is there, those of imported modules too."""
+    """Yield every known stage, including those of imported modules."""
     for kind in base.__subclasses__():
         if not inspect.isabstract(kind) and hasattr(kind, "exports_as"):
             yield kind

@@ -1,4 +1,4 @@
-"""The data set of a run."""
+"""Open the data set of a run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from apt.data.source import ClipRequest
 from apt.distributed.parallel import FromMain, made_here
 from apt.train.config import DataConfig
 
-# Of these a folder is read when they are opened, and what is found fits into a message.
+# Opening these reads a folder, and the result is small enough to send to the other ranks.
 _READ_ONCE = (Folder, Latents, Shards)
-# These look at what they read themselves.
+# These check what they read themselves.
 _OURS = (MovingDigits, VideoFolder, LatentFolder)
 
 
@@ -31,20 +31,20 @@ def make_dataset(
     dataset: Any = None,
     from_main: FromMain = made_here,
 ) -> TrainingData:
-    """Build the data set of a run.
+    """Open the data set of a run.
 
     Args:
-        config: what, and in which size.
-        seed: of the order and of clips' starts.
-        check: the text encoder's; None if it has read all captions already.
+        config: the source and the size of clips.
+        seed: for the order of clips and where they start.
+        check: the text encoder's check of captions; None if it has read all of them already.
         captioned: whether captions are read.
-        dataset: in place of the source that `config` names; see `check_clips`.
-        from_main: `Parallel.from_main` of several ranks, of which one then reads a folder.
+        dataset: a data set to use instead of the source in `config`; see `check_clips`.
+        from_main: `Parallel.from_main` of several ranks, so that only one rank reads a folder.
 
     Raises:
-        ConfigError: a folder is asked for without a path, or the digits in another size.
-        DataError: nothing usable in the folder, a latent cache that is damaged or incomplete, or
-            clips of the user's own that cannot be trained on.
+        ConfigError: a folder source without a path, or the digits in another size.
+        DataError: the folder has nothing usable, a latent cache is damaged or incomplete, or a
+            user's own clips cannot be trained on.
     """
     request = _request(config, seed, check, captioned)
     if dataset is not None:
@@ -60,7 +60,10 @@ def make_dataset(
 def kept_apart(
     config: DataConfig, *, seed: int, check: PromptCheck | None = None, captioned: bool = True
 ) -> TrainingData | None:
-    """Clips that the source itself keeps out of training; None if it does not. As `make_dataset`"""
+    """Return the clips that the source itself keeps out of training, or None.
+
+    The arguments are those of `make_dataset`.
+    """
     request = _request(config, seed, check, captioned)
     opened = config.make_source().open_heldout(request)
     return None if opened is None else _looked_at(opened, request)

@@ -1,4 +1,4 @@
-"""Which rank a broken update comes from: gradients are summed over ranks, activations are not."""
+"""Find the rank that broke an update: gradients are summed over ranks, but activations are not."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def where_not_finite(
     batches: Sequence[MicroBatch],
     update: int,
 ) -> str:
-    """Do a part again, whose gradients are not finite, and tell where that begins. Collective.
+    """Repeat a part whose gradients are not finite, and return where this begins. Collective.
 
     Returns:
-        The parameters, and on each rank the first module that makes something not finite.
+        The parameters, and for each rank the first module whose output is not finite.
     """
     found = everywhere(lambda: error.names)
     names = [name for names in found for name in names]
@@ -42,10 +42,12 @@ def where_not_finite(
 def check_replay(
     trained: Mapping[str, TrainedNetwork], part: Part, batches: Sequence[MicroBatch], update: int
 ) -> None:
-    """Rehearse a part twice, and compare on each rank what every module computes. Collective.
+    """Run a part twice without updating weights, and compare the outputs of every module.
+
+    Collective; each rank compares its own.
 
     Raises:
-        HardwareError: it is not the same bit for bit; says on which rank.
+        HardwareError: they differ in a bit; the message names the rank.
     """
     runs: list[Seen] = []
     with _rehearsing(trained):
@@ -57,15 +59,15 @@ def check_replay(
     bad = [f"rank {rank} ({where})" for rank, where in enumerate(differences) if where]
     if bad:
         raise HardwareError(
-            f"the same micro-batch came out differently a second time on {listed(bad)}, in update "
-            f"{update + 1}: test that machine and leave it out. If it happens on all ranks, an "
-            "operation is not deterministic: set --replay-every 0"
+            f"repeating a micro-batch gave different results on {listed(bad)}, in update "
+            f"{update + 1}: test that machine, and do not use it until then. If all ranks are "
+            "named, an operation is not deterministic: set --replay-every 0"
         )
 
 
 @contextmanager
 def _rehearsing(trained: Mapping[str, TrainedNetwork]) -> Iterator[None]:
-    """No weight moves in the block."""
+    """Keep weights unchanged inside the block."""
     networks = [network for network in trained.values() if isinstance(network, Trained)]
     for network in networks:
         network.rehearses = True
@@ -81,7 +83,7 @@ def _until_it_would_move(part: Part, batches: Sequence[MicroBatch], update: int)
         part(batches, update)
     except Rehearsed:
         return
-    raise AssertionError("a part of an update ended without moving weights")
+    raise AssertionError("a part of an update ended without updating weights")
 
 
 def _modules(trained: Mapping[str, TrainedNetwork]) -> dict[str, torch.nn.Module]:
@@ -93,5 +95,5 @@ def _is_finite(tensor: Tensor) -> Tensor:
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
-    """Of the bits."""
+    """Return a hash of the bits."""
     return torch.hash_tensor(tensor.reshape(-1).view(torch.uint8))

@@ -1,4 +1,4 @@
-"""Failures of the machine, told as one line: no space, no memory, no permission."""
+"""One-line errors for failures of the machine: no space, no memory, no permission."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ __all__ = ["explained"]
 
 @contextmanager
 def explained(place: str) -> Iterator[None]:
-    """Turns failures of the machine inside the block into InputErrors.
+    """Turn failures of the machine inside the block into InputErrors.
 
     Args:
-        place: what is being written to, for errors that name no file.
+        place: the place that is written to, for errors that name no file.
 
     Raises:
-        InputError: for an OSError, and for memory that ran out, on the CPU or on a GPU.
+        InputError: for an OSError, and if memory ran out on the CPU or a GPU.
     """
     try:
         yield
     except AptError:
         raise
-    except BrokenPipeError:  # whoever read our output has left; no file is concerned
+    except BrokenPipeError:  # the reader of our output has gone; no file is affected
         raise
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise InputError(
-            f"{error.filename or place}: {reason}. Make room or mend the permissions, or choose "
-            "another --run-dir; what was saved stays, and --resume continues it"
+            f"{error.filename or place}: {reason}. Free some space or fix the permissions, or "
+            "choose another --run-dir; saved checkpoints stay, and --resume continues the run"
         ) from error
     except (MemoryError, RuntimeError) as error:
         needed = _memory(error)
@@ -41,17 +41,17 @@ def explained(place: str) -> Iterator[None]:
         raise InputError(
             f"out of memory: {needed}. Make --micro-batch-size smaller, add "
             "--activation-checkpointing, train adapters (--lora.rank), or use more GPUs; --resume "
-            "continues what was saved"
+            "continues from the last checkpoint"
         ) from error
 
 
 def _memory(error: BaseException) -> str | None:
-    """What could not be had, if the error is a lack of memory."""
+    """Return what could not be allocated if memory ran out, else None."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
         return text.partition(". GPU")[0]
     if "DefaultCPUAllocator" in text or "std::bad_alloc" in text:
         return text.partition("DefaultCPUAllocator: ")[2].partition(". Error")[0] or text
     if isinstance(error, MemoryError):
-        return text or "the system gives no more"
+        return text or "an allocation failed"
     return None

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first update."""
+"""The header that a run prints before its first update."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from apt.data.folder import VideoFolder
 from apt.device import total_memory
 from apt.distributed.parallel import Parallel
 from apt.distributed.tensors import local
+from apt.errors import counted
 from apt.methods.base import Stage
 from apt.train.config import TrainConfig
 
@@ -30,31 +31,34 @@ def header(
     *,
     done: int,
 ) -> list[str]:
-    """Lines of at most 80 columns, except names: what is trained, on what, where and how.
+    """Return the lines of the header: what is trained, on which data, where and how.
+
+    Lines have at most 80 columns, except for long names.
 
     Args:
-        config: with nothing left open.
-        stage: its networks, as they are on this rank.
-        dataset: of the run.
-        state: all that training changes, by name.
+        config: a resolved configuration.
+        stage: the stage, with its networks on this rank.
+        dataset: the data set of the run.
+        state: all state that training changes, by name.
         parallel: the ranks.
         done: updates before this attempt.
     """
-    begins = f", on from update {done}" if done else ""
+    begins = f", continued from update {done}" if done else ""
     lines = [
-        f"{config.name}: {config.num_updates:,} updates of {config.batch_size} samples{begins}"
+        f"{config.name}: {counted(config.num_updates, 'update')} of "
+        f"{counted(config.batch_size, 'sample')}{begins}"
     ]
     lines += [f"  {name}: {_parameters(part.module)}" for name, part in stage.trained.items()]
     lines += [f"  {text}" for text in _data(config, dataset)]
     if not stage.shares_batch:
-        lines.append(f"  each of {' and '.join(stage.parts())} has a batch of its own")
+        lines.append(f"  batches: separate ones for {' and '.join(stage.parts())}")
     ranks = f", {parallel.world_size} ranks" if parallel.world_size > 1 else ""
     if parallel.layout.shard != parallel.world_size:
         ranks += f" ({parallel.layout})"
     there = total_memory(parallel.device)
     has = "" if there is None else f" with {there / _GIB:.1f} GiB"
     lines.append(f"  device: {parallel.device}{has}{ranks}, {config.precision}")
-    # Gradients come on top, and activations, which depend on the batch.
+    # Gradients, and activations, which depend on the batch, come on top.
     held = f"{_size(state) / _GIB:.2f} GiB"
     lines.append(f"  weights, averages and optimiser states on this rank: {held}")
     return [*lines, f"  folder: {config.run_dir}"]
@@ -75,13 +79,13 @@ def _count(number: int) -> str:
 
 
 def _data(config: TrainConfig, dataset: TrainingData) -> list[str]:
-    """The source, and how many clips there are in each bucket."""
+    """Return the lines about the source, and the number of clips in each bucket."""
     clip = config.data.clip
     rate = f" at {clip.fps:g} fps" if clip.fps else ""
     place = "the built-in stream" if config.data.source == DIGITS else config.data.path
     lines = [f"data: {config.data.source}" + (f", {place}" if place else "")]
     if not isinstance(dataset, VideoFolder):
-        return [*lines, f"clips: {clip.frames} frames of {clip.height}x{clip.width}{rate}"]
+        return [*lines, f"clips: {clip.frames}x{clip.height}x{clip.width}{rate}"]
     sizes = sorted(dataset.bucket_sizes().items(), key=lambda item: -item[1])
     lines += [
         f"clips: {number:,} of {bucket}{rate if bucket.frames > 1 else ''}"
@@ -91,7 +95,7 @@ def _data(config: TrainConfig, dataset: TrainingData) -> list[str]:
 
 
 def _size(state: Any) -> int:
-    """Bytes of the tensors in a tree, as this rank has them."""
+    """Return the bytes that the tensors of a tree take on this rank."""
     if isinstance(state, Mapping):
         return sum(_size(value) for value in state.values())
     if not isinstance(state, Tensor):

@@ -1,4 +1,4 @@
-"""A loss on clips that are held out of training."""
+"""Losses on clips that are held out of training."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class HeldOut:
     """Clips that are not trained on.
 
     Attributes:
-        clips: the data set that has them.
-        groups: their indices in it, those of one shape together.
-        size: how many go through the networks at once.
+        clips: the data set that contains them.
+        groups: their indices in it, grouped by shape.
+        size: number of clips in one pass.
         every: updates between measurements.
     """
 
@@ -38,11 +38,11 @@ class HeldOut:
     every: int
 
     def __len__(self) -> int:
-        """How many they are."""
+        """The number of held-out clips."""
         return sum(map(len, self.groups))
 
     def is_due(self, update: int) -> bool:
-        """Whether they are measured after this many updates."""
+        """Return whether a measurement is due after this many updates."""
         return update % self.every == 0
 
     @torch.no_grad()
@@ -52,10 +52,10 @@ class HeldOut:
         parallel: Parallel,
         prepare: Callable[[Batch], Sequence[MicroBatch]],
     ) -> tuple[dict[str, float], Exception | None]:
-        """The stage's measures under the averaged weights, and what was wrong with the data here.
+        """Measure the averaged weights; return the figures, and this rank's data error if any.
 
-        Every rank must call it; each takes some of the clips. Weights are as before when it is
-        over, also after an error, so that they can be saved.
+        Collective; each rank measures some of the clips. Afterwards the weights are as before, even
+        after an error, so they can be saved.
         """
         sums: dict[str, float] = {}
         problem: Exception | None = None
@@ -79,9 +79,10 @@ class HeldOut:
         return {f"{PREFIX}{name}": total / share for name, total in means.items()}, None
 
     def _share(self, parallel: Parallel) -> Iterator[tuple[int, Sequence[int], int]]:
-        """This rank's chunks: the place of the first sample, the items, and 1.
+        """Yield this rank's chunks: the position of the first sample, the items, and a weight of 1.
 
-        All ranks have as many, since they need each other: some get one again, with weight 0.
+        Ranks compute together, so all need the same number of chunks: some get the first one again,
+        with a weight of 0.
         """
         chunks: list[tuple[int, Sequence[int], int]] = []
         offset = 0
@@ -103,14 +104,14 @@ def divide(
     *,
     ranks: int,
 ) -> tuple[TrainingData, HeldOut | None]:
-    """What is trained on, and what is held out of it, if anything is.
+    """Split the data into clips to train on and held-out clips, if any.
 
     Args:
-        config: with nothing left open.
-        dataset: all that could be trained on.
-        apart: clips that the source keeps apart itself.
-        open_other: the data set of another configuration.
-        ranks: that share a batch.
+        config: a resolved configuration.
+        dataset: all clips that could be trained on.
+        apart: clips that the source itself keeps apart.
+        open_other: opens the data set of another configuration.
+        ranks: number of ranks that share a batch.
 
     Raises:
         ConfigError: nothing can be held out of such data, or `heldout.path` is trained on.
@@ -128,22 +129,23 @@ def divide(
         other = open_other(dataclasses.replace(config.data, path=asked.path))
         if not isinstance(other, Divisible):
             raise ConfigError(
-                "--heldout.path is for sources whose clips can be counted, and "
-                f"{config.data.source!r} gives them for ever"
+                "--heldout.path needs a source with a fixed number of clips, but "
+                f"{config.data.source!r} is endless; use --heldout.clips"
             )
         return dataset, held(other, other.members)
     if apart is not None:
         if not asked.clips:
             raise ConfigError(
-                f"{config.data.source!r} has no end that --heldout.share could be a share of; say "
-                "how many clips, such as --heldout.clips 64"
+                "--heldout.share needs a source with a fixed number of clips, but "
+                f"{config.data.source!r} is endless; set a number of clips, such as "
+                "--heldout.clips 64"
             )
         return dataset, held(apart, {None: range(asked.clips)})
     if not isinstance(dataset, Divisible):
         raise ConfigError(
-            f"the data source {config.data.source!r} has an order of its own, of which nothing can "
-            "be held out; let its open_heldout give such clips, or name a folder of them with "
-            "--heldout.path"
+            f"nothing can be held out of the data source {config.data.source!r}, because it sets "
+            "its own order; return held-out clips from its open_heldout, or name a folder of them "
+            "with --heldout.path"
         )
     kept, left_out = hold_out(dataset, share=asked.share, clips=asked.clips)
     return kept, held(left_out, left_out.members)
@@ -152,17 +154,17 @@ def divide(
 def _check_apart(data: DataConfig, asked: HeldoutConfig) -> None:
     if data.make_source().latent_cache() is not None:
         raise ConfigError(
-            "--heldout.path is for folders of clips, and this run is on a latent cache, which has "
-            "no embeddings of their captions: encode all together, and use --heldout.share"
+            "--heldout.path names a folder of clips, but this run uses a latent cache, which has "
+            "no embeddings of their captions: encode all clips together, and use --heldout.share"
         )
     if not data.path:
         raise ConfigError(
-            "--heldout.path names a folder of the kind of --data.path, and this run reads none; "
-            "use --heldout.clips"
+            "--heldout.path needs a source that reads a folder (--data.path), but this run reads "
+            "none; use --heldout.clips"
         )
     trained, held = Path(data.path).resolve(), Path(asked.path).resolve()
     if trained == held or trained in held.parents or held in trained.parents:
         raise ConfigError(
-            f"--heldout.path {asked.path} and --data.path {data.path} lie in each other, so its "
-            "clips would be trained on; move them apart, or use --heldout.share"
+            f"--heldout.path {asked.path} and --data.path {data.path} overlap, so held-out clips "
+            "would be trained on; separate the folders, or use --heldout.share"
         )

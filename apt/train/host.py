@@ -1,4 +1,4 @@
-"""What a run gives its method: networks at work on this rank, and micro-batches, one at a time."""
+"""What a run provides to its method: networks on this rank, and micro-batches one at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ class RunHost:
     """A `Host` for one run on one rank.
 
     Attributes:
-        frozen: weights that several networks have and none trains, on one device once.
+        config: the configuration of the run.
+        parallel: the ranks.
+        objects: objects that the run was given in Python.
+        frozen: weights that several networks share and none trains; the device holds them once.
     """
 
     config: TrainConfig
@@ -66,7 +69,7 @@ class RunHost:
         if bundle is None:
             source = self.config.stage.source(field)
             return load_model(source, device="meta"), describe_model(source)
-        # Of its own: one bundle may stand for two models.
+        # Copy it, because one bundle may be used for two models.
         return copy.deepcopy(bundle.backbone), bundle.info
 
     def codec(self) -> tuple[str, LatentCodec]:
@@ -78,13 +81,13 @@ class RunHost:
         return values.new_tensor([means[key] for key in flat]).view_as(values)
 
     def autocast(self) -> AbstractContextManager[object]:
-        # Without the cache, in which a pass would leave a whole model's weights in bf16.
+        # Autocast's cache would hold a whole model's weights in bf16.
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self._half, cache_enabled=False
         )
 
     def begin(self) -> Stage:
-        """The stage at work, its frozen parts on this rank's device."""
+        """Return the stage, ready to train, with its frozen parts on this rank's device."""
         stage = self.config.stage.begin(self)
         for part in stage.frozen:
             part.to(self.device)
@@ -101,7 +104,7 @@ class RunHost:
         begun: Mapping[str, Layer] = {}
         if config.lora.base and not discriminator:
             field = config.stage.start_field
-            assert field is not None, "adapters are of stages that start from a model"
+            assert field is not None, "adapters need a stage that starts from a model"
             begun = load_lora(find_lora(config.stage.source(field)), backbone).layers
         add_adapters(backbone, config.lora, seed=self.seed, begun=begun)
 
@@ -116,7 +119,7 @@ class RunHost:
         forward_methods: Sequence[str] = (),
         exact: bool = False,
     ) -> Trained:
-        # The average and the optimiser follow the parameters that sharding leaves.
+        # Sharding replaces parameters, so the average and the optimiser are made after it.
         self.place(network, blocks, forward_methods=forward_methods, exact=exact)
         optimizer = self.config.optimizer
         if learning_rate is not None:
@@ -153,7 +156,7 @@ class RunHost:
         self.fill(network)
 
     def fill(self, network: nn.Module) -> None:
-        """Read the weights of a network that has been sharded without any; nothing for others."""
+        """Read the weights of a network that was sharded without them; else do nothing."""
         everywhere(partial(fill_from_origins, network, self.device, self.frozen))
 
     def average(self, network: nn.Module, decay: float, *, inside: nn.Module | None = None) -> EMA:
@@ -165,7 +168,7 @@ class RunHost:
 
 
 def _halve_frozen(blocks: Sequence[nn.Module]) -> None:
-    """Let linear layers that do not train be read as bf16, which is what autocast makes of them."""
+    """Make frozen linear layers bf16 before they are read; autocast would cast them anyway."""
     for layer in (layer for block in blocks for layer in linear_layers(block)):
         for name, parameter in layer.named_parameters(recurse=False):
             if parameter.is_meta and not parameter.requires_grad:
@@ -174,14 +177,14 @@ def _halve_frozen(blocks: Sequence[nn.Module]) -> None:
 
 
 class MadeOneByOne(Sequence[MicroBatch]):
-    """So many micro-batches, each made when it is asked for."""
+    """A sequence of micro-batches, each made when it is requested."""
 
     def __init__(self, number: int) -> None:
         self._number = number
 
     @abstractmethod
     def make(self, number: int) -> MicroBatch:
-        """The micro-batch of that number, from 0."""
+        """Return the micro-batch with this number, from 0."""
 
     def __len__(self) -> int:
         return self._number
@@ -201,17 +204,17 @@ class MadeOneByOne(Sequence[MicroBatch]):
 
 
 class MicroBatches(MadeOneByOne):
-    """The micro-batches of one update, each read and encoded when it is first asked for.
+    """The micro-batches of one update, each read and encoded when it is first requested.
 
-    The parts of an update go over them one after the other. What a codec made of them waits in host
-    memory for the next part, as do pixels, in the type in which they came.
+    The parts of an update iterate over them in turn. Latents, or pixels in their original dtype,
+    wait in host memory for the next part.
 
     Args:
-        stage: whose codec makes latents, if it has one, and whose device they go to.
-        read: the next micro-batch of the loader.
-        number: how many there are.
-        watch: sees latents, and the pixels that they were made of if they were made here.
-        between: called with the number of each before it is handed out.
+        stage: provides the codec for latents, if it has one, and the device.
+        read: returns the next micro-batch of the loader.
+        number: number of micro-batches.
+        watch: called with pixels and latents; pixels are None if latents came from a cache.
+        between: called with the number of each micro-batch before it is returned.
     """
 
     def __init__(
@@ -237,7 +240,7 @@ class MicroBatches(MadeOneByOne):
         return self._kept[number].on(self._stage.host.device)
 
     def skip(self) -> None:
-        """Read what nothing has asked for, so that the loader is at the next update."""
+        """Read the micro-batches not requested yet, so that the loader is at the next update."""
         for _ in range(self._number - len(self._kept)):
             self._read()
 
@@ -251,13 +254,13 @@ class MicroBatches(MadeOneByOne):
             x = encoded(self._stage, codec, pixels)
         if self._watch is not None and codec is not None:
             self._watch(pixels, _values(x, device))
-        # An only one stays where the next part wants it.
+        # A single micro-batch stays on the device, where the next part needs it.
         kept = x if self._number == 1 else _to_host(x)
         return _Kept(kept, batch.captions, batch.extra, batch.offset)
 
 
 def encoded(stage: Stage, codec: LatentCodec, pixels: Tensor) -> Tensor:
-    """fp32 latents of pixels, in the codec's precision wherever they are asked for."""
+    """Encode pixels to fp32 latents in the codec's own precision, also under autocast."""
     host = stage.host
     half = codec.encodes_in_autocast
     precision = host.autocast() if half else torch.autocast(host.device.type, enabled=False)
@@ -267,7 +270,7 @@ def encoded(stage: Stage, codec: LatentCodec, pixels: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """A micro-batch between two parts: pixels or latents, in as few bytes as they came in."""
+    """A micro-batch that waits between two parts: pixels or latents, in their original dtype."""
 
     x: Tensor
     captions: list[str]
@@ -286,11 +289,11 @@ class _Kept:
 
 
 def _to_host(x: Tensor) -> Tensor:
-    """In page-locked memory if it comes from a GPU, which then fetches it back without waiting."""
+    """Copy to host memory: from a GPU to page-locked memory, for an asynchronous way back."""
     return x.cpu().pin_memory() if x.is_cuda else x
 
 
 def _values(x: Tensor, device: torch.device) -> Tensor:
-    """fp32 on the device; bytes are pixels, and become numbers only there."""
+    """Return fp32 values on the device; bytes are pixels, and are converted there."""
     there = x.to(device, non_blocking=True)
     return there.float() / 127.5 - 1 if x.dtype == torch.uint8 else there.float()

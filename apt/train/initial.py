@@ -1,4 +1,4 @@
-"""What a run starts from: a model that is built anew, or the one that its stage names."""
+"""The model that a run starts from: a new one, or the one that its stage names."""
 
 from __future__ import annotations
 
@@ -33,14 +33,19 @@ from apt.train.objects import NO_OBJECTS, Objects
 def initial_bundle(
     config: TrainConfig, objects: Objects = NO_OBJECTS, from_main: FromMain = made_here
 ) -> ModelBundle:
-    """The generator that a run starts from.
+    """Return the generator that a run starts from.
 
-    Pre-training: random weights from `config.seed`. Later stages: the model that they start from,
-    whose text encoder and codec they keep, its backbone on the meta device with the `origin` of its
-    weights. `objects` are in place of what they name, and `from_main` is that of several ranks.
+    Pre-training starts from random weights, drawn with `config.seed`. Later stages start from a
+    model and keep its text encoder and codec; its backbone is on the meta device, with the `origin`
+    of its weights.
+
+    Args:
+        config: a resolved configuration.
+        objects: objects to use instead of the parts that the configuration names.
+        from_main: `Parallel.from_main`, with several ranks.
 
     Raises:
-        ConfigError: parts that do not fit each other, or no model to start from.
+        ConfigError: the parts do not fit each other, or there is no model to start from.
     """
     field = config.stage.start_field
     if field is None:
@@ -50,7 +55,7 @@ def initial_bundle(
         base = load_model(config.lora.base, device="meta")
         if base.config != bundle.backbone.config:
             raise ConfigError(
-                f"lora.base {config.lora.base!r} is another architecture than "
+                f"lora.base {config.lora.base!r} has another architecture than "
                 f"{config.stage.source(field)!r}; name the model that its adapters were trained on"
             )
         bundle = dataclasses.replace(bundle, backbone=base)
@@ -64,7 +69,7 @@ def _started_bundle(
     if field in objects.bundles:
         bundle = objects.bundles[field]
         if cache is not None:
-            cached_codec(cache, bundle.info.codec)  # raises if another one made it
+            cached_codec(cache, bundle.info.codec)  # raises if another codec made the cache
         return bundle
     source = config.stage.source(field)
     if cache is not None:
@@ -73,11 +78,11 @@ def _started_bundle(
 
 
 def _bundle_on_cache(source: str, cache: Path, from_main: FromMain) -> ModelBundle:
-    """The model without what its latents and embeddings were made by."""
+    """Return the model without the parts that made the cache's latents and embeddings."""
     backbone, info = load_model(source, device="meta"), describe_model(source)
     codec: LatentCodec = cached_codec(cache, info.codec)
     if info.codec.weights is not None:
-        codec = load_codec(source)  # it is small, and goes into the model that comes out
+        codec = load_codec(source)  # it is small, and the finished model includes it
     if info.text_encoder.weights is None:
         texts = cached_text_encoder(cache, info.text_encoder, from_main)
         return ModelBundle(backbone, texts, codec, info)
@@ -86,7 +91,7 @@ def _bundle_on_cache(source: str, cache: Path, from_main: FromMain) -> ModelBund
 
 def _new_bundle(config: TrainConfig, objects: Objects) -> ModelBundle:
     model, stage = config.model, config.stage
-    assert isinstance(stage, MethodConfig), "only a generator is built anew"
+    assert isinstance(stage, MethodConfig), "only generators start from random weights"
     torch.manual_seed(config.seed)
     text_encoder, text_info = _text_encoder(config, objects)
     codec, codec_info = _codec(config, objects)
@@ -97,13 +102,13 @@ def _new_bundle(config: TrainConfig, objects: Objects) -> ModelBundle:
     if backbone.in_channels != codec.channels:
         raise ConfigError(
             f"model {model.name!r} takes {backbone.in_channels} channels, but codec "
-            f"{codec_info.architecture!r} gives {codec.channels}; set --model.options in_channels "
+            f"{codec_info.architecture!r} has {codec.channels}; set --model.options in_channels "
             f"{codec.channels}"
         )
     if backbone.config.text_dim != text_encoder.embedding_dim:
         raise ConfigError(
-            f"model {model.name!r} takes text of {backbone.config.text_dim} dimensions, but "
-            f"{model.text_encoder!r} gives {text_encoder.embedding_dim}; set --model.options "
+            f"model {model.name!r} takes text of {backbone.config.text_dim} dimensions, but text "
+            f"encoder {model.text_encoder!r} has {text_encoder.embedding_dim}; set --model.options "
             f"text_dim {text_encoder.embedding_dim}"
         )
     info = ModelInfo(
@@ -118,7 +123,7 @@ def _new_bundle(config: TrainConfig, objects: Objects) -> ModelBundle:
 
 
 def initial_codec(config: TrainConfig, objects: Objects) -> tuple[str, LatentCodec]:
-    """A codec with random weights from `config.seed`, or the given one, and its name."""
+    """Return the name of a codec and the codec: the given one, or one with random weights."""
     if objects.codec is not None:
         return config.model.codec, objects.codec
     torch.manual_seed(config.seed)
@@ -135,7 +140,7 @@ def _text_encoder(config: TrainConfig, objects: Objects) -> tuple[TextEncoder, C
 
 
 def _codec(config: TrainConfig, objects: Objects) -> tuple[LatentCodec, ComponentInfo]:
-    """The codec of a new model: one that was trained, or one without weights of its own."""
+    """Return the codec of a new model: a trained one, or one without weights."""
     model, source = config.model, config.stage.trained_codec()
     if objects.codec is not None:
         codec = objects.codec.requires_grad_(False).eval()
@@ -149,7 +154,7 @@ def _codec(config: TrainConfig, objects: Objects) -> tuple[LatentCodec, Componen
         if any(parameter.requires_grad for parameter in codec.parameters()):
             raise ConfigError(
                 f"codec {model.codec!r} is not trained yet: train it (`diffusion-apt train "
-                "digits_codec`), and name the folder that it exported with --stage.codec"
+                "digits_codec`), and name the exported folder with --stage.codec"
             )
     cache = config.data.make_source().latent_cache()
     if cache is None:

@@ -1,4 +1,4 @@
-"""One run at a time in a run folder: a lock file with a heartbeat."""
+"""A lock file with a heartbeat, which allows one run at a time in a run folder."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ AGE_LIMIT = 60.0
 
 
 class FolderInUse(InputError):
-    """Another process trains in this run folder, or has taken it over."""
+    """Another process is training in this run folder, or has taken it over."""
 
 
 class RunLock:
     """Context manager that keeps other runs out of a folder.
 
-    The file names the process, and a thread touches it every few seconds. A lock is stale, and
-    taken, when it was not touched for `age_limit`, or when its process was on this machine and is
-    dead; so a run that was killed can be continued, here at once.
+    The file names the process, and a thread touches it every few seconds. A lock is stale if it was
+    not touched for `age_limit`, or if its process was on this machine and is dead; then it is
+    taken. So a killed run can be continued, on the same machine at once.
 
     Args:
-        folder: the run's; created if missing.
-        take_over: take the lock whoever has it. Who had it notices before its next save, and ends.
+        folder: the run folder; created if missing.
+        take_over: take the lock from its owner, which notices this before its next save, and stops.
         heartbeat: seconds between signs of life.
-        age_limit: seconds without one after which a lock is stale. Times are those of the file
-            system, whichever machines share it.
+        age_limit: seconds without a sign of life after which a lock is stale. Times come from the
+            file system's clock, so machines that share it agree.
 
     Attributes:
-        lost: whether the thread has seen that another process took the folder over.
+        lost: whether the thread has noticed that another process took the folder over.
 
     Raises:
-        FolderInUse: on entering, if another process has the folder.
-        OSError: the folder cannot be made or written.
+        FolderInUse: on entering, if another process holds the lock.
+        OSError: the folder cannot be created or written.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class RunLock:
         if owner is not None and owner.get("token") != self._token:
             raise FolderInUse(
                 f"{_who(owner)} has taken over {self.path.parent}; this process stops and "
-                "leaves the folder as it is"
+                "does not change the folder any more"
             )
 
     def __enter__(self) -> RunLock:
@@ -88,7 +88,7 @@ class RunLock:
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._thread.join()
-        # Whatever ended the run is what its user must hear of; a lock that stays goes stale.
+        # An error here must not hide the one that ended the run; a lock that stays becomes stale.
         with contextlib.suppress(OSError):
             if self._is_ours():
                 self.path.unlink()
@@ -105,20 +105,20 @@ class RunLock:
             while not _create(self.path, {**_identity(), "token": self._token}):
                 owner, age = _read(self.path), _age(self.path, clock)
                 if owner is None or age is None:
-                    continue  # it was given back meanwhile
+                    continue  # it was released meanwhile
                 if not (self.take_over or age > self.age_limit or _is_dead(owner)):
                     raise FolderInUse(
                         f"{self.path.parent} is in use by {_who(owner)}, which gave a sign of life "
-                        f"{max(age, 0.0):.0f} s ago. Wait for its end, choose another --run-dir, "
-                        "or add --take-over if it must give way (without a sign of life for "
-                        f"{self.age_limit:.0f} s it does so by itself)"
+                        f"{max(age, 0.0):.0f} s ago. Wait until it ends, choose another --run-dir, "
+                        "or add --take-over to stop it (the lock expires after "
+                        f"{self.age_limit:.0f} s without a sign of life)"
                     )
                 self._move_away(owner)
         finally:
             clock.unlink(missing_ok=True)
 
     def _move_away(self, owner: Mapping[str, Any]) -> None:
-        """Remove the lock of `owner`, and no other: one may have come in its place meanwhile."""
+        """Remove the lock of `owner`, but not a new one that has replaced it meanwhile."""
         away = self.path.with_name(f".{LOCK_NAME}.{self._token}.old")
         try:
             self.path.rename(away)
@@ -131,7 +131,7 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._ended.wait(self.heartbeat):
-            # A disk that does not answer now may do so next time, and `check` tells of a loss.
+            # A disk that fails now may work next time, and `check` reports a lost lock.
             with contextlib.suppress(OSError):
                 if self._is_ours():
                     os.utime(self.path)
@@ -140,7 +140,7 @@ class RunLock:
 
 
 def _create(path: Path, content: Mapping[str, Any]) -> bool:
-    """Write a file unless there is one; whether there was none."""
+    """Write a file if it does not exist; return whether it was written."""
     try:
         stream = path.open("x", encoding="utf-8")
     except FileExistsError:
@@ -155,14 +155,14 @@ def _create(path: Path, content: Mapping[str, Any]) -> bool:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Create a folder; returns the ones that were missing, the innermost first."""
+    """Create a folder; return the folders that were missing, innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders that we made and that got no file."""
+    """Remove folders that this run created, if they are still empty."""
     for folder in folders:
         if not folder.is_dir() or any(folder.iterdir()):
             return
@@ -170,7 +170,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a lock says; None if there is none. A damaged one says nothing."""
+    """Return the contents of a lock; None if there is none, an empty dict if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -181,7 +181,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _age(path: Path, clock: Path) -> float | None:
-    """Seconds since a file was touched, by the clock of its file system; None if it has gone."""
+    """Return seconds since a file was touched, by its file system's clock; None if it is gone."""
     os.utime(clock)
     try:
         return clock.stat().st_mtime - path.stat().st_mtime
@@ -190,7 +190,7 @@ def _age(path: Path, clock: Path) -> float | None:
 
 
 def _identity() -> dict[str, Any]:
-    """This process, so that a later one of the same number is not taken for it."""
+    """Describe this process, so that a later one with the same process ID is told apart."""
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
@@ -202,7 +202,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _machine() -> list[str]:
-    """This boot of this machine, and its space of process numbers: containers have their own."""
+    """Return IDs of this boot and of the PID namespace, because containers have their own."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return [boot, os.readlink("/proc/self/ns/pid")]
@@ -211,18 +211,18 @@ def _machine() -> list[str]:
 
 
 def _started(pid: int) -> str | None:
-    """When a process was started, in the kernel's ticks; None if it cannot be told."""
+    """Return when a process was started, in kernel ticks; None if unknown."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    # After the command's name, which may have spaces and brackets: state is field 3, start 22.
+    # Skip the command's name, which may have spaces and brackets; state is field 3, start 22.
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else fields[19]
 
 
 def _is_dead(owner: Mapping[str, Any]) -> bool:
-    """Whether this machine can tell that the lock's process is no more."""
+    """Return whether this machine can tell that the lock's process is dead."""
     if owner.get("machine") != _machine() or not isinstance(owner.get("pid"), int):
         return False
     try:

@@ -1,7 +1,7 @@
-"""What a run tells while it trains: metrics and its speed, in JSONL files, TensorBoard and a line.
+"""The logs of a run: metrics and speed, in JSONL files, TensorBoard and a progress line.
 
-Operations are the model's: those of its matrix products and attention once forward, once more for
-gradients of inputs and once more for those of weights. What is computed again counts nothing.
+FLOPs are those of the model's matrix products and attention: once for the forward pass, once for
+gradients of inputs and once for gradients of weights. Recomputation is not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from apt.checkpoints.runs import LOG_NAME, SPEED_NAME, log_lines, read_log
 from apt.distributed.parallel import Parallel
-from apt.errors import InputError
+from apt.errors import InputError, counted
 from apt.kernels.roofline import GPUS
 from apt.methods.base import Pass
 from apt.models.costs import COUNTERS, dit_cost
@@ -53,7 +53,10 @@ __all__ = [
 
 _COLUMNS = 80
 _SHOWN = 3
-"""Updates that tell how long the others take: the first alone is slower than they are."""
+"""Updates before the expected time is shown, because the first one is slower than the others."""
+
+_MUCH_WAITING = 0.3
+"""Share of an update's time above which waiting for data is reported."""
 
 _PROBES = 8
 
@@ -61,27 +64,27 @@ _COUNTED: dict[str, float | None] = {}
 
 
 class RunLog:
-    """Writes metrics of a run; silent on ranks other than 0.
+    """Writes the metrics of a run on rank 0; does nothing on other ranks.
 
-    `log.jsonl` holds nothing that depends on the clock or the machine's load, so that the file
-    of a resumed run equals the one of an uninterrupted run byte for byte; what does is in
-    `speed.jsonl`. On a terminal a progress bar shows the time left; elsewhere a plain line is
-    printed from time to time. Both fit into 80 columns, with two figures. After three updates a
-    line says how long the others are expected to take. Where tensorboard is not installed there are
-    no TensorBoard files, and without rich no bar: both are said at the start.
+    `log.jsonl` holds nothing that depends on the clock or the machine's load, so the file of a
+    resumed run equals that of an uninterrupted run byte for byte. Times and memory go to
+    `speed.jsonl`. On a terminal, a progress bar shows the time left; elsewhere a line is printed
+    from time to time. Both fit into 80 columns and show two metrics. After three updates, a line
+    says how long the rest is expected to take. Without tensorboard there are no TensorBoard files,
+    and without rich no progress bar; a message at the start says so.
 
     Args:
         run_dir: folder of the run; created if missing.
-        num_updates: of the whole run.
+        num_updates: updates of the whole run.
         done: updates already done; later lines of an earlier attempt are removed.
         enabled: whether this rank writes (rank 0).
-        title: what the progress line calls the run.
-        interval: seconds between progress lines where stderr is no terminal.
-        also: gets everything too, and is closed with the log.
+        title: the name of the run in the progress line.
+        interval: seconds between progress lines if stderr is not a terminal.
+        also: another log that gets the same, and is closed with this one.
 
     Raises:
-        DataError: an existing log is not one of ours.
-        OSError: the folder cannot be written, also when a line is.
+        DataError: an existing log was not written by this package.
+        OSError: the folder cannot be written; later writes raise it too.
     """
 
     def __init__(
@@ -108,7 +111,8 @@ class RunLog:
         self._file = _open_after(self._path, done)
         self._speed_path = run_dir / SPEED_NAME
         self._speed = _open_after(self._speed_path, done)
-        self._seconds: list[float] = []  # of the updates that tell
+        self._seconds: list[float] = []  # of the first updates
+        self._waits: list[float] = []  # the part of it spent waiting for data
         self._hook = threading.excepthook
         threading.excepthook = self._thread_failed
         self._progress: Progress | None = None
@@ -127,12 +131,13 @@ class RunLog:
         Args:
             update: number of updates done, counted from 1.
             metrics: finite or not; a non-finite value becomes null in the JSONL file.
-            timing: what depends on the clock and the machine (seconds, memory): `speed.jsonl`.
+            timing: figures that depend on the clock or the machine (seconds, memory), for
+                `speed.jsonl`.
         """
         if not self.enabled:
             return
-        # Not buffered, so that a killed process loses at most the line it was writing, and a full
-        # disk is met here.
+        # Writes are not buffered, so that a killed process loses at most the line that it was
+        # writing, and a full disk raises here.
         _write_all(self._file, _line(update, metrics), self._path)
         if timing:
             _write_all(self._speed, _line(update, timing), self._speed_path)
@@ -143,10 +148,12 @@ class RunLog:
         if self._also is not None:
             self._also.write(update, scalars)
         self._show(update, _figures(metrics))
-        self._expect(update, (timing or {}).get("speed/seconds_per_update"))
+        if timing and "speed/seconds_per_update" in timing:
+            waited = timing.get("speed/data_wait_seconds", 0.0)
+            self._expect(update, timing["speed/seconds_per_update"], waited)
 
     def picture(self, update: int, path: Path) -> None:
-        """Show a PNG of an update, such as a sample sheet, in TensorBoard too."""
+        """Show a PNG of an update, such as a sample sheet, in TensorBoard."""
         if not self.enabled:
             return
         if self._board is not None:
@@ -159,7 +166,7 @@ class RunLog:
             self._also.picture(update, path)
 
     def message(self, text: str) -> None:
-        """Print a line for the user above the progress bar."""
+        """Print a line above the progress bar."""
         if not self.enabled:
             return
         if self._progress is None:
@@ -168,7 +175,7 @@ class RunLog:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def sync(self, *, tensorboard: bool = True) -> None:
-        """Force the log onto the disk; called before a checkpoint, which must not outlive it."""
+        """Flush the log to disk; called before a checkpoint, which the log must not lag behind."""
         if self.enabled:
             os.fsync(self._file.fileno())
             if tensorboard and self._board is not None:
@@ -195,23 +202,23 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        # A disk that is full fails again here; the first failure is the one to hear of.
+        # A full disk fails here again; the first error is the one to report.
         with contextlib.suppress(*(() if kind is None else (OSError,))):
             self.close()
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """Keep silent of a disk that refuses TensorBoard's thread: the next call here raises it."""
+        """Ignore disk errors of TensorBoard's thread, because the next write here raises them."""
         if not issubclass(failure.exc_type, OSError):
             self._hook(failure)
 
     def _open_board(self, folder: Path, done: int) -> SummaryWriter | None:
-        # Imported here: it takes seconds, and the other ranks and commands never need it.
+        # Import it here: this takes seconds, and the other ranks and commands do not need it.
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             self.message(
-                f"no TensorBoard files ({error}): {LOG_NAME} holds every metric, and `pip install "
-                "tensorboard` brings them"
+                f"no TensorBoard files ({error}): {LOG_NAME} has all metrics; for TensorBoard, "
+                "`pip install tensorboard`"
             )
             return None
         return SummaryWriter(str(folder), purge_step=done + 1)
@@ -227,7 +234,7 @@ class RunLog:
                 TimeRemainingColumn,
             )
         except ImportError as error:
-            self.message(f"no progress bar ({error}): `pip install rich` brings it")
+            self.message(f"no progress bar ({error}): to get one, `pip install rich`")
             return
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -242,17 +249,21 @@ class RunLog:
         )
         self._progress.start()
 
-    def _expect(self, update: int, seconds: float | None) -> None:
-        """Say once how long the rest of the run will take."""
-        if seconds is None or len(self._seconds) == _SHOWN:
+    def _expect(self, update: int, seconds: float, waited: float) -> None:
+        """Print once how long the rest should take, and whether much of it is waiting for data."""
+        if len(self._seconds) == _SHOWN:
             return
         self._seconds.append(seconds)
+        self._waits.append(waited)
         left = self._total - update
         if len(self._seconds) < _SHOWN or not left:
             return
         each = statistics.median(self._seconds)
         time_left = timedelta(seconds=round(each * left))
-        self.message(f"  expected time: {time_left} for {left:,} updates of {each:.2g} s")
+        self.message(f"  expected time: {time_left} for {counted(left, 'update')} of {each:.2g} s")
+        share = statistics.median(self._waits) / max(each, 1e-9)
+        if share > _MUCH_WAITING:
+            self.message(f"  {share:.0%} of it is spent waiting for data: raise --data.num-workers")
 
     def _show(self, update: int, shown: str) -> None:
         if self._progress is not None:
@@ -272,14 +283,14 @@ class RunLog:
 
 
 def _figures(metrics: Mapping[str, float]) -> str:
-    """The two metrics that a progress line has room for: losses, if there are any."""
+    """Return the two metrics that fit into a progress line, preferably losses."""
     losses = [key for key in metrics if key.endswith("loss")]
     chosen = [*losses, *(key for key in metrics if key not in losses)][:2]
     return "  ".join(f"{_short(key)} {float(metrics[key]):.4g}" for key in chosen)
 
 
 def _short(key: str) -> str:
-    """A metric's name as the line has it: of G, of D, or its last part."""
+    """Return a metric's short name for the progress line."""
     part, _, kind = key.rpartition("/")
     network = {"generator": "G ", "discriminator": "D "}.get(part, "")
     held_out = "held-out " if part.startswith("heldout/") else ""
@@ -305,7 +316,7 @@ def _write_all(file: io.RawIOBase, data: bytes, path: Path) -> None:
 
 
 def _open_after(file: Path, done: int) -> io.RawIOBase:
-    """Open the log for appending behind the line of `done`, dropping what is later."""
+    """Open a log for appending after the line of update `done`, and drop later lines."""
     if file.exists():
         lines = log_lines(file)
         kept = "".join(line for line in lines if json.loads(line)["step"] <= done)
@@ -319,13 +330,13 @@ def _open_after(file: Path, done: int) -> io.RawIOBase:
 
 
 def model_flops(passes: Sequence[Pass], latent_shape: tuple[int, ...]) -> float | None:
-    """Of one sample of an update; None for a network that nobody has counted, or sizes that its
-    counter does not take.
+    """Return the model's FLOPs for one sample of an update.
 
-    Text is left out, but in Wan, which pads every prompt to one length.
+    Returns None for a network without a counter, or sizes that its counter does not take. Text is
+    not counted, except in Wan, which pads every prompt to one length.
 
     Args:
-        passes: of the stage, see `Stage.passes`.
+        passes: the passes of the stage, see `Stage.passes`.
         latent_shape: (T, H, W) of the sample.
     """
     total = 0.0
@@ -333,7 +344,7 @@ def model_flops(passes: Sequence[Pass], latent_shape: tuple[int, ...]) -> float 
         config: Any = one.backbone.config
         if type(config) not in COUNTERS:
             return None
-        # A discriminator has lost the blocks that no head reads.
+        # A discriminator has no blocks after its last head.
         flops = _forward_flops(dataclasses.replace(config, depth=one.backbone.depth), latent_shape)
         if flops is None:
             return None
@@ -342,7 +353,7 @@ def model_flops(passes: Sequence[Pass], latent_shape: tuple[int, ...]) -> float 
 
 
 def _forward_flops(config: Any, latent_shape: tuple[int, ...]) -> float | None:
-    """Counted once for each network and size: it is asked for in every update."""
+    """Return the FLOPs of a forward pass, cached because every update needs them."""
     key = repr((config, latent_shape))
     if key not in _COUNTED:
         frames, height, width = latent_shape
@@ -355,7 +366,7 @@ def _forward_flops(config: Any, latent_shape: tuple[int, ...]) -> float | None:
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """The vendor's figure for dense bf16 of the GPU that is here; None if it is not known."""
+    """Return the vendor's figure for dense bf16 on this GPU, in TFLOP/s; None if unknown."""
     if device.type != "cuda":
         return None
     here = torch.cuda.get_device_name(device).upper()
@@ -367,10 +378,10 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def probe_seconds(device: torch.device) -> float:
-    """How long a product of one size takes here, now.
+    """Return the seconds that a fixed set of matrix products takes on this rank now.
 
-    A rank that computes slower than the others is found so: they wait for it inside an update,
-    which therefore takes as long on all.
+    This finds a rank that computes slower than the others. The length of an update does not show
+    it, because all ranks wait for the slowest.
     """
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
     x = torch.ones(size, size, dtype=dtype, device=device)
@@ -390,13 +401,13 @@ def _wait(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Update:
-    """An update that is done.
+    """A finished update.
 
     Attributes:
-        seconds: that it took.
-        waited: of them for data, on this rank.
-        samples: over all ranks.
-        latent_shape: (T, H, W) of each; None if it is not known.
+        seconds: its duration.
+        waited: seconds of it that this rank waited for data.
+        samples: samples on all ranks.
+        latent_shape: (T, H, W) of each sample; None if unknown.
     """
 
     seconds: float
@@ -406,7 +417,7 @@ class Update:
 
 
 def speed(update: Update, passes: Sequence[Pass], parallel: Parallel) -> dict[str, float]:
-    """Figures for `speed.jsonl`; every rank must call it."""
+    """Return the figures for `speed.jsonl`. Collective."""
     seconds = max(update.seconds, 1e-9)
     found = {
         "speed/seconds_per_update": update.seconds,
@@ -436,9 +447,9 @@ def speed(update: Update, passes: Sequence[Pass], parallel: Parallel) -> dict[st
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that this process had: of the GPU's memory in tensors, or of main memory.
+    """Return this process's peak memory in bytes: that of tensors on a GPU, else main memory.
 
-    None where that is not known.
+    Returns None if it is unknown.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))

@@ -1,4 +1,4 @@
-"""One stage under way: its updates, what is written of them, and what is saved when one fails."""
+"""The training loop of a stage: updates, logs, checkpoints, and saving after errors."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ from apt.train.weights_and_biases import WandbLog
 __all__ = ["Run"]
 
 PLOT_SECONDS = 60.0
-"""Between drawings of `losses.png` while a run goes on, which are made with checkpoints."""
+"""Least time between drawings of `losses.png`, which happen at checkpoints."""
 
 T = TypeVar("T")
 
 
 class _Stop(BaseException):
-    """The run was asked to stop between two micro-batches; nothing catches it on its way."""
+    """Stop between two micro-batches. Not an Exception, so that nothing in between catches it."""
 
 
 class Run:
-    """One stage under way: what is trained, how far it is, and where it is written."""
+    """A running stage: what it trains, its progress, and its files."""
 
     def __init__(
         self,
@@ -91,13 +91,13 @@ class Run:
         self.monitor = CollapseMonitor(config.monitor)
         self.models = model_identities(config)
         self.notes: list[str] = []
-        self.saved = self.position  # of the newest checkpoint
+        self.saved = self.position  # the position of the newest checkpoint
         self.began_to_save = time.monotonic()
         self.moved = self._moves()
-        self.at = "start"  # what an update is at
-        self.stoppable = False  # between micro-batches
-        self.told: Exception | None = None  # the error that a checkpoint was saved after
-        self.waited = 0.0  # seconds of this update, for data
+        self.at = "start"  # the part of the update
+        self.stoppable = False  # whether to stop between micro-batches
+        self.told: Exception | None = None  # the error after which a checkpoint was saved
+        self.waited = 0.0  # seconds of this update spent waiting for data
         self.heldout: HeldOut | None = None
         self.latent_shape: tuple[int, ...] | None = None  # of the newest samples
         self.draws = True
@@ -105,26 +105,26 @@ class Run:
 
     @property
     def done(self) -> int:
-        """Whole updates."""
+        """Number of whole updates."""
         return int(self.state["update"])
 
     @property
     def position(self) -> tuple[int, int]:
-        """Whole updates, and parts of the next one."""
+        """Number of whole updates, and of parts of the next one."""
         return self.done, len(self.progress.parts)
 
     def train(self) -> None:
-        """Updates until the end or a stop request; then the finished model."""
+        """Run updates until the end or a stop request; at the end, export the model."""
         try:
             with (
                 explained(self.config.run_dir),
                 watched(self.parallel.rank, self.parallel.world_size, self._place),
             ):
                 self._train()
-        except FolderInUse:  # what is in the folder is another's now
+        except FolderInUse:  # the folder belongs to another process now
             raise
         except Exception as error:
-            # A disk that refuses is in the error already.
+            # If the disk fails here too, the error already says so.
             with contextlib.suppress(OSError):
                 self._write_state("failed", " ".join(str(error).split()))
             raise
@@ -168,13 +168,13 @@ class Run:
                 return
             self.export(self.run_dir / EXPORT, updates=self.done)
             self.parallel.on_main(self._plot)
-        # The next stage, on any rank, reads what rank 0 has written.
+        # This also makes all ranks wait, because the next stage reads what rank 0 wrote.
         self.parallel.on_main(lambda: self._write_state("finished"))
 
     def update(self) -> bool:
-        """One update, or the rest of one; False if the run is to stop before it is whole.
+        """Run one update, or the rest of one; return False if the run should stop before its end.
 
-        A stop between two micro-batches gives up the part under way, which has moved nothing yet.
+        A stop between two micro-batches discards the current part, which has changed no weights.
         """
         begin, config = time.monotonic(), self.config
         self.waited = 0.0
@@ -198,13 +198,13 @@ class Run:
             except _Stop:
                 return False
             except NonFiniteGradient as error:
-                if self.parallel.world_size > 1:  # the norm is that of all ranks, and so the error
+                if self.parallel.world_size > 1:  # all ranks have the same norm, so all raise
                     self._save_after_error()
                 where = where_not_finite(error, self.stage.trained, part, batches, self.done)
                 raise self._not_finite(f"{name}: {where}") from error
             means = self.parallel.mean(found)
             for trained in self.stage.trained.values():
-                trained.zero_grad()  # the next part is another network's, and needs the memory
+                trained.zero_grad()  # the next part trains another network, and needs the memory
             self._check_finite(means)
             self.progress.finish(name, means)
             self.moved = self._moves()
@@ -221,9 +221,11 @@ class Run:
         return True
 
     def _record(self, begin: float, shown: Sequence[MicroBatch] | None) -> dict[str, float]:
-        """Everything that is written of an update whose weights have moved; returns its metrics.
+        """Write all records of an update whose weights have changed; return its metrics.
 
-        It began at `begin`. `shown` are the micro-batches of an update that has a sample sheet.
+        Args:
+            begin: when the update began.
+            shown: its micro-batches, if it has a sample sheet.
         """
         config, update = self.config, self.done + 1
         metrics = dict(self.progress.metrics)
@@ -250,7 +252,7 @@ class Run:
         return metrics
 
     def _show(self, update: int, batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Write a sample sheet if there is something to show; returns what the monitor looks at."""
+        """Write a sample sheet if there is something to show; return metrics for the monitor."""
         config, stage = self.config, self.stage
         preview = self.compute(lambda: draw_samples(stage, config, batches))
         if preview is None:
@@ -259,14 +261,14 @@ class Run:
         if pixels is not None:
             path = self.run_dir / "samples" / f"{update:08d}.png"
             title = f"{config.name}, update {update}"
-            self.attempt_on_main(partial(write_sheet, path, pixels, preview.names, title))
+            self.attempt_on_main(partial(write_sheet, path, pixels, preview, title))
             self.attempt_on_main(partial(self.log.picture, update, path))
         if not preview.generated:
             return {}
         return sample_statistics(preview.latents if pixels is None else pixels)
 
     def _measure(self, heldout: HeldOut) -> dict[str, float]:
-        """The loss on clips that are not trained on."""
+        """Measure losses on held-out clips."""
 
         def prepare(batch: Batch) -> MicroBatches:
             return MicroBatches(self.stage, iter([batch]).__next__, 1)
@@ -299,7 +301,7 @@ class Run:
     # --- work that may fail -------------------------------------------------------------------
 
     def attempt(self, work: Callable[[], T]) -> T:
-        """Work of this rank by itself; if it fails on any, all save what is done, and raise."""
+        """Run work that this rank does alone; if it fails on any rank, all save and raise."""
         result: T | None = None
         problem: Exception | None = None
         try:
@@ -309,7 +311,7 @@ class Run:
         try:
             self.parallel.agree(problem)
         except Exception as error:
-            # Not again after an attempt inside this one, nor without the other ranks.
+            # Do not save twice for nested attempts, nor when the other ranks are unreachable.
             if error is not self.told and not is_of_a_collective(error):
                 self.told = error
                 self._save_after_error()
@@ -317,18 +319,19 @@ class Run:
         return result  # type: ignore[return-value]
 
     def attempt_on_main(self, work: Callable[[], object]) -> None:
-        """The same for work of rank 0."""
+        """Run work on rank 0 like `attempt`."""
         self.attempt(lambda: work() if self.parallel.is_main else None)
 
     def compute(self, work: Callable[[], T]) -> T:
-        """Work in which ranks need each other.
+        """Run work that involves communication.
 
-        A single process saves if it fails; of several, the others cannot be asked to.
+        If it fails, a single process saves; several ranks cannot, because the others may be stuck
+        in a collective.
         """
         return self.attempt(work) if self.parallel.world_size == 1 else work()
 
     def _stoppable(self, work: Callable[[], T]) -> T:
-        """The same for a part of an update, which a stop request ends before a micro-batch."""
+        """Run a part of an update like `compute`; a stop request ends it before a micro-batch."""
         self.stoppable = True
         try:
             return self.compute(work)
@@ -336,33 +339,35 @@ class Run:
             self.stoppable = False
 
     def _save_after_error(self) -> None:
-        """Save what is done, unless it is saved, or weights may have been moved in part."""
+        """Save the progress, unless it is already saved or weights may be partly updated."""
         try:
             self._settle()
         except CheckpointError as failure:
-            self.log.message(f"a checkpoint is not written: {failure}")
+            self.log.message(f"a checkpoint could not be written: {failure}")
         if self._moves() != self.moved:
             return
         if self.saved != self.position:
             try:
                 self.save(tensorboard=False)
                 self._settle()
-            except Exception as failure:  # the error that led here is the one to raise
-                self.log.message(f"the state after update {self.done} is not saved: {failure}")
+            except Exception as failure:  # the caller raises the error that led here
+                self.log.message(
+                    f"the state after update {self.done} could not be saved: {failure}"
+                )
                 return
         if self.saved != (0, 0):
-            self.log.message(f"saved after {self._where()}; --resume continues there")
+            self.log.message(f"saved after {self._where()}; --resume continues from there")
 
     def _where(self) -> str:
-        parts = f" and the {' and '.join(self.progress.parts)} of the next"
+        parts = f" and the {' and '.join(self.progress.parts)} step of the next"
         return f"update {self.done}{parts if self.progress.parts else ''}"
 
     def _moves(self) -> int:
-        """How often weights began to move."""
+        """Return how often optimiser steps have begun."""
         return sum(trained.moves for trained in self.stage.trained.values())
 
     def _due(self) -> bool:
-        """Whether it is time for a checkpoint; rank 0's clock counts."""
+        """Return whether a checkpoint is due; rank 0's clock decides."""
         config = self.config
         if self.done % config.checkpoint_every == 0 or self.done == config.num_updates:
             return True
@@ -373,7 +378,7 @@ class Run:
         return self.parallel.any(self.parallel.is_main and passed >= seconds)
 
     def save(self, *, tensorboard: bool = True) -> None:
-        """Begin to write a checkpoint, and then delete old ones; waits for the one before."""
+        """Start writing a checkpoint, after the previous one; then old ones are deleted."""
         self._settle()
         self.parallel.on_main(self.lock.check)
         self.parallel.on_main(lambda: self.log.sync(tensorboard=tensorboard))
@@ -390,7 +395,7 @@ class Run:
             self._settle()
 
     def _settle(self) -> None:
-        """Wait until the checkpoint that was begun is there. Raises CheckpointError if it fails."""
+        """Wait for the checkpoint that is being written. Raises CheckpointError if it fails."""
         self.saved = self.saver.wait() or self.saved
 
     def _check_finite(self, metrics: Mapping[str, float]) -> None:
@@ -404,17 +409,17 @@ class Run:
         return TrainingStopped(
             f"{what} became NaN or infinite in update {self.done + 1}; "
             f"{kept if self.saved[0] else 'nothing was saved yet'}. Lower the learning rate or "
-            "raise the R1 weight, and start again, or look for broken samples in the data"
+            "raise the R1 weight and start again, or look for broken samples in the data"
         )
 
     # --- what it reads and writes -------------------------------------------------------------
 
     def _stops(self) -> bool:
-        """Whether the run is to stop, on any rank."""
+        """Return whether any rank should stop."""
         return self.parallel.any(self.stop.requested or self.lock.lost)
 
     def _micro_batches(self) -> MicroBatches:
-        """This rank's share of the next update."""
+        """Return this rank's micro-batches of the next update."""
         share = share_of_rank(self.config.batch_size, self.parallel.data_size)
         number = num_micro_batches(share, self.config.micro_batch_size)
         return MicroBatches(
@@ -422,11 +427,11 @@ class Run:
         )
 
     def _place(self) -> str:
-        """Where the run is, for other ranks that wait for this one."""
+        """Return where the run is, for the errors of ranks that wait for this one."""
         return f"update {self.done + 1}, {self.at}"
 
     def _between(self, number: int) -> None:
-        """Stop before a micro-batch, unless weights have moved since the last part."""
+        """Stop before a micro-batch if requested, unless this part has changed weights."""
         self.at = f"{self.at.partition(',')[0]}, micro-batch {number + 1}"
         if self.stoppable and self._moves() == self.moved and self._stops():
             raise _Stop
@@ -438,25 +443,25 @@ class Run:
         return batch
 
     def _watch_latents(self, pixels: Tensor | None, latents: Tensor) -> None:
-        """Note the shape; say once if the codec's statistics are those of other data."""
+        """Record the latent shape; warn once if the codec's statistics do not fit the data."""
         self.latent_shape = tuple(latents.shape[2:])
         if self.parallel.is_main and self.statistics is not None:
             self._warn(self.statistics.observe(pixels, latents))
 
     def export(self, folder: Path, *, updates: int, weights: str = "ema") -> None:
-        """Write what the stage trains as a folder; every rank must call it."""
+        """Export what the stage trains to a folder. Collective."""
         save_outcome(
             self.stage, self.config, self.parallel, folder, updates=updates, weights=weights
         )
 
     def _plot_now_and_then(self) -> None:
-        """Draw the curves of a run under way, at most once a minute."""
+        """Draw the curves of the running stage, at most once a minute."""
         if time.monotonic() - self.drawn >= PLOT_SECONDS:
             self._plot()
             self.drawn = time.monotonic()
 
     def _plot(self) -> None:
-        """Draw the curves; a run does not fail for want of matplotlib, and says so once."""
+        """Draw the curves; without matplotlib, print a message once instead of failing."""
         if not self.draws:
             return
         try:
@@ -464,12 +469,12 @@ class Run:
         except ImportError as error:
             self.draws = False
             self.log.message(
-                f"no losses.png ({error}): `pip install matplotlib`, then "
-                "`apt.train.plots.plot_losses`"
+                f"no losses.png ({error}): to draw it, `pip install matplotlib`, and call "
+                "apt.train.plots.plot_losses"
             )
 
     def _open_log(self) -> RunLog:
-        """The log, which only rank 0 has."""
+        """Open the log, which writes only on rank 0."""
         run_dir, total, title = self.run_dir, self.config.num_updates, self.config.name
         logs = [RunLog(run_dir, total, self.done, enabled=False, title=title)]
 

@@ -1,4 +1,4 @@
-"""The JSON file that vouches for a checkpoint: what is in it, and the SHA-256 of every file."""
+"""The manifest of a checkpoint: a JSON file with its contents and the SHA-256 of every file."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def check_file(file: Path, expected: dict[str, Any]) -> None:
     """Compare a file with its recorded fingerprint.
 
     Raises:
-        CheckpointError: it is missing, has another size, or other contents.
+        CheckpointError: it is missing, or has another size or other contents.
     """
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
     size = file.stat().st_size
-    if size != expected["size"]:  # told apart from corruption, and cheaper to find
+    if size != expected["size"]:  # cheaper than a hash, and not the same as corruption
         raise CheckpointError(f"{file} has {size} bytes, expected {expected['size']}")
     if fingerprint(file) != expected:
         raise CheckpointError(f"{file} is corrupt: its SHA-256 is not the recorded one")
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write `content` under its own SHA-256 into `folder` and flush both to disk."""
+    """Write `content` and its SHA-256 as the manifest of `folder`, and flush both to disk."""
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(_encode({**content, "format": FORMAT}))
         file.flush()
@@ -50,10 +50,10 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what `write_manifest` wrote, and nothing else: every byte is checked.
+    """Return the content that `write_manifest` wrote; any changed byte is an error.
 
     Raises:
-        CheckpointError: no manifest, a damaged one, or one of another format.
+        CheckpointError: the manifest is missing, damaged, or of another format.
     """
     file = folder / MANIFEST
     if not folder.is_dir():
@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is damaged: it does not match its own SHA-256")
     if content["format"] != FORMAT:
         raise CheckpointError(
-            f"{folder} has the checkpoint format {content['format']!r}; this version reads {FORMAT}"
+            f"{folder} has checkpoint format {content['format']!r}, but this version reads {FORMAT}"
         )
     return dict(content)
 

@@ -1,5 +1,7 @@
-"""What a run is watched for: the ways in which adversarial training fails (APT Secs. 3.2-3.4 and
-5.1, App. E), and latents that have not about unit variance."""
+"""Monitor a run for the failures of adversarial training, and for latents of wrong variance.
+
+The failures are those of APT Secs. 3.2-3.4, Sec. 5.1 and App. E.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ __all__ = [
     "sample_statistics",
 ]
 
-# The names under which the trainer reports what is watched here.
+# Names of the trainer's metrics that are monitored here.
 DISCRIMINATOR_LOSS = "discriminator/loss"
 LOGIT_GAP = "discriminator/logit_gap"
 INPUT_GRADIENT = "discriminator/input_gradient"
@@ -35,30 +37,32 @@ RELATIVE_DIVERSITY = "samples/relative_diversity"
 
 
 class TrainingStopped(InputError, RuntimeError):
-    """The run ended itself, to save time and the last good state."""
+    """The run stopped itself, to save time and keep the last good state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """What counts as a collapse, and what to do about it.
+    """What counts as a collapse, and what to do then.
 
-    A check raises its alarm after some observations in a row beyond its limit, and again after
-    `repeat` further ones. A limit of 0 switches its check off.
+    A check raises an alarm after several observations in a row beyond its limit, and another after
+    every `repeat` further ones. A limit of 0 turns its check off.
 
     Attributes:
         action: `"warn"`, or `"stop"` to end the run with `TrainingStopped`.
-        patience: updates in a row that make an alarm.
+        patience: number of updates in a row beyond a limit that raise an alarm.
         sample_patience: the same for samples, which are drawn far less often.
         repeat: observations after which a lasting condition is reported again.
-        min_discriminator_loss: adversarial part of D's loss, penalties excluded. 1.386 is where
-            the non-saturating loss starts.
-        max_logit_gap: mean logit of real minus generated samples, while it is still growing.
+        min_discriminator_loss: lower limit of the adversarial part of D's loss, without penalties.
+            The non-saturating loss starts at 1.386.
+        max_logit_gap: upper limit of the mean logit of real minus generated samples, while this gap
+            is still growing.
         growth: factor by which the gap must exceed the one `patience` observations ago.
-        min_input_gradient: norm of D's gradient at its input.
-        min_contrast: standard deviation inside a sample, pixels in [-1, 1].
-        min_diversity: standard deviation between samples at the same pixel, in [-1, 1].
-        min_relative_contrast, min_relative_diversity: the same of the samples that D sees, in every
-            update, as shares of what real ones have.
+        min_input_gradient: lower limit of the norm of D's gradient at its input.
+        min_contrast: lower limit of the standard deviation inside a sample, pixels in [-1, 1].
+        min_diversity: lower limit of the standard deviation between samples at the same pixel, in
+            [-1, 1].
+        min_relative_contrast, min_relative_diversity: the same for the samples that D sees in every
+            update, relative to those of real samples.
     """
 
     action: Literal["warn", "stop"] = "warn"
@@ -76,7 +80,7 @@ class MonitorConfig:
 
     def __post_init__(self) -> None:
         if self.action not in ("warn", "stop"):
-            raise ConfigError(f"monitor action {self.action!r} is neither 'warn' nor 'stop'.")
+            raise ConfigError(f"monitor action {self.action!r} must be 'warn' or 'stop'.")
         for name in ("patience", "sample_patience", "repeat"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"monitor {name} must be at least 1, got {getattr(self, name)}.")
@@ -84,7 +88,7 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class CollapseWarning:
-    """One alarm: which check, at which update, what was seen, and what to try."""
+    """An alarm: the check, the update, the observation, and advice."""
 
     check: str
     step: int
@@ -103,19 +107,19 @@ _ADVICE = {
     INPUT_GRADIENT: "The generator learns nothing from this discriminator: lower the R1 weight or "
     "sigma if D's loss is still high, raise them if it is near zero.",
     SAMPLE_CONTRAST: "The generator has collapsed to plain colour: go back to an earlier "
-    "checkpoint, with a stronger R1 or a lower learning rate.",
+    "checkpoint, and raise the R1 weight or lower the learning rate.",
     SAMPLE_DIVERSITY: "The generator has collapsed to one picture: go back to an earlier "
-    "checkpoint, with a larger batch or a stronger R1.",
+    "checkpoint, and use a larger batch or raise the R1 weight.",
 }
 _ADVICE[RELATIVE_CONTRAST] = _ADVICE[SAMPLE_CONTRAST]
 _ADVICE[RELATIVE_DIVERSITY] = _ADVICE[SAMPLE_DIVERSITY]
 
 
 class CollapseMonitor:
-    """Watches metrics and tells when a run is collapsing.
+    """Watches metrics, and raises alarms if a run is collapsing.
 
-    A metric that an observation lacks is left alone: samples, for one, are drawn only at times.
-    The state is not saved: after a resume each check needs its `patience` anew.
+    Metrics may be missing in an observation, because samples, for example, are only drawn now and
+    then. The state is not saved: after a resume, each check starts counting again.
     """
 
     def __init__(self, config: MonitorConfig) -> None:
@@ -124,7 +128,7 @@ class CollapseMonitor:
         self._streaks: dict[str, int] = {}
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[CollapseWarning]:
-        """Look at the metrics of an update; return the alarms it raises, mostly none.
+        """Check the metrics of an update, and return the alarms, usually none.
 
         Args:
             step: number of updates done.
@@ -145,7 +149,7 @@ class CollapseMonitor:
         return alarms
 
     def _symptoms(self, metrics: Mapping[str, float]) -> list[tuple[str, str | None]]:
-        """For every check that can be made: its name and what was seen, `None` if all is well."""
+        """Return name and symptom of every check that has a metric; None if all is well."""
         c = self.config
         lower_limits = {
             DISCRIMINATOR_LOSS: (c.min_discriminator_loss, "the discriminator's loss is"),
@@ -154,11 +158,11 @@ class CollapseMonitor:
             SAMPLE_DIVERSITY: (c.min_diversity, "the difference between the samples is"),
             RELATIVE_CONTRAST: (
                 c.min_relative_contrast,
-                "the contrast inside the samples, as a share of the real ones', is",
+                "the contrast inside the samples, relative to real ones, is",
             ),
             RELATIVE_DIVERSITY: (
                 c.min_relative_diversity,
-                "the difference between the samples, as a share of the real ones', is",
+                "the difference between the samples, relative to real ones, is",
             ),
         }
         found: list[tuple[str, str | None]] = []
@@ -185,15 +189,15 @@ class CollapseMonitor:
 
 
 def sample_statistics(pixels: Tensor) -> dict[str, float]:
-    """Measure what betrays collapsed samples.
+    """Measure contrast and diversity of samples, which are low after a collapse.
 
     Args:
         pixels: (B, 3, T, H, W) in [-1, 1].
 
     Returns:
-        `samples/contrast`: standard deviation over the positions of a sample, mean over samples
-        and colours; 0 for plain colour. `samples/diversity`: standard deviation over the batch
-        at a position, mean over positions; 0 for identical samples, absent for a single one.
+        `samples/contrast`: standard deviation over the positions of a sample, averaged over samples
+        and colours; 0 for plain colour. `samples/diversity`: standard deviation over the batch at a
+        position, averaged over positions; 0 for identical samples, absent for a single one.
     """
     pixels = pixels.detach().to(torch.float32)
     statistics = {SAMPLE_CONTRAST: pixels.flatten(2).std(dim=2, correction=0).mean().item()}
@@ -203,19 +207,20 @@ def sample_statistics(pixels: Tensor) -> dict[str, float]:
 
 
 NUM_CLIPS = 16
-# Beyond these, timesteps mean another amount of noise than the recipes were made for.
+# Beyond these limits, timesteps correspond to other amounts of noise than recipes were made for.
 _PIXEL_SHIFT, _PIXEL_SCALE, _LATENT_SCALE = 0.5, 1.5, 2.0
 
 
 class LatentStatistics:
-    """Whether a codec's statistics are those of the data, by the first clips of a run.
+    """Checks on the first clips of a run whether a codec's statistics fit the data.
 
-    The lossless codec says in its config which mean and standard deviation of pixels it was fitted
-    to, and these are compared; of other codecs the root mean square of the latents is looked at.
+    The config of the lossless codec has the mean and standard deviation of the pixels that it was
+    fitted to, and these are compared. For other codecs, the root mean square of the latents is
+    checked.
 
     Args:
-        codec_config: of the codec, or of the one that made a cache.
-        chosen: whether the run chose it; otherwise it is that of the model it starts from.
+        codec_config: config of the codec, or of the one that made a cache.
+        chosen: whether the run chose the codec, rather than the model that it starts from.
     """
 
     def __init__(self, codec_config: Any, *, chosen: bool) -> None:
@@ -229,7 +234,7 @@ class LatentStatistics:
         self._of_pixels: bool | None = None
 
     def observe(self, pixels: Tensor | None, latents: Tensor) -> str | None:
-        """Take some clips in; what is wrong, once enough of them were seen.
+        """Add some clips; once there are enough, return what is wrong with them, if anything.
 
         Args:
             pixels: (b, 3, T, H, W), None in a run on a latent cache.
@@ -246,7 +251,7 @@ class LatentStatistics:
         return self.verdict() if self._clips >= NUM_CLIPS else None
 
     def verdict(self) -> str | None:
-        """What is wrong with the clips so far, if that was not told; for the end of a short run."""
+        """Return what is wrong with the clips so far, once; for the end of a short run."""
         if self._judged or not self._clips:
             return None
         self._judged = True
@@ -258,24 +263,24 @@ class LatentStatistics:
         if fits and codec.std / _PIXEL_SCALE <= std <= codec.std * _PIXEL_SCALE:
             return None
         return (
-            f"the codec's statistics are of other data: it takes pixels to have mean "
-            f"{codec.mean:g} and standard deviation {codec.std:g}, and the first {self._clips} "
-            f"clips have {mean:.2f} and {std:.2f}. {self._remedy(mean, std)}"
+            f"the codec's statistics do not fit the data: it expects pixels with mean "
+            f"{codec.mean:g} and standard deviation {codec.std:g}, but the first clips "
+            f"({self._clips}) have {mean:.2f} and {std:.2f}. {self._remedy(mean, std)}"
         )
 
     def _of_latents(self, size: float) -> str | None:
         if 1 / _LATENT_SCALE <= size <= _LATENT_SCALE:
             return None
         return (
-            f"the codec's statistics are of other data: latents of the first {self._clips} clips "
-            f"have a root mean square of {size:.2f} instead of 1, so timesteps mean another amount "
-            "of noise than the recipe was made for"
+            f"the codec's statistics do not fit the data: latents of the first clips "
+            f"({self._clips}) have a root mean square of {size:.2f} instead of 1, so timesteps "
+            "correspond to other amounts of noise than the recipe was made for"
         )
 
     def _remedy(self, mean: float, std: float) -> str:
         if not self._chosen:
             return (
-                "This stage keeps the codec of the model that it starts from: expect less, or "
-                "pre-train on these data"
+                "This stage keeps the codec of the model that it starts from: expect lower "
+                "quality, or pre-train on this data"
             )
         return f"Start again with mean {mean:.2f} and std {std:.2f} in --model.codec-options"

@@ -1,8 +1,8 @@
-"""A network that trains: its optimiser, its average, and its tensors by name.
+"""Networks in training: optimiser, EMA, and tensors by name.
 
-`model_state` and `optimizer_state` return the very tensors that train, not copies. A checkpoint is
-therefore restored by loading into them in place, and the same state works in one process (plain
-tensors) and under FSDP2 (DTensors, each rank holding its shard).
+`model_state` and `optimizer_state` return the tensors in training themselves, not copies. So a
+checkpoint is restored by loading into them in place, and the same code works in one process (plain
+tensors) and under FSDP2 (DTensors, of which each rank holds its shard).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ from apt.train.witness import Rehearsed
 
 
 class NonFiniteGradient(ArithmeticError):
-    """Gradients are NaN or infinite, or their norm is; no weight has moved.
+    """Gradients or their norm are NaN or infinite; no weight has changed.
 
     Attributes:
-        names: of the parameters whose gradients are, in this rank's shard.
+        names: parameters with such gradients in this rank's shard.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -44,7 +44,7 @@ class NonFiniteGradient(ArithmeticError):
 
 @dataclass
 class Trained:
-    """A network that is trained, with its optimiser and, for generators, its EMA."""
+    """A network in training, with its optimiser and, for generators, its EMA."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -52,28 +52,41 @@ class Trained:
     num_updates: int
     ema: EMA | None = None
     sharded: bool = False
-    """Whether its tensors lie over several ranks."""
+    """Whether its tensors are sharded over several ranks."""
     reduces_once: bool = False
     moves: int = 0
-    """How often its weights began to move, in this process."""
+    """How often an optimiser step has begun in this process."""
     rehearses: bool = False
-    """Whether `step` raises Rehearsed in place of moving anything."""
+    """Whether `step` raises Rehearsed instead of changing anything."""
+    _in_last_batch: bool = field(default=True, init=False)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def accumulated(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
-        """Micro-batches whose gradients add up, in a loop around forward and backward pass."""
+        """Yield micro-batches whose gradients add up, for a loop of forward and backward passes."""
         for number, batch in enumerate(batches, start=1):
-            if self.sharded:
-                last = number == len(batches)
-                reduce_gradients(self.module, last=last, once=self.reduces_once)
+            self._in_last_batch = number == len(batches)
+            self._prepare_backward(last=self._in_last_batch)
             yield batch
 
-    def step(self, update: int) -> float:
-        """Clip, move the weights and the EMA. `update` counts from 0. Returns the gradient norm.
+    def backward_passes(self, number: int) -> Iterator[int]:
+        """Yield once before each of several backward passes of a micro-batch.
 
-        Raises NonFiniteGradient before anything has moved.
+        What ranks do once per update happens in the last one.
+        """
+        for turn in range(number):
+            self._prepare_backward(last=self._in_last_batch and turn == number - 1)
+            yield turn
+
+    def _prepare_backward(self, *, last: bool) -> None:
+        if self.sharded:
+            reduce_gradients(self.module, last=last, once=self.reduces_once)
+
+    def step(self, update: int) -> float:
+        """Clip gradients, update weights and EMA, and return the norm of the gradients.
+
+        `update` counts from 0. Raises NonFiniteGradient before anything has changed.
         """
         if self.rehearses:
             raise Rehearsed
@@ -96,11 +109,11 @@ class Trained:
         return norm
 
     def rate(self, update: int) -> float:
-        """The learning rate of update number `update`, from 0."""
+        """Return the learning rate of update number `update`, from 0."""
         return learning_rate(self.config, update, self.num_updates)
 
     def state(self) -> dict[str, Any]:
-        """Everything that training changes, as live tensors by name."""
+        """Return everything that training changes, as live tensors by name."""
         state: dict[str, Any] = {
             "weights": model_state(self.module),
             "optimizer": optimizer_state(self.module, self.optimizer),
@@ -110,7 +123,7 @@ class Trained:
         return state
 
     def _gradient_norm(self, parameters: Sequence[Tensor]) -> float:
-        """The 2-norm of all gradients over all ranks."""
+        """Return the 2-norm of all gradients over all ranks."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return 0.0
@@ -119,7 +132,7 @@ class Trained:
 
 
 def learning_rate(config: OptimizerConfig, update: int, num_updates: int) -> float:
-    """The rate of update number `update`, from 0, of a run of `num_updates`."""
+    """Return the learning rate of update number `update`, from 0, of `num_updates`."""
     rise = (update + 1) / max(config.warmup_updates, 1)
     fall = (num_updates - update) / max(config.decay_updates, 1)
     return config.learning_rate * min(1.0, rise, fall if config.decay_updates else 1.0)
@@ -131,11 +144,17 @@ def make_optimizer(
     ema: EMA | None = None,
     slowed: tuple[nn.Module, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """RMSprop (APT Sec. 3.5) or AdamW over the parameters that train.
+    """Create RMSprop (APT Sec. 3.5) or AdamW for the parameters that train.
 
-    RMSprop also averages them, in the same pass over memory, if there is an EMA of the module of
-    constant decay. `slowed` is a part of the module and the share of the rate that it trains at,
-    which is `share` in its group.
+    If the module has an EMA with constant decay, RMSprop also updates the EMA, in the same pass
+    over memory.
+
+    Args:
+        module: the network.
+        config: the options of the optimiser.
+        ema: the EMA of the module, if any.
+        slowed: a part of the module, and the factor on its learning rate, which is `share` in its
+            parameter group.
     """
     part, share = slowed or (module, 1.0)
     apart = {id(p) for p in part.parameters()}
@@ -166,24 +185,24 @@ def make_optimizer(
 class EMA:
     """Exponential moving average of a module's weights (APT Sec. 3.5 and App. D: decay 0.995).
 
-    Keeps `ema = decay * ema + (1 - decay) * weights` beside a module.
+    Each update computes `ema = decay * ema + (1 - decay) * weights`.
 
-    Floating-point parameters are averaged in fp32 whatever their own dtype; persistent buffers
-    and integer tensors are copied as they are; parameters that do not train are left out, as their
-    average would be the same in twice the memory. The first value is the module's current one.
-    Under FSDP2 every rank averages its own shard, so nothing is communicated and the result is the
-    one of a single process.
+    Floating-point parameters are averaged in fp32, whatever their own dtype. Persistent buffers and
+    integer tensors are copied. Frozen parameters are left out, because their average is the same.
+    The average starts at the module's current weights. Under FSDP2, every rank averages its own
+    shard, without communication and with the result of a single process.
 
     Args:
-        module: the module to follow; sharding, if any, must already be done.
+        module: the module to average; shard it first, if at all.
         decay: in [0, 1]; the paper uses 0.995.
-        inside: the module that carries the average, of the same shape and sharded alike, in place
-            of memory of its own; what it has now is the first value. Nothing else may move it.
-        warmup: in update n, from 0, the decay is at most (1 + n) / (10 + n), so that an average of
-            few updates is not one of the weights that it began with.
+        inside: a module that holds the average instead of separate memory, of the same shape and
+            sharded in the same way. The average starts at its weights, which nothing else may
+            change.
+        warmup: limit the decay of update n, from 0, to (1 + n) / (10 + n), so that an average of
+            few updates does not consist of the first weights.
 
     Raises:
-        InputError: `decay` lies outside [0, 1].
+        InputError: `decay` is outside [0, 1].
     """
 
     def __init__(
@@ -195,7 +214,7 @@ class EMA:
         inside: nn.Module | None = None,
     ) -> None:
         if not 0.0 <= decay <= 1.0:
-            raise InputError(f"EMA decay {decay} is not in [0, 1]; the paper uses 0.995.")
+            raise InputError(f"EMA decay must be in [0, 1], got {decay}; the paper uses 0.995.")
         self.decay = decay
         self.warmup = warmup
         buffers = {name for name, _ in module.named_buffers()}
@@ -220,10 +239,9 @@ class EMA:
         }
 
     def lend(self, module: nn.Module) -> dict[Tensor, Tensor]:
-        """Averages by trained parameter, for an optimiser that moves both in one pass.
+        """Return averages by trained parameter, for an optimiser that updates both in one pass.
 
-        From now on whoever has them keeps them up to date, at the constant decay, and `update`
-        leaves them out.
+        From then on the optimiser must update them, with the constant decay; `update` skips them.
         """
         lent: dict[Tensor, Tensor] = {}
         for name, value in module.state_dict(keep_vars=True).items():
@@ -234,13 +252,13 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module, update: int = 0) -> None:
-        """Move the average one step towards the module's present weights, except what was lent.
+        """Update the average from the module's weights, except for what was lent.
 
-        `update` counts from 0; only the warm-up looks at it.
+        `update` counts from 0; only the warm-up uses it.
         """
         state = model_state(module)
         if self._inside is not None:
-            model_state(self._inside)  # so that it gathers its weights anew, see there
+            model_state(self._inside)  # resets its FSDP state, so that it gathers weights again
         shadows = [self._own(self._shadow[k]) for k in self._averaged]
         weights = [self._own(state[k]).to(torch.float32) for k in self._averaged]
         if shadows:
@@ -253,22 +271,24 @@ class EMA:
         return local(tensor) if self._sharded else tensor
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged tensors by name (live: loading into them in place restores).
+        """Return the averaged tensors by name; they are live, so loading in place restores them.
 
-        What does not train is not among them; the module has it.
+        Frozen parameters are not included; the module has them.
         """
         return dict(self._shadow)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` in; names, shapes and dtypes must match exactly.
+        """Copy `state` into the average; names, shapes and dtypes must match exactly.
 
         Raises:
             CheckpointError: names, shapes or dtypes differ.
         """
         if state.keys() != self._shadow.keys():
             odd = sorted(state.keys() ^ self._shadow.keys())
-            raise CheckpointError(f"the EMA state does not fit the model; differing names: {odd}")
+            raise CheckpointError(
+                f"the EMA state does not fit the model; these names differ: {odd}"
+            )
         for name, shadow in self._shadow.items():
             value = state[name]
             if value.shape != shadow.shape or value.dtype != shadow.dtype:
@@ -281,14 +301,14 @@ class EMA:
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Write the average into `module`, cast to the module's own dtypes."""
+        """Copy the average into `module`, cast to the module's dtypes."""
         state = model_state(module)
         for name, value in self._shadow.items():
             state[name].copy_(value)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Let `module` carry the average inside the `with` block; its weights come back."""
+        """Replace the weights of `module` by the average inside the block, then restore them."""
         state = model_state(module)
         kept = {name: state[name].clone() for name in self._shadow}
         self.copy_to(module)
@@ -302,22 +322,22 @@ class EMA:
 
 
 def model_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers by name, detached, sharing their storage.
+    """Return parameters and persistent buffers by name, detached but with the same storage.
 
     Args:
         module: any module, sharded with FSDP2 or not.
     """
-    # Only state_dict() is safe under FSDP2: its hook puts the sharded parameters back, while
-    # named_parameters() yields whole ones after a forward that was not resharded.
+    # Only state_dict() is safe under FSDP2: its hook restores the sharded parameters, while
+    # named_parameters() yields whole ones after a forward pass that did not reshard.
     return dict(module.state_dict())
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
     """Return the optimiser's tensors as `{parameter name: {state name: tensor}}`, live.
 
-    State that the optimiser has not created yet is created here as zeros, which is where
-    RMSprop, Adam(W) and SGD with momentum begin. Hyper-parameters are not part of it: they
-    belong to the configuration.
+    State that the optimiser has not created yet is created here as zeros, with which RMSprop,
+    Adam(W) and SGD with momentum begin. Hyper-parameters are not included; they belong to the
+    configuration.
 
     Args:
         module: owns every parameter that the optimiser updates.
@@ -333,8 +353,8 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     strangers = sum(id(p) not in names for p in parameters)
     if strangers:
         raise ValueError(
-            f"{strangers} of the optimiser's {len(parameters)} parameters are not in the module. "
-            "Make the optimiser after the module was sharded, from this module's parameters."
+            f"{strangers} of the optimiser's {len(parameters)} parameters are not in the module; "
+            "create the optimiser from this module's parameters, after sharding the module."
         )
     _create_missing_state(optimizer, parameters)
     return {
@@ -351,7 +371,7 @@ def _create_missing_state(optimizer: torch.optim.Optimizer, parameters: list[nn.
     rates = [group["lr"] for group in optimizer.param_groups]
     try:
         for p in parameters:
-            # Ones, not zeros: with eps = 0 RMSprop would divide zero by zero.
+            # Use ones: with zeros and eps = 0, RMSprop would divide zero by zero.
             p.grad = torch.ones_like(p) if id(p) in missing else None
         for group in optimizer.param_groups:
             group["lr"] = 0.0

@@ -1,4 +1,4 @@
-"""Objects that a run is given in Python, in place of what its configuration names."""
+"""Objects that a run is given in Python, instead of those that its configuration names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from apt.checkpoints.weights import shapes_of
 from apt.condition import TextEncoder
 from apt.data.builtin_sources import OBJECT
 from apt.data.clips import clip_size
-from apt.errors import ConfigError, InputError
+from apt.errors import ConfigError, InputError, counted
 from apt.methods.base import MethodConfig
 from apt.models.architectures import CODECS, MODELS, TEXT_ENCODERS
 from apt.models.transformer import DiffusionTransformer
@@ -28,11 +28,11 @@ from apt.train.config import DataConfig, TrainConfig
 __all__ = ["NO_OBJECTS", "Objects", "check_same_objects"]
 
 Kinds = Mapping[str, Mapping[str, Any]]
-"""What each object is, as a checkpoint records it."""
+"""Descriptions of objects, as a checkpoint records them."""
 
 
 class _Part(NamedTuple):
-    """What an object of a name has to be."""
+    """The requirements for an object."""
 
     kind: type[nn.Module]
     registry: Registry[Any]
@@ -48,13 +48,13 @@ _PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Objects:
-    """Objects in place of names; see `apt.train.run`.
+    """Objects to use instead of names; see `apt.train.run`.
 
     Attributes:
-        model: a backbone, in place of `config.model.name`.
-        text_encoder, codec: in place of those in `config.model`.
+        model: a backbone, instead of `config.model.name`.
+        text_encoder, codec: instead of those in `config.model`.
         bundles: models, by the field of the stage that would name them.
-        dataset: in place of `config.data.source`.
+        dataset: instead of `config.data.source`.
     """
 
     model: DiffusionTransformer | None = None
@@ -65,47 +65,47 @@ class Objects:
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """Those of a new model that are given, by name."""
+        """The given parts of a new model, by name."""
         found = {name: getattr(self, name) for name in _PARTS}
         return {name: part for name, part in found.items() if part is not None}
 
     def check(self, config: TrainConfig) -> None:
-        """Raise ConfigError, with the argument's name, for an object that cannot be used."""
+        """Raise ConfigError, which names the argument, if an object cannot be used."""
         stage = config.stage
         for name, part in self.parts.items():
             _check_part(name, part, _PARTS[name])
             field = stage.starts_from if stage.starts_from in self.bundles else stage.start_field
             if field is not None:
                 raise ConfigError(
-                    f"this stage takes its {name} from the model that it starts from: hand over "
-                    f"that model, bundles={{{field!r}: apt.ModelBundle(...)}}"
+                    f"this stage takes its {name} from the model that it starts from: pass that "
+                    f"model instead, as bundles={{{field!r}: apt.ModelBundle(...)}}"
                 )
             if name != "codec" and not isinstance(stage, MethodConfig):
-                raise ConfigError(f"this stage trains a codec, and has no {name}; leave it out")
+                raise ConfigError(f"this stage trains a codec and has no {name}; leave it out")
         if self.codec is not None and stage.trained_codec():
             raise ConfigError(
-                f"--stage.codec names the codec {stage.trained_codec()!r}, and another was handed "
-                "over; leave one of them out"
+                f"--stage.codec names the codec {stage.trained_codec()!r}, but codec= passes "
+                "another; leave one of them out"
             )
         for name, bundle in self.bundles.items():
             if name not in stage.names_models or name == "codec":
                 known = [other for other in stage.names_models if other != "codec"]
                 raise ConfigError(
                     f"bundles: the stage has no model {name!r}; choose from: "
-                    f"{', '.join(known) or 'nothing, it begins anew: hand over model=...'}"
+                    f"{', '.join(known) or 'nothing, it starts from no model: pass model=...'}"
                 )
             if not isinstance(bundle, ModelBundle):
                 raise ConfigError(
-                    f"bundles: {name} is of type {type(bundle).__name__}; expected an "
-                    "apt.ModelBundle, as apt.load_bundle gives one"
+                    f"bundles: {name} has type {type(bundle).__name__}; expected an "
+                    "apt.ModelBundle, as from apt.load_bundle"
                 )
             _check_weights(f"the backbone of {name}", bundle.backbone)
 
     def named(self, config: TrainConfig) -> TrainConfig:
-        """The configuration with the objects' names in it, and the size of the data set's clips
-        where it leaves that open.
+        """Return the configuration with the names of the objects.
 
-        Raises DataError if the data set's first clip cannot be used.
+        Sizes of clips that it leaves open are those of the data set. Raises DataError if the data
+        set's first clip cannot be used.
         """
         changes: dict[str, Any] = {}
         for name, part in self.parts.items():
@@ -120,14 +120,14 @@ class Objects:
         return dataclasses.replace(config, model=model, data=data, stage=stage)
 
     def info(self, name: str, part: Any) -> ComponentInfo:
-        """How a part of a new model is described; weights of its own go where the model goes."""
+        """Return the description of a part of a new model; its weights are saved with the model."""
         known = _PARTS[name]
         described = component_info(_architecture(known.registry, part), part)
         weights = known.weights if part.state_dict() else None
         return dataclasses.replace(described, weights=weights)
 
     def kinds(self) -> dict[str, dict[str, Any]]:
-        """What each object is: its class, and its parameters' names and shapes or its length."""
+        """Describe each object: its class, and its parameters' names and shapes, or its length."""
         kinds = {name: _module_kind(part) for name, part in self.parts.items()}
         for name, bundle in self.bundles.items():
             kinds[f"bundles.{name}"] = _module_kind(bundle.backbone)
@@ -141,7 +141,7 @@ NO_OBJECTS = Objects()
 
 
 def check_same_objects(now: Kinds, before: Kinds, place: str) -> None:
-    """Raise ConfigError unless a run is continued with objects like those that it began with.
+    """Raise ConfigError unless a resumed run has the same kinds of objects as before.
 
     Args:
         now, before: see `Objects.kinds`.
@@ -150,20 +150,20 @@ def check_same_objects(now: Kinds, before: Kinds, place: str) -> None:
     if missing := sorted(before.keys() - now.keys()):
         began = ", ".join(f"{name} ({before[name]['class']})" for name in sorted(before))
         raise ConfigError(
-            f"{place} was begun in Python with objects that have no name here: {began}; continue "
-            f"it in Python and hand over {' and '.join(missing)} again: "
+            f"{place} was started in Python with objects that the command line cannot name: "
+            f"{began}; resume it in Python and pass {' and '.join(missing)} again: "
             "apt.train.run(config, ..., resume=True)"
         )
     if added := sorted(now.keys() - before.keys()):
         raise ConfigError(
-            f"{place} was begun without {' and '.join(added)}; leave that out, or start a new run "
-            "in another --run-dir"
+            f"{place} was started without {' and '.join(added)}; leave that out, or start a new "
+            "run in another --run-dir"
         )
     for name in sorted(now):
         if now[name] != before[name]:
             raise ConfigError(
-                f"{place} was begun with another {name}: {_words(before[name])}, this one is "
-                f"{_words(now[name])}; hand over one like it, or start a new run in another "
+                f"{place} was started with another {name}: {_words(before[name])}, but now it is "
+                f"{_words(now[name])}; pass one like the first, or start a new run in another "
                 "--run-dir"
             )
 
@@ -177,8 +177,8 @@ def _check_part(name: str, part: Any, expected: _Part) -> None:
     config = getattr(part, "config", None)
     if not dataclasses.is_dataclass(config) or not callable(getattr(config, "build", None)):
         raise ConfigError(
-            f"{name} {type(part).__qualname__} has no config that it can be built from again: "
-            "expected a frozen dataclass with build(), which an export records"
+            f"{name} {type(part).__qualname__} cannot be built from its config: expected "
+            "a config that is a frozen dataclass with build(), which exports record"
         )
     try:
         built = shapes_of(cast(Buildable, config))
@@ -189,8 +189,8 @@ def _check_part(name: str, part: Any, expected: _Part) -> None:
     if differing:
         key = differing[0]
         raise ConfigError(
-            f"{name} {type(part).__qualname__} is not what its config builds: {key} is "
-            f"{own.get(key)}, and {built.get(key)} when it is built"
+            f"{name} {type(part).__qualname__} differs from what its config builds: {key} is "
+            f"{own.get(key)}, but {built.get(key)} in what build() returns; fix its config"
         )
     _check_weights(name, part)
 
@@ -201,8 +201,8 @@ def _check_weights(name: str, module: nn.Module) -> None:
             raise ConfigError(f"{name} has weights that are NaN or infinite, in {key}")
         if value.requires_grad and value.dtype != torch.float32:
             raise ConfigError(
-                f"{name} trains in fp32, and {key} is {str(value.dtype).removeprefix('torch.')}; "
-                "hand it over as module.float()"
+                f"{name} must be fp32 to train, but {key} is "
+                f"{str(value.dtype).removeprefix('torch.')}; pass module.float()"
             )
 
 
@@ -220,7 +220,7 @@ def _of_object(data: DataConfig, dataset: Any) -> DataConfig:
 
 
 def _architecture(registry: Registry[Any], part: Any) -> str:
-    """The name that a part's kind is registered under, or else that of its class."""
+    """Return the name under which a part's config is registered, or else that of its class."""
     configs = {name: registry.get(name)() for name in registry.names()}
     same = [name for name, config in configs.items() if type(config) is type(part.config)]
     equal = [name for name in same if configs[name] == part.config]
@@ -238,5 +238,5 @@ def _module_kind(module: nn.Module) -> dict[str, Any]:
 
 def _words(kind: Mapping[str, Any]) -> str:
     if "length" in kind:
-        return f"{kind['class']} of {kind['length']} clips"
+        return f"{kind['class']} of {counted(kind['length'], 'clip')}"
     return f"{kind['class']} with {kind['parameters']:,} parameters"

@@ -1,4 +1,4 @@
-"""From weights in training to a folder that the pipeline, or the next stage, loads."""
+"""Export weights in training to a folder that the pipeline or the next stage can load."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ def save_outcome(
     weights: str = "ema",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write what a stage trains as a folder. Every rank must call it; rank 0 writes.
+    """Export what a stage trains to a folder. Collective; rank 0 writes.
 
-    Weights go from the ranks to the file one at a time.
+    Tensors are gathered and written one at a time.
 
     Args:
-        stage: whose generator, or codec, it is.
-        config: of the run.
-        folder: where to. Adapters are merged into the weights, and written by themselves too.
-        updates: done so far, for the record.
+        stage: the stage, whose generator or codec is exported.
+        config: the configuration of the run.
+        parallel: the ranks.
+        folder: the folder to write. Adapters are merged into the weights, and also saved
+            separately.
+        updates: updates so far, for the record.
         weights: "ema" or "raw".
-        dtype: of the weights in the file; None keeps fp32.
+        dtype: dtype of the weights in the file; None keeps fp32.
     """
     trained = stage.generator
     assert trained.ema is not None
@@ -78,7 +80,7 @@ def _outcome(
 
 
 def provenance(config: TrainConfig, updates: int, weights: str) -> dict[str, Any]:
-    """What `apt.json` says of how the weights came to be; not of the stages before."""
+    """Return the record for `apt.json` of how this stage trained the weights."""
     return {
         "recipe": config.name,
         "seed": config.seed,

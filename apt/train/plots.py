@@ -1,4 +1,4 @@
-"""Curves of a run, drawn from its JSONL log."""
+"""Plot the curves of a run from its JSONL log."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["plot_losses"]
 
 
 def plot_losses(run_dir: Path) -> Path:
-    """Draw every metric of `run_dir/log.jsonl` against the update into `losses.png`.
+    """Plot every metric of `run_dir/log.jsonl` over updates into `losses.png`.
 
-    Metrics of one kind, which their last part names (`discriminator/loss`, `generator/loss`), share
-    a panel. The file appears whole or not at all, so it can be looked at while the run goes on.
+    Metrics whose names end alike (`discriminator/loss`, `generator/loss`) share a panel. The file
+    appears whole or not at all, so it can be viewed during the run.
 
     Returns:
         Path of the PNG.
 
     Raises:
-        DataError: no log, or an empty one.
+        DataError: there is no log, or it is empty.
         ImportError: matplotlib is missing.
     """
     from matplotlib.figure import Figure
@@ -31,12 +31,12 @@ def plot_losses(run_dir: Path) -> Path:
     for name in dict.fromkeys(name for entry in entries for name in entry if name != "step"):
         panels.setdefault(name.split("/")[-1], []).append(name)
     if not panels:
-        raise DataError(f"the log in {run_dir} holds no metrics to draw; train for an update first")
+        raise DataError(f"the log in {run_dir} has no metrics to plot; train for an update first")
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     width, height = 5 * columns, 3.2 * rows
     figure = Figure(figsize=(width, height))
-    # Margins in inches: a layout engine would draw everything twice to find them.
+    # Set margins in inches, because a layout engine would draw everything twice to find them.
     figure.subplots_adjust(
         left=0.8 / width, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - 0.35 / height,
         wspace=0.9 / 4.1, hspace=0.85 / 2.35,

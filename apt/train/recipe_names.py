@@ -12,10 +12,10 @@ RECIPES: Registry[TrainConfig | Sequence[TrainConfig]] = Registry("recipe")
 
 
 def list_recipes(pattern: str = "*") -> list[str]:
-    """Names of registered recipes that match a shell-style pattern, sorted."""
+    """Return the names of registered recipes that match a shell-style pattern, sorted."""
     return RECIPES.names(pattern)
 
 
 def stages_of(made: TrainConfig | Sequence[TrainConfig]) -> list[TrainConfig]:
-    """What a recipe returned, as a row of runs."""
+    """Return the result of a recipe as a list of runs."""
     return [made] if isinstance(made, TrainConfig) else list(made)

@@ -1,7 +1,7 @@
-"""Ablations of `digits_apt`: its first updates, from the same start, with one thing changed.
+"""Ablations of `digits_apt`: its first updates, from the same start, with one change.
 
-`long` is `digits_apt` at constant rates past its peak, with snapshots. Its first updates are those
-that each other run is compared with.
+`long` is `digits_apt` at constant learning rates beyond its peak, with snapshots. The other runs
+are compared with its first updates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from apt.train.recipe_names import RECIPES
 from apt.train.recipes_digits import digits_apt
 
 UPDATES = 100
-"""Of each short run."""
+"""Updates of each short run."""
 
 _NO_R2 = ApproximateR2(weight=0.0)
 _LONG = (50, UPDATES, 150, 200)
@@ -32,7 +32,7 @@ def _ablation(
     learning_rate: float | None = None,
     **stage: Any,
 ) -> TrainConfig:
-    """`digits_apt` at constant rates, in a folder of its own; `stage` are fields to change."""
+    """Return `digits_apt` at constant learning rates, in its own folder, with changed fields."""
     base = digits_apt()
     assert isinstance(base.stage, AdversarialConfig)
     rate = base.optimizer.learning_rate if learning_rate is None else learning_rate
@@ -49,7 +49,7 @@ def _ablation(
 
 
 def _terms(**changes: Any) -> Terms:
-    """Those of `digits_apt`, with some of them changed."""
+    """Return the terms of `digits_apt` with changes."""
     stage = digits_apt().stage
     assert isinstance(stage, AdversarialConfig)
     return dataclasses.replace(stage.terms, **changes)
@@ -57,26 +57,26 @@ def _terms(**changes: Any) -> Terms:
 
 @RECIPES.register("digits_apt_long")
 def digits_apt_long() -> TrainConfig:
-    """`digits_apt` past its peak, at constant rates: what the ablations are compared with."""
+    """`digits_apt` at constant learning rates beyond its peak, the baseline of the ablations."""
     return _ablation("long", snapshot_at=_LONG)
 
 
 @RECIPES.register("digits_apt_no_r1")
 def digits_apt_no_r1() -> TrainConfig:
-    """Ablation: no regulariser, as long (APT Fig. 5)."""
+    """Ablation: no regulariser, for as many updates as `digits_apt_long` (APT Fig. 5)."""
     no_r1 = ApproximateR1(weight=0.0)
     return _ablation("no_r1", snapshot_at=_LONG, r1=no_r1, terms=_terms(r2=_NO_R2))
 
 
 @RECIPES.register("digits_apt_no_r2")
 def digits_apt_no_r2() -> TrainConfig:
-    """Ablation: the regulariser on real samples alone, as in the paper."""
+    """Ablation: the regulariser only on real samples, as in the paper."""
     return _ablation("no_r2", terms=_terms(r2=_NO_R2))
 
 
 @RECIPES.register("digits_apt_no_mismatched")
 def digits_apt_no_mismatched() -> TrainConfig:
-    """Ablation: D sees no clips under other clips' captions, as in the paper (but App. J)."""
+    """Ablation: D sees no clips with other clips' captions, as in the paper (except App. J)."""
     return _ablation("no_mismatched", terms=_terms(mismatched=MismatchedCondition(weight=0.0)))
 
 
@@ -94,43 +94,43 @@ def digits_apt_one_head() -> TrainConfig:
 
 @RECIPES.register("digits_apt_frozen")
 def digits_apt_frozen() -> TrainConfig:
-    """Ablation: D's backbone frozen, only its heads train (APT App. F)."""
+    """Ablation: D's backbone is frozen, and only its heads train (APT App. F)."""
     return _ablation("frozen", freeze_discriminator_backbone=True)
 
 
 @RECIPES.register("digits_apt_slow_backbone")
 def digits_apt_slow_backbone() -> TrainConfig:
-    """Ablation: D's backbone at a tenth of its heads' rate (APT App. F)."""
+    """Ablation: D's backbone at a tenth of the learning rate of its heads (APT App. F)."""
     return _ablation("slow_backbone", discriminator_backbone_rate=0.1)
 
 
 @RECIPES.register("digits_apt_distilled_d")
 def digits_apt_distilled_d() -> TrainConfig:
-    """Ablation: D initialised from the distilled instead of the diffusion weights (Sec. 3.3)."""
+    """Ablation: D initialised from the distilled weights, not the diffusion weights (Sec. 3.3)."""
     return _ablation("distilled_d", discriminator="runs/digits/distill/export")
 
 
 @RECIPES.register("digits_apt_no_ensemble")
 def digits_apt_no_ensemble() -> TrainConfig:
-    """Ablation: D sees t = 0 in place of an ensemble of timesteps (Sec. 3.3)."""
+    """Ablation: D sees t = 0 instead of an ensemble of timesteps (Sec. 3.3)."""
     return _ablation("no_ensemble", timestep_ensemble=False)
 
 
 @RECIPES.register("digits_apt_small_batch")
 def digits_apt_small_batch() -> TrainConfig:
-    """Ablation: a quarter of the batch (APT App. E)."""
+    """Ablation: a quarter of the batch size (APT App. E)."""
     return _ablation("small_batch", batch_size=8)
 
 
 @RECIPES.register("digits_apt_low_rates")
 def digits_apt_low_rates() -> TrainConfig:
-    """Ablation: both rates at a third (APT App. F)."""
+    """Ablation: a third of both learning rates (APT App. F)."""
     return _ablation("low_rates", learning_rate=3e-5, discriminator_learning_rate=2e-4)
 
 
 @RECIPES.register("digits_apt_high_rates")
 def digits_apt_high_rates() -> TrainConfig:
-    """Ablation: both rates three times as high (APT App. F)."""
+    """Ablation: three times both learning rates (APT App. F)."""
     return _ablation("high_rates", learning_rate=3e-4, discriminator_learning_rate=1.8e-3)
 
 

@@ -1,4 +1,4 @@
-"""The moving digits as the paper works: in the latents of a video autoencoder, trained first."""
+"""Moving digits in the latents of a video autoencoder, which is trained first, as in the paper."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DIGITS_PROMPTS = (
     "a yellow eight moving left",
     "a magenta two moving up",
 )
-# The codec, to which places are no harder to learn, serves models of any.
+# The codec learns digits in all places as easily, so it also serves models of other settings.
 _FREE = DataConfig(setting="free")
 _NEAR = DataConfig(setting="near")
 _CFG = 3.0
@@ -32,7 +32,7 @@ _SHIFT = 3.0
 
 @RECIPES.register("digits_codec")
 def digits_codec() -> TrainConfig:
-    """A small video autoencoder on the moving digits, in whose latents the others work."""
+    """A small video autoencoder on the moving digits, for the latents of the later stages."""
     return TrainConfig(
         name="digits_codec",
         run_dir="runs/digits/codec",
@@ -41,13 +41,13 @@ def digits_codec() -> TrainConfig:
         data=_FREE,
         optimizer=OptimizerConfig(
             name="adamw",
-            # 2e-3 is slower from the start: weights of 0.07 move by a thirtieth in each update.
+            # 2e-3 is slower from the start: it changes weights of 0.07 by a thirtieth per update.
             learning_rate=7e-4,
             warmup_updates=50,
             decay_updates=7000,
             max_grad_norm=1.0,
         ),
-        # Small batches: every pixel of every clip is an example.
+        # Small batches suffice, because every pixel of every clip is an example.
         num_updates=12_000,
         batch_size=8,
         ema_decay=0.99,
@@ -103,7 +103,7 @@ def digits_distill() -> TrainConfig:
         ),
         data=_NEAR,
         optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_updates=50),
-        # Fixed before anything was measured: what APT gains over it depends on it.
+        # Fixed before anything was measured, because the gain of APT over this stage depends on it.
         num_updates=250,
         batch_size=32,
         ema_decay=0.98,
@@ -117,26 +117,27 @@ def digits_distill() -> TrainConfig:
 
 @RECIPES.register("digits_apt")
 def digits_apt() -> TrainConfig:
-    """Adversarial post-training of the digits model: all of the generator, against real clips."""
+    """Adversarial post-training of the digits model on real clips; the whole generator trains."""
     return TrainConfig(
         name="digits_apt",
         run_dir="runs/digits/apt",
         stage=AdversarialConfig(
             generator="runs/digits/distill/export",
             discriminator="runs/digits/pretrain/export",
-            # At ten times this weight D hardly tells samples from clips, and G follows its noise.
+            # With ten times this weight, D hardly tells samples from clips, and G follows noise.
             r1=ApproximateR1(weight=100.0, sigma=0.1),
             terms=Terms(
-                # G asks D about samples, so D's gradients there are penalised too.
+                # G follows D's gradients at samples, so they are penalised too.
                 r2=ApproximateR2(weight=100.0, sigma=0.1),
-                # So few updates teach D what a clip looks like before what its caption says.
+                # Otherwise D learns in so few updates what clips look like, but ignores captions.
                 mismatched=MismatchedCondition(weight=1.0),
             ),
-            # At one rate for both, small batches leave D's loss at 2 log 2: G moves as fast as D.
+            # With one rate for both and small batches, D never gets ahead of G: its loss stays at
+            # 2 log 2.
             discriminator_learning_rate=6e-4,
         ),
         data=_NEAR,
-        # Momentum stands in for the paper's batch of thousands, and so does the decay at the end.
+        # Momentum, and the decay at the end, replace the paper's batch of thousands.
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=1e-4,
@@ -157,7 +158,7 @@ def digits_apt() -> TrainConfig:
 
 @RECIPES.register("digits_apt_paper")
 def digits_apt_paper() -> TrainConfig:
-    """The same as the paper writes it: RMSProp, the approximated R1 alone, constant rates."""
+    """`digits_apt` with the paper's choices: RMSProp, only the approximated R1, constant rates."""
     base, paper = digits_apt(), apt_video_720p()
     assert isinstance(base.stage, AdversarialConfig)
     assert isinstance(paper.stage, AdversarialConfig)
@@ -171,7 +172,7 @@ def digits_apt_paper() -> TrainConfig:
             terms=paper.stage.terms,
             discriminator_learning_rate=2e-4,
         ),
-        # The paper's rate is that of a batch of thousands and of 8 billion weights.
+        # The paper's rate is for a batch of thousands and 8 billion weights.
         optimizer=dataclasses.replace(paper.optimizer, learning_rate=1e-4),
         num_updates=100,
         snapshot_at=(50, 100),
@@ -180,5 +181,5 @@ def digits_apt_paper() -> TrainConfig:
 
 @RECIPES.register("digits")
 def digits() -> Sequence[TrainConfig]:
-    """A codec and all three stages in its latents on the moving digits, in a row: what ships."""
+    """A codec and all three stages on the moving digits; the built-in models come from it."""
     return (digits_codec(), digits_pretrain(), digits_distill(), digits_apt())

@@ -1,8 +1,8 @@
-"""The digits at four times the pixels and twice the frames, in minutes on one GPU.
+"""Moving digits with four times the pixels and twice the frames, in minutes on one GPU.
 
-No GPU has run it. Its lengths come from the operations that an H100 does at a quarter of its bf16
-peak: about 60 seconds of codec, 100 of pre-training, 40 of distillation and 60 of adversarial
-training, with 15 processes that draw clips. On a CPU, at a hundredth:
+No GPU has run it. Its lengths assume that an H100 computes at a quarter of its bf16 peak: about 60
+seconds for the codec, 100 for pre-training, 40 for distillation and 60 for adversarial training,
+with 15 processes that draw clips. A rehearsal on a CPU, with a hundredth of the work:
 
     diffusion-apt train digits_gpu --device cpu --run-dir runs/rehearsal --batch-size 4 \\
         --num-updates 4 --optimizer.warmup-updates 0 --optimizer.decay-updates 0 \\
@@ -26,7 +26,7 @@ _MODEL: dict[str, int | float | str] = {"hidden_size": 384, "depth": 8, "num_hea
 
 @RECIPES.register("digits_gpu")
 def digits_gpu() -> Sequence[TrainConfig]:
-    """All four stages on 17 frames of 64x64, wider, batch 512: minutes on one H100."""
+    """All four stages on 17 frames of 64x64, wider models, batch 512: minutes on one H100."""
     stages = recipes_digits.digits()
     codec, pretrain, _, apt = stages
     changes: tuple[dict[str, Any], ...] = (

@@ -1,4 +1,4 @@
-"""The paper's two adversarial stages: every value stands here once, beside its section."""
+"""The paper's two adversarial stages; each value is here once, with its section."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def apt_image_1024() -> TrainConfig:
         stage=AdversarialConfig(
             r1=ApproximateR1(
                 weight=100.0,  # Sec. 3.4: lambda
-                sigma=0.01,  # Sec. 3.4: sigma for images; mostly rounding in bf16, as the run warns
+                sigma=0.01,  # Sec. 3.4: sigma for images; mostly rounding in bf16: the run warns
             ),
             rounding_every=10,
             timestep_shift=1.0,  # Sec. 3.3: s for images

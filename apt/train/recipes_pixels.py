@@ -1,4 +1,4 @@
-"""The moving digits without a learned codec: pixels folded into channels."""
+"""Moving digits without a learned codec: pixels are folded into channels."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def digits_pixels_pretrain() -> TrainConfig:
     return TrainConfig(
         name="digits_pixels_pretrain",
         run_dir="runs/digits_pixels/pretrain",
-        # A clip of 27,648 values that one of 240 captions explains: the noise drowns the caption's
-        # part only where t > 0.95, which shift 3 draws in 14 % of the samples and 12, the paper's
-        # value for videos, in 39 %.
+        # A clip has 27,648 values, and one of 240 captions. Noise hides what the caption determines
+        # only where t > 0.95. Shift 3 draws this range in 14 % of the samples; shift 12, the
+        # paper's value for videos, in 39 %.
         stage=PretrainConfig(
             timestep_shift=_SHIFT,
             cfg_scale=_CFG,
@@ -64,8 +64,8 @@ def digits_pixels_distill() -> TrainConfig:
             loss=Consistency(num_timesteps=25, cfg_scale=_CFG, timestep_shift=_SHIFT),
         ),
         optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_updates=50),
-        # Short: it gives G a start. After 800 updates the samples are sharper, but adversarial
-        # training then moves less (docs/results/digits_search.md).
+        # Short, because it only has to give G a start. After 800 updates, samples are sharper, but
+        # adversarial training then changes less (docs/results/digits_search.md).
         num_updates=400,
         batch_size=16,
         ema_decay=0.99,
@@ -85,17 +85,18 @@ def digits_pixels_apt() -> TrainConfig:
         stage=AdversarialConfig(
             generator="runs/digits_pixels/distill/export",
             discriminator="runs/digits_pixels/pretrain/export",
-            # To G's output layers D's gradients are mostly noise, which an optimiser that divides
-            # by their size turns into grain (docs/results/digits_search.md).
+            # For G's output layers, D's gradients are mostly noise. An optimiser that divides by
+            # their size turns it into grain (docs/results/digits_search.md).
             generator_trains="blocks",
-            # With 100 and 0.05, D's gradients grew fiftyfold in 300 updates and led G to grain. G
-            # asks D about samples, so these are penalised too.
+            # With 100 and 0.05, D's gradients grew fiftyfold in 300 updates and caused grain. G
+            # follows D's gradients at samples, so they are penalised too.
             r1=ApproximateR1(weight=1000.0, sigma=0.1),
             terms=Terms(r2=ApproximateR2(weight=1000.0, sigma=0.1)),
-            # At one rate for both, small batches leave D's loss at 2 log 2: G moves as fast as D.
+            # With one rate for both and small batches, D never gets ahead of G: its loss stays at
+            # 2 log 2.
             discriminator_learning_rate=3e-4,
         ),
-        # Momentum stands in for the paper's batch of thousands, and so does the decay at the end.
+        # Momentum, and the decay at the end, replace the paper's batch of thousands.
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=1e-4,
@@ -103,7 +104,7 @@ def digits_pixels_apt() -> TrainConfig:
             warmup_updates=30,
             decay_updates=80,
         ),
-        # Detail gains for longer, but digits are then read less often.
+        # More updates improve detail, but make digits less legible.
         num_updates=200,
         batch_size=32,
         ema_decay=0.99,
@@ -117,5 +118,5 @@ def digits_pixels_apt() -> TrainConfig:
 
 @RECIPES.register("digits_pixels")
 def digits_pixels() -> Sequence[TrainConfig]:
-    """Three stages without a learned codec, in a row: nothing is lost, and less is gained."""
+    """All three stages on the moving digits, in pixels without a learned codec."""
     return (digits_pixels_pretrain(), digits_pixels_distill(), digits_pixels_apt())

@@ -1,7 +1,7 @@
 """Recipes for public checkpoints: Wan 2.1 and Stable Diffusion 3.5.
 
-They follow the paper's (`apt.train.recipes_paper`); every value that differs says why. None of them
-has been run at full size: they are where to start, not results. They read latent caches
+They follow the paper's recipes (`apt.train.recipes_paper`); comments say why values differ. None of
+them has been run at full size: they are starting points, not results. They read latent caches
 (`diffusion-apt data encode`), so neither VAE nor text encoder takes memory.
 """
 
@@ -25,14 +25,14 @@ _SD35 = "sd3.5_medium"
 
 @RECIPES.register("wan_finetune")
 def wan_finetune() -> TrainConfig:
-    """Flow matching goes on from Wan 2.1 1.3B on clips of your own, before it is distilled."""
+    """Fine-tuning of Wan 2.1 1.3B on your own clips by flow matching, before distillation."""
     return dataclasses.replace(
         wan_distill(),
         name="wan_finetune",
         run_dir="runs/wan/finetune",
         # The shift of the scheduler in its repository.
         stage=PretrainConfig(start=_WAN, timestep_shift=3.0),
-        # Not the paper's, which trains no such stage: AdamW and a low rate, as is usual.
+        # The paper has no such stage; AdamW and a low rate are usual.
         optimizer=OptimizerConfig(
             name="adamw", learning_rate=1e-5, warmup_updates=100, max_grad_norm=1.0
         ),
@@ -49,18 +49,18 @@ def wan_distill() -> TrainConfig:
         stage=DistillConfig(
             teacher=_WAN,
             loss=Consistency(
-                # The paper's 7.5 is its own model's; Wan's authors sample theirs with 5.
+                # The paper's 7.5 is for its own model; Wan's authors sample theirs with 5.
                 cfg_scale=5.0,
                 num_timesteps=50,
-                # The shift of the scheduler in its repository; the paper does not tell its grid.
+                # The shift of the scheduler in its repository; the paper does not give its grid.
                 timestep_shift=3.0,
             ),
         ),
         data=_cache("data/wan", "mix"),
-        # The paper does not tell the rate of this stage; this one is that of its image stage.
+        # The paper does not give the rate of this stage; this is the rate of its image stage.
         optimizer=OptimizerConfig(learning_rate=5e-6, warmup_updates=100),
         num_updates=2000,
-        batch_size=128,  # a regression, which small batches serve, unlike the adversarial stage
+        batch_size=128,  # enough for a regression, unlike for the adversarial stage
         micro_batch_size=1,
         ema_decay=0.995,
         negative_prompt=NEGATIVE_PROMPT,  # Wan's own; `data encode` embeds it with the captions
@@ -84,13 +84,13 @@ def apt_image_wan() -> TrainConfig:
             paper.stage,
             generator="runs/wan/distill/export",
             discriminator=_WAN,
-            # To first order as heavy as the paper's 100 at 0.01, which in bf16 is mostly rounding:
-            # its gradient has a cosine of 0.22 with its fp32 value, this one's 0.97.
+            # To first order this equals the paper's 100 at 0.01, which in bf16 is mostly rounding
+            # error: its gradient has a cosine of 0.22 with its fp32 value, this one's has 0.97.
             r1=ApproximateR1(weight=1.0, sigma=0.1),
         ),
         data=_cache("data/wan", "only"),
-        # The paper has 9062 on 128 to 256 GPUs. 1024 is the smallest that its video stage was
-        # stable with (App. E: 256 collapsed); it is accumulated on however few GPUs there are.
+        # The paper has 9062 on 128 to 256 GPUs. 1024 is the smallest batch with which its video
+        # stage was stable (App. E: 256 collapsed); few GPUs accumulate it over micro-batches.
         batch_size=1024,
         negative_prompt=NEGATIVE_PROMPT,
         sample_every=0,
@@ -110,12 +110,12 @@ def apt_video_wan() -> TrainConfig:
         stage=dataclasses.replace(
             paper.stage, generator="runs/wan/image/export", discriminator=_WAN
         ),
-        # The cache has Wan's size and rate, 81 frames of 480x832 at 16 fps, where the paper has 49
-        # of 720p at 24 fps: the 1.3B model is trained on no larger one.
+        # The cache has Wan's size and rate, 81 frames of 480x832 at 16 fps; the paper has 49 frames
+        # of 720p at 24 fps, but the 1.3B model was not trained on larger sizes than these.
         data=_cache("data/wan", "none"),
         optimizer=paper.optimizer,
         num_updates=paper.num_updates,
-        # The batch is `apt_image_wan`'s; the paper has 2048.
+        # The batch size is that of `apt_image_wan`; the paper has 2048.
         snapshot_at=paper.snapshot_at,
     )
 
@@ -129,7 +129,7 @@ def sd35_distill() -> TrainConfig:
         wan,
         name="sd35_distill",
         run_dir="runs/sd35/distill",
-        # 4.5 and 3 are what Stability AI samples with.
+        # Stability AI samples with 4.5 and 3.
         stage=dataclasses.replace(
             wan.stage,
             teacher=_SD35,

@@ -1,4 +1,4 @@
-"""Rendered first-person walks: all stages on the clips that `data vizdoom` writes."""
+"""All stages on rendered first-person walks, the clips that `data vizdoom` writes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _WALKS_PROMPTS = (
     "first-person view of a small hall: the camera slides right, a cacodemon in sight",
     "first-person view of a brick corridor: the camera turns right, a soldier in sight",
 )
-# Batches are halved and training is shortened, so that all of it takes about an hour of one core: a
-# first look, not the most that such a model can learn.
+# Batches are halved and training is shortened, so that everything takes about an hour on one core.
+# This is a first look; such a model can learn more.
 _WALKS_STAGES: tuple[dict[str, Any], ...] = (
     {
         "name": "walks_codec",
@@ -51,7 +51,7 @@ _WALKS_STAGES: tuple[dict[str, Any], ...] = (
 
 @RECIPES.register("walks")
 def walks() -> Sequence[TrainConfig]:
-    """A codec and all three stages on the clips of `data vizdoom`, in a row."""
+    """A codec and all three stages on the clips of `data vizdoom`."""
     digits = recipes_digits.digits()
     moved = [
         dataclasses.replace(

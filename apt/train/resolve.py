@@ -1,4 +1,4 @@
-"""What a configuration leaves open, filled in from the model and the data that it names."""
+"""Resolve what a configuration leaves open, from the model and the data that it names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from apt.data.statistics import (
 )
 from apt.device import computes_in_bf16
 from apt.distributed.parallel import FromMain, made_here
-from apt.errors import DataError, InputError
+from apt.errors import DataError, InputError, counted
 from apt.methods.base import MethodConfig
 from apt.models.architectures import MODELS, TEXT_ENCODERS
 from apt.models.create import describe_codec
@@ -46,14 +46,14 @@ __all__ = [
 ]
 
 NUM_PROMPTS = 6
-"""Captions on a sample sheet, where nobody chose any."""
+"""Captions on a sample sheet by default."""
 
 Start = ModelInfo | CodecInfo | None
-"""What is said of the model, or the trained codec, that a stage starts from."""
+"""Description of the model, or the trained codec, that a stage starts from."""
 
-# The share of an exported average that the weights may have which the run began with.
+# The largest share that the first weights of a run may have in the exported average.
 _STALE = 0.05
-# The share of a batch that may be added or left out so that it divides by the ranks.
+# The largest relative change of a batch size to make it divisible by the ranks.
 _ROUNDING = 0.02
 _SIZE = ("frames", "height", "width", "fps")
 
@@ -61,7 +61,7 @@ _SIZE = ("frames", "height", "width", "fps")
 def check_captions(config: TrainConfig) -> None:
     """Raise DataError if a stage that reads captions would find none that it can use.
 
-    For stages that come after others, whose work would be lost; no file is opened.
+    This checks later stages of a sequence before the first one trains. It opens no video.
     """
     source = config.data.make_source()
     begins = config.stage.reads_captions and config.stage.start_field is None
@@ -71,8 +71,8 @@ def check_captions(config: TrainConfig) -> None:
     usable = _takes(prompt_check(config))
     if not any(usable(caption) for caption in captions):
         raise DataError(
-            f"{source.path}: the text encoder of {config.name} takes none of its "
-            f"{len(captions)} captions; `diffusion-apt data check` shows them"
+            f"{source.path}: the text encoder of {config.name} can use none of the "
+            f"{counted(len(captions), 'caption')}; `diffusion-apt data check` shows them"
         )
 
 
@@ -82,7 +82,7 @@ def resolve(
     before: Mapping[str, Any] | None = None,
     objects: Objects = NO_OBJECTS,
 ) -> TrainConfig:
-    """The configuration with nothing left open; see `resolve_with_notes`."""
+    """Return the configuration with nothing left open; see `resolve_with_notes`."""
     return resolve_with_notes(config, start, before, objects)[0]
 
 
@@ -93,28 +93,28 @@ def resolve_with_notes(
     objects: Objects = NO_OBJECTS,
     from_main: FromMain = made_here,
 ) -> tuple[TrainConfig, list[str]]:
-    """The configuration with nothing left open, and lines that say where its size came from.
+    """Return the configuration with nothing left open, and lines that say where values came from.
 
-    What the configuration has None for is as it was in the checkpoint that is continued; or else as
-    the latent cache has it, or the model that the stage starts from; or else as most files of the
-    folder can give it. `ema_warmup` is decided when a run begins.
+    Fields that are None take their values from the checkpoint that is continued, from the latent
+    cache, from the model that the stage starts from, or from what most files of the folder allow,
+    in this order. `ema_warmup` is decided when a run begins.
 
     Args:
-        config: as it was written.
-        start: what the stage starts from; None for random weights.
+        config: the configuration as written.
+        start: the model or codec that the stage starts from; None for random weights.
         before: the configuration in the checkpoint that is continued.
-        objects: in place of what the configuration names.
-        from_main: `Parallel.from_main` of several ranks, of which one then reads the folder.
+        objects: objects to use instead of what the configuration names.
+        from_main: `Parallel.from_main` of several ranks, so that only one reads the folder.
 
     Raises:
         ConfigError: the path of the folder or cache is missing.
-        DataError: the latent cache cannot be read, or the folder has no clips to take a size of.
+        DataError: the latent cache cannot be read, or the folder has no clips that set a size.
     """
     return _Resolving(config, start, before or {}, objects, from_main).all()
 
 
 def clips_of(config: TrainConfig, folder: FolderStatistics) -> ClipSize:
-    """The clips that a run from random weights takes of a folder, where it leaves them open.
+    """Return the clips that a run from random weights takes from a folder if it leaves them open.
 
     Raises DataError if most files are too short or too small.
     """
@@ -124,7 +124,7 @@ def clips_of(config: TrainConfig, folder: FolderStatistics) -> ClipSize:
 
 
 class _Resolving:
-    """One configuration on its way; `before` is empty for a run that begins."""
+    """A configuration that is being resolved; `before` is empty for a new run."""
 
     def __init__(
         self,
@@ -142,11 +142,11 @@ class _Resolving:
         self.notes: list[str] = []
 
     def all(self) -> tuple[TrainConfig, list[str]]:
-        """Everything, each with what was settled before it."""
+        """Resolve everything, in an order in which later values can use earlier ones."""
         if isinstance(self.start, ModelInfo):
             stage = self.config.stage.filled(self.start)
             if taken := _newly_set(self.config.stage, stage):
-                self.notes.append(f"  {', '.join(taken)}: {self.start_words} is sampled")
+                self.notes.append(f"  {', '.join(taken)}: {self.start_words}")
             self.config = dataclasses.replace(self.config, stage=stage)
         self.config = dataclasses.replace(self.config, model=self.model(), data=self.size())
         self.check_size(self.config.data)
@@ -160,7 +160,7 @@ class _Resolving:
 
     @cached_property
     def folder(self) -> FolderStatistics | None:
-        """The files of the folder; None for another source."""
+        """Statistics of the folder's files; None for another source."""
         source = self.config.data.make_source()
         if not isinstance(source, Files) or not source.path:
             return None
@@ -171,7 +171,7 @@ class _Resolving:
         return found
 
     def size(self) -> DataConfig:
-        """Size and rate of clips, and what sizes are multiples of."""
+        """Resolve size and frame rate of clips, and the multiple of sizes."""
         data = self.config.data
         taken = self.before.get("data", {})
         data = dataclasses.replace(
@@ -220,7 +220,7 @@ class _Resolving:
         return data
 
     def check_size(self, data: DataConfig) -> None:
-        """Raise ConfigError for clips of files that the model could not make."""
+        """Raise ConfigError for sizes of clips that the model cannot generate."""
         if isinstance(data.make_source(), Files):
             clip, multiple = data.clip, data.size_multiple or 1
             check_size(
@@ -234,17 +234,17 @@ class _Resolving:
 
     @property
     def frame_step(self) -> int:
-        """Frames of a clip are a multiple of it after the first; all have 4k + 1."""
+        """The frames of a clip after the first are a multiple of this; all clips have 4k + 1."""
         return math.lcm(4, self.codec.temporal_compression)
 
     @property
     def start_words(self) -> str:
         what = "codec" if isinstance(self.start, CodecInfo) else "model"
-        return f"as the {what} that it starts from"
+        return f"taken from the {what} that it starts from"
 
     def of_folder(self, data: DataConfig, folder: FolderStatistics) -> tuple[ClipSize, str]:
-        """What most files give, and where that is from."""
-        # Of videos alone "only" takes single frames, and "none" takes images alone.
+        """Return the clips that most files allow, and the words for where they come from."""
+        # Without images, "only" takes single frames of videos; without videos, "none" takes images.
         if data.images == "only" and folder.images:
             folder = dataclasses.replace(folder, videos=[])
         elif data.images == "none" and folder.videos:
@@ -262,11 +262,11 @@ class _Resolving:
             native_ratio=data.native_ratio,
         )
         several = len(folder.videos) + len(folder.images) > 1
-        return clip, f"which {'most of ' if several else ''}{folder.words()} can give"
+        return clip, f"which {'most of ' if several else ''}{folder.words()} can provide"
 
     @cached_property
     def codec(self) -> LatentCodec:
-        """The codec that the stage works in or trains: its shape, not its weights."""
+        """The codec that the stage uses or trains, without its weights."""
         if self.objects.codec is not None:
             return self.objects.codec
         field = self.config.stage.start_field
@@ -283,7 +283,7 @@ class _Resolving:
 
     @property
     def backbone_config(self) -> Any:
-        """The config of the backbone that is trained, or that a codec is made for."""
+        """The config of the backbone that is trained, or for which a codec is trained."""
         if self.objects.model is not None:
             return self.objects.model.config
         field = self.config.stage.start_field
@@ -296,11 +296,11 @@ class _Resolving:
         return MODELS.configured(model.name, model.options)
 
     def multiple(self) -> int:
-        """Pixels along a side that become one token."""
+        """Return the pixels along a side that become one token."""
         return self.codec.spatial_compression * tokens_multiple(self.backbone_config)
 
     def model(self) -> Any:
-        """A new backbone takes as many channels as its codec has, unless it was said how many."""
+        """Give a new backbone as many channels as its codec, unless they are set."""
         config = self.config
         begins = isinstance(config.stage, MethodConfig) and config.stage.start_field is None
         if not begins or self.objects.model is not None or "in_channels" in config.model.options:
@@ -347,12 +347,14 @@ class _Resolving:
             return ()
         usable = _takes(prompt_check(config, self.objects))
         found = choose_prompts(self.folder.captions, NUM_PROMPTS, usable)
-        self.notes.append(f"  sample prompts: {len(found)} captions from all over the folder")
+        self.notes.append(
+            f"  sample prompts: {counted(len(found), 'caption')} spread over the folder"
+        )
         return found
 
 
 def _newly_set(written: Any, filled: Any) -> list[str]:
-    """The options of a stage, those of its losses too, that were None: "cfg_scale 2"."""
+    """Return the options of a stage and its losses that were None, such as "cfg_scale 2"."""
     found: list[str] = []
     for field in dataclasses.fields(written):
         old, new = getattr(written, field.name), getattr(filled, field.name)
@@ -378,12 +380,13 @@ def _takes(check: PromptCheck | None) -> Callable[[str], bool]:
 
 
 def rounded(config: TrainConfig, data_size: int) -> tuple[TrainConfig, str | None]:
-    """A batch size that does not divide by the ranks made one that does, and what is said of it.
+    """Round a batch size to a multiple of the ranks if that changes little, and return a note.
 
-    Only where that is next to nothing; the loader says what is wrong with others.
+    The loader raises an error for other batch sizes.
 
     Args:
-        data_size: ranks, or groups of them, that have samples of their own.
+        config: the configuration.
+        data_size: number of ranks, or groups of ranks, with their own samples.
     """
     unit = data_size * max(config.micro_batch_size, 1)
     size = max(1, round(config.batch_size / unit)) * unit
@@ -391,16 +394,17 @@ def rounded(config: TrainConfig, data_size: int) -> tuple[TrainConfig, str | Non
         return config, None
     each = f" with micro-batches of {config.micro_batch_size}" if config.micro_batch_size else ""
     said = (
-        f"batch_size {config.batch_size} does not divide by {data_size} data ranks{each}: rounded "
-        f"to {size}; --batch-size {size} continues the run on other numbers of ranks"
+        f"batch_size {config.batch_size} is not divisible by {data_size} data ranks{each}: rounded "
+        f"to {size}; to resume on another number of ranks, set --batch-size {size}"
     )
     return dataclasses.replace(config, batch_size=size), said
 
 
 def prompt_check(config: TrainConfig, objects: Objects = NO_OBJECTS) -> PromptCheck | None:
-    """What the run's text encoder checks captions with.
+    """Return the check of captions of the run's text encoder.
 
-    None if a cache has its embeddings, or captions do not matter. `objects` are in place of names.
+    Returns None if a cache has the embeddings, or if the stage reads no captions. `objects` replace
+    what the configuration names.
     """
     if not config.stage.reads_captions:
         return None
@@ -420,22 +424,23 @@ def prompt_check(config: TrainConfig, objects: Objects = NO_OBJECTS) -> PromptCh
 
 
 def advice(config: TrainConfig, start: SampleInfo | None) -> list[str]:
-    """What is doubtful about a resolved configuration, and what to do about it."""
+    """Return warnings about a resolved configuration, with advice."""
     found = []
     optimizer, updates = config.optimizer, config.num_updates
     rising, falling = optimizer.warmup_updates, optimizer.decay_updates
     if rising + falling > updates:
         found.append(
-            f"{rising} updates of warm-up and {falling} of decay are more than the run's {updates}:"
-            " the learning rate never reaches its value; set --optimizer.warmup-updates"
+            f"warm-up ({rising}) and decay ({falling}) take more updates than the run has "
+            f"({updates}), so the learning rate never reaches its full value; set "
+            "--optimizer.warmup-updates"
         )
     share = _stale_share(config)
     if share > _STALE and not config.ema_warmup:
         decay = _STALE ** (1 / updates)
         found.append(
-            f"{share:.0%} of the exported average will be the weights that the run starts from "
-            f"(ema_decay {config.ema_decay:g} over {updates} updates); --ema-decay {decay:.3g} "
-            f"would leave {_STALE:.0%}, and snapshots have the raw weights too"
+            f"the weights that the run starts from will make up {share:.0%} of the exported "
+            f"average (ema_decay {config.ema_decay:g}, updates: {updates}); --ema-decay "
+            f"{decay:.3g} would reduce this to {_STALE:.0%}; snapshots also have the raw weights"
         )
     if start is not None:
         found += _size_differs(start, config.data)
@@ -443,7 +448,7 @@ def advice(config: TrainConfig, start: SampleInfo | None) -> list[str]:
 
 
 def _stale_share(config: TrainConfig) -> float:
-    """How much of the average the first weights are at the end, without a warm-up."""
+    """Return the share of the first weights in the final average, without a warm-up."""
     return float(config.ema_decay**config.num_updates)
 
 
@@ -455,8 +460,8 @@ def _size_differs(model: SampleInfo, data: DataConfig) -> list[str]:
     if not (frames or size or rate):
         return []
     return [
-        f"the model that this stage starts from was trained on {_words(model)}, this stage is "
-        f"trained on, and exported for, {_words(clip)}"
+        f"the model that this stage starts from was trained on {_words(model)}, but this stage "
+        f"trains on, and exports for, {_words(clip)}"
     ]
 
 

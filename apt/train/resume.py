@@ -1,4 +1,4 @@
-"""Whether a run begins or goes on, and from which checkpoint."""
+"""Decide whether a run starts or resumes, and from which checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apt.checkpoints.runs import STATE_NAME, model_folder
 from apt.checkpoints.source import weights_digest
 from apt.distributed.collectives import everywhere, rank
 from apt.distributed.mesh import ParallelConfig
-from apt.errors import CheckpointError, ConfigError
+from apt.errors import CheckpointError, ConfigError, counted
 from apt.models.checkpointing import Checkpointing
 from apt.train import checkpoint
 from apt.train.config import HeldoutConfig, TrainConfig
@@ -30,10 +30,10 @@ COLLECTIVES = "collectives"
 CONFIG_NAME = "config.json"
 
 Resume = bool | Literal["auto"]
-"""Start a run; continue one; or continue if there is something to continue, and else start."""
+"""Start a run (False), resume one (True), or resume if possible and else start ("auto")"""
 
-# What a resumed run may change: how long it goes on, what it writes, and how it goes about it, but
-# not what it computes.
+# What a resumed run may change: how long it trains, what it writes, and how it computes, but not
+# its results.
 _FREE_FIELDS = (
     "run_dir",
     "num_updates",
@@ -53,12 +53,12 @@ _FREE_FIELDS = (
     "sample_prompts",
     "wandb_project",
     "monitor",
-    "stage.rounding_every",  # it is told, and nothing else
+    "stage.rounding_every",  # it only changes what is logged
     "parallel",
     "heldout.every",
     "heldout.path",
-    "data.path",  # the fingerprint of the data tells whether they are others
-    "data.max_frames",  # of a size that was settled when the run began
+    "data.path",  # the data's fingerprint shows whether they differ
+    "data.max_frames",  # sizes were resolved when the run began
     "data.max_pixels",
     "data.num_workers",
     "data.long_captions",
@@ -74,14 +74,14 @@ _NEWER_FIELDS = (
 
 
 def find_start(run_dir: Path, resume: Resume, *, start_over: bool = False) -> Path | None:
-    """The checkpoint to continue, which verifies; None to begin at update 0. Collective.
+    """Return the intact checkpoint to resume from, or None to begin at update 0. Collective.
 
-    With `start_over`, a run whose checkpoints are lost begins again, and what it left is moved to
-    a folder beside.
+    With `start_over`, a run whose checkpoints are lost begins again, and its files are moved to a
+    subfolder.
 
     Raises:
-        ConfigError: the folder holds a run that can be resumed, and was not to be.
-        CheckpointError: nothing to resume, or nothing that verifies.
+        ConfigError: the folder holds a run that could be resumed, but `resume` is False.
+        CheckpointError: there is nothing to resume, or no intact checkpoint.
     """
     root = run_dir / CHECKPOINTS
     names = checkpoint.all_names(root)
@@ -96,43 +96,50 @@ def find_start(run_dir: Path, resume: Resume, *, start_over: bool = False) -> Pa
     lost = _what_is_lost(run_dir, names)
     if lost and not start_over:
         raise CheckpointError(
-            f"{lost}; nothing was changed. Put a good copy in its place and --resume, choose "
-            "another --run-dir, or begin again at update 0 with --start-over, which keeps what is "
-            "there in a folder beside"
+            f"{lost}; nothing was changed. Restore an intact copy and --resume, choose another "
+            "--run-dir, or begin again at update 0 with --start-over, which moves the old files to "
+            "a subfolder"
         )
     if lost:
         everywhere(lambda: _set_aside(run_dir) if rank() == 0 else None)
     elif resume is True and not (run_dir / CONFIG_NAME).is_file():
         raise CheckpointError(
-            f"{run_dir} holds no run to resume; start it without --resume, or with --continue, "
-            "which does either"
+            f"{run_dir} holds no run to resume; start one without --resume, or with --continue, "
+            "which starts or resumes"
         )
-    # Otherwise there is no run, or it was stopped before its first checkpoint and begins anew.
+    # Otherwise there is no run, or it was stopped before its first checkpoint and begins again.
     return None
 
 
-# Of runs from before `apt.methods`, whose stages had their losses' options as their own.
+# Options of runs from before `apt.methods`, whose stages contained the options of their losses.
 _EARLIER_OPTIONS = ("stage.r1_weight", "stage.num_timesteps")
 
 
 def check_resumable(
     config: TrainConfig, meta: Mapping[str, Any], path: Path, done: int
 ) -> list[str]:
-    """Compare a configuration with that of the checkpoint `path`, whose `meta` is given.
+    """Compare a configuration with that of a checkpoint.
+
+    Args:
+        config: a resolved configuration.
+        meta: the `meta` of the checkpoint.
+        path: the folder of the checkpoint, for messages.
+        done: updates of the checkpoint.
 
     Returns:
-        What is other than it was, and does not change what is computed: "--option (was a, is b)".
+        Differences that do not affect results, as "option (was a, is b)".
 
     Raises:
-        ConfigError: the checkpoint cannot go on so; every option that stands in the way is named.
+        ConfigError: the run cannot be resumed with this configuration; the message names every
+            option that differs.
     """
     if done > config.num_updates:
         raise ConfigError(
-            f"{path} has {done} updates, and the run is to have {config.num_updates}; ask for at "
-            f"least --num-updates {done} (nothing was changed)"
+            f"{path} is already at update {done}, but num_updates is {config.num_updates}; set "
+            f"--num-updates to at least {done} (nothing was changed)"
         )
     before = meta["config"]
-    # Runs of earlier versions had none of these, and did not name their method.
+    # Runs of earlier versions had none of these options, and did not name their method.
     given = {
         **_by_option(asdict(ParallelConfig()), "parallel."),
         **_by_option(asdict(Checkpointing()), "checkpointing."),
@@ -153,11 +160,11 @@ def check_resumable(
         **({f"stage.{config.stage.starts_from}": ""} if config.stage.may_begin_anew else {}),
     }
     now = _by_option(plain(config))
-    # Not every stage has all of them.
+    # Not every stage has all of these options.
     then = {key: value for key, value in given.items() if key in now} | _by_option(before)
     if gone := sorted(key for key in then if key in _EARLIER_OPTIONS):
         raise ConfigError(
-            f"{path} was begun by an earlier version, whose options were others ({gone[0]}, ...); "
+            f"{path} was started by an earlier version with other options ({gone[0]}, ...); "
             "finish it with that version, or start a new run in another --run-dir"
         )
     unused = _unused(config)
@@ -172,7 +179,7 @@ def check_resumable(
     said = {key: f"{key} (was {then.get(key)!r}, is {now.get(key)!r})" for key in differing}
     changed = [said[key] for key in differing if key not in free]
     changed += [
-        f"{_option(field)} (at {str(now[_option(field)])!r} is another model than it was)"
+        f"{_option(field)} (the model at {str(now[_option(field)])!r} has changed)"
         for field in models
         if models_then.get(field, models[field]) != models[field]
         and _option(field) not in differing
@@ -186,9 +193,10 @@ def check_resumable(
 
 
 def recorded_objects(run_dir: Path, found: Path | None) -> dict[str, Any] | None:
-    """What the run was given in Python, as its checkpoint says, or config.json before there is one.
+    """Return the kinds of objects that the run was given in Python, or None if there is no run.
 
-    None if there is no run; those of earlier versions were given nothing.
+    They are in its checkpoint, or in config.json before the first checkpoint. Earlier versions
+    recorded none.
     """
     if found is not None:
         return dict(checkpoint.read_meta(found).get(OBJECTS, {}))
@@ -199,11 +207,11 @@ def recorded_objects(run_dir: Path, found: Path | None) -> dict[str, Any] | None
 
 
 def model_identities(config: TrainConfig) -> dict[str, str]:
-    """For each field of the stage that names a model, and for the base of adapters: what tells it
-    from others, wherever it is.
+    """Return an identity of each model that the stage or `lora.base` names, by field.
 
-    Of a folder its weights; what else lies there may change (it has the options of the run that it
-    came of). Of a built-in or Hub model its name.
+    The identity of a folder is a digest of its weights, wherever it is; other files in it may
+    change, such as the options of the run that made it. The identity of a built-in or Hub model is
+    its name.
     """
     stage = config.stage
     named = {field: str(getattr(stage, field)) for field in stage.names_models}
@@ -213,7 +221,7 @@ def model_identities(config: TrainConfig) -> dict[str, str]:
 
 
 def _option(field: str) -> str:
-    """The option of a field in `model_identities`."""
+    """Return the option for a field of `model_identities`."""
     return field if field == _BASE else f"stage.{field}"
 
 
@@ -223,17 +231,18 @@ def _identity(source: str) -> str:
 
 
 def _unused(config: TrainConfig) -> tuple[str, ...]:
-    """Beginnings of options of the networks that the stage takes from what it names instead."""
+    """Return prefixes of unused options: of networks that come from the models that it names."""
     if config.stage.start_field is not None:
         return ("model.",)
     return ("model.codec.", "model.codec_options.") if config.stage.trained_codec() else ()
 
 
 def is_done_as_asked(config: TrainConfig) -> bool:
-    """Whether the run is finished, and asked for as it was: nothing is left to do.
+    """Return whether the run is finished with the same configuration, so there is nothing to do.
 
-    What the configuration leaves open was settled when the run began. Of a run that was given
-    objects in Python that is not known, nor of data at another path before they are looked at.
+    Fields that are left open count as equal, because they were resolved when the run began. The
+    result is False for a run that was given objects in Python, and for data at another path, which
+    would have to be read first.
     """
     run_dir = Path(config.run_dir)
     try:
@@ -255,7 +264,7 @@ def is_done_as_asked(config: TrainConfig) -> bool:
 
 
 def _by_option(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as {"stage.r1.weight": value}: the names of the command's options."""
+    """Flatten a nested configuration to the names of options: {"stage.r1.weight": value}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -266,25 +275,25 @@ def _by_option(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _what_is_lost(run_dir: Path, damaged: list[str]) -> str:
-    """What a run has done that no checkpoint has; empty if nothing."""
+    """Describe progress of a run that no intact checkpoint has; empty if there is none."""
     if damaged:
         return (
-            f"{run_dir} holds a run, and none of its {len(damaged)} checkpoints verifies (newest: "
-            f"{damaged[0]})"
+            f"{run_dir} holds a run, but all its checkpoints are damaged (number: {len(damaged)}, "
+            f"newest: {damaged[0]})"
         )
     if not (run_dir / LOG_NAME).is_file() or not (run_dir / CONFIG_NAME).is_file():
         return ""
     steps = len(read_log(run_dir))
     config = json.loads((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
-    # The first one may still be on its way in the background, until the second is due.
+    # With background saving, the first checkpoint may not be complete before the second is due.
     due = 2 if config.get("checkpoint_in_background") else 1
     if steps <= due * config["checkpoint_every"]:
         return ""
-    return f"{run_dir} holds a run whose log tells of {steps} updates, but no checkpoint"
+    return f"{run_dir} holds a run with {counted(steps, 'update')} in its log, but no checkpoint"
 
 
 def _set_aside(run_dir: Path) -> None:
-    """Move what an earlier attempt left to a folder of its own."""
+    """Move the files of an earlier attempt to a subfolder."""
     number = 1
     while (run_dir / f"before-{number}").exists():
         number += 1

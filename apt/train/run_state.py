@@ -1,4 +1,4 @@
-"""How a run stands, for schedulers and scripts: `state.json` in its folder, and exit statuses."""
+"""The state of a run for schedulers and scripts: `state.json` in its folder, and exit statuses."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def write_state(
 
     Args:
         run_dir: folder of the run.
-        state: "running" (also after a kill), "unfinished" (stopped and saved: continue it),
+        state: "running" (also after a kill), "unfinished" (stopped and saved; can be continued),
             "finished", or "failed".
-        update: updates done; num_updates: of the whole run.
+        update: updates done.
+        num_updates: updates of the whole run.
         reason: the signal or the error.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: writing failed.
     """
     content = {"state": state, "update": update, "num_updates": num_updates, "reason": reason}
     if job():
@@ -43,7 +44,7 @@ def write_state(
 
 
 def is_of_this_job(run_dir: Path) -> bool:
-    """Whether ranks of this launch of torchrun had this run in hand."""
+    """Return whether this launch of torchrun has already worked on this run."""
     file = run_dir / STATE_NAME
     if not job() or not file.is_file():
         return False
@@ -51,9 +52,9 @@ def is_of_this_job(run_dir: Path) -> bool:
 
 
 def exit_status(finished: bool) -> int:
-    """0, or 75 for a run that was stopped, saved and is to be continued.
+    """Return 0, or 75 for a run that was stopped and saved, and should be continued.
 
-    Under torchrun it is always 0, because torchrun takes any other for a crash and starts the
-    ranks again at once; there `state.json` tells.
+    Under torchrun it is always 0, because torchrun takes any other status for a crash and restarts
+    the ranks at once; read `state.json` instead.
     """
     return 0 if finished or under_torchrun() else EXIT_UNFINISHED

@@ -19,9 +19,9 @@ from apt.train.config import TrainConfig
 def draw_samples(
     stage: Stage, config: TrainConfig, batches: Sequence[MicroBatch]
 ) -> Preview | None:
-    """Samples of the EMA weights, as the stage previews itself; None if it shows nothing.
+    """Draw the stage's preview with the EMA weights; return None if it has nothing to show.
 
-    Every rank must call it, with the micro-batches of the update.
+    Collective; `batches` are the micro-batches of the update.
     """
     trained = stage.generator
     assert trained.ema is not None
@@ -31,7 +31,7 @@ def draw_samples(
 
 @torch.no_grad()
 def decode_samples(stage: Stage, latents: Tensor) -> Tensor | None:
-    """Pixels (B, 3, T, H, W) in [-1, 1]; None if the run has no codec that decodes."""
+    """Return pixels (B, 3, T, H, W) in [-1, 1]; None if the run has no codec that decodes."""
     if isinstance(stage.codec, CachedCodec):
         return None
     if stage.codec is None:
@@ -40,8 +40,8 @@ def decode_samples(stage: Stage, latents: Tensor) -> Tensor | None:
         return stage.codec.decode(latents).clamp(-1, 1)
 
 
-def write_sheet(path: Path, pixels: Tensor, names: tuple[str, ...], title: str) -> None:
-    """A PNG with one row of frames per sample."""
+def write_sheet(path: Path, pixels: Tensor, preview: Preview, title: str) -> None:
+    """Write a PNG with one row of frames per sample."""
     frames = to_uint8(pixels).permute(0, 2, 3, 4, 1).cpu()
     cells = [[video.numpy()] for video in frames]
-    write_contact_sheet(path, cells, rows=list(names), columns=["frames"], title=title)
+    write_contact_sheet(path, cells, rows=list(preview.names), columns=[preview.shows], title=title)

@@ -1,4 +1,4 @@
-"""What is done of an update, and checkpoints: written while training goes on, the newest stay."""
+"""Save the progress of a run in checkpoints while training continues, and delete old ones."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from apt.train import checkpoint
 __all__ = ["PartsDone", "Retention", "Saver"]
 
 _PATIENCE = 60.0
-_TIMEOUT = timedelta(hours=2)  # ranks may have much to write, and not all as much
+_TIMEOUT = timedelta(hours=2)  # ranks may have much to write, some more than others
 
 Position = tuple[int, int]
-"""Whole updates, and parts of the next one."""
+"""Number of whole updates, and of finished parts of the next one."""
 
 Signature = tuple[tuple[str, int, int], ...]
 """Names, sizes and times of a checkpoint's files."""
@@ -31,13 +31,12 @@ Signature = tuple[tuple[str, int, int], ...]
 
 @dataclass
 class PartsDone:
-    """The parts of the update under way that have moved weights, and what they measured: with it an
-    error in the middle of an update loses nothing.
+    """The finished parts of the current update, so that an error inside an update loses nothing.
 
     Attributes:
-        parts: names of the parts that are done: of an adversarial update, the discriminator's half
-            and the generator's.
-        metrics: of those parts, means over all ranks.
+        parts: names of the parts that have updated their weights, such as the discriminator's and
+            the generator's in an adversarial update.
+        metrics: metrics of these parts, averaged over all ranks.
     """
 
     parts: list[str] = field(default_factory=list)
@@ -45,40 +44,40 @@ class PartsDone:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any] | None) -> PartsDone:
-        """What a checkpoint says; nothing, if it was saved between updates."""
+        """Read the parts from a checkpoint's meta; none if it was saved between updates."""
         under_way = (meta or {}).get("under_way")
         if under_way is None:
             return cls()
         return cls(list(under_way["parts"]), dict(under_way["metrics"]))
 
     def as_meta(self) -> dict[str, Any]:
-        """What a checkpoint has to say of it."""
+        """Return the entry for a checkpoint's meta."""
         if not self.parts:
             return {}
-        # Pairs: a manifest sorts its keys, and a log has them in the order of the update.
+        # Use pairs, because a manifest sorts keys, but a log has them in the update's order.
         metrics = [[name, value] for name, value in self.metrics.items()]
         return {"under_way": {"parts": list(self.parts), "metrics": metrics}}
 
     def finish(self, part: str, metrics: Mapping[str, float]) -> None:
-        """A part has moved its weights."""
+        """Record a part that has updated its weights."""
         self.parts.append(part)
         self.metrics |= metrics
 
     def clear(self) -> None:
-        """The update is over and recorded."""
+        """Forget the parts, because the update is finished and recorded."""
         self.parts.clear()
         self.metrics.clear()
 
 
 class Retention:
-    """Keeps the newest good checkpoints of a run, and deletes older ones.
+    """Keeps the newest intact checkpoints of a run, and deletes older ones.
 
-    What this process has saved or verified is known to be good for as long as its files stay
-    untouched; anything else is read before it counts. Every rank makes one and calls it alike.
+    Checkpoints that this process saved or verified count as intact while their files are untouched;
+    others are verified first. All calls are collective.
 
     Args:
         root: folder of the run's checkpoints.
-        keep: how many good ones stay.
+        keep: number of intact checkpoints to keep.
     """
 
     def __init__(self, root: Path, keep: int) -> None:
@@ -87,11 +86,11 @@ class Retention:
         self._known: dict[str, Signature] = {}
 
     def trust(self, path: Path) -> None:
-        """This checkpoint was just saved, or has just been verified."""
+        """Record a checkpoint that was just saved or verified."""
         self._known[path.name] = everywhere(lambda: _signature(path))[0]
 
     def prune(self) -> None:
-        """Delete what is older than the ones to keep. Raises CheckpointError if that fails."""
+        """Delete checkpoints older than those to keep. Raises CheckpointError if this fails."""
         checkpoint.prune(self.root, self.keep, intact=self._intact)
 
     def _intact(self, path: Path) -> bool:
@@ -107,12 +106,12 @@ class Retention:
 class Saver:
     """Context manager that copies a state to host memory, and writes the copy in a thread.
 
-    The copy is what training waits for. Hashing, writing and deleting older checkpoints go on
-    beside it, one checkpoint at a time; until the new one has its name, the ones before it are
-    there. The memory of the copy is kept for the next one. Every rank makes one and calls it alike.
+    Training waits only for the copy. The thread hashes and writes it, and deletes older
+    checkpoints, one checkpoint at a time. Earlier checkpoints stay until the new one has its final
+    name. The memory of the copy is reused. All calls are collective.
 
     Args:
-        retention: where to, and what stays.
+        retention: the folder of checkpoints, and which to keep.
         parallel: the ranks.
     """
 
@@ -131,7 +130,7 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self._thread is not None:
-            # Other ranks may not be there any more; the checkpoint before this one is.
+            # Other ranks may be gone, so do not wait forever; the previous checkpoint remains.
             alone = self._parallel.world_size == 1
             self._thread.join(None if alone or kind is None else _PATIENCE)
             if self._thread.is_alive():
@@ -140,9 +139,9 @@ class Saver:
         self._stack.close()
 
     def begin(self, position: Position, state: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Copy the state, and start to write it as the checkpoint of `position`.
+        """Copy the state, and start writing it as the checkpoint of `position`.
 
-        The one before must have been waited for. Raises TypeError as `checkpoint.save`.
+        Call `wait` for the previous one first. Raises TypeError like `checkpoint.save`.
         """
         assert self._thread is None
         tensors, values = checkpoint.flatten(state)
@@ -154,16 +153,16 @@ class Saver:
         self._thread.start()
 
     def is_over(self) -> bool:
-        """Whether a checkpoint was begun, and all ranks have written it."""
+        """Return whether a checkpoint was started, and all ranks have written it."""
         if self._thread is None:
             return False
         return not self._parallel.any(self._thread.is_alive())
 
     def wait(self) -> Position | None:
-        """Wait for the checkpoint that is being written; its position, None if there is none.
+        """Wait for the checkpoint that is being written, and return its position; None without one.
 
         Raises:
-            CheckpointError: it could not be written, on any rank.
+            CheckpointError: it could not be written on any rank.
         """
         if self._thread is None:
             return None

@@ -1,28 +1,36 @@
-"""Stages that follow each other, each starting from the models that earlier ones left."""
+"""Sequences of stages, each of which starts from the models of earlier ones."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from apt.checkpoints.info import INFO_FILE, read_description
 from apt.checkpoints.runs import EXPORT
+from apt.errors import InputError
+from apt.files import write_text
 from apt.train.config import TrainConfig
+from apt.train.config_file import plain, read_configs
+
+STAGES_NAME = "stages.json"
+"""In the folder of a sequence: the configurations of its stages, so that the folder is enough to
+resume it."""
 
 
 def move_runs(
     configs: Sequence[TrainConfig], *, before: Sequence[TrainConfig]
 ) -> list[TrainConfig]:
-    """Give every stage a folder of its own under the one folder that all of them name.
+    """Give every stage its own folder inside the one folder that all of them name.
 
     Args:
         configs: stages with the same `run_dir`, the folder for all.
-        before: the same stages with folders of their own; the last part of each name is kept.
+        before: the same stages with separate folders; the last part of each path is kept.
 
     Returns:
-        The stages; where one starts from an earlier one's model, it does so in the new place.
+        The stages; those that start from the model of an earlier one name its new folder.
     """
     places = {
         old.run_dir: str(Path(new.run_dir) / Path(old.run_dir).name)
@@ -52,8 +60,39 @@ def move_runs(
     ]
 
 
+def record_stages(configs: Sequence[TrainConfig]) -> None:
+    """Write `STAGES_NAME` into the folder that all stages share; do nothing if there is none.
+
+    Raises InputError if it cannot be written.
+    """
+    folders = {Path(config.run_dir).parent for config in configs}
+    if len(configs) < 2 or len(folders) > 1:
+        return
+    file = folders.pop() / STAGES_NAME
+    text = json.dumps([plain(config) for config in configs], indent=2)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, f"{text}\n")
+    except OSError as error:
+        raise InputError(f"cannot write {str(file)!r}: {error.strerror or error}") from error
+
+
+def read_stages(folder: Path) -> list[TrainConfig]:
+    """Return the recorded stages of a sequence, with the folder where it is now; empty if none are.
+
+    Raises ConfigError for a damaged record.
+    """
+    file = folder / STAGES_NAME
+    if not file.is_file():
+        return []
+    before = read_configs(file)
+    return move_runs(
+        [dataclasses.replace(config, run_dir=str(folder)) for config in before], before=before
+    )
+
+
 def is_finished(config: TrainConfig) -> bool:
-    """Whether the run's folder has the model of its last update."""
+    """Return whether the run's folder has the model of its last update."""
     export = Path(config.run_dir) / EXPORT
     if not (export / INFO_FILE).is_file():
         return False

@@ -1,4 +1,4 @@
-"""Stopping a run politely: SIGTERM and Ctrl-C become a flag that the training loop reads."""
+"""Turn SIGTERM and Ctrl-C into a flag that the training loop reads, to stop a run cleanly."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["StopRequest"]
 class StopRequest:
     """Context manager that turns SIGTERM and SIGINT into `requested`.
 
-    The loop is expected to look at `requested` after every update, save and leave. A second
-    Ctrl-C raises `KeyboardInterrupt` at once. The previous handlers come back at the end.
+    The training loop should check `requested` between micro-batches, save and return. A second
+    Ctrl-C raises `KeyboardInterrupt` at once. The previous handlers are restored at the end.
 
-    Python gives signals to the main thread alone. In another one, nothing is changed about them:
-    whoever started the thread stops the run with `request`.
+    Python delivers signals to the main thread only. In another thread, signal handlers stay as they
+    are, and the code that started the thread stops the run with `request`.
 
     Args:
-        grace: seconds after the first signal in which another Ctrl-C is taken for the same one.
-            torchrun passes a Ctrl-C on to workers that the terminal has already interrupted.
+        grace: seconds after the first signal in which another Ctrl-C is ignored, because torchrun
+            passes a Ctrl-C on to workers that the terminal has already interrupted.
     """
 
     def __init__(self, grace: float = 2.0) -> None:
@@ -32,7 +32,7 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def request(self, reason: str = "a request") -> None:
-        """Ask the run to save and leave, from any thread. `reason` is what the log calls it."""
+        """Ask the run to save and stop, from any thread. The log shows `reason`."""
         self.requested = True
         self.signal_name = reason
 

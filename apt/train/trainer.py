@@ -1,4 +1,4 @@
-"""Training one stage: a folder of its own, begun or continued, the same for all stages."""
+"""Train one stage in its run folder; start it or resume it. The same for all stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apt.condition import TextEncoder
 from apt.data.loader import num_micro_batches, share_of_rank
 from apt.distributed.launch import restarts
 from apt.distributed.parallel import Parallel
-from apt.errors import CheckpointError, ConfigError, InputError
+from apt.errors import CheckpointError, ConfigError, InputError, counted
 from apt.methods.base import MethodConfig, Stage
 from apt.models.architectures import CODECS
 from apt.models.cached import CachedCodec
@@ -63,48 +63,51 @@ def run(
 ) -> Path:
     """Train one stage to its end, or to a stop request, and return the run's folder.
 
-    The folder gets `config.json`, `state.json`, `log.jsonl`, `speed.jsonl` and TensorBoard files,
-    `checkpoints/`, `samples/`, `snapshots/<update>/{ema,raw}/`, `losses.png`, drawn anew as the run
-    goes on, and the finished model in `export/`; while the run lasts, a lock. TensorBoard files
-    need tensorboard, `losses.png` matplotlib: a run without them says so, and goes on.
+    The folder gets `config.json`, `state.json`, `log.jsonl`, `speed.jsonl`, TensorBoard files,
+    `checkpoints/`, `samples/`, `snapshots/<update>/{ema,raw}/`, `losses.png`, which is redrawn
+    during the run, the finished model in `export/`, and a lock while the run lasts. TensorBoard
+    files need tensorboard, and `losses.png` needs matplotlib; without them, a run prints a message
+    and continues.
 
-    SIGTERM and Ctrl-C save a checkpoint and leave before the next micro-batch, and so does an
-    error, if it can; the parts of an update that are done are not done again when the run goes on.
-    What continues is the newest checkpoint that verifies; on the CPU the result equals an
-    uninterrupted run bit for bit. Ranks that torchrun starts again continue by themselves.
+    On SIGTERM or Ctrl-C, a run saves a checkpoint and stops before the next micro-batch. After an
+    error it also saves if it can. A resumed run continues from the newest intact checkpoint and
+    does not repeat finished parts of an update; on the CPU its result equals that of an
+    uninterrupted run bit for bit. Ranks that torchrun restarts resume by themselves.
 
-    Objects stand in for what the configuration names, and are trained as they are, from the weights
-    that they have; several ranks must be handed the same. Their parts are in the exported folder,
-    which others load once the module that registers such parts is imported. Only Python can
-    continue such a run, with objects of the same class and shapes, and as many clips.
+    Objects replace what the configuration names, and train from the weights that they have; all
+    ranks must be given the same. The exported folder includes them, and can be loaded after an
+    import of the module that registers their classes. Such a run can only be resumed in Python,
+    with objects of the same classes and shapes, and the same number of clips.
 
     Args:
-        config: what to train.
-        model: a backbone for a stage that begins anew, in place of `config.model.name`.
+        config: the configuration of the run.
+        model: a backbone for a stage that starts from random weights, instead of
+            `config.model.name`.
         text_encoder, codec: likewise. A text encoder trains if any of its parameters does; a codec
-            only in a stage for codecs.
-        bundles: models in place of those that fields of the stage name, by the field:
+            trains only in a stage for codecs.
+        bundles: models instead of those that fields of the stage name, by field:
             `{"generator": bundle, "discriminator": bundle}`.
-        dataset: clips in place of `config.data.source`: map-style, item i a pair of pixels
-            (3, T, H, W) float32 in [-1, 1] and a caption; see `apt.data.clips.check_clips`. Where
-            the configuration leaves the size open, it is that of the first clip.
-        resume: continue the run in the folder; "auto": if there is one. One that is finished, as it
-            is asked for, is left as it is.
-        start_over: begin again where all checkpoints are damaged or gone.
-        take_over: take the folder from another process that still has it.
-        parallel: shared by stages in a row, as a process group is joined once; alone, a run makes
-            its own.
-        stop: likewise.
+        dataset: clips instead of `config.data.source`: a map-style data set whose items are pairs
+            of pixels (3, T, H, W), float32 in [-1, 1], and a caption; see
+            `apt.data.clips.check_clips`. Its first clip sets the size if the configuration leaves
+            it open.
+        resume: resume the run in the folder; with "auto", resume if there is one, else start. A run
+            that is finished with this configuration is left as it is.
+        start_over: begin again if all checkpoints are damaged or gone.
+        take_over: take the folder over from another process that is still using it.
+        parallel: the ranks, which successive stages share, because a process group is joined once;
+            None joins them for this run.
+        stop: the stop request, likewise.
 
     Raises:
         ConfigError: the configuration or an object is wrong or does not fit the checkpoint, or the
-            folder holds a run and `resume` is off.
-        DataError: clips that cannot be trained on.
-        CheckpointError: nothing to resume, or a checkpoint cannot be written.
-        FolderInUse: another process trains in the folder.
-        LostRankError: another rank is dead or hangs, and which.
-        TrainingStopped: a loss is not finite, or the collapse monitor was told to stop.
-        InputError: the disk or the memory does not suffice.
+            folder holds a run and `resume` is False.
+        DataError: the clips cannot be trained on.
+        CheckpointError: there is nothing to resume, or a checkpoint cannot be written.
+        FolderInUse: another process is training in the folder.
+        LostRankError: another rank is dead or hangs; the message names it.
+        TrainingStopped: a loss is not finite, or the collapse monitor stopped the run.
+        InputError: the disk is full or memory ran out.
     """
     objects = Objects(
         model=model,
@@ -130,18 +133,18 @@ def run(
         parallel = laid_out(config, parallel)
         if stop is None:
             stop = stack.enter_context(StopRequest())
-        # Of the first rank's disk, for all.
+        # Rank 0's disk decides for all.
         asked = bool(resume) and not (start_over or kinds)
         if asked and parallel.any(parallel.is_main and is_done_as_asked(config)):
             parallel.on_main(lambda: print(_finished(config), file=sys.stderr))
             return run_dir
         stack.enter_context(explained(config.run_dir))
-        # torchrun counts restarts on each node by itself. A folder that held another run before
-        # this launch is left alone.
+        # Each node's torchrun counts restarts by itself, so any rank's count decides. A run from
+        # before this launch is not resumed.
         if parallel.any(restarts() > 0) and parallel.any(
             parallel.is_main and is_of_this_job(run_dir)
         ):
-            # The ranks that were ended may still have the lock.
+            # Ranks of the attempt before may still hold the lock.
             resume, take_over = resume or "auto", True
         lock = stack.enter_context(_locked(run_dir, parallel, resume, take_over))
         found = find_start(run_dir, resume, start_over=start_over)
@@ -153,20 +156,20 @@ def run(
 
 
 def _finished(config: TrainConfig) -> str:
-    """What is said where a run that is finished is asked to go on."""
+    """Return the message for resuming a run that is already finished."""
     uses = f"`diffusion-apt generate --model {config.run_dir}` samples from it, "
     if not isinstance(config.stage, MethodConfig):
         uses = ""
     return (
-        f"{config.name}: finished after {config.num_updates:,} updates; {uses}a larger "
-        "--num-updates trains on"
+        f"{config.name}: already finished after {counted(config.num_updates, 'update')}; {uses}a "
+        "larger --num-updates continues training"
     )
 
 
 def laid_out(config: TrainConfig, parallel: Parallel) -> Parallel:
-    """The ranks in the layout of a run.
+    """Return the ranks in the layout of a run.
 
-    Raises ConfigError if they are not those of it, or its stage cannot be trained by several.
+    Raises ConfigError if the layout does not fit them, or if several ranks cannot train the stage.
     """
     if parallel.world_size > 1:
         config.stage.check_sharded()
@@ -177,9 +180,9 @@ def laid_out(config: TrainConfig, parallel: Parallel) -> Parallel:
 def _locked(
     run_dir: Path, parallel: Parallel, resume: Resume, take_over: bool
 ) -> Iterator[RunLock]:
-    """The run's folder for this run alone; rank 0 has the lock."""
+    """Lock the run's folder on rank 0."""
     if resume is True and not run_dir.is_dir():
-        find_start(run_dir, resume)  # says that there is nothing, and makes no folder to say so
+        find_start(run_dir, resume)  # raises before the lock would create the folder
     lock = RunLock(run_dir, take_over=take_over)
     with contextlib.ExitStack() as stack:
         parallel.on_main(lambda: stack.enter_context(lock))
@@ -195,9 +198,9 @@ def _prepare(
     lock: RunLock,
     stop: StopRequest,
 ) -> Run:
-    """Everything that a run needs, at the state of its checkpoint if there is one.
+    """Set up a run, with the state of its checkpoint if there is one.
 
-    `kinds` are those of the objects as they were handed over: adapters change them.
+    `kinds` describe the objects as they were given, before adapters are added.
     """
     meta = checkpoint.read_meta(found) if found is not None else None
     config = objects.named(config)
@@ -205,7 +208,7 @@ def _prepare(
     before = None if meta is None else meta["config"]
     config, found_out = resolve_with_notes(config, start, before, objects, parallel.from_main)
     config, rounding = rounded(config, parallel.data_size)
-    # Refused now, before anything is loaded.
+    # Raise errors now, before anything is loaded.
     num_micro_batches(share_of_rank(config.batch_size, parallel.data_size), config.micro_batch_size)
     taken: list[str] = []
     if found is not None and meta is not None:
@@ -232,21 +235,24 @@ def _prepare(
         made.notes.append(rounding)
     made.heldout = heldout
     if heldout is not None:
-        made.notes.append(f"  held out: {len(heldout)} clips, measured every {heldout.every}")
+        made.notes.append(
+            f"  held out: {counted(len(heldout), 'clip')}, measured every "
+            f"{counted(heldout.every, 'update')}"
+        )
     if found is not None and meta is not None:
         made.retention.trust(found)
         if taken:
-            made.notes.append(f"goes on from {found.name} with other options: {'; '.join(taken)}")
+            made.notes.append(f"continues {found.name} with other options: {'; '.join(taken)}")
         if meta["data"] != dataset.fingerprint:
             _check_moved_data(config, meta["config"], found)
             made.notes.append(
-                f"warning: the data are not those of {found}: files or captions were added, "
-                "removed or changed, so samples do not continue where they stopped"
+                f"warning: the data have changed since {found}: files or captions were added, "
+                "removed or changed, so the order of samples does not continue where it stopped"
             )
-    if config.sample_every and config.sample_prompts and isinstance(stage.codec, CachedCodec):
+    if config.sample_every and isinstance(stage.codec, CachedCodec):
         made.notes.append(
-            "no sample sheets: a run on a latent cache loads no codec to decode with; the "
-            "monitor looks at latents. `diffusion-apt generate --model` draws samples"
+            "no sample sheets: a run on a latent cache loads no codec to decode them, and the "
+            "monitor checks latents; `diffusion-apt generate --model` draws samples"
         )
     trained_on = start.sample if isinstance(start, ModelInfo) else None
     made.notes += (f"warning: {text}" for text in [*stage.warnings(), *advice(config, trained_on)])
@@ -256,49 +262,46 @@ def _prepare(
 def _check_measures(config: TrainConfig, stage: Stage) -> None:
     if config.heldout.is_on and type(stage).heldout is Stage.heldout:
         raise ConfigError(
-            f"{type(stage).__qualname__} measures nothing on clips that are held out; give it a "
-            "method heldout(), or leave out --heldout"
+            f"{type(stage).__qualname__} has no measures for held-out clips; implement its "
+            "heldout(), or leave out --heldout"
         )
 
 
 def _check_moved_data(config: TrainConfig, before: Mapping[str, Any], found: Path) -> None:
-    """Raise ConfigError for data at another path that are other data, and where clips that were
-    trained on would be held out."""
+    """Raise ConfigError if another path has other data, or changed data affect held-out clips."""
     if config.heldout.share or config.heldout.clips:
         raise ConfigError(
-            f"the data of {found} are not what they were, so that clips which were trained on "
-            "could be held out now; put the files back as they were, or start a new run in another "
-            "--run-dir"
+            f"the data have changed since {found}, so clips that were trained on could be held "
+            "out now; restore the files, or start a new run in another --run-dir"
         )
     was, now = before["data"]["path"], config.data.path
     if was != now:
         raise ConfigError(
-            f"the data of {found} were at {was!r}, and those at {now!r} are others: files, "
-            "captions or sizes differ. Resume with the same data, or start a new run in another "
-            "--run-dir"
+            f"the data of {found} were at {was!r}, but those at {now!r} differ in files, captions "
+            "or sizes. Resume with the same data, or start a new run in another --run-dir"
         )
 
 
 def make_stage(config: TrainConfig, parallel: Parallel, objects: Objects = NO_OBJECTS) -> Stage:
-    """The networks of a run, on this rank's device."""
+    """Return the stage of a run, with its networks on this rank's device."""
     return RunHost(config, parallel, objects).begin()
 
 
 def _start(config: TrainConfig, objects: Objects) -> Start:
-    """What is said of the model, or the trained codec, that the stage starts from."""
+    """Return the description of the model, or the trained codec, that the stage starts from."""
     stage, field = config.stage, config.stage.start_field
     if field is not None:
         bundle = objects.bundles.get(field)
         info = _describe(stage.source(field), field) if bundle is None else bundle.info
-        return info if isinstance(info, ModelInfo) else None  # loading says what is wrong with it
+        return info if isinstance(info, ModelInfo) else None  # loading will raise the error
     codec = stage.trained_codec()
     found = _describe(codec, "codec") if codec else None
-    # A whole model that lends its codec was made for other clips.
+    # If the codec is part of a whole model, that model's clips do not apply here.
     return found if isinstance(found, CodecInfo) else None
 
 
 def _describe(source: str, field: str) -> ModelInfo | CodecInfo:
-    """What is said of a model, or an error that says which option named it."""
+    """Return the description of a model; errors also name the option."""
     try:
         return describe(source)
     except CheckpointError as error:
@@ -306,20 +309,20 @@ def _describe(source: str, field: str) -> ModelInfo | CodecInfo:
         others = ""
         if field == "codec":
             others = (
-                "; a codec can also be a folder or a Hub id of an autoencoder of diffusers, and "
-                f"with --codec one of these: {', '.join(CODECS.names())}"
+                "; a codec can also be a folder or Hub id of a diffusers autoencoder, or with "
+                f"--codec one of: {', '.join(CODECS.names())}"
             )
-        raise type(error)(f"{option} names what this stage starts from: {error}{others}") from error
+        raise type(error)(f"cannot start from {option}: {error}{others}") from error
 
 
 def _state(stage: Stage) -> dict[str, Any]:
-    """All that a resumed run needs. Random draws and data order follow from the update's number."""
+    """Return all state that resuming needs; the update's number determines draws and data order."""
     state: dict[str, Any] = {name: trained.state() for name, trained in stage.trained.items()}
     return {**state, **stage.extra_state(), "update": 0}
 
 
 def _check_prompts(config: TrainConfig, stage: Stage) -> None:
-    """Raise InputError now for a prompt that a later update would stop at."""
+    """Raise InputError now for a prompt that would stop the run at a later update."""
     try:
         stage.check_prompts((config.sample_prompts or ()) if config.sample_every else ())
     except InputError as error:

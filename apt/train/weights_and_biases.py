@@ -1,4 +1,4 @@
-"""A run's metrics and sheets in Weights & Biases, beside its own files."""
+"""Log metrics and sample sheets to Weights & Biases, besides the run's own files."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ ID_NAME = "wandb_id"
 
 
 class WandbLog:
-    """One run there, which a resumed run goes on with: its id lies in the run's folder.
+    """A run in Weights & Biases. A resumed run continues it: the run's folder keeps its ID.
 
     WANDB_MODE=offline keeps everything in `run_dir/wandb`, for `wandb sync`.
 
     Args:
         run_dir: folder of the run.
-        project: there.
-        name: of the run.
-        config: as JSON holds it.
+        project: project in Weights & Biases.
+        name: name of the run.
+        config: the configuration as JSON values.
 
     Raises:
         InputError: wandb is not installed, or does not start.
@@ -36,7 +36,7 @@ class WandbLog:
             self._wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise InputError(
-                f"--wandb-project needs wandb, which does not import here ({error}); run "
+                f"--wandb-project needs wandb, which cannot be imported ({error}); run "
                 "`pip install 'diffusion-apt[wandb]'`, or leave the option out"
             ) from error
         known = run_dir / ID_NAME
@@ -67,5 +67,5 @@ class WandbLog:
         self._run.log({"samples": self._wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        """Send what is left, and end."""
+        """Send what is left, and finish the run."""
         self._run.finish()

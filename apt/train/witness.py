@@ -1,4 +1,4 @@
-"""What each module of a rank computes, looked at by itself: before ranks add up their gradients."""
+"""Record what each module of a rank computes, before gradients are summed over ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Rehearsed", "Seen", "witnessed"]
 
 
 class Rehearsed(Exception):
-    """A part of an update that was only rehearsed has come to the point of moving weights."""
+    """Raised in a rehearsal, instead of updating weights."""
 
 
 @dataclass
@@ -22,22 +22,22 @@ class Seen:
     """Outputs of modules and their gradients, in the order in which they were computed.
 
     Attributes:
-        names: "output of block.1", "gradient at block.1".
-        values: what was made of each tensor.
+        names: "the output of block.1", "the gradient at block.1".
+        values: what `look` returned for each tensor.
     """
 
     names: list[str] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
     def first(self, wanted: Callable[[int, Tensor], bool]) -> str | None:
-        """The first one whose number and value are wanted."""
+        """Return the first name for whose number and value `wanted` is true, or None."""
         for number, (name, value) in enumerate(zip(self.names, self.values, strict=True)):
             if wanted(number, value):
                 return name
         return None
 
     def first_difference(self, other: Seen) -> str | None:
-        """The first one that is not the same, bit for bit, in both."""
+        """Return the first name whose values differ in a bit, or None."""
         if self.names != other.names:
             return "the order of its modules"
         return self.first(lambda number, value: not torch.equal(value, other.values[number]))
@@ -47,11 +47,11 @@ class Seen:
 def witnessed(
     networks: Mapping[str, nn.Module], look: Callable[[Tensor], Tensor]
 ) -> Iterator[Seen]:
-    """Look at what every module without parts computes inside the block, and at its gradient.
+    """Record the output, and its gradient, of every module without children inside the block.
 
     Args:
-        networks: by name.
-        look: makes something small of a tensor, on its device.
+        networks: the networks by name.
+        look: reduces a tensor to something small, on its device.
     """
     seen = Seen()
 

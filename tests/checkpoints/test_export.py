@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import apt
 from apt.checkpoints.export import Format, export_model
-from apt.checkpoints.info import SamplingInfo, read_info, write_info
+from apt.checkpoints.info import SamplingInfo, read_description, read_info, write_info
 from apt.checkpoints.load import load_bundle
 from apt.checkpoints.save import save_bundle
 from apt.errors import CheckpointError, InputError
@@ -236,6 +236,14 @@ def test_the_command_line(trained: Path, wan: Path, tmp_path: Path) -> None:
     assert read_info(tmp_path / "ours").stage == "apt"
 
 
+def test_a_built_in_model_goes_by_its_name(tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    result = invoke("export", "digits", out)
+    assert result.returncode == 0, result.stderr
+    assert read_description(out).stage == "apt"
+    assert (out / "codec.safetensors").is_file()  # which the built-in models share
+
+
 def test_what_cannot_be_exported_says_why(trained: Path, wan: Path, tmp_path: Path) -> None:
     own = save_bundle(tmp_path / "own", tiny_bundle())
     with pytest.raises(CheckpointError, match="no model of a public family"):
@@ -295,8 +303,8 @@ def test_places_that_no_export_fits_into(trained: Path, wan: Path, tmp_path: Pat
     [
         (["push", "no-such-folder", "me/x"], "there is no folder 'no-such-folder'"),
         (["push", "README.md", "me/x"], "there is no folder 'README.md'"),
-        (["push", "docs", "bad name"], "'bad name' is no name on the Hub"),
-        (["push", "docs", "me/x@main"], "a branch as --revision"),
+        (["push", "docs", "bad name"], "'bad name' is not a name on the Hub"),
+        (["push", "docs", "me/x@main"], "a branch with --revision"),
         (["pull", "me/x", "--local-dir", "README.md"], "'README.md' is a file; name a folder"),
         (["pull", "me/x", "--local-dir", "README.md/x"], "is a file; name a folder"),
     ],

@@ -43,7 +43,7 @@ def test_check_of_a_good_folder(digits: Path) -> None:
     for fact in ("3 videos, 0 images", "32x32 (3)", "8 fps (3)", "no problems"):
         assert fact in result.stdout
     # As `train own` takes it, which never enlarges and finds 9 frames.
-    assert "  --size tiny: 9 frames, 32 high and 32 wide, at 8 fps" in result.stdout
+    assert "  --size tiny: 9 frames of 32x32 (height x width), at 8 fps" in result.stdout
     assert f"`train own --data.path {digits}`" in result.stdout
 
 
@@ -57,7 +57,7 @@ def test_check_reports_broken_files_and_fails(digits: Path, tmp_path: Path) -> N
     assert result.returncode == 2
     assert "2 videos, 0 images" in result.stdout
     assert "000001.mp4" in result.stdout
-    assert "1 problems in" in result.stderr
+    assert "1 problem in" in result.stderr
 
 
 def test_check_names_captions_that_a_model_cannot_read(digits: Path, tmp_path: Path) -> None:

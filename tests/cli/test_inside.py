@@ -40,7 +40,7 @@ def test_a_model_that_was_previewed_with_nothing_needs_a_prompt(
 ) -> None:
     result = invoke("probe", "--model", models / "apt", "--out", tmp_path / "probe")
     assert result.returncode == 2
-    assert "pass --prompt" in result.stderr and result.stderr.count("\n") == 1
+    assert "pass prompts with --prompt" in result.stderr and result.stderr.count("\n") == 1
     none = invoke("probe", "--model", models / "apt", "--num-shown", "0", "--prompt", "a")
     assert "--num-shown must be at least 1, got 0" in none.stderr
     assert not (tmp_path / "probe").exists()
@@ -66,11 +66,11 @@ def test_traverse_shows_models_side_by_side(models: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("--model", "digits", "digits"), "each once"),
+        (("--model", "digits", "digits"), "each only once"),
         (("--out", __file__), "is a file"),
         (("--seeds", "1"), "two seeds"),
         (("--fps", "0"), "fps must be above 0"),
-        (("--prompt", ""), "a prompt must be text that is not empty"),
+        (("--prompt", ""), "a prompt must be non-empty text"),
     ],
 )
 def test_bad_paths_are_one_line(args: tuple[str, ...], said: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,12 +65,12 @@ def test_a_finished_row_is_not_trained_again(trained: Path) -> None:
         result = invoke("train", "digits_pixels", "--run-dir", trained, *TINY, *options, again)
         assert result.returncode == 0, result.stderr
         said = result.stderr.splitlines()
-        assert len(said) == 3 and all("finished after 2 updates" in line for line in said)
+        assert len(said) == 3 and all("already finished after 2 updates" in line for line in said)
         assert result.stdout.splitlines()[2] == f"digits_pixels_apt: {trained / 'apt' / 'export'}"
     assert (trained / "apt" / "log.jsonl").read_bytes() == log
     # The requested settings must be those of the finished run, except for those that do not matter.
     on = ("train", "--resume", trained / "apt", "--data.num-workers", "2")
-    assert "finished after" in invoke(*on).stderr
+    assert "already finished" in invoke(*on).stderr
     assert "seed (was 0, is 1)" in error_line(invoke(*on, "--seed", "1"))
 
 
@@ -148,7 +149,7 @@ def test_a_stop_has_a_status_of_its_own_and_one_command_goes_on(
     assert (run_dir / "losses.png").is_file()  # drawn while it goes on
 
     line = error_line(invoke(*command, "--num-updates", str(done), "--start-over", "--resume"))
-    assert "exclude each other" in line
+    assert "cannot be used together" in line
     assert invoke(*command, "--num-updates", str(done)).returncode == 0
     assert json.loads((run_dir / "state.json").read_text())["state"] == "finished"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -160,7 +161,7 @@ def test_a_shorter_run_than_was_done_changes_nothing(trained: Path) -> None:
     before = (run_dir / "config.json").read_bytes()
     options = [*TINY, "--stage.timestep-shift", "1.25", "--num-updates", "1", "--resume"]
     line = error_line(invoke("train", "digits_pixels_pretrain", "--run-dir", run_dir, *options))
-    assert "has 2 updates" in line and "--num-updates 2" in line
+    assert "is already at update 2" in line and "set --num-updates to at least 2" in line
     assert (run_dir / "config.json").read_bytes() == before
 
 
@@ -202,11 +203,11 @@ def test_a_single_run_continues_in_its_current_folder(tmp_path: Path) -> None:
     )
     result = invoke(*on, "--micro-batch-size", "1")
     assert result.returncode == 0, result.stderr
-    (said,) = (line for line in result.stderr.splitlines() if "goes on from" in line)
+    (said,) = (line for line in result.stderr.splitlines() if "with other options" in line)
     assert "micro_batch_size (was 0, is 1)" in said and "data.path (was " in said
     assert len(read_log(run_dir)) == 3 and not (tmp_path / "run").exists()
     header = result.stderr.splitlines()[:8]
-    assert header[0] == "digits_pixels_pretrain: 3 updates of 2 samples, on from update 2"
+    assert header[0] == "digits_pixels_pretrain: 3 updates of 2 samples, continued from update 2"
     assert re.fullmatch(r"  generator: \d+\.\d k parameters", header[1])
     assert header[3] == "  clips: 4 of 9x32x32 at 8 fps"
     assert re.fullmatch(r"  device: cpu with \d+\.\d GiB, bf16", header[4])
@@ -221,11 +222,21 @@ def test_a_single_run_continues_in_its_current_folder(tmp_path: Path) -> None:
     (tmp_path / "moved").rename(tmp_path / "others")
     further = ["--num-updates", "4", "--data.path", tmp_path / "others"]
     other = error_line_at_end(invoke("train", "--resume", run_dir, *further))
-    assert "are others" in other and "start a new run" in other
+    assert "differ in files" in other and "start a new run" in other
 
 
-def test_a_row_is_not_one_run(trained: Path) -> None:
-    line = error_line(invoke("train", "--resume", trained))
+def test_a_row_goes_on_from_its_folder_alone(trained: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved row"
+    shutil.copytree(trained, moved)
+    shutil.rmtree(moved / "apt")
+    result = invoke("train", "--resume", moved)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].endswith(f": {moved / 'apt' / 'export'}")
+    started = json.loads((moved / "apt" / "config.json").read_text())["stage"]
+    assert started["generator"] == f"{moved}/distill/export"
+    # One that an earlier version began does not say what its stages are.
+    (moved / "stages.json").unlink()
+    line = error_line(invoke("train", "--resume", moved))
     assert "several stages (apt, distill, pretrain)" in line
 
 
@@ -260,15 +271,21 @@ def test_help_of_a_recipe_shows_its_fields_and_values() -> None:
     [
         (["digit_apt"], "unknown recipe 'digit_apt'; did you mean 'digits_apt'"),
         (["zzz"], "unknown recipe 'zzz'; choose from: "),
-        (["--resume", "digits_apt"], "digits_apt is no folder of a run, which has a config.json"),
+        (
+            ["--resume", "digits_apt"],
+            "digits_apt is not the folder of a run, which has a",
+        ),
         (["--resume"], "--resume needs a RUN: diffusion-apt train --resume RUN"),
         (["--resume", "--take-over"], "--resume needs a RUN"),
         (["--config"], "--config needs a FILE"),
         (["--config", "none.json"], "cannot read 'none.json'"),
         (["--take-over", "digits_apt"], "the recipe's name comes first"),
-        (["own", "--config", "none.json"], "--config FILE stands in place of the recipe's name"),
-        (["own", "--resume", "run"], "behind it, --run-dir RUN names the folder"),
-        (["--config", "."], "'.' is a folder; expected what `train RECIPE --print-config` prints"),
+        (["own", "--config", "none.json"], "--config FILE replaces the recipe's name"),
+        (["own", "--resume", "run"], "or keep it and write --run-dir RUN --resume"),
+        (
+            ["--config", "."],
+            "'.' is a folder; expected the output of `train RECIPE --print-config`",
+        ),
         (["digits_apt", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["digits_apt", "--num-updates", "30"], "--optimizer.decay-updates to at most 30"),
         (["digits_apt", "--optimizer.betas", "0.5", "nan"], "optimizer.betas must be a finite"),

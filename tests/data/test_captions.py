@@ -85,7 +85,7 @@ def test_a_folder_leaves_out_or_cuts_what_is_too_long(directory: Path) -> None:
     assert [skipped.caption(i) for i in range(len(skipped))] == ["one", "two", "four"]
     assert name in skipped.report.text() and "long caption: 1" in skipped.report.text()
     assert [cut.caption(i) for i in range(len(cut))] == ["one", "two", "three and a", "four"]
-    assert cut.report.cut == [name] and "1 captions cut" in cut.report.text()
+    assert cut.report.cut == [name] and "1 caption cut" in cut.report.text()
     assert skipped.fingerprint != cut.fingerprint
     assert cut[2].caption == "three and a"
     for options in ({"long": "error"}, {"long": "skip", "strict": True}):

@@ -45,7 +45,7 @@ def test_a_good_folder(folder: Path) -> None:
     assert check.codecs == {"h264": 2, "png": 1}
     assert check.captions == ["a grey [bold]square[/bold]", "a ramp", "noise"]
     shown = text(check)
-    for part in ("2 videos, 1 images", "47x31 (1)", "24 fps (1)", "1.00 to 2.00 s", "no problems"):
+    for part in ("2 videos, 1 image", "47x31 (1)", "24 fps (1)", "1.00 to 2.00 s", "no problems"):
         assert part in shown
     assert "a grey [bold]square[/bold]" in shown  # captions are not markup
 

@@ -81,13 +81,13 @@ def test_a_bad_clip_later_on_is_named_also_by_a_worker() -> None:
         ({"pixels": PIXELS}, "is a dict; expected a pair"),
         ((PIXELS.numpy(), "a"), "has pixels of type ndarray"),
         ((PIXELS.byte(), "a"), "is uint8; expected"),
-        ((PIXELS.byte(), "a"), "uint8 is pixels / 127.5 - 1"),
+        ((PIXELS.byte(), "a"), "convert uint8 with pixels / 127.5 - 1"),
         ((PIXELS.double(), "a"), "is float64; expected"),
         ((PIXELS.to("meta"), "a"), "is on meta; expected"),
         ((PIXELS[:1], "a"), "has the shape (1, 5, 4, 6)"),
         ((PIXELS[:, 0], "a"), "has the shape (3, 4, 6)"),
         ((PIXELS[:, :0], "a"), "has the shape (3, 0, 4, 6)"),
-        ((PIXELS.transpose(2, 3), "a"), "is 5x6x4, and the run asks for 5x4x6"),
+        ((PIXELS.transpose(2, 3), "a"), "is 5x6x4, but the run asks for 5x4x6"),
         ((PIXELS + 255, "a"), "has values from 255 to 255"),
         ((PIXELS + float("inf"), "a"), "NaN or infinite"),
         ((PIXELS, None), "has the caption None"),
@@ -104,8 +104,8 @@ def test_a_bad_first_clip_is_one_line_at_once(item: Any, message: str) -> None:
     ("dataset", "message"),
     [
         (Items(), "Items is empty"),
-        ((x for x in [PIXELS]), "generator is no data set: expected __len__ and __getitem__"),
-        (None, "NoneType is no data set"),
+        ((x for x in [PIXELS]), "generator is not a data set: expected __len__ and __getitem__"),
+        (None, "NoneType is not a data set"),
     ],
 )
 def test_what_is_no_data_set(dataset: Any, message: str) -> None:

@@ -146,7 +146,7 @@ def test_every_unusable_file_is_counted_named_and_skipped(
     assert {problem.file: problem.kind for problem in folder.report.problems} == expected
     assert folder.report.counts() == dict(Counter(expected.values()))
     text = folder.report.text()
-    assert text.startswith("1 videos and 0 images in use; 6 skipped")
+    assert text.startswith("1 video and 0 images in use; 6 skipped")
     assert all(name in text and name in caplog.text for name in expected)
     assert "8 frames at 8 fps" in text
     assert "16x16" in text
@@ -172,7 +172,7 @@ def test_a_folder_with_nothing_usable_says_what_it_looked_for(tmp_path: Path) ->
     for word in (".mp4", ".png", "metadata.csv", "metadata.jsonl", ".txt", "no such files"):
         assert word in str(caught.value)
     (tmp_path / "a.mp4").touch()
-    with pytest.raises(DataError, match=r"a\.mp4: .*a\.txt is not there"):
+    with pytest.raises(DataError, match=r"a\.mp4: .*a\.txt is missing"):
         VideoFolder(tmp_path, buckets=SQUARE)
 
 

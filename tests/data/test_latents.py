@@ -146,14 +146,14 @@ def test_what_else_clips_are_conditioned_on_comes_back(tmp_path: Path) -> None:
     numbers = [int(caption.split()[1]) for caption in batch.captions]
     assert torch.equal(batch.extra["camera"], torch.stack([cameras[i] for i in numbers]))
     broken = clip(0)._replace(extra={"camera": torch.tensor([float("inf")])})
-    with pytest.raises(DataError, match="camera of the clip 'clip 0' are NaN or infinite"):
+    with pytest.raises(DataError, match="camera of the clip 'clip 0' has values that are NaN"):
         write_clips(tmp_path / "latents-00001.safetensors", [broken])
 
 
 def test_samples_of_a_batch_are_conditioned_on_the_same() -> None:
     x = torch.zeros(2, 1, 1, 1)
     samples = [EncodedSample(x, "a"), EncodedSample(x, "b", {"camera": torch.zeros(3)})]
-    with pytest.raises(DataError, match="different things: camera and captions alone"):
+    with pytest.raises(DataError, match="different conditions: camera and only captions"):
         Batch.collate(samples, offset=0, batch_index=0)
 
 
@@ -179,7 +179,7 @@ def test_a_missing_file_is_named(cache: Path, name: str) -> None:
     with pytest.raises(DataError, match="data encode") as caught:
         LatentFolder(cache)
     if name != "latents.json":
-        assert "not complete" in str(caught.value)
+        assert "incomplete" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["latents-00001.safetensors", "texts-00000.safetensors"])

@@ -146,7 +146,10 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     scan = scan_folder(root)
     assert list(scan.files) == ["a.png", "own/d.png", "part1/b.png", "part1/deep/c.png"]
     found = {problem.file: (problem.kind, problem.detail) for problem in scan.problems}
-    assert found.pop("up") == ("unreadable", "a link to a folder that holds this one: not followed")
+    assert found.pop("up") == (
+        "unreadable",
+        "a link to a folder that contains this one: not followed",
+    )
     kind, detail = found.pop("gone")
     assert kind == "missing file" and "nowhere" in detail
     assert {kind for kind, _ in found.values()} == {"missing caption"}
@@ -171,7 +174,7 @@ def test_media_under_other_names_are_named(tmp_path: Path) -> None:
     assert problems(scan) == dict.fromkeys(
         ("a.jxl", "b.psd", "clip001", "d.backup"), "unknown suffix"
     )
-    assert ".jxl is not looked for" in str(scan.problems[0])
+    assert ".jxl is not supported" in str(scan.problems[0])
     expected = {".md": 1, ".json": 1, ".wav": 1, ".m4a": 1, "without a suffix": 1}
     assert scan.left_aside == expected
 
@@ -186,12 +189,12 @@ def test_folders_where_files_should_be(tmp_path: Path) -> None:
     scan = scan_folder(tmp_path)
     details = {problem.file: problem.detail for problem in scan.problems}
     assert details == {
-        "pipe.mp4": "is no regular file",
+        "pipe.mp4": "is not a regular file",
         "a.mp4": "a.txt is a folder",
         "b.mp4": "b.txt is not UTF-8",
-        "c.mp4/inside.png": "inside.txt is not there",
-        "d.mp4": "d.txt is no regular file",
-        "d.txt": "is no regular file",
+        "c.mp4/inside.png": "inside.txt is missing",
+        "d.mp4": "d.txt is not a regular file",
+        "d.txt": "is not a regular file",
     }
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "c.mp4", "caption": "x"}')
     named = {problem.file: problem.detail for problem in scan_folder(tmp_path).problems}
@@ -210,7 +213,7 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
     assert entry.name == r"caf\udce9.png" and entry.path == path
     path.with_suffix(".txt").unlink()
     (problem,) = scan_folder(tmp_path).problems
-    assert str(problem).isascii() and r"caf\udce9.txt is not there" in problem.detail
+    assert str(problem).isascii() and r"caf\udce9.txt is missing" in problem.detail
 
 
 def test_captions_of_every_system(tmp_path: Path) -> None:
@@ -223,3 +226,6 @@ def test_captions_of_every_system(tmp_path: Path) -> None:
         "b.mp4": "é",
         "c.mp4": "one\u2028two",
     }
+    (tmp_path / "a.txt").write_bytes("no mark".encode("utf-16-le"))
+    (problem,) = scan_folder(tmp_path).problems
+    assert "a.txt is UTF-16 without a byte order mark" in problem.detail

@@ -94,10 +94,24 @@ def test_what_is_wrong_is_named(root: Path, tmp_path: Path) -> None:
     assert problems["bare.tar/y.mp4"].kind == "missing caption"
     assert problems["bare.tar/z.png"].kind == "unreadable"
     assert "/tmp" not in str(problems["bare.tar/z.png"])
-    assert "no uncompressed tar" in str(problems["broken.tar"])
+    assert "not an uncompressed tar" in str(problems["broken.tar"])
     (tmp_path / "good.tar").write_bytes(whole[:2000])
-    with pytest.raises(DataError, match="ends before its member does"):
+    with pytest.raises(DataError, match="ends in the middle of a member"):
         shards[0]
+
+
+def test_captions_are_read_as_those_of_a_folder(tmp_path: Path) -> None:
+    texts = {
+        "a.txt": b"\xef\xbb\xbfone",
+        "b.txt": "é".encode("utf-16"),
+        "c.json": b'\xef\xbb\xbf{"caption": "two"}',
+        "d.json": b'{"caption": "half of a letter \\ud83d"}',
+        "e.txt": "no mark".encode("utf-16-le"),
+    }
+    pack(tmp_path / "a.tar", {**texts, **{f"{name[0]}.png": b"" for name in texts}})
+    found = scan_shards(tmp_path)
+    assert [entry.caption for entry in found.entries] == ["one", "é", "two"]
+    assert [problem.file for problem in found.problems] == ["a.tar/d.png", "a.tar/e.png"]
 
 
 def test_a_folder_without_shards(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_prompts_are_from_all_over_the_folder_and_always_the_same() -> None:
 def test_a_folder_is_read_with_and_without_captions(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", numbered(9, 32, 48), 8)
     write_image(tmp_path / "b.png", numbered(1, 40, 40)[0])
-    with pytest.raises(DataError, match=r"(?s)nothing usable.*a.mp4: a.txt is not there"):
+    with pytest.raises(DataError, match=r"(?s)nothing usable.*a.mp4: a.txt is missing"):
         read_statistics(tmp_path)
     with pytest.raises(DataError, match="nothing usable"):
         read_captions(tmp_path)
@@ -159,5 +159,5 @@ def test_a_folder_is_read_with_and_without_captions(tmp_path: Path) -> None:
     found = read_statistics(tmp_path)
     assert found.words() == "1 video" and found.captions == read_captions(tmp_path) == ["a clip"]
     (tmp_path / "a.mp4").write_bytes(b"none")
-    with pytest.raises(DataError, match="1 files that cannot be read"):
+    with pytest.raises(DataError, match="1 file that cannot be read"):
         read_statistics(tmp_path)

@@ -127,9 +127,9 @@ def test_other_videos_are_not_mixed_in(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"names 000002\.mp4"):
         write_video_folder(Noise(), tmp_path, 2, 8)
     (tmp_path / "metadata.csv").unlink()
-    with pytest.raises(DataError, match=r"000000\.mp4 shows something else"):
+    with pytest.raises(DataError, match=r"000000\.mp4 shows another clip"):
         write_video_folder(Noise(seed=1), tmp_path, 3, 8)
-    with pytest.raises(DataError, match="shows something else"):
+    with pytest.raises(DataError, match="shows another clip"):
         write_video_folder(Noise(height=16), tmp_path, 3, 8)
     assert files(tmp_path) == {k: v for k, v in before.items() if k != "metadata.csv"}
 

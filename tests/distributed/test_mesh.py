@@ -59,7 +59,7 @@ def test_ranks_of_a_sequence_group_have_the_same_samples(found: list[dict[str, A
 
 def test_sizes_that_do_not_make_the_ranks_are_refused(found: list[dict[str, Any]]) -> None:
     for rank in found:
-        assert "sequence 3 does not make 4 ranks" in rank["refused"]["message"]
+        assert "sequence 3 does not fit 4 ranks" in rank["refused"]["message"]
         assert "\n" not in rank["refused"]["message"]
 
 
@@ -84,7 +84,7 @@ def test_every_rank_has_one_place(replicate: int, shard: int, sequence: int) -> 
     ],
 )
 def test_other_numbers_of_ranks_are_refused(config: ParallelConfig, world: int) -> None:
-    with pytest.raises(ConfigError, match=f"does not make {world} rank"):
+    with pytest.raises(ConfigError, match=f"does not fit {world} rank"):
         config.layout(world)
 
 

@@ -118,7 +118,7 @@ def test_samples_of_other_prompts_are_not_overwritten(
     folder = tmp_path / "samples"
     shutil.copytree(whole, folder)
     generate_samples(folder, model, KEYS[:2])
-    with pytest.raises(InputError, match=r"was made of 'a red one' with seed 0, and would be"):
+    with pytest.raises(InputError, match=r"was made from 'a red one' with seed 0, and would be"):
         generate_samples(folder, model, [("a green six", 0)])
     with pytest.raises(InputError, match=r"with seed 0, which would now be 'prompt0-seed0.mkv'"):
         generate_samples(folder, model, KEYS, lossless=True)
@@ -131,7 +131,7 @@ def test_other_settings_are_refused(tmp_path: Path, place: str) -> None:
     (sample,) = read_samples(tmp_path).samples.values()
     assert sample.path.suffix == ".png"
     other = load_model(parse_model(f"{place},frames=1,num_steps=2"), device="cpu")
-    with pytest.raises(InputError, match=r"num_steps was 1 and is 2; .* choose another folder"):
+    with pytest.raises(InputError, match=r"num_steps was 1 and is now 2; .* choose another folder"):
         generate_samples(tmp_path, other, keys)
 
 

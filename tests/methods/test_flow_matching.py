@@ -184,8 +184,8 @@ def test_the_seed_decides_the_first_weights() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"in_channels": 16}, "takes 16 channels, but codec 'patchify' gives 12"),
-        ({"text_dim": 8}, "takes text of 8 dimensions, but 'bytes' gives 16"),
+        ({"in_channels": 16}, "takes 16 channels, but codec 'patchify' has 12"),
+        ({"text_dim": 8}, "takes text of 8 dimensions, but text encoder 'bytes' has 16"),
     ],
 )
 def test_parts_that_do_not_fit(options: dict[str, int | float | str], message: str) -> None:

@@ -49,6 +49,8 @@ def test_a_video_keeps_its_frames_and_loses_its_words(
     assert (frames_of(target) == frames_of(sample)).all() and len(frames_of(target)) == 7
     with av.open(str(target)) as container:
         assert container.streams.video[0].average_rate == 8
+    sample.write_bytes(sample.read_bytes().replace(b"SECRET", b"S\xe9CRET"))
+    write_clean(target, sample)  # a title in Latin-1 is no reason to refuse it
 
 
 def test_a_lossless_video_is_encoded_for_browsers(tmp_path: Path) -> None:
@@ -86,6 +88,8 @@ def test_what_cannot_be_shown_is_one_line_and_writes_nothing(tmp_path: Path) -> 
     whole = write_mp4(tmp_path / "whole.mp4", FRAMES, fps=8, scale=1)
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole.read_bytes()[:-400])
+    unknown = tmp_path / "unknown.mp4"  # cut off in its header, before the codec
+    unknown.write_bytes(whole.read_bytes().rpartition(b"stsd")[0])
     empty = tmp_path / "empty.png"
     empty.write_bytes(b"")
     half = tmp_path / "half.png"
@@ -93,8 +97,12 @@ def test_what_cannot_be_shown_is_one_line_and_writes_nothing(tmp_path: Path) -> 
     half.write_bytes((tmp_path / "full.png").read_bytes()[:1500])
     moving = write_webp(tmp_path / "moving.webp", FRAMES, fps=8)
     fine = tagged_video(tmp_path / "fine.mp4", pixels="yuv444p")
+    listed = tmp_path / "listed.mp4"
+    listed.write_text("ffconcat version 1.0\nfile whole.mp4\n")
     for sample, message in (
         (cut, "broken"),
+        (unknown, "broken"),
+        (listed, "broken"),
         (empty, "broken"),
         (half, "broken"),
         (moving, "is an animated image"),

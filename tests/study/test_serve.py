@@ -95,7 +95,7 @@ def test_a_missing_sample_is_one_line(tmp_path: Path) -> None:
     study = small_study(tmp_path / "study")
     (tmp_path / "study" / MEDIA / study.pairs[0].files[0]).unlink()
     with (
-        pytest.raises(DataError, match="1 samples of the study are missing"),
+        pytest.raises(DataError, match="1 sample of the study, such as"),
         study_server(tmp_path / "study", ServeConfig(port=0)),
     ):
         pass

@@ -225,9 +225,9 @@ def test_unknown_format_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch):
     ("change", "message"),
     [
         (lambda s: s["net"].pop("weight"), "net/weight is not part of this run"),
-        (lambda s: s.update(new=torch.zeros(1)), "new is missing in it"),
-        (lambda s: s.update(new=1), "new is missing in it"),
-        (lambda s: s.update(count=torch.arange(4)), r"count is \['int64', \[3\]\] in it"),
+        (lambda s: s.update(new=torch.zeros(1)), "it lacks new"),
+        (lambda s: s.update(new=1), "it lacks new"),
+        (lambda s: s.update(count=torch.arange(4)), r"its count is \['int64', \[3\]\]"),
         (lambda s: s.update(count=torch.zeros(3)), r"expected \['float32', \[3\]\]"),
         (lambda s: s.update(count=1), "expected a plain value"),
     ],

@@ -91,7 +91,10 @@ def test_a_config_is_json() -> None:
         ({"optimizer": OptimizerConfig(weight_decay=-1.0)}, "weight_decay must be at least 0"),
         ({"optimizer": OptimizerConfig(max_grad_norm=-1.0)}, "max_grad_norm must be at least 0"),
         ({"optimizer": OptimizerConfig(warmup_updates=-1)}, "warmup_updates must be at least 0"),
-        ({"optimizer": OptimizerConfig(decay_updates=1001)}, "longer than the run of 1000"),
+        (
+            {"optimizer": OptimizerConfig(decay_updates=1001)},
+            "decay_updates 1001 exceeds num_updates 1000",
+        ),
         ({"ema_decay": NAN}, "ema_decay must be a finite number"),
         ({"ema_decay": 1.1}, r"ema_decay must be in \[0, 1\]"),
         ({"seed": -1}, "seed must be in"),

@@ -31,6 +31,12 @@ def test_every_recipe_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
     assert read_configs(tmp_path / "c.json") == configs
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_what_powershell_writes_is_read(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(plain(digits_apt())), encoding=encoding)
+    assert read_configs(tmp_path / "c.json") == [digits_apt()]
+
+
 def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
     short = {"name": "n", "run_dir": "r", "stage": {"method": "apt", "generator": "g"}}
     config = read(tmp_path, short)
@@ -62,7 +68,7 @@ def test_what_a_stage_takes_from_elsewhere_is_null(tmp_path: Path) -> None:
         ({"data": 3}, "data: expected an object with fields, got 3"),
         ({"stage": {"method": "apt", "r1": {"weigth": 1.0}}}, "stage: r1 takes no option 'weigth'"),
         ({"stage": {"method": "aptt"}}, "unknown method 'aptt'; did you mean 'apt'"),
-        ({"stage": {"generator": "g"}}, "not clear of which method"),
+        ({"stage": {"generator": "g"}}, "which method they belong to"),
         ({"snapshot_at": [1, "x"]}, "option 'snapshot_at' must be"),
     ],
 )

@@ -34,8 +34,8 @@ def test_a_resume_says_so_when_the_files_changed(
     write_video_folder(MovingDigits(0), tmp_path / "clips", 3, FPS)
     run(config(tmp_path, 1))
     run(config(tmp_path, 2), resume=True)
-    assert "the data are not those" not in capfd.readouterr().err
+    assert "the data have changed" not in capfd.readouterr().err
 
     write_video_folder(MovingDigits(0), tmp_path / "clips", 4, FPS)
     run(config(tmp_path, 3), resume=True)
-    assert "the data are not those" in capfd.readouterr().err
+    assert "the data have changed" in capfd.readouterr().err

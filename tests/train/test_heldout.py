@@ -234,9 +234,9 @@ def test_what_cannot_be_held_out_is_told_before_anything_is_trained(tmp_path: Pa
             apt.train.run(config(tmp_path / "run", stage, **changes), **(given or {}))
         assert not (tmp_path / "run" / "log.jsonl").exists()
 
-    refused("say how many clips", heldout=HeldoutConfig(share=0.1))
+    refused("set a number of clips", heldout=HeldoutConfig(share=0.1))
     refused("leaves nothing to train on", given=parts(), heldout=HeldoutConfig(clips=8))
-    refused("leave one of them", heldout=HeldoutConfig(clips=8, share=0.1))
+    refused("set only one of them", heldout=HeldoutConfig(clips=8, share=0.1))
     refused(r"heldout\.share must be", heldout=HeldoutConfig(share=1.0))
     refused("this run reads none; use --heldout.clips", heldout=HeldoutConfig(path=str(tmp_path)))
 
@@ -245,7 +245,7 @@ def test_the_folder_that_is_held_out_is_not_one_that_is_trained_on(tmp_path: Pat
     data = DataConfig(source="folder", path=str(tmp_path))
     for path in (tmp_path, tmp_path / "inside", tmp_path.parent):
         held = config(tmp_path, data=data, heldout=HeldoutConfig(path=str(path)))
-        with pytest.raises(ConfigError, match="lie in each other"):
+        with pytest.raises(ConfigError, match="overlap"):
             divide(held, Bars(3), None, lambda data: Bars(3), ranks=1)  # type: ignore[arg-type,return-value]
 
 
@@ -257,7 +257,7 @@ def test_a_method_without_a_measure_says_so(tmp_path: Path) -> None:
         def build(self, start: ModelBundle, host: Host) -> FlowMatchingPretraining:
             return Mute(self, start, host)
 
-    with pytest.raises(ConfigError, match="measures nothing on clips that are held out"):
+    with pytest.raises(ConfigError, match="has no measures for held-out clips"):
         apt.train.run(config(tmp_path / "run", MuteConfig(), heldout=HELD), **parts())
 
 

@@ -137,6 +137,13 @@ def test_three_updates_tell_how_long_the_others_take(tmp_path: Path, capfd):
             log.write(step, {"loss": 0.5}, {"speed/seconds_per_update": seconds})
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "expected" in line]
     assert line == "  expected time: 0:41:40 for 1,000 updates of 2.5 s"
+    for waited, said in ((0.5, False), (1.5, True)):
+        with RunLog(tmp_path / str(waited), 9, 0, interval=1e9) as log:
+            for step in (1, 2, 3):
+                timing = {"speed/seconds_per_update": 2.5, "speed/data_wait_seconds": waited}
+                log.write(step, {"loss": 0.5}, timing)
+        found = "  60% of it is spent waiting for data" in capfd.readouterr().err
+        assert found is said
     with RunLog(tmp_path / "short", 3, 0) as log:
         for step in (1, 2, 3):
             log.write(step, {"loss": 0.5}, {"speed/seconds_per_update": 1.0})

@@ -141,7 +141,7 @@ def test_a_short_run_is_judged_at_its_end() -> None:
     assert statistics.verdict() is None
     few = clips(0.0, 0.42)[:3]
     assert statistics.observe(few, built.encode(few)) is None
-    assert "the first 3 clips" in (statistics.verdict() or "")
+    assert "the first clips (3)" in (statistics.verdict() or "")
     assert statistics.verdict() is None
 
 
@@ -162,7 +162,7 @@ def test_other_data_are_told_once_with_the_values_to_set(
 ) -> None:
     codec = PatchifyConfig(lapped=lapped, mean=-0.49, std=0.42)
     (said,) = seen(codec, clips(mean, std))
-    assert f"the first {NUM_CLIPS} clips have {mean + 0.0:.2f} and {std:.2f}" in said.replace(
+    assert f"the first clips ({NUM_CLIPS}) have {mean + 0.0:.2f} and {std:.2f}" in said.replace(
         "-0.00", "0.00"
     )
     assert "--model.codec-options" in said

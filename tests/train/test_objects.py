@@ -138,23 +138,23 @@ def test_a_resumed_run_is_an_uninterrupted_one(run_dir: Path, tmp_path: Path) ->
 
 def test_the_command_line_cannot_continue_it_and_says_so(run_dir: Path) -> None:
     line = error_line(invoke("train", "digits_pretrain", "--run-dir", run_dir, "--resume"))
-    assert "begun in Python with objects that have no name here" in line
+    assert "started in Python with objects that the command line cannot name" in line
     assert "codec (Fold), dataset (Bars), model (Mixer), text_encoder (Words)" in line
     assert "apt.train.run(config, ..., resume=True)" in line
     for alone in (["--resume", run_dir], ["--config", run_dir / "config.json"]):
         line = error_line(invoke("train", *alone))
-        assert "which have no name here (codec, dataset, model, text_encoder)" in line
+        assert "which a file cannot hold (codec, dataset, model, text_encoder)" in line
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": Bars(5)}, "another dataset: Bars of 6 clips, this one is Bars of 5 clips"),
+        ({"dataset": Bars(5)}, "another dataset: Bars of 6 clips, but now it is Bars of 5 clips"),
         (
             {"model": Mixer(MixerConfig(depth=3))},
             "another model: Mixer with 1,740 parameters",
         ),
-        ({"model": None}, "hand over model again"),
+        ({"model": None}, "pass model again"),
     ],
 )
 def test_other_objects_do_not_continue_it(
@@ -169,7 +169,7 @@ def test_a_run_without_objects_is_not_continued_with_some(tmp_path: Path) -> Non
     model = dataclasses.replace(tiny.model, options={"hidden_size": 24, "depth": 1, "num_heads": 2})
     tiny = dataclasses.replace(tiny, model=model)
     apt.train.run(tiny)
-    with pytest.raises(ConfigError, match="was begun without dataset; leave that out"):
+    with pytest.raises(ConfigError, match="was started without dataset; leave that out"):
         apt.train.run(dataclasses.replace(tiny, num_updates=2), dataset=Bars(6), resume=True)
 
 
@@ -228,14 +228,18 @@ def broken(name: str) -> Mixer:
         (PretrainConfig(), {"model": torch.nn.Linear(2, 2)}, "expected apt.models.transformer.Dif"),
         (PretrainConfig(), {"codec": Words(WordsConfig())}, "codec is a Words"),
         (PretrainConfig(), {"model": broken("nan")}, "NaN or infinite, in out.weight"),
-        (PretrainConfig(), {"model": broken("half")}, "is float16; hand it over as module.float()"),
-        (PretrainConfig(), {"model": broken("shape")}, "out.bias is (4,), and (12,) when it is"),
+        (PretrainConfig(), {"model": broken("half")}, "is float16; pass module.float()"),
+        (
+            PretrainConfig(),
+            {"model": broken("shape")},
+            "out.bias is (4,), but (12,) in what build() returns",
+        ),
         (PretrainConfig(codec="c"), {"codec": Fold(FoldConfig())}, "leave one of them out"),
         (PretrainConfig(), {"bundles": {"teacher": 1}}, "no model 'teacher'; choose from: start"),
         (DistillConfig(), {"model": Mixer(MixerConfig())}, "bundles={'teacher': apt.ModelBundle"),
-        (DistillConfig(), {"bundles": {"teacher": 1}}, "teacher is of type int; expected an apt"),
+        (DistillConfig(), {"bundles": {"teacher": 1}}, "teacher has type int; expected an apt"),
         (DistillConfig(), {}, "--stage.teacher is empty"),
-        (AutoencoderConfig(), {"model": Mixer(MixerConfig())}, "trains a codec, and has no model"),
+        (AutoencoderConfig(), {"model": Mixer(MixerConfig())}, "trains a codec and has no model"),
     ],
 )
 def test_bad_objects_are_one_line_and_leave_no_folder(

@@ -115,7 +115,7 @@ BAD = {
     "takes no option 'cuont'; did you mean 'count'?": ["--data.options", "cuont", "3"],
     "option 'count' must be int, got 'many'": ["--data.options", "count", "many"],
     "--data.path clips names a folder": ["--data.path", "clips"],
-    "hand it over in Python": ["--data.source", "object"],
+    "passed in Python; call": ["--data.source", "object"],
     "Bars, item 0 is 5x8x8, and the run asks for 5x8x16": ["--data.width", "16"],
     "Bars is empty": ["--data.options", "count", "0"],
 }

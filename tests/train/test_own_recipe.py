@@ -75,9 +75,9 @@ def test_every_stage_has_the_size_of_the_folder_and_says_so(trained: Path) -> No
         assert written["fps"] == 8.0 and written["size_multiple"] == 8
     said = (trained.parent / "said.txt").read_text().splitlines()
     assert [line for line in said if line.startswith("  size: ")] == [
-        "  size: 9 frames of 32x48 at 8 fps, which most of 4 videos and 1 image can give",
-        "  size: 9 frames of 32x48 at 8 fps, as the codec that it starts from",
-        *["  size: 9 frames of 32x48 at 8 fps, as the model that it starts from"] * 2,
+        "  size: 9 frames of 32x48 at 8 fps, which most of 4 videos and 1 image can provide",
+        "  size: 9 frames of 32x48 at 8 fps, taken from the codec that it starts from",
+        *["  size: 9 frames of 32x48 at 8 fps, taken from the model that it starts from"] * 2,
     ]
 
 
@@ -131,7 +131,7 @@ def test_a_run_goes_on_although_files_were_added(trained: Path, clips: Path) -> 
     result = invoke("train", "--resume", moved, "--data.path", clips)
     assert result.returncode == 0, result.stderr
     assert "size:" not in result.stderr
-    assert "are others" in invoke("train", "--resume", moved, "--data.path", more).stderr
+    assert "differ in files" in invoke("train", "--resume", moved, "--data.path", more).stderr
     # The recipe, which leaves the size open, goes on too.
     options = ("--data.path", clips, "--run-dir", moved, *FAST[2:], *TINY)
     codec = ("--codec", trained / "codec" / "export")
@@ -188,7 +188,7 @@ def test_errors_are_one_line_each(clips: Path, tmp_path: Path) -> None:
     assert "--data.path is empty" in said()
     (empty / "a.mp4").write_bytes(b"not a video")
     (empty / "a.txt").write_text("a")
-    assert "1 files that cannot be read" in said("--data.path", empty)
+    assert "1 file that cannot be read" in said("--data.path", empty)
     write_video(empty / "a.mp4", numbered(3, 32, 32), 8)
     assert "fewer than 5 frames at 8 fps" in said("--data.path", empty)
     assert "unknown model 'mmdit_x'" in said("--data.path", clips, "--model.name", "mmdit_x")
@@ -213,7 +213,7 @@ def test_an_option_of_one_stage_is_not_one_of_the_row() -> None:
 def test_a_stage_whose_start_is_not_there_names_the_option(clips: Path, tmp_path: Path) -> None:
     asked = ("train", "own_distill", "--data.path", clips, "--run-dir", tmp_path / "run")
     line = error_line(invoke(*asked, "--stage.teacher", tmp_path / "none"))
-    assert line.startswith("--stage.teacher names what this stage starts from: there is no model")
+    assert line.startswith("cannot start from --stage.teacher: there is no model")
 
 
 def test_the_stages_hang_together() -> None:

@@ -69,7 +69,7 @@ def launch(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("fault", "options", "message", "saved"),
     [
-        ("", ["--device", "cuda"], "error: device 'cuda' was asked for", False),
+        ("", ["--device", "cuda"], "error: device 'cuda' was requested", False),
         ("", ["--run-dir", "script.py"], "error: script.py: File exists", False),
         ("data", [], "error: some.mp4 is broken", True),
         ("compute", [], "error: out of memory: no memory on rank 1", False),
