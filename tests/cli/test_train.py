@@ -160,7 +160,7 @@ def test_a_shorter_run_than_was_done_changes_nothing(trained: Path) -> None:
     before = (run_dir / "config.json").read_bytes()
     options = [*TINY, "--stage.timestep-shift", "1.25", "--num-updates", "1", "--resume"]
     line = error_line(invoke("train", "digits_pixels_pretrain", "--run-dir", run_dir, *options))
-    assert "has 2 updates" in line and "--num-updates 2" in line
+    assert "is already at update 2" in line and "--num-updates to at least 2" in line
     assert (run_dir / "config.json").read_bytes() == before
 
 
