@@ -1,6 +1,6 @@
 """One-step video and image generators by Adversarial Post-Training (APT, ICML 2025).
 
-The public API, re-exported. Names and submodules are imported when they are first used, so
+This module re-exports the public API. Names and submodules are imported on first use, so
 `import apt` is cheap.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m apt`, and the installed command `diffusion-apt`."""
+"""Entry point of `python -m apt` and of the installed command `diffusion-apt`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from apt.distributed.launch import is_one_of_many
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, or leaves with it where ranks ran."""
+    """Run the command line and return the exit code; with several ranks, exit with it instead."""
     code = app.main(argv)
     if is_one_of_many():
-        # Gloo's threads outlive destroy_process_group, and one that lets go of a tensor while
-        # Python shuts down aborts the process, after all work is done (pytorch issue 190489; 5 of
-        # 12 runs with two ranks on two busy cores). So ranks leave without that shutdown.
+        # Gloo's threads outlive destroy_process_group. One that frees a tensor while Python shuts
+        # down aborts the process, although all work is done (pytorch issue 190489; 5 of 12 runs
+        # with two ranks on two busy cores). So ranks exit without that shutdown.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

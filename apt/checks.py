@@ -1,4 +1,4 @@
-"""Checks of numbers in a configuration; messages have the option's name."""
+"""Checks of the numbers in a configuration. Messages name the option."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from apt.errors import ConfigError
 
 
 def check_finite(config: Any, prefix: str) -> None:
-    """Raise ConfigError for numbers, also in tuples, that are NaN or infinite."""
+    """Raise ConfigError if a number, also within a tuple, is NaN or infinite."""
     for field in fields(config):
         for number in _numbers(getattr(config, field.name)):
             if not math.isfinite(number):
@@ -25,9 +25,9 @@ def check_range(
     *,
     open_end: bool = False,
 ) -> None:
-    """Raise ConfigError unless the named numbers, also in tuples, lie between their limits.
+    """Raise ConfigError unless the named numbers, also within tuples, lie within their limits.
 
-    Both limits are included, or only the lower one if `open_end`. None is no number.
+    Both limits are inclusive; with `open_end`, only the lower one is. None is skipped.
     """
     for name, (low, high) in limits.items():
         for number in _numbers(getattr(config, name)):

@@ -1,9 +1,8 @@
-"""What a network is told of each sample: its text, and whatever else was given with it.
+"""What a network is conditioned on: the text of each sample, and any other inputs.
 
-Text encoders make the text, and the `embed` of a model family opens it, by the functions at the
-end. All between them, from data and caches through losses, guidance and the discriminator to
-samplers, hands a `Condition` on whole, so that one with first frames or a camera in it goes the
-same way.
+Text encoders produce the text. The `embed` of a model family reads it, with the functions at the
+end of this module. Everything in between (data, caches, losses, guidance, the discriminator,
+samplers) passes the `Condition` on unchanged, including first frames or a camera in it.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ class EncodedText:
 
     Attributes:
         tokens: (R, S, E) embeddings, one row per prompt.
-        mask: (R, S) bool, True where a token is real and not padding; None if nothing is padding,
-            which lets attention take its faster path.
-        pooled: (R, P) one vector per prompt, for the families that use one.
+        mask: (R, S) bool, False for padding; None if there is no padding, which lets attention
+            take its faster path.
+        pooled: (R, P), one vector per prompt, for families that use one.
 
     Raises:
-        InputError: tokens or a mask of another shape.
+        InputError: if the tokens or the mask have another shape.
     """
 
     tokens: Tensor
@@ -46,29 +45,29 @@ class EncodedText:
             )
 
     def __len__(self) -> int:
-        """R."""
+        """Return R, the number of prompts."""
         return self.tokens.shape[0]
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> EncodedText:
-        """Move; dtype applies to the embeddings, never to the mask."""
+        """Move to a device and dtype; the dtype applies to the embeddings, never to the mask."""
         return self._each(lambda value: _to(value, device, dtype))
 
     def select(self, rows: Tensor | slice) -> EncodedText:
-        """The rows at an index tensor or slice."""
+        """Return the rows at an index tensor or slice."""
         return self._each(lambda value: value[rows])
 
     def expand(self, num: int) -> EncodedText:
-        """One row as `num` rows, which share its memory."""
+        """Return one row repeated `num` times, sharing its memory."""
         return self._each(lambda value: _expand(value, num))
 
     def split(self) -> list[EncodedText]:
-        """The rows one by one, each without the padding that the longest among them brought."""
+        """Return the rows one by one, each without its padding."""
         return [self.select(slice(row, row + 1))._unpadded() for row in range(len(self))]
 
     def _unpadded(self) -> EncodedText:
-        """One row up to its last real token."""
+        """Return one row up to its last token that is not padding."""
         if self.mask is None:
             return self
         length = int(self.mask[0].nonzero().max()) + 1
@@ -82,7 +81,7 @@ class EncodedText:
 
     @staticmethod
     def concatenate(texts: Sequence[EncodedText]) -> EncodedText:
-        """Stack rows, padding every text to the longest one."""
+        """Stack rows, padding every text to the length of the longest one."""
         longest = max(c.tokens.shape[1] for c in texts)
         gaps = [longest - c.tokens.shape[1] for c in texts]
         tokens = [F.pad(c.tokens, (0, 0, 0, g)) for c, g in zip(texts, gaps, strict=True)]
@@ -97,17 +96,20 @@ class EncodedText:
             mask = torch.cat([F.pad(m, (0, g)) for m, g in zip(full, gaps, strict=True)])
         pooled = [c.pooled for c in texts if c.pooled is not None]
         if pooled and len(pooled) != len(texts):
-            raise InputError("cannot join conditions with and without a pooled vector")
+            raise InputError(
+                "cannot concatenate texts with and without a pooled vector; encode all of them "
+                "with the same text encoder"
+            )
         return EncodedText(torch.cat(tokens), mask, torch.cat(pooled) if pooled else None)
 
 
 class TextEncoder(nn.Module):
-    """Prompts to the text of conditions.
+    """A network that encodes prompts.
 
     Attributes:
         config: the frozen dataclass it was built from.
         embedding_dim: E.
-        max_length: the longest prompt it takes, in its own tokens.
+        max_length: the longest prompt that it accepts, in its own tokens.
     """
 
     config: Any
@@ -115,16 +117,16 @@ class TextEncoder(nn.Module):
     max_length: int
 
     def forward(self, prompts: Sequence[str]) -> EncodedText:
-        """Encode prompts; raises InputError for a prompt that it cannot take."""
+        """Encode prompts. Raises InputError for a prompt that cannot be encoded."""
         raise NotImplementedError
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise InputError as encoding would, PromptLengthError for length, and compute nothing."""
+        """Raise what encoding would raise, without encoding: InputError or PromptLengthError."""
         raise NotImplementedError
 
 
 class PromptCheck(Protocol):
-    """`TextEncoder.check` by itself: it needs a tokenizer at most, and no weights."""
+    """`TextEncoder.check` on its own, which needs no weights and at most a tokenizer."""
 
     def __call__(self, prompts: Sequence[str]) -> None:
         """Raise PromptLengthError for a prompt that is too long, InputError for other faults."""
@@ -137,11 +139,11 @@ class Condition:
 
     Attributes:
         text: R prompts.
-        extra: what is given beside them, by name, each (R, ...): first frames, a camera. A family
-            says which names it reads, `DiffusionTransformer.extra_conditions`.
+        extra: other inputs by name, each (R, ...), such as first frames or a camera.
+            `DiffusionTransformer.extra_conditions` lists the names that a family reads.
 
     Raises:
-        InputError: something given that has not R rows.
+        InputError: if an extra input does not have R rows.
     """
 
     text: EncodedText
@@ -151,50 +153,53 @@ class Condition:
         for name, value in self.extra.items():
             if value.shape[:1] != (len(self),):
                 raise InputError(
-                    f"{name!r} of a condition must have {len(self)} rows, one for each prompt, got "
+                    f"the condition {name!r} must have {len(self)} rows, one per prompt, got shape "
                     f"{tuple(value.shape)}"
                 )
 
     def __len__(self) -> int:
-        """R."""
+        """Return R, the number of prompts."""
         return len(self.text)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that it was encoded in, or cast to."""
+        """The dtype of the text's embeddings."""
         return self.text.tokens.dtype
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Condition:
-        """Move; dtype applies to floating-point values alone."""
+        """Move to a device and dtype; the dtype applies to floating-point values only."""
         extra = {name: _to(value, device, dtype) for name, value in self.extra.items()}
         return Condition(self.text.to(device, dtype), extra)
 
     def select(self, rows: Tensor | slice) -> Condition:
-        """The rows at an index tensor or slice."""
+        """Return the rows at an index tensor or slice."""
         extra = {name: value[rows] for name, value in self.extra.items()}
         return Condition(self.text.select(rows), extra)
 
     def with_text(self, text: EncodedText) -> Condition:
-        """The same with other text, of R rows or one for all: what guidance leads away from."""
+        """Return the same with another text, of R rows or of one row for all.
+
+        Guidance uses this for its negative prompt.
+        """
         return replace(self, text=text if len(text) == len(self) else text.expand(len(self)))
 
     def expand(self, num: int) -> Condition:
-        """One row as `num` rows, which share its memory."""
+        """Return one row repeated `num` times, sharing its memory."""
         extra = {name: _expand(value, num) for name, value in self.extra.items()}
         return Condition(self.text.expand(num), extra)
 
     @staticmethod
     def concatenate(conditions: Sequence[Condition]) -> Condition:
-        """Stack rows, padding text to the longest.
+        """Stack rows, padding every text to the length of the longest one.
 
-        Raises InputError unless the same is given in all.
+        Raises InputError unless all have the same extra inputs.
         """
         names = {frozenset(c.extra) for c in conditions}
         if len(names) > 1:
-            given = " and ".join(sorted(", ".join(sorted(some)) or "text alone" for some in names))
-            raise InputError(f"cannot join conditions in which different things are given: {given}")
+            given = " and ".join(sorted(", ".join(sorted(some)) or "only text" for some in names))
+            raise InputError(f"cannot concatenate conditions with different inputs: {given}")
         return Condition(
             EncodedText.concatenate([c.text for c in conditions]),
             {name: torch.cat([c.extra[name] for c in conditions]) for name in conditions[0].extra},
@@ -202,36 +207,36 @@ class Condition:
 
 
 def check_extra(c: Condition, names: Collection[str]) -> None:
-    """Raise InputError for something given beside the text that a model does not read."""
+    """Raise InputError for an extra input that the model does not read."""
     unread = sorted(c.extra.keys() - set(names))
     if unread:
-        known = ", ".join(sorted(names)) or "text alone"
+        known = ", ".join(sorted(names)) or "nothing"
         raise InputError(
-            f"this model does not read {', '.join(unread)} of a condition; it reads {known}"
+            f"this model does not read {', '.join(unread)}; beside the text it reads {known}"
         )
 
 
 def extra_condition(c: Condition, name: str) -> Tensor:
-    """What is given under a name, (R, ...); raises InputError if it is not."""
+    """Return the extra input of that name, (R, ...). Raises InputError if it is missing."""
     if name not in c.extra:
         raise InputError(
-            f"this model needs {name!r} beside the text, got {', '.join(c.extra) or 'text alone'}"
+            f"this model needs {name!r} beside the text, got {', '.join(c.extra) or 'only text'}"
         )
     return c.extra[name]
 
 
 def text_tokens(c: Condition, size: int) -> Tensor:
-    """The embeddings (R, S, E) of text; raises InputError unless E is `size`."""
+    """Return the text's embeddings (R, S, E). Raises InputError unless E is `size`."""
     if c.text.tokens.shape[2] != size:
         raise InputError(
-            f"this model needs text tokens of {size} dimensions, got {c.text.tokens.shape[2]}; use "
-            "the text encoder that it was trained with"
+            f"this model needs text embeddings of {size} dimensions, got "
+            f"{c.text.tokens.shape[2]}; use the text encoder that it was trained with"
         )
     return c.text.tokens
 
 
 def pooled_text(c: Condition, size: int) -> Tensor:
-    """The pooled vectors (R, P) of text; raises InputError unless it has them and P is `size`."""
+    """Return the pooled text vectors (R, P). Raises InputError if missing or if P is not `size`."""
     pooled = c.text.pooled
     if pooled is None or pooled.shape[1] != size:
         given = "none" if pooled is None else tuple(pooled.shape)

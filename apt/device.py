@@ -1,5 +1,4 @@
-"""Devices that are not there, and memory: found out beforehand where arithmetic can, and said in
-one line."""
+"""Checks for missing devices and too little memory, reported in one line and early if possible."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ _SIGNS = (
     "not enough memory",
     "size calculation overflow",
 )
-"""What torch's RuntimeErrors say; it has a class of its own for accelerators alone."""
+"""Texts of torch's RuntimeErrors: only accelerators have an exception class of their own."""
 _BF16_CAPABILITY = 8
-"""Ampere: GPUs before it only imitate bfloat16."""
+"""Ampere: older GPUs only emulate bfloat16."""
 
 
 def find_device(name: torch.device | str) -> torch.device:
-    """The device of that name. Raises InputError if this machine has none."""
+    """Return the device of that name. Raises InputError if this machine does not have it."""
     import torch
 
     try:
@@ -36,7 +35,7 @@ def find_device(name: torch.device | str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"there is no device {str(name)!r}: PyTorch sees {torch.cuda.device_count()} GPUs "
-            "here; choose cpu, or install a build of PyTorch for this GPU"
+            "here; choose cpu, or install a PyTorch build for this GPU"
         )
     try:
         torch.empty(0, device=device)
@@ -48,11 +47,11 @@ def find_device(name: torch.device | str) -> torch.device:
 
 @contextmanager
 def explained_memory(doing: str, advice: str) -> Iterator[None]:
-    """Turn what Python and torch raise for want of memory into an InputError.
+    """Turn the out-of-memory errors of Python and torch into an InputError.
 
     Args:
-        doing: what was tried, such as "loading the model".
-        advice: what to do.
+        doing: the activity that failed, such as "loading the model".
+        advice: what the user can do.
     """
     try:
         yield
@@ -68,10 +67,10 @@ def explained_memory(doing: str, advice: str) -> Iterator[None]:
 
 
 def require_memory(num_bytes: int, device: torch.device, doing: str, advice: str) -> None:
-    """Raise InputError if a device has less memory in all than is surely needed.
+    """Raise InputError if the total memory of a device is less than `num_bytes`, a lower bound.
 
-    Main memory is promised by the system before it is there: a program that asks for too much is
-    not refused but killed, without a word.
+    Operating systems overcommit main memory: a program that asks for too much gets no error and is
+    killed later, without a message.
     """
     there = total_memory(device)
     if there is not None and num_bytes > there:
@@ -82,7 +81,7 @@ def require_memory(num_bytes: int, device: torch.device, doing: str, advice: str
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Bytes of a device; None where that is not known."""
+    """Return the memory of a device in bytes; None if it is not known."""
     if device.type == "cuda":
         import torch
 
@@ -94,10 +93,10 @@ def total_memory(device: torch.device) -> int | None:
 
 
 def computes_in_bf16(name: str) -> bool:
-    """Whether a device, "auto" for a GPU if there is one, has units for bfloat16."""
+    """Return whether a device ("auto": a GPU if there is one) has hardware support for bfloat16."""
     import torch
 
     if name != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_capability()[0] >= _BF16_CAPABILITY
-    # PyTorch has no public names for them in all versions that are supported.
+    # Not every supported version of PyTorch has public names for these.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,4 +1,7 @@
-"""A folder of captioned videos to a latent cache, which training reads without VAE or encoder."""
+"""Encode a folder of captioned videos into a latent cache.
+
+Training from such a cache needs neither the VAE nor the text encoder.
+"""
 
 from __future__ import annotations
 
@@ -48,18 +51,18 @@ def plan_cache(
     dtype: torch.dtype = torch.float32,
     shards: ShardKind = "safetensors",
 ) -> tuple[CacheInfo, list[str]]:
-    """What a cache of these videos will be, and the prompts that it needs embeddings of.
+    """Return the description of the cache to make, and the prompts to embed for it.
 
     Args:
-        videos: the clips, in buckets, with captions that the text encoder takes.
-        codec, built: description of the codec, and the codec.
-        text_encoder: description; None if the model's own encoder runs while it trains.
-        size: frames, height, width that the buckets were made for.
-        fps: of the clips, 0 for each video's own.
-        clips_per_item: clips of each file, each with a start of its own.
-        prompts: to embed besides the captions; the empty one always is.
+        videos: the clips, in buckets, with captions that the text encoder accepts.
+        codec, built: the description of the codec, and the codec itself.
+        text_encoder: its description; None if the model's own encoder runs during training.
+        size: the (frames, height, width) that the buckets were made for.
+        fps: frame rate of the clips; 0 keeps that of each video.
+        clips_per_item: clips per file, each with its own start.
+        prompts: embedded besides the captions. The empty prompt always is.
         dtype: of the stored latents.
-        shards: how files of latents are stored.
+        shards: file format of the latents.
     """
     captions = sorted({videos.caption(index) for index in range(len(videos))})
     wanted = list(dict.fromkeys([*captions, "", *prompts])) if text_encoder else []
@@ -84,10 +87,12 @@ def plan_cache(
 
 
 def open_cache(out: Path, info: CacheInfo) -> None:
-    """Begin a cache, or go on with one of the same plan. Of several ranks, one calls it first.
+    """Create a cache, or reopen one with the same description.
+
+    With several ranks, one of them must call this before the others.
 
     Raises:
-        DataError: the folder holds a cache of something else, or other files, or cannot be written.
+        DataError: if the folder holds another cache or other files, or cannot be written.
     """
     if (out / INFO_FILE).is_file():
         before = read_cache_info(out)
@@ -99,8 +104,8 @@ def open_cache(out: Path, info: CacheInfo) -> None:
         ]
         if changed:
             raise DataError(
-                f"{out} holds a cache that was made otherwise (different: {', '.join(changed)}); "
-                "repeat the options of then, or choose another folder"
+                f"{out} holds a cache made with other options or files (different: "
+                f"{', '.join(changed)}); use the same as before, or choose another folder"
             )
         info = dataclasses.replace(info, num_prompts=max(info.num_prompts, before.num_prompts))
     elif out.is_dir() and any(out.iterdir()):
@@ -109,7 +114,7 @@ def open_cache(out: Path, info: CacheInfo) -> None:
 
 
 def plan_texts(out: Path, prompts: Sequence[str]) -> dict[Path, list[str]]:
-    """The prompts that the cache lacks, by the shard that each goes to."""
+    """Return the prompts that the cache still lacks, grouped by the shard to write them to."""
     texts = TextFolder(out)
     missing = [prompt for prompt in prompts if prompt not in texts]
     numbers = [int(path.stem.partition("-")[2]) for path in texts.shards]
@@ -125,7 +130,7 @@ def encode_texts(
     batch_size: int,
     progress: Progress,
 ) -> None:
-    """Embed the prompts of each shard, and write it."""
+    """Embed the prompts of each shard and write the shard."""
     total, done = sum(map(len, shards.values())), 0
     for path, shard in shards.items():
         encoded: dict[str, EncodedText] = {}
@@ -147,14 +152,14 @@ def encode_clips(
     rank: int = 0,
     world_size: int = 1,
 ) -> int:
-    """Encode the shards that are not there yet; returns how many clips were due.
+    """Encode the missing shards; returns the number of clips that they cover.
 
-    Clips whose file breaks while it is decoded are left out, and named in `videos.report`. Several
-    processes share the work: each makes every `world_size`-th shard.
+    Clips of files that cannot be decoded are left out and named in `videos.report`. Several
+    processes can share the work: each makes every `world_size`-th shard.
 
     Raises:
-        DataError: values that are not finite, a disk that refuses, a broken file if the folder is
-            strict.
+        DataError: for latents that are not finite, a failed write, or, if the folder is strict, a
+            file that cannot be decoded.
     """
     plan = _plan(videos, info.num_clips)
     shards = list(zip(info.clip_shards(), _chunks(plan, CLIPS_PER_SHARD), strict=True))
@@ -180,7 +185,7 @@ def encode_clips(
 
 
 def _plan(videos: VideoFolder, num_clips: int) -> list[int]:
-    """All indices, those of one bucket together, so that they fill batches."""
+    """Return all indices, grouped by bucket so that they fill batches."""
     items = videos.items
     return sorted(range(num_clips), key=lambda index: (items[index % len(items)].bucket, index))
 
@@ -188,12 +193,12 @@ def _plan(videos: VideoFolder, num_clips: int) -> list[int]:
 def _batches(
     videos: VideoFolder, indices: Sequence[int], size: int
 ) -> Iterator[list[tuple[str, Sample]]]:
-    """Samples of one shape each, with the names of their files, decoded as they are needed."""
+    """Yield batches of samples of one shape, with their file names, decoding lazily."""
     batch: list[tuple[str, Sample]] = []
     for index in indices:
         sample = videos[index]
         if sample.problems:
-            continue  # it stands in for a broken file, and has a place of its own
+            continue  # a stand-in for a broken file; the clip itself has its own index
         if len(batch) == size or (batch and batch[0][1].pixels.shape != sample.pixels.shape):
             yield batch
             batch = []
@@ -203,7 +208,7 @@ def _batches(
 
 
 def _describe(part: ComponentInfo) -> dict[str, object]:
-    # Lists, as JSON gives them back.
+    # JSON reads tuples back as lists.
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in part.config.items()}
     return {"architecture": part.architecture, "config": config}
 

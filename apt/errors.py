@@ -1,10 +1,10 @@
-"""The errors of this package, which a user can cause, and mend.
+"""Errors that a user can cause and fix.
 
-`AptError` is the root. Each kind is also the built-in error that Python code expects of its cause:
-ValueError for what was passed in, ImportError for a package that is missing, OSError for a Hub that
-cannot be reached, RuntimeError for training that diverges (`apt.train.monitor.TrainingStopped`).
+`AptError` is the base class. Each error is also the built-in error that Python code expects:
+ValueError for bad input, ImportError for a missing package, OSError for an unreachable Hub,
+RuntimeError for training that diverges (`apt.train.monitor.TrainingStopped`).
 
-The command line turns these into one line and exit code 2. Every message says what was wrong,
+The command line prints these as one line and exits with code 2. Every message says what was wrong,
 what was expected, and what to do.
 """
 
@@ -13,64 +13,64 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 LISTED = 5
-"""Names in a message before the rest is only counted."""
+"""How many names a message lists before it only counts the rest."""
 
 
 class AptError(Exception):
-    """The root of all errors of this package."""
+    """The base class of all errors of this package."""
 
 
 class InputError(AptError, ValueError):
-    """An argument, a prompt, a size or a name that does not fit."""
+    """An invalid argument, prompt, size or name."""
 
 
 class PeerError(InputError):
-    """An error of another rank, which tells the user of it; this one has nothing to say."""
+    """An error that happened on another rank, which reports it; this rank stays silent."""
 
 
 class HardwareError(AptError, RuntimeError):
-    """A machine that computes wrongly."""
+    """A machine that computes wrong results."""
 
 
 class LostRankError(AptError, RuntimeError):
-    """A rank that the others have waited for in vain."""
+    """A rank that no longer responds to the others."""
 
 
 class PromptLengthError(InputError):
-    """A prompt of more tokens than a text encoder takes."""
+    """A prompt with more tokens than the text encoder accepts."""
 
 
 class ConfigError(InputError):
-    """A configuration that is wrong by itself, or does not fit the run it is used with."""
+    """A configuration that is invalid, or does not fit the run it is used with."""
 
 
 class DataError(InputError):
-    """Files of a data set that cannot be used."""
+    """Data that cannot be used."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is missing, damaged, foreign, or that cannot be written."""
+    """A checkpoint that is missing, damaged, unsupported, or cannot be written."""
 
 
 class HubUnreachableError(CheckpointError, OSError):
-    """The Hub cannot be reached, or does not work, and what is needed is not on this disk."""
+    """The Hub is unreachable or does not work, and the file is not on this disk."""
 
 
 class MissingPackageError(InputError, ImportError):
-    """An optional package that is not installed, or does not import here."""
+    """An optional package that is not installed or cannot be imported."""
 
 
 class MissingDecoderError(DataError, MissingPackageError):
-    """A file of a data set that needs an optional package."""
+    """A data file that needs an optional package to decode."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, shortly."""
+    """Return the first line of another library's error message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def listed(items: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     names = list(items)
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more

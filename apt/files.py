@@ -1,5 +1,4 @@
-"""Files that appear whole or not at all, written beside their place and then moved into it; and
-text as editors of every system save it."""
+"""Atomic writes (to a file beside the target, then renamed), and text files from any system."""
 
 from __future__ import annotations
 
@@ -17,10 +16,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a file beside `path` to write; it becomes `path` if the block ends without an error.
+    """Yield a path beside `path` to write to; it replaces `path` if the block raises no error.
 
     Raises:
-        OSError: if the disk refuses. A file that was there before is then untouched.
+        OSError: if the file cannot be written. An existing file is then untouched.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -31,13 +30,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text. Raises OSError; see `replacing`."""
+    """Write UTF-8 text atomically. Raises OSError; see `replacing`."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def without_nan(value: Any) -> Any:
-    """Plain data as JSON can hold it, which has no infinity and no nan: both become null."""
+    """Return plain data with NaN and infinity, which JSON cannot represent, replaced by None."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -48,24 +47,28 @@ def without_nan(value: Any) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """UTF-8 text, or UTF-16 that begins with its mark, with line ends of any system as "\\n".
+    """Read UTF-8 text, or UTF-16 with a byte order mark; line endings of any system become "\\n".
 
-    Byte order marks are no part of the text, wherever files were joined.
+    Byte order marks are removed everywhere, because joined files have them in the middle.
 
     Raises:
-        OSError: if the disk refuses.
-        UnicodeDecodeError: if it is neither.
+        OSError: if the file cannot be read.
+        UnicodeDecodeError: if the text is in neither encoding.
     """
-    content = path.read_bytes()
+    return decode_text(path.read_bytes())
+
+
+def decode_text(content: bytes) -> str:
+    """The bytes of a file as `read_text` reads them. Raises UnicodeDecodeError likewise."""
     text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     return re.sub("\r\n?", "\n", text.replace("\ufeff", ""))
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of `read_text`, without their ends.
+    """Return the lines of `read_text`, without their line endings.
 
-    Only line ends of files end a line: U+2028 and its like, which web pages leave inside a
-    sentence and `str.splitlines` obeys, do not.
+    U+2028 and similar characters, at which `str.splitlines` splits, do not end a line: text copied
+    from web pages has them inside sentences.
     """
     lines = read_text(path).split("\n")
     return lines[:-1] if lines[-1] == "" else lines
@@ -78,20 +81,21 @@ def write_safetensors(
     *,
     value: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write tensors of any device, also views and ones that share memory, as one safetensors file.
+    """Write tensors on any device, including views and shared memory, to one safetensors file.
 
-    One is copied at a time: the file is what the safetensors package writes, which needs all.
+    The file equals that of the safetensors package, which needs copies of all tensors at once; this
+    function copies one at a time.
 
     Args:
-        value: gives the tensor of a name once it is its turn; `tensors` then only say of which
-            shape and type it is.
+        value: returns the tensor of a name when it is written; `tensors` then only give the shapes
+            and dtypes.
 
     Raises:
-        OSError: if the disk refuses; see `replacing`.
+        OSError: if the file cannot be written; see `replacing`.
     """
     import torch
 
-    # As the package orders them: the widest first, so that every tensor is aligned.
+    # The order of the safetensors package: widest dtypes first, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: (-_kind(tensors[name]).order, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
@@ -109,14 +113,14 @@ def write_safetensors(
         for name in names:
             tensor = (tensors[name] if value is None else value(name)).detach().cpu()
             if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
-                raise ValueError(f"{name} is another tensor than was said")
+                raise ValueError(f"{name} has another shape or dtype than `tensors` gave for it")
             flat = tensor.contiguous().reshape(-1)
             if flat.numel():
                 file.write(flat.view(torch.uint8).numpy().data)
 
 
 class _Kind(NamedTuple):
-    """How safetensors spells a type, and where it stands among others."""
+    """The name of a dtype in safetensors, and its place in the order of writing."""
 
     name: str
     order: int
@@ -125,7 +129,7 @@ class _Kind(NamedTuple):
 def _kind(tensor: Tensor) -> _Kind:
     kind = str(tensor.dtype).removeprefix("torch.")
     if kind not in _KINDS:
-        raise ValueError(f"tensors of {kind} are not written to files")
+        raise ValueError(f"cannot write {kind} tensors to a safetensors file")
     return _Kind(_KINDS[kind], list(_KINDS).index(kind))
 
 
@@ -135,4 +139,4 @@ _KINDS = {
     "bfloat16": "BF16", "int32": "I32", "uint32": "U32", "float32": "F32", "float64": "F64",
     "int64": "I64", "uint64": "U64",
 }  # fmt: skip
-"""In the order of the safetensors package."""
+"""In the order in which the safetensors package sorts them."""

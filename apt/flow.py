@@ -1,13 +1,13 @@
-"""Flow matching in this project's convention, t = 0 is data and t = 1 is noise, and its samplers.
+"""Flow matching and its samplers. In this project, t = 0 is data and t = 1 is noise.
 
-x_t = (1 - t) x + t z, and the velocity is v = z - x, so x = x_t - t v and at t = 1 x = z - v
-(APT Eqs. 3-4). All functions are pure; `t` is (B,) and broadcasts over what follows the batch.
+x_t = (1 - t) x + t z, and the velocity is v = z - x, so x = x_t - t v, and at t = 1, x = z - v
+(APT Eqs. 3-4). All functions are pure. `t` is (B,) and broadcasts over the other dimensions.
 
 Every sampler takes a `Predict`, which is a backbone with its conditions bound (`bind`,
-`bind_guided`), and latents in fp32. A grid of timesteps runs from 1 (noise) down to 0 (data). One
-step is the first step of either sampler, so `euler` and `consistency` agree there. With more steps
-they differ in the noise: the consistency sampler jumps to the data, and goes back to t with fresh
-noise; Euler goes back with the noise it came from, since (1 - t)(z - v) + t z = z - (1 - t) v.
+`bind_guided`), and latents in fp32. A grid of timesteps runs from 1 (noise) down to 0 (data). With
+one step, `euler` and `consistency` are the same. With more steps they differ in the noise: the
+consistency sampler predicts the data and returns to t with fresh noise; Euler returns with the same
+noise, since (1 - t)(z - v) + t z = z - (1 - t) v.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from apt.condition import Condition
 from apt.errors import InputError
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(x_t (B, ...), t (B,)) -> velocity (B, ...), with the condition already bound."""
+"""(x_t (B, ...), t (B,)) -> velocity (B, ...), with the condition bound."""
 
 Velocity = Callable[[Tensor, Tensor, Condition], Tensor]
 """(x_t (B, ...), t (B,), c (B rows)) -> velocity (B, ...): a backbone."""
@@ -33,7 +33,7 @@ SamplerName = Literal["consistency", "euler"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 
 NoiseSource = Callable[[int], Tensor]
-"""Fresh standard normal noise, of the latents' shape, for the step of this number (from 1)."""
+"""Step number (from 1) -> fresh standard normal noise of the latents' shape."""
 
 
 def expand_timesteps(t: Tensor, like: Tensor) -> Tensor:
@@ -46,31 +46,31 @@ def expand_timesteps(t: Tensor, like: Tensor) -> Tensor:
 
 
 def interpolate(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) x + t z for data x and noise z (B, ...), t (B,) in [0, 1]."""
+    """Return x_t = (1 - t) x + t z for data x and noise z (B, ...), t (B,) in [0, 1]."""
     t_ = expand_timesteps(t, x)
     return (1 - t_) * x + t_ * z
 
 
 def velocity(x: Tensor, z: Tensor) -> Tensor:
-    """v = z - x, the derivative of `interpolate` by t."""
+    """Return v = z - x, the derivative of `interpolate` with respect to t."""
     return z - x
 
 
 def to_sample(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """The data that velocity v points at: x = x_t - t v (APT Eq. 4 at t = 1)."""
+    """Return the data that velocity v predicts: x = x_t - t v (APT Eq. 4 at t = 1)."""
     return x_t - expand_timesteps(t, x_t) * v
 
 
 def shift_timesteps(t: Tensor, shift: float) -> Tensor:
-    """Move timesteps towards the noise end: s t / (1 + (s - 1) t) (APT Eq. 7).
+    """Shift timesteps towards noise: s t / (1 + (s - 1) t) (APT Eq. 7).
 
     Args:
         t: any shape, floating point, in [0, 1].
         shift: s > 0; 1 is the identity.
 
     Raises:
-        InputError: for s <= 0, or integer t (a sign of the [0, 1000] convention, for which the
-            formula is wrong: it sends every t to about s / (s - 1)).
+        InputError: for s <= 0, or integer t. Integers suggest the [0, 1000] convention, for which
+            the formula is wrong: it maps every t to about s / (s - 1).
     """
     if not shift > 0:
         raise InputError(f"timestep shift must be positive, got {shift}")
@@ -82,10 +82,10 @@ def shift_timesteps(t: Tensor, shift: float) -> Tensor:
 
 
 def sampling_timesteps(num_steps: int, shift: float = 1.0) -> Tensor:
-    """The grid 1 = t_0 > t_1 > ... > t_n = 0 of an Euler sampler: (num_steps + 1,) fp32."""
+    """Return the grid 1 = t_0 > t_1 > ... > t_n = 0 of an Euler sampler: (num_steps + 1,) fp32."""
     if num_steps < 1:
         raise InputError(f"the number of steps must be at least 1, got {num_steps}")
-    # fp64 in between, so that the first timestep is exactly 1 for any shift.
+    # In fp64 the first timestep is exactly 1 for any shift.
     uniform = torch.linspace(1, 0, num_steps + 1, dtype=torch.float32, device="cpu")
     return shift_timesteps(uniform.double(), shift).float()
 
@@ -96,7 +96,7 @@ def euler_sample(predict: Predict, z: Tensor, timesteps: Tensor | Sequence[float
     Args:
         predict: the velocity field.
         z: noise (B, ...), the state at timesteps[0].
-        timesteps: descending; the last one is where integration stops (0 for data).
+        timesteps: descending; integration stops at the last one (0 for data).
     """
     x = z
     grid = [float(t) for t in timesteps]
@@ -106,12 +106,12 @@ def euler_sample(predict: Predict, z: Tensor, timesteps: Tensor | Sequence[float
 
 
 def classifier_free_guidance(v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
-    """v_uncond + scale (v_cond - v_uncond); scale 1 is the conditional prediction."""
+    """Return v_uncond + scale (v_cond - v_uncond); scale 1 is the conditional prediction."""
     return torch.lerp(v_uncond, v_cond, scale)
 
 
 def bind(backbone: Velocity, condition: Condition) -> Predict:
-    """The backbone's velocity under `condition` (one row per sample), computed in its dtype."""
+    """Bind `condition` (one row per sample) to the backbone, which computes in its dtype."""
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         return backbone(x.to(condition.dtype), t, condition).to(x.dtype)
@@ -122,15 +122,15 @@ def bind(backbone: Velocity, condition: Condition) -> Predict:
 def bind_guided(
     backbone: Velocity, condition: Condition, negative: Condition, scale: float
 ) -> Predict:
-    """The velocity with classifier-free guidance: v_neg + scale (v_cond - v_neg).
+    """Bind conditions with classifier-free guidance: v_neg + scale (v_cond - v_neg).
 
-    Both halves go through the backbone as one batch of 2 B. At scale 1 the negative prompt has no
-    weight, and is not computed.
+    Both halves go through the backbone as one batch of 2 B. At scale 1 the negative half has no
+    weight and is not computed.
 
     Args:
         condition: B rows.
         negative: B rows, or one row for all samples.
-        scale: 0 follows the negative prompt alone, 1 the prompt alone.
+        scale: 0 uses only the negative prompt, 1 only the prompt.
     """
     if scale == 1:
         return bind(backbone, condition)
@@ -148,7 +148,7 @@ def bind_guided(
 
 
 def one_step_sample(predict: Predict, z: Tensor) -> Tensor:
-    """G(z, c) = z - v(z, 1) (APT Eq. 5) for noise z (B, ...)."""
+    """Return G(z, c) = z - v(z, 1) (APT Eq. 5) for noise z (B, ...)."""
     t = _each(1.0, z)
     return to_sample(z, predict(z, t), t)
 
@@ -156,9 +156,10 @@ def one_step_sample(predict: Predict, z: Tensor) -> Tensor:
 def consistency_sample(
     predict: Predict, z: Tensor, timesteps: Tensor | Sequence[float], noise: NoiseSource
 ) -> Tensor:
-    """Jump to the data from every timestep, going back to the next one with fresh noise.
+    """Predict the data at every timestep, and go to the next timestep with fresh noise.
 
-    The multistep sampler of consistency models (Song et al. 2023, Algorithm 1), for this flow.
+    This is the multistep sampler of consistency models (Song et al. 2023, Algorithm 1) for this
+    flow.
 
     Args:
         predict: the velocity field.
@@ -167,7 +168,7 @@ def consistency_sample(
         noise: called with 1 to n - 1.
 
     Raises:
-        InputError: for a grid that is not of that form.
+        InputError: if the timesteps do not fall strictly from 1 to 0.
     """
     grid = check_timesteps(timesteps)
     x_t = z
@@ -188,7 +189,7 @@ def sample(
     sampler: SamplerName,
     noise: NoiseSource,
 ) -> Tensor:
-    """Run the sampler of that name on a grid of timesteps, as `consistency_sample` describes."""
+    """Run the named sampler on a grid of timesteps; arguments as for `consistency_sample`."""
     if sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {sampler!r}; choose from {', '.join(SAMPLERS)}")
     grid = check_timesteps(timesteps)
@@ -198,12 +199,12 @@ def sample(
 
 
 def _each(t: float, x: Tensor) -> Tensor:
-    """A timestep for each sample of x (B, ...): (B,) fp32, whatever torch's default type is."""
+    """Return t for each sample of x (B, ...): (B,) fp32, whatever torch's default dtype is."""
     return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
 
 
 def check_timesteps(timesteps: Tensor | Sequence[float]) -> list[float]:
-    """The grid as floats. Raises InputError unless it falls strictly from 1 to 0."""
+    """Return the grid as floats. Raises InputError unless it falls strictly from 1 to 0."""
     grid = [float(t) for t in timesteps]
     falling = all(a > b for a, b in itertools.pairwise(grid))
     if len(grid) < 2 or grid[0] != 1 or grid[-1] != 0 or not falling:
@@ -216,12 +217,12 @@ def check_timesteps(timesteps: Tensor | Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowAdapter:
-    """How a family's time and velocity differ from t in [0, 1], 0 is data, v = z - x.
+    """Conversion between our time and velocity (t in [0, 1], 0 is data, v = z - x) and a family's.
 
     Attributes:
-        time_scale: the family's number for t = 1.
-        reversed_time: its time runs from noise to data.
-        negated_velocity: it predicts x - z.
+        time_scale: the family's value for t = 1.
+        reversed_time: whether its time runs from noise to data.
+        negated_velocity: whether it predicts x - z.
     """
 
     time_scale: float = 1000.0
@@ -229,10 +230,10 @@ class FlowAdapter:
     negated_velocity: bool = False
 
     def time(self, t: Tensor) -> Tensor:
-        """Our t (...) in [0, 1] in the family's scale, fp32."""
+        """Convert our t (...) in [0, 1] to the family's scale, fp32."""
         t = t.float()
         return (1 - t if self.reversed_time else t) * self.time_scale
 
     def velocity(self, v: Tensor) -> Tensor:
-        """The family's prediction as our velocity."""
+        """Convert the family's prediction to our velocity."""
         return -v if self.negated_velocity else v

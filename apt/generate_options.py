@@ -1,6 +1,6 @@
-"""How to generate: the options of the pipeline, and of the command.
+"""Options for generating, shared by the pipeline and the command line.
 
-diffusers' names for some of them are taken at the pipeline's boundary. Inside each has one name.
+The pipeline also accepts diffusers' names for some of them. Internally each has one name.
 """
 
 from __future__ import annotations
@@ -18,38 +18,39 @@ DIFFUSERS_NAMES = {
     "guidance_scale": "cfg_scale",
     "num_frames": "frames",
 }
-"""What diffusers calls an option, and its name here."""
+"""diffusers' name of an option, and its name here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """How a video is made of a prompt and a seed."""
+    """How to make a video from a prompt and a seed."""
 
     num_steps: int | None = None
-    """Network evaluations; None is the model's own number (1 after APT)."""
+    """Number of sampling steps; None is the model's own number (1 after APT)."""
     sampler: Literal["auto", "consistency", "euler"] = "auto"
-    """Between steps: fresh noise, Euler, or what suits the model. In one step they are the same."""
+    """Sampler: consistency adds fresh noise between steps, euler does not; auto takes the model's
+    own. With one step they are the same."""
     timesteps: tuple[float, ...] | None = None
-    """The grid itself, falling from 1 (noise) to 0 (data), such as 1 0.6 0, in place of the number
-    of steps."""
+    """Timesteps, falling from 1 (noise) to 0 (data), such as 1 0.6 0. Replaces the number of
+    steps."""
     cfg_scale: float | None = None
-    """Classifier-free guidance; 1 is off. None is the model's own for diffusion, and off for
-    distilled models, which have it built in."""
+    """Scale of classifier-free guidance; 1 is off. None is the model's own for diffusion models,
+    and off for distilled models, which have guidance built in."""
     negative_prompt: str | None = None
-    """What guidance leads away from; None is the model's own."""
+    """Prompt that guidance steers away from; None is the model's own."""
     frames: int | None = None
-    """Number of frames; 1 makes an image. None, also below, is what the model was trained on."""
+    """Number of frames; 1 makes an image. None is the number that the model was trained on."""
     height: int | None = None
-    """Height in pixels."""
+    """Height in pixels; None is the height that the model was trained on."""
     width: int | None = None
-    """Width in pixels."""
+    """Width in pixels; None is the width that the model was trained on."""
     batch_size: int = 1
-    """Videos per network call. Above 1 is faster for many, and equal to rounding only."""
+    """Videos per network call. Above 1, many videos are faster, but differ by rounding."""
 
     def replace(self, changes: Mapping[str, Any]) -> GenerateOptions:
-        """With other values for some options, by their names here or in diffusers.
+        """Return a copy with some options changed, by their names here or in diffusers.
 
-        Raises InputError for a name that is neither, with close matches, and for two names of one
+        Raises InputError for an unknown name, with close matches, and for two names of the same
         option.
         """
         known = [field.name for field in dataclasses.fields(self)]
@@ -59,11 +60,11 @@ class GenerateOptions:
             own = DIFFUSERS_NAMES.get(name, name)
             if own not in known:
                 raise InputError(
-                    f"generating takes no option {name!r}; "
+                    f"there is no option {name!r} for generating; "
                     f"{suggest(name, [*known, *DIFFUSERS_NAMES])}"
                 )
             if own in given:
-                raise InputError(f"{given[own]} and {name} are one option; leave one of them out")
+                raise InputError(f"{given[own]} and {name} are the same option; leave one out")
             given[own] = name
             values[own] = value
         if values.get("timesteps") is not None:
@@ -72,7 +73,7 @@ class GenerateOptions:
 
 
 class OptionNames(TypedDict, total=False):
-    """The options as keyword arguments, with diffusers' names for some; see `GenerateOptions`."""
+    """The options as keyword arguments, including diffusers' names; see `GenerateOptions`."""
 
     num_steps: int | None
     num_inference_steps: int | None

@@ -1,4 +1,4 @@
-"""Many outputs on disk: places looked at beforehand, and a record of what is done."""
+"""Many outputs on disk: checks before the work starts, and a record of finished files."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ RECORD_BEGINNING = '{"settings": '
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """A file that is to be made.
+    """A file to generate.
 
     Attributes:
-        path: where to.
-        prompt, seed: what of.
+        path: of the file.
+        prompt, seed: to generate it from.
     """
 
     path: Path
@@ -32,11 +32,11 @@ class Output:
 
 
 def check_place(path: Path) -> None:
-    """Raise InputError unless a file can be written at `path`. Missing folders are not made yet."""
+    """Raise InputError unless a file can be written at `path`. Creates no folders."""
     if path.is_dir():
         raise InputError(f"cannot write {str(path)!r}: it is a folder; name a file in it")
     try:
-        # A name may be too long, with what is put around it while it is written.
+        # The name of the temporary file is longer, and may be too long.
         path.with_name(f".{path.name}.partial").exists()
         check_folder(path.parent)
     except OSError as error:
@@ -46,7 +46,7 @@ def check_place(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise InputError unless files can be written in a folder, which may not be there yet."""
+    """Raise InputError unless files can be written in a folder, which need not exist yet."""
     try:
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not there.is_dir():
@@ -62,20 +62,20 @@ def check_folder(folder: Path) -> None:
 
 
 class OutputRecord:
-    """What is done of a list of outputs: a file with a line for each, added when it is whole.
+    """A record of the finished files among a list of outputs, one line per file.
 
-    A line counts only for the same prompt, seed and settings, and while its file has the size and
-    the content that it had.
+    A line is valid only for the same prompt, seed and settings, and while the size and content of
+    its file are unchanged.
 
     Args:
         path: of the record, JSON lines.
-        settings: what else decides the content of the files, as JSON.
-        resume: go on with a record that is there; otherwise it is begun anew with the first file.
-        again: what to do after a full disk, for messages.
-        anew: what to do about other settings, for messages.
+        settings: everything else that determines the content of the files, as JSON.
+        resume: continue an existing record; otherwise the first finished file starts a new one.
+        again: advice after a failed write, for messages.
+        anew: advice if the settings differ, for messages.
 
     Raises:
-        InputError: a record that cannot be read, or of other settings; a file that is no record.
+        InputError: if the record cannot be read or has other settings, or the file is no record.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class OutputRecord:
         settings: Mapping[str, Any],
         *,
         resume: bool,
-        again: str = "go on with --resume",
-        anew: str = "leave out --resume to begin anew",
+        again: str = "continue with --resume",
+        anew: str = "leave out --resume to start over",
     ) -> None:
         self._path = path
         self._again = again
@@ -93,16 +93,16 @@ class OutputRecord:
         self._settings = json.loads(json.dumps(settings))
         self._lines: list[dict[str, Any]] = []
         self._done: dict[tuple[str, str, int], tuple[int, str]] = {}
-        text = self._text()
-        if text and not text.startswith(RECORD_BEGINNING):
+        content = self._content()
+        if content and not content.startswith(RECORD_BEGINNING.encode()):
             raise InputError(
-                f"{str(path)!r} is no record of outputs; move it away, or write elsewhere"
+                f"{str(path)!r} is not a record of outputs; move it away, or write elsewhere"
             )
         if resume:
-            self._read(text)
+            self._read(content)
 
     def has(self, output: Output) -> bool:
-        """Whether the file is there as it was made."""
+        """Return whether the file was made and is unchanged."""
         made = self._done.get((output.path.name, output.prompt, output.seed))
         try:
             return made is not None and made == file_content(output.path)
@@ -110,7 +110,7 @@ class OutputRecord:
             return False
 
     def check(self, outputs: Sequence[Output]) -> None:
-        """Raise InputError for a file of another sample, or a sample that is in another file."""
+        """Raise InputError if a file holds another sample, or a sample is in another file."""
         made = {name: (prompt, seed) for name, prompt, seed in self._done}
         places = {key: name for name, key in made.items()}
         for output in outputs:
@@ -118,17 +118,17 @@ class OutputRecord:
             prompt, seed = made.get(name, key)
             if (prompt, seed) != key:
                 raise InputError(
-                    f"{str(output.path)!r} was made of {prompt!r} with seed {seed}, and would be "
+                    f"{str(output.path)!r} was made from {prompt!r} with seed {seed}, and would be "
                     f"overwritten with {output.prompt!r} and seed {output.seed}; {self._anew}"
                 )
             if (other := places.get(key, name)) != name:
                 raise InputError(
-                    f"{str(output.path.with_name(other))!r} was made of {output.prompt!r} with "
+                    f"{str(output.path.with_name(other))!r} was made from {output.prompt!r} with "
                     f"seed {output.seed}, which would now be {name!r}; {self._anew}"
                 )
 
     def add(self, output: Output) -> None:
-        """Note that the file is whole. Raises InputError if the disk refuses."""
+        """Record that the file is finished. Raises InputError if the record cannot be written."""
         try:
             size, digest = file_content(output.path)
             line = {
@@ -143,7 +143,7 @@ class OutputRecord:
             raise self._refused(error) from error
 
     def take(self, other: OutputRecord) -> None:
-        """Note what another record of the same settings has. Raises InputError as `add`."""
+        """Add the lines of another record with the same settings. Raises InputError as `add`."""
         try:
             if other._lines:
                 self._note(other._lines)
@@ -171,21 +171,20 @@ class OutputRecord:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def _text(self) -> str:
-        """What the record says; nothing if there is none."""
+    def _content(self) -> bytes:
+        """Return the bytes of the record; empty if there is none."""
         try:
-            return self._path.read_text(encoding="utf-8")
+            return self._path.read_bytes()
         except FileNotFoundError:
-            return ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"cannot read {str(self._path)!r} ({error}); move it away, or write elsewhere"
-            ) from error
+            return b""
+        except OSError as error:
+            raise self._unreadable(error) from error
 
-    def _read(self, text: str) -> None:
-        # A line that was cut off has no end, and did not happen.
-        *whole, _ = text.split("\n")
-        lines = [parse_line(self._path, line) for line in whole]
+    def _read(self, content: bytes) -> None:
+        try:
+            lines = [parse_line(self._path, line) for line in whole_lines(content)]
+        except UnicodeDecodeError as error:
+            raise self._unreadable(error) from error
         if not lines:
             return
         self._check_settings(lines[0])
@@ -193,14 +192,23 @@ class OutputRecord:
         for line in self._lines:
             made = (int(line["bytes"]), str(line["sha256"]))
             self._done[str(line["file"]), str(line["prompt"]), int(line["seed"])] = made
-        if text != "\n".join([*whole, ""]):
-            self._path.write_text("\n".join([*whole, ""]), encoding="utf-8")
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            try:
+                os.truncate(self._path, whole)
+            except OSError as error:
+                raise self._refused(error) from error
+
+    def _unreadable(self, error: Exception) -> InputError:
+        return InputError(
+            f"cannot read {str(self._path)!r} ({error}); move it away, or write elsewhere"
+        )
 
     def _check_settings(self, first: Mapping[str, Any]) -> None:
         before = first.get("settings")
         if not isinstance(before, dict):
             raise InputError(
-                f"{str(self._path)!r} is no record of outputs; move it away, or write elsewhere"
+                f"{str(self._path)!r} is not a record of outputs; move it away, or write elsewhere"
             )
         names = sorted(
             name
@@ -209,17 +217,26 @@ class OutputRecord:
         )
         if names:
             changes = ", ".join(
-                f"{name} was {before.get(name)!r} and is {self._settings.get(name)!r}"
+                f"{name} was {before.get(name)!r} and is now {self._settings.get(name)!r}"
                 for name in names
             )
             raise InputError(
                 f"the files of {str(self._path)!r} were made with other settings: {changes}; use "
-                f"the same ones, or {self._anew}"
+                f"the same settings, or {self._anew}"
             )
 
 
+def whole_lines(content: bytes) -> list[str]:
+    """Return the complete lines of a record.
+
+    A last line without a line ending was cut off, perhaps inside a character, and is ignored.
+    Raises UnicodeDecodeError if the rest is not UTF-8.
+    """
+    return content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
+
+
 def parse_line(path: Path, line: str) -> dict[str, Any]:
-    """A line of a record at `path`: the settings, or a file. Raises InputError for others."""
+    """Parse a line of the record at `path`: settings, or a file. Raises InputError for others."""
     try:
         document = json.loads(line)
         if isinstance(document, dict) and (
@@ -230,13 +247,13 @@ def parse_line(path: Path, line: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         pass
     raise InputError(
-        f"{str(path)!r} is damaged at {line[:60]!r}, so nothing can be resumed; leave out --resume "
-        "to begin anew"
+        f"{str(path)!r} is damaged at {line[:60]!r} and cannot be resumed; leave out --resume to "
+        "start over"
     )
 
 
 def file_content(path: Path) -> tuple[int, str]:
-    """Size and digest of a file. Raises OSError."""
+    """Return the size and SHA-256 of a file. Raises OSError."""
     digest = hashlib.sha256()
     size = 0
     with path.open("rb") as stream:

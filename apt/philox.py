@@ -1,15 +1,15 @@
 """Counter-based random numbers: Philox-4x32-10 (Salmon et al. 2011), in torch.
 
-A number is a function of its place alone: 64 bits of key, the index of its sample among all ranks,
-the index of its element within the sample. Nothing is kept between draws, so values depend neither
-on the order and the split of the work, nor on whether it is done again.
+A number depends only on a 64-bit key, the index of its sample among all ranks, and the index of its
+element within the sample. There is no generator state, so values do not depend on how the work is
+ordered or split, or on whether it is repeated.
 
-The Triton kernels compute the same numbers bit for bit. So there are only integers and correctly
-rounded fp32 +, -, * and / here, each rounded by itself. There are no functions whose last bits
-differ from library to library (torch's fp32 square root on the CPU is MKL's, and not correctly
-rounded), and no fused multiply-adds: what compilers may fuse has to stay inside an opaque op.
+The Triton kernels compute the same numbers bit for bit. Therefore this module uses only integers
+and correctly rounded fp32 +, -, * and /, each rounded separately. It avoids functions whose last
+bits differ between libraries (torch's fp32 square root on the CPU is MKL's, which is not correctly
+rounded) and fused multiply-adds: code that a compiler could fuse must stay inside an opaque op.
 
-Words are uint32 values, held as int64 because torch has no arithmetic for uint32.
+Words are uint32 values, stored as int64 because torch has no arithmetic for uint32.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
-# The normal quantile at p = 1/2 - q < 1/2, negated; coefficients of rising powers.
+# The negated normal quantile at p = 1/2 - q < 1/2; coefficients by rising powers.
 # Centre, q <= 0.425: q A(r) / B(r), r = 0.425^2 - q^2. AS 241's PPND7 (Wichura 1988).
 CENTRE = 0.425
 CENTRE_SQUARED = 0.180625
 CENTRE_TOP = (3.3871327179, 50.434271938, 159.29113202, 59.109374720)
 CENTRE_BOTTOM = (1.0, 17.895169469, 78.757757664, 67.187563600)
-# Tail, 2^-33 <= p: C(r) / D(r), r = -log p. Our minimax fit, wrong by 9.2e-8 of the value at most;
-# those that are published take the square root of r.
+# Tail, 2^-33 <= p: C(r) / D(r), r = -log p. Our minimax fit, with a relative error of at most
+# 9.2e-8; published fits need the square root of r.
 TAIL_TOP = (
     -1.299340349952464,
     0.982620368580284,
@@ -46,7 +46,7 @@ TAIL_BOTTOM = (
     0.015121944878007384,
     5.1674225343875206e-05,
 )
-# log m = f L(f), f = m - 1, m in [sqrt(1/2), sqrt(2)): our minimax fit, wrong by 3.4e-8 at most.
+# log m = f L(f), f = m - 1, m in [sqrt(1/2), sqrt(2)): our minimax fit, error at most 3.4e-8.
 SQRT_HALF_BITS = 0x3F3504F3
 LN_2 = 0.6931471805599453
 LOG = (
@@ -60,16 +60,16 @@ LOG = (
     -0.10102203488349915,
 )
 
-# Work is cut into pieces that stay in the processor's cache.
+# Pieces of this size stay in the CPU's cache.
 _WORDS_PER_PIECE = 2**16
 
 
 def uniform(key: int, num: int, *, first: int, device: torch.device | str | None = None) -> Tensor:
-    """Uniform fp32 values (num,), multiples of 2^-24 in [0, 1), one for each sample.
+    """Draw uniform fp32 values (num,), multiples of 2^-24 in [0, 1), one per sample.
 
     Args:
         key: 64 bits.
-        num: samples.
+        num: number of samples.
         first: global index of the first sample, in [0, 2^63 - num].
         device: of the result.
     """
@@ -79,14 +79,14 @@ def uniform(key: int, num: int, *, first: int, device: torch.device | str | None
 def normal(
     key: int, num: int, size: int, *, first: int, device: torch.device | str | None = None
 ) -> Tensor:
-    """Standard normal fp32 values (num, size): `size` elements for each of `num` samples.
+    """Draw standard normal fp32 values (num, size): `size` elements for each of `num` samples.
 
-    They are quantiles of the points (w + 1/2) / 2^32, wrong by at most 5e-7 of their size; none is
-    0, none is beyond 6.34.
+    They are quantiles at the points (w + 1/2) / 2^32, with a relative error of at most 5e-7. No
+    value is 0, and no magnitude exceeds 6.34.
 
     Args:
         key, num, first, device: as for `uniform`.
-        size: elements of a sample.
+        size: elements per sample.
     """
     out = torch.empty(num, size, dtype=torch.float32, device=device)
     for rows, groups in _pieces(num, -(-size // 4)):
@@ -98,16 +98,16 @@ def normal(
 
 
 def to_uniform(words: Tensor) -> Tensor:
-    """Words to fp32 values in [0, 1): their upper 24 bits."""
+    """Convert words to fp32 values in [0, 1), using the upper 24 bits."""
     return (words >> 8).float() * 2**-24
 
 
 def to_normal(words: Tensor) -> Tensor:
-    """Words w to fp32 values of the standard normal quantile at (w + 1/2) / 2^32."""
+    """Convert words w to the standard normal quantile at (w + 1/2) / 2^32, in fp32."""
     signed = words.to(torch.int32)
     upper = signed < 0
-    # p = (m + 1/2) / 2^32 is the point, or its mirror image, below 1/2; q = 1/2 - p. Both come from
-    # integers, so that each keeps its 24 bits where it is small.
+    # p = (m + 1/2) / 2^32 is the point or its mirror image, below 1/2; q = 1/2 - p. Both are
+    # computed from integers, so each keeps all 24 bits where it is small.
     m = signed ^ (signed >> 31)
     p = m.float().add_(0.5).mul_(2**-32)
     q = m.bitwise_xor_(0x7FFFFFFF).float().add_(0.5).mul_(2**-32)
@@ -126,7 +126,7 @@ def to_normal(words: Tensor) -> Tensor:
 
 
 def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """By Horner's rule, each step rounded twice."""
+    """Evaluate a polynomial by Horner's rule, rounding twice per step."""
     total = x * coefficients[-1]
     for coefficient in coefficients[-2:0:-1]:
         total.add_(coefficient).mul_(x)
@@ -134,7 +134,7 @@ def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 def _minus_log(p: Tensor) -> Tensor:
-    """-log p of normal fp32 values in (0, 1/2), from their exponent and mantissa."""
+    """Return -log p of normal fp32 values in (0, 1/2), from their exponent and mantissa."""
     bits = p.view(torch.int32)
     exponent = (bits - SQRT_HALF_BITS) >> 23
     f = (bits - (exponent << 23)).view(torch.float32).sub_(1)
@@ -150,7 +150,7 @@ def _words(
     num_groups: int,
     device: torch.device | str | None,
 ) -> Tensor:
-    """Words (num, 4 num_groups): element e of a sample is word e mod 4 of the counter e div 4."""
+    """Return words (num, 4 num_groups): a sample's element e is word e mod 4 of counter e div 4."""
     sample = first + torch.arange(num, device=device)[:, None]
     group = first_group + torch.arange(num_groups, device=device)
     counter = (group & _MASK, group >> 32, sample & _MASK, sample >> 32)
@@ -158,12 +158,12 @@ def _words(
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, ...]:
-    """Four words for each counter of four words, whose shapes broadcast, under 64 bits of key."""
+    """Return four words per counter of four words (shapes broadcast) under a 64-bit key."""
     c0, c1, c2, c3 = counter
     k0, k1 = key & _MASK, key >> 32 & _MASK
     for _ in range(ROUNDS):
-        # The low 32 bits of products are right even where 64 overflow. c1 and c3 keep theirs above
-        # the word: only what is multiplied has to be a word.
+        # The low 32 bits of a product are right even if its 64 bits overflow. c1 and c3 keep bits
+        # above the word: only the factors must be words.
         low, high = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0 = (high >> 32 ^ c1).bitwise_xor_(k0).bitwise_and_(_MASK)
         c2 = (low >> 32 ^ c3).bitwise_xor_(k1).bitwise_and_(_MASK)
@@ -173,7 +173,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Te
 
 
 def _pieces(num: int, groups: int) -> Iterator[tuple[range, range]]:
-    """Ranges of samples and of groups of four elements that cover (num, groups)."""
+    """Yield ranges of samples, and of groups of four elements, that cover (num, groups)."""
     width = max(min(groups, _WORDS_PER_PIECE // 4), 1)
     height = max(_WORDS_PER_PIECE // 4 // width, 1)
     for row in range(0, num, height):

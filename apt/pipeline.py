@@ -1,4 +1,4 @@
-"""From a prompt to a video."""
+"""The pipeline from a prompt to a video."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ _SAMPLERS_BY_STAGE: dict[str, SamplerName] = {
     "consistency": "consistency",
     "apt": "consistency",
 }
-"""What "auto" means for a model that does not say. In one step they are the same."""
+"""The sampler that "auto" chooses if the model names none. With one step they are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """How the pipeline will sample: every choice made, nothing left to a default.
+    """How the pipeline will sample, with every default filled in.
 
     Attributes:
         stage: of the model.
         sampler: "consistency" or "euler".
         timesteps: from 1 to 0; one network evaluation for each but the last.
-        cfg_scale: 1 means no guidance; otherwise each evaluation has a second half.
-        negative_prompt: what guidance leads away from.
+        cfg_scale: 1 means no guidance; otherwise each evaluation has a second, negative half.
+        negative_prompt: the prompt that guidance steers away from.
     """
 
     stage: str
@@ -81,11 +81,11 @@ class SamplingPlan:
 
 
 class OneStepPipeline:
-    """Prompt to video with a model of any stage: one step for "apt", many for "diffusion".
+    """Generates videos from prompts with a model of any stage: in one step with "apt", for example.
 
-    The same prompt, seed and settings give the same video bit for bit, whatever else is in the
-    call, as long as `batch_size` is 1. Noise is drawn on the CPU from the seed, so other devices
-    and batch sizes start from the same noise, and differ by rounding.
+    With `batch_size` 1, the same prompt, seed and settings give the same video bit for bit,
+    whatever else is in the call. Noise is drawn on the CPU from the seed, so other devices and
+    batch sizes start from the same noise and differ only by rounding.
     """
 
     def __init__(self, bundle: ModelBundle, *, offload_to: torch.device | None = None) -> None:
@@ -104,16 +104,16 @@ class OneStepPipeline:
         dtype: torch.dtype = torch.float32,
         offload: bool = False,
     ) -> OneStepPipeline:
-        """Load a built-in name, a folder, or a Hub id; see `apt.load_bundle`.
+        """Load a model by built-in name, folder or Hub id.
 
         Args:
-            name_or_folder: see there.
-            device: where to compute; None takes the GPU if there is one, else the CPU;
-                `pipeline.device` tells.
+            name_or_folder: as for `apt.load_bundle`.
+            device: where to compute; None is the GPU if there is one, else the CPU. The property
+                `device` returns the choice.
             dtype: of the model's own weights.
-            offload: keep the parts in main memory, and each on the device only while it works:
-                text encoder, then transformer, then codec. The device then needs room for the
-                largest of them, and every call waits for the copies.
+            offload: keep the text encoder, transformer and codec in main memory, and move each to
+                the device only while it works. The device then needs memory only for the largest
+                of them, but every call waits for the copies.
 
         Raises InputError for a device that this machine does not have.
         """
@@ -128,17 +128,17 @@ class OneStepPipeline:
         return cls(bundle, offload_to=device if offload else None)
 
     def load_lora(self, name_or_file: str | Path, *, scale: float = 1.0) -> OneStepPipeline:
-        """Merge a LoRA into the transformer, in place; returns itself.
+        """Merge a LoRA into the transformer in place; returns the pipeline.
 
         Args:
             name_or_file: a .safetensors file, or a folder or Hub id ("owner/name[@revision]") with
-                one, in any of the spellings that `apt.checkpoints.lora.files` reads.
-            scale: of the change; merging again with the negative takes it off, to rounding.
+                one, in any of the formats that `apt.checkpoints.lora.files` reads.
+            scale: of the change. Merging again with the negative scale undoes it, up to rounding.
 
         Raises:
-            CheckpointError: no such file, one that does not fit the model, or one that makes
-                weights that are not finite. The model is then as it was.
-            InputError: a scale that is not finite, or a negative one of a DoRA.
+            CheckpointError: if there is no such file, it does not fit the model, or it makes
+                weights that are not finite. The model is then unchanged.
+            InputError: if the scale is not finite, or is negative for a DoRA.
         """
         backbone = self.bundle.backbone
         file = find_lora(name_or_file)
@@ -151,11 +151,12 @@ class OneStepPipeline:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> OneStepPipeline:
-        """Move the networks, in place; returns itself. `dtype` is for the model's own weights.
+        """Move the networks in place; returns the pipeline.
 
-        With `offload` they stay, and `device` is where they will work.
+        `dtype` applies to the model's own weights. With `offload`, the networks stay in main
+        memory, and `device` is where they will compute.
 
-        Raises InputError for a device that this machine does not have; nothing has moved then.
+        Raises InputError for a device that this machine does not have; nothing is moved then.
         """
         if device is not None:
             device = find_device(device)
@@ -169,18 +170,19 @@ class OneStepPipeline:
         return self
 
     def compile_blocks(self) -> OneStepPipeline:
-        """Have `torch.compile` make the transformer's blocks at the next call; returns itself.
+        """Compile the transformer's blocks with `torch.compile` at the next call.
 
-        That takes a minute or more, and again for each new size and number of samples at once.
+        Compiling takes a minute or more, and is repeated for each new size and batch size. Returns
+        the pipeline.
         """
         self.bundle.backbone.compile_blocks()
         return self
 
     def split_tokens(self, sequence: SequenceGroup | None) -> OneStepPipeline:
-        """Let several ranks share the transformer's tokens, or no longer; returns itself.
+        """Split the transformer's tokens over several ranks, or stop with None.
 
-        They must then make the same calls, with the same weights, and each gets the videos. Text
-        encoder and codec work on each rank as they do alone.
+        All ranks must then make the same calls with the same weights, and each gets the videos.
+        The text encoder and the codec run in full on every rank. Returns the pipeline.
 
         Raises ConfigError for a transformer whose tokens cannot be split.
         """
@@ -188,13 +190,13 @@ class OneStepPipeline:
         return self
 
     def __repr__(self) -> str:
-        """In a line: the model, and the device where that is not where its weights are."""
+        """Return one line with the model, and the device that it is offloaded from, if any."""
         offloaded = "" if self._offload_to is None else f", offloaded from {self._offload_to}"
         return f"{type(self).__name__}({self.bundle!r}{offloaded})"
 
     @property
     def info(self) -> ModelInfo:
-        """What the model is, how large its videos are, and where it comes from."""
+        """The model's description: architecture, size of its videos, and source."""
         return self.bundle.info
 
     @property
@@ -204,18 +206,18 @@ class OneStepPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks compute."""
+        """The device that the networks compute on."""
         return self._offload_to or self._parameter().device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type they compute in; latents are kept in fp32 between steps."""
+        """The dtype that the networks compute in; latents between steps are fp32."""
         return self._parameter().dtype
 
     def plan(
         self, options: GenerateOptions = GenerateOptions(), **names: Unpack[OptionNames]
     ) -> SamplingPlan:
-        """Resolve sampling options without generating; arguments as for calling the pipeline."""
+        """Resolve the sampling options without generating; arguments as for `__call__`."""
         options = options.replace(names)
         batch_size = options.batch_size
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -240,7 +242,7 @@ class OneStepPipeline:
             if options.num_steps not in (None, len(grid) - 1):
                 raise InputError(
                     f"{len(grid)} timesteps make {len(grid) - 1} steps, but num_steps is "
-                    f"{options.num_steps}; leave one of them out"
+                    f"{options.num_steps}; pass only one of the two"
                 )
         # Distilled models have their guidance built in.
         own_scale = 1.0 if self.stage in ("consistency", "apt") else defaults.cfg_scale
@@ -268,16 +270,16 @@ class OneStepPipeline:
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
     ) -> dict[str, Any]:
-        """How a video is made, for its file: `apt.media.write_media(..., tags=...)`.
+        """Return a description of how a video is made, for `apt.media.write_media(..., tags=...)`.
 
-        Prompt, seed, model (name, with its revision or the digest of its weights), merged LoRAs,
-        settings with nothing left open, and the version of this package. No folder of this machine
-        is named.
+        It has the prompt, seed, model (name, with its revision or the digest of its weights),
+        merged LoRAs, settings with every default filled in, and the version of this package, but no
+        path of this machine.
 
         Args:
-            prompt, seed: of the video; several for a file that shows several.
+            prompt, seed: of the video; several for a file that shows several videos.
             fps: of the file; None is the model's.
-            options, names: as for generating, and with the same errors.
+            options, names: as for `__call__`, with the same errors.
         """
         options = options.replace(names)
         plan, sample = self.plan(options), self.info.sample
@@ -353,35 +355,36 @@ class OneStepPipeline:
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
     ) -> Tensor | npt.NDArray[np.float32] | list[list[Image.Image]]:
-        """Generate videos, all at once; `stream` gives one after the other.
+        """Generate videos and return all of them; `stream` yields them one by one.
 
         Args:
-            prompt: one or several; none of them empty.
-            seed: one for all prompts, or one each; None is 0. Several seeds with one prompt make
-                several videos of it.
-            generator: diffusers' way to say the seed: one generator, of which a seed is drawn for
-                each video, or one each. Calls with the same generator differ, as there.
-            extra: what a model of your own reads beside the prompt, by name: (B, ...), one row for
-                each video, or (1, ...) for all of them.
-            output_type: what is returned.
-            options: how, all in one; see `GenerateOptions`.
-            names: options by name, which go before those of `options`. diffusers' names are taken
-                too: `num_inference_steps`, `guidance_scale`, `num_frames`.
+            prompt: one or several non-empty prompts.
+            seed: one for all prompts, or one per prompt; None is 0. Several seeds with one prompt
+                make several videos of it.
+            generator: an alternative to `seed`, as in diffusers: one generator, from which a seed
+                is drawn for each video, or one per video. Repeated calls with the same generator
+                give different videos, as in diffusers.
+            extra: inputs that a model of your own reads beside the prompt, by name: (B, ...), one
+                row per video, or (1, ...) for all of them.
+            output_type: the type to return.
+            options: all options in one object; see `GenerateOptions`.
+            names: single options, which override those of `options`. diffusers' names also work:
+                `num_inference_steps`, `guidance_scale`, `num_frames`.
 
         Returns:
-            uint8 (B, T, H, W, 3) on the CPU, B being the number of prompts or of seeds; for other
+            uint8 (B, T, H, W, 3) on the CPU, where B is the number of prompts or seeds. For other
             output types see `apt.pixels.OutputType`.
 
         Raises:
-            InputError: for a prompt, seed, size or option that does not fit, saying what does; for
-                values that are not finite, and for too little memory.
+            InputError: for an invalid prompt, seed, size or option, with the valid ones; for values
+                that are not finite; and for too little memory.
         """
         check_output_type(output_type)
         request = self._request(prompt, seed, generator, extra, options.replace(names))
         size = math.prod(request.pixels) * len(request.prompts)
         if output_type in ("pt", "np"):
             size *= 4
-        require_memory(size, torch.device("cpu"), "all the videos together", "use stream()")
+        require_memory(size, torch.device("cpu"), "returning all videos at once", "use stream()")
         batches = self._batches(request)
         if output_type in ("pt", "np"):
             unit = torch.cat([to_unit(batch) for batch in batches])
@@ -399,10 +402,10 @@ class OneStepPipeline:
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
     ) -> Iterator[Tensor]:
-        """As calling the pipeline, but each video, uint8 (T, H, W, 3), as soon as it is made.
+        """Like `__call__`, but yield each video, uint8 (T, H, W, 3), as soon as it is finished.
 
-        Arguments are checked, and prompts read, at once; memory and the wait for the first video
-        do not grow with their number.
+        The arguments are checked immediately. Memory and the wait for the first video do not grow
+        with the number of prompts.
         """
         request = self._request(prompt, seed, generator, extra, options.replace(names))
         return (video for batch in self._batches(request) for video in to_frames(batch))
@@ -417,7 +420,7 @@ class OneStepPipeline:
         options: GenerateOptions = GenerateOptions(),
         **names: Unpack[OptionNames],
     ) -> Tensor:
-        """As calling the pipeline, but fp32 pixels (B, 3, T, H, W) in [-1, 1] on the device."""
+        """Like `__call__`, but return fp32 pixels (B, 3, T, H, W) in [-1, 1] on the device."""
         request = self._request(prompt, seed, generator, extra, options.replace(names))
         return torch.cat(list(self._batches(request)))
 
@@ -429,7 +432,7 @@ class OneStepPipeline:
         extra: Mapping[str, Tensor] | None,
         options: GenerateOptions,
     ) -> _Request:
-        """Everything that can be wrong, looked at before anything is computed."""
+        """Check all arguments before anything is computed."""
         plan = self.plan(options)
         prompts, sources = _pair(prompt, seed, generator)
         given = _one_row_each(extra or {}, self.bundle.backbone.extra_conditions, len(prompts))
@@ -440,7 +443,7 @@ class OneStepPipeline:
             problem := untrained_timesteps(self.info.model.architecture, plan.timesteps)
         ):
             warnings.warn(problem, stacklevel=3)
-        # One video in fp32 before it is 8 bits: there will be more, but never less.
+        # A lower bound of the memory: the fp32 pixels of one video.
         require_memory(
             4 * 3 * frames * height * width,
             self.device,
@@ -450,16 +453,16 @@ class OneStepPipeline:
         self.bundle.text_encoder.check(prompts)
         if plan.cfg_scale != 1:
             self.bundle.text_encoder.check([plan.negative_prompt])
-        # Last, so that a call which is refused leaves a generator as it was.
+        # Last, so that a rejected call does not advance the generators.
         seeds = [_seed_of(source) for source in sources]
         pixels = (frames, height, width, 3)
         return _Request(prompts, seeds, given, plan, latent, pixels, options.batch_size)
 
     @torch.inference_mode()
     def _batches(self, request: _Request) -> Iterator[Tensor]:
-        """Pixels (b, 3, T, H, W) of one network call after the other.
+        """Yield the pixels (b, 3, T, H, W) of each network call.
 
-        With `offload` each part works for several calls, as moving it takes longer than they do.
+        With `offload`, each part handles several calls per move, because moving it takes longer.
         """
         calls = _CALLS_PER_MOVE if self._offload_to is not None else 1
         step = request.batch_size * calls
@@ -473,11 +476,11 @@ class OneStepPipeline:
                 for x in latents:
                     with explained_memory(doing, _SMALLER):
                         pixels = self.bundle.codec.decode(x).float()
-                    self._check_finite(pixels, "pixels")  # infinity would be clamped to white
+                    self._check_finite(pixels, "pixels")  # clamping would turn infinity into white
                     yield pixels.clamp(-1, 1)
 
     def _latents(self, request: _Request, places: Sequence[int]) -> list[Tensor]:
-        """Latents of some of the videos, one tensor for each network call."""
+        """Return the latents of some of the videos, one tensor per network call."""
         texts = dict.fromkeys(request.prompts[place] for place in places)
         plan, size = request.plan, request.batch_size
         with self.at_work(self.bundle.text_encoder):
@@ -501,22 +504,23 @@ class OneStepPipeline:
         return made
 
     def _check_finite(self, values: Tensor, kind: str) -> None:
-        """Raise InputError for values that would be written as black."""
+        """Raise InputError for values that are not finite, which would be written as black."""
         bad = int((~torch.isfinite(values)).sum())
         if bad:
             raise InputError(
                 f"{bad} of {values.numel()} values of the {kind} are NaN or infinite in "
-                f"{str(self.dtype).removeprefix('torch.')}, so there is nothing to show: load the "
-                "model in bfloat16 or float32, lower the scale of a LoRA, or use other weights"
+                f"{str(self.dtype).removeprefix('torch.')}; load the model in bfloat16 or float32, "
+                "lower the scale of a LoRA, or use other weights"
             )
 
     def latent_shape(
         self, frames: int | None = None, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int, int]:
-        """Latent shape (C, T, H, W) for a video; None takes the trained size.
+        """Return the latent shape (C, T, H, W) of a video; None is the trained size.
 
         Raises:
-            InputError: for a size that the codec or the model cannot take, naming the trained one.
+            InputError: for a size that does not fit the codec or the model, naming the nearest ones
+                that do, and the trained one.
         """
         trained = self.info.sample
         own = (trained.frames, trained.height, trained.width)
@@ -537,21 +541,21 @@ class OneStepPipeline:
     def noise(
         self, seeds: Sequence[int], shape: tuple[int, int, int, int] | None = None, step: int = 0
     ) -> Tensor:
-        """The noise (B, C, T, H, W) fp32 that videos of these seeds start from.
+        """Draw the noise (B, C, T, H, W) fp32 that videos with these seeds start from.
 
         Args:
-            seeds: B of them.
+            seeds: B seeds.
             shape: of a latent, (C, T, H, W); None is that of the trained size.
-            step: samplers that go back to noise before a later step take that of its number.
+            step: number of the sampling step, for samplers that add fresh noise before later steps.
         """
         shape = self.latent_shape() if shape is None else shape
-        # The key holds the seed alone: a video does not depend on its place in the batch.
+        # The key has no place in the batch, so that a video does not depend on it.
         draws = [sample_noise(1, shape, Draw(seed, step, stream="generate")) for seed in seeds]
         return torch.cat(draws).to(self.device)
 
     @contextmanager
     def at_work(self, part: nn.Module) -> Iterator[None]:
-        """Have a part on the device, and with `offload` back in main memory afterwards."""
+        """Keep a part on the device within the block; with `offload`, move it back afterwards."""
         if self._offload_to is None:
             yield
             return
@@ -562,7 +566,7 @@ class OneStepPipeline:
             _move(part, "cpu")
 
     def _latent_size(self, size: tuple[int, ...]) -> tuple[int, int, int] | None:
-        """Latent (T, H, W) of (frames, height, width), or None if the model cannot take it."""
+        """Return the latent (T, H, W) of (frames, height, width); None if the size does not fit."""
         try:
             latent = self.bundle.codec.latent_shape(*size)
             self.bundle.backbone.token_grid(latent)
@@ -571,9 +575,9 @@ class OneStepPipeline:
         return latent
 
     def _nearest(self, size: tuple[int, ...], axis: int) -> list[int]:
-        """The values nearest to size[axis], below and above, that the model can take.
+        """Return the nearest values below and above size[axis] that fit the model.
 
-        Those that are further than `reach` help nobody, and looking for them may take minutes.
+        Values further away than `reach` are of no use, and the search could take minutes.
         """
 
         def fits(value: int) -> bool:
@@ -617,12 +621,12 @@ class OneStepPipeline:
 
 @dataclass(frozen=True)
 class _Request:
-    """What to generate, checked.
+    """A checked request.
 
     Attributes:
-        prompts, seeds: one each for every video.
-        extra: what is given beside them, by name, a row for every video.
-        plan: how.
+        prompts, seeds: one of each per video.
+        extra: extra inputs by name, one row per video.
+        plan: how to sample.
         latent: (C, T', H', W').
         pixels: (T, H, W, 3).
         batch_size: videos per network call.
@@ -638,7 +642,7 @@ class _Request:
 
 
 _CALLS_PER_MOVE = 8
-"""Network calls for which a part stays on the device with `offload`: their latents are small."""
+"""Network calls per move of a part with `offload`. Their latents are small."""
 
 _MOST_STEPS = 1000
 
@@ -648,7 +652,7 @@ _SMALLER = (
 
 
 def _move(part: nn.Module, device: torch.device | str) -> None:
-    """Weights that are copied in inference mode could never be trained."""
+    """Move a part, outside inference mode: weights copied in it could never be trained."""
     with torch.inference_mode(False):
         part.to(device)
 
@@ -656,7 +660,7 @@ def _move(part: nn.Module, device: torch.device | str) -> None:
 def _one_row_each(
     extra: Mapping[str, Tensor], read: Sequence[str], videos: int
 ) -> dict[str, Tensor]:
-    """What is given beside the prompts, with a row for each video."""
+    """Return the extra inputs with one row per video."""
     if unread := sorted(extra.keys() - set(read)):
         raise InputError(
             f"this model does not read {', '.join(unread)}; beside the prompt it reads "
@@ -667,37 +671,37 @@ def _one_row_each(
         if not isinstance(value, Tensor) or value.ndim < 1 or len(value) not in (1, videos):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(
-                f"extra {name!r} must be a tensor with {videos} rows, one for each video, or with "
-                f"one for all, got {got}"
+                f"extra {name!r} must be a tensor with {videos} rows, one per video, or with one "
+                f"row for all, got {got}"
             )
         rows[name] = value.expand(videos, *value.shape[1:])
     return rows
 
 
 def check_prompts(prompts: Sequence[object]) -> None:
-    """Raise InputError for a prompt that is empty, or no text."""
+    """Raise InputError for a prompt that is empty or not text."""
     for text in prompts:
         if not isinstance(text, str) or not text.strip():
             raise InputError(
-                f"a prompt must be text that is not empty, got {text!r}; say what to show, such as "
+                f"a prompt must be non-empty text, got {text!r}; describe what to show, such as "
                 '"a red seven moving left"'
             )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"the prompt {text!r} has bytes that are not UTF-8; save or type it as UTF-8"
+                f"the prompt {text!r} contains bytes that are not UTF-8; save or type it as UTF-8"
             ) from error
 
 
 def _pair(
     prompt: str | Sequence[str], seed: Seeds, generator: Generators
 ) -> tuple[list[str], list[int] | list[torch.Generator]]:
-    """One prompt, and one seed or generator, per video."""
+    """Return one prompt and one seed or generator per video."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     sources = _sources(seed, generator)
     if not prompts or not sources:
-        raise InputError("there is no prompt to generate from, or no seed")
+        raise InputError("the list of prompts or seeds is empty; pass at least one of each")
     check_prompts(prompts)
     if len(prompts) == 1:
         prompts *= len(sources)
@@ -712,7 +716,7 @@ def _pair(
 
 
 def _sources(seed: Seeds, generator: Generators) -> list[int] | list[torch.Generator]:
-    """What the noise comes from, as a list."""
+    """Return the seeds or generators as a list."""
     if generator is None:
         seeds = [0] if seed is None else list(seed) if isinstance(seed, Iterable) else [seed]
         for number in seeds:
@@ -720,16 +724,16 @@ def _sources(seed: Seeds, generator: Generators) -> list[int] | list[torch.Gener
                 raise InputError(f"a seed must be a whole number, got {number!r}")
         return seeds
     if seed is not None:
-        raise InputError("a seed and a generator both say where noise comes from; pass one of them")
+        raise InputError("pass either a seed or a generator, not both: each determines the noise")
     generators = list(generator) if isinstance(generator, Iterable) else [generator]
     for one in generators:
         if not isinstance(one, torch.Generator):
-            raise InputError(f"generator must be a torch.Generator, or several, got {one!r}")
+            raise InputError(f"generator must be a torch.Generator or a list of them, got {one!r}")
     return generators
 
 
 def _seed_of(source: int | torch.Generator) -> int:
-    """The seed itself, or one that is drawn."""
+    """Return the seed itself, or draw one from the generator."""
     if isinstance(source, int):
         return source
     return int(torch.randint(2**63 - 1, (), generator=source, device=source.device))

@@ -9,13 +9,14 @@ from pathlib import Path
 from apt.errors import InputError
 
 _LINE_ENDS = re.compile(r"[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
-"""What Unicode counts among line ends and people do not: web pages have them in a sentence."""
+"""Line separators of Unicode that do not end a prompt: copied web text has them in sentences."""
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a prompt file that are not empty. Raises InputError if it cannot be read.
+    """Read the non-empty lines of a prompt file. Raises InputError if it cannot be read.
 
-    The text is UTF-8, or UTF-16 with a mark, as Windows writes it; lines end as on any system.
+    The text is UTF-8, or UTF-16 with a byte order mark as Windows writes it, with the line endings
+    of any system.
     """
     try:
         content = path.read_bytes()
@@ -26,9 +27,9 @@ def read_prompts(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise InputError(f"{str(path)!r} is not UTF-8 ({error}); save it as UTF-8 text") from error
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    # Files with marks that were put together have one at the start of a line.
+    # Concatenated files have byte order marks at the start of later lines.
     prompts = [_LINE_ENDS.sub(" ", line.removeprefix("\ufeff")).strip() for line in lines]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise InputError(f"{str(path)!r} has no prompt in it; write one per line")
+        raise InputError(f"{str(path)!r} contains no prompt; write one per line")
     return prompts

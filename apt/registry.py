@@ -1,4 +1,4 @@
-"""One small registry for everything that is chosen by name."""
+"""The registry for everything that is chosen by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Buildable(Protocol):
 
 
 class Registry(Generic[T]):
-    """Names mapped to the functions that build something.
+    """A mapping from names to builder functions.
 
     Args:
         kind: what the entries are, for messages ("model", "loss").
@@ -35,10 +35,10 @@ class Registry(Generic[T]):
         self._builders: dict[str, Callable[..., T]] = {}
 
     def register(self, name: str) -> Callable[[B], B]:
-        """Decorator: put a builder under `name`.
+        """Return a decorator that registers a builder under `name`.
 
-        A definition that is run again, as a notebook's cell is, replaces its earlier self. Raises
-        ConfigError if another has the name.
+        Running the same definition again, as in a notebook cell, replaces the earlier builder.
+        Raises ConfigError if another builder has the name.
         """
 
         def add(builder: B) -> B:
@@ -54,30 +54,30 @@ class Registry(Generic[T]):
         return add
 
     def names(self, pattern: str = "*") -> list[str]:
-        """Registered names that match a shell-style pattern, sorted."""
+        """Return the registered names that match a shell-style pattern, sorted."""
         return sorted(fnmatch.filter(self._builders, pattern))
 
     def get(self, name: str) -> Callable[..., T]:
-        """The builder under `name`. Raises InputError with close matches if there is none."""
+        """Return the builder of that name. Raises InputError with close matches if unknown."""
         if name not in self._builders:
             raise InputError(f"unknown {self.kind} {name!r}; {suggest(name, self._builders)}")
         return self._builders[name]
 
     def configured(self, name: str, options: Mapping[str, Any]) -> T:
-        """What the builder makes by itself, a dataclass, with fields that a user gave.
+        """Call the builder without arguments, and replace fields of the dataclass it returns.
 
-        Raises InputError as `get` and `replace_typed`.
+        Raises InputError as `get` and `replace_typed` do.
         """
         return replace_typed(self.get(name)(), options)
 
     def summary(self, name: str) -> str:
-        """The first line of the builder's docstring."""
+        """Return the first line of the builder's docstring."""
         return (inspect.getdoc(self.get(name)) or "").partition("\n")[0]
 
     def create(self, name: str, /, **options: Any) -> T:
         """Call the builder.
 
-        Options that it does not take, of a wrong type, or that it needs, raise InputError.
+        Raises InputError for an unknown option, a value of the wrong type, or a missing option.
         """
         builder = self.get(name)
         check_options(f"{self.kind} {name!r}", _parameter_types(builder), options)
@@ -94,14 +94,13 @@ class Registry(Generic[T]):
 def replace_typed(config: T, overrides: Mapping[str, Any]) -> T:
     """`dataclasses.replace` for user input.
 
-    Raises ConfigError for a field that does not exist (with close matches) or a value of a wrong
-    type, instead of passing either on.
+    Raises ConfigError for an unknown field (with close matches) or a value of the wrong type.
     """
     kind = type(config)
     hints = typing.get_type_hints(kind)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     check_options(kind.__name__, fields, overrides)
-    # JSON has no tuples: a list that fits a tuple field is one.
+    # JSON has no tuples, so a list is accepted for a tuple field.
     values = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in overrides.items()
@@ -110,7 +109,7 @@ def replace_typed(config: T, overrides: Mapping[str, Any]) -> T:
 
 
 def check_options(owner: str, accepted: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless every option is accepted by name and by type."""
+    """Raise ConfigError for an option with an unknown name or a value of the wrong type."""
     for name, value in options.items():
         if name not in accepted:
             raise ConfigError(f"{owner} takes no option {name!r}; {suggest(name, accepted)}")
@@ -121,12 +120,12 @@ def check_options(owner: str, accepted: Mapping[str, Any], options: Mapping[str,
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """What to say after a name that is not known: close matches, or all there are."""
+    """Return advice for an unknown name: close matches, or all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(repr(match) for match in close)}?"
-    return f"choose from: {', '.join(names) or 'nothing, none is registered'}"
+    return f"choose from: {', '.join(names) or '(none is registered)'}"
 
 
 def _place(builder: Callable[..., Any]) -> str:

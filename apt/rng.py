@@ -1,8 +1,8 @@
-"""Randomness that depends on what it is for, never on when or where it is drawn.
+"""Random numbers that depend on their purpose, not on when or where they are drawn.
 
-Every draw has a key: (seed, stream, step, global sample index). The values for a sample are thus
-the same for any number of ranks, any split of the batch, and after a resume, and no generator
-state has to be saved. Draws are made on the CPU, so that they do not depend on the device either.
+Every draw has a key: (seed, stream, step, global sample index). A sample's values are therefore the
+same for any number of ranks, any split of the batch, and after a resume, and there is no generator
+state to save. Draws are made on the CPU, so they do not depend on the device either.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from apt.errors import InputError
 
 
 def hash_key(*key: int | str) -> int:
-    """64 bits that stand for `key` (integers and strings, order matters)."""
+    """Return a 64-bit hash of `key` (integers and strings; order matters)."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def generator_for(*key: int | str) -> torch.Generator:
-    """A CPU generator whose seed is a hash of `key`."""
+    """Return a CPU generator whose seed is a hash of `key`."""
     return torch.Generator().manual_seed(hash_key(*key) >> 1)
 
 
@@ -37,10 +37,10 @@ class Draw:
 
     Attributes:
         seed: of the run.
-        step: update, or number of the step; never reused for other values of the same stream.
+        step: number of the update or step; never reused for other values of the same stream.
         offset: global index of the first sample.
-        stream: what the values are for.
-        device: where they go; None is the CPU, or where the tensors are that they are added to.
+        stream: purpose of the values.
+        device: of the result; None is the CPU, or the device of the tensors they are added to.
     """
 
     seed: int
@@ -50,14 +50,14 @@ class Draw:
     device: torch.device | str | None = None
 
     def named(self, stream: str) -> Draw:
-        """The same samples, for another purpose."""
+        """Return the draw for the same samples and another purpose."""
         return dataclasses.replace(self, stream=stream)
 
 
 def sample_noise(
     num: int, shape: Sequence[int], draw: Draw, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Standard normal noise (num, *shape); row i has the key of sample offset + i."""
+    """Draw standard normal noise (num, *shape); row i has the key of sample offset + i."""
     noise = torch.empty(num, *shape, dtype=torch.float32, device="cpu")
     for row, generator in enumerate(_generators(num, draw)):
         torch.randn(tuple(shape), generator=generator, out=noise[row], device="cpu")
@@ -65,7 +65,7 @@ def sample_noise(
 
 
 def sample_uniform(num: int, draw: Draw) -> Tensor:
-    """Uniform fp32 values (num,) in [0, 1); entry i has the key of sample offset + i."""
+    """Draw uniform fp32 values (num,) in [0, 1); entry i has the key of sample offset + i."""
     values = torch.empty(num, dtype=torch.float32, device="cpu")
     for row, generator in enumerate(_generators(num, draw)):
         torch.rand((), generator=generator, out=values[row], device="cpu")
@@ -78,7 +78,7 @@ def _generators(num: int, draw: Draw) -> Iterator[torch.Generator]:
 
 
 class PhiloxKey(NamedTuple):
-    """A `Draw` as an op takes it, without the device."""
+    """A `Draw` without its device, as ops take it."""
 
     seed: int
     step: int
@@ -87,19 +87,19 @@ class PhiloxKey(NamedTuple):
 
     @property
     def number(self) -> int:
-        """64 bits, as a signed integer, which is how Triton and torch take them."""
+        """The 64-bit key as a signed integer, as Triton and torch take it."""
         key = hash_key(self.seed, self.stream, self.step)
         return key - 2**64 if key >= 2**63 else key
 
 
 def key_of(op: str, draw: Draw, num: int) -> PhiloxKey:
-    """The key of so many samples.
+    """Return the key for `num` samples.
 
     Raises InputError unless seed, step and the samples' global indices are 64-bit integers.
     """
     for name, value in (("seed", draw.seed), ("step", draw.step)):
         if not -(2**63) <= value < 2**63:
-            raise InputError(f"{op}: {name} must fit into 64 bits with its sign, got {value}")
+            raise InputError(f"{op}: {name} must be a signed 64-bit integer, got {value}")
     if not 0 <= draw.offset <= 2**63 - 1 - num:
         raise InputError(
             f"{op}: offset must be the global index of a sample, in [0, 2^63), got {draw.offset}"

@@ -1,9 +1,9 @@
-"""Folders of generated samples of one model, and the manifest that says what each file is.
+"""Folders of generated samples of one model, with a manifest that describes each file.
 
-The manifest is the record that generating leaves behind, `apt.outputs.OutputRecord`: JSON lines,
-the settings first, then a line for each file that is whole. `diffusion-apt generate` writes one for
-a list of prompts, so what it made can be compared as it is; work that was shared among processes
-may leave several in one folder.
+The manifest is the record that `apt.outputs.OutputRecord` writes while generating: JSON lines, the
+settings first, then one line per finished file. `diffusion-apt generate` writes one for a list of
+prompts, so its output folders can be compared directly. If several processes shared the work, a
+folder may hold several manifests.
 
     {"settings": {"model": "digits", "num_steps": 1, ...}}
     {"file": "prompt0-seed0.mp4", "prompt": "a red seven", "seed": 0, "bytes": 4711, "sha256": ...}
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from apt.errors import DataError, InputError
-from apt.outputs import RECORD_BEGINNING, RECORD_SUFFIX, Output, parse_line
+from apt.outputs import RECORD_BEGINNING, RECORD_SUFFIX, Output, parse_line, whole_lines
 from apt.untrusted import check_name
 
 MANIFEST = "samples" + RECORD_SUFFIX
-"""Of folders that are made for comparing. Readers take any name with this ending."""
+"""Name of the manifest in folders made for comparison. Readers accept any name with this ending."""
 
 SampleKey = tuple[str, int]
 """Prompt and seed."""
@@ -29,10 +29,10 @@ SampleKey = tuple[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Output):
-    """A file that was made.
+    """A generated file.
 
     Attributes:
-        sha256: of its content when it was made.
+        sha256: of the content as it was generated.
     """
 
     sha256: str
@@ -40,12 +40,12 @@ class Sample(Output):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFolder:
-    """What one model made.
+    """The samples of one model.
 
     Attributes:
-        folder: with the files.
-        settings: what else decides their content: model, steps, guidance, ...
-        samples: by prompt and seed, in the order of making.
+        folder: that holds the files.
+        settings: everything else that determines their content: model, steps, guidance, ...
+        samples: by prompt and seed, in the order in which they were generated.
     """
 
     folder: Path
@@ -54,11 +54,11 @@ class SampleFolder:
 
 
 def read_samples(folder: Path) -> SampleFolder:
-    """Read the manifests of a folder. The files themselves are not looked at.
+    """Read the manifests of a folder, but not the samples.
 
     Raises:
-        DataError: no folder, no manifest in it, a damaged one, one that names files elsewhere,
-            several that differ in their settings, or a prompt and seed that are there twice.
+        DataError: if there is no folder or no manifest in it, a manifest is damaged or names files
+            elsewhere, manifests differ in their settings, or a prompt and seed occur twice.
     """
     settings: Mapping[str, Any] | None = None
     samples: dict[SampleKey, Sample] = {}
@@ -66,8 +66,8 @@ def read_samples(folder: Path) -> SampleFolder:
         first, *lines = _lines(path)
         if settings is not None and first["settings"] != settings:
             raise DataError(
-                f"{str(path)!r} has other settings than another manifest beside it; keep the "
-                "samples of one model and one setting in a folder"
+                f"{str(path)!r} has other settings than another manifest in its folder; use one "
+                "folder for each model and its settings"
             )
         settings = first["settings"]
         for line in lines:
@@ -76,12 +76,12 @@ def read_samples(folder: Path) -> SampleFolder:
             if samples.setdefault(key, sample).path != sample.path:
                 raise DataError(
                     f"{str(folder)!r} has two samples of {sample.prompt!r} with seed "
-                    f"{sample.seed}; keep one"
+                    f"{sample.seed}; keep one of them"
                 )
             samples[key] = sample
     if settings is None or not samples:
         raise DataError(
-            f"{str(folder)!r} has no manifest of samples (*{RECORD_SUFFIX}); make samples with "
+            f"{str(folder)!r} has no manifest of samples (*{RECORD_SUFFIX}); generate samples with "
             "`diffusion-apt generate` and several prompts, or with `study make --model`"
         )
     return SampleFolder(folder=folder, settings=settings, samples=samples)
@@ -99,16 +99,17 @@ def _manifests(folder: Path) -> list[Path]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        # A line that was cut off has no end, and its file may not be whole.
-        *whole, _ = path.read_text(encoding="utf-8").split("\n")
+        whole = whole_lines(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {str(path)!r} ({error}); make its samples again") from error
+        raise DataError(
+            f"cannot read {str(path)!r} ({error}); generate its samples again"
+        ) from error
     try:
         lines = [parse_line(path, line) for line in whole]
     except InputError as error:
-        raise DataError(f"{str(path)!r} is damaged; make its samples again") from error
+        raise DataError(f"{str(path)!r} is damaged; generate its samples again") from error
     if not lines or not isinstance(lines[0].get("settings"), dict):
-        raise DataError(f"{str(path)!r} does not begin with settings; make its samples again")
+        raise DataError(f"{str(path)!r} does not begin with settings; generate its samples again")
     return lines
 
 
@@ -121,4 +122,6 @@ def _sample(path: Path, line: Mapping[str, Any]) -> Sample:
             sha256=str(line["sha256"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{str(path)!r} has a line that is no sample: {error}") from error
+        raise DataError(
+            f"{str(path)!r} has an invalid line ({error}); generate its samples again"
+        ) from error

@@ -1,10 +1,10 @@
-"""What others made, checked before anything acts on it: JSON, names, links, safetensors headers.
+"""Checks of untrusted input before it is used: JSON, names, links, safetensors headers.
 
-JSON and names raise plain ValueError with the reason, and callers say which file it is; links and
-headers raise CheckpointError.
+Checks of JSON and names raise plain ValueError with the reason, and callers add the file's name.
+Checks of links and headers raise CheckpointError.
 
-The safetensors library checks most of a header too, when it maps a file; here it comes first,
-before a header of others decides how much memory is taken, and says what is wrong.
+The safetensors library also checks most of a header when it maps a file. Here the check comes
+before an untrusted header decides how much memory to allocate, and its messages say what is wrong.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 from apt.errors import CheckpointError
 
 MAX_JSON_BYTES = 64 * 2**20
-"""Of a document. The largest in use, tokenizers of 256,000 words, have 35 MB; parsed they take
-about ten times that."""
+"""Size limit of a document. The largest in use, tokenizers of 256,000 words, have 35 MB, and take
+about ten times as much memory when parsed."""
 MAX_JSON_DEPTH = 64
-"""Levels of lists and objects. Configurations have about five."""
+"""Nesting limit of lists and objects. Configurations have about five levels."""
 _TOO_DEEP = f"it is nested deeper than {MAX_JSON_DEPTH} levels"
 
 _MAX_HEADER = 32 * 2**20
-"""Bytes. A header of 1,000 tensors has a tenth of a megabyte; the format allows 100."""
+"""Bytes. A header of 1,000 tensors has a tenth of a megabyte; the format allows 100 megabytes."""
 _MAX_DIMENSIONS = 16
 
 _BITS = {
@@ -47,15 +47,15 @@ _BITS = {
     "F64": 64,
     "C64": 64,
 }
-"""Of one value. Of a type that is not here, the library checks the length when it reads it."""
+"""Bits per value. For other types, the library checks the length when it reads the tensor."""
 
 
 def parse_json(text: str | bytes, *, limit: int = MAX_JSON_BYTES, unique_keys: bool = False) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
-    Raises ValueError if it is no UTF-8 or no JSON, has more than `limit` bytes, or nests deeper
-    than `MAX_JSON_DEPTH`; with `unique_keys` also if an object has a key twice, of which readers
-    take one or the other.
+    Raises ValueError if it is not UTF-8 or not JSON, has more than `limit` bytes, or nests deeper
+    than `MAX_JSON_DEPTH`; with `unique_keys` also if an object has a key twice, because readers
+    differ in which of the two they take.
     """
     if len(text) > limit:
         raise ValueError(f"it is larger than {limit / 2**20:g} MB")
@@ -68,25 +68,25 @@ def parse_json(text: str | bytes, *, limit: int = MAX_JSON_BYTES, unique_keys: b
 
 
 def read_json_file(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
-    """The value of a JSON file.
+    """Read a JSON file.
 
-    Raises OSError if it cannot be read, ValueError as `parse_json`; a file that is too large is
-    not read to its end.
+    Raises OSError if it cannot be read, and ValueError as `parse_json` does. A file that is too
+    large is not read to its end.
     """
     with path.open("rb") as stream:
         return parse_json(stream.read(limit + 1), limit=limit)
 
 
 def check_name(name: object) -> str:
-    """A relative path with "/" that stays in its folder on every system.
+    """Return `name` if it is a relative path with "/" that stays in its folder on every system.
 
-    Raises ValueError for an absolute one, one with "..", a backslash, a drive letter or a control
-    character, an empty one, or what is no text.
+    Raises ValueError if it is absolute or empty, is not text, or has "..", a backslash, a drive
+    letter or a control character in it.
     """
     if not isinstance(name, str) or not name or name != name.strip():
-        raise ValueError(f"{name!r} is no name of a file")
+        raise ValueError(f"{name!r} is not a file name")
     if any(ord(letter) < 32 or letter in "\\\x7f" for letter in name):
-        raise ValueError(f"{name!r} has a backslash or a control character in it")
+        raise ValueError(f"{name!r} contains a backslash or a control character")
     parts = name.split("/")
     if PurePosixPath(name).is_absolute() or any(PureWindowsPath(part).drive for part in parts):
         raise ValueError(f"{name!r} is an absolute path")
@@ -96,16 +96,16 @@ def check_name(name: object) -> str:
 
 
 def is_inside(path: Path, *folders: Path) -> bool:
-    """Whether a path, with all links followed, is in one of the folders, or is one of them."""
+    """Return whether a path, with all links resolved, is one of the folders or inside one."""
     real = path.resolve()
     return any(real.is_relative_to(folder.resolve()) for folder in folders)
 
 
 def check_links(folder: Path, files: Iterable[Path]) -> None:
-    """Raise CheckpointError for a file that is a link out of the folder.
+    """Raise CheckpointError if a file is a link to a place outside the folder.
 
-    A snapshot in the Hub's cache consists of links to the blobs of its repository. Large weights
-    may lie elsewhere, if that is what they are: safetensors.
+    Two kinds of links are allowed: those of a snapshot in the Hub's cache to the blobs of its
+    repository, and links to valid safetensors files, because large weights may be stored elsewhere.
     """
     blobs = [folder.parents[1] / "blobs"] if is_snapshot(folder) else []
     for file in files:
@@ -115,21 +115,21 @@ def check_links(folder: Path, files: Iterable[Path]) -> None:
             read_entries(file)
             continue
         raise CheckpointError(
-            f"{str(file)!r} is a link to {str(file.resolve())!r}, out of its folder, and such a "
-            "file is neither read nor passed on; put a copy in its place"
+            f"{str(file)!r} is a link to {str(file.resolve())!r}, outside its folder; such files "
+            "are neither read nor passed on, so replace the link by a copy"
         )
 
 
 def is_snapshot(folder: Path) -> bool:
-    """Whether a folder is a repository's in the Hub's cache."""
+    """Return whether a folder is a snapshot in the Hub's cache."""
     return folder.parent.name == "snapshots"
 
 
 def read_entries(path: Path) -> dict[str, dict[str, Any]]:
-    """What a safetensors file says of its tensors, by key: `dtype`, `shape` and `data_offsets`.
+    """Read the header of a safetensors file: `dtype`, `shape` and `data_offsets` of each tensor.
 
-    Raises CheckpointError unless it is safetensors, its tensors lie one behind another without gap
-    or overlap, each as long as its shape, and the file is as long as they are.
+    Raises CheckpointError unless the file is safetensors, its tensors follow each other without
+    gaps or overlap, each has the length of its shape, and the file ends with the last one.
     """
     try:
         size = path.stat().st_size
@@ -139,7 +139,7 @@ def read_entries(path: Path) -> dict[str, dict[str, Any]]:
             header = stream.read(length) if length < min(size, _MAX_HEADER) else b""
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{str(path)!r} is missing, though its model names it; copy the folder again"
+            f"{str(path)!r} is missing, although its model names it; copy the folder again"
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
@@ -149,20 +149,20 @@ def read_entries(path: Path) -> dict[str, dict[str, Any]]:
         raise pickle_refusal(path)
     if size < 8 or (0 < length < _MAX_HEADER and len(header) < length):
         raise CheckpointError(
-            f"{str(path)!r} is truncated: {size} bytes are not even its header; copy or download "
-            "it again"
+            f"{str(path)!r} is truncated: its {size} bytes are less than its header; copy or "
+            "download it again"
         )
     try:
         document = parse_json(header, limit=_MAX_HEADER, unique_keys=True)
         if not isinstance(document, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
         entries = {key: entry for key, entry in document.items() if key != "__metadata__"}
         expected = 8 + length + _data_length(entries)
     except ValueError as error:
-        # Only now: 0x80 is also a possible first byte of a good file, whose header length it is.
+        # Only now, because 0x80 may also begin a good file, as part of its header's length.
         if start[:1] == b"\x80":
             raise pickle_refusal(path) from error
-        reason = f"of {length} bytes is not one" if not header else f"is damaged: {error}"
+        reason = f"of {length} bytes is invalid" if not header else f"is damaged: {error}"
         raise CheckpointError(
             f"{str(path)!r} is not a safetensors file, or its header {reason}; copy or download "
             "it again"
@@ -177,10 +177,10 @@ def read_entries(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def pickle_refusal(path: Path) -> CheckpointError:
-    """The error for a pickle."""
+    """Return the error that refuses a pickle."""
     return CheckpointError(
-        f"{str(path)!r} is a pickle, which can run code and is never loaded; take the .safetensors "
-        "of the same model, or convert it with save_pretrained(safe_serialization=True)"
+        f"{str(path)!r} is a pickle, which can run code and is never loaded; use the .safetensors "
+        "file of the same model, or convert it with save_pretrained(safe_serialization=True)"
     )
 
 
@@ -188,7 +188,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
+            raise ValueError(f"the key {key!r} occurs twice")
         found[key] = value
     return found
 
@@ -208,18 +208,20 @@ def _check_depth(value: Any) -> None:
 
 
 def _data_length(entries: dict[str, Any]) -> int:
-    """Bytes of all tensors. Raises ValueError unless each is described, and follows the last."""
+    """Return the bytes of all tensors. Raises ValueError if an entry is invalid or out of place."""
     spans = []
     for key, entry in entries.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
-            raise ValueError(f"{key!r} has no type")
+            raise ValueError(f"{key!r} has no dtype")
         shape = _sizes(entry.get("shape"), f"{key!r} has the shape")
         offsets = _sizes(entry.get("data_offsets"), f"{key!r} lies at")
         if len(shape) > _MAX_DIMENSIONS or len(offsets) != 2:
             raise ValueError(f"{key!r} has the shape {shape!r:.60} and lies at {offsets!r:.60}")
         bits = _BITS.get(entry["dtype"])
         if bits is not None and math.prod(shape) * bits != 8 * (offsets[1] - offsets[0]):
-            raise ValueError(f"{key!r} has {offsets[1] - offsets[0]} bytes, which is not its shape")
+            raise ValueError(
+                f"{key!r} has {offsets[1] - offsets[0]} bytes, which do not fit its shape"
+            )
         spans.append((offsets[0], offsets[1], key))
     end = 0
     for begin, stop, key in sorted(spans):

@@ -102,7 +102,7 @@ def test_concatenate_joins_everything_that_is_given() -> None:
     assert same(joined.text, EncodedText.concatenate([left.text, right.text]))
     assert joined.extra["kind"].tolist() == [0, 1, 0]
     assert torch.equal(joined.extra["frames"][2:], right.extra["frames"])
-    with pytest.raises(InputError, match="different things are given: frames, kind and text alone"):
+    with pytest.raises(InputError, match="different inputs: frames, kind and only text"):
         Condition.concatenate([left, Condition(text(1, 3))])
 
 
@@ -127,7 +127,7 @@ def test_shapes_are_checked() -> None:
     with pytest.raises(InputError, match=r"mask must be \(2, 3\)"):
         EncodedText(torch.randn(2, 3, 4), torch.ones(3, 2, dtype=torch.bool))
     for shape in ((3, 4), ()):
-        with pytest.raises(InputError, match=r"'camera' of a condition must have 2 rows"):
+        with pytest.raises(InputError, match=r"condition 'camera' must have 2 rows"):
             Condition(text(2, 3), {"camera": torch.zeros(shape)})
     with pytest.raises(dataclasses.FrozenInstanceError):
         condition(1).text = text(1, 1)  # type: ignore[misc]

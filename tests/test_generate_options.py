@@ -53,7 +53,7 @@ def test_a_grid_becomes_a_tuple_of_numbers(grid: typing.Any) -> None:
 @pytest.mark.parametrize(("theirs", "ours"), DIFFUSERS_NAMES.items())
 def test_one_option_has_one_value(theirs: str, ours: str) -> None:
     for names in ((theirs, ours), (ours, theirs)):
-        with pytest.raises(InputError, match=f"{names[0]} and {names[1]} are one option"):
+        with pytest.raises(InputError, match=f"{names[0]} and {names[1]} are the same option"):
             GenerateOptions().replace(dict.fromkeys(names, 1))
 
 

@@ -68,6 +68,13 @@ def test_a_line_that_was_cut_off_did_not_happen(record: Path) -> None:
     assert record.read_text(encoding="utf-8") == text
 
 
+def test_a_line_that_was_cut_off_inside_a_letter(record: Path) -> None:
+    before = record.read_bytes()
+    record.write_bytes(before + '{"file": "x-2.png", "prompt": "猫'.encode()[:-1])
+    assert done(record) == [True, True, False]
+    assert record.read_bytes() == before
+
+
 def test_a_record_of_nothing_but_half_a_line(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"settings": {"st')
@@ -88,12 +95,12 @@ def test_a_new_list_begins_a_new_record_with_its_first_file(record: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"file": "mine"}\n', "is no record of outputs"),
-        ("not json\n", "is no record of outputs"),
+        ('{"file": "mine"}\n', "is not a record of outputs"),
+        ("not json\n", "is not a record of outputs"),
         (json.dumps({"settings": SETTINGS}) + "\nnot json\n", "is damaged at"),
         (json.dumps({"settings": SETTINGS}) + "\n[1]\n", "is damaged at"),
-        (json.dumps({"settings": 5}) + "\n", "is no record of outputs"),
-        (json.dumps({"settings": {"steps": 4, "size": [9, 32]}}) + "\n", "steps was 4 and is 1"),
+        (json.dumps({"settings": 5}) + "\n", "is not a record of outputs"),
+        (json.dumps({"settings": {"steps": 4, "size": [9, 32]}}) + "\n", "steps was 4 and is now"),
     ],
 )
 def test_records_that_are_none_of_this_list(tmp_path: Path, text: str, message: str) -> None:
@@ -107,7 +114,7 @@ def test_records_that_are_none_of_this_list(tmp_path: Path, text: str, message: 
 def test_a_file_of_the_user_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"caption": "mine"}\n')
-    with pytest.raises(InputError, match="is no record of outputs"):
+    with pytest.raises(InputError, match="is not a record of outputs"):
         OutputRecord(path, SETTINGS, resume=False)
 
 

@@ -43,5 +43,5 @@ def test_uint8_rounds_and_clips() -> None:
 
 
 def test_nan_is_no_black() -> None:
-    with pytest.raises(InputError, match="1 of 2 values of the pixels are NaN"):
+    with pytest.raises(InputError, match="1 of 2 pixel values are NaN"):
         to_uint8(torch.tensor([0.5, float("nan")]))

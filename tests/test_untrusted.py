@@ -51,7 +51,7 @@ def test_damaged_json(text: str | bytes) -> None:
 def test_a_key_that_is_there_twice() -> None:
     text = '{"b": {"a": 1, "a": 2}}'
     assert parse_json(text) == {"b": {"a": 2}}
-    with pytest.raises(ValueError, match="'a' is there twice"):
+    with pytest.raises(ValueError, match="'a' occurs twice"):
         parse_json(text, unique_keys=True)
 
 

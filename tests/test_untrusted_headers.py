@@ -56,21 +56,21 @@ def test_what_the_library_writes_is_read(
         ({"a": entry(4, 20)}, 20, "leaves a gap"),
         ({"a": entry(-4, 12)}, 16, "'a' lies at"),
         ({"a": entry(0, 2**70)}, 16, "promises"),
-        ({"a": entry(0, 16, [5])}, 16, "which is not its shape"),
-        ({"a": entry(0, 16, [2**62, 2**62])}, 16, "which is not its shape"),
+        ({"a": entry(0, 16, [5])}, 16, "which do not fit its shape"),
+        ({"a": entry(0, 16, [2**62, 2**62])}, 16, "which do not fit its shape"),
         ({"a": entry(0, 16, [-4])}, 16, "has the shape"),
         ({"a": entry(0, 4, [1] * 5000)}, 4, "has the shape"),
         ({"a": entry(0, 16, [4.0])}, 16, "has the shape"),
         ({"a": entry(0, 4, [True])}, 4, "has the shape"),
         ({"a": entry(0, 16, "4")}, 16, "has the shape"),
         ({"a": {"dtype": "F32", "shape": [4]}}, 16, "'a' lies at None"),
-        ({"a": {"shape": [4], "data_offsets": [0, 16]}}, 16, "'a' has no type"),
-        ({"a": entry(0, 16, dtype=["F32"])}, 16, "'a' has no type"),
-        ({"a": [0, 16]}, 16, "'a' has no type"),
+        ({"a": {"shape": [4], "data_offsets": [0, 16]}}, 16, "'a' has no dtype"),
+        ({"a": entry(0, 16, dtype=["F32"])}, 16, "'a' has no dtype"),
+        ({"a": [0, 16]}, 16, "'a' has no dtype"),
         ({"a": entry(0, 16)}, 32, "damaged"),
         ({"a": entry(0, 16)}, 8, "truncated"),
-        ([1], 0, "no object"),
-        (b'{"a":1,"a":2}', 0, "'a' is there twice"),
+        ([1], 0, "not an object"),
+        (b'{"a":1,"a":2}', 0, "'a' occurs twice"),
         (b'{"__metadata__":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 0, "nested deeper"),
         (b"\xff\xff", 0, "not a safetensors file"),
     ],
@@ -111,7 +111,7 @@ def test_pickles_are_named_as_such_and_never_run(
     torch.save(Canary(), zipped)
     assert zipfile.is_zipfile(zipped)
     for path in (plain, zipped):
-        with pytest.raises(CheckpointError, match=r"is a pickle.*take the \.safetensors"):
+        with pytest.raises(CheckpointError, match=r"is a pickle.*use the \.safetensors"):
             read_entries(path)
     assert not Path("canary").exists()
     pickle.loads(plain.read_bytes())

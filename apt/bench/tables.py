@@ -71,7 +71,10 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
 
 
 def markdown(record: Record, verdicts: Sequence[Verdict]) -> str:
-    """Return the Markdown page that goes with a record's raw samples."""
+    """Return the Markdown page that goes with a record's raw samples.
+
+    Ceilings and gates have no place on it if there are none.
+    """
     machine, run = record.machine, record.provenance
     software = [f"Python {machine.python}", f"torch {machine.torch}"]
     software += [f"triton {machine.triton}"] if machine.triton else []
@@ -90,15 +93,12 @@ def markdown(record: Record, verdicts: Sequence[Verdict]) -> str:
             f"- Software: {', '.join(software)}; apt {run.apt}, commit {run.commit}",
             f"- Date: {run.date}",
             f"- Command: `{run.command}`",
-            f"- Ceilings measured in the same run: {ceilings}",
+            *([f"- Ceilings measured in the same run: {ceilings}"] if ceilings else []),
             f"- Raw samples: [{record.stem}.json]({record.stem}.json)",
             "",
             record_table(record),
             "",
-            "## Gates",
-            "",
-            verdict_table(verdicts),
-            "",
+            *(["## Gates", "", verdict_table(verdicts), ""] if verdicts else []),
         ]
     )
 

@@ -1,1 +1,1 @@
-"""The command line, one file per command: they parse, call the library and print."""
+"""The command line, one file per command. Each parses options, calls the library and prints."""

@@ -1,5 +1,4 @@
-"""Find the command that was asked for, with a user's own modules, run it, and turn errors into one
-line."""
+"""The command line: import the user's modules, run the command, and print errors as one line."""
 
 from __future__ import annotations
 
@@ -26,9 +25,9 @@ from apt.version import __version__
 PROG = "diffusion-apt"
 
 IMPORT_OPTION = "--import"
-"""A user's own module, whose models, methods and recipes register themselves."""
+"""Names a user's own module, whose models, methods and recipes register themselves."""
 
-_imported: list[str] = []  # by the command that is running
+_imported: list[str] = []  # modules imported for the running command
 
 O = TypeVar("O")  # noqa: E741
 
@@ -42,51 +41,51 @@ EXIT_BROKEN_PIPE = 141
 class Command:
     """A command's module, and its line in the overview.
 
-    The module has `main(args, *, prog)`, and is imported only when its command is chosen: help and
-    errors must not wait for torch. What it returns is the exit code, None is 0.
+    The module has `main(args, *, prog)`, which returns the exit code (None is 0). It is imported
+    only when its command is called, so that help and errors need not wait for torch.
     """
 
     module: str
     summary: str
 
     def run(self, args: Sequence[str], *, prog: str) -> int:
-        """Parse `args` and do what they say; returns the exit code."""
+        """Run the command with `args` and return the exit code."""
         main = cast(Callable[..., int | None], importlib.import_module(self.module).main)
         with readable_help() if _asks_for_help(args) else contextlib.nullcontext():
             return main(args, prog=prog) or 0
 
 
 COMMANDS = {
-    "generate": Command("apt.cli.generate", "videos or images from prompts"),
-    "tags": Command("apt.cli.tags", "how a generated file was made"),
+    "generate": Command("apt.cli.generate", "generate videos or images from prompts"),
+    "tags": Command("apt.cli.tags", "print how a generated file was made"),
     "train": Command("apt.cli.train", "run a training recipe"),
-    "plan": Command("apt.cli.plan", "memory, time and layout of a recipe on so many GPUs"),
+    "plan": Command("apt.cli.plan", "estimate memory, time and layout of a recipe on GPUs"),
     "data digits": Command("apt.cli.data_digits", "write the built-in data set as video files"),
     "data vizdoom": Command("apt.cli.data_vizdoom", "render first-person clips as video files"),
-    "data encode": Command("apt.cli.data_encode", "videos as latents, encoded once for all runs"),
+    "data encode": Command("apt.cli.data_encode", "encode videos as latents, once for all runs"),
     "data check": Command("apt.cli.data_check", "report what is in a folder of captioned videos"),
-    "evaluate": Command("apt.cli.evaluate", "measure models by a protocol, side by side"),
-    "compare": Command("apt.cli.compare", "two runs of one model against each other, as a gate"),
-    "probe": Command("apt.cli.probe", "what each layer of a model knows of the sample"),
-    "traverse": Command("apt.cli.traverse", "walk between noises, models side by side"),
-    "study make": Command("apt.cli.study_make", "pairs of samples for a preference study"),
-    "study serve": Command("apt.cli.study_serve", "the study's page, where people rate pairs"),
-    "study report": Command("apt.cli.study_report", "scores and agreement from their answers"),
+    "evaluate": Command("apt.cli.evaluate", "compare models by an evaluation protocol"),
+    "compare": Command("apt.cli.compare", "check that two sets of samples agree"),
+    "probe": Command("apt.cli.probe", "measure how much each layer knows about the sample"),
+    "traverse": Command("apt.cli.traverse", "interpolate between noises, models side by side"),
+    "study make": Command("apt.cli.study_make", "make pairs of samples for a preference study"),
+    "study serve": Command("apt.cli.study_serve", "serve the page on which people rate pairs"),
+    "study report": Command("apt.cli.study_report", "report scores and agreement of the raters"),
     "bench dit": Command("apt.cli.bench_dit", "time one forward pass, or estimate it for a GPU"),
     "bench kernels": Command("apt.cli.bench_kernels", "time the fused ops on this machine"),
     "export": Command("apt.cli.export", "write a model for this package, diffusers or ComfyUI"),
     "pull": Command("apt.cli.pull", "download a model from the Hub"),
-    "push": Command("apt.cli.push", "upload a model to the Hub, with a card"),
-    "list": Command("apt.cli.list", "what can be chosen by name, and what runs on this machine"),
+    "push": Command("apt.cli.push", "upload a model to the Hub, with a model card"),
+    "list": Command("apt.cli.list", "list registered names, and the kernels that run here"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code.
+    """Run the command line and return the exit code.
 
-    0 is success, 2 an error that the user can mend (one line on stderr), 130 an interrupt; a
-    command may have others. `--debug`, anywhere, shows the traceback of such an error. Other
-    exceptions are not caught. Of several ranks one tells of an error.
+    0 is success, 2 an error that the user can fix (one line on stderr), 130 an interrupt; a command
+    may define others. `--debug`, anywhere, also prints the traceback of such an error. Other
+    exceptions are not caught. With several ranks, one of them reports an error.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
@@ -107,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report("interrupted", debug)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader, `head` for instance, has left. Python flushes stdout once more at exit.
+        # The reader, such as `head`, closed the pipe. Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except Exception:
@@ -120,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
-    """What warns a user is one line, as errors are; warnings for programmers stay as Python's."""
+    """Print UserWarnings as one line, like errors; other warnings keep Python's format."""
     usual = warnings.formatwarning
 
     def in_a_line(
@@ -142,7 +141,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 
 def _report(text: str | None, debug: bool) -> None:
-    """Tell the user of an error, once for all ranks; None if another rank does."""
+    """Report an error to the user, once for all ranks; None if another rank reports it."""
     if text is not None and debug:
         text = traceback.format_exc() + text
     if is_one_of_many():
@@ -154,9 +153,9 @@ def _report(text: str | None, debug: bool) -> None:
 
 
 def dispatch(args: Sequence[str]) -> int:
-    """Run the command that the leading words name; returns its exit code.
+    """Run the command that the first one or two words name, and return its exit code.
 
-    Raises InputError if they name none.
+    Raises InputError for an unknown command.
     """
     if not args or args[0] in ("-h", "--help"):
         print(overview(COMMANDS))
@@ -187,9 +186,9 @@ def _asks_for_help(args: Sequence[str]) -> bool:
 def parse(
     kind: Callable[..., O], args: Sequence[str], *, prog: str, description: str | None = None
 ) -> O:
-    """The options of a command, as a dataclass has them; "None" is a text like any other.
+    """Parse a command's options into a dataclass. The text "None" has no special meaning.
 
-    Raises InputError for options and values that it does not take.
+    Raises InputError for unknown options and invalid values.
     """
     import tyro
 
@@ -200,14 +199,14 @@ def parse(
 
 @contextlib.contextmanager
 def usage_in_a_line(args: Sequence[str], *, prog: str) -> Iterator[None]:
-    """Raises InputError for arguments that tyro, inside, does not take; it would draw a box."""
+    """Raise InputError where tyro, within the block, would print its error box and exit."""
     if _asks_for_help(args):
         yield
         return
     said = io.StringIO()
     columns = os.environ.get("COLUMNS")
     try:
-        os.environ["COLUMNS"] = "100000"  # a box of that width folds no line
+        os.environ["COLUMNS"] = "100000"  # so wide that tyro's box wraps no line
         with contextlib.redirect_stderr(said):
             yield
     except SystemExit as end:
@@ -224,7 +223,7 @@ def usage_in_a_line(args: Sequence[str], *, prog: str) -> Iterator[None]:
 
 
 def overview(commands: dict[str, Command]) -> str:
-    """The text of `--help` for these commands."""
+    """Return the text of `--help` for these commands."""
     width = max(map(len, commands))
     return "\n".join(
         [
@@ -236,15 +235,15 @@ def overview(commands: dict[str, Command]) -> str:
             *(f"  {name:<{width}}  {command.summary}" for name, command in commands.items()),
             "",
             f"`{PROG} COMMAND --help` shows the options of a command.",
-            "--import MODULE, anywhere, loads models, methods and recipes of your own.",
-            "--debug, anywhere, shows the traceback of an error; --version prints the version.",
-            "The exit code is 0 for success, 2 for an error that you can mend.",
+            "Anywhere on the line, --import MODULE loads your own models, methods and recipes, and",
+            "--debug shows the traceback of an error. --version prints the version.",
+            "The exit code is 0 for success, and 2 for an error that you can fix.",
         ]
     )
 
 
 def take_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the command line into the other arguments and the modules that `--import` names.
+    """Split the command line into the modules that `--import` names and the other arguments.
 
     Raises InputError for an `--import` without a module.
     """
@@ -264,15 +263,15 @@ def take_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def called(prog: str, args: Sequence[str]) -> str:
-    """The command that is running, as a shell takes it, with its `--import`s."""
+    """Return the running command, quoted for a shell, with its `--import` options."""
     imports = [part for module in _imported for part in (IMPORT_OPTION, module)]
     return shlex.join([*prog.split(), *args, *imports])
 
 
 def import_modules(modules: Sequence[str]) -> None:
-    """Import dotted names, from this folder too, and .py files.
+    """Import modules: dotted names, also from the current folder, and .py files.
 
-    Raises InputError for a module that is not there. What its own code raises is its own affair.
+    Raises InputError for a missing module. Exceptions of the module's own code pass through.
     """
     here = str(Path.cwd())
     for module in modules:
@@ -285,33 +284,33 @@ def import_modules(modules: Sequence[str]) -> None:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # a package that the module itself lacks
+                raise  # a package that the module itself imports
             raise InputError(
                 f"{IMPORT_OPTION} {module}: there is no such module here ({here}) or among the "
-                "installed packages"
+                "installed packages; run from its folder, or give the path of its .py file"
             ) from error
 
 
 def _import_file(path: Path) -> None:
     if not path.is_file():
-        raise InputError(f"{IMPORT_OPTION} {path}: there is no such file")
+        raise InputError(f"{IMPORT_OPTION} {path}: there is no such file; check the path")
     name = path.stem
     if name in sys.modules and _same_file(getattr(sys.modules[name], "__file__", None), path):
         return
     if name.isidentifier() and (name in sys.modules or _is_another(name, path)):
         raise InputError(
-            f"{IMPORT_OPTION} {path}: another module is called {name!r}; rename the file"
+            f"{IMPORT_OPTION} {path}: another module is named {name!r}; rename the file"
         )
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
-        raise InputError(f"{IMPORT_OPTION} {path}: it is not a Python file")
+        raise InputError(f"{IMPORT_OPTION} {path}: this is not a Python file; name a .py file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
 
 
 def _is_another(name: str, path: Path) -> bool:
-    """Whether Python finds something else under the name of a file."""
+    """Return whether Python finds another module under the name of a file."""
     found = importlib.util.find_spec(name)
     return found is not None and not _same_file(found.origin, path)
 

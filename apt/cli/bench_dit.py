@@ -1,4 +1,4 @@
-"""`diffusion-apt bench dit`: one forward pass of a model, measured here or estimated for a GPU."""
+"""`diffusion-apt bench dit`: time one forward pass of a model, or estimate it for a GPU."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ if TYPE_CHECKING:
 class BenchDit:
     """Time one forward pass with random weights: the step of a one-step model.
 
-    On a GPU it runs as a CUDA graph, with our kernels and without, and compiled. Outputs must agree
-    before anything is timed. Text encoder and VAE are not part of it.
+    On a GPU it is timed as a CUDA graph, with and without our kernels, and compiled. The outputs
+    must agree before anything is timed. The text encoder and the VAE are not included.
     """
 
     model: str = "apt_8b"
-    """A registered model (`diffusion-apt list models`), or the place of one, such as a training
-    run, whose shape is measured at the size of its clips."""
+    """A registered model (`diffusion-apt list models`), or the folder of a model or training run,
+    which is timed at the size of its clips."""
     frames: int | None = None
-    """Number of frames; 1 is an image. Left out: what the model is published for, or else 49."""
+    """Number of frames; 1 is an image. None is the published model's, or else 49."""
     height: int | None = None
-    """Height in pixels. Left out: what the model is published for, or else 720."""
+    """Height in pixels. None is the published model's, or else 720."""
     width: int | None = None
-    """Width in pixels. Left out: what the model is published for, or else 1280."""
+    """Width in pixels. None is the published model's, or else 1280."""
     batch: int | None = None
-    """Videos at once. Left out: 1."""
+    """Batch size. None is 1."""
     text_tokens: int | None = None
-    """Length of the prompt's encoding. Left out: that of the model's text encoder, or else 256."""
+    """Number of text tokens. None is that of the model's text encoder, or else 256."""
     compression: tuple[int, int, int] | None = None
-    """Pixels per latent along time, height and width. Left out: of the model's VAE, or 4 8 8."""
+    """Pixels per latent along time, height and width. None is that of the model's VAE, or else
+    4 8 8."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Number type of weights and activations."""
+    """Data type of weights and activations."""
     floor: bool = False
-    """Measure nothing: print the roofline estimate for --gpu, which need not be here."""
+    """Measure nothing; print the roofline estimate for --gpu, which this machine need not have."""
     gpu: str = ""
     """With --floor: a100, h100, h100-pcie, h200, b200 or rtx4090."""
     rounds: int = 20
-    """Samples of each variant, taken in turns."""
+    """Timing samples per variant; the variants take turns."""
     max_seconds: float = 120.0
-    """For all samples together."""
+    """Time limit for all samples together."""
     compile: bool = True
     """Also measure torch.compile of each block."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -57,7 +58,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     """Print the estimate, or measure and print one table."""
     options = parse(BenchDit, args, prog=prog)
     if bool(options.gpu) != options.floor:
-        raise InputError("--floor and --gpu go together: --floor --gpu h100")
+        raise InputError("--floor and --gpu must be used together, as in --floor --gpu h100")
 
     from apt.bench.dit import usual_workload
     from apt.bench.floor import floor_report
@@ -76,8 +77,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 
 def registered_model(name: str) -> tuple[str, dict[str, Any]]:
-    """The registered model of a name or a place, and what the place says of its shape and of the
-    clips that it makes."""
+    """Return the registered model of a name or folder, and the settings that the folder states."""
     from apt.checkpoints.load import find_model
     from apt.checkpoints.source import is_here
     from apt.models import MODELS
@@ -104,7 +104,7 @@ def registered_model(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def measure(workload: Workload, options: BenchDit) -> None:
-    """Measure here. The exit code is 1 if a variant gave a wrong result."""
+    """Measure on this machine. Exits with 1 if a variant's result was wrong."""
     from apt.bench.ceilings import measure_ceilings
     from apt.bench.dit import default_variants, measure_dit
     from apt.bench.machine import describe_machine, describe_run, find_device
@@ -117,7 +117,7 @@ def measure(workload: Workload, options: BenchDit) -> None:
     machine = describe_machine(device)
     print(machine.describe())
     ceilings = measure_ceilings(device, clock)
-    print(f"measured {ceilings.describe()}", flush=True)  # what follows takes minutes
+    print(f"measured {ceilings.describe()}", flush=True)  # the rest takes minutes
     variants = [v for v in default_variants(device) if options.compile or v.mode != "compile"]
     found = measure_dit(
         workload,
@@ -138,4 +138,4 @@ def measure(workload: Workload, options: BenchDit) -> None:
     )
     print(f"\n{record_table(record)}")
     if any(m.status == "wrong" for m in found):
-        sys.exit("results are wrong on this machine (above); please report it")
+        sys.exit("some results are wrong on this machine (see above); please report this")

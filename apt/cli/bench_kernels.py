@@ -1,4 +1,4 @@
-"""`diffusion-apt bench kernels`: the fused ops on this machine."""
+"""`diffusion-apt bench kernels`: time the fused ops on this machine."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from apt.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class BenchKernels:
-    """Time each fused op, forward and backward, beside eager torch, torch.compile and Liger.
+    """Time the fused ops, forward and backward, against eager torch, torch.compile and Liger.
 
-    Every variant is first checked against fp64; one that is wrong gets no time. Shares are of the
-    copy and matrix product rates of this machine, measured in the same run.
+    Every variant is first checked against fp64, and is not timed if it is wrong. Percentages are of
+    this machine's rates for copies and matrix products, measured in the same run.
     """
 
     op: tuple[str, ...] = ()
-    """Names of ops; none is all of them."""
+    """Ops to time; by default all."""
     shape: tuple[str, ...] = ()
-    """digits, 1024px, 480p, 720p, cpu; none is what suits the device."""
+    """digits, 1024px, 480p, 720p, cpu; by default those that suit the device."""
     variant: tuple[str, ...] = ()
-    """Names of variants: triton, eager, compile, liger, or attention backends; none is all."""
+    """Variants to time: triton, eager, compile, liger, or attention backends; by default all."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Number type; auto is that of the models of each shape."""
+    """Data type; auto is that of the models with each shape."""
     rounds: int = 50
-    """Samples of each variant, taken in turns."""
+    """Timing samples per variant; the variants take turns."""
     max_seconds: float = 10.0
-    """Per case, all variants together."""
+    """Time limit per case, for all variants together."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Measure, and print one table. The exit code is 1 if a result of ours was wrong."""
+    """Measure and print one table. Exits with 1 if a result of our own kernels was wrong."""
     options = parse(BenchKernels, args, prog=prog)
 
     import torch
@@ -92,11 +92,14 @@ def main(args: Sequence[str], *, prog: str) -> None:
         m.status == "wrong" and is_ours(OPS[str(m.case["op"])], str(m.case["variant"]))
         for m in found
     ):
-        sys.exit("results of our own kernels are wrong on this machine (above); please report it")
+        sys.exit(
+            "some results of our own kernels are wrong on this machine (see above); please report "
+            "this"
+        )
 
 
 def known(names: Sequence[str], existing: Iterable[str], what: str) -> list[str]:
-    """The names as they are; raises InputError for one that does not exist."""
+    """Return the names unchanged. Raises InputError for an unknown one."""
     choices = list(existing)
     for name in names:
         if name not in choices:

@@ -1,4 +1,4 @@
-"""`diffusion-apt compare`: two runs of one model, sample by sample, as a gate."""
+"""`diffusion-apt compare`: check that two sets of samples agree, sample by sample."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ FAILED = 1
 
 @dataclass(frozen=True)
 class Compare:
-    """Measure samples against those that they should equal: before and after a change, in 8 bits
-    and in 16, through one kernel and another.
+    """Compare samples with a reference: before and after a change, 8-bit and 16-bit weights, or two
+    kernels.
 
-    Files, or folders of samples of `diffusion-apt generate`, which are paired by prompt and seed.
-    The exit code is 0 if the worst pair reaches every limit that is given, and 1 if not.
+    Takes files, or folders of samples from `diffusion-apt generate`, whose files are paired by
+    prompt and seed. The exit code is 0 if the worst pair meets every given limit, and 1 if not.
     """
 
     reference: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="REFERENCE")]
-    """What is right: a file, or a folder of samples."""
+    """The reference: a file, or a folder of samples."""
     test: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TEST")]
-    """What is looked at. Lossy files (.mp4) add their own differences: generate .mkv or .png."""
+    """The file or folder to compare with it. Lossy files (.mp4) add differences of their own, so
+    generate .mkv or .png."""
     measures: tuple[str, ...] = ("psnr", "ssim")
-    """psnr, ssim, and with the extra `eval` flip and cvvdp."""
+    """psnr, ssim, and with the extra `eval` also flip and cvvdp."""
     min_psnr: float | None = None
-    """dB."""
+    """Lower limit of PSNR, in dB."""
     min_ssim: float | None = None
-    """At most 1."""
+    """Lower limit of SSIM, at most 1."""
     max_flip: float | None = None
-    """From 0, equal, to 1."""
+    """Upper limit of FLIP, from 0 (equal) to 1."""
     min_cvvdp: float | None = None
-    """JOD, at most 10; 1 less is seen by three of four people."""
+    """Lower limit of ColorVideoVDP in JOD, at most 10; three of four people see a difference of
+    1."""
     out: Path | None = None
-    """A JSON file for the figures of every pair."""
+    """JSON file for the figures of every pair."""
 
 
 def main(args: Sequence[str], *, prog: str) -> int:
-    """Print the figures; returns 1 if a limit is missed."""
+    """Print the figures; return 1 if a limit is missed."""
     asked = parse(Compare, args, prog=prog)
 
     from apt.evaluate.compare import compare

@@ -1,4 +1,4 @@
-"""`diffusion-apt data check`: a look at a folder before training on it."""
+"""`diffusion-apt data check`: check a folder before training on it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from apt.errors import DataError
 class DataCheck:
     """Report what is in a folder of captioned videos and images, and what is broken.
 
-    Counts, resolutions, durations, frame rates, captions, every file that cannot be used, and the
-    clips that `train own` takes of it. The exit code is 0 if there is no problem.
+    The report has counts, resolutions, durations, frame rates and captions, names every file that
+    cannot be used, and shows the clips that `train own` would take. The exit code is 0 if there are
+    no problems.
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """It has metadata.csv or metadata.jsonl (file_name, caption), or a .txt beside each file."""
+    """Folder with a metadata.csv or metadata.jsonl (file_name, caption), or a .txt beside each
+    file."""
     source: Literal["folder", "webdataset"] = "folder"
-    """Files, or WebDataset shards: .tar files with .txt or .json captions, as for train's
-    --data.source."""
+    """What DIR holds, as for train's --data.source: files, or WebDataset shards (.tar files with
+    .txt or .json captions)."""
     headers_only: bool = False
-    """Do not decode every frame: fast, but overlooks damage further in."""
+    """Read only the headers: faster, but finds no damage in the frames."""
     model: str | None = None
-    """Look for captions that this model's text encoder refuses, too: a built-in or registered name,
-    a folder, or a Hub id. Only its tokenizer is loaded."""
+    """Also find captions that this model's text encoder rejects: a built-in or registered name, a
+    folder, or a Hub id. Only its tokenizer is loaded."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Print the report. Raises DataError after it if something is wrong with the folder."""
+    """Print the report, then raise DataError if the folder has problems."""
     options = parse(DataCheck, args, prog=prog)
 
     from rich.console import Console
@@ -69,13 +71,13 @@ def main(args: Sequence[str], *, prog: str) -> None:
         raise DataError(f"{options.directory} has nothing to train on; see the report above")
     if found.problems:
         raise DataError(
-            f"{len(found.problems)} problems in {options.directory}; mend or remove those files, "
-            "or leave them: training skips them and says so"
+            f"{len(found.problems)} problems in {options.directory}; fix or remove those files, or "
+            "keep them: training skips them and reports it"
         )
 
 
 def for_own_recipe(directory: Path, source: str) -> str:
-    """The clips that `train own` takes of a folder, for each size of its model."""
+    """Return the clips that `train own` takes from a folder, for each size of its model."""
     from apt.data.builtin_sources import Files
     from apt.data.statistics import read_statistics
     from apt.train.config import TrainConfig
@@ -101,6 +103,8 @@ def for_own_recipe(directory: Path, source: str) -> str:
             frames = f"{clip.frames} frames" if clip.frames > 1 else "images"
             rate = f", at {clip.fps:g} fps" if clip.frames > 1 else ""
             lines.append(
-                f"  --size {size}: {frames}, {clip.height} high and {clip.width} wide{rate}"
+                f"  --size {size}: {frames} of {clip.height}x{clip.width} (height x width){rate}"
             )
-    return "\n".join([f"clips that `{command}` takes (--data.frames 9, ... takes others):", *lines])
+    return "\n".join(
+        [f"clips that `{command}` takes (options such as --data.frames change them):", *lines]
+    )

@@ -1,4 +1,4 @@
-"""`diffusion-apt data digits`: the built-in data set as files."""
+"""`diffusion-apt data digits`: write the built-in data set as files."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from apt.cli.progress import progress_bar
 class DataDigits:
     """Write the built-in moving digits as H.264 .mp4 files with a metadata.csv.
 
-    Real handwriting in colour, moving over real photographs: 9 frames of 32x32 at 8 frames per
-    second, 17 of 64x64 at 16 in the large setting. The same seed and split give the same clips. An
-    interrupted call can be repeated.
+    The clips show real handwriting in colour, moving over real photographs: 9 frames of 32x32 at 8
+    frames per second, or 17 of 64x64 at 16 in the large setting. The same seed and split give the
+    same clips. An interrupted call can be repeated.
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """Where to write; made if need be."""
+    """Folder to write, created if missing."""
     num: int = 1000
     """Number of clips."""
     seed: int = 0
-    """Another seed gives other clips."""
+    """Random seed; another seed gives other clips."""
     split: Literal["train", "test", "heldout"] = "train"
-    """train; test: handwriting held out; heldout: captions held out as well."""
+    """train; test: handwriting that is never trained on; heldout: also captions that are never
+    trained on."""
     setting: Literal["centred", "near", "free", "large"] = "centred"
-    """centred: a caption tells where the digit is; free: places and backgrounds vary; near: places
-    vary less; large: free ones of twice the size and rate."""
+    """centred: the caption determines where the digit is; free: places and backgrounds vary; near:
+    places vary less; large: as free, with twice the size and frame rate."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Write the folder and say where it is."""
+    """Write the folder and print its path."""
     options = parse(DataDigits, args, prog=prog)
 
     from apt.data.digits import MovingDigits, clip_size

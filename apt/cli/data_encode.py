@@ -1,4 +1,4 @@
-"""`diffusion-apt data encode`: a folder of videos as latents and text embeddings."""
+"""`diffusion-apt data encode`: encode a folder of videos as latents and text embeddings."""
 
 from __future__ import annotations
 
@@ -23,58 +23,62 @@ if TYPE_CHECKING:
 class DataEncode:
     """Encode captioned videos and images once, so that training loads neither VAE nor text encoder.
 
-    OUT gets shards of latents and of text embeddings. An interrupted call goes on where it stopped
-    when it is repeated, and `torchrun -m apt data encode ...` shares the shards among GPUs. Train
-    with --data.source latents --data.path OUT.
+    Writes shards of latents and of text embeddings to OUT. To continue after an interruption,
+    repeat the command. `torchrun -m apt data encode ...` divides the work among GPUs. To train on
+    the result, use --data.source latents --data.path OUT.
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Captioned videos and images, as for `data check`."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Where to write; made if need be."""
+    """Folder to write, created if missing."""
     model: str
-    """Whose codec and text encoder: a built-in or registered name, a folder, or a Hub id. A codec
-    alone will do for pre-training."""
+    """Model whose codec and text encoder to use: a built-in or registered name, a folder, or a Hub
+    id. For pre-training, a codec alone is enough."""
     source: Literal["folder", "webdataset"] = "folder"
-    """What DIR holds: files, or WebDataset shards, as for train's --data.source."""
+    """What DIR holds, as for train's --data.source: files, or WebDataset shards."""
     shards: Literal["safetensors", "tar"] = "safetensors"
-    """How latents are stored: tensors of 64 clips in a file, or WebDataset shards of them, a
-    .safetensors and a .json for each clip."""
+    """File format of the latents: 64 clips per safetensors file, or WebDataset shards of them with
+    a .safetensors and a .json per clip."""
     frames: int | None = None
-    """Frames of a clip, 4k + 1. None, also below, is what the model was trained on."""
+    """Frames per clip, 4k + 1. None is the number that the model was trained on."""
     height: int | None = None
-    """Height of a clip; times width it is the pixel budget of the aspect-ratio buckets."""
+    """Height of a clip; times the width it is the pixel budget of the aspect-ratio buckets. None is
+    the height that the model was trained on."""
     width: int | None = None
-    """Width of a clip."""
+    """Width of a clip. None is the width that the model was trained on."""
     fps: float | None = None
-    """Frame rate of the clips; 0 keeps each video's own."""
+    """Frame rate of the clips; 0 keeps each video's own. None is the rate that the model was
+    trained on."""
     size_multiple: int | None = None
     """Heights and widths are multiples of this; None is two latents (a patch of the usual size)."""
     native_ratio: bool = True
-    """Aspect-ratio buckets near each file's own shape; otherwise all are cropped to one size."""
+    """Sort clips into aspect-ratio buckets near each file's shape; otherwise crop all to one
+    size."""
     images: Literal["mix", "only", "none"] = "mix"
-    """Images as one-frame videos beside the videos, only they, or none."""
+    """Encode images as one-frame videos beside the videos (mix), nothing else (only), or no images
+    (none)."""
     clips_per_item: int = 1
-    """Clips of each video, from different starts."""
+    """Clips per video, each with its own start."""
     prompts: tuple[str, ...] = ()
-    """Prompts to embed beside the captions and the model's own negative prompt."""
+    """Prompts to embed besides the captions and the model's own negative prompt."""
     long_captions: Literal["skip", "cut", "error"] = "skip"
-    """Files whose caption has more tokens than the text encoder takes: leave them out and report
-    them, cut the caption to what fits, or stop."""
+    """If a caption has more tokens than the text encoder accepts: skip and report the file, cut the
+    caption, or stop with an error."""
     strict: bool = False
     """Stop at the first file that cannot be used, instead of skipping and reporting it."""
     seed: int = 0
-    """Of the clips' starts."""
+    """Random seed of the clips' starts."""
     batch_size: int = 1
-    """Clips, or prompts, that are encoded at once."""
+    """Clips or prompts per encoder call."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number type of the stored latents."""
+    """Data type of the stored latents."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to encode."""
+    """Device that encodes; auto takes a GPU if there is one."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Embed the prompts, encode the clips, and say what is in the cache."""
+    """Embed the prompts, encode the clips, and print what is in the cache."""
     options = parse(DataEncode, args, prog=prog)
     for name in ("batch_size", "clips_per_item"):
         if getattr(options, name) < 1:
@@ -88,7 +92,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 
 def encode(options: DataEncode, parallel: Parallel) -> None:
-    """The same, with a share of the shards if there are several ranks."""
+    """Encode this rank's share of the shards, or all of them on a single process."""
     import torch
 
     from apt.checkpoints.info import ModelInfo
@@ -102,9 +106,9 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
     info = describe(options.model)
     rule = None
     prompts = list(options.prompts)
-    model = info if isinstance(info, ModelInfo) else None  # or a codec alone, which has no text
+    model = info if isinstance(info, ModelInfo) else None  # a codec alone has no text encoder
     if model is not None:
-        # Before anything takes time; every rank leaves out the same captions.
+        # Before any slow work. Every rank leaves out the same captions.
         check = load_prompt_check(options.model)
         prompts = [model.sampling.negative_prompt, *prompts]
         check(prompts)
@@ -114,8 +118,8 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
     frames, height, width = sample.sized(options.frames, options.height, options.width)
     if not (frames and height and width):
         raise InputError(
-            f"{options.model} does not say which clips it was made for; give --frames, --height, "
-            "--width and --fps"
+            f"{options.model} does not say which size of clips it was trained on; pass --frames, "
+            "--height, --width and --fps"
         )
     multiple = options.size_multiple or 2 * codec.spatial_compression
     step = math.lcm(4, codec.temporal_compression)
@@ -148,7 +152,7 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
         dtype=getattr(torch, options.dtype),
         shards=options.shards,
     )
-    # Rank 0 first: it would take what others have written already for another folder's files.
+    # Rank 0 first: it would mistake files that others have written for those of another folder.
     parallel.on_main(lambda: open_cache(options.out, plan))
     if text is not None:
         shards = parallel.from_main(lambda: list(plan_texts(options.out, prompts).items()))
@@ -157,7 +161,7 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
             encoder = load_text_encoder(options.model).to(parallel.device)
             with progress_bar("embedding prompts") as update:
                 encode_texts(mine, encoder, batch_size=options.batch_size, progress=update)
-            del encoder  # it may be larger than the VAE and all that the VAE needs
+            del encoder  # it may need more memory than the VAE and its activations
     with progress_bar("encoding clips") as update:
         encode_clips(
             options.out,

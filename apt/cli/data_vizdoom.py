@@ -1,4 +1,4 @@
-"""`diffusion-apt data vizdoom`: first-person clips of a moving camera as files."""
+"""`diffusion-apt data vizdoom`: render first-person clips of a moving camera as files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from apt.cli.progress import progress_bar
 
 @dataclass(frozen=True)
 class DataVizdoom:
-    """Render first-person clips as H.264 .mp4 files with a metadata.csv; needs vizdoom.
+    """Render first-person clips as H.264 .mp4 files with a metadata.csv.
 
     A camera walks and turns through mazes, corridors and halls, at 8.75 frames per second; captions
     say what it does and sees. The same options give the same clips. An interrupted call can be
@@ -23,21 +23,21 @@ class DataVizdoom:
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """Where to write; made if need be."""
+    """Folder to write, created if missing."""
     num: int = 1000
     """Number of clips."""
     frames: int = 17
-    """Frames of a clip."""
+    """Frames per clip."""
     height: int = 64
-    """Height of a clip, at most 120."""
+    """Height in pixels, at most 120."""
     width: int = 64
-    """Width of a clip, at most 160."""
+    """Width in pixels, at most 160."""
     seed: int = 0
-    """Another seed gives other clips."""
+    """Random seed; another seed gives other clips."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Render the clips and say where they are."""
+    """Render the clips and print their folder."""
     options = parse(DataVizdoom, args, prog=prog)
 
     from apt.data.doom import FPS, DoomClips

@@ -1,4 +1,4 @@
-"""`diffusion-apt evaluate`: models through a protocol, to a page."""
+"""`diffusion-apt evaluate`: evaluate models by a protocol and write a page."""
 
 from __future__ import annotations
 
@@ -23,38 +23,39 @@ DIGITS = "digits"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every protocol needs."""
+    """Options of every protocol."""
 
     model: tyro.conf.UseAppendAction[tuple[str, ...]]
-    """A model: a built-in name, a folder (a training run, an export) or a Hub id of ours; a
-    published peer by its name; or diffusers:FOLDER and diffusers:owner/name for any pipeline. Give
-    it once for each model, with a name before it and options behind it where they are needed:
-    --model digits --model two=digits,num_steps=2 --model wan=diffusers:some/wan,cfg_scale=5,fps=16.
-    Options are those of `generate`, num_steps, cfg_scale, negative_prompt, sampler, batch_size,
-    frames, height and width; and fps, and unet (a peer's weights as safetensors)."""
+    """A model: a built-in name, a folder (a training run or an export), or a Hub id of ours; a
+    published peer by name; or diffusers:FOLDER or diffusers:owner/name for any pipeline. Repeat the
+    option for each model. A name can precede the model, and options can follow it: --model digits
+    --model two=digits,num_steps=2 --model wan=diffusers:some/wan,cfg_scale=5,fps=16. The options
+    are num_steps, cfg_scale, negative_prompt, sampler, batch_size, frames, height and width, as for
+    `generate`; fps; and unet (a peer's weights as safetensors)."""
     out: Path
-    """Folder for samples, figures and the page. The same call again goes on where it stopped."""
+    """Folder for samples, figures and the page. To continue after an interruption, repeat the
+    command."""
     device: str | None = None
     """cpu, cuda or cuda:N; None takes a GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number type of the weights; None is float32, and what the card says for a peer."""
+    """Data type of the weights; None is float32, and for a peer that of its model card."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overview(Options):
     """Evaluate models by a protocol: diffusion-apt evaluate PROTOCOL --model A --model B --out DIR.
 
-    Each model makes the same prompts from the same noise; then everything is measured, and a page
-    is written as Markdown and as one HTML file, with a JSON file of every figure. Under torchrun
-    the ranks share the samples: torchrun --nproc-per-node 8 -m apt evaluate PROTOCOL ...
+    All models generate the same prompts from the same noise. The results are measured and written
+    as a page in Markdown and in HTML, with a JSON file of every figure. Under torchrun, the ranks
+    share the samples: torchrun --nproc-per-node 8 -m apt evaluate PROTOCOL ...
     """
 
     protocol: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROTOCOL")]
-    """Its name comes first; `diffusion-apt evaluate` without one lists them."""
+    """Name of the protocol, which comes first; `diffusion-apt evaluate` alone lists them."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Evaluate and say where the page is."""
+    """Evaluate, and print where the page is."""
     if not args:
         with printing():
             print(overview(prog))
@@ -84,14 +85,14 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 
 def overview(prog: str) -> str:
-    """Protocols and peers by name."""
+    """Return the usage, with all protocols and peers by name."""
     return "\n".join(
         [
             f"usage: {prog} PROTOCOL --model A --model B ... --out DIR [OPTIONS]",
             "",
             format_section("protocols", SECTIONS["protocols"]()),
             format_section(
-                "peers that --model takes by name, beside models of ours and diffusers:FOLDER",
+                "peers that --model accepts by name, beside models of ours and diffusers:FOLDER",
                 SECTIONS["peers"](),
             ),
             f"`{prog} PROTOCOL --help` shows the options.",

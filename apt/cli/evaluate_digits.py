@@ -1,4 +1,4 @@
-"""`diffusion-apt evaluate digits`: the results page."""
+"""`diffusion-apt evaluate digits`: write the results page of the digits models."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from apt.evaluate.digits import EvaluateConfig, evaluate_digits
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure the digits models and write the results page, with its plots and raw figures."""
+    """Measure the digits models and write the results page, with plots and raw figures."""
 
-    # Nested, so that its errors come up as they are: of the outermost class the parser makes boxes.
+    # Nested, because tyro turns errors of the outermost class into boxes; these pass through.
     config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Evaluate and say where the page is."""
+    """Evaluate, and print where the page is."""
     options = parse(Evaluate, args, prog=prog)
     with ranks() as parallel:
         page = evaluate_digits(options.config, parallel=parallel, progress=progress_bar)

@@ -1,4 +1,4 @@
-"""`diffusion-apt export`: from a training run to a model that others can load."""
+"""`diffusion-apt export`: turn a training run into a model that others can load."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ from apt.errors import CheckpointError, InputError
 class Export:
     """Write a model for this package, for diffusers or for ComfyUI.
 
-    A finished run has a model in export/, and one for each update of --snapshot-at in snapshots/;
-    this checks it, and writes it elsewhere in the layout and number type that you choose.
+    A finished run has a model in export/, and one in snapshots/ for each update of --snapshot-at.
+    This command checks such a model and writes it elsewhere, in the layout and data type that you
+    choose.
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_MODEL")]
-    """Folder of a training run, or of a model."""
+    """Folder of a training run or of a model."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder to write, made if need be; for comfyui a file that ends in .safetensors."""
+    """Folder to write, created if missing; for comfyui, a file that ends in .safetensors."""
     format: Literal["apt", "diffusers", "comfyui"] = "apt"
     """apt: apt.json and safetensors. diffusers: a whole pipeline that runs in stock diffusers with
-    one step. comfyui: the diffusion model in one file, in its authors' layout."""
+    one step. comfyui: the diffusion model in one file, in the layout of its authors."""
     update: int | None = None
-    """Take the snapshot of this update; None takes the finished model, or the last snapshot."""
+    """Update whose snapshot to take; None is the finished model, or else the last snapshot."""
     weights: Literal["ema", "raw"] = "ema"
-    """Of a snapshot: averaged weights, or those that were training."""
+    """Which weights of a snapshot: averaged (ema), or as trained (raw)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number type in the files."""
+    """Data type in the files."""
     base: str | None = None
-    """For diffusers: the pipeline (folder or Hub id) that text encoders and VAE are copied from;
-    None is where this model's VAE comes from."""
+    """For diffusers: pipeline (folder or Hub id) to copy the text encoders and the VAE from; None
+    is the source of this model's VAE."""
     max_shard_size: str = "5GB"
-    """For diffusers: the largest file of the transformer."""
+    """For diffusers: maximum size of the transformer's files."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Load the model strictly, write it, and say where it is."""
+    """Load the model strictly, write it, and print its path."""
     options = parse(Export, args, prog=prog)
     source = model_to_export(options.source, options.update, options.weights)
 
@@ -65,22 +66,24 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 
 def model_to_export(folder: Path, update: int | None, weights: str) -> Path:
-    """The model folder itself, or the one of a run.
+    """Return the model folder itself, or the chosen one of a run.
 
-    Raises CheckpointError for a run without such a model, naming those there are, and InputError
-    for a choice among snapshots where there are none to choose from.
+    Raises CheckpointError if the run does not have that model, naming those that it has, and
+    InputError if a snapshot is chosen but the folder is a model.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {str(folder)!r}; pass that of a run or a model")
+        raise CheckpointError(
+            f"there is no folder {str(folder)!r}; pass the folder of a run or a model"
+        )
     if is_model(folder):
         if update is not None or weights != "ema":
             raise InputError(
-                "--update and --weights choose among the snapshots of a run, and "
+                "--update and --weights choose among the snapshots of a run, but "
                 f"{str(folder)!r} is a model; leave them out"
             )
         return folder
     if update is not None:
         return snapshot_folder(folder, update, weights)
     if weights == "raw":
-        raise CheckpointError("raw weights are kept for snapshots only; pass --update")
+        raise CheckpointError("only snapshots have raw weights; pass --update")
     return model_folder(folder)

@@ -1,4 +1,4 @@
-"""`diffusion-apt generate`: prompts to files."""
+"""`diffusion-apt generate`: generate files from prompts."""
 
 from __future__ import annotations
 
@@ -36,67 +36,71 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Generate videos or images from prompts; each prompt with each seed.
+    """Generate videos or images from prompts, one for each prompt and seed.
 
-    The same model, prompt, seed and settings give the same output. Several outputs are numbered
-    after `--out`: out-prompt0-seed3.mp4. Each is written as soon as it is made, whole or not at
-    all, and noted in out.mp4.jsonl, from which --resume goes on.
+    The same model, prompt, seed and settings give the same output. Several outputs are named after
+    `--out`: out-prompt0-seed3.mp4. Each file is written atomically as soon as it is finished, and
+    recorded in out.mp4.jsonl, from which --resume continues.
 
-    `torchrun -m apt generate ...` lets all its GPUs work on one video at a time, each on a share of
+    With `torchrun -m apt generate ...`, all GPUs work on one video at a time, each on a share of
     the transformer's tokens.
     """
 
     prompt: tuple[str, ...] = ()
-    """What to show, in quotes; several of them: --prompt "a red seven moving left" "a blue one"."""
+    """One or more prompts, in quotes: --prompt "a red seven moving left" "a blue one"."""
     prompt_file: Path | None = None
-    """Text with one prompt per line, added to those of --prompt; empty lines are skipped."""
+    """Text file with one prompt per line, added to those of --prompt; empty lines are skipped."""
     model: str = "digits"
-    """A built-in name, a training run or the folder of a model, a Hub id (owner/name or
+    """A built-in name, the folder of a training run or a model, a Hub id (owner/name or
     owner/name@revision), or a safetensors file of a public transformer, whose text encoder and VAE
-    come from the published model."""
+    are those of the published model."""
     out: Path = Path("generated.mp4")
-    """Where to write; the ending is the format: .mp4, .mkv (without loss), .gif, .webp, or .png
-    (frames in a row)."""
+    """File to write. The ending is the format: .mp4, .mkv (lossless), .gif, .webp, or .png (frames
+    in a row)."""
     contact_sheet: Path | None = None
-    """Also write a .png table of everything: a row per prompt, a column per seed. All videos are
-    kept in memory for it."""
+    """Also write a .png table of all outputs, with a row per prompt and a column per seed. This
+    keeps all videos in memory."""
     resume: bool = False
-    """Leave out what an interrupted call with the same settings has made."""
+    """Skip the files that an interrupted call with the same settings has finished."""
     seed: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seeds"])] = (0,)
-    """One seed, or several."""
+    """One or more seeds."""
     options: Annotated[GenerateOptions, tyro.conf.arg(name="")] = GenerateOptions()
     fps: float | None = None
-    """Frames per second of the file."""
+    """Frame rate of the file; None is the model's own."""
     scale: int | None = None
-    """Whole factor by which small frames are enlarged in the file; None makes them easy to see."""
+    """Integer factor by which frames are enlarged in the file; None enlarges small frames so that
+    they are easy to see."""
     device: str | None = None
     """cpu, cuda or cuda:N; None takes a GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number type of the weights."""
+    """Data type of the weights."""
     offload: bool = False
-    """Keep only the part that works on the device: slower, for models that do not fit whole."""
+    """Keep only the part that is working on the device. Slower; for models that do not fit."""
     compile_blocks: bool = False
-    """Let torch.compile make the transformer's blocks, which takes a minute: for many videos."""
+    """Compile the transformer's blocks with torch.compile, which takes a minute: for many
+    videos."""
     lora: str | None = None
     """A LoRA to merge first: a .safetensors file, a folder or a Hub id."""
     lora_scale: float = 1.0
     """Strength of the LoRA."""
     tags: bool = True
-    """Say in each file how it was made: prompt, seed, model and settings, but no folder of this
-    machine. `diffusion-apt tags FILE` reads it."""
+    """Record in each file how it was made: prompt, seed, model and settings, but no path of this
+    machine. `diffusion-apt tags FILE` prints them."""
     verbose: bool = False
-    """Also say what computed: device, versions, and the kernels of attention and the fused ops."""
+    """Also print the device, versions, and the kernels used for attention and the fused ops."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Generate, write, and say what was written."""
+    """Generate and write the files, and print their paths."""
     asked = parse(Generate, args, prog=prog)
     prompts = list(asked.prompt)
     if asked.prompt_file is not None:
         prompts += read_prompts(asked.prompt_file)
     if not prompts:
-        raise InputError('there is no prompt: pass --prompt "a red seven moving left", or a file')
-    # Nothing of this may come up only after the time that loading and generating take.
+        raise InputError(
+            'there is no prompt: pass --prompt "a red seven moving left", or --prompt-file FILE'
+        )
+    # Check everything before the slow work of loading and generating.
     outputs = plan_outputs(asked, prompts)
     record = None
     if len(outputs) > 1:
@@ -104,7 +108,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
         record = OutputRecord(place, _settings(asked), resume=asked.resume)
     left = [output for output in outputs if record is None or not record.has(output)]
     if len(left) < len(outputs) and launch_rank() == 0:
-        print(f"{len(outputs) - len(left)} of {len(outputs)} files are there already")
+        print(f"{len(outputs) - len(left)} of {len(outputs)} files exist already")
     if not left:
         return
     if not is_one_of_many():
@@ -125,8 +129,7 @@ def write_outputs(
     record: OutputRecord | None,
     parallel: Parallel | None = None,
 ) -> None:
-    """Make the videos that are left. Ranks, if there are several, make each together; rank 0 writes
-    it."""
+    """Generate the remaining videos. Several ranks generate each video together; rank 0 writes."""
     import torch
 
     from apt.device import find_device
@@ -151,10 +154,10 @@ def write_outputs(
     if asked.fps is None and not fps:
         if size[0] > 1:
             raise InputError(
-                f"{asked.model} was trained on clips at each video's own rate; say with --fps at "
-                "which one its samples play"
+                f"{asked.model} was trained on clips at the frame rate of each video; pass the "
+                "frame rate of the output with --fps"
             )
-        fps = 1.0  # of a picture, which has none
+        fps = 1.0  # an image has no frame rate
     check_settings(asked.out, size, fps=fps, scale=asked.scale)
     if asked.lora is not None:
         pipeline.load_lora(asked.lora, scale=asked.lora_scale)
@@ -192,7 +195,7 @@ def write_outputs(
                     kept.append(video)
         except KeyboardInterrupt:
             if record is not None and writes:
-                said = f"{done} of {len(left)} files are whole; --resume makes the rest"
+                said = f"{done} of {len(left)} files are finished; --resume generates the rest"
                 print(said, file=sys.stderr)
             raise
     if not writes:
@@ -209,9 +212,9 @@ def write_outputs(
 
 
 def plan_outputs(asked: Generate, prompts: Sequence[str]) -> list[Output]:
-    """The files to write, one for each prompt and seed.
+    """Return the files to write, one for each prompt and seed.
 
-    Raises InputError for what is wrong with them, such as a folder that cannot be written to.
+    Raises InputError for an invalid option, or a file that cannot be written.
     """
     from apt.media import SUFFIXES
 
@@ -220,17 +223,20 @@ def plan_outputs(asked: Generate, prompts: Sequence[str]) -> list[Output]:
         check_suffix(asked.contact_sheet, (".png",))
         if asked.resume:
             raise InputError(
-                "a contact sheet shows every video, and --resume does not make all of them; leave "
-                "one of the two out"
+                "a contact sheet shows every video, and --resume skips finished ones; leave out "
+                "one of the two options"
             )
         check_place(asked.contact_sheet)
     if not asked.seed:
-        raise InputError("--seed needs a number, or several")
+        raise InputError("--seed needs at least one number")
     if len(set(asked.seed)) < len(asked.seed):
         raise InputError(f"seeds must differ, or files would be overwritten; got {asked.seed}")
     paths = output_paths(asked.out, num_prompts=len(prompts), seeds=asked.seed)
     if asked.contact_sheet in paths:
-        raise InputError(f"{str(asked.contact_sheet)!r} would be a video and the contact sheet")
+        raise InputError(
+            f"{str(asked.contact_sheet)!r} would be both a video and the contact sheet; choose "
+            "different names"
+        )
     check_place(paths[0])
     for path in paths:
         if path.is_dir():
@@ -242,12 +248,12 @@ def plan_outputs(asked: Generate, prompts: Sequence[str]) -> list[Output]:
     ]
 
 
-# What decides the content of a file, besides its prompt and seed.
+# The options that determine the content of a file, besides its prompt and seed.
 _SETTINGS = ("model", "fps", "scale", "dtype", "lora", "lora_scale", "tags")
 
 
 def _settings(asked: Generate) -> dict[str, object]:
-    """What --resume must find the same."""
+    """Return the settings that must be unchanged for --resume."""
     values = {name: getattr(asked, name) for name in _SETTINGS}
     return {
         **values,
@@ -258,7 +264,7 @@ def _settings(asked: Generate) -> dict[str, object]:
 
 
 def _content(name: str) -> list[str] | None:
-    """What a local model or LoRA has and says of itself, as digests; None for other names."""
+    """Return digests of the weights and configs of a local model or LoRA; None for other names."""
     path = Path(name).expanduser()
     if path.is_dir():
         path = model_folder(path)
@@ -271,8 +277,10 @@ def _content(name: str) -> list[str] | None:
 
 @contextmanager
 def _watching(wanted: bool) -> Iterator[tuple[Counter[AttentionUse], Counter[KernelUse]]]:
-    """Count the calls of attention and of the fused ops inside, if that is wanted: to know what
-    torch picks, it is asked anew at every call."""
+    """Count the calls of attention and the fused ops in the block, if wanted.
+
+    This costs time: torch is asked at every call which kernel it chooses.
+    """
     if not wanted:
         yield Counter(), Counter()
         return
@@ -285,7 +293,7 @@ def _watching(wanted: bool) -> Iterator[tuple[Counter[AttentionUse], Counter[Ker
 def what_ran(
     device: torch.device, attention: Counter[AttentionUse], kernels: Counter[KernelUse]
 ) -> list[str]:
-    """Lines for people: the device with its software, each kind of call, and a warning."""
+    """Return lines to print: the device and its software, each kind of call, and any warning."""
     from apt.bench.machine import describe_machine
     from apt.kernels.attention_choice import attention_warning
 
@@ -307,7 +315,7 @@ def check_suffix(path: Path, suffixes: Sequence[str]) -> None:
 
 
 def output_paths(out: Path, *, num_prompts: int, seeds: Sequence[int]) -> list[Path]:
-    """A path for each prompt and seed: `out` itself for one, numbered after it for more."""
+    """Return a path for each prompt and seed: `out` for one, or `out` with numbers for several."""
     return [
         out.with_stem(
             out.stem

@@ -1,5 +1,5 @@
-"""What `--help` prints, fit to be read: tyro keeps some line breaks of docstrings, and wraps no
-text outside its boxes."""
+"""Readable output of `--help`. tyro keeps some line breaks of docstrings, and does not wrap text
+outside its boxes."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _BOX = "╭│╰"
 
 @contextlib.contextmanager
 def readable_help() -> Iterator[None]:
-    """Inside, what tyro prints as help has paragraphs of the terminal's width.
+    """Within the block, wrap the help that tyro prints to the width of the terminal.
 
-    An option is explained by the text below its field, or by its line in the docstring's
-    "Attributes:". Where such a line is for several fields, the first has it and the others lead
-    there.
+    The help of an option is the text below its field, or its entry in the docstring's
+    "Attributes:". If an entry is for several fields, the first one shows it, and the others refer
+    to the first.
     """
-    # Only help needs tyro before a command's own module loads it.
+    # Imported here, because only help needs tyro before a command's module loads it.
     from tyro.constructors import ConstructorRegistry, StructTypeInfo
 
     registry = ConstructorRegistry()
 
     @registry.struct_rule
     def explain(info: StructTypeInfo) -> None:
-        """No rule of its own: it leaves explanations where tyro looks first."""
+        """Build nothing; only store the help where tyro looks first."""
         if isinstance(info.type, type) and dataclasses.is_dataclass(info.type):
             texts = explanations(info.type)
             for field in dataclasses.fields(info.type):
-                # Options that are a dataclass of their own have its docstring as their title.
+                # For options that are a dataclass, tyro shows its docstring as a title.
                 if field.name in texts and not dataclasses.is_dataclass(field.default_factory):
                     field.metadata = MappingProxyType({**field.metadata, "help": texts[field.name]})
 
@@ -50,7 +50,7 @@ def readable_help() -> Iterator[None]:
 
 
 class _Kept(io.TextIOWrapper):
-    """Keeps what is printed, in the colours and lines that its place can show."""
+    """Captures output, with the encoding and colours that its destination can show."""
 
     def __init__(self, place: TextIO) -> None:
         super().__init__(io.BytesIO(), encoding=place.encoding or "utf-8", write_through=True)
@@ -60,13 +60,13 @@ class _Kept(io.TextIOWrapper):
         return self._isatty
 
     def getvalue(self) -> str:
-        """All of it."""
+        """Return everything that was written."""
         self.seek(0)
         return self.read()
 
 
 def explanations(kind: type) -> dict[str, str]:
-    """A paragraph for each field of a dataclass that has one in its docstrings."""
+    """Return the help of each field of a dataclass that its docstrings explain."""
     import docstring_parser
 
     texts: dict[str, str] = {}
@@ -81,8 +81,9 @@ def explanations(kind: type) -> dict[str, str]:
 
 
 def wrapped(text: str, width: int) -> str:
-    """The text with its paragraphs filled, boxes as they are, and one empty line where there were
-    more. A line that is indented begins a paragraph of its own.
+    """Wrap paragraphs to `width`, keep boxes unchanged, and merge adjacent empty lines.
+
+    An indented line starts a new paragraph.
     """
     blocks = groupby(text.splitlines(), key=lambda line: (not line.strip(), line[:1] in _BOX))
     out: list[str] = []

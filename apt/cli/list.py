@@ -1,4 +1,4 @@
-"""`diffusion-apt list`: everything that is chosen by name."""
+"""`diffusion-apt list`: list everything that is chosen by name."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ Section = Literal[
 
 @dataclass(frozen=True)
 class ListCommand:
-    """What can be chosen by name and, for kernels and attention, what runs on this machine."""
+    """List what can be chosen by name, and which kernels and attention run on this machine."""
 
     section: Annotated[tyro.conf.Positional[Section], tyro.conf.arg(metavar="SECTION")] = "all"
-    """all, or: models, text_encoders, codecs, heads, losses, datasets, recipes, features,
+    """all, or one of: models, text_encoders, codecs, heads, losses, datasets, recipes, features,
     protocols and peers (of `evaluate`), kernels, attention."""
     pattern: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATTERN")] = "*"
-    """Only names that match this shell-style pattern; put it in quotes."""
+    """List only names that match this shell-style pattern; put it in quotes."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line: a name and what there is to say about it."""
+    """One line: a name and its description."""
 
     name: str
     text: str
@@ -55,13 +55,15 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 
 def format_section(title: str, rows: Sequence[Row]) -> str:
-    """A title, aligned rows, and an empty line. In a terminal long rows are folded; elsewhere each
-    is one line, for `grep`."""
+    """Format a title, aligned rows, and an empty line.
+
+    Long rows are wrapped in a terminal; otherwise each row is one line, for `grep`.
+    """
     width = max((len(row.name) for row in rows), default=0)
     lines = [f"  {row.name:<{width}}  {row.text}".rstrip() for row in rows]
     if sys.stdout.isatty():
         columns = max(shutil.get_terminal_size().columns, width + 24)
-        # Names are copied: they are not cut at their hyphens.
+        # Users copy names, so they must not be split at hyphens.
         fold = textwrap.TextWrapper(
             columns, subsequent_indent=" " * (width + 4), break_on_hyphens=False
         )
@@ -109,7 +111,7 @@ def _models() -> list[Row]:
 
 
 def _origin(entry: CatalogueEntry) -> str:
-    """Where the weights are, and by which tags if there are several."""
+    """Return the repositories of the weights, with the tags if there are several."""
     repos = dict.fromkeys(weights.repo for weights in entry.pretrained.values())
     tags = f" (tags {', '.join(entry.pretrained)})" if len(entry.pretrained) > 1 else ""
     return ", ".join(repos) + tags

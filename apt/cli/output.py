@@ -1,4 +1,4 @@
-"""What a command prints on standard output, which may be a file on a full disk."""
+"""Printing to standard output, which may be a file on a full disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from apt.errors import InputError
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Raises InputError if what the block prints cannot be written; a reader that left passes."""
+    """Raise InputError if the block's output cannot be written. BrokenPipeError passes through."""
     try:
         yield
         sys.stdout.flush()
@@ -22,11 +22,13 @@ def printing() -> Iterator[None]:
     except OSError as error:
         # Python flushes standard output once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise InputError(f"standard output cannot be written: {error.strerror}") from error
+        raise InputError(
+            f"cannot write to standard output: {error.strerror}; redirect it elsewhere"
+        ) from error
 
 
 def print_page(page: Path | None) -> None:
-    """Say where a page is, as Markdown and as HTML; None, of a rank that wrote none, is silent."""
+    """Print the paths of a page, in Markdown and in HTML. None, on other ranks, prints nothing."""
     if page is not None:
         with printing():
             print(page)

@@ -1,4 +1,4 @@
-"""`diffusion-apt plan`: what a recipe takes on GPUs that need not be here."""
+"""`diffusion-apt plan`: estimate the memory and time of a recipe on GPUs that need not be here."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is no field of the configuration."""
+    """Options that are not fields of the configuration."""
 
     gpus: int = 1
-    """How many GPUs."""
+    """Number of GPUs."""
     gpu: str = "h100"
-    """Of which kind: a100, h100, h100-pcie, h200, b200, rtx4090."""
+    """Kind of GPU: a100, h100, h100-pcie, h200, b200 or rtx4090."""
     model: str = ""
-    """A registered model in place of those that the recipe starts from."""
+    """A registered model that replaces those that the recipe starts from."""
     utilization: float = 0.4
-    """The share of the GPU's peak that matrix products and attention reach; time depends on it."""
+    """Fraction of the GPU's peak that matrix products and attention reach, used for the time."""
     whole: bool = False
-    """Run every block of deep networks, instead of a few whose figures are multiplied."""
+    """Run every block of deep networks, instead of running a few and multiplying."""
     compare: bool = False
-    """Run an update here too, with weights of zeros, and hold the plan's memory against it: on a
-    GPU torch.cuda.max_memory_allocated, on the CPU live tensors. One GPU, or under torchrun so many
-    as --gpus says."""
+    """Also run an update on this machine, with weights of zero, and compare its memory with the
+    plan: torch.cuda.max_memory_allocated on a GPU, live tensors on the CPU. With --gpus above 1,
+    run it under torchrun with that many processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overview(Options):
     """Plan a recipe: diffusion-apt plan RECIPE --gpus N [--gpu h100] [--any.field value].
 
-    `diffusion-apt list recipes` shows the recipes; `--config FILE` takes what
-    `train --print-config` printed."""
+    `diffusion-apt list recipes` lists the recipes. `--config FILE` reads the output of
+    `train --print-config` instead."""
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Its name comes first."""
+    """Name of the recipe, which comes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Options):
-    """Plan this recipe: memory of a GPU by part, time and traffic of an update, and the layout of
-    those tried that fits with the largest throughput, or what to change where none fits. Every
+    """Plan this recipe: the memory of each GPU by part, the time and traffic of an update, and the
+    layout with the largest throughput among those that fit, or what to change if none fits. Every
     field of the recipe is an option; --parallel.* fixes the layout.
 
-    No GPU, weights or data are needed: the trainer's own networks and steps are run on tensors
-    that have sizes only. It takes a minute or some."""
+    This needs no GPU, weights or data: it runs the trainer's own networks and steps on tensors
+    that have sizes only. It takes a few minutes at most."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
@@ -74,7 +74,7 @@ def main(args: Sequence[str], *, prog: str) -> int:
     from apt.plan.report import report
 
     gpu = find_gpu(options.gpu)
-    # Of stages in a row, those that train a generator; one alone is told that it cannot be planned.
+    # Among several stages, plan those with a method. A single other stage gets an error below.
     row = configs
     configs = [c for c in configs if isinstance(c.stage, MethodConfig)] or configs
     apart = ""
@@ -93,7 +93,7 @@ def main(args: Sequence[str], *, prog: str) -> int:
 
 
 def compare(job: Job, gpus: int) -> str:
-    """A table of planned and real peaks; empty on ranks other than 0."""
+    """Return a table of planned and measured peaks; empty on ranks other than 0."""
     from apt.distributed.parallel import Parallel
     from apt.plan.compare import compared, planned_peaks
     from apt.train.resolve import rounded
@@ -101,13 +101,13 @@ def compare(job: Job, gpus: int) -> str:
     layout = job.config.parallel.layout(gpus)
     config, _ = rounded(job.config, layout.data)
     job = dataclasses.replace(job, config=config)
-    # Before the ranks find each other: they are imagined in a process that is alone.
+    # Before the ranks connect, because planning simulates all of them in a single process.
     planned = planned_peaks(job, layout)
     with Parallel.from_environment(config.device, config=config.parallel) as parallel:
         if parallel.world_size != gpus:
             raise InputError(
-                f"--compare runs an update on {gpus} ranks, and there are {parallel.world_size}: "
-                f"torchrun --nproc-per-node {gpus} -m apt plan ..."
+                f"--compare runs an update on {gpus} ranks, but there are {parallel.world_size}; "
+                f"use torchrun --nproc-per-node {gpus} -m apt plan ..."
             )
         text = compared(planned, job, parallel)
         return text if parallel.is_main else ""

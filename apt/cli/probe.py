@@ -1,4 +1,4 @@
-"""`diffusion-apt probe`: what each layer knows of the sample."""
+"""`diffusion-apt probe`: measure how much each layer knows about the sample."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from apt.prompts import read_prompts
 class Probe:
     """Fit a linear projection per layer to the model's one-step sample (APT Appendix G, Fig. 12).
 
-    Writes what each layer's projection makes as layers.png, errors on other noise as errors.png,
-    and all figures as probe.json.
+    Writes the images that each layer's projection predicts to layers.png, the errors on held-out
+    noise to errors.png, and all figures to probe.json.
     """
 
     model: str = "digits"
     """A built-in name, a folder, or a Hub id."""
     out: Path = Path("probe")
-    """Folder to write; made if need be."""
+    """Folder to write, created if missing."""
     prompt: tuple[str, ...] = ()
-    """Prompts to fit on and to show; without any, those that the model was previewed with."""
+    """Prompts to fit on and to show; by default those of the model's training previews."""
     prompt_file: Path | None = None
-    """More of them, one per line; of all the first are shown."""
+    """Text file with more prompts, one per line. The first ones of all prompts are shown."""
     num_shown: int = 6
-    """Prompts on the sheet."""
+    """Number of prompts on the sheet."""
     num_samples: int = 512
-    """Samples to fit on."""
+    """Number of samples to fit on."""
     num_held_out: int = 128
-    """Samples to measure on."""
+    """Number of samples to measure errors on."""
     batch_size: int = 16
     """Samples per network call."""
     seed: int = 0
-    """Of the noise."""
+    """Random seed of the noise."""
     device: str | None = None
     """cpu, cuda or cuda:N; None takes a GPU if there is one."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Probe, write, and say where."""
+    """Probe the model, write the results, and print the folder."""
     options = parse(Probe, args, prog=prog)
     given = list(options.prompt)
     if options.prompt_file is not None:
@@ -59,9 +59,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     pipeline = OneStepPipeline.from_pretrained(options.model, device=options.device)
     prompts = given or list(pipeline.info.sample_prompts())
     if not prompts:
-        raise InputError(
-            f"{options.model!r} does not say what it was previewed with; pass --prompt"
-        )
+        raise InputError(f"{options.model!r} has no preview prompts; pass prompts with --prompt")
     shown = prompts[: options.num_shown]
     result = probe_layers(
         pipeline,

@@ -1,4 +1,4 @@
-"""A progress bar on stderr, fed by the callbacks that library functions take."""
+"""A progress bar on stderr, updated by the progress callbacks of library functions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Yields `update(done)` or `update(done, total)`; the bar is gone at the end.
+    """Yield a function `update(done)` or `update(done, total)`; the bar disappears at the end.
 
-    Nothing is shown where stderr is no terminal.
+    Nothing is shown if stderr is not a terminal.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn

@@ -1,4 +1,4 @@
-"""`diffusion-apt pull`: a model from the Hub."""
+"""`diffusion-apt pull`: download a model from the Hub."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from apt.outputs import check_folder
 
 @dataclass(frozen=True)
 class Pull:
-    """Download a model: from the Hub by its id, or published weights by a name of `list models`.
+    """Download a model by its Hub id, or published weights by a name of `list models`.
 
-    Prints the folder, which every --model and --stage option takes. Files that are there already
-    are not fetched again; an interrupted download goes on with the files that are missing.
+    Prints the folder, which can be passed to every --model and --stage option. Existing files are
+    not downloaded again, so an interrupted download continues with the missing ones.
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
@@ -27,13 +27,13 @@ class Pull:
     revision: str | None = None
     """Commit, tag or branch."""
     local_dir: Path | None = None
-    """Folder to put the files into, in place of the Hub's cache."""
+    """Folder to download to, instead of the Hub's cache."""
     everything: bool = False
-    """Also a second expert, which one step does not need but stock diffusers does."""
+    """Also download a second expert, which stock diffusers needs but one-step models do not."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Download, and say where it is."""
+    """Download the model and print its folder."""
     options = parse(Pull, args, prog=prog)
 
     from apt.checkpoints.source import split_hub_id
@@ -41,7 +41,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
     repo, revision = split_hub_id(options.name) or published(options.name)
     if options.revision is not None and "@" in options.name:
-        raise InputError(f"{options.name!r} and --revision name two revisions; leave one out")
+        raise InputError(f"{options.name!r} and --revision both name a revision; leave one out")
     if options.local_dir is not None:
         check_folder(options.local_dir)
     print(
@@ -55,7 +55,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 
 def published(name: str) -> tuple[str, str | None]:
-    """Repository and revision of a registered model's weights. Raises InputError for none."""
+    """Return repository and revision of a model's published weights. Raises InputError if none."""
     from apt.models.architectures import MODELS, find_tag, split_tag
 
     architecture, tag = split_tag(name)

@@ -1,4 +1,4 @@
-"""`diffusion-apt push`: a model folder to the Hub."""
+"""`diffusion-apt push`: upload a model folder to the Hub."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from apt.errors import InputError
 
 @dataclass(frozen=True)
 class Push:
-    """Upload a model folder to the Hub, with a model card made from its record of training.
+    """Upload a model folder to the Hub, with a model card made from its training record.
 
-    It takes what `diffusion-apt export` makes: for others to load, use --format diffusers there.
-    The token is that of `hf auth login`, or HF_TOKEN.
+    The folder is one that `diffusion-apt export` wrote. With --format diffusers there, others can
+    load it in diffusers. The token is that of `hf auth login`, or HF_TOKEN.
     """
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Folder of the model, or of the training run that made it."""
     repo: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OWNER/NAME")]
-    """Where to; made if need be."""
+    """Repository to upload to, created if missing."""
     private: bool = False
-    """If it is made: for you and your organisation alone."""
+    """If the repository is created, make it private."""
     revision: str | None = None
-    """Branch, made if need be; None is main."""
+    """Branch, created if missing; None is main."""
     license: str | None = None
-    """For the card; None carries over that of the base model."""
+    """License in the model card; None is that of the base model."""
     message: str = "Upload by diffusion-apt"
-    """Of the commit."""
+    """Commit message."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Upload, and say where it is."""
+    """Upload the model and print its address."""
     options = parse(Push, args, prog=prog)
 
     from apt.checkpoints.info import CodecInfo, read_description
@@ -44,11 +44,12 @@ def main(args: Sequence[str], *, prog: str) -> None:
     from apt.checkpoints.source import split_hub_id
 
     if not options.folder.is_dir():
-        raise InputError(f"there is no folder {str(options.folder)!r}; pass that of a model")
+        raise InputError(f"there is no folder {str(options.folder)!r}; pass the folder of a model")
     hub_id = split_hub_id(options.repo)
     if hub_id is None or hub_id[1] is not None:
         raise InputError(
-            f"{options.repo!r} is no name on the Hub; write owner/name, and a branch as --revision"
+            f"{options.repo!r} is not a name on the Hub; write owner/name, and pass a branch with "
+            "--revision"
         )
 
     from apt.hub.push import push_to_hub

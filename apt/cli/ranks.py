@@ -1,4 +1,4 @@
-"""Ranks that torchrun started, for commands that share samples among them."""
+"""Ranks started by torchrun, for commands that divide samples among them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from apt.distributed.parallel import Parallel
 
 _PATIENCE = timedelta(days=7)
-"""For the slowest rank, whose samples may take long."""
+"""Timeout for waiting for the slowest rank, whose samples may take long."""
 
 
 @contextmanager
 def ranks(device: str | None = None) -> Iterator[Parallel | None]:
-    """The ranks that share an evaluation; None where this process is the only one."""
+    """Yield the ranks that share an evaluation; None if this is the only process."""
     if not is_one_of_many():
         yield None
         return

@@ -1,4 +1,4 @@
-"""`diffusion-apt study make`: pairs of samples for raters."""
+"""`diffusion-apt study make`: make pairs of samples for raters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from apt.samples import SampleFolder, SampleKey, read_samples
 from apt.study.make import MakeConfig, make_study
 from apt.study.pairs import choose_comparisons, choose_keys
 
-# What the paper rates (APT Section 4.2): prompts, and samples of each.
+# Numbers of prompts, and of samples per prompt, in the paper's studies (APT Section 4.2).
 _SETS = {"images": (300, 3), "videos": (96, 1)}
 
 Many = tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -29,29 +29,32 @@ Many = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class StudyMake:
-    """Make a preference study of two or more models: pairs of samples of one prompt and seed.
+    """Make a preference study of two or more models: pairs of samples with the same prompt and
+    seed.
 
-    Samples come from folders, or are generated. An interrupted call can be repeated.
+    Samples are read from folders or generated. An interrupted call can be repeated.
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """Folder of the study; made if need be."""
+    """Folder of the study, created if missing."""
     samples: Many = ()
-    """A folder of samples with its manifest, as `generate` writes it for several prompts, perhaps
-    with a name for the model: --samples apt=out/apt --samples base=out/base."""
+    """A folder of samples with a manifest, as `generate` writes it for several prompts. A name for
+    the model can precede it: --samples apt=out/apt --samples base=out/base."""
     model: Many = ()
-    """A model to generate with, perhaps with a name and options: --model digits --model
-    two=digits,num_steps=2; as `evaluate` takes it, peers and diffusers pipelines too. Needs
+    """A model to generate with, as in `evaluate`, including peers and diffusers pipelines. A name
+    can precede it, and options can follow: --model digits --model two=digits,num_steps=2. Needs
     --prompts."""
     prompts: Path | None = None
-    """Text with one prompt per line, for --model."""
+    """Text file with one prompt per line, for --model."""
     seeds: int | None = None
-    """Samples of each prompt, for --model: seeds 0, 1, ... None is 1, or the paper's number."""
+    """Samples per prompt for --model, with seeds 0, 1, ... None is 1, or the number of
+    --paper-set."""
     compare: Many = ()
-    """Two models that meet, by name: --compare apt:base. Without it all meet all."""
+    """Two models to compare, by name: --compare apt:base. By default every model is compared with
+    every other."""
     paper_set: Literal["images", "videos"] | None = None
-    """The paper's numbers: images are 300 prompts drawn at random with 3 samples each, videos 96
-    with one; 3 raters for each pair."""
+    """Use the paper's numbers. images: 300 prompts drawn at random, with 3 samples each; videos: 96
+    prompts with one; 3 raters per pair."""
     device: str | None = None
     """cpu, cuda or cuda:N for --model; None takes a GPU if there is one."""
     config: Annotated[MakeConfig, tyro.conf.arg(name="")] = dataclasses.field(
@@ -60,7 +63,7 @@ class StudyMake:
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Generate what is missing, make the pairs, and say where they are."""
+    """Generate the missing samples, make the pairs, and print where they are."""
     asked = parse(StudyMake, args, prog=prog)
     given = [parse_name(text) for text in asked.samples]
     models = [parse_model(text) for text in asked.model]
@@ -68,7 +71,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     if len(set(names)) < len(names):
         raise InputError(f"models need different names, got {names}; name them with NAME=...")
     if models and asked.prompts is None:
-        raise InputError("--model generates, and needs --prompts FILE with one prompt per line")
+        raise InputError("--model needs --prompts FILE, a text file with one prompt per line")
     comparisons = [split_comparison(text) for text in asked.compare]
     config = asked.config
     seeds = asked.seeds
@@ -81,7 +84,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
     seeds = 1 if seeds is None else seeds
     if seeds < 1:
         raise InputError(f"each prompt needs at least 1 sample, got {seeds}")
-    # Nothing of this may come up only after the time that generating takes.
+    # Check everything before the slow work of generating.
     choose_comparisons(names, comparisons)
     folders = {name: read_samples(Path(folder).expanduser()) for name, folder in given}
     if models:
@@ -120,8 +123,8 @@ def _generate(asked: StudyMake, choice: ModelChoice, keys: Sequence[SampleKey]) 
 
 
 def split_comparison(text: str) -> tuple[str, str]:
-    """The two names of A:B. Raises InputError for other texts."""
+    """Split A:B into its two names. Raises InputError for other texts."""
     first, sign, second = text.partition(":")
     if not (first and sign and second) or ":" in second:
-        raise InputError(f"a comparison is two names, as in --compare apt:base; got {text!r}")
+        raise InputError(f"--compare needs two names, as in --compare apt:base; got {text!r}")
     return first, second

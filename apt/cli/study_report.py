@@ -1,4 +1,4 @@
-"""`diffusion-apt study report`: scores from what raters answered."""
+"""`diffusion-apt study report`: report scores from the raters' answers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from apt.study.report import ReportConfig, report_study
 
 @dataclass(frozen=True, kw_only=True)
 class StudyReport:
-    """Write report.md and report.json of a study, at any time: raters may go on.
+    """Write report.md and report.json of a study, also while raters are still working.
 
-    Preference scores by criterion with their intervals, scores relative to base models, agreement
-    of raters with each other and themselves, and a ranking where more than two models met.
+    The report has preference scores with intervals for each criterion, scores relative to base
+    models, the agreement of raters with each other and with themselves, and a ranking if more than
+    two models were compared.
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
@@ -29,15 +30,15 @@ class StudyReport:
     out: Path | None = None
     """Folder for the report; None is DIR/report."""
     base: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """The base model of a model, both in the study: --base apt=diffusion. With it scores are
-    adjusted by the comparison of the bases."""
+    """The base model of a model, both in the study: --base apt=diffusion. Scores are then adjusted
+    by the comparison of the base models."""
     config: Annotated[ReportConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=ReportConfig
     )
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Write the report, and print it."""
+    """Write the report and print it."""
     asked = parse(StudyReport, args, prog=prog)
     page = report_study(
         asked.directory,
@@ -52,11 +53,13 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 
 def split_bases(texts: Sequence[str]) -> dict[str, str]:
-    """Base models by model, from NAME=BASE. Raises InputError for other texts."""
+    """Parse NAME=BASE texts to base models by model. Raises InputError for other texts."""
     bases: dict[str, str] = {}
     for text in texts:
         name, sign, base = text.partition("=")
         if not (name and sign and base) or name in bases:
-            raise InputError(f"a base is given once, as in --base apt=diffusion; got {text!r}")
+            raise InputError(
+                f"--base needs NAME=BASE, once per model, as in --base apt=diffusion; got {text!r}"
+            )
         bases[name] = base
     return bases

@@ -1,4 +1,4 @@
-"""`diffusion-apt study serve`: the page for raters."""
+"""`diffusion-apt study serve`: serve the page for raters."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from apt.study.serve import ServeConfig, serve_study
 
 @dataclass(frozen=True, kw_only=True)
 class StudyServe:
-    """Show a study to raters in a browser, until interrupted; prints a link for each of them.
+    """Serve a study to raters in their browsers, until interrupted; prints a link for each rater.
 
-    Every answer is on the disk before the rater sees the next pair, so the server can be stopped,
-    killed and started again at any time, with the same links. Nothing leaves this machine.
+    Every answer is on disk before the rater sees the next pair, so the server can be stopped,
+    killed and restarted at any time, with the same links. No data leaves this machine except to the
+    raters' browsers.
     """
 
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Folder of the study."""
-    # Nested, so that its errors come up as they are: of the outermost class the parser makes boxes.
+    # Nested, because tyro turns errors of the outermost class into boxes; these pass through.
     config: Annotated[ServeConfig, tyro.conf.arg(name="")]
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Serve and say where."""
+    """Serve the study and print the links."""
     asked = parse(StudyServe, args, prog=prog)
 
     def ready(links: Sequence[str]) -> None:
         with printing():
             for rater, link in enumerate(links, 1):
                 print(f"rater {rater}: {link}")
-            print("Each link is for one person. Stop with Ctrl-C; answers are kept as they come.")
+            print("Each link is for one person. Press Ctrl-C to stop; answers are already saved.")
 
-    # As systems stop services: the end is the same as of Ctrl-C.
+    # Service managers stop a process with SIGTERM; handle it like Ctrl-C.
     signal.signal(signal.SIGTERM, _interrupt)
     serve_study(asked.directory, asked.config, ready=ready)
 

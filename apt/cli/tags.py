@@ -1,4 +1,4 @@
-"""`diffusion-apt tags`: how files were made."""
+"""`diffusion-apt tags`: print how files were made."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from apt.errors import InputError
 
 @dataclass(frozen=True)
 class ReadTags:
-    """Print how files were made, as they say themselves: prompt, seed, model and settings.
+    """Print how files were made, as recorded in them: prompt, seed, model and settings.
 
-    `generate` writes it into every file, unless told --no-tags. One line of JSON for each file.
+    `generate` records this in every file, unless it gets --no-tags. The output is one line of JSON
+    per file.
     """
 
     files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE")]
-    """Of .mp4, .mkv, .gif, .webp or .png."""
+    """Files that end in .mp4, .mkv, .gif, .webp or .png."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Print what each file says."""
+    """Print the tags of each file."""
     options = parse(ReadTags, args, prog=prog)
     if not options.files:
-        raise InputError(f"name a file, or several: {prog} FILE")
+        raise InputError(f"there is no file to read; name one or more: {prog} FILE")
 
     from apt.media import read_tags
 

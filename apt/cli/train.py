@@ -1,4 +1,4 @@
-"""`diffusion-apt train`: a recipe, with any of its fields changed."""
+"""`diffusion-apt train`: train a recipe, with any of its fields changed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from apt.train.trainer import laid_out, run
 
 
 class HasConfig(Protocol):
-    """The options of a command that names a recipe."""
+    """The options of a command that takes a recipe."""
 
     @property
     def config(self) -> TrainConfig: ...
@@ -43,18 +43,18 @@ O = TypeVar("O", bound=HasConfig)  # noqa: E741
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is no field of the configuration."""
+    """Options that are not fields of the configuration."""
 
     resume: bool = False
-    """Continue from the newest checkpoint that verifies."""
+    """Continue from the newest checkpoint that passes verification."""
     continue_: Annotated[bool, tyro.conf.arg(name="continue")] = False
-    """Continue if there is something to continue, else start: one command for every attempt of a
-    job that a scheduler starts again."""
+    """Resume if there is a run, else start one, so that a scheduler can use one command for every
+    attempt."""
     start_over: bool = False
-    """Begin again at update 0 where all checkpoints are damaged or gone; what is there is kept in a
-    folder beside."""
+    """Restart at update 0 if all checkpoints are damaged or missing. The old files are kept in a
+    folder beside the run."""
     take_over: bool = False
-    """Take the run's folder from another process that still has it, and that then stops."""
+    """Take the run folder from another process that is using it; that process then stops."""
     print_config: bool = False
     """Print the resolved configuration as JSON, and do not train."""
 
@@ -63,25 +63,26 @@ class Options:
 class Overview(Options):
     """Train a recipe: diffusion-apt train RECIPE --any.field value.
 
-    `diffusion-apt list recipes` shows the recipes, `diffusion-apt train RECIPE --help` the fields
-    of one. Under torchrun: torchrun --nproc-per-node 8 -m apt train RECIPE ...
+    `diffusion-apt list recipes` lists the recipes, and `diffusion-apt train RECIPE --help` the
+    fields of one. Under torchrun: torchrun --nproc-per-node 8 -m apt train RECIPE ...
 
-    In place of RECIPE: `--config FILE` takes what --print-config printed, and `--resume RUN` goes
-    on with the run in that folder, as it was configured; any field can be changed after either,
-    when resuming those that do not change what is computed.
+    Instead of RECIPE, `--config FILE` reads the output of --print-config, and `--resume RUN`
+    continues the run in that folder with its own configuration. Options after it change fields;
+    when resuming, only those that do not affect results.
     """
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Its name comes first."""
+    """Name of the recipe, which comes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Options):
-    """Train this recipe. If it has several stages, every option applies to each of them, and
-    --run-dir is the folder that gets a folder for each.
+    """Train this recipe. If it has several stages, every option applies to all of them, and
+    --run-dir gets a folder for each stage.
 
-    The exit code is 0 for a finished run, 75 for one that SIGTERM or Ctrl-C stopped, which is saved
-    and can be continued (under torchrun 0; the run's state.json tells), 2 for an error."""
+    The exit code is 0 for a finished run, 75 for a run that SIGTERM or Ctrl-C stopped, which is
+    saved and can be continued (0 under torchrun, where state.json says "unfinished"), and 2 for an
+    error."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
@@ -93,7 +94,7 @@ def main(args: Sequence[str], *, prog: str) -> int:
     )
     if options.resume and options.continue_:
         raise InputError(
-            "--resume and --continue exclude each other: --resume needs a run to continue, "
+            "--resume and --continue cannot be used together: --resume needs an existing run, "
             "--continue starts one if there is none"
         )
     if options.print_config:
@@ -110,11 +111,11 @@ def main(args: Sequence[str], *, prog: str) -> int:
 def parse_recipe(
     make: Callable[[TrainConfig, bool], O], overview: type, args: Sequence[str], prog: str
 ) -> tuple[O, list[TrainConfig]]:
-    """A command's options, and the configurations that its first words and its fields name.
+    """Parse a command's options, and the configurations that it names and changes.
 
     Args:
-        make: the options with a configuration and whether a run that is there was named.
-        overview: what is shown where no recipe is named.
+        make: builds the options from a configuration, and whether an existing run was named.
+        overview: the dataclass whose help is shown if no recipe is named.
         args: of the command.
         prog: the command.
     """
@@ -132,8 +133,8 @@ def parse_recipe(
                     prog=command,
                     description=begun.description(type(default)),
                     default=default,
-                    # A stage is of one kind; its fields are options, not a choice of kinds. "None"
-                    # leaves a field open.
+                    # The kind of a stage is fixed, so its fields are options, not subcommands.
+                    # "None" leaves a field open.
                     config=(tyro.conf.AvoidSubcommands,),
                 )
         except UnknownOption as error:
@@ -149,34 +150,35 @@ def parse_recipe(
 
 
 def _in_its_place(args: Sequence[str]) -> str:
-    """What to know of options that name stages by themselves, behind a recipe's name."""
+    """Return an explanation if an option that replaces the recipe's name comes after a recipe."""
     if any(arg.partition("=")[0] == "--config" for arg in args):
-        return "--config FILE stands in place of the recipe's name"
+        return "--config FILE replaces the recipe's name; leave the name out"
     if any(a == "--resume" and not b.startswith("-") for a, b in itertools.pairwise(args)):
         return (
-            "--resume RUN stands in place of the recipe's name; behind it, --run-dir RUN names the "
-            "folder"
+            "--resume RUN replaces the recipe's name; leave the name out, or keep it and write "
+            "--run-dir RUN --resume"
         )
     return ""
 
 
 def _of_a_row(stages: Sequence[TrainConfig], stage: TrainConfig) -> str:
-    """What to know of options that one stage of several does not take."""
+    """Return an explanation of an option that one stage among several does not have."""
     return (
-        f"that was {stage.name}, of {len(stages)} stages that all get the same options: what one "
-        f"stage alone takes goes to its own recipe, {', '.join(each.name for each in stages)}"
+        f"that was {stage.name}, one of {len(stages)} stages that all get the same options; pass "
+        "options of a single stage to its own recipe: "
+        f"{', '.join(each.name for each in stages)}"
     )
 
 
 def _without_options(stage: TrainConfig) -> TrainConfig:
-    """Options of a source as the parser needs them: of a dict with entries it takes no others."""
+    """Empty the options of the data source: tyro accepts no new keys for a dict with entries."""
     return dataclasses.replace(stage, data=dataclasses.replace(stage.data, options={}))
 
 
 def _with_options(config: TrainConfig, stage: TrainConfig) -> TrainConfig:
-    """The recipe's options of its source, unless another source or other values were asked for.
+    """Restore the recipe's options of its data source, unless the user chose others or another.
 
-    Raises ConfigError for options that the source does not take.
+    Raises ConfigError for options that the source does not have.
     """
     if config.data.source == stage.data.source:
         options = {**stage.data.options, **config.data.options}
@@ -188,7 +190,7 @@ def _with_options(config: TrainConfig, stage: TrainConfig) -> TrainConfig:
 
 @dataclass(frozen=True)
 class _Begun:
-    """What the first words of the command name: stages, and the arguments that are left."""
+    """The stages that the first words of a command name, and the remaining arguments."""
 
     stages: list[TrainConfig]
     words: str
@@ -197,12 +199,12 @@ class _Begun:
     own_options: str = ""
 
     def description(self, options: type) -> str:
-        """What the help says of a command's options, and of the recipe's own."""
+        """Return the help text of a command's options and of the recipe's own."""
         return "\n\n".join(filter(None, [inspect.getdoc(options), self.own_options]))
 
 
 def _begin(args: Sequence[str], prog: str, overview: type) -> _Begun:
-    """A recipe, a file of configurations, or a run that is there."""
+    """Read the recipe, the file of configurations, or the existing run that a command names."""
     first, *rest = args or [""]
     option, equals, value = first.partition("=")
     if option in ("--config", "--resume"):
@@ -218,11 +220,11 @@ def _begin(args: Sequence[str], prog: str, overview: type) -> _Begun:
 
 
 def _from_recipe(name: str, rest: list[str], prog: str) -> _Begun:
-    """A recipe, with options of its own taken out of the arguments."""
+    """Create a recipe, taking its own options out of the arguments."""
     recipe = RECIPES.get(name)
     own_options = ""
     if inspect.signature(recipe).parameters:
-        # Whatever else is there are fields of its stages, and so is the help.
+        # The other arguments are fields of its stages, which also print the help.
         with usage_in_a_line(rest, prog=prog):
             made, rest = tyro.cli(
                 recipe, args=rest, prog=prog, return_unknown_args=True, add_help=False
@@ -234,7 +236,7 @@ def _from_recipe(name: str, rest: list[str], prog: str) -> _Begun:
 
 
 def _own_options(recipe: Callable[..., Any]) -> str:
-    """The options that a recipe's function takes, as its docstring explains them."""
+    """Return the help of the options of a recipe's function, from its docstring."""
     explained = (inspect.getdoc(recipe) or "").partition("Args:\n")[2]
     defaults = inspect.signature(recipe).parameters
     texts: dict[str, str] = {}
@@ -260,18 +262,18 @@ def _from_file(file: Path, rest: list[str]) -> _Begun:
 
 
 def _from_run(name: str, rest: list[str]) -> _Begun:
-    """A run as it was configured, in the folder where it is now."""
+    """Read a run's configuration, with the folder in which the run is now."""
     folder = Path(name)
     file = folder / CONFIG_NAME
     if stages := sorted(child.parent.name for child in folder.glob(f"*/{CONFIG_NAME}")):
         raise InputError(
             f"{name} holds runs of several stages ({', '.join(stages)}); name one of them, or "
-            "repeat the recipe with --resume, which goes on to the next stages too"
+            "repeat the recipe with --resume, which also continues with the next stages"
         )
     if not file.is_file():
         raise InputError(
-            f"{name} is no folder of a run, which has a {CONFIG_NAME}; with a recipe, the recipe's "
-            "name comes first: RECIPE --run-dir RUN --resume"
+            f"{name} is not the folder of a run, which has a {CONFIG_NAME}; to resume with a "
+            "recipe, put its name first: RECIPE --run-dir RUN --resume"
         )
     (config,) = read_configs(file)
     moved = dataclasses.replace(config, run_dir=name)
@@ -285,7 +287,7 @@ def train_stages(
     start_over: bool = False,
     take_over: bool = False,
 ) -> bool:
-    """Train stages in a row; a stop request ends the row. Whether all are finished."""
+    """Train stages in sequence until a stop request; returns whether all are finished."""
     first = configs[0]
     timeout = timedelta(minutes=first.timeout_minutes)
     joined = Parallel.from_environment(
@@ -296,7 +298,7 @@ def train_stages(
     )
     with joined as parallel, StopRequest() as stop:
         for number, config in enumerate(configs):
-            # A later stage's fault is told before the first one trains.
+            # Errors of a later stage must be reported before the first one trains.
             laid_out(config, parallel)
             if number:
                 parallel.from_main(partial(check_captions, config))

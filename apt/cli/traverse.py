@@ -1,4 +1,4 @@
-"""`diffusion-apt traverse`: from one noise to another, models side by side."""
+"""`diffusion-apt traverse`: interpolate from one noise to another, models side by side."""
 
 from __future__ import annotations
 
@@ -13,41 +13,45 @@ from apt.outputs import check_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Traverse:
-    """Walk along great circles between noises, models side by side (APT Appendix I, Fig. 8).
+    """Interpolate between noises along great circles, models side by side (APT Appendix I, Fig. 8).
 
-    Writes the walk as traverse.mp4, some of it as traverse.png, and the size of every step as
-    traverse.json: a model that jumps between modes has a largest step far above the mean one.
+    Writes the samples on the way to traverse.mp4, some of them to traverse.png, and the size of
+    every step to traverse.json. If a model jumps between modes, its largest step is far above its
+    mean step.
     """
 
     prompt: str
-    """What to show, in quotes."""
+    """The prompt, in quotes."""
     model: tuple[str, ...] = ("digits", "digits-diffusion")
-    """Built-in names, folders or Hub ids; each with its own steps and guidance."""
+    """Built-in names, folders or Hub ids. Each model uses its own steps and guidance."""
     out: Path = Path("traverse")
-    """Folder to write; made if need be."""
+    """Folder to write, created if missing."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """The noises to go through, in this order."""
+    """Seeds of the noises to pass through, in this order."""
     num_between: int = 16
-    """Steps from one to the next."""
+    """Steps from one noise to the next."""
     closed: bool = False
-    """Go back to the first at the end, for a video that loops."""
+    """Return to the first noise at the end, for a video that loops."""
     num_steps: int | None = None
-    """Network evaluations per sample; None is each model's own number."""
+    """Sampling steps; None is each model's own number."""
     batch_size: int = 8
     """Samples per network call."""
     fps: float = 12.0
-    """Samples a second."""
+    """Samples shown per second."""
     scale: int | None = None
-    """Whole factor by which small frames are enlarged; None makes them easy to see."""
+    """Integer factor by which frames are enlarged; None enlarges small frames so that they are easy
+    to see."""
     device: str | None = None
     """cpu, cuda or cuda:N; None takes a GPU if there is one."""
 
 
 def main(args: Sequence[str], *, prog: str) -> None:
-    """Walk, write, and say where."""
+    """Interpolate, write the results, and print the folder."""
     options = parse(Traverse, args, prog=prog)
     if not options.model or len(set(options.model)) < len(options.model):
-        raise InputError(f"--model takes models, each once; got {', '.join(options.model)}")
+        raise InputError(
+            f"--model needs at least one model, and each only once; got {', '.join(options.model)}"
+        )
     check_folder(options.out)
 
     from apt.generate_options import GenerateOptions
@@ -65,8 +69,10 @@ def main(args: Sequence[str], *, prog: str) -> None:
     }
     if len(sizes) > 1:
         found = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
-        raise InputError(f"the models make {found}; compare models of one size")
-    # Nothing of this may come up only after the walk.
+        raise InputError(
+            f"the models make videos of different sizes ({found}); choose models of one size"
+        )
+    # Check the settings before the slow work.
     height, width = next(iter(sizes))
     side_by_side = (1, height, width * len(pipelines))
     film = options.out / "traverse.mp4"
@@ -88,5 +94,5 @@ def main(args: Sequence[str], *, prog: str) -> None:
         options.out, ways, prompt=options.prompt, seeds=seeds, fps=options.fps, scale=options.scale
     )
     for name, way in ways.items():
-        print(f"{name}: mean step {way.mean_step:.4f}, largest {way.peak:.2f} times that")
+        print(f"{name}: mean step {way.mean_step:.4f}, largest step {way.peak:.2f} times the mean")
     print(options.out)

@@ -1,4 +1,4 @@
-"""What is wrong with a command's options, in one line: tyro says it in a box."""
+"""One-line errors for invalid options, from the boxes that tyro prints."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _PYTHON = (
 
 
 class UnknownOption(InputError):
-    """An option that a command does not have."""
+    """An option that the command does not have."""
 
 
 def usage_error(said: str, prog: str) -> InputError:
-    """The error that a box of tyro tells of.
+    """Return the error that a box of tyro reports.
 
     Args:
-        said: the box, in a terminal so wide that nothing in it is folded.
-        prog: the command, whose help is named.
+        said: the box, from a terminal so wide that no line in it is wrapped.
+        prog: the command whose help the message refers to.
     """
     title, *rest = re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines() or [""]
-    # Where the output is no UTF-8 there is a rule below the title, and nothing at the sides.
+    # Without UTF-8, there is a rule below the title and nothing at the sides.
     drawn = title.startswith("╭")
     body = [line[2:-2] if drawn else line[2:] for line in (rest if drawn else rest[1:])]
     title = title.strip("╭─╮ ")
@@ -46,7 +46,7 @@ def usage_error(said: str, prog: str) -> InputError:
     if title == "Required options":
         missing = ", ".join(_options(first))
         return InputError(f"{missing} is missing; `{prog} --help` explains the options")
-    # Behind an empty line it says the same again, in the words of Python.
+    # After an empty line, tyro repeats the message in Python's words.
     text = " ".join(" ".join(first).partition("  ")[0].split()).removeprefix("Error parsing ")
     for pattern, words in _PYTHON:
         text = re.sub(pattern, words, text)
@@ -60,5 +60,5 @@ def usage_error(said: str, prog: str) -> InputError:
 
 
 def _options(section: list[str]) -> list[str]:
-    """The names of the options that are listed, each above what explains it."""
+    """Return the names of the listed options; each stands above its explanation."""
     return [line.split()[0].rstrip(",") for line in section if re.match(r" {4}\S", line)]

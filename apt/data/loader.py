@@ -205,7 +205,8 @@ def _batches(loader: Iterable[Batch | DataError], slices: _Slices) -> Iterator[B
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            # Not "Caught RuntimeError in DataLoader worker", which is a data set's own.
+            if not str(error).startswith("DataLoader worker (pid"):
                 raise
             files = ", ".join(slices.of_the_dead())
             raise DataError(

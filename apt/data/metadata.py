@@ -6,7 +6,6 @@ import csv
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from apt.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -90,9 +89,8 @@ def _csv_records(lines: list[str]) -> Iterator[tuple[int, list[str], str | None]
     """
     at = 0
     while at < len(lines):
-        reader = csv.reader(
-            (line + "\n" for line in islice(lines, at, None)), skipinitialspace=True, strict=True
-        )
+        rest = (lines[number] + "\n" for number in range(at, len(lines)))
+        reader = csv.reader(rest, skipinitialspace=True, strict=True)
         problem = None
         try:
             fields, num = next(reader), reader.line_num
@@ -135,12 +133,13 @@ def _checked_row(where: str, row: Mapping[str, object]) -> Row:
         return Row(
             where, name.strip(), problem=f"caption must be text, got {type(caption).__name__}"
         )
-    if not all(map(_is_text, (name, caption))):
+    if not all(map(is_text, (name, caption))):
         return Row(where, problem="holds half of a character (a lone surrogate)")
     return Row(where, name.strip(), caption.strip())
 
 
-def _is_text(text: str) -> bool:
+def is_text(text: str) -> bool:
+    """Whether a caption can be encoded, and is no UTF-16 that was taken for UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

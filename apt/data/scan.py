@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from apt.data.metadata import METADATA_NAMES, read_metadata
+from apt.data.metadata import METADATA_NAMES, is_text, read_metadata
 from apt.data.reading import Entry
 from apt.data.report import Problem, ProblemKind
 from apt.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_media, may_be_media
@@ -207,4 +207,6 @@ def _sidecar_caption(path: Path) -> str | _NoCaption:
         return _NoCaption(f"{name} is not UTF-8")
     except OSError as error:
         return _NoCaption(f"{name} cannot be read: {error.strerror or error}")
+    if not is_text(caption):
+        return _NoCaption(f"{name} is UTF-16 without its mark; save it as UTF-8")
     return caption or _NoCaption(f"{name} is empty")

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apt.data.folder import VideoFolder
+from apt.data.metadata import is_text
 from apt.data.reading import Entry, Source, reason
 from apt.data.report import Problem
 from apt.data.scan import Scan
 from apt.data.suffixes import is_media
 from apt.data.tar import Member, open_member, read_index, read_members
 from apt.errors import DataError
+from apt.files import decode_text
 from apt.untrusted import parse_json
 
 __all__ = ["VideoShards", "scan_shards"]
@@ -116,10 +118,11 @@ def _captions(path: Path, samples: Mapping[str, Mapping[str, Member]]) -> dict[s
 
 def _caption(kind: str, content: bytes) -> str:
     try:
+        text = decode_text(content)
         if kind == "txt":
-            return content.decode().strip()
-        document = parse_json(content.decode())
+            return text.strip() if is_text(text) else ""
+        document = parse_json(text)
         found = document.get("caption") or document.get("text")
-        return found.strip() if isinstance(found, str) else ""
+        return found.strip() if isinstance(found, str) and is_text(found) else ""
     except (ValueError, AttributeError):
         return ""

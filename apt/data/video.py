@@ -79,7 +79,10 @@ class Video:
         # Attribute access fails on a missing decoder, which the type stubs do not know.
         if cast(object, self.stream.codec_context) is None:
             self.close()
-            raise DataError(f"{name_of(self.source)}: this FFmpeg has no decoder for it; {REMUX}")
+            raise DataError(
+                f"{name_of(self.source)}: of an unknown codec: the file is cut off, so copy it "
+                f"again, or this FFmpeg has no decoder for it; {REMUX}"
+            )
         # One thread, as in `picture`: errors can keep a decoder alive until after a fork, and a
         # pool whose threads are in the other process can never be closed.
         self.stream.codec_context.thread_count = 1

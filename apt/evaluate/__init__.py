@@ -1,1 +1,1 @@
-"""Evaluation by a command: models in; samples, figures and a page out."""
+"""Evaluate models: generate samples, measure them, and write a page."""

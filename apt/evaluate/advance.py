@@ -1,12 +1,12 @@
-"""How measures tell of their progress."""
+"""How measures report their progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Advance = Callable[[int], None]
-"""Told how many more files are done."""
+"""Called with the number of files that were just finished."""
 
 
 def nobody(_: int) -> None:
-    """Nobody listens."""
+    """Ignore progress."""

@@ -1,8 +1,8 @@
-"""What is evaluated: our models at any stage and number of steps, diffusers pipelines, and peers.
+"""The models to evaluate: ours at any stage and number of steps, diffusers pipelines, and peers.
 
-A model is named as NAME=PLACE,option=value,...; the name and the options may be left out. PLACE is
-a model of ours (a built-in name, a folder or a Hub id), a peer (`apt.evaluate.peers`), or
-"diffusers:" with the folder or Hub id of a pipeline.
+A model is given as NAME=PLACE,option=value,...; name and options are optional. PLACE is one of our
+models (a built-in name, a folder or a Hub id), a peer (`apt.evaluate.peers`), or "diffusers:"
+followed by the folder or Hub id of a pipeline.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ PIPELINE_PREFIX = "diffusers:"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
-    """A model that was asked for.
+    """A model to evaluate.
 
     Attributes:
-        name: in folders, tables and pages.
-        place: see the head of this file.
-        options: how it samples; what they leave open is the protocol's, or else its own.
-        fps: frames per second, of models that do not say.
-        unet: a safetensors file in place of a peer's own weights.
+        name: used in folders, tables and pages.
+        place: see the module's docstring.
+        options: how to sample; unset ones come from the protocol, or else from the model.
+        fps: frames per second, for models that do not define it.
+        unet: a safetensors file that replaces the weights of a peer's UNet.
     """
 
     name: str
@@ -41,7 +41,7 @@ class ModelChoice:
     unet: Path | None = None
 
     def sized(self, options: GenerateOptions) -> ModelChoice:
-        """With the size of other options where it leaves its own open."""
+        """Return this choice, with frames, height and width from `options` where unset."""
         size = {
             name: getattr(options, name)
             for name in ("frames", "height", "width")
@@ -51,23 +51,22 @@ class ModelChoice:
 
 
 def parse_name(text: str) -> tuple[str, str]:
-    """The name and the place of NAME=PLACE; without a name, the last part of the place.
+    """Split NAME=PLACE into name and place; without a name, use the last part of the place.
 
-    Raises InputError for a name that could not be a folder's.
+    Raises InputError for a name that cannot be the name of a folder.
     """
     name, sign, place = text.partition("=")
     if not sign or "/" in name:
         name, place = Path(text.removeprefix(PIPELINE_PREFIX)).name, text
     if not re.fullmatch(r"[\w.@+-]+", name) or name in (".", ".."):
         raise InputError(
-            f"{name!r} is no name of a model here; name it with letters, digits and -, as in "
-            f"apt={place}"
+            f"{name!r} cannot be the name of a model; use letters, digits and -, as in apt={place}"
         )
     return name, place
 
 
 def parse_model(text: str) -> ModelChoice:
-    """What NAME=PLACE,option=value,... asks for.
+    """Parse NAME=PLACE,option=value,... into a choice.
 
     Raises InputError for an option that does not exist.
     """
@@ -96,23 +95,24 @@ def parse_model(text: str) -> ModelChoice:
 
 
 def check_model(choice: ModelChoice) -> None:
-    """Look at a choice before anything large is fetched.
+    """Check a choice before anything large is downloaded.
 
-    Raises CheckpointError for a model that is nowhere, InputError for an option that it ignores.
+    Raises CheckpointError for a model that does not exist, InputError for an option that does not
+    apply to it.
     """
     if choice.place in PEERS:
         if choice.fps is not None:
-            raise InputError(f"{choice.place} makes pictures, which have no fps; leave it out")
+            raise InputError(f"{choice.place} makes images, which have no fps; leave it out")
         return
     if choice.unet is not None:
-        raise InputError(f"{choice.place} is none of the peers, so it takes no unet; leave it out")
+        raise InputError(f"{choice.place} is not a peer, so it takes no unet; leave it out")
     place = choice.place.removeprefix(PIPELINE_PREFIX)
     known = place in list_pretrained() or Path(place).expanduser().exists()
     if not known and split_hub_id(place) is None:
         names = [*list_pretrained(), *PEERS]
         raise CheckpointError(
-            f"there is no model {choice.place!r}: {suggest(place, names)}; a folder, a Hub id "
-            f"(owner/name), or {PIPELINE_PREFIX}FOLDER or {PIPELINE_PREFIX}owner/name for a "
-            "pipeline of diffusers"
+            f"there is no model {choice.place!r}: {suggest(place, names)}; or give a folder, a Hub "
+            f"id (owner/name), or {PIPELINE_PREFIX}FOLDER or {PIPELINE_PREFIX}owner/name for a "
+            "diffusers pipeline"
         )
     locate(place)

@@ -1,4 +1,4 @@
-"""How well pictures show what their prompts say: the CLIP score (Hessel et al., 2021)."""
+"""CLIP score: how well pictures match their prompts (Hessel et al., 2021)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from apt.evaluate.features import CLIP_MEAN, CLIP_STD, normalise
 from apt.models.text_transformers import load_tokenizer
 
 PAPER_MODEL = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
-"""APT, Appendix A, after ADD (Sauer et al., 2025). 5.5 GB, MIT."""
+"""The model of APT's Appendix A, which follows ADD (Sauer et al., 2025). 5.5 GB, MIT."""
 
 _MAX_TOKENS = 77
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """A network that looks at pictures and prompts together.
+    """A network that compares pictures with prompts.
 
     Attributes:
-        name: for tables and records.
-        network: pictures (B, size, size, 3) in [0, 255], uint8 or float32, on the CPU, and their B
-            prompts, to (B,): the cosine of each pair, in [-1, 1].
-        size: pixels of a side; pictures are cropped and resized to it as clean-fid does.
+        name: used in tables and records.
+        network: maps pictures (B, size, size, 3) in [0, 255], uint8 or float32, on the CPU, and
+            their B prompts to (B,), the cosine of each pair in [-1, 1].
+        size: side in pixels; pictures are cropped and resized to it as in clean-fid.
     """
 
     name: str
@@ -36,31 +36,31 @@ class Similarity:
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) float64 on the CPU. Raises InputError for another number of figures."""
+        """Return (B,) float64 on the CPU. Raises InputError unless there is one figure per pair."""
         if len(pictures) != len(prompts):
-            raise InputError(f"{len(pictures)} pictures do not fit {len(prompts)} prompts")
+            raise InputError(f"{len(pictures)} pictures need as many prompts, got {len(prompts)}")
         cosines = self.network(pictures, prompts)
         if cosines.shape != (len(pictures),):
             raise InputError(
-                f"the similarity {self.name!r} came in the shape {tuple(cosines.shape)} for "
+                f"the similarity {self.name!r} returned the shape {tuple(cosines.shape)} for "
                 f"{len(pictures)} pictures; expected ({len(pictures)},)"
             )
         return cosines.double().cpu()
 
 
 def clip_similarity(weights: str = PAPER_MODEL, device: str = "cpu") -> Similarity:
-    """CLIP through transformers, in fp32.
+    """Load CLIP through transformers, in fp32.
 
-    Prompts of more than 77 tokens are cut, as CLIP's own code does. Its pictures are scaled without
-    rounding in between, which CLIP's own code does.
+    Prompts are truncated to 77 tokens, as in CLIP's own code. Unlike there, resized pictures are
+    not rounded to integers.
 
     Args:
         weights: a folder or a Hub id.
-        device: for the network.
+        device: where the network runs.
 
     Raises:
         MissingPackageError: transformers is not installed.
-        CheckpointError: the weights cannot be had or do not fit.
+        CheckpointError: the weights cannot be loaded or do not fit.
     """
     transformers = import_hub_extra("transformers")
     folder = local_folder(weights, None, [""])

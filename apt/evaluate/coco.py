@@ -1,4 +1,4 @@
-"""COCO's captions and images, from the folder that a user has (Lin et al., 2014)."""
+"""Read COCO's captions and images from the user's folder (Lin et al., 2014)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ CAPTIONS_FILE = "captions_val2014.json"
 IMAGES_FOLDER = "val2014"
 _PLACES = (CAPTIONS_FILE, f"annotations/{CAPTIONS_FILE}")
 _MAX_BYTES = 1 << 28
-"""The file has 31 MB."""
+"""The real file is 31 MB."""
 _ADVICE = (
-    "expected COCO 2014 validation, from cocodataset.org: annotations/captions_val2014.json and "
+    "expected COCO 2014 validation from cocodataset.org: annotations/captions_val2014.json and "
     "the images in val2014/"
 )
 
@@ -25,8 +25,8 @@ class CocoCaptions:
     """The first captions, and the image that each was written for.
 
     Attributes:
-        prompts: in the order of the file; some come more than once.
-        images: as many files; an image has about five captions, so most come more than once.
+        prompts: in the order of the file; some occur more than once.
+        images: one for each prompt; an image has about five captions, so most occur more than once.
     """
 
     prompts: tuple[str, ...]
@@ -34,20 +34,20 @@ class CocoCaptions:
 
     @property
     def reference(self) -> list[Path]:
-        """The images, each once."""
+        """The images without repetition."""
         return list(dict.fromkeys(self.images))
 
 
 def read_coco_captions(folder: Path, number: int) -> CocoCaptions:
-    """The first 5,000 or 10,000 captions of COCO 2014 validation, as in APT's Appendix A.
+    """Read the first captions of COCO 2014 validation (5,000 or 10,000 in APT's Appendix A).
 
     Args:
-        folder: with `captions_val2014.json`, or `annotations/` that has it, and `val2014/`.
+        folder: contains `val2014/`, and `captions_val2014.json` itself or in `annotations/`.
         number: how many captions.
 
     Raises:
         DataError: the folder, its captions or their images are missing or damaged, or there are
-            fewer captions.
+            fewer captions than `number`.
     """
     path = next((folder / place for place in _PLACES if (folder / place).is_file()), None)
     if path is None:
@@ -68,7 +68,7 @@ def read_coco_captions(folder: Path, number: int) -> CocoCaptions:
     missing = [file.name for file in dict.fromkeys(files) if not file.is_file()]
     if missing:
         raise DataError(
-            f"{str(folder / IMAGES_FOLDER)!r} lacks {len(missing)} of the images, the first "
+            f"{str(folder / IMAGES_FOLDER)!r} lacks {len(missing)} of the images, such as "
             f"{missing[0]!r}; {_ADVICE}"
         )
     return CocoCaptions(tuple(caption for _, caption in chosen), tuple(files))
@@ -77,5 +77,5 @@ def read_coco_captions(folder: Path, number: int) -> CocoCaptions:
 def _rows(document: Any, name: str) -> list[Any]:
     rows = document[name]
     if not isinstance(rows, list):
-        raise TypeError(f"{name} is no list")
+        raise TypeError(f"{name} is not a list")
     return rows

@@ -1,7 +1,7 @@
-"""Two runs of one model, sample by sample: did a change of the code change what it makes?
+"""Compare two runs of one model sample by sample, to see whether a change altered its output.
 
-Full-reference measures, for 8-bit weights, VAEs, kernels and exports. They compare samples of the
-same prompt and seed, so they say nothing of two different models.
+These are full-reference measures for 8-bit weights, VAEs, kernels and exports. They compare samples
+of the same prompt and seed, so they say nothing about two different models.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from apt.samples import read_samples
 
 @dataclass(frozen=True)
 class Fidelity:
-    """A measure of a video against the one that it should equal.
+    """A measure of how close a video is to the one that it should equal.
 
     Attributes:
-        title: with its unit.
-        higher_is_better: else lower.
-        measure: reference and test, uint8 (T, H, W, 3), and frames per second, to the figure.
+        title: includes the unit.
+        higher_is_better: otherwise, lower is better.
+        measure: maps reference and test, uint8 (T, H, W, 3), and frames per second to a figure.
     """
 
     title: str
@@ -40,11 +40,11 @@ class Fidelity:
     measure: Callable[[Tensor, Tensor, float], float]
 
     def worst(self, values: Sequence[float]) -> float:
-        """The figure that is furthest from equality."""
+        """Return the figure that is furthest from equality."""
         return min(values) if self.higher_is_better else max(values)
 
     def passes(self, value: float, limit: float) -> bool:
-        """Whether a figure reaches a limit."""
+        """Return whether a figure meets a limit."""
         return value >= limit if self.higher_is_better else value <= limit
 
 
@@ -83,7 +83,7 @@ def _cvvdp_metric() -> Any:
 
 def _missing(package: str, error: Exception) -> MissingPackageError:
     return MissingPackageError(
-        f"this needs {package}, which does not import here ({error}); "
+        f"this needs {package}, which cannot be imported ({error}); "
         "run `pip install diffusion-apt[eval]`"
     )
 
@@ -92,13 +92,13 @@ FIDELITIES: Mapping[str, Fidelity] = {
     "psnr": Fidelity("PSNR (dB)", True, lambda a, b, _: psnr(a, b)),
     "ssim": Fidelity("SSIM", True, lambda a, b, _: ssim(a, b)),
     # NVIDIA's FLIP of SDR frames at its default of 67 pixels per degree, mean over frames and
-    # pixels; 0 is equal, 1 the most different (Andersson et al., 2020).
+    # pixels; 0 means equal, 1 is the largest difference (Andersson et al., 2020).
     "flip": Fidelity("FLIP", False, _flip),
-    # ColorVideoVDP's JOD on a full-HD screen at its usual distance; 10 is equal, 1 less is seen by
-    # three of four people (Mantiuk et al., 2024).
+    # ColorVideoVDP's JOD on a full-HD screen at its usual distance; 10 means equal, and three in
+    # four people see a difference of 1 (Mantiuk et al., 2024).
     "cvvdp": Fidelity("ColorVideoVDP (JOD)", True, _cvvdp),
 }
-"""Measures by name. FLIP and ColorVideoVDP are in the extra `eval`."""
+"""Measures by name. FLIP and ColorVideoVDP need the extra `eval`."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Comparison:
     Attributes:
         names: of the pairs.
         figures: by measure, one for each pair.
-        limits: that the worst pair has to reach, by measure.
+        limits: by measure, what the worst pair must reach.
     """
 
     names: Sequence[str]
@@ -116,7 +116,7 @@ class Comparison:
     limits: Mapping[str, float]
 
     def worst(self, measure: str) -> tuple[str, float]:
-        """The worst pair's name and figure."""
+        """Return the worst pair's name and figure."""
         values = self.figures[measure]
         worst = FIDELITIES[measure].worst(values)
         return self.names[values.index(worst)], worst
@@ -131,7 +131,7 @@ class Comparison:
         ]
 
     def render(self) -> str:
-        """A table: mean and worst figure of each measure, and whether its limit is met."""
+        """Return a table: mean and worst figure of each measure, and whether its limit is met."""
         lines = [f"{len(self.names)} pairs"]
         for name, values in self.figures.items():
             pair, worst = self.worst(name)
@@ -143,7 +143,7 @@ class Comparison:
         return "\n".join(lines)
 
     def write_json(self, path: Path) -> None:
-        """All figures; infinity, which JSON does not have, as null.
+        """Write all figures, with null for infinity, which JSON does not have.
 
         Raises InputError if the file cannot be written.
         """
@@ -167,10 +167,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def pair_files(reference: Path, test: Path) -> dict[str, tuple[Path, Path]]:
-    """Pairs to compare, by name: two files, or the samples of two folders by prompt and seed.
+    """Return the pairs to compare, by name: two files, or two folders' samples by prompt and seed.
 
     Raises:
-        InputError: a file and a folder, or folders without the same prompts and seeds.
+        InputError: a file and a folder, or folders with different prompts or seeds.
         DataError: a folder without a manifest of samples.
     """
     if reference.is_file() and test.is_file():
@@ -181,8 +181,8 @@ def pair_files(reference: Path, test: Path) -> dict[str, tuple[Path, Path]]:
     alone = [f"{prompt!r} seed {seed}" for prompt, seed in first.keys() ^ second.keys()]
     if alone:
         raise InputError(
-            f"{len(alone)} samples are in one of {str(reference)!r} and {str(test)!r} alone: "
-            f"{listed(sorted(alone))}; make both with the same prompts and seeds"
+            f"{len(alone)} samples are in only one of {str(reference)!r} and {str(test)!r}: "
+            f"{listed(sorted(alone))}; generate both with the same prompts and seeds"
         )
     return {
         f"{prompt!r} seed {seed}": (sample.path, second[prompt, seed].path)
@@ -201,16 +201,16 @@ def compare(
     """Compare two files, or all samples of two folders.
 
     Args:
-        reference: what is right.
-        test: what is looked at.
+        reference: the expected output.
+        test: the output to check.
         measures: names in `FIDELITIES`.
-        limits: by measure, what the worst pair has to reach; these measures are taken too.
-        progress: told how many pairs of how many are done.
+        limits: by measure, what the worst pair must reach; these measures are computed too.
+        progress: called with the numbers of finished pairs and of all pairs.
 
     Raises:
-        InputError: unknown measures, a limit that is not finite, or pairs that do not fit together.
+        InputError: unknown measures, a limit that is not finite, or pairs that cannot be compared.
         DataError: files or manifests that cannot be read.
-        MissingPackageError: a measure of the extra `eval` that is not installed.
+        MissingPackageError: a measure needs the extra `eval`, which is not installed.
     """
     limits = dict(limits or {})
     names = list(dict.fromkeys([*measures, *limits]))

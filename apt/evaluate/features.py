@@ -1,7 +1,7 @@
-"""Networks that turn pictures into features, in which Fréchet distances are measured.
+"""Networks that turn pictures into features for Fréchet distances.
 
-Your own is as good as a built-in one: `Features("mine", my_function, size=64)`, or by name through
-`--import`, as a function in `FEATURES`.
+You can use your own: `Features("mine", my_function, size=64)`, or, to select it by name, a function
+that is registered in `FEATURES` and imported with `--import`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from apt.registry import Registry
 
 @dataclass(frozen=True)
 class Features:
-    """A network, frozen, and the size at which it wants its pictures.
+    """A frozen network, and the size of the pictures that it takes.
 
     Attributes:
-        name: for tables and records.
-        network: pictures (B, size, size, 3) in [0, 255], uint8 or, resized without rounding,
-            float32, on the CPU, to features (B, D) of any float type.
-        size: pixels of a side; pictures are cropped and resized to it as clean-fid does.
+        name: used in tables and records.
+        network: maps pictures (B, size, size, 3) in [0, 255] on the CPU, uint8 or (resized without
+            rounding) float32, to features (B, D) of any float dtype.
+        size: side in pixels; pictures are cropped and resized to it as in clean-fid.
     """
 
     name: str
@@ -37,9 +37,9 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
-        """Features (B, D) on the CPU in float32 or wider.
+        """Return features (B, D) on the CPU in float32 or wider.
 
-        Raises InputError if the network gives anything else than a row for each picture.
+        Raises InputError unless the network returns one row per picture.
         """
         features = check_rows(self.name, self.network(pictures), len(pictures), "pictures")
         wide = features if features.dtype == torch.float64 else features.float()
@@ -47,25 +47,25 @@ class Features:
 
 
 def check_rows(name: str, features: Tensor, number: int, what: str) -> Tensor:
-    """Features as a network gave them; raises InputError unless they are a row for each input."""
+    """Return `features`; raise InputError unless they have one row per input."""
     if features.ndim != 2 or len(features) != number or not features.is_floating_point():
         raise InputError(
-            f"the features {name!r} came as {features.dtype} {tuple(features.shape)} for "
+            f"the features {name!r} returned {features.dtype} {tuple(features.shape)} for "
             f"{number} {what}; expected floats of shape ({number}, D)"
         )
     return features
 
 
 FEATURES: Registry[Features] = Registry("features")
-"""Functions that build features by name. Each takes `device`, and where its weights are."""
+"""Functions that build features, by name. Each takes `device` and the location of its weights."""
 
 FDR_FEATURES = ("inception", "convnextv2", "dinov2", "mae", "siglip2", "clip")
-"""The six of FDr^6, see `apt.evaluate.image_measures.FrechetRatio`."""
+"""The six networks of FDr^6; see `apt.evaluate.image_measures.FrechetRatio`."""
 
 
 @FEATURES.register("inception")
 def inception(weights: str | None = None, device: str = "cpu") -> Features:
-    """FID's Inception-v3 of 2015, 2048 numbers (95.6 MB, Apache-2.0)."""
+    """FID's Inception-v3 of 2015, 2048 features (95.6 MB, Apache-2.0)."""
     network = load_inception(None if weights is None else Path(weights)).to(device)
 
     def extract(pictures: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def inception(weights: str | None = None, device: str = "cpu") -> Features:
 def dinov2(
     weights: str = "facebook/dinov2-large", size: int = 224, device: str = "cpu"
 ) -> Features:
-    """DINOv2-L's class token, 1024 numbers (1.2 GB, Apache-2.0)."""
+    """DINOv2-L's class token, 1024 features (1.2 GB, Apache-2.0)."""
     return _of_transformers(
         "dinov2",
         weights,
@@ -94,7 +94,7 @@ def dinov2(
 def convnextv2(
     weights: str = "facebook/convnextv2-base-22k-224", size: int = 224, device: str = "cpu"
 ) -> Features:
-    """ConvNeXt-V2-B's last map, averaged, 1024 numbers (0.35 GB, Apache-2.0)."""
+    """ConvNeXt-V2-B's last feature map, averaged, 1024 features (0.35 GB, Apache-2.0)."""
     return _of_transformers(
         "convnextv2",
         weights,
@@ -108,7 +108,7 @@ def convnextv2(
 
 @FEATURES.register("mae")
 def mae(weights: str = "facebook/vit-mae-large", device: str = "cpu") -> Features:
-    """MAE-L's class token, nothing masked, 1024 numbers (1.3 GB, CC-BY-NC-4.0)."""
+    """MAE-L's class token, without masking, 1024 features (1.3 GB, CC-BY-NC-4.0)."""
     return _of_transformers(
         "mae",
         weights,
@@ -117,14 +117,14 @@ def mae(weights: str = "facebook/vit-mae-large", device: str = "cpu") -> Feature
         "ViTMAEModel",
         lambda output: output.last_hidden_state[:, 0],
         foreign=("decoder.",),
-        # Its embeddings leave out this share of the patches.
+        # The share of patches that its embeddings drop.
         settings={"mask_ratio": 0.0},
     )
 
 
 @FEATURES.register("siglip2")
 def siglip2(weights: str = "google/siglip2-so400m-patch16-256", device: str = "cpu") -> Features:
-    """SigLIP 2 So400m's pooled token, 1152 numbers (4.5 GB with its text part, Apache-2.0)."""
+    """SigLIP 2 So400m's pooled token, 1152 features (4.5 GB with its text tower, Apache-2.0)."""
     return _of_transformers(
         "siglip2",
         weights,
@@ -140,7 +140,7 @@ def siglip2(weights: str = "google/siglip2-so400m-patch16-256", device: str = "c
 
 @FEATURES.register("clip")
 def clip(weights: str = "openai/clip-vit-large-patch14", device: str = "cpu") -> Features:
-    """CLIP-L/14's class token, 1024 numbers (1.7 GB with its text part, MIT)."""
+    """CLIP-L/14's class token, 1024 features (1.7 GB with its text tower, MIT)."""
     return _of_transformers(
         "clip",
         weights,
@@ -156,13 +156,13 @@ def clip(weights: str = "openai/clip-vit-large-patch14", device: str = "cpu") ->
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pictures that CLIP was trained on, in [0, 1]; all its later trainings took them over."""
+"""Statistics of CLIP's training images in [0, 1]; later CLIP models use them too."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalise(pictures: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, H, W, 3) in [0, 255] to float32 (B, 3, H, W), less the mean of [0, 1], over `std`."""
+    """Scale (B, H, W, 3) to [0, 1] and return (x - mean) / std as float32 (B, 3, H, W)."""
     scaled = pictures.float() / 255
     return ((scaled - scaled.new_tensor(mean)) / scaled.new_tensor(std)).permute(0, 3, 1, 2)
 

@@ -1,4 +1,4 @@
-"""Samples of one model for many prompts and seeds, in a folder with their manifest."""
+"""Generate samples of one model for many prompts and seeds, in a folder with a manifest."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def generate_samples(
     parallel: Parallel | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Make a file for each prompt and seed: .mp4, or .png where the model makes single frames.
+    """Write a file for each prompt and seed: .mp4, or .png if the model makes single frames.
 
-    An interrupted call is repeated, and makes what is left, as many ranks as it may then have; so
-    does one after a file was damaged or lost. What a model computes together is made together
-    again, so that the samples do not depend on any of this.
+    If a call was interrupted, or files were damaged or lost, repeat it to make the rest, on any
+    number of ranks. Samples that a model computes in one batch are made again together, so the
+    results do not depend on interruptions or ranks.
 
     Args:
-        folder: for the files and their manifest (`apt.samples`); made if need be.
-        model: what makes them.
-        keys: no two the same.
-        lossless: keep every pixel of a video, at its own size, in .mkv.
-        parallel: ranks that share the work; each notes what it made in a manifest of its own.
-        progress: called with the number of samples that are there, and of all.
+        folder: for the files and their manifest (`apt.samples`); created if missing.
+        model: generates the samples.
+        keys: prompts and seeds, all different.
+        lossless: store videos without loss, at their own size, as .mkv.
+        parallel: ranks that share the work; each records what it made in its own manifest.
+        progress: called with the numbers of finished samples and of all samples.
 
     Returns the folder.
 
     Raises:
-        InputError: for a prompt, seed or option that does not fit; for a folder that cannot be
-            written, or that has samples of other settings, or other prompts under the same names.
-        PeerError: for an error of another rank, after this one has made its share.
+        InputError: a prompt, seed or option that does not fit; a folder that cannot be written, or
+            that has samples of other settings, or of other prompts under the same names.
+        PeerError: an error of another rank, raised after this one has made its share.
     """
     check_folder(folder)
     rank, world = (0, 1) if parallel is None else (parallel.rank, parallel.world_size)
@@ -82,7 +82,7 @@ def generate_samples(
 def plan_outputs(
     folder: Path, model: SampleModel, keys: Sequence[SampleKey], *, lossless: bool = False
 ) -> list[Output]:
-    """The file of each prompt and seed, in their order; prompts are numbered as they come up."""
+    """Return the file of each prompt and seed, in order; prompts are numbered as they occur."""
     suffix = ".png" if model.frames == 1 else LOSSLESS if lossless else ".mp4"
     numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in keys))}
     return [
@@ -102,17 +102,16 @@ def make_share(
     world: int,
     progress: Callable[[int], None] = lambda made: None,
 ) -> None:
-    """Make what one of several ranks makes of the outputs that are left, and note it.
+    """Generate one rank's share of the remaining outputs, and record it.
 
     Args:
-        folder: of the manifests.
-        model: what makes them.
-        left: the same for all ranks; whole batches of the model's, one behind another.
-        rank, world: whose share, of how many.
-        progress: called with the number of files made of all that are left, as if all ranks were
-            equally fast.
+        folder: contains the manifests.
+        model: generates the samples.
+        left: the remaining outputs, the same for all ranks: whole batches of the model, in order.
+        rank, world: which rank, of how many.
+        progress: called with the number of files that all ranks have made, if all are equally fast.
 
-    Raises InputError as `generate_samples`.
+    Raises InputError as `generate_samples` does.
     """
     share = [output for batch in _batches(left, model)[rank::world] for output in batch]
     progress(0)
@@ -129,9 +128,9 @@ def make_share(
 
 
 def gather_manifests(folder: Path, model: SampleModel) -> None:
-    """Move what the manifests of ranks say into the folder's own, which goes on with it.
+    """Merge the manifests of ranks into the folder's own.
 
-    Raises InputError for manifests of other settings, or a disk that refuses.
+    Raises InputError for manifests of other settings, or if a file cannot be written.
     """
     found = sorted(folder.glob(_OF_RANKS))
     if not found:
@@ -152,13 +151,13 @@ def _record(path: Path, model: SampleModel) -> OutputRecord:
         path,
         model.settings,
         resume=True,
-        again="make them again: what is there is kept",
+        again="repeat the command; finished samples are kept",
         anew="choose another folder or name",
     )
 
 
 def together(parallel: Parallel | None, action: Callable[[], object]) -> None:
-    """Run an action on rank 0 while the others wait; it fails on all."""
+    """Run an action on rank 0 while the others wait; if it fails, it fails on all."""
     if parallel is None:
         action()
     else:

@@ -1,4 +1,4 @@
-"""One way for all: generate what a protocol asks of each model, measure it, write the page."""
+"""Run a protocol: generate the samples of each model, measure them, and write the page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from apt.samples import Sample, SampleFolder, read_samples
 from apt.version import __version__
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-"""A bar with a description, which is told what is done and of how much."""
+"""Makes a progress bar with a description; the bar is called with (done, total)."""
 
 
 def evaluate(
@@ -38,38 +38,38 @@ def evaluate(
     parallel: Parallel | None = None,
     progress: Progress = lambda _: nullcontext(lambda done, total: None),
 ) -> Path | None:
-    """Evaluate models by a protocol; returns the page, None on other ranks than the first.
+    """Evaluate models by a protocol; return the page, or None on ranks other than 0.
 
-    Writes ``samples/<model>/`` and, by the protocol's name, a page as Markdown and as one HTML
-    file, and a JSON file of every figure. An interrupted call is repeated: samples and figures
-    that are there are kept, files that were damaged are made again.
+    Writes ``samples/<model>/`` and, named after the protocol, a page as Markdown and as one HTML
+    file, and a JSON file of every figure. Repeat an interrupted call to continue it: existing
+    samples and figures are kept, and damaged files are made again.
 
     Args:
         config: the protocol's options.
         models: at least one, with different names.
-        out: folder, made if need be.
-        device: None takes a GPU if there is one.
-        dtype: of the weights; None is float32, and what a peer's card says.
-        command: that was called, for the page.
+        out: folder for the results, created if missing.
+        device: None uses a GPU if there is one.
+        dtype: of the weights; None is float32, or what a peer's card says.
+        command: the command line, shown on the page.
         parallel: ranks that share the samples.
-        progress: shows how far the work is.
+        progress: makes progress bars.
 
     Raises:
-        InputError: models, options or files that do not fit, or a disk that refuses.
-        CheckpointError: a model that is nowhere, or cannot be loaded.
+        InputError: models, options or files that do not fit, or a file that cannot be written.
+        CheckpointError: a model that does not exist or cannot be loaded.
         DataError: a sample or a reference that cannot be read.
     """
     names = [choice.name for choice in models]
     if not names or len(set(names)) < len(names):
         raise InputError(
-            f"models need different names, and at least one; got {names}; name them with NAME=..."
+            f"expected at least one model, all with different names, got {names}; add NAME=..."
         )
     for choice in models:
         check_model(choice)
     check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     protocol = config.build(Request(out, tuple(models)))
-    with progress("what is real") as update:
+    with progress("references") as update:
         update(0, 1)
         together(parallel, protocol.prepare)
     folders = {name: out / "samples" / name for name in names}
@@ -77,7 +77,7 @@ def evaluate(
         with progress(f"samples of {choice.name}") as update:
             model = load_model(choice.sized(protocol.options), device=device, dtype=dtype)
             make_samples(protocol, model, folders[choice.name], parallel=parallel, progress=update)
-        del model  # the next one needs its memory
+        del model  # frees memory for the next one
     if parallel is not None and not parallel.is_main:
         return None
     found = {name: read_samples(folder) for name, folder in folders.items()}
@@ -87,7 +87,7 @@ def evaluate(
         machine=machine(),
         software=f"diffusion-apt {__version__}",
         models=measure(protocol, models, found, out, progress),
-        real={} if protocol.real is None else protocol.real(),
+        baselines={name: figures() for name, figures in protocol.baselines.items()},
     )
     return write_report(out, evaluation, found)
 
@@ -100,9 +100,9 @@ def make_samples(
     parallel: Parallel | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """What a protocol asks of a model, of all evaluation seeds, in a folder.
+    """Generate a model's samples for a protocol, of all evaluation seeds, into a folder.
 
-    Raises as `apt.evaluate.generate.generate_samples`.
+    Raises what `apt.evaluate.generate.generate_samples` raises.
     """
     sets = [protocol.keys(seed) for seed in protocol.seeds]
     total = sum(map(len, sets))
@@ -130,7 +130,7 @@ def measure(
     out: Path,
     progress: Progress,
 ) -> list[ModelResult]:
-    """Every figure of every model and seed; those of earlier calls are not measured again."""
+    """Return every figure of every model and seed, reusing those of earlier calls."""
     results = []
     first = folders[models[0].name]
     for choice in models:
@@ -153,16 +153,16 @@ def measure_samples(
     first: SampleFolder | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, dict[str, float]]:
-    """Figures of one model's samples by evaluation seed, and then by name.
+    """Return the figures of one model's samples, by evaluation seed and name.
 
     Args:
-        protocol: that is followed.
+        protocol: defines the measures.
         folder: the samples.
-        out: of the file of what is measured, which is not measured again.
-        first: samples that pairs are made with; None, or the same ones, makes none.
-        progress: called with the number of seeds that are done, and of all.
+        out: folder of the file of known figures, which are not measured again.
+        first: the first model's samples, for pair measures; None, or the same samples, skips these.
+        progress: called with the numbers of finished seeds and of all seeds.
 
-    Raises DataError for a sample that is not as it was made, and what the measures raise.
+    Raises DataError for a sample that changed since it was made, and what the measures raise.
     """
     measured = Measured(out, [protocol.name, dict(protocol.settings), __version__])
     figures = {}
@@ -187,7 +187,7 @@ def _figures(
 
 
 def _samples(protocol: Protocol, seed: int, folder: SampleFolder) -> list[Sample]:
-    """In the protocol's order, as they were made. Raises DataError for one that is not."""
+    """Return the samples in the protocol's order. Raises DataError for one that has changed."""
     samples = [folder.samples[key] for key in protocol.keys(seed)]
     for sample in samples:
         try:
@@ -196,7 +196,7 @@ def _samples(protocol: Protocol, seed: int, folder: SampleFolder) -> list[Sample
             whole = False
         if not whole:
             raise DataError(
-                f"{str(sample.path)!r} was cut off or changed since it was made; evaluate again: "
-                "it is made anew, and what else is there is kept"
+                f"{str(sample.path)!r} was truncated or changed since it was made; evaluate "
+                "again: it is made again, and everything else is kept"
             )
     return samples

@@ -1,4 +1,4 @@
-"""A page of Markdown as one HTML file, with its pictures and videos inside."""
+"""Write a Markdown page as one HTML file that contains its pictures and videos."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from apt.media.parts import CONTROL, VIDEO_TYPES, data_uri, embed, html_page
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Files side by side, which take the place of a picture of the Markdown.
+    """Files side by side, which replace a picture of the Markdown.
 
     Attributes:
         rows: a caption for each row.
         columns: a heading for each column.
-        files: `files[row][column]`; None where there is none.
+        files: `files[row][column]`; None for an empty cell.
     """
 
     rows: Sequence[str]
@@ -30,7 +30,7 @@ class Grid:
     files: Sequence[Sequence[Path | None]]
 
     def html(self) -> str:
-        """The grid as an element. Raises InputError for a file that a page cannot show."""
+        """Return an HTML element. Raises InputError for a file that a page cannot show."""
         names = [html.escape(column) for column in self.columns]
         parts = ["<div class=grid>"]
         for row, files in zip(self.rows, self.files, strict=True):
@@ -45,20 +45,20 @@ class Grid:
         return "\n".join([*parts, "</div>"])
 
     def has_videos(self) -> bool:
-        """Whether one of the files is a video."""
+        """Return whether any of the files is a video."""
         return any(f and f.suffix.lower() in VIDEO_TYPES for row in self.files for f in row)
 
 
 def write_html_page(
     path: Path, text: str, *, title: str, grids: Mapping[str, Grid] | None = None
 ) -> Path:
-    """Write Markdown (CommonMark, with tables) as HTML that needs no other file.
+    """Write Markdown (CommonMark with tables) as a self-contained HTML file.
 
     Args:
-        path: of the page; pictures that the text names lie beside it.
-        text: Markdown. HTML in it is shown as it is written.
+        path: of the page; its folder has the pictures that the text names.
+        text: Markdown. HTML in it is escaped.
         title: of the window.
-        grids: what is shown in place of a picture, by the picture's name.
+        grids: grids that replace pictures, by the picture's name.
 
     Raises InputError for a picture that cannot be read, or a page that cannot be written.
     """
@@ -70,7 +70,7 @@ def write_html_page(
             if child.type == "image":
                 _put_inside(child, path.parent, grids)
                 if child.type == "html_inline":
-                    # A grid is no part of a paragraph.
+                    # A grid cannot be inside a paragraph.
                     tokens[number - 1].hidden = tokens[number + 1].hidden = True
     videos = any(grid.has_videos() for grid in grids.values())
     body = parser.renderer.render(tokens, parser.options, {}) + (CONTROL if videos else "")
@@ -85,7 +85,7 @@ def write_html_page(
 
 
 def _put_inside(image: Token, folder: Path, grids: Mapping[str, Grid]) -> None:
-    """Let a picture hold its own data, or a grid take its place."""
+    """Embed a picture's data, or replace the picture by its grid."""
     name = str(image.attrs["src"])
     if name in grids:
         image.type, image.tag, image.content = "html_inline", "", grids[name].html()

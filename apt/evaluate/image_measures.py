@@ -1,7 +1,8 @@
 """Measures of generated images against real ones: FID, PFID, FDr, CLIP score.
 
-They read files batch by batch and keep means and covariances in fp64, so memory does not grow with
-their number. What is real is looked at once, when a measure is made, and serves for all models.
+They read files batch by batch and accumulate means and covariances in fp64, so memory does not grow
+with the number of files. Real images are processed once, when a measure is created, and serve for
+all models.
 """
 
 from __future__ import annotations
@@ -41,23 +42,23 @@ _DECODERS = 4
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Items one behind another, `size` at a time."""
+    """Yield items in order, `size` at a time."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
 def whole(path: Path, size: int) -> Picture:
-    """A file's largest square in the middle, resized as clean-fid does."""
+    """Read a file, crop its largest centred square, and resize that as clean-fid does."""
     return clean_resize(crop_square(read_picture(path)), (size, size))
 
 
 def patch(path: Path, size: int) -> Picture:
-    """The middle of a real picture, not resized."""
+    """Return the middle of a real picture, not resized."""
     return crop_middle(read_picture(path), size)
 
 
 def patch_of_generated(path: Path, size: int) -> Picture:
-    """The middle of a generated picture; one of a model of 512 pixels is enlarged before."""
+    """Return the middle of a generated picture; one of up to 512 pixels is enlarged first."""
     picture = read_picture(path)
     small = min(picture.shape[:2]) <= SMALL
     return crop_middle(upsample(picture, LARGE) if small else picture, size)
@@ -66,7 +67,7 @@ def patch_of_generated(path: Path, size: int) -> Picture:
 def prepared(
     files: Sequence[Path], prepare: Callable[[Path], Picture], batch_size: int
 ) -> Iterator[Tensor]:
-    """Pictures of one size, batch by batch: (B, H, W, 3), uint8 or float32."""
+    """Yield batches of prepared pictures of one size: (B, H, W, 3), uint8 or float32."""
     with ThreadPoolExecutor(_DECODERS) as pool:
         for chunk in batches(files, batch_size):
             yield torch.from_numpy(np.stack(list(pool.map(prepare, chunk))))
@@ -80,14 +81,14 @@ def feature_statistics(
     batch_size: int = 32,
     advance: Advance = nobody,
 ) -> GaussianStatistics:
-    """Mean and covariance of the features of files.
+    """Return the mean and covariance of the features of image files.
 
     Args:
         files: images.
         features: the network.
-        prepare: a file and the network's size to a picture of that size.
-        batch_size: pictures that the network sees at once; the figures do not depend on it.
-        advance: told of progress.
+        prepare: maps a file and the network's size to a picture of that size.
+        batch_size: pictures per network call; the figures do not depend on it.
+        advance: called with progress.
 
     Raises:
         DataError: a file that cannot be decoded.
@@ -104,7 +105,7 @@ def feature_statistics(
 
 
 class _FrechetOfFiles:
-    """A Fréchet distance between features of generated and of real files; see `Fid`."""
+    """Fréchet distance between the features of generated and real files; see `Fid`."""
 
     _prepare_real = staticmethod(whole)
     _prepare_generated = staticmethod(whole)
@@ -131,46 +132,47 @@ class _FrechetOfFiles:
         )
 
     def statistics(self, files: Sequence[Path]) -> GaussianStatistics:
-        """Of features of generated files; see `feature_statistics`."""
+        """Return the feature statistics of generated files; see `feature_statistics`."""
         return self._measure(files, self._prepare_generated)
 
     def distance(self, statistics: GaussianStatistics) -> float:
-        """Of what `statistics` gave: squared, 0 for equal statistics."""
+        """Return the squared distance of these statistics to the real ones; 0 if equal."""
         return frechet_distance(statistics, self._real)
 
     def __call__(self, files: Sequence[Path]) -> float:
-        """The squared distance of generated files."""
+        """Return the squared distance of generated files to the real ones."""
         return self.distance(self.statistics(files))
 
 
 class Fid(_FrechetOfFiles):
-    """Fréchet Inception distance (Heusel et al., 2017), as APT's Appendix A has it.
+    """Fréchet Inception distance (Heusel et al., 2017), as in APT's Appendix A.
 
     Pictures are cropped to their middle square and resized to 299 pixels as clean-fid does (Parmar
-    et al., 2022). Lower is better; it is biased upwards by few samples (compare equal numbers), and
-    singular below 2048 of them.
+    et al., 2022). Lower is better. Few samples bias it upwards, so compare equal numbers; below
+    2048 samples the covariance is singular.
 
     Args:
         reference: files of real images, at least two.
-        features: Inception, or another network, for another Fréchet distance.
-        batch_size: pictures that the network sees at once.
-        advance: told of progress.
+        features: Inception; another network gives another Fréchet distance.
+        batch_size: pictures per network call.
+        advance: called with progress.
     """
 
 
 class PatchFid(_FrechetOfFiles):
-    """Patch FID (Lin et al., 2024; APT, Appendix A): detail, at the resolution that was generated.
+    """Patch FID (Lin et al., 2024; APT, Appendix A): detail at the generated resolution.
 
-    Patches of 299 pixels from the middle, not resized. Generated pictures whose shorter side is at
-    most 512 pixels are first enlarged to 1024, bilinearly; real ones never are, and those with a
-    side below 299 are left out. Arguments as for `Fid`.
+    It compares patches of 299 pixels from the middle, not resized. Generated pictures whose shorter
+    side is at most 512 pixels are first enlarged to 1024, bilinearly. Real ones are never enlarged;
+    those with a side below 299 are left out. Arguments are those of `Fid`.
 
     Attributes:
-        left_out: how many real files were too small.
+        left_out: number of real files that were too small.
 
     Raises:
         DataError: all real files are too small.
-        InputError: a generated one is: with a shorter side from 513 pixels it cannot be.
+        InputError: a generated picture is too small, which it never is for patches of up to 513
+            pixels.
     """
 
     _prepare_real = staticmethod(patch)
@@ -182,8 +184,8 @@ class PatchFid(_FrechetOfFiles):
         self.left_out = len(reference) - len(large)
         if not large:
             raise DataError(
-                f"none of the {len(reference)} real images has {side} pixels on its shorter side, "
-                "so there are no patches; give a folder of larger images"
+                f"none of the {len(reference)} real images has at least {side} pixels on its "
+                "shorter side, so there are no patches; give a folder of larger images"
             )
         return large
 
@@ -195,12 +197,12 @@ def _shorter_side(path: Path) -> int:
 
 @dataclass(frozen=True)
 class FrechetRatios:
-    """What `FrechetRatio` gives.
+    """The result of `FrechetRatio`.
 
     Attributes:
-        mean: over the networks; 1 is as far from the reference as real images are.
+        mean: over the networks; 1 means as far from the reference as real images are.
         ratios: by network.
-        distances: Fréchet distances of the generated images by network.
+        distances: Fréchet distances of the generated images, by network.
     """
 
     mean: float
@@ -209,30 +211,31 @@ class FrechetRatios:
 
 
 class FrechetRatio:
-    """FDr^k: Fréchet distances in k representations, each over that of held-out real images.
+    """FDr^k: Fréchet distances in k representations, each divided by that of held-out real images.
 
-    The mean over networks of FD(generated, reference) / FD(held out, reference): 1 is what real
-    images reach. One network's distance can be optimised, and misranks models; several are harder
-    to fool. Source: Yang et al., "Representation Fréchet Loss for Visual Generation" (arXiv
-    2604.28190) and its evaluation code, with Inception, ConvNeXt-V2-B, DINOv2-L, MAE-L, SigLIP 2
-    So400m and CLIP-L (`apt.evaluate.features.FDR_FEATURES`) on ImageNet, where the held-out images
-    are its validation set.
+    The result is the mean over networks of FD(generated, reference) / FD(held out, reference); real
+    images reach 1. The distance in one network can be optimised and then misranks models; several
+    are harder to fool.
 
-    Differences from there: real images are the user's own; pictures are resized as clean-fid does
-    to the size that each network was trained at (theirs come in 256 pixels). So figures compare
-    models here, not with that paper's tables. Distances fall with the number of images on either
-    side: hold out as many as are generated.
+    Source: Yang et al., "Representation Fréchet Loss for Visual Generation" (arXiv 2604.28190) and
+    its evaluation code, with Inception, ConvNeXt-V2-B, DINOv2-L, MAE-L, SigLIP 2 So400m and CLIP-L
+    (`apt.evaluate.features.FDR_FEATURES`) on ImageNet, whose validation set is held out.
+
+    Differences from that code: the real images are the user's own, and pictures are resized as
+    clean-fid does to the size that each network was trained at (theirs have 256 pixels). Figures
+    can therefore be compared with each other, but not with that paper's tables. Distances fall as
+    the number of images on either side grows, so hold out as many as are generated.
 
     Args:
         reference: files of real images.
         features: networks with different names.
-        heldout: other real images; None holds back every second file of `reference`.
-        batch_size: pictures that a network sees at once.
-        advance: told of progress.
+        heldout: other real images; None holds out every second file of `reference`.
+        batch_size: pictures per network call.
+        advance: called with progress.
 
     Raises:
-        InputError: no networks, two of one name, too few images, or held-out images that are those
-            of the reference.
+        InputError: no networks, two with the same name, too few images, or held-out images that are
+            those of the reference.
     """
 
     def __init__(
@@ -246,7 +249,7 @@ class FrechetRatio:
     ) -> None:
         names = [network.name for network in features]
         if not names or len(set(names)) < len(names):
-            raise InputError(f"FDr needs networks with different names, at least one; got {names}")
+            raise InputError(f"FDr needs one or more networks with different names, got {names}")
         if heldout is None:
             reference, heldout = reference[::2], reference[1::2]
         self._distances = {
@@ -257,18 +260,18 @@ class FrechetRatio:
         equal = [name for name, distance in self.heldout.items() if distance <= 0]
         if equal:
             raise InputError(
-                f"the held-out images are as the reference to {', '.join(equal)}, so nothing can "
-                "be measured against them; hold out other real images"
+                f"the held-out images equal the reference in {', '.join(equal)}, so nothing can be "
+                "measured against them; hold out other real images"
             )
 
     def __call__(
         self, files: Sequence[Path], known: Mapping[str, GaussianStatistics] | None = None
     ) -> FrechetRatios:
-        """The ratios of generated images.
+        """Return the ratios of generated images.
 
         Args:
             files: images.
-            known: what `Fid.statistics` gave of them, by network; the others are computed.
+            known: their `Fid.statistics` by network, if known; the others are computed.
         """
         known = known or {}
         distances = {
@@ -287,17 +290,17 @@ def clip_score(
     batch_size: int = 32,
     advance: Advance = nobody,
 ) -> float:
-    """Mean over images of 100 times the cosine with their prompts, as APT's Tables 5 and 6.
+    """Return the mean of 100 times the cosine of image and prompt, as in APT's Tables 5 and 6.
 
     Args:
         files: images.
-        prompts: what each was made from.
+        prompts: the prompt of each image.
         similarity: CLIP, or another network.
-        batch_size: pictures that the network sees at once.
-        advance: told of progress.
+        batch_size: pictures per network call.
+        advance: called with progress.
 
     Raises:
-        InputError: other numbers of prompts than of files, or none.
+        InputError: no files, or not one prompt for each.
         DataError: a file that cannot be decoded.
     """
     if not files or len(files) != len(prompts):

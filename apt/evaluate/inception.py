@@ -1,10 +1,10 @@
 """The Inception-v3 of FID: TensorFlow's network of 2015-12-05, up to its last pooling.
 
-It is not torchvision's nor timm's: its average pooling leaves out padding, its last block pools by
-maximum, and its weights come from another training (Szegedy et al., 2015; Heusel et al., 2017).
-Parameters are named as in the file that pytorch-fid and torch-fidelity both publish, so it loads as
-it is. Their classes are not used because they need torchvision, unpickle without a full checksum,
-and take whole numbers alone, whereas clean-fid's resize is not rounded.
+It differs from torchvision's and timm's: its average pooling excludes padding, its last block uses
+max pooling, and its weights come from another training (Szegedy et al., 2015; Heusel et al., 2017).
+Parameters are named as in the file that pytorch-fid and torch-fidelity both publish, so it loads
+unchanged. We do not use their classes, because they need torchvision, unpickle without a full
+checksum, and take only integers, whereas clean-fid's resize does not round.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _PATIENCE = 10.0
 _CHUNK = 1 << 20
 
 Layer = tuple[int, int | tuple[int, int]]
-"""Output channels and kernel."""
+"""Output channels and kernel size."""
 Branch = Sequence[Sequence[Layer]]
-"""Layers one behind another; two in one place lie side by side."""
+"""Positions in sequence; two layers at one position run in parallel."""
 
 
 class Convolution(nn.Module):
-    """Convolution, batch normalisation and ReLU. `same` pads, so that the size stays."""
+    """Convolution, batch normalisation and ReLU. `same` pads to keep the size."""
 
     def __init__(
         self, in_channels: int, layer: Layer, *, stride: int = 1, same: bool = True
@@ -55,20 +55,20 @@ class Convolution(nn.Module):
         self.bn = nn.BatchNorm2d(channels, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, channels, H', W')."""
+        """Map (B, C, H, W) to (B, channels, H', W')."""
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class Mixed(nn.Module):
-    """Branches side by side, their outputs one behind another in the channels.
+    """Parallel branches whose outputs are concatenated along the channels.
 
     Args:
-        in_channels: of the input.
+        in_channels: channels of the input.
         branches: by the name of their convolutions, which get a number if there are several, and
-            a letter if two lie side by side.
-        pool: channels of the convolution behind the pooling; 0 halves the size: the last layers
-            have stride 2, and what is pooled, by maximum, goes on as it is.
-        by_maximum: pool by maximum where the size stays.
+            a letter if two run in parallel.
+        pool: channels of the convolution after the pooling; 0 halves the size: the last layers have
+            stride 2, and the max-pooled input is concatenated without a convolution.
+        by_maximum: use max pooling in a block that keeps the size.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Mixed(nn.Module):
             self.branch_pool = Convolution(in_channels, (pool, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C', H', W')."""
+        """Map (B, C, H, W) to (B, C', H', W')."""
         outputs = []
         for path in self._paths:
             y = x
@@ -120,7 +120,7 @@ class Mixed(nn.Module):
 
 
 class Inception(nn.Module):
-    """Pictures (B, 3, 299, 299) in [0, 255] to FID's features (B, 2048). Not for training."""
+    """Maps pictures (B, 3, 299, 299) in [0, 255] to FID's features (B, 2048). Not for training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class Inception(nn.Module):
 
 
 def _of_35(in_channels: int, pool: int) -> Mixed:
-    """A block at 35x35 places."""
+    """Return a block for 35x35 feature maps."""
     return Mixed(
         in_channels,
         {
@@ -184,7 +184,7 @@ def _of_35(in_channels: int, pool: int) -> Mixed:
 
 
 def _of_17(width: int) -> Mixed:
-    """A block at 17x17 places."""
+    """Return a block for 17x17 feature maps."""
     across, down = (1, 7), (7, 1)
     return Mixed(
         768,
@@ -204,7 +204,7 @@ def _of_17(width: int) -> Mixed:
 
 
 def _of_8(in_channels: int, *, by_maximum: bool = False) -> Mixed:
-    """A block at 8x8 places."""
+    """Return a block for 8x8 feature maps."""
     apart = [(384, (1, 3)), (384, (3, 1))]
     return Mixed(
         in_channels,
@@ -219,14 +219,14 @@ def _of_8(in_channels: int, *, by_maximum: bool = False) -> Mixed:
 
 
 def load_inception(weights: Path | None = None) -> Inception:
-    """The network with its weights.
+    """Load the network with its weights.
 
     Args:
-        weights: their file; None is where pytorch-fid keeps it, in torch's cache, and fetches it if
-            it is not there.
+        weights: their file; None uses pytorch-fid's place in torch's cache, and downloads the file
+            if it is not there.
 
     Raises:
-        CheckpointError: it cannot be fetched or read, or is another file.
+        CheckpointError: the file cannot be downloaded or read, or is another file.
     """
     path = weights or Path(torch.hub.get_dir()) / "checkpoints" / Path(WEIGHTS_URL).name
     if weights is None and not path.exists():
@@ -236,15 +236,15 @@ def load_inception(weights: Path | None = None) -> Inception:
     except OSError as error:
         raise CheckpointError(
             f"cannot read Inception's weights {str(path)!r}: {error.strerror or error}; "
-            f"expected the file of {WEIGHTS_URL}"
+            f"expected the file from {WEIGHTS_URL}"
         ) from error
     if hashlib.sha256(content).hexdigest() != WEIGHTS_SHA256:
         raise CheckpointError(
-            f"{str(path)!r} is not Inception's weights (SHA-256); expected the file of "
+            f"{str(path)!r} is not Inception's weights (SHA-256 differs); expected the file from "
             f"{WEIGHTS_URL}"
         )
-    # The one pickle that is read anywhere here: nobody publishes these weights otherwise, and by
-    # its checksum it is this very file.
+    # The only pickle that this package reads: these weights are published in no other format, and
+    # the checksum shows that this is the published file.
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     network = Inception()
     network.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
@@ -252,7 +252,7 @@ def load_inception(weights: Path | None = None) -> Inception:
 
 
 def _fetch(path: Path) -> None:
-    """Download the weights to `path`, which appears whole. Raises CheckpointError."""
+    """Download the weights to `path`, whole or not at all. Raises CheckpointError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -265,12 +265,12 @@ def _fetch(path: Path) -> None:
                     target.write(chunk)
             if digest.hexdigest() != WEIGHTS_SHA256:
                 raise CheckpointError(
-                    f"what came from {WEIGHTS_URL} is not Inception's weights (SHA-256); a proxy "
-                    "on the way may alter it, try another network"
+                    f"the download of {WEIGHTS_URL} is not Inception's weights (SHA-256 differs); "
+                    "a proxy may have altered it; try another network"
                 )
             partial.replace(path)
     except (OSError, http.client.HTTPException) as error:
         raise CheckpointError(
-            f"cannot download Inception's weights for FID ({error}); where there is no network, "
-            f"put the file of {WEIGHTS_URL} (95.6 MB) at {str(path)!r}"
+            f"cannot download Inception's weights for FID ({error}); if there is no network, "
+            f"put the file from {WEIGHTS_URL} (95.6 MB) at {str(path)!r}"
         ) from error

@@ -1,4 +1,4 @@
-"""Where figures were measured."""
+"""The machine that figures were measured on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def machine() -> str:
-    """Processor, cores and torch, in words."""
+    """Describe processor, number of cores and torch version in one line."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

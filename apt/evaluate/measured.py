@@ -1,4 +1,4 @@
-"""Figures that were measured already, so that an interrupted evaluation goes on."""
+"""A cache of measured figures, so that an interrupted evaluation can continue."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MEASURED = "measured.jsonl"
 
 
 class Measured:
-    """Figures in a file, by a digest of what they are of.
+    """Figures in a file, keyed by a digest of the samples and of everything else behind them.
 
     Args:
-        folder: of the file; lines that cannot be read are passed over, and measured again.
-        about: what else decides the figures, as JSON.
+        folder: contains the file; unreadable lines are skipped, and their figures measured again.
+        about: everything but the samples that determines the figures, as JSON.
     """
 
     def __init__(self, folder: Path, about: Any) -> None:
@@ -41,14 +41,16 @@ class Measured:
     def get(
         self, number: int, samples: Sequence[Sequence[Sample]], measure: Callable[[], Figures]
     ) -> dict[str, float]:
-        """The figures of these samples, from the file or measured and noted; none are not noted.
+        """Return the figures of these samples from the file, or measure and record them.
+
+        If there are no figures, nothing is recorded.
 
         Args:
-            number: which of the protocol's measures.
-            samples: that are measured, and those that they are compared with.
-            measure: does it.
+            number: index of the measure in the protocol.
+            samples: the measured samples, and those that they are compared with.
+            measure: computes the figures.
 
-        Raises InputError for a disk that refuses, and what `measure` raises.
+        Raises InputError if the file cannot be written, and what `measure` raises.
         """
         digests = [[sample.sha256 for sample in part] for part in samples]
         text = json.dumps([self._about, number, digests], sort_keys=True, default=str)
@@ -59,13 +61,13 @@ class Measured:
                 return {}
             try:
                 with self._path.open("a", encoding="utf-8") as stream:
-                    # As text, so that infinity is one too, and no digit is lost.
+                    # As text, which also holds infinity and keeps every digit.
                     written = {name: repr(value) for name, value in figures.items()}
                     stream.write(json.dumps({"of": key, "figures": written}) + "\n")
             except OSError as error:
                 raise InputError(
                     f"cannot write {str(self._path)!r}: {error.strerror or error}; free some "
-                    "space, and evaluate again: what is there is kept"
+                    "space, and evaluate again: finished work is kept"
                 ) from error
             self._known[key] = figures
         return self._known[key]

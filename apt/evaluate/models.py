@@ -1,4 +1,4 @@
-"""Models at work: from a choice to what makes samples."""
+"""Load a chosen model as an object that generates samples."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
 class SampleModel(Protocol):
-    """What makes samples.
+    """A model that generates samples.
 
     Attributes:
-        settings: everything that decides its samples besides prompt and seed, as JSON.
-        frames: of a sample; 1 is an image.
+        settings: everything besides prompt and seed that determines its samples, as JSON.
+        frames: per sample; 1 is an image.
         fps: frames per second of its videos.
-        batch_size: samples that it computes together, and which may differ by a rounding from
-            those of another size.
+        batch_size: number of samples computed together; another number may change rounding.
     """
 
     settings: Mapping[str, Any]
@@ -35,7 +34,7 @@ class SampleModel(Protocol):
     batch_size: int
 
     def stream(self, keys: Sequence[SampleKey]) -> Iterator[Tensor]:
-        """The samples, uint8 (T, H, W, 3), one after the other.
+        """Yield the samples in order, uint8 (T, H, W, 3).
 
         Raises InputError for a prompt, size or option that does not fit.
         """
@@ -51,17 +50,17 @@ def load_model(
     """Load a model.
 
     Args:
-        choice: which, and how it samples.
-        device: None takes a GPU if there is one.
-        dtype: of the weights; None is float32, and what a peer's card says.
+        choice: which model, and how to sample it.
+        device: None uses a GPU if there is one.
+        dtype: of the weights; None is float32, or what a peer's card says.
 
     Raises:
-        CheckpointError: a model that is nowhere, or cannot be loaded.
+        CheckpointError: a model that does not exist or cannot be loaded.
         InputError: an option that does not fit.
     """
     check_model(choice)
     if choice.place.startswith(PIPELINE_PREFIX) or choice.place in PEERS:
-        # Brings diffusers, which models of ours do without.
+        # Imports diffusers, which our own models do not need.
         from apt.evaluate.pipelines import load_peer, load_pipeline
 
         if choice.place in PEERS:
@@ -76,7 +75,7 @@ def load_model(
 
 
 class OwnModel:
-    """A model of ours; see `SampleModel`. Arguments and errors are those of `load_model`."""
+    """One of our models; see `SampleModel`. Arguments and errors are those of `load_model`."""
 
     def __init__(
         self,
@@ -97,8 +96,8 @@ class OwnModel:
         self.fps = sample.fps if choice.fps is None else choice.fps
         if self.frames > 1 and not self.fps:
             raise InputError(
-                f"{choice.place} was trained on clips at each video's own rate; say at which one "
-                f"its samples play, as in {choice.place},fps=24"
+                f"{choice.place} was trained on clips at each video's own rate; set a frame rate "
+                f"for its samples, as in {choice.place},fps=24"
             )
         plan = self._pipeline.plan(self._options)
         origin = self._pipeline.bundle.origin

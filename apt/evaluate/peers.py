@@ -1,8 +1,8 @@
 """The one-step models that the paper compares with (Section 4, Tables 1 to 6), and their bases.
 
-Each value is the model card's, as far as it gives one; `Peer.source` says what was read where. The
-paper runs the bases in 25 steps, with the guidance that diffusers has as its default; the cards
-recommend more steps of some. Licences are those that the cards name: read them before use.
+Values are the model card's where it gives them; `Peer.source` says what was read where. The paper
+runs the bases with 25 steps and with diffusers' default guidance; some cards recommend more steps.
+Licences are as named in the cards: read them before use.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """Weights that replace those of the pipeline's UNet: a file of a Hub repository, or a folder's.
+    """Weights that replace those of the pipeline's UNet: a file in a Hub repository or a folder.
 
-    A pickle (.bin) is never loaded: of such a peer the user names a converted file.
+    A pickle (.bin) is never loaded; for such a peer the user names a converted file.
     """
 
     repo: str
@@ -28,17 +28,17 @@ class Peer:
     """How a published model is sampled.
 
     Attributes:
-        about: what it is, for lists.
+        about: description for lists.
         repo: Hub id of the pipeline.
         licence: as the card names it.
-        source: which of these values was read where.
+        source: where each of these values was read.
         dtype: of the weights.
-        num_steps: network evaluations, each with a second half where guidance is above 1.
+        num_steps: sampling steps.
         guidance_scale: diffusers' option; 0 is off.
         side: height and width in pixels.
         call: further options of the pipeline's call.
-        unet: weights in place of the pipeline's UNet.
-        scheduler: diffusers' class in place of the pipeline's, made from that one's configuration.
+        unet: weights that replace the pipeline's UNet.
+        scheduler: diffusers class that replaces the pipeline's, built from its configuration.
         scheduler_options: changes to that configuration.
     """
 
@@ -76,8 +76,8 @@ PEERS: Mapping[str, Peer] = {
         repo="black-forest-labs/FLUX.1-dev",
         licence="FLUX.1 [dev] Non-Commercial License (gated)",
         source=(
-            "card: licence; guidance 3.5, 512 tokens and bfloat16 (50 steps there) as its example "
-            "is quoted elsewhere, since the card itself could not be read; the paper: 25 steps"
+            "card: licence; its example (guidance 3.5, 512 tokens, bfloat16, 50 steps) as quoted "
+            "elsewhere, since the card itself could not be read; the paper: 25 steps"
         ),
         dtype="bfloat16",
         num_steps=25,
@@ -162,7 +162,7 @@ PEERS: Mapping[str, Peer] = {
         licence="CC BY-NC 4.0",
         source=(
             "card: UNet file, guidance 0, float16, licence, and a scheduler whose timesteps are a "
-            "quarter of LCM's: in one step LCM's own at timestep 249, a quarter of 999"
+            "quarter of LCM's: with one step, LCM's own at timestep 249, a quarter of 999"
         ),
         dtype="float16",
         num_steps=1,
@@ -185,4 +185,4 @@ PEERS: Mapping[str, Peer] = {
         side=512,
     ),
 }
-"""By the names that `--model` takes."""
+"""Peers by the names that `--model` takes."""

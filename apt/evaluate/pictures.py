@@ -1,9 +1,9 @@
-"""Pictures as image metrics see them: read from files, cropped, resized as clean-fid does.
+"""Read, crop and resize pictures for image metrics, as clean-fid does.
 
-A picture is uint8 (H, W, 3), as a viewer shows it: upright by its EXIF tag, over white where it is
-transparent, grey as three equal channels, its colour profile turned into sRGB. For plain RGB and
-grey files these are the pixels that Pillow's `convert("RGB")` gives, as in clean-fid; where a file
-is turned, transparent or has a profile, clean-fid looks at what nobody sees.
+A picture is uint8 (H, W, 3), as a viewer shows it: rotated as its EXIF tag says, transparency over
+white, grey as three equal channels, the colour profile converted to sRGB. For plain RGB and grey
+files these are the pixels of Pillow's `convert("RGB")`, as in clean-fid. If a file is rotated, is
+transparent or has a profile, clean-fid uses pixels that no viewer shows.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from apt.errors import DataError, InputError
 from apt.pixels import to_uint8
 
 Picture = NDArray[np.uint8] | NDArray[np.float32]
-"""(H, W, 3) in [0, 255]: uint8, or float32 after a resize, which is not rounded."""
+"""(H, W, 3) in [0, 255]: uint8, or float32 after a resize, which does not round."""
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """Image files below a folder, sorted by their path in it.
+    """Return the image files below a folder, sorted by path.
 
-    Raises DataError for no such folder, or one without images.
+    Raises DataError for a folder that does not exist or has no images.
     """
     if not folder.is_dir():
-        raise DataError(f"{str(folder)!r} is no folder; name one with images (JPEG, PNG, ...)")
+        raise DataError(f"{str(folder)!r} is not a folder; name one with images (JPEG, PNG, ...)")
     found = sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path))
     if not found:
-        raise DataError(f"{str(folder)!r} holds no images; name a folder with JPEG or PNG files")
+        raise DataError(f"{str(folder)!r} has no images; name a folder with JPEG or PNG files")
     return found
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:
-    """A file as uint8 (H, W, 3). Raises DataError if it cannot be decoded."""
+    """Read a file as uint8 (H, W, 3). Raises DataError if it cannot be decoded."""
     pixels = to_uint8(read_image(path)[:, 0])
     picture: NDArray[np.uint8] = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
     return picture
 
 
 def crop_square(picture: Picture) -> Picture:
-    """The largest square in the middle; what is odd goes to the bottom and to the right."""
+    """Crop the largest centred square; an odd pixel is cut off at the bottom or right."""
     height, width = picture.shape[:2]
     side = min(height, width)
     return _cut(picture, side)
 
 
 def crop_middle(picture: Picture, side: int) -> Picture:
-    """A square of `side` pixels in the middle, without resizing.
+    """Crop a centred square of `side` pixels, without resizing.
 
-    Raises InputError for a picture that is smaller.
+    Raises InputError for a smaller picture.
     """
     if min(picture.shape[:2]) < side:
         height, width = picture.shape[:2]
@@ -71,10 +71,10 @@ def _cut(picture: Picture, side: int) -> Picture:
 
 
 def clean_resize(picture: Picture, size: tuple[int, int]) -> NDArray[np.float32]:
-    """To `size` (height, width) as clean-fid's "clean" mode (Parmar et al., 2022).
+    """Resize to `size` (height, width) like clean-fid's "clean" mode (Parmar et al., 2022).
 
-    Each channel by itself in float32 with Pillow's bicubic filter, which widens with the scale
-    (antialiasing); clipped to [0, 255], and not rounded to whole numbers.
+    Each channel is resized in float32 with Pillow's bicubic filter, which widens with the scale
+    (antialiasing). The result is clipped to [0, 255], and not rounded.
     """
     channels = [
         Image.fromarray(np.ascontiguousarray(picture[..., channel], dtype=np.float32)).resize(
@@ -86,7 +86,7 @@ def clean_resize(picture: Picture, size: tuple[int, int]) -> NDArray[np.float32]
 
 
 def upsample(picture: Picture, shorter_side: int) -> NDArray[np.float32]:
-    """Bilinear, so that the shorter side has so many pixels; not rounded."""
+    """Resize bilinearly to a shorter side of `shorter_side` pixels, without rounding values."""
     height, width = picture.shape[:2]
     scale = shorter_side / min(height, width)
     size = (round(height * scale), round(width * scale))

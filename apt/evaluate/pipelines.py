@@ -1,4 +1,4 @@
-"""Pipelines of diffusers as models that are evaluated, published peers among them."""
+"""Evaluate diffusers pipelines, including the published peers."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def load_pipeline(
     device: torch.device | str | None = None,
     dtype: str = "float32",
 ) -> PipelineModel:
-    """Any pipeline from text to images or videos.
+    """Load any pipeline from text to images or videos.
 
     Args:
         place: a folder or a Hub id.
-        options: how it samples; what they leave open is the pipeline's default.
+        options: how to sample; unset ones are the pipeline's defaults.
         fps: of its videos.
-        device: None takes a GPU if there is one.
+        device: None uses a GPU if there is one.
         dtype: of the weights.
 
     Raises:
-        CheckpointError: no such pipeline, or one that cannot be loaded.
+        CheckpointError: a pipeline that does not exist or cannot be loaded.
         InputError: an option that it does not take, or videos without a frame rate.
-        MissingPackageError: diffusers is not there.
+        MissingPackageError: diffusers is not installed.
     """
     source = _fetched(locate(place))
     pipeline = _load(source, dtype)
@@ -68,15 +68,15 @@ def load_peer(
     device: torch.device | str | None = None,
     dtype: str | None = None,
 ) -> PipelineModel:
-    """A published model as its card says; options go before what that says.
+    """Load a published model with its card's settings, which `options` override.
 
-    Arguments and errors are those of `load_pipeline`, and `unet` is a file in place of the one that
-    the peer names. Another number of steps than that of a peer with timesteps of its own is an
-    InputError, and so is a peer whose weights are published as a pickle, without such a file.
+    Arguments and errors are those of `load_pipeline`; `unet` is a file that replaces the one that
+    the peer names. Also raises InputError for another number of steps if the peer fixes its
+    timesteps, and for weights that are published as a pickle if `unet` is not given.
     """
     if "timesteps" in peer.call and options.num_steps not in (None, peer.num_steps):
         raise InputError(
-            f"{peer.about}, runs at timesteps {peer.call['timesteps']} alone; leave num_steps out"
+            f"{peer.about}, runs only at timesteps {peer.call['timesteps']}; leave num_steps out"
         )
     file = _unet_file(peer, unet)
     own = GenerateOptions(
@@ -106,18 +106,18 @@ def load_peer(
 
 
 class PipelineModel:
-    """A pipeline at work; see `apt.evaluate.models.SampleModel`.
+    """A pipeline that generates samples; see `apt.evaluate.models.SampleModel`.
 
-    Each sample has a generator of its own on the CPU, seeded with its seed, so that it depends on
-    nothing else.
+    Each sample has its own generator on the CPU, seeded with the sample's seed, so it does not
+    depend on other samples.
 
     Args:
         pipeline: a diffusers pipeline.
-        options: how it samples; what they leave open is the pipeline's default.
-        settings: what else decides its samples.
+        options: how to sample; unset ones are the pipeline's defaults.
+        settings: what else determines its samples.
         call: further options of its call.
         fps: of its videos.
-        device: None takes a GPU if there is one.
+        device: None uses a GPU if there is one.
 
     Raises InputError for an option that it does not take, or videos without a frame rate.
     """
@@ -141,8 +141,8 @@ class PipelineModel:
         self.frames = self._call.get("num_frames", default)
         if self.frames > 1 and fps is None:
             raise InputError(
-                f"{settings['model']} makes videos and does not say how fast they play; add the "
-                "rate, as in NAME,fps=16"
+                f"{settings['model']} makes videos but does not define a frame rate; add one, as "
+                "in NAME,fps=16"
             )
         self.fps = 1.0 if fps is None else fps
         self.batch_size = 1
@@ -175,15 +175,15 @@ class PipelineModel:
                 )
             except (ValueError, TypeError) as error:
                 raise InputError(
-                    f"{self._kind} refuses {prompt!r} with {self._call}: {error}"
+                    f"{self._kind} rejects {prompt!r} with {self._call}: {error}"
                 ) from error
         # A video is (1, T, H, W, 3), an image (1, H, W, 3).
         pixels = np.asarray(made.frames if hasattr(made, "frames") else made.images)
         pixels = pixels.reshape(-1, *pixels.shape[-3:])
         if not np.isfinite(pixels).all():
             raise InputError(
-                f"{self._kind} made values that are not finite of {prompt!r}, so there is nothing "
-                "to show; try --dtype bfloat16 or float32"
+                f"{self._kind} returned values that are not finite for {prompt!r}; try --dtype "
+                "bfloat16 or float32"
             )
         return torch.from_numpy((pixels * 255).round().clip(0, 255).astype(np.uint8))
 
@@ -191,7 +191,7 @@ class PipelineModel:
 def _call_options(
     kind: str, options: GenerateOptions, accepted: Mapping[str, inspect.Parameter]
 ) -> dict[str, Any]:
-    """Options as the pipeline names them. Raises InputError for those that it does not take."""
+    """Return options as the pipeline names them. Raises InputError for one it does not take."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -203,7 +203,7 @@ def _call_options(
         if field.name in ("sampler", "timesteps") or name not in accepted:
             known = [own for own in _OPTIONS if _CALLS.get(own, own) in accepted]
             raise InputError(
-                f"{kind} of diffusers takes no option {field.name!r}; it takes {', '.join(known)}"
+                f"diffusers' {kind} takes no option {field.name!r}; it takes {', '.join(known)}"
             )
         found[name] = value
     return found
@@ -213,12 +213,12 @@ _OPTIONS = ("num_steps", "cfg_scale", "negative_prompt", "frames", "height", "wi
 
 
 def _fetched(source: Source) -> Source:
-    """With all files of the pipeline's parts, and none of others that lie beside them."""
+    """Download the files of the pipeline's parts, and no others; return the source."""
     index = source.folder / PIPELINE_FILE
     if not index.is_file():
         raise CheckpointError(
-            f"{source.name!r} has no {PIPELINE_FILE}, so it is no pipeline of diffusers; a model "
-            "of this package is named without 'diffusers:'"
+            f"{source.name!r} has no {PIPELINE_FILE}, so it is not a diffusers pipeline; give a "
+            "model of this package without 'diffusers:'"
         )
     _, parts = read_pipeline(index)
     source.fetch([PIPELINE_FILE, *(f"{name}/*" for name in parts)])
@@ -240,7 +240,7 @@ def _load(source: Source, dtype: str) -> Any:
                 local_files_only=True,
                 trust_remote_code=False,
             )
-        # Whatever a configuration of others makes the library raise.
+        # Someone else's configuration can make the library raise anything.
         except Exception as error:
             reason = first_line(error).replace(str(stage), str(source.folder))
             raise CheckpointError(
@@ -250,10 +250,10 @@ def _load(source: Source, dtype: str) -> Any:
 
 @contextmanager
 def staged_pipeline(folder: Path) -> Iterator[Path]:
-    """A folder with the checked configurations of a pipeline, and links to its weights and words.
+    """Yield a folder with a pipeline's checked configurations and links to its other files.
 
-    Raises CheckpointError for one that names code, damaged headers, links to elsewhere, or a disk
-    that refuses.
+    Raises CheckpointError for a configuration that names code, damaged headers, links that lead out
+    of the folder, or a file that cannot be written.
     """
     index, parts = read_pipeline(folder / PIPELINE_FILE)
     with ExitStack() as stack:
@@ -269,14 +269,14 @@ def staged_pipeline(folder: Path) -> Iterator[Path]:
         except OSError as error:
             raise CheckpointError(
                 f"cannot prepare {str(folder)!r} ({error.strerror or error}); free some space, or "
-                "set TMPDIR to a disk that has some"
+                "set TMPDIR to a disk with free space"
             ) from error
         yield stage
 
 
 _KINDS = (".json", ".model", _SAFETENSORS, ".txt")
 _TABLES = ("added_tokens.json", "tokenizer.json", "vocab.json")
-"""Of words, which may be anything."""
+"""Vocabularies, whose words may be anything, so they are linked unchecked."""
 
 
 def _stage(file: Path, place: Path) -> None:
@@ -289,7 +289,7 @@ def _stage(file: Path, place: Path) -> None:
 
 
 def _unet_file(peer: Peer, given: Path | None) -> Path | None:
-    """The file of a peer's own UNet, if it has one."""
+    """Return the file of a peer's own UNet, or None if it has none."""
     if peer.unet is None:
         if given is not None:
             raise InputError(f"{peer.about}, has no UNet of its own; leave unet out")
@@ -297,20 +297,20 @@ def _unet_file(peer: Peer, given: Path | None) -> Path | None:
     if given is None and not peer.unet.name.endswith(_SAFETENSORS):
         raise InputError(
             f"{peer.about}, is published as a pickle ({peer.unet.repo}, {peer.unet.name}), which "
-            "can run code and is never loaded: convert it to safetensors where you trust it, and "
-            "name that file with unet=FILE"
+            "can run code and is never loaded; if you trust it, convert it to safetensors and "
+            "give that file with unet=FILE"
         )
     if given is None:
         source = locate(peer.unet.repo)
         source.fetch([peer.unet.name])
         given = source.folder / peer.unet.name
     if given.suffix != _SAFETENSORS or not given.is_file():
-        raise CheckpointError(f"{str(given)!r} is no {_SAFETENSORS} file that is there")
+        raise CheckpointError(f"{str(given)!r} is missing, or not a {_SAFETENSORS} file")
     return given
 
 
 def _fill(unet: torch.nn.Module, file: Path) -> None:
-    """Take all weights from a file. Raises CheckpointError unless it has just these."""
+    """Load all weights from a file. Raises CheckpointError unless it has exactly these."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""What all plots share."""
+"""Helpers that all plots share."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _PANELS_IN_A_ROW = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Bars of one figure.
+    """A bar chart of one figure.
 
     Attributes:
-        title: above them.
+        title: above the bars.
         values: one for each label; None leaves a gap.
-        scale: of the axis; "share" is one from 0 to 1. Bars that are not all positive have no
-            logarithm, and get a linear one.
+        scale: of the axis; "share" goes from 0 to 1. "log" becomes linear unless all values are
+            positive.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Panel:
 def plot_bars(
     path: Path, labels: Sequence[str], panels: Sequence[Panel], *, colours: Sequence[str]
 ) -> Path:
-    """Bars with error bars: a panel for each figure, a bar for each label."""
+    """Draw bars with error bars: a panel for each figure, a bar for each label."""
     columns = min(_PANELS_IN_A_ROW, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(max(6, 13 * columns / _PANELS_IN_A_ROW), rows * (0.36 * len(labels) + 1.4))
@@ -52,7 +52,7 @@ def plot_bars(
         row[0].set_yticks(range(len(labels)), labels, fontsize=9)
     grid[0, 0].invert_yaxis()
     if any(value is None for panel in panels for value in panel.values):
-        grid[0, 0].set_ylim(len(labels) - 0.5, -0.5)  # a gap at an end is one, too
+        grid[0, 0].set_ylim(len(labels) - 0.5, -0.5)  # also shows a gap at either end
     return save_figure(figure, path)
 
 
@@ -92,7 +92,7 @@ def _draw_bars(axis: Axes, panel: Panel, colours: Sequence[str]) -> None:
 
 
 def logarithmic(axis: Axes, which: Literal["x", "y"]) -> None:
-    """A logarithmic axis with plain numbers: 1, 2, 5, 10."""
+    """Make an axis logarithmic, with plain numbers as ticks: 1, 2, 5, 10."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set(**{f"{which}scale": "log"})
@@ -103,7 +103,7 @@ def logarithmic(axis: Axes, which: Literal["x", "y"]) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """Create an empty figure; the size is in inches."""
     # Slow to import, and only needed once there is something to draw.
     from matplotlib.figure import Figure
 
@@ -111,6 +111,6 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG that is the same bytes for the same figure; returns its path."""
+    """Write a PNG, with the same bytes for the same figure; return its path."""
     figure.savefig(path, dpi=_DOTS_PER_INCH, metadata={"Software": None})
     return path

@@ -1,8 +1,8 @@
-"""A protocol: which prompts, how many samples of each, and what is measured of them.
+"""A protocol: the prompts, the number of samples of each, and the measures.
 
 Protocols are classes in `PROTOCOLS`, whose fields are the command's options. A measure is a
-function of the samples of one model and one evaluation seed; what it compares them with, and the
-networks that it needs, it holds itself, so that they are prepared once for all models.
+function of the samples of one model and one evaluation seed. It holds its networks and reference
+data itself, so these are prepared once for all models.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from apt.registry import Registry
 from apt.samples import Sample, SampleKey
 
 Figures = Mapping[str, float]
-"""Figures by name; `Protocol.figures` says what those are that are shown."""
+"""Figures by name; `Protocol.figures` describes those that are shown."""
 
 Measure = Callable[[Sequence[Sample]], Figures]
-"""Files with their prompts and seeds, in the protocol's order, to figures."""
+"""Maps files with their prompts and seeds, in the protocol's order, to figures."""
 
 PairMeasure = Callable[[Sequence[Sample], Sequence[Sample]], Figures]
-"""Samples, and the first model's samples of the same prompts and seeds, to figures."""
+"""Maps samples, and the first model's samples of the same prompts and seeds, to figures."""
 
 SEED_STRIDE = 1_000_000
-"""Between evaluation seeds, more than the samples of one."""
+"""From the noise seeds of one evaluation seed to those of the next."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What a figure is called in tables and plots, which way is better ("" is neither), and on
-    which axis it is drawn; "share" is one from 0 to 1."""
+    """A figure's title in tables and plots, which direction is better ("" is neither), and the
+    scale of its axis; "share" goes from 0 to 1."""
 
     title: str
     better: Literal["lower", "higher", ""] = ""
@@ -43,7 +43,7 @@ class Figure:
 
     @property
     def heading(self) -> str:
-        """The title with an arrow."""
+        """The title, with an arrow in the better direction."""
         arrow = {"lower": " ↓", "higher": " ↑", "": ""}[self.better]
         return self.title + arrow
 
@@ -54,24 +54,24 @@ class Protocol:
 
     Attributes:
         name: of the protocol.
-        about: what it measures, in sentences for the page (Markdown).
-        prompts: in an order that the seeds of their noise depend on; some may be the same.
-        samples_per_prompt: of each evaluation seed.
-        seeds: evaluation seeds; each is a set of samples with noise of its own, and figures are
-            given with their spread over these.
-        own_keys: gives prompts and noise seeds of the samples of an evaluation seed, each prompt as
-            often as the others; None is the usual ones.
-        lossless: keep every pixel of videos.
-        options: frames, height and width; what they leave open is each model's own.
-        figures: that tables and plots show, in this order; what else the measures give is in the
-            JSON file alone.
+        about: what it measures, as Markdown for the page.
+        prompts: their order determines the noise seeds; prompts may repeat.
+        samples_per_prompt: for each evaluation seed.
+        seeds: evaluation seeds. Each is a set of samples with its own noise; figures are given with
+            their spread over the seeds.
+        own_keys: returns the prompts and noise seeds of the samples of an evaluation seed, with all
+            prompts equally often; None uses the default.
+        lossless: store videos without loss.
+        options: frames, height and width; unset ones are each model's own.
+        figures: shown in tables and plots, in this order; any others are only in the JSON file.
         measures: of each model's samples.
         pair_measures: of each further model's samples against the first model's.
-        prepare: makes ready what the measures hold, such as networks and what is real; called once,
-            before anything is generated.
-        real: figures of what is real, for a row of its own; None has none.
-        references: real files by prompt, to be shown beside samples.
-        settings: what else decides the figures, for the record: folders, networks.
+        prepare: loads what the measures hold, such as networks and real data; called once, before
+            anything is generated.
+        baselines: rows above the models', by name: figures of what no model made, such as real
+            videos.
+        references: real files by prompt, shown beside the samples.
+        settings: what else determines the figures, for the record: folders, networks.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Protocol:
     measures: tuple[Measure, ...] = ()
     pair_measures: tuple[PairMeasure, ...] = ()
     prepare: Callable[[], object] = lambda: None
-    real: Callable[[], Figures] | None = None
+    baselines: Mapping[str, Callable[[], Figures]] = field(default_factory=dict)
     references: Mapping[str, Path] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
 
@@ -97,12 +97,12 @@ class Protocol:
         if self.samples_per_prompt < 1:
             raise ConfigError(f"samples_per_prompt must be positive, got {self.samples_per_prompt}")
         if len(self.prompts) * self.samples_per_prompt > SEED_STRIDE:
-            raise ConfigError(f"a protocol makes at most {SEED_STRIDE} samples of a seed")
+            raise ConfigError(f"a protocol makes at most {SEED_STRIDE} samples per seed")
 
     def keys(self, seed: int) -> list[SampleKey]:
-        """Prompts and noise seeds of the samples of one evaluation seed.
+        """Return the prompts and noise seeds of the samples of one evaluation seed.
 
-        All noise is different, and the same for every model.
+        Each sample has its own noise seed, the same for every model.
         """
         if self.own_keys is not None:
             return self.own_keys(seed)
@@ -116,18 +116,20 @@ class Protocol:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise ConfigError for what cannot be the evaluation seeds."""
+    """Raise ConfigError unless these can be evaluation seeds."""
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ConfigError(f"seeds must be different numbers from 0, at least one; got {seeds}")
+        raise ConfigError(
+            f"seeds must be different non-negative integers, at least one; got {seeds}"
+        )
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a protocol is made for.
+    """The evaluation that a protocol is built for.
 
     Attributes:
-        out: folder of the evaluation, where a protocol may put files that it prepares.
-        models: that are evaluated.
+        out: folder of the evaluation; a protocol may put the files that it prepares there.
+        models: the models to evaluate.
     """
 
     out: Path
@@ -135,12 +137,12 @@ class Request:
 
 
 class ProtocolConfig(typing.Protocol):
-    """The options of a protocol: a frozen dataclass, whose docstrings are the command's help."""
+    """The options of a protocol: a frozen dataclass whose docstrings are the command's help."""
 
     def build(self, request: Request) -> Protocol:
-        """The protocol. Raises InputError for options or files that do not fit."""
+        """Build the protocol. Raises InputError for options or files that do not fit."""
         ...
 
 
 PROTOCOLS: Registry[ProtocolConfig] = Registry("protocol")
-"""By the names that `diffusion-apt evaluate` takes."""
+"""Protocols by the names that `diffusion-apt evaluate` takes."""

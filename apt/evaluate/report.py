@@ -1,4 +1,4 @@
-"""The page of an evaluation: Markdown, one HTML file, a JSON file of every figure, pictures."""
+"""Write the page of an evaluation: Markdown, one HTML file, pictures, and all figures as JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 from apt.errors import InputError
 from apt.evaluate.html_page import Grid, write_html_page
 from apt.evaluate.plotting import Panel, plot_bars
+from apt.evaluate.protocol import Figure
 from apt.evaluate.results import Evaluation, ModelResult
 from apt.evaluate.sheet import write_sample_sheet
+from apt.evaluate.spread import Spread, spread
 from apt.evaluate.tables import image, plus_minus, table
 from apt.files import without_nan, write_text
 from apt.media.parts import is_shown
@@ -26,15 +28,15 @@ _SHOWN_SETTINGS = ("num_steps", "cfg_scale", "sampler", "scheduler", "dtype", "l
 
 
 def write_report(out: Path, evaluation: Evaluation, folders: Mapping[str, SampleFolder]) -> Path:
-    """Write everything to a folder that is there; returns the Markdown page.
+    """Write everything to an existing folder; return the Markdown page.
 
     Args:
         out: the folder.
         evaluation: all figures.
-        folders: samples, by the names of the models.
+        folders: samples by model name.
 
     Raises:
-        InputError: the disk refuses.
+        InputError: a file that cannot be written.
         DataError: a sample that cannot be shown.
     """
     name = evaluation.protocol.name
@@ -57,7 +59,7 @@ def write_report(out: Path, evaluation: Evaluation, folders: Mapping[str, Sample
     except OSError as error:
         raise InputError(
             f"cannot write the page to {str(out)!r}: {error.strerror or error}; free some space, "
-            "and evaluate again: what is there is kept"
+            "and evaluate again: finished work is kept"
         ) from error
     title = f"{name}: {', '.join(grid.columns)}"
     write_html_page(page.with_suffix(".html"), text, title=title, grids={sheet.name: grid})
@@ -65,7 +67,7 @@ def write_report(out: Path, evaluation: Evaluation, folders: Mapping[str, Sample
 
 
 def report_text(evaluation: Evaluation, *, data: str, plot: str | None, sheet: str) -> str:
-    """The page as Markdown. Every figure in it comes from the evaluation.
+    """Return the page as Markdown. Every figure in it comes from the evaluation.
 
     Args:
         evaluation: all figures.
@@ -77,22 +79,22 @@ def report_text(evaluation: Evaluation, *, data: str, plot: str | None, sheet: s
     seeds = ", ".join(map(str, protocol.seeds))
     spread = (
         f"Figures are mean ± standard deviation over {len(protocol.seeds)} evaluation seeds "
-        f"({seeds}), each with noise seeds of its own, the same for all models."
+        f"({seeds}). Each has its own noise seeds, the same for all models."
         if len(protocol.seeds) > 1
-        else f"One evaluation seed ({seeds}): no spread is known."
+        else f"There is one evaluation seed ({seeds}), so there is no spread."
     )
     parts = [
         f"# {protocol.name}: {', '.join(model.name for model in evaluation.models)}",
         f"Every figure of every seed is in [{data}]({data}).",
         "## How it is measured",
         protocol.about,
-        f"{len(protocol.prompts)} prompts with {each} sample{'s' * (each > 1)} of each, {number} a "
-        f"seed. {spread} Measured on {evaluation.machine}, by {evaluation.software}.",
+        f"{len(protocol.prompts)} prompts with {each} sample{'s' * (each > 1)} each, {number} per "
+        f"seed. {spread} Measured on {evaluation.machine}, with {evaluation.software}.",
         "## Figures",
         _figures_table(evaluation),
         image(plot, "Every figure of every model"),
         "## Samples",
-        "First evaluation seed, first prompts, the same noise seeds for every model.",
+        "First prompts of the first evaluation seed, with the same noise seeds for every model.",
         image(sheet, "Samples of all models side by side"),
         "## Models",
         _models_table(evaluation.models),
@@ -104,17 +106,17 @@ def report_text(evaluation: Evaluation, *, data: str, plot: str | None, sheet: s
 def _figures_table(evaluation: Evaluation) -> str:
     figures = evaluation.protocol.figures
     if not figures:
-        return "This protocol measures nothing: look, and rate with `diffusion-apt study make`."
+        return "This protocol has no measures. Use `diffusion-apt study make` for ratings."
     rows = []
-    if real := evaluation.real:
-        cells = (f"{real[name]:.3g}" if name in real else "–" for name in figures)
-        rows.append([_REAL, *cells])
+    for baseline, found in evaluation.baselines.items():
+        rows.append([baseline, *_cells({n: spread([v]) for n, v in found.items()}, figures)])
     for model in evaluation.models:
-        summary = model.summary()
-        rows.append(
-            [model.name, *(plus_minus(summary[n]) if n in summary else "–" for n in figures)]
-        )
+        rows.append([model.name, *_cells(model.summary(), figures)])
     return table(["model", *(figure.heading for figure in figures.values())], rows)
+
+
+def _cells(found: Mapping[str, Spread], figures: Mapping[str, Figure]) -> list[str]:
+    return [plus_minus(found[name]) if name in found else "–" for name in figures]
 
 
 def _models_table(models: list[ModelResult]) -> str:
@@ -150,9 +152,9 @@ def _plot(path: Path, evaluation: Evaluation) -> str | None:
 
 
 def _grid(evaluation: Evaluation, folders: Mapping[str, SampleFolder], shown: Path) -> Grid:
-    """The first sample of each of the first prompts, and the real file where there is one.
+    """Return the first sample of each of the first prompts, with the real file if there is one.
 
-    Samples that a page cannot show are written anew into the folder `shown`.
+    Samples that a page cannot show are re-encoded into the folder `shown`.
     """
     protocol = evaluation.protocol
     keys = protocol.keys(protocol.seeds[0])[:: protocol.samples_per_prompt][:_ROWS]
@@ -161,9 +163,9 @@ def _grid(evaluation: Evaluation, folders: Mapping[str, SampleFolder], shown: Pa
         [_shown(folders[name].samples[key].path, shown / name) for name in columns] for key in keys
     ]
     real = [protocol.references.get(prompt) for prompt, _ in keys]
-    if all(file is not None and is_shown(file) for file in real):
+    if None not in real:
         for row, file in zip(files, real, strict=True):
-            row.append(file)
+            row.append(file and _shown(file, shown / _REAL))
         columns = [*columns, _REAL]
     return Grid(rows=[prompt for prompt, _ in keys], columns=columns, files=files)
 

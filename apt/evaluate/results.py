@@ -1,4 +1,4 @@
-"""What an evaluation found, before it is put in words."""
+"""The results of an evaluation, before they are formatted."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from apt.evaluate.spread import Spread, spread
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResult:
-    """What was found of one model.
+    """The results of one model.
 
     Attributes:
         name, place: of the choice.
-        settings: of its samples, as their manifest has them.
-        figures: by evaluation seed, and then by name.
+        settings: of its samples, from their manifest.
+        figures: by evaluation seed, then by name.
     """
 
     name: str
@@ -26,7 +26,7 @@ class ModelResult:
     figures: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Spread]:
-        """Mean and spread of every figure over the seeds."""
+        """Return the mean and spread of every figure over the seeds."""
         names = dict.fromkeys(name for figures in self.figures.values() for name in figures)
         return {
             name: spread([figures[name] for figures in self.figures.values() if name in figures])
@@ -39,12 +39,12 @@ class Evaluation:
     """Everything the page is written from.
 
     Attributes:
-        protocol: that was followed.
-        command: that made it.
+        protocol: the protocol.
+        command: the command line.
         machine: where it was measured.
-        software: the version of this package.
+        software: this package and its version.
         models: in the order of the command.
-        real: figures of what is real, if the protocol has some.
+        baselines: figures of the protocol's baselines, by name.
     """
 
     protocol: Protocol
@@ -52,10 +52,10 @@ class Evaluation:
     machine: str
     software: str
     models: list[ModelResult]
-    real: Mapping[str, float] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
-        """Every figure, and what decides them, as JSON."""
+        """Return every figure, and everything that determines it, as JSON."""
         protocol = self.protocol
         return {
             "protocol": protocol.name,
@@ -70,7 +70,7 @@ class Evaluation:
                 name: {"title": figure.title, "better": figure.better}
                 for name, figure in protocol.figures.items()
             },
-            "real": dict(self.real),
+            "baselines": {name: dict(figures) for name, figures in self.baselines.items()},
             "models": [
                 {
                     "name": model.name,

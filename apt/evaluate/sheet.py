@@ -1,4 +1,4 @@
-"""Samples of several models as one picture, for pages that do not play videos."""
+"""Draw samples of several models as one picture, for pages that do not play videos."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _FRAMES = 3
 def write_sample_sheet(
     path: Path, files: Sequence[Sequence[Path]], *, rows: Sequence[str], columns: Sequence[str]
 ) -> Path:
-    """A row for each prompt, a column for each model; of videos the first, middle and last frame.
+    """Draw a row for each prompt and a column for each model.
 
-    All are scaled and cropped to the shape of the first.
+    Videos show their first, middle and last frame. All samples are scaled and cropped to the aspect
+    ratio of the first.
 
     Args:
         path: of the PNG.
@@ -40,12 +41,12 @@ def write_sample_sheet(
 
 
 def _frames(file: Path, size: tuple[int, int], number: int) -> NDArray[np.uint8]:
-    """uint8 (number, H, W, 3), from first to last; a still is shown as often."""
+    """Return `number` frames from first to last, uint8 (number, H, W, 3); a still is repeated."""
     info = probe(file)
     if info.is_image:
         clip = read_image(file, size=size).repeat(1, number, 1, 1)
     else:
-        # So many frames between the moments that are shown; 1 where only the first is.
+        # Frames from one shown frame to the next; 1 if only the first is shown.
         step = max(Fraction(1), Fraction(int(info.length) - 1, max(1, number - 1)))
         start, rate = Fraction(0), info.fps / step
         if number > 1 and info.length < number:

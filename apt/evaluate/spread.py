@@ -18,12 +18,12 @@ class Spread:
 
     @property
     def known(self) -> float:
-        """The deviation, or 0 where a single value has none."""
+        """The deviation, or 0 if it is unknown, as for a single value."""
         return self.std if math.isfinite(self.std) else 0.0
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation with n - 1."""
+    """Return the mean and the sample standard deviation (n - 1)."""
     array = np.asarray(values, dtype=np.float64)
     # An infinite ratio has no spread either.
     known = len(array) > 1 and bool(np.isfinite(array).all())

@@ -1,8 +1,8 @@
-"""VBench (Huang et al., 2024): its prompts, its file names, and its results read back.
+"""VBench (Huang et al., 2024): its prompts, file names and results.
 
-VBench pins old packages and fetches a dozen models, so it runs in an environment of its own, by
-`apt/evaluate/vbench_run.py`; docs/vbench.md has the steps. Its prompts are read from the wheel or
-the installation that the user has.
+VBench pins old packages and downloads a dozen models, so it runs in its own environment, with
+`apt/evaluate/vbench_run.py`; docs/vbench.md has the steps. Its prompts are read from the user's
+wheel or installation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from apt.samples import Sample, SampleKey
 from apt.untrusted import parse_json, read_json_file
 
 VIDEOS_PER_PROMPT = 5
-"""What VBench looks for, and APT's Appendix B has."""
+"""As VBench expects, and as in APT's Appendix B."""
 
 FULL_INFO = "VBench_full_info.json"
 RESULTS = "_eval_results.json"
@@ -29,14 +29,14 @@ _MAX_BYTES = 1 << 24
 
 
 def read_vbench_prompts(source: Path) -> dict[str, tuple[str, ...]]:
-    """VBench's prompts, and the dimensions that each is for.
+    """Return VBench's prompts, each with the dimensions that it is for.
 
-    The file has 946 entries; two prompts of appearance style come again as prompts of overall
-    consistency. Both share their videos, so there are 944 prompts and 4,720 videos.
+    The file has 946 entries, but two prompts occur both for appearance style and for overall
+    consistency. Both entries share their videos, so there are 944 prompts and 4,720 videos.
 
     Args:
-        source: `vbench-*.whl` as `pip download --no-deps vbench` fetches it, the folder of an
-            installed `vbench`, or its `VBench_full_info.json`.
+        source: `vbench-*.whl` from `pip download --no-deps vbench`, the folder of an installed
+            `vbench`, or its `VBench_full_info.json`.
 
     Raises DataError for any other file.
     """
@@ -54,7 +54,7 @@ def read_vbench_prompts(source: Path) -> dict[str, tuple[str, ...]]:
         ) from error
     odd = [prompt for prompt in dimensions if "/" in prompt or not prompt]
     if odd:
-        raise DataError(f"{str(source)!r} has prompts that are no names of files: {listed(odd)}")
+        raise DataError(f"{str(source)!r} has prompts that cannot be file names: {listed(odd)}")
     return {prompt: tuple(found) for prompt, found in dimensions.items()}
 
 
@@ -70,17 +70,17 @@ def arrange_videos(
 ) -> list[Path]:
     """Put samples under the names that VBench expects, `PROMPT-0.mp4` to `PROMPT-4.mp4`.
 
-    They are linked where the disk allows it, else copied; what has the name already is replaced.
+    Files are hard links if the disk allows it, else copies; existing files are replaced.
 
     Args:
-        samples: of one model, see `apt.samples.read_samples`.
-        prompts: all that are needed.
-        folder: where to.
+        samples: of one model; see `apt.samples.read_samples`.
+        prompts: all prompts that are needed.
+        folder: where the files go.
 
     Returns the files.
 
     Raises:
-        DataError: a prompt with fewer than five samples, or samples that are no MP4.
+        DataError: a prompt with fewer than five samples, or samples that are not MP4.
         InputError: the folder cannot be written.
     """
     by_prompt: dict[str, list[SampleKey]] = {}
@@ -90,7 +90,7 @@ def arrange_videos(
     if lacking:
         raise DataError(
             f"{len(lacking)} of {len(prompts)} prompts have fewer than {VIDEOS_PER_PROMPT} "
-            f"samples: {listed(lacking)}; make them, VBench's figures would not be comparable"
+            f"samples: {listed(lacking)}; without them VBench's figures are not comparable"
         )
     pairs = [
         (samples[key].path, folder / f"{prompt}-{number}{_SUFFIX}")
@@ -99,14 +99,14 @@ def arrange_videos(
     ]
     others = [str(source) for source, _ in pairs if source.suffix.lower() != _SUFFIX]
     if others:
-        raise DataError(f"VBench reads MP4 alone; generate {_SUFFIX} instead of {listed(others)}")
+        raise DataError(f"VBench reads only MP4; generate {_SUFFIX} instead of {listed(others)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for source, target in pairs:
             target.unlink(missing_ok=True)
             try:
                 os.link(source, target)
-            # Another disk, or one without links.
+            # Another disk, or one without hard links.
             except OSError:
                 shutil.copyfile(source, target)
     except OSError as error:
@@ -117,19 +117,19 @@ def arrange_videos(
 
 
 def read_vbench_results(folder: Path) -> tuple[dict[str, float], VBenchScores]:
-    """Raw figures by dimension, and the three scores in percent, of what `vbench_run.py` left.
+    """Read results of `vbench_run.py`: raw figures by dimension, and the three scores in percent.
 
     Raises:
-        DataError: no results, damaged ones, or a dimension that is there twice.
+        DataError: missing or damaged results, or a dimension that occurs twice.
         InputError: not all 16 dimensions, or figures outside [0, 1].
     """
     files = sorted(folder.glob(f"*{RESULTS}"))
     if not files:
-        raise DataError(f"{str(folder)!r} has no results of VBench (*{RESULTS}); run it first")
+        raise DataError(f"{str(folder)!r} has no VBench results (*{RESULTS}); run VBench first")
     values: dict[str, float] = {}
     for path in files:
         try:
-            # The mean comes first, the figures of each video behind it.
+            # The mean comes first, then the figures of each video.
             found = {str(k): float(v[0]) for k, v in read_json_file(path).items()}
         except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise DataError(

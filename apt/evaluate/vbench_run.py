@@ -2,8 +2,8 @@
 
     python vbench_run.py VIDEOS RESULTS
 
-Each dimension writes its own file when it is done, so a run that was stopped goes on where it was.
-docs/vbench.md has the environment.
+Each dimension writes its own file when it is done, so a stopped run can be continued with the same
+command. docs/vbench.md describes the environment.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ DIMENSIONS = (
     "temporal_style",
     "overall_consistency",
 )
-"""All that the scores need."""
+"""All dimensions that the scores need."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate what is not there yet; returns the exit code."""
+    """Evaluate the dimensions that have no results yet; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("videos", type=Path, help="folder of PROMPT-0.mp4 to PROMPT-4.mp4")
     parser.add_argument("results", type=Path, help="folder for the figures")
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     asked = parser.parse_args(argv)
     if not asked.videos.is_dir():
-        print(f"error: {asked.videos} is no folder", file=sys.stderr)
+        print(f"error: {asked.videos} is not a folder", file=sys.stderr)
         return 2
     waiting = [name for name in asked.dimensions if not _done(asked.results, name)]
     if not waiting:

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from apt.data.decode import probe, read_clip, read_image
-from apt.errors import DataError, InputError
+from apt.errors import InputError
 from apt.evaluate.advance import Advance, nobody
 from apt.evaluate.features import Features, check_rows
 from apt.evaluate.pictures import clean_resize, crop_square
@@ -24,12 +23,10 @@ from apt.metrics.motion import flicker, frame_change, motion, sharpness
 from apt.pixels import to_frames
 
 
-def read_video(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """All frames of a file, at its own rate, uint8 (T, H, W, 3); one of an image.
+def read_video(path: Path) -> Tensor:
+    """Return all frames of a file, at its own rate, as uint8 (T, H, W, 3); T is 1 for an image.
 
-    `size` (H, W) undoes the enlargement by a whole factor that small samples are written with.
-
-    Raises DataError if it cannot be decoded whole, or its frames are no multiple of `size`.
+    Raises DataError if it cannot be decoded whole.
     """
     info = probe(path)
     if info.is_image:
@@ -38,25 +35,17 @@ def read_video(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         clip = read_clip(
             path, start=Fraction(0), num_frames=round(info.length), fps=info.fps, info=info
         )
-    return to_frames(clip[None])[0] if size is None else _reduced(path, clip, size)
-
-
-def _reduced(path: Path, clip: Tensor, size: tuple[int, int]) -> Tensor:
-    height, width = clip.shape[2:]
-    if height % size[0] or height * size[1] != width * size[0]:
-        raise DataError(f"{str(path)!r} is {height}x{width}, no multiple of {size[0]}x{size[1]}")
-    small = adaptive_avg_pool2d(clip.transpose(0, 1), size).transpose(0, 1)
-    return to_frames(small[None])[0]
+    return to_frames(clip[None])[0]
 
 
 @dataclass(frozen=True)
 class VideoFeatures:
-    """A network that sees videos, such as the I3D of FVD (Unterthiner et al., 2018).
+    """A network for whole videos, such as the I3D of FVD (Unterthiner et al., 2018).
 
     Attributes:
-        name: for tables and records.
-        network: clips (B, T, H, W, 3), uint8, on the CPU, to features (B, D) of any float type. It
-            is given them as the files hold them: it chooses frames and resizes itself.
+        name: used in tables and records.
+        network: maps clips (B, T, H, W, 3), uint8, on the CPU, to features (B, D) of any float
+            dtype. It gets all frames at the size of the file, and selects and resizes them itself.
     """
 
     name: str
@@ -64,19 +53,19 @@ class VideoFeatures:
 
     @torch.no_grad()
     def __call__(self, clips: Tensor) -> Tensor:
-        """Features (B, D) on the CPU in float64.
+        """Return features (B, D) on the CPU in float64.
 
-        Raises InputError if the network gives anything else than a row for each clip.
+        Raises InputError unless the network returns one row per clip.
         """
         features = check_rows(self.name, self.network(clips), len(clips), "clips")
         return features.double().cpu()
 
 
 def of_frames(features: Features) -> VideoFeatures:
-    """Features of videos from those of pictures: what frames show, and how much that changes.
+    """Make features of videos from those of pictures: what frames show, and how much it changes.
 
-    The mean over frames, and the mean over pairs of neighbours of the absolute difference, (B, 2D):
-    a frozen video differs from a moving one in the second half. Zeros there for one frame.
+    The features (B, 2D) are the mean over frames, and the mean absolute difference of neighbouring
+    frames. The second half tells a frozen video from a moving one, and is 0 for a single frame.
     """
 
     def extract(clips: Tensor) -> Tensor:
@@ -95,7 +84,7 @@ def of_frames(features: Features) -> VideoFeatures:
 def video_features(
     files: Sequence[Path], features: VideoFeatures, *, advance: Advance = nobody
 ) -> Iterator[Tensor]:
-    """Features (1, D) of one file after another, so that sizes and lengths may differ.
+    """Yield the features (1, D) of one file after another; sizes and lengths may differ.
 
     Raises DataError for a file that cannot be decoded.
     """
@@ -105,15 +94,15 @@ def video_features(
 
 
 class FrechetVideo:
-    """Fréchet distance between videos in the features of a network: FVD, if that is its I3D.
+    """Fréchet distance between videos in the features of a network; with FVD's I3D it is FVD.
 
-    Figures of different networks, and of different numbers of videos, cannot be compared. Lower is
+    Figures of different networks, or of different numbers of videos, cannot be compared. Lower is
     better.
 
     Args:
         reference: files of real videos, at least two.
         features: the network.
-        advance: told of progress.
+        advance: called with progress.
     """
 
     def __init__(
@@ -126,42 +115,40 @@ class FrechetVideo:
         return gaussian_statistics(video_features(files, self._features, advance=self._advance))
 
     def __call__(self, files: Sequence[Path]) -> float:
-        """The squared distance, 0 for equal statistics."""
+        """Return the squared distance, 0 for equal statistics."""
         return frechet_distance(self._statistics(files), self._real)
 
 
 class PatchFrechetVideo:
     """Fréchet distance between small patches of videos (`apt.metrics.PatchFrechet`).
 
-    No network is asked: it sees blur, ghosting and grain, and neither content nor motion. Videos
-    should have the size of the real ones. Lower is better.
+    It needs no network. It detects blur, ghosting and grain, but neither content nor motion. Lossy
+    files add their own differences, and enlarged ones hide detail, so give lossless files of the
+    real videos' size. Lower is better.
 
     Args:
         reference: files of real videos, at least one.
-        size: (H, W) of the clips in the files, where these enlarge them; None: as they are.
 
-    Raises InputError for no files, and for frames smaller than a patch; DataError as `read_video`.
+    Raises InputError for no files and for frames smaller than a patch, DataError as `read_video`.
     """
 
-    def __init__(self, reference: Sequence[Path], *, size: tuple[int, int] | None = None) -> None:
-        self._size = size
-        self._distance = PatchFrechet(_Pixels(reference, size))
+    def __init__(self, reference: Sequence[Path]) -> None:
+        self._distance = PatchFrechet(_Pixels(reference))
 
     def __call__(self, files: Sequence[Path]) -> float:
-        """The squared distance, 0 for equal statistics."""
-        return self._distance(_Pixels(files, self._size))
+        """Return the squared distance, 0 for equal statistics."""
+        return self._distance(_Pixels(files))
 
 
 @dataclass(frozen=True)
 class _Pixels:
-    """Videos as (1, 3, T, H, W) in [-1, 1], read from their files whenever gone through."""
+    """Videos as (1, 3, T, H, W) in [-1, 1], read from their files on each iteration."""
 
     files: Sequence[Path]
-    size: tuple[int, int] | None
 
     def __iter__(self) -> Iterator[Tensor]:
         for path in self.files:
-            yield rearrange(read_video(path, self.size), "t h w c -> 1 c t h w") / 127.5 - 1
+            yield rearrange(read_video(path), "t h w c -> 1 c t h w") / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -169,10 +156,10 @@ class Movement:
     """Figures of videos, each a mean over them; `apt.metrics.motion` defines them.
 
     Attributes:
-        sharpness: variance of the Laplacian, squared grey levels, mean over frames.
-        flicker: amplitude of jumps of brightness, grey levels.
-        frame_change: from one frame to the next, grey levels.
-        motion: of the fastest parts, share of the shorter side per frame.
+        sharpness: variance of the Laplacian, in squared grey levels, mean over frames.
+        flicker: amplitude of jumps in brightness, in grey levels.
+        frame_change: mean change from one frame to the next, in grey levels.
+        motion: speed of the moving parts, as a share of the shorter side per frame.
         frozen: share of the videos without any motion.
     """
 
@@ -184,7 +171,7 @@ class Movement:
 
 
 def measure_movement(files: Sequence[Path], *, advance: Advance = nobody) -> Movement:
-    """Sharpness, flicker and motion of video files.
+    """Measure the sharpness, flicker and motion of video files.
 
     Raises:
         DataError: a file that cannot be decoded.
@@ -219,7 +206,7 @@ def video_diversity(
     *,
     advance: Advance = nobody,
 ) -> Diversity:
-    """Mean distance in features between videos of one prompt, and of different prompts.
+    """Return the mean feature distance of videos of one prompt, and of different prompts.
 
     Raises InputError as `apt.metrics.pairwise_diversity`, DataError for a broken file.
     """

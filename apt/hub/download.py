@@ -66,6 +66,27 @@ def download(
     )
 
 
+def find_commit(repo_id: str, revision: str | None, local_dir: str | Path | None) -> str | None:
+    """Return the commit that a branch or tag (None: main) names now, for several downloads of it.
+
+    If the Hub does not answer and there is a copy, which `download` would use, this is `revision`.
+
+    Raises:
+        CheckpointError: for a missing repository or revision, no access, or no connection.
+    """
+    from huggingface_hub import HfApi, constants
+
+    def ask() -> str | None:
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        return HfApi().repo_info(repo_id, revision=revision, timeout=timeout).sha
+
+    if re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return revision
+    with quiet_client(), explained("download", repo_id, revision):
+        copy = _copy_on_disk(repo_id, {"revision": revision, "local_dir": local_dir})
+        return revision if copy and not hub_answers(repo_id) else with_retries(ask)
+
+
 def _fetch(repo_id: str, options: dict[str, Any]) -> Path:
     """Return the folder, fetched from the Hub or, if that does not answer, as it is on the disk."""
     # Slow to import, and not needed for anything local.

@@ -8,7 +8,7 @@ from apt.checkpoints.info import INFO_FILE, PIPELINE_FILE
 from apt.checkpoints.reading import read_json, read_pipeline
 from apt.checkpoints.source import DESCRIPTIONS
 from apt.errors import CheckpointError
-from apt.hub.download import download
+from apt.hub.download import download, find_commit
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 _EXTRAS = ["*.md", "LICENSE*"]
@@ -32,9 +32,9 @@ def pull_from_hub(
         CheckpointError: as `download`, for a repository without a model, and for a model whose
             configuration names code to run.
     """
-    folder = download(repo_id, revision, DESCRIPTIONS, local_dir=local_dir)
-    # From here on the same commit, even if the branch moves.
-    commit = folder.name if local_dir is None else revision
+    # The same commit throughout, even if the branch moves.
+    commit = find_commit(repo_id, revision, local_dir)
+    folder = download(repo_id, commit, DESCRIPTIONS, local_dir=local_dir)
     patterns = [*_FILES, *_EXTRAS]
     if (folder / PIPELINE_FILE).is_file() and not everything:
         _, parts = read_pipeline(folder / PIPELINE_FILE)

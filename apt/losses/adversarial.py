@@ -1,7 +1,7 @@
-"""Adversarial objectives: what D and G minimise, given logits (B,) in fp32.
+"""Adversarial objectives: the losses of D and G, given logits (B,) in fp32.
 
-Every `discriminator` and `generator` value is to be minimised. APT Eqs. 1-2 are printed without
-their minus signs (they are the quantities that D and G maximise); here the signs are put back.
+Every `discriminator` and `generator` value is to be minimised. APT prints Eqs. 1-2 without their
+minus signs, as quantities that D and G maximise; here the signs are restored.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ class AdversarialObjective(ABC):
     """A pair of losses over logits.
 
     Attributes:
-        needs_real: whether the generator's loss depends on logits of real samples. Where it does
-            not, the generator step can leave D's forward on real samples out.
+        needs_real: whether the generator's loss depends on logits of real samples. If not, the
+            generator step can skip D's forward pass on real samples.
     """
 
     needs_real: ClassVar[bool]
 
     @abstractmethod
     def discriminator(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-        """D's loss: a scalar, the mean over the batch.
+        """Return D's loss: a scalar, the mean over the batch.
 
         Args:
             logits_real: D(x, c), (B,), floating point; half precision is upcast.
             logits_fake: D(G(z, c), c), (B,); G's output detached.
 
         Raises:
-            InputError: for other shapes or dtypes, or batches that differ.
+            InputError: for other shapes or dtypes, or different batch sizes.
         """
 
     @abstractmethod
     def generator(self, logits_fake: Tensor, logits_real: Tensor | None = None) -> Tensor:
-        """G's loss: a scalar, the mean over the batch.
+        """Return G's loss: a scalar, the mean over the batch.
 
         Args:
             logits_fake: D(G(z, c), c), (B,), with the graph through D to G.
-            logits_real: D(x, c), (B,); required if `needs_real`, else not looked at.
+            logits_real: D(x, c), (B,); required if `needs_real`, otherwise ignored.
 
         Raises:
-            InputError: for other shapes or dtypes, or real logits that are required and absent.
+            InputError: for other shapes or dtypes, or if required real logits are missing.
         """
 
 
 class UnpairedObjective(AdversarialObjective):
-    """An objective whose terms look at real and fake logits apart."""
+    """An objective with separate terms for real and fake logits."""
 
     needs_real: ClassVar[bool] = False
 
@@ -64,11 +64,11 @@ class UnpairedObjective(AdversarialObjective):
 
     @abstractmethod
     def real_term(self, logits: Tensor) -> Tensor:
-        """D's loss on samples that it should call real: logits (B,) -> scalar."""
+        """Return D's loss on samples that it should call real: logits (B,) -> scalar."""
 
     @abstractmethod
     def fake_term(self, logits: Tensor) -> Tensor:
-        """D's loss on samples that it should call fake: logits (B,) -> scalar."""
+        """Return D's loss on samples that it should call fake: logits (B,) -> scalar."""
 
 
 @LOSSES.register("non_saturating")
@@ -76,8 +76,8 @@ class UnpairedObjective(AdversarialObjective):
 class NonSaturating(UnpairedObjective):
     """The paper's objective: softplus(-D(x)) + softplus(D(G(z))) for D, softplus(-D(G(z))) for G.
 
-    APT Eqs. 1-2 with their minus signs; Goodfellow et al. 2014. softplus(a) = -log sigmoid(-a)
-    stays exact for large logits, where log(sigmoid(a) + eps) does not.
+    APT Eqs. 1-2 with their minus signs; Goodfellow et al. 2014. softplus(a) = -log sigmoid(-a) is
+    exact for large logits, unlike log(sigmoid(a) + eps).
     """
 
     def real_term(self, logits: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class NonSaturating(UnpairedObjective):
 class Hinge(UnpairedObjective):
     """Hinge: max(0, 1 - D(x)) + max(0, 1 + D(G(z))) for D, -D(G(z)) for G.
 
-    Lim & Ye 2017; Tran et al. 2017. The generator's loss is unbounded below, by design.
+    Lim & Ye 2017; Tran et al. 2017. The generator's loss has no lower bound, by design.
     """
 
     def real_term(self, logits: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Relativistic(AdversarialObjective):
 
     RpGAN (Jolicoeur-Martineau 2018; Huang et al. 2024, "R3GAN"). Sample i of the real batch is
     compared with sample i of the generated batch, so both should have the same condition. Only
-    differences count: D's mean is free, hence `logit_centring`.
+    differences count, so D's mean can drift; `logit_centring` prevents this.
     """
 
     needs_real: ClassVar[bool] = True
@@ -144,7 +144,7 @@ class Relativistic(AdversarialObjective):
     def generator(self, logits_fake: Tensor, logits_real: Tensor | None = None) -> Tensor:
         if logits_real is None:
             raise InputError(
-                "the relativistic generator loss compares with real samples: pass logits_real"
+                "the relativistic generator loss compares with real samples; pass logits_real"
             )
         return F.softplus(_margin(logits_real, logits_fake)).mean()
 

@@ -1,4 +1,4 @@
-"""What every loss asks of its options and tensors."""
+"""Checks of options and tensors that all losses share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_number(owner: str, name: str, value: float, *, positive: bool = False)
 
 
 def at_least_fp32(name: str, tensor: Tensor) -> Tensor:
-    """Upcast half precision to fp32; fp32 and fp64 pass. Other dtypes raise InputError."""
+    """Return fp32 and fp64 unchanged and half precision as fp32; else raise InputError."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise InputError(f"{name} must be a floating-point tensor, got {got}")
@@ -27,7 +27,7 @@ def at_least_fp32(name: str, tensor: Tensor) -> Tensor:
 
 
 def check_logits(name: str, logits: Tensor) -> Tensor:
-    """Logits (B,) with B >= 1, upcast to at least fp32. Raises InputError for anything else."""
+    """Return logits (B,), B >= 1, in at least fp32. Raises InputError for anything else."""
     logits = at_least_fp32(name, logits)
     if logits.ndim != 1 or logits.shape[0] == 0:
         raise InputError(
@@ -37,7 +37,7 @@ def check_logits(name: str, logits: Tensor) -> Tensor:
 
 
 def check_same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    """Raise InputError unless two tensors have one shape, so that nothing broadcasts unseen."""
+    """Raise InputError unless two tensors have the same shape, so that neither is broadcast."""
     if a.shape != b.shape:
         raise InputError(
             f"{name_a} and {name_b} must have the same shape, "

@@ -1,4 +1,4 @@
-"""Discrete consistency distillation: how the one-step generator is initialised."""
+"""Discrete consistency distillation, which initialises the one-step generator."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ PredictGuided = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 @LOSSES.register("consistency")
 @dataclass(frozen=True)
 class Consistency:
-    """MSE between the student's sample at t and the target's sample one teacher step further.
+    """MSE between the student's sample at t and the target's sample after one teacher step.
 
     Song et al. 2023, as in APT Section 3.2 (MSE, constant guidance scale, fixed negative prompt).
-    The consistency function is f(x_t, t) = x_t - t v(x_t, t): it is the identity at t = 0, so the
-    boundary holds for any network, and f(z, 1) = z - v is the generator (Eq. 5).
+    The consistency function is f(x_t, t) = x_t - t v(x_t, t). It is the identity at t = 0, so any
+    network meets the boundary condition, and f(z, 1) = z - v is the generator (Eq. 5).
 
     Attributes:
-        num_timesteps: N, the intervals of [0, 1]. Training pairs are neighbours on the grid.
+        num_timesteps: N, the number of intervals in [0, 1]. Training pairs are neighbours on the
+            grid.
         cfg_scale: guidance scale of the teacher; 1 is its conditional prediction.
         timestep_shift: s of Eq. 7, applied to the uniform grid.
 
-    None leaves a value open, for a stage of training to fill in with what its teacher is sampled
-    with; nothing can be computed before.
+    None leaves a value open. The training stage then takes it from the teacher's sampling settings;
+    until then nothing can be computed.
     """
 
     num_timesteps: int | None = 50
@@ -55,11 +56,11 @@ class Consistency:
         return int(_given("num_timesteps", self.num_timesteps))
 
     def timesteps(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The pair (t, t_next), t > t_next, of each interval; both (B,) fp32 in [0, 1].
+        """Return the pair (t, t_next), t > t_next, of each interval; both (B,) fp32 in [0, 1].
 
         Args:
-            index: (B,) int64 in [0, num_timesteps); 0 is the interval that ends at data, and
-                num_timesteps - 1 the one that starts at noise.
+            index: (B,) int64 in [0, num_timesteps); 0 is the interval next to data, and
+                num_timesteps - 1 the one next to noise.
 
         Raises:
             InputError: for other shapes, dtypes or values.
@@ -70,8 +71,8 @@ class Consistency:
             )
         n, shift = self.num_intervals, _given("timestep_shift", self.timestep_shift)
         if int(index.min()) < 0 or int(index.max()) >= n:
-            raise InputError(f"index must lie in [0, {n})")
-        # fp64 before the shift, so that the grid's ends are exactly 0 and 1 in fp32.
+            raise InputError(f"index must be in [0, {n})")
+        # The shift is computed in fp64, so that the grid's ends are exactly 0 and 1 in fp32.
         uniform = torch.linspace(0, 1, n + 1, dtype=torch.float64)
         grid = shift_timesteps(uniform, shift).to(index.device, torch.float32)
         return grid[index + 1], grid[index]
@@ -85,15 +86,15 @@ class Consistency:
         z: Tensor,
         index: Tensor,
     ) -> Tensor:
-        """The loss, an fp32 scalar, the mean over samples and elements.
+        """Return the loss, an fp32 scalar: the mean over samples and elements.
 
         Args:
-            student: the velocity network that is trained, the condition bound.
+            student: the trained velocity network, with its condition bound.
             teacher: the frozen diffusion model, for the Euler step from t to t_next.
-            target: the student's EMA; neither it nor the teacher gets a gradient.
+            target: the student's EMA; neither it nor the teacher gets gradients.
             x: data (B, ...), floating point.
-            z: standard normal noise, of the same shape.
-            index: (B,) int64, see `timesteps`; on the CPU its check costs no device sync.
+            z: standard normal noise of the same shape.
+            index: (B,) int64, see `timesteps`; on the CPU, checking it needs no device sync.
 
         Raises:
             InputError: for shapes that differ, or wrong dtypes.

@@ -1,4 +1,4 @@
-"""A loss by its name, typed as what it is."""
+"""Build a loss by name, with its exact type."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ from apt.losses.names import LOSSES
 class FeatureMatching:
     """weight * mean over layers of mean |features_fake - features_real|, for the generator.
 
-    SeedVR2. It compares sample i with sample i, so it belongs to paired tasks (restoration, a
-    regression target). For text to video, where G(z, c) need not be x, its optimum is the median
-    of the features, that is, blur: keep the weight small.
+    SeedVR2. It compares generated sample i with real sample i, so it suits paired tasks
+    (restoration, a regression target). In text-to-video, where G(z, c) need not be x, its optimum
+    is the median of the features, which is blurry: keep the weight small.
     """
 
     weight: float = 1.0
@@ -30,18 +30,18 @@ class FeatureMatching:
         check_number("FeatureMatching", "weight", self.weight)
 
     def __call__(self, features_fake: Sequence[Tensor], features_real: Sequence[Tensor]) -> Tensor:
-        """The weighted distance, a scalar; real features are a target and get no gradient.
+        """Return the weighted distance, a scalar; real features are targets and get no gradients.
 
         Args:
             features_fake: one tensor (B, ...) per layer, with the graph to G.
-            features_real: the same shapes.
+            features_real: tensors of the same shapes.
 
         Raises:
-            InputError: for no layers, other numbers of layers, or shapes that differ.
+            InputError: for no layers, different numbers of layers, or shapes that differ.
         """
         if not features_fake or len(features_fake) != len(features_real):
             raise InputError(
-                "feature matching needs the same layers, at least one, of both; "
+                "feature matching needs the same number of layers of both, at least one; "
                 f"got {len(features_fake)} and {len(features_real)}"
             )
         distances = []

@@ -1,4 +1,4 @@
-"""Flow matching: the pre-training loss."""
+"""The flow-matching loss for pre-training."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class FlowMatching:
     """
 
     def __call__(self, predict: Predict, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """The loss, an fp32 scalar, the mean over samples and elements.
+        """Return the loss, an fp32 scalar: the mean over samples and elements.
 
         Args:
-            predict: (x_t (B, ...), t (B,)) -> velocity (B, ...), the condition bound.
+            predict: (x_t (B, ...), t (B,)) -> velocity (B, ...), with its condition bound.
             x: data (B, ...), floating point.
-            z: standard normal noise, of the same shape.
+            z: standard normal noise of the same shape.
             t: (B,) in [0, 1], one per sample.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Matching-aware discrimination: real samples under a wrong caption."""
+"""Matching-aware discrimination: real samples with wrong captions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class MismatchedCondition:
     """weight * D's fake term on real samples with another sample's condition.
 
     APT Appendix J (1), after GigaGAN (Kang et al. 2023); the paper saw little gain and left it
-    out. The pairing is the caller's: a shuffled condition that equals the true one must not be
-    counted.
+    out. The caller pairs samples with conditions, and must leave out pairs whose shuffled condition
+    equals the true one.
 
     Attributes:
-        weight: factor of the term.
-        objective: the adversarial objective whose fake term is taken; one with separate terms.
+        weight: weight of the term.
+        objective: the adversarial objective whose fake term is used; it must have separate terms.
     """
 
     weight: float = 1.0
@@ -34,14 +34,17 @@ class MismatchedCondition:
         self._terms()
 
     def __call__(self, logits_mismatched: Tensor) -> Tensor:
-        """The weighted term, a scalar, for D(x, c') (B,). Raises InputError otherwise."""
+        """Return the weighted term, a scalar, for logits D(x, c') (B,).
+
+        Raises InputError for other shapes or dtypes.
+        """
         return self.weight * self._terms().fake_term(logits_mismatched)
 
     def _terms(self) -> UnpairedObjective:
         objective = LOSSES.create(self.objective)
         if not isinstance(objective, UnpairedObjective):
             raise ConfigError(
-                f"MismatchedCondition: {self.objective!r} has no fake term of its own; choose "
-                "'non_saturating', 'hinge' or 'least_squares'"
+                f"MismatchedCondition: objective {self.objective!r} has no separate fake term; "
+                "choose 'non_saturating', 'hinge' or 'least_squares'"
             )
         return objective

@@ -1,4 +1,4 @@
-"""Losses by name."""
+"""The registry of losses."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ LOSSES: Registry[Any] = Registry("loss")
 
 
 def list_losses(pattern: str = "*") -> list[str]:
-    """Names of registered losses that match a shell-style pattern, sorted."""
+    """Return the sorted names of registered losses that match a shell-style pattern."""
     return LOSSES.names(pattern)

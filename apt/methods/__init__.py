@@ -1,4 +1,4 @@
-"""Training methods, one file each, readable like the paper."""
+"""Training methods, one file each, written to read like the paper."""
 
 from __future__ import annotations
 

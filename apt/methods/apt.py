@@ -1,14 +1,14 @@
-"""Adversarial post-training (APT Sec. 3): the objective, and below it the method.
+"""Adversarial post-training (APT Sec. 3): the objective as functions, then the training method.
 
-    generate              Eqs. 3-5      from noise to a sample in one step
-    timestep_ensemble     Eqs. 6-7      the timesteps that D is asked at
-    discriminator_loss    Eqs. 1, 9, 10 what D minimises, approximated R1 included
-    generator_loss        Eq. 2         what G minimises
+    generate              Eqs. 3-5      one step from noise to a sample
+    timestep_ensemble     Eqs. 6-7      D's timestep inputs
+    discriminator_loss    Eqs. 1, 9, 10 D's loss, including the approximated R1
+    generator_loss        Eq. 2         G's loss
 
-x are real latents (B, C, T, H, W), z is noise of their shape, c are B conditions, t (B,) is in
-[0, 1], where the paper has [0, T]. Networks are any callables, G(z, t, c) -> velocity and
-D(x, t, c, rows=) -> logits, and c is whatever they take. Eq. 8, exact R1, which the paper does
-without, is in `apt.methods.terms`.
+x are real latents (B, C, T, H, W), z is noise of the same shape, c are B conditions, and t (B,) is
+in [0, 1], where the paper uses [0, T]. The networks are callables, G(z, t, c) -> velocity and
+D(x, t, c, rows=) -> logits, and c is whatever they accept. The exact R1 of Eq. 8, which the paper
+replaces by Eq. 9, is in `apt.methods.terms`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from apt.losses import (
     create_loss,
     list_losses,
 )
+from apt.methods.backward_apart import BackwardApart
 from apt.methods.base import (
     Host,
     Method,
@@ -64,18 +65,18 @@ from apt.rng import Draw, sample_noise
 Logs = dict[str, Tensor]
 
 SURE_SIGMA = 0.1
-"""The paper's for videos, at which the approximated R1 measures slope in bf16 too."""
+"""The paper's sigma for videos, at which the approximated R1 measures slope even in bf16."""
 
 
 def generate(network: Any, z: Tensor, c: Any) -> Tensor:
-    """G(z, c), one sample per noise (Eqs. 3-5), with gradients to the network and z."""
+    """Return G(z, c), one sample per noise (Eqs. 3-5), with gradients to the network and z."""
     t = torch.ones(len(z), dtype=torch.float32, device=z.device)
     v = network(z, t, c)  # Eq. 3: the velocity at pure noise
     return to_sample(z, v, t)  # Eqs. 4-5: z - v
 
 
 def timestep_ensemble(num: int, shift: float, draw: Draw) -> Tensor:
-    """D's timestep inputs (Eq. 6): t ~ U[0, 1], shifted by s (Eq. 7). (num,)."""
+    """Draw D's timestep inputs (num,): t ~ U[0, 1] (Eq. 6), shifted by s (Eq. 7)."""
     return sample_shifted_timesteps(num, draw, shift=shift)
 
 
@@ -92,20 +93,21 @@ def discriminator_loss(
     terms: Sequence[DiscriminatorTerm] = (),
     forwards: int = 1,
 ) -> tuple[Tensor, Logs]:
-    """What D minimises (Eq. 10), from one forward of D over all samples, and its parts.
+    """Return D's loss (Eq. 10) and its parts, from one forward pass of D over all samples.
 
     Args:
-        discriminator: takes clean latents; sample i of every group has row i of t and c.
+        discriminator: takes clean latents; sample i of a group uses row i of t and c.
         x_fake: G's samples for the same c, detached.
-        draw: the key of the perturbation.
+        draw: the key of the perturbation noise.
         objective: the paper's is softplus(-D(x, c)) + softplus(D(G(z, c), c)).
         r1: lambda (D(x, c) - D(x + sigma epsilon, c))^2.
-        terms: what the paper does not have.
-        forwards: 2 sends generated samples through D by themselves.
+        terms: additional terms, which the paper does not have.
+        forwards: 2 runs generated samples through D in a forward pass of their own.
     """
     rows = torch.arange(len(x), device=x.device)
     num_perturbed = r1.num_perturbed(len(x)) if r1.weight else 0
-    # Perturbed copies share t and c with their samples, or Eq. 9 would measure those too.
+    # A perturbed copy shares its sample's t and c; otherwise Eq. 9 would also penalise how D
+    # depends on them.
     samples = [perturbed_batch(x, x_fake, r1.sigma, draw, num_perturbed=num_perturbed)]
     groups = {"real": rows, "perturbed": rows[:num_perturbed], "fake": rows}
     for term in terms:
@@ -140,16 +142,17 @@ def generator_loss(
     objective: AdversarialObjective = NonSaturating(),
     matching: FeatureMatching | None = None,
 ) -> tuple[Tensor, Logs]:
-    """What G minimises (Eq. 2; the paper's is softplus(-D(G(z, c)))), and its parts.
+    """Return G's loss (Eq. 2; the paper's is softplus(-D(G(z, c)))) and its parts.
 
-    D sees x too where a term compares with it; InputError if one does, and there is no x.
+    D also sees x if the objective or feature matching compares generated samples with real ones.
+    Raises InputError if x is then missing.
     """
     rows = torch.arange(len(x_fake), device=x_fake.device)
     groups = {"fake": rows}
     samples = x_fake
     if matching or objective.needs_real:
         if x is None:
-            raise InputError("the objective or feature matching compares with real samples: pass x")
+            raise InputError("the objective or feature matching needs real samples; pass x")
         groups["real"] = rows
         samples = torch.cat([x_fake, x])
     output = discriminate_groups(discriminator, samples, t, c, groups)
@@ -164,36 +167,37 @@ def generator_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialConfig(MethodConfig):
-    """Adversarial post-training (APT Secs. 3.3-3.5). A weight of 0 switches a term off.
+    """Adversarial post-training (APT Secs. 3.3-3.5). A weight of 0 turns a term off.
 
     Attributes:
-        generator: the distilled model that G starts from: built-in name, folder or Hub id.
-        discriminator: the diffusion model that D's backbone starts from.
-        generator_trains: "all" of G's weights, as in the paper, or its transformer "blocks" only. A
-            small D sees little of the finest detail, and what it does not see, the gradients of the
-            output layers are noise for.
+        generator: the distilled model that initialises G: a built-in name, a folder or a Hub id.
+        discriminator: the diffusion model that initialises D's backbone.
+        generator_trains: "all" trains all of G, as in the paper; "blocks" trains only its
+            transformer blocks. A small D sees little of the finest detail, and its gradients then
+            turn the output layers' weights into grain.
         head: registered discriminator head.
-        layers: blocks that heads read, counted from 1; empty scales the paper's to the depth.
-        discriminator_learning_rate: of D; 0 takes the optimizer's, as the paper does. A small batch
-            needs a D that is faster than G (Heusel et al. 2017).
-        discriminator_backbone_rate: the share of D's rate that its backbone trains at.
-        freeze_discriminator_backbone: train D's heads only (APT App. F: worse).
-        generator_captions: "shared" trains G on the captions and sizes of the clips that D has just
-            been trained on, which are read and encoded once; "own" on those of the next batch, so
-            that an update goes over twice as many clips. Which the paper did is not said.
-        discriminator_forwards: 2 sends generated samples through D by themselves: less memory at
-            the peak, twice the gathering of a sharded D's weights, the same logits.
-        discriminator_precision: "run" computes D as the run does all; "tf32" and "fp32" compute it
-            without autocast, its products in TF32 or in fp32. In bf16 the approximated R1 of a
-            small sigma is mostly rounding (docs/training.md).
-        rounding_every: updates between checks of how much of the approximated R1 is rounding, which
-            take one more forward pass of D on a micro-batch; 0 for none.
-        timestep_ensemble: D sees each sample at a timestep of its own (Eq. 6); otherwise at t = 0,
-            that of clean input.
+        layers: blocks that the heads read, counted from 1; empty scales the paper's to the depth.
+        discriminator_learning_rate: D's learning rate; 0 uses the optimizer's, as the paper does.
+            With small batches D needs a higher rate than G (Heusel et al. 2017).
+        discriminator_backbone_rate: learning rate of D's backbone, as a fraction of D's.
+        freeze_discriminator_backbone: train only D's heads (worse, APT App. F).
+        generator_captions: "shared" trains G on the captions and sizes of the clips that D was just
+            trained on, which are read and encoded once; "own" uses those of the next batch, so an
+            update takes twice as many clips. The paper does not say which it did.
+        discriminator_forwards: 2 runs generated samples through D in forward and backward passes of
+            their own: less peak memory and the same logits, but a sharded D is gathered, and its
+            gradients are reduced, twice.
+        discriminator_precision: "run" computes D in the precision of the run; "tf32" and "fp32"
+            compute it without autocast, with matrix products in TF32 or fp32. In bf16, the
+            approximated R1 with a small sigma is mostly rounding error (docs/training.md).
+        rounding_every: updates between measurements of how much of the approximated R1 is rounding
+            error, each with one more forward pass of D on a micro-batch; 0 for none.
+        timestep_ensemble: give D a random timestep for each sample (Eq. 6); otherwise t = 0, the
+            timestep of clean input.
         timestep_shift: s of Eq. 7 for D's timestep input; 1 for images, 12 for videos.
         objective: registered adversarial objective.
-        r1: the approximated R1 (Eq. 9); lambda is its weight.
-        terms: what the paper does not have, each with weight 0 unless asked for.
+        r1: the approximated R1 (Eq. 9); its weight is lambda.
+        terms: additional terms, which the paper does not have; their weights default to 0.
     """
 
     exports_as: ClassVar[str] = "apt"
@@ -225,10 +229,12 @@ class AdversarialConfig(MethodConfig):
         if self.discriminator_learning_rate < 0:
             raise ConfigError(
                 "discriminator_learning_rate must not be negative, got "
-                f"{self.discriminator_learning_rate}; 0 takes the optimizer's"
+                f"{self.discriminator_learning_rate}; 0 uses the optimizer's"
             )
         if self.rounding_every < 0:
-            raise ConfigError(f"rounding_every must not be negative, got {self.rounding_every}")
+            raise ConfigError(
+                f"rounding_every must not be negative, got {self.rounding_every}; 0 turns it off"
+            )
 
     def build(self, start: ModelBundle, host: Host) -> AdversarialPostTraining:
         return AdversarialPostTraining(self, start, host)
@@ -242,30 +248,30 @@ class AdversarialConfig(MethodConfig):
     def check_sharded(self) -> None:
         if self.terms.exact_r1.weight:
             raise ConfigError(
-                "stage.terms.exact_r1.weight is for one process: exact R1 differentiates twice, "
-                "and weights that are sharded over ranks are gone by then; use the approximated R1 "
-                "(stage.r1), or start one process"
+                "stage.terms.exact_r1.weight works in a single process only: exact R1 "
+                "differentiates twice, and sharded weights are freed before the second time; use "
+                "the approximated R1 (stage.r1), or start one process"
             )
 
     def check_compiled(self) -> None:
         if self.terms.exact_r1.weight:
             raise ConfigError(
-                "stage.terms.exact_r1.weight differentiates twice, which compiled blocks cannot; "
-                "set --no-compile-blocks, or use the approximated R1 (stage.r1)"
+                "stage.terms.exact_r1.weight differentiates twice, which compiled blocks do not "
+                "support; set --no-compile-blocks, or use the approximated R1 (stage.r1)"
             )
 
     def check_adapters(self) -> None:
         if self.generator_trains != "all":
             raise ConfigError(
-                "with lora.rank only adapters train; lora.targets says where they go, so set "
+                "with lora.rank only adapters train, in the layers that lora.targets selects; set "
                 "stage.generator_trains to all"
             )
 
 
 class AdversarialPostTraining(Method):
-    """One update of the discriminator, then one of the generator, in turns (Sec. 3.1).
+    """Updates the discriminator and the generator in turn (Sec. 3.1).
 
-    G starts from the distilled model, D's backbone from the diffusion model (Sec. 3.3).
+    G starts from the distilled model, and D's backbone from the diffusion model (Sec. 3.3).
     """
 
     def __init__(self, config: AdversarialConfig, start: ModelBundle, host: Host) -> None:
@@ -302,7 +308,7 @@ class AdversarialPostTraining(Method):
 
     @property
     def discriminator(self) -> Discriminator:
-        """D itself."""
+        """The discriminator's module."""
         return cast("Discriminator", self.trained["discriminator"].module)
 
     def warnings(self) -> list[str]:
@@ -311,10 +317,10 @@ class AdversarialPostTraining(Method):
             return []
         same = r1.weight if r1.normalize else r1.weight * (r1.sigma / SURE_SIGMA) ** 2
         return [
-            f"in bf16 the approximated R1 at sigma {r1.sigma:g} is mostly rounding, and so is its "
-            f"gradient; of the same weight to first order is --stage.r1.weight {same:g} "
-            f"--stage.r1.sigma {SURE_SIGMA:g}, or compute D with --stage.discriminator-precision "
-            "tf32 (docs/training.md)"
+            f"in bf16 the approximated R1 at sigma {r1.sigma:g} and its gradient are mostly "
+            f"rounding error; set --stage.r1.weight {same:g} --stage.r1.sigma {SURE_SIGMA:g}, the "
+            "same penalty to first order, or compute D with --stage.discriminator-precision tf32 "
+            "(docs/training.md)"
         ]
 
     @property
@@ -324,7 +330,7 @@ class AdversarialPostTraining(Method):
 
     @contextmanager
     def discriminating(self) -> Iterator[None]:
-        """The precision of D's forward passes."""
+        """Set the precision of D's forward passes."""
         if self.config.discriminator_precision == "run":
             with self.host.autocast():
                 yield
@@ -334,7 +340,7 @@ class AdversarialPostTraining(Method):
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """Whether products in fp32, also of backward passes, are in TF32 inside."""
+        """Set whether fp32 matrix products, also in backward passes, use TF32."""
         if self.config.discriminator_precision == "run":
             yield
             return
@@ -356,14 +362,14 @@ class AdversarialPostTraining(Method):
         shown += 1.0 if terms.mismatched.weight else 0.0
         compares = terms.matching is not None or self.objective.needs_real
         return [
-            Pass(generator, 1.0, 0),  # D's step: samples, D on all groups
+            Pass(generator, 1.0, 0),  # D's step: G makes samples, D sees all groups
             Pass(discriminator, shown, 2),
-            Pass(generator, 1.0, 2),  # G's step, through D to its input
+            Pass(generator, 1.0, 2),  # G's step: gradients pass through D to its input
             Pass(discriminator, 2.0 if compares else 1.0, 1),
         ]
 
     def discriminator_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
-        """One update of D, with G's samples made now."""
+        """Update D once, on new samples from G."""
         trained = self.trained["discriminator"]
         trained.zero_grad()
         logs = []
@@ -376,17 +382,26 @@ class AdversarialPostTraining(Method):
             fake.add(x_fake)
             real.add(batch.x)
             t = self.timesteps(batch, update, "discriminator/timestep")
-            # Checkpointed blocks are computed again in the backward pass, with the same attention.
+            # The backward pass recomputes checkpointed blocks, with the same attention.
             with self.double_backward(), self.products():
                 if number == 0 and self._checks_rounding(update):
                     checks["discriminator/r1_rounding"] = self.rounding(batch, t, c, update)
+                apart = BackwardApart(self.discriminator) if self._goes_back_apart else None
                 with self.discriminating():
-                    loss, log = self.loss_of_discriminator(batch, x_fake, t, c, update)
-                (loss / len(batches)).backward()
+                    loss, log = self.loss_of_discriminator(batch, x_fake, t, c, update, apart)
+                if apart is None:
+                    (loss / len(batches)).backward()
+                else:
+                    apart.backward(loss / len(batches), trained.backward_passes)
             logs.append({f"discriminator/{name}": value for name, value in log.items()})
         norm = trained.step(update)
         found = {**mean_logs(logs), **checks, **compared(fake, real)}
         return {**found, "discriminator/grad_norm": norm}
+
+    @property
+    def _goes_back_apart(self) -> bool:
+        # Exact R1 is a gradient of what D returns, all the way to its input.
+        return self.config.discriminator_forwards == 2 and not self.config.terms.exact_r1.weight
 
     def _checks_rounding(self, update: int) -> bool:
         every = self.config.rounding_every
@@ -394,10 +409,11 @@ class AdversarialPostTraining(Method):
 
     @torch.no_grad()
     def rounding(self, batch: MicroBatch, t: Tensor, c: Condition, update: int) -> Tensor:
-        """How much of the approximated R1 is rounding: a hundred times what it is at a tenth of
-        sigma, over what it is at sigma, with the same noise.
+        """Return how much of the approximated R1 is rounding error.
 
-        1 if it measures D's slope, which is what it is for; 100 if rounding alone.
+        This is 100 times the penalty at sigma / 10, divided by the penalty at sigma, with the same
+        noise: 1 if the penalty measures D's slope, as intended, and 100 if it measures only
+        rounding error.
         """
         r1, x, rows = self.config.r1, batch.x, torch.arange(len(batch), device=batch.x.device)
         draw, num = self.draw(batch, update, "perturbation"), r1.num_perturbed(len(batch))
@@ -414,13 +430,23 @@ class AdversarialPostTraining(Method):
         return 100 * near / far.clamp_min(torch.finfo(far.dtype).tiny)
 
     def loss_of_discriminator(
-        self, batch: MicroBatch, x_fake: Tensor, t: Tensor, c: Condition, update: int
+        self,
+        batch: MicroBatch,
+        x_fake: Tensor,
+        t: Tensor,
+        c: Condition,
+        update: int,
+        through: LogitNetwork | None = None,
     ) -> tuple[Tensor, Logs]:
-        """Eq. 10 on one micro-batch, with the terms that have a weight."""
+        """Return Eq. 10 and its parts on one micro-batch, with all terms of nonzero weight.
+
+        Args:
+            through: called in place of D.
+        """
         draw = self.draw(batch, update, "perturbation")
         x = batch.x.detach().requires_grad_(self.config.terms.exact_r1.weight > 0)
         return discriminator_loss(
-            self.discriminator,
+            through or self.discriminator,
             x,
             x_fake,
             t,
@@ -433,7 +459,7 @@ class AdversarialPostTraining(Method):
         )
 
     def generator_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
-        """One update of G, with fresh noise and timesteps, through D as it is now."""
+        """Update G once, through the current D, with new noise and timesteps."""
         self.generator.zero_grad()
         logs = []
         for batch in self.generator.accumulated(batches):
@@ -451,7 +477,7 @@ class AdversarialPostTraining(Method):
                         objective=self.objective,
                         matching=self.config.terms.matching,
                     )
-                # Through D to its input only: D's own gradients are neither computed nor kept.
+                # Only gradients of D's input are needed; those of its weights are not computed.
                 (gradient,) = torch.autograd.grad(loss, x_fake)
             x_fake.backward(gradient / len(batches))
             norms = gradient.flatten(1).norm(dim=1) * len(batch)
@@ -465,9 +491,9 @@ class AdversarialPostTraining(Method):
         return {**mean_logs(logs), "generator/grad_norm": norm}
 
     def heldout(self, batch: MicroBatch) -> Metrics:
-        """What D makes of clips that it has not seen, beside samples of their captions.
+        """Return D's loss and logits on held-out clips and on G's samples for their captions.
 
-        A gap that closes here and grows in training is a D that learns its clips by heart.
+        If the logit gap shrinks here while it grows in training, D is memorising its clips.
         """
         c = self.condition(batch)
         x_fake = self.draw_fake(batch, c, 0, "heldout noise")
@@ -486,13 +512,13 @@ class AdversarialPostTraining(Method):
         return generate(self.generator.module, z, c)
 
     def draw_fake(self, batch: MicroBatch, c: Condition, update: int, stream: str) -> Tensor:
-        """One-step samples (b, C, T, H, W) in fp32, under the batch's conditions."""
+        """Return one-step samples (b, C, T, H, W) in fp32 for the batch's conditions."""
         z = sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, update, stream))
         with self.host.autocast():
             return generate(self.generator.module, z, c).float()
 
     def timesteps(self, batch: MicroBatch, update: int, stream: str) -> Tensor:
-        """(b,) timesteps that D is told."""
+        """Return D's timestep inputs (b,)."""
         if not self.config.timestep_ensemble:
             return torch.zeros(len(batch.captions), device=batch.x.device)
         draw = self.draw(batch, update, stream)
@@ -500,7 +526,7 @@ class AdversarialPostTraining(Method):
 
     @contextmanager
     def double_backward(self) -> Iterator[None]:
-        """Exact R1 needs attention and fused ops that can be differentiated twice."""
+        """If exact R1 is on, choose attention and ops that can be differentiated twice."""
         if not self.config.terms.exact_r1.weight:
             yield
             return
@@ -509,7 +535,11 @@ class AdversarialPostTraining(Method):
 
 
 def one_step_sampling(before: SamplingInfo) -> SamplingInfo:
-    """Guidance is built in. Further steps keep the teacher's grid, on which it was distilled."""
+    """Return the sampling settings of a one-step generator whose teacher was sampled as `before`.
+
+    Guidance is distilled into the generator. More than one step uses the teacher's timestep grid,
+    on which it was distilled.
+    """
     return replace(before, num_steps=1, cfg_scale=1.0, sampler="consistency")
 
 
@@ -520,7 +550,7 @@ def _train_only(network: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _objective(name: str) -> AdversarialObjective:
-    """A registered objective; ConfigError for a loss of another kind."""
+    """Return a registered adversarial objective; ConfigError for a loss of another kind."""
     loss = create_loss(name)
     if isinstance(loss, AdversarialObjective):
         return loss
@@ -531,8 +561,7 @@ def _objective(name: str) -> AdversarialObjective:
         if isinstance(builder, type) and issubclass(builder, AdversarialObjective)
     ]
     raise ConfigError(
-        f"stage.objective {name!r} is a loss, but not an adversarial objective; choose from: "
-        f"{', '.join(kinds)}"
+        f"stage.objective {name!r} is not an adversarial objective; choose from: {', '.join(kinds)}"
     )
 
 

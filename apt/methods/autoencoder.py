@@ -1,10 +1,10 @@
-"""A video autoencoder: the latents that all other stages work in.
+"""Training of the video autoencoder whose latents all other stages use.
 
-The objective is the sum of four terms, of which each sees what the others overlook: the error of
-pixels; that of their differences, which are edges and motion; that of small patches in frequencies,
-each divided by its strength in real clips, without which fine detail hardly counts; and the size of
-the latents. The decoder gets latents with noise, so that neighbours in latent space look alike: a
-diffusion model never hits a latent exactly.
+The objective is the sum of four terms: the error of pixels; the error of differences between
+neighbouring pixels, which covers edges and motion; the error of the frequencies of small patches,
+each divided by its strength in real clips, because fine detail has little energy; and the size of
+the latents. Noise is added to the latents that the decoder gets, so that similar latents decode to
+similar clips: a diffusion model never generates a latent exactly.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ _SHOWN = 6
 
 
 def pixel_error(pixels: Tensor, output: Tensor) -> Tensor:
-    """Mean absolute difference of clips (B, 3, T, H, W)."""
+    """Return the mean absolute difference of clips (B, 3, T, H, W)."""
     return (output - pixels).abs().mean()
 
 
 def gradient_error(pixels: Tensor, output: Tensor) -> Tensor:
-    """Mean absolute error of the differences of neighbours in time, height and width.
+    """Return the mean absolute error of differences between neighbours in time, height and width.
 
-    The mean over the axes along which the clips (B, 3, T, H, W) have neighbours; 0 without any.
+    This is the mean over the axes of the clips (B, 3, T, H, W) that are longer than 1, or 0 if
+    there are none.
     """
     error = output - pixels
     axes = [axis for axis in (2, 3, 4) if error.shape[axis] > 1]
@@ -61,14 +62,14 @@ def gradient_error(pixels: Tensor, output: Tensor) -> Tensor:
 
 
 def whitened_error(pixels: Tensor, output: Tensor, power: Tensor, floor: float = 0.05) -> Tensor:
-    """Mean absolute error of the frequencies of patches, each in units of its strength.
+    """Return the mean absolute error of patch frequencies, each divided by its strength.
+
+    Clips that are smaller than a patch give 0.
 
     Args:
         pixels, output: clips (B, 3, T, H, W).
-        power: (3 * 63,) mean squares of these frequencies in real clips; see `patch_frequencies`.
-        floor: added to them in quadrature, so that what is too weak to be seen does not count.
-
-    Clips that are smaller than a patch have no error.
+        power: (3 * 63,) mean squares of the frequencies in real clips; see `patch_frequencies`.
+        floor: added to the strengths in quadrature, so that invisible detail does not count.
     """
     if min(pixels.shape[3:]) < PATCH:
         return output.sum() * 0
@@ -78,18 +79,19 @@ def whitened_error(pixels: Tensor, output: Tensor, power: Tensor, floor: float =
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(StageConfig):
-    """Training of a video autoencoder, whose latents the other stages work in.
+    """Training of the video autoencoder that `model.codec` names.
 
-    Which one is `model.codec`. A weight of 0 switches a term off.
+    A weight of 0 turns a term off.
 
     Attributes:
-        latent_noise: standard deviation of the noise that the decoder gets with the latents, in
-            units of theirs.
-        pixel_weight: of the absolute error of pixels.
-        gradient_weight: of the error of differences between neighbours.
-        frequency_weight: of the error of patches in frequencies, each in units of its strength.
-        latent_weight: of half the mean square of the raw latents, which noise makes grow.
-        statistics_decay: of the running statistics of frequencies and latents.
+        latent_noise: standard deviation of the noise added to the decoder's latents, relative to
+            that of the latents.
+        pixel_weight: weight of the absolute error of pixels.
+        gradient_weight: weight of the error of differences between neighbouring pixels.
+        frequency_weight: weight of the error of patch frequencies, each relative to its strength.
+        latent_weight: weight of half the mean square of the raw latents, which would otherwise grow
+            to drown out the noise.
+        statistics_decay: decay of the running statistics of frequencies and latents.
     """
 
     exports_as: ClassVar[str] = CODEC_STAGE
@@ -118,10 +120,10 @@ class AutoencoderConfig(StageConfig):
 
 
 class AutoencoderTraining(Stage):
-    """Trains a codec; its folder holds the codec alone, with the statistics of its latents.
+    """Trains a codec, and exports it with the statistics of its latents.
 
     Raises:
-        ConfigError: a codec that has nothing to train.
+        ConfigError: for a codec that cannot be trained.
     """
 
     def __init__(self, config: AutoencoderConfig, host: Host) -> None:
@@ -130,15 +132,15 @@ class AutoencoderTraining(Stage):
         self.architecture, codec = host.codec()
         if not isinstance(codec, CausalCodec):
             raise ConfigError(
-                f"codec {self.architecture!r} is not one that is trained here; set --model.codec "
-                "to digits_ae or video_ae"
+                f"codec {self.architecture!r} cannot be trained; set --model.codec to digits_ae "
+                "or video_ae"
             )
         self.codec_config = codec.config
         self.latent_shape = codec.latent_shape
         self.trained = {
             "generator": host.train(codec, (codec.encoder, codec.decoder), averaged=True)
         }
-        # Of the raw latents by channel, and of patches by frequency.
+        # Of raw latents per channel, and of patches per frequency.
         self.statistics = {
             "mean": torch.zeros(codec.channels, device=host.device),
             "square": torch.ones(codec.channels, device=host.device),
@@ -149,9 +151,9 @@ class AutoencoderTraining(Stage):
         return {"codec": self.codec_step}
 
     def codec_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
-        """Minimise the error of reconstruction.
+        """Minimise the reconstruction error.
 
-        Running statistics are those of whole batches, so nothing depends on how one is cut.
+        Running statistics use the whole batch, so results do not depend on the micro-batch size.
         """
         offset = (update % PATCH, update // PATCH % PATCH)
         moved = {}
@@ -187,7 +189,7 @@ class AutoencoderTraining(Stage):
         return {**logs, "generator/grad_norm": norm}
 
     def heldout(self, batch: MicroBatch) -> Metrics:
-        """The terms of the loss, with the statistics so far, which stay as they are."""
+        """Return the terms of the loss with the current statistics, which it does not change."""
         noise = self.noise(batch, 0, "heldout noise")
         with self.host.autocast():
             output, raw = self.generator.module(batch.x, noise, self.noise_std())
@@ -202,7 +204,7 @@ class AutoencoderTraining(Stage):
         power: Tensor,
         offset: tuple[int, int] = (0, 0),
     ) -> dict[str, Tensor]:
-        """The weighted terms of the loss, by name; patches are cut from `offset` on."""
+        """Return the weighted terms of the loss by name; the patch grid starts at `offset`."""
         config = self.config
         frequencies = whitened_error(_shifted(pixels, offset), _shifted(output, offset), power)
         return {
@@ -215,7 +217,7 @@ class AutoencoderTraining(Stage):
     def samples(
         self, prompts: tuple[str, ...], clip: SampleInfo, batches: Sequence[MicroBatch]
     ) -> Preview:
-        """Clips of the batch, each beside its reconstruction from latents without noise."""
+        """Return clips of the batch, each beside its reconstruction without latent noise."""
         clips, captions = batches[0].x[:_SHOWN], tuple(batches[0].captions[:_SHOWN])
         zeros = torch.zeros(1, device=clips.device)
         output, _ = self.generator.module(clips, zeros, zeros)
@@ -225,7 +227,7 @@ class AutoencoderTraining(Stage):
         return {"statistics": self.statistics}
 
     def save(self, folder: Path, outcome: Outcome) -> None:
-        """Write the codec by itself."""
+        """Write the codec to a folder."""
         codec = self.measured(outcome.weights)
         info = CodecInfo(
             codec=component_info(self.architecture, codec),
@@ -236,7 +238,7 @@ class AutoencoderTraining(Stage):
         save_codec(folder, codec, info, dtype=outcome.dtype)
 
     def measured(self, weights: Mapping[str, Tensor]) -> CausalCodec:
-        """A codec of these weights, with the statistics of latents so far."""
+        """Return a codec with these weights and the current statistics of the latents."""
         mean, square = self.statistics["mean"].cpu(), self.statistics["square"].cpu()
         config = dataclasses.replace(
             self.codec_config,
@@ -248,26 +250,26 @@ class AutoencoderTraining(Stage):
         return codec
 
     def noise(self, batch: MicroBatch, update: int, stream: str = "latent noise") -> Tensor:
-        """Standard normal, in the shape of the batch's latents."""
+        """Return standard normal noise in the shape of the batch's latents."""
         shape = (self.codec_config.channels, *self.latent_shape(*batch.x.shape[2:]))
         return sample_noise(len(batch), shape, self.draw(batch, update, stream))
 
     def noise_std(self) -> Tensor:
-        """(C,) how much of it the decoder gets."""
+        """Return the standard deviation (C,) of the decoder's noise per channel."""
         deviation = _deviation(self.statistics["mean"], self.statistics["square"])
         return self.config.latent_noise * deviation
 
     def running(self, name: str, parts: Sequence[Tensor], update: int) -> Tensor:
-        """A statistic moved towards the mean of what all ranks measured, (K,) of a micro-batch."""
+        """Return a statistic (K,), moved towards the mean over all ranks' micro-batches."""
         decay = min(self.config.statistics_decay, update / (update + 1))
         found = self.host.over_ranks(torch.stack(list(parts)).mean(dim=0))
         return self.statistics[name].lerp(found, 1 - decay)
 
 
 def _shifted(clips: Tensor, offset: tuple[int, int]) -> Tensor:
-    """Clips without their first rows and columns, so that patches are not always the same.
+    """Crop the first rows and columns of clips, so that patches vary from update to update.
 
-    Clips that are hardly larger than a patch lose fewer.
+    At least one patch remains.
     """
     y, x = (
         min(start, max(side - PATCH, 0))

@@ -1,8 +1,8 @@
-"""What a stage of training is: its config, its networks, one update of them, and what comes out.
+"""The interface of a training stage: its configuration, networks, updates and export.
 
-Most stages are methods, which train a generator. A stage names no trainer. Whoever runs it gives it
-a `Host`, which has what the run starts from and puts networks to work: moves them to the device,
-shards them, gives them an optimiser and an average.
+Most stages are methods, which train a generator. A stage does not know its trainer, which gives it
+a `Host`. The host provides the models that the run starts from, and prepares networks: it moves
+them to the device, shards them, and gives them an optimiser and an average.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ Metrics = dict[str, float | Tensor]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of a rank's batch that goes through the networks at once.
+    """The part of a rank's batch that goes through the networks at once.
 
     Attributes:
         x: clean latents (b, C, T, H, W); pixels for a stage without a codec.
         captions: b texts.
         offset: index of the first sample in the global batch; random draws are keyed by it.
-        extra: what the samples are conditioned on beside captions, by name, each (b, ...).
-        texts: captions as the text encoder has made them for an earlier part of the same update,
-            on the host; a method's own.
+        extra: further conditions of the samples, by name, each (b, ...).
+        texts: encoded captions, kept on the CPU for later parts of the same update; private to
+            the method.
     """
 
     x: Tensor
@@ -58,13 +58,13 @@ class MicroBatch:
 
 
 class Pass(NamedTuple):
-    """A forward pass of a backbone in an update, and how far it is gone back through.
+    """A forward pass of a backbone in an update, and how far its backward pass goes.
 
     Attributes:
-        backbone: as it is: of a depth, and with its blocks.
-        samples: that it sees for each sample of the batch.
+        backbone: the module, whose depth and blocks determine the cost.
+        samples: samples that it sees for each sample of the batch.
         backward: 0 for no gradients, 1 for those of its inputs, 2 for those of its weights too;
-            each takes as much as the pass.
+            each costs as much as the forward pass.
     """
 
     backbone: DiffusionTransformer
@@ -73,18 +73,18 @@ class Pass(NamedTuple):
 
 
 Part = Callable[[Sequence[MicroBatch], int], Metrics]
-"""A part of an update: see `Stage.parts`."""
+"""A part of an update; see `Stage.parts`."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What a sample sheet shows.
+    """The contents of a sample sheet.
 
     Attributes:
         latents: (B, C, T, H, W), or pixels.
-        names: of each.
-        generated: whether they are samples, whose collapse is watched for; clips of the batch may
-            well be alike.
+        names: one for each.
+        generated: whether they are generated samples, which are watched for collapse; clips of
+            the batch may well be alike.
     """
 
     latents: Tensor
@@ -94,15 +94,15 @@ class Preview:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Weights of the network that gets exported, and what is said of them.
+    """The weights to export, and their description.
 
     Attributes:
-        weights: whole tensors by name, on the CPU; each is made when it is asked for.
-        adapters: to be merged into them, by name of the layer in a backbone.
-        config: of the stage.
-        sample: the size of what it was trained on.
-        training: the record, without the stages before.
-        dtype: of the weights in files; None keeps fp32.
+        weights: unsharded tensors by name, on the CPU; each is gathered when it is accessed.
+        adapters: adapters to merge into the weights, by name of their layer in the backbone.
+        config: the configuration of the stage.
+        sample: the size of the clips that it was trained on.
+        training: the record of this stage, without earlier ones.
+        dtype: the dtype of the weights in files; None keeps fp32.
     """
 
     weights: Mapping[str, Tensor]
@@ -114,7 +114,7 @@ class Outcome:
 
 
 class Denoiser(nn.Module):
-    """A backbone, and the text encoder if that is trained with it: one unit for FSDP and EMA."""
+    """A backbone, and the text encoder if it is trained too: one unit for FSDP and EMA."""
 
     def __init__(
         self, backbone: DiffusionTransformer, text_encoder: nn.Module | None = None
@@ -124,11 +124,11 @@ class Denoiser(nn.Module):
         self.text_encoder = text_encoder
 
     def forward(self, x: Tensor, t: Tensor, c: Condition, *, rows: Tensor | None = None) -> Tensor:
-        """The backbone's velocity."""
+        """Return the backbone's velocity."""
         return self.backbone(x, t, c, rows=rows)
 
     def encode(self, prompts: Sequence[str]) -> EncodedText:
-        """Encoded prompts, with gradients to the trained text encoder."""
+        """Return encoded prompts, with gradients to the trained text encoder."""
         assert self.text_encoder is not None
         return self.text_encoder(prompts)
 
@@ -137,14 +137,14 @@ class Average(Protocol):
     """An exponential moving average of a network's weights."""
 
     def update(self, module: nn.Module, update: int = ...) -> None:
-        """Move it towards the module's present weights."""
+        """Move the average towards the module's current weights."""
 
     def applied(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Let a module carry it inside the `with` block."""
+        """Give a module the averaged weights inside the `with` block."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors by name, live."""
+        """Return the averaged tensors by name, without copying them."""
         ...
 
 
@@ -159,36 +159,43 @@ class TrainedNetwork(Protocol):
 
     @property
     def moves(self) -> int:
-        """How often its weights began to move, in this process."""
+        """How many updates of its weights have begun in this process."""
         ...
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
 
     def accumulated(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
-        """Micro-batches whose gradients add up, in a loop around forward and backward pass."""
+        """Yield the micro-batches; gradients of the passes in the loop's body accumulate."""
+        ...
+
+    def backward_passes(self, number: int) -> Iterator[object]:
+        """Yield once before each of several backward passes of a micro-batch."""
         ...
 
     def step(self, update: int) -> float:
-        """Move weights and average; `update` counts from 0. Returns the gradient's norm."""
+        """Update the weights and the average, and return the gradient norm.
+
+        `update` counts from 0.
+        """
         ...
 
     def rate(self, update: int) -> float:
-        """The learning rate of an update, counted from 0."""
+        """Return the learning rate of an update, counted from 0."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """All that training changes, as live tensors by name."""
+        """Return everything that training changes, as tensors by name, without copying them."""
         ...
 
 
 class Host(Protocol):
-    """What runs a stage.
+    """Runs a stage.
 
     Attributes:
-        seed: of all random draws.
-        device: where the networks are.
-        negative_prompt: fixed, for guidance and caption dropout.
+        seed: the seed of all random draws.
+        device: the device of the networks.
+        negative_prompt: the fixed negative prompt, for guidance and caption dropout.
     """
 
     @property
@@ -201,29 +208,31 @@ class Host(Protocol):
     def negative_prompt(self) -> str: ...
 
     def model(self) -> ModelBundle:
-        """The model that the generator starts from; its backbone as in `backbone`."""
+        """Return the model that the generator starts from; see `backbone` for its backbone."""
         ...
 
     def backbone(self, field: str) -> tuple[DiffusionTransformer, ModelInfo]:
-        """The backbone of the model that a field of the stage names, and what is said of that
-        model. It may be on the meta device, and has weights once it is in a network that `train`
-        or `place` was given."""
+        """Return backbone and description of the model that a field of the stage names.
+
+        The backbone may be on the meta device. It has weights once `train` or `place` was called
+        with a network that contains it.
+        """
         ...
 
     def codec(self) -> tuple[str, LatentCodec]:
-        """A new codec as the run describes it, and its registered name."""
+        """Return the registered name of the codec that the run configures, and a new one."""
         ...
 
     def over_ranks(self, values: Tensor) -> Tensor:
-        """The mean over the ranks of a small tensor that each has of its own samples."""
+        """Return the mean over ranks of a small tensor that each rank has computed."""
         ...
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The precision of forward passes."""
+        """Set the precision of forward passes."""
         ...
 
     def adapt(self, backbone: DiffusionTransformer, *, discriminator: bool = False) -> None:
-        """Activation checkpointing and adapters, as the run wants them."""
+        """Add activation checkpointing and adapters, as the run configures them."""
 
     def train(
         self,
@@ -236,41 +245,45 @@ class Host(Protocol):
         forward_methods: Sequence[str] = (),
         exact: bool = False,
     ) -> TrainedNetwork:
-        """Place, shard by `blocks`, and give an optimiser.
+        """Move a network to the device, shard it by `blocks`, and give it an optimiser.
 
-        None is the run's learning rate; `slowed` is a part of the network and the share of the rate
-        that it trains at; `exact` computes in fp32 or TF32 also in a run in bf16.
+        Args:
+            averaged: keep an exponential moving average of the weights.
+            learning_rate: None uses the run's.
+            slowed: a part of the network, and its learning rate as a fraction of the network's.
+            forward_methods: methods besides `forward` that run the network.
+            exact: compute in fp32 or TF32 even if the run is in bf16.
         """
         ...
 
     def place(self, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Move a network to the device, and shard it.
 
-        What does not train may be held in bf16 from then on, if that is what is computed with.
+        If the run computes in bf16, weights that do not train may be stored in bf16.
         """
 
     def average(
         self, network: nn.Module, decay: float, *, inside: nn.Module | None = None
     ) -> Average:
-        """An average that the method keeps itself, in a network of its own if it is given one."""
+        """Return an average that the method updates itself, held in `inside` if that is given."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(ABC):
-    """The options of a stage, and what holds for all that it makes.
+    """The options of a stage, and facts about all stages of its kind.
 
     Class attributes:
-        exports_as: the stage in `apt.json`: "diffusion", "consistency", "apt", "codec", or a name
-            of its own.
-        summary: what comes out, in a line, for its card.
-        starts_from: the field that names the model which the stage starts from; None starts from
+        exports_as: the stage's name in `apt.json`: "diffusion", "consistency", "apt", "codec", or
+            a new one.
+        summary: one line about the exported model, for its card.
+        starts_from: the field that names the model that the stage starts from; None starts from
             random weights.
-        may_begin_anew: that field may be empty, which starts from random weights too.
+        may_begin_anew: that field may be empty, which also starts from random weights.
         names_models: all fields that name a model: a built-in name, a folder, or a Hub id.
-        names_folders: fields that name a folder, which nobody else gets to read.
-        takes_latents: whether it can be run on a cache of latents.
-        reads_captions: whether captions are encoded.
+        names_folders: fields that name a folder, whose path is never published.
+        takes_latents: whether the stage can train on a cache of latents.
+        reads_captions: whether the stage encodes captions.
     """
 
     exports_as: ClassVar[str]
@@ -284,41 +297,41 @@ class StageConfig(ABC):
 
     @property
     def start_field(self) -> str | None:
-        """The field that names the model which this run starts from; None for random weights."""
+        """The field that names the model that this run starts from; None for random weights."""
         field = self.starts_from
         anew = field is None or (self.may_begin_anew and not getattr(self, field))
         return None if anew else field
 
     @abstractmethod
     def begin(self, host: Host) -> Stage:
-        """The stage at work on what its host has."""
+        """Return the stage, ready to train on its host."""
 
     def trained_codec(self) -> str:
-        """The codec that a new model works in: a folder or a Hub id; empty for the run's own."""
+        """Return the codec of a new model: a folder or a Hub id; empty for the run's own."""
         return ""
 
     def filled(self, start: ModelInfo) -> StageConfig:
-        """The options, with what they leave open as the model has it that the stage starts from."""
+        """Return the options, with open values taken from the model that the stage starts from."""
         return self
 
     def check_adapters(self) -> None:  # noqa: B027  (most stages can)
-        """Raise ConfigError if the stage cannot train adapters in place of the weights."""
+        """Raise ConfigError if the stage cannot train adapters instead of the weights."""
 
     def check_compiled(self) -> None:  # noqa: B027  (most stages can)
-        """Raise ConfigError if the stage does what compiled blocks cannot."""
+        """Raise ConfigError if the stage needs something that compiled blocks do not support."""
 
     def check_sharded(self) -> None:  # noqa: B027  (most stages can)
-        """Raise ConfigError if the stage cannot be trained by several ranks."""
+        """Raise ConfigError if the stage cannot train on several ranks."""
 
     def check(self) -> None:  # noqa: B027  (not every stage has limits)
         """Raise ConfigError, with the option's name, for numbers out of range."""
 
     def source(self, field: str) -> str:
-        """The model that a field names. Raises ConfigError if the field is empty."""
+        """Return the model that a field names. Raises ConfigError if the field is empty."""
         value = str(getattr(self, field))
         if not value:
             raise ConfigError(
-                f"--stage.{field} is empty: name the model to start from, a folder that a training "
+                f"--stage.{field} is empty; name the model to start from: a folder that a training "
                 "run exported, a built-in name, or a Hub id"
             )
         return value
@@ -328,11 +341,11 @@ class Stage(ABC):
     """Networks in training.
 
     Attributes:
-        trained: by name; "generator" is always there, and is what gets exported.
-        codec: makes latents of pixels and pixels of previews; None works on pixels.
-        frozen: parts that have to be on the device and do not train.
-        shares_batch: whether the parts of an update go over the same samples; otherwise each gets
-            a batch of its own.
+        trained: the trained networks by name; "generator" always exists and is exported.
+        codec: encodes pixels to latents and decodes previews; None trains on pixels.
+        frozen: modules that must be on the device but do not train.
+        shares_batch: whether all parts of an update use the same samples; otherwise each part gets
+            its own batch.
     """
 
     trained: dict[str, TrainedNetwork]
@@ -345,37 +358,37 @@ class Stage(ABC):
 
     @abstractmethod
     def parts(self) -> dict[str, Part]:
-        """The parts of an update by name, in their order.
+        """Return the parts of an update by name, in order.
 
-        Each moves weights once, at its end; between two, a run can stop and go on. A part takes
-        micro-batches of equal size and the number of the update, from 0, and returns metrics, each
-        a mean over this rank's samples.
+        Each part updates weights once, at its end; a run can stop and resume between two parts. A
+        part takes micro-batches of equal size and the number of the update, from 0, and returns
+        metrics, each a mean over this rank's samples.
         """
 
     @property
     def batches_per_update(self) -> int:
-        """Global batches that an update goes over."""
+        """How many global batches an update uses."""
         return 1 if self.shares_batch else len(self.parts())
 
     def update(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
-        """One whole update on the same samples: all parts, and their metrics."""
+        """Run all parts of an update on the same samples, and return their metrics."""
         metrics: Metrics = {}
         for part in self.parts().values():
             metrics |= part(batches, update)
         return metrics
 
     def check_prompts(self, shown: Sequence[str]) -> None:  # noqa: B027  (not all encode any)
-        """Raise InputError for prompts that a later update would stop at.
+        """Raise InputError for prompts that would stop a later update.
 
-        `shown` are those of sample sheets.
+        `shown` are the prompts of sample sheets.
         """
 
     def heldout(self, batch: MicroBatch) -> Metrics:
-        """What the networks' present weights make of clips that are not trained on.
+        """Measure the networks' current weights on held-out clips.
 
-        Means over the batch, by the names of the metrics in training. Noise and timesteps depend on
-        the seed and on `batch.offset` alone, so that two updates can be compared; nothing that
-        training goes on from may change. A stage that has no such measure leaves this out.
+        Returns means over the batch, under the names of the training metrics. Noise and timesteps
+        depend only on the seed and `batch.offset`, so different updates can be compared. This must
+        not change the state of training. Empty if the stage has no such metrics.
         """
         return {}
 
@@ -383,25 +396,25 @@ class Stage(ABC):
     def samples(
         self, prompts: tuple[str, ...], clip: SampleInfo, batches: Sequence[MicroBatch]
     ) -> Preview | None:
-        """What a sheet shows, as the generator's present weights make it; None for none.
+        """Return a sample sheet of the generator's current weights, or None for no sheet.
 
-        `batches` are those of the update.
+        `batches` are the micro-batches of the update.
         """
 
     @abstractmethod
     def save(self, folder: Path, outcome: Outcome) -> None:
-        """Write what is exported to a folder."""
+        """Export to a folder."""
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the trained networks."""
+        """Return what checkpoints store besides the trained networks."""
         return {}
 
     def passes(self) -> Sequence[Pass]:
-        """What an update computes with backbones, for rates in the log; empty if it is not told."""
+        """Return an update's backbone passes, for throughput in the log; empty if unknown."""
         return []
 
     def warnings(self) -> list[str]:
-        """What the user should know before the run costs time."""
+        """Return what the user should know before the run starts."""
         return []
 
     @property
@@ -409,19 +422,20 @@ class Stage(ABC):
         return self.trained["generator"]
 
     def draw(self, batch: MicroBatch, update: int, stream: str) -> Draw:
-        """The key of a batch's random draws, which go to its device."""
+        """Return the key of a batch's random draws, which are made on the batch's device."""
         return Draw(self.host.seed, update, batch.offset, stream, batch.x.device)
 
     def uniform(self, batch: MicroBatch, update: int, stream: str) -> Tensor:
-        """(b,) uniform in [0, 1), left on the CPU: looking at them waits for no GPU."""
+        """Return (b,) uniform numbers in [0, 1), on the CPU so that reading them needs no sync."""
         draw = Draw(self.host.seed, update, batch.offset, stream)
         return sample_uniform(len(batch), draw)
 
 
 def even_timesteps(batch: MicroBatch) -> Tensor:
-    """(b,) in [0, 1), on the CPU: the same for a sample whenever it is asked for.
+    """Return (b,) timesteps in [0, 1), on the CPU, that depend only on the sample's index.
 
-    Those of any number of samples lie evenly, as multiples of the golden ratio do.
+    They are multiples of the golden ratio modulo 1, which are evenly spaced for any number of
+    samples.
     """
     places = torch.arange(batch.offset + 1, batch.offset + 1 + len(batch), dtype=torch.float64)
     return (places * ((5**0.5 - 1) / 2) % 1).float().clamp(max=1 - 2**-24)
@@ -436,18 +450,18 @@ class MethodConfig(StageConfig):
 
     @abstractmethod
     def build(self, start: ModelBundle, host: Host) -> Method:
-        """The method at work on `start`, the generator's bundle."""
+        """Return the method, ready to train `start`, the generator's bundle."""
 
     @abstractmethod
     def sampling(self, before: SamplingInfo) -> SamplingInfo:
-        """How an exported model is sampled, where its start was sampled as `before`."""
+        """Return how an exported model is sampled, if its start was sampled as `before`."""
 
 
 class Method(Stage):
     """A generator in training.
 
     Attributes:
-        start: the bundle that the run began with: text encoder, codec and description.
+        start: the bundle that the run started from: text encoder, codec and description.
     """
 
     def __init__(self, start: ModelBundle, host: Host) -> None:
@@ -458,11 +472,11 @@ class Method(Stage):
 
     @property
     def asks_again(self) -> bool:
-        """Whether a second part of an update comes to a sample of the first."""
+        """Whether later parts of an update use the captions of the first again."""
         return self.shares_batch and len(self.parts()) > 1
 
     def prompts(self) -> list[str]:
-        """Prompts besides the captions that the text encoder will be asked for."""
+        """Return the prompts, besides captions, that the text encoder will encode."""
         return []
 
     def check_prompts(self, shown: Sequence[str]) -> None:
@@ -472,15 +486,15 @@ class Method(Stage):
 
     @abstractmethod
     def preview(self, z: Tensor, c: Condition) -> Tensor:
-        """Latents (B, C, T, H, W) from noise, as the generator's present weights make them."""
+        """Return latents (B, C, T, H, W) that the generator's current weights make from noise."""
 
     def samples(
         self, prompts: tuple[str, ...], clip: SampleInfo, batches: Sequence[MicroBatch]
     ) -> Preview | None:
-        """One sample of each prompt, always from the same noise.
+        """Return one sample of each prompt, always from the same noise.
 
-        If data give more than captions, a prompt takes that of one of the update's samples, and
-        its size.
+        If the data have further conditions, each prompt uses those of one of the update's samples,
+        and its size.
         """
         if not prompts:
             return None
@@ -497,10 +511,10 @@ class Method(Stage):
         return Preview(self.preview(z, self.encode(prompts, extra)).float(), prompts)
 
     def save(self, folder: Path, outcome: Outcome) -> None:
-        """Write the generator as a model folder, and adapters by themselves too."""
+        """Write the generator as a model folder, and any adapters separately as well."""
         info, config = self.start.info, outcome.config
         assert isinstance(config, MethodConfig)
-        # Without weights: those in training may be sharded, and go to the file one by one.
+        # Without weights: trained weights may be sharded, and are written one by one.
         backbone = empty_module(self.start.backbone.config)
         text_encoder = self.start.text_encoder
         text_state = _inside(outcome.weights, "text_encoder.")
@@ -529,7 +543,7 @@ class Method(Stage):
             save_lora(folder, outcome.adapters)
 
     def train_generator(self, text_encoder: nn.Module | None = None) -> TrainedNetwork:
-        """The start's backbone put to work, with a text encoder if that trains too."""
+        """Prepare the start's backbone for training, with the text encoder if it trains too."""
         backbone = self.start.backbone
         return self.host.train(
             Denoiser(backbone, text_encoder),
@@ -539,9 +553,9 @@ class Method(Stage):
         )
 
     def condition(self, batch: MicroBatch) -> Condition:
-        """What a batch's samples are conditioned on.
+        """Return the conditions of a batch's samples.
 
-        The parts of an update share captions, and a frozen text encoder is asked once.
+        A frozen text encoder runs once if the parts of an update share captions.
         """
         text = batch.texts.get("captions")
         if text is None:
@@ -551,15 +565,15 @@ class Method(Stage):
         return self._condition(text.to(batch.x.device), batch.extra)
 
     def negative(self, c: Condition) -> Condition:
-        """What guidance leads away from: the negative prompt, with all else as it is in `c`."""
+        """Return `c` with the negative prompt as its text, for guidance."""
         return c.with_text(self.encode([self.host.negative_prompt]).text)
 
     def encode(
         self, prompts: Sequence[str], extra: Mapping[str, Tensor] = MappingProxyType({})
     ) -> Condition:
-        """Prompts, encoded, with what is given beside them, in the type of the trained weights.
+        """Return encoded prompts and further conditions, in the dtype of the trained weights.
 
-        A public text encoder is in bf16 whatever the networks compute in.
+        Public text encoders are always in bf16.
         """
         return self._condition(self.encode_text(prompts), extra)
 
@@ -568,21 +582,21 @@ class Method(Stage):
         return Condition(text, extra).to(dtype=dtype)
 
     def encode_text(self, prompts: Sequence[str]) -> EncodedText:
-        """Prompts through the frozen text encoder."""
+        """Encode prompts with the frozen text encoder."""
         with torch.no_grad():
             return self.start.text_encoder(prompts)
 
 
 def mean(values: Sequence[Tensor]) -> Tensor:
-    """The mean of detached scalars."""
+    """Return the mean of scalars, detached."""
     return torch.stack([value.detach().float() for value in values]).mean()
 
 
 def mean_logs(logs: Sequence[dict[str, Tensor]]) -> Metrics:
-    """The mean of every entry over micro-batches."""
+    """Return the mean of each entry over micro-batches."""
     return {name: mean([log[name] for log in logs]) for name in logs[0]}
 
 
 def _inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    # By name: a value may be costly to make.
+    # Look values up only for matching names: they may be costly to gather.
     return {k.removeprefix(prefix): state[k] for k in state if k.startswith(prefix)}

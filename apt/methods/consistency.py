@@ -1,4 +1,4 @@
-"""Consistency distillation with guidance, which G starts from (APT Sec. 3.2)."""
+"""Consistency distillation with guidance, which initialises G (APT Sec. 3.2)."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ class DistillConfig(MethodConfig):
     """Consistency distillation (APT Sec. 3.2).
 
     Attributes:
-        teacher: the diffusion model: built-in name, folder or Hub id.
-        loss: the discretised trajectory, and the teacher's constant guidance scale; the paper's is
-            7.5. What is None in it is as the teacher is sampled: its steps, guidance and shift.
-        target_decay: EMA of the target network.
+        teacher: the diffusion model: a built-in name, a folder or a Hub id.
+        loss: the discretised trajectory, and the teacher's constant guidance scale, 7.5 in the
+            paper. Values of None are taken from the teacher's sampling settings: its steps,
+            guidance and shift.
+        target_decay: EMA decay of the target network.
     """
 
     exports_as: ClassVar[str] = "consistency"
@@ -85,13 +86,13 @@ class ConsistencyDistillation(Method):
         self.loss = config.loss
         self.teacher = _copy(start.backbone).requires_grad_(False)
         host.adapt(start.backbone)
-        self.target = _copy(start.backbone)  # with the adapters that its average has
+        self.target = _copy(start.backbone)  # after `adapt`: the average includes the adapters
         self.target.backbone.set_checkpointing(False)
         for network in (self.teacher, self.target):
             host.place(network, network.backbone.block_list())
         self.target.requires_grad_(False)
         self.trained = {"generator": self.train_generator()}
-        # The target is the average: there is no other copy of it.
+        # The target network holds the average; there is no other copy.
         self.target_ema = host.average(
             self.generator.module, config.target_decay, inside=self.target
         )
@@ -109,14 +110,14 @@ class ConsistencyDistillation(Method):
 
     def passes(self) -> list[Pass]:
         backbone = self.start.backbone
-        # The teacher under both prompts, the target, and the student.
+        # The teacher with both prompts, the target, and the student.
         return [Pass(backbone, 2.0, 0), Pass(backbone, 1.0, 0), Pass(backbone, 1.0, 2)]
 
     def parts(self) -> dict[str, Part]:
         return {"generator": self.generator_step}
 
     def generator_step(self, batches: Sequence[MicroBatch], update: int) -> Metrics:
-        """Minimise the MSE to the target one guided teacher step further (Sec. 3.2)."""
+        """Minimise the MSE to the target after one guided teacher step (Sec. 3.2)."""
         self.generator.zero_grad()
         losses = []
         for batch in self.generator.accumulated(batches):
@@ -129,12 +130,12 @@ class ConsistencyDistillation(Method):
         return {"generator/loss": mean(losses), "generator/grad_norm": norm}
 
     def heldout(self, batch: MicroBatch) -> Metrics:
-        """The distance to the target, which is the one that the next update would have."""
+        """Return the MSE to the target that the next update would use."""
         u = even_timesteps(batch).to(batch.x.device)
         return {"generator/loss": self.distance(batch, u, self.draw(batch, 0, "heldout noise"))}
 
     def distance(self, batch: MicroBatch, u: Tensor, draw: Draw) -> Tensor:
-        """The MSE to the target at u (b,) in [0, 1) of the trajectory, from noise of a draw."""
+        """Return the MSE to the target at the fraction u (b,) in [0, 1) of the trajectory."""
         c = self.condition(batch)
         negative = self.negative(c)
         with self.host.autocast():
@@ -150,7 +151,7 @@ class ConsistencyDistillation(Method):
     def both_velocities(
         self, x_t: Tensor, t: Tensor, c: Condition, negative: Condition
     ) -> tuple[Tensor, Tensor]:
-        """The teacher's, under the caption and under the negative prompt."""
+        """Return the teacher's velocities under the caption and under the negative prompt."""
         return self.teacher(x_t, t, c), self.teacher(x_t, t, negative)
 
     def preview(self, z: Tensor, c: Condition) -> Tensor:
@@ -158,5 +159,5 @@ class ConsistencyDistillation(Method):
 
 
 def _copy(backbone: DiffusionTransformer) -> Denoiser:
-    """An independent copy."""
+    """Return an independent copy."""
     return Denoiser(copy.deepcopy(backbone))

@@ -1,4 +1,4 @@
-"""Flow-matching pre-training, which makes the teacher and D's backbone (APT Sec. 3.1)."""
+"""Flow-matching pre-training, which provides the teacher and D's backbone (APT Sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -38,16 +38,15 @@ class PretrainConfig(MethodConfig):
     """Flow-matching pre-training (APT Sec. 3.1).
 
     Attributes:
-        start: a diffusion model to go on from (fine-tuning): a built-in name, a folder, or a Hub
-            id, whose text encoder, codec, size and sampling are kept; empty begins with random
-            weights.
-        codec: a trained codec to work in: a folder that a codec run exported, a model that has one,
-            or a Hub id; empty takes `model.codec`.
-        timestep_sampling: how t is drawn before the shift.
+        start: a diffusion model to fine-tune: a built-in name, a folder, or a Hub id. Its text
+            encoder, codec, size and sampling settings are kept. Empty starts from random weights.
+        codec: a trained codec: a folder that a codec run exported, a model that has one, or a Hub
+            id; empty uses `model.codec`.
+        timestep_sampling: distribution of t before the shift.
         timestep_shift: s of Eq. 7, applied to the training timesteps.
         caption_dropout: share of captions replaced by the negative prompt, for guidance.
-        cfg_scale, num_steps, sampling_shift: recorded as the sampling defaults of a model that
-            begins anew; sampling_shift is s of Eq. 7 on the grid of timesteps.
+        cfg_scale, num_steps, sampling_shift: recorded as the sampling defaults of a new model;
+            sampling_shift is s of Eq. 7 for the sampling timesteps.
     """
 
     exports_as: ClassVar[str] = "diffusion"
@@ -75,7 +74,7 @@ class PretrainConfig(MethodConfig):
         check_positive(self, "stage.", "timestep_shift", "sampling_shift")
         if self.start and self.codec:
             raise ConfigError(
-                f"--stage.start {self.start} brings its own codec, and --stage.codec names "
+                f"--stage.start {self.start} has its own codec, but --stage.codec names "
                 f"{self.codec}; leave out one of them (--stage.codec '')"
             )
 
@@ -85,8 +84,8 @@ class PretrainConfig(MethodConfig):
     def check_adapters(self) -> None:
         if not self.start:
             raise ConfigError(
-                "lora.rank is for what starts from a model: pre-training starts from random "
-                "weights, which adapters would leave as they are; name one with --stage.start"
+                "lora.rank needs a model to start from: adapters leave the weights unchanged, and "
+                "pre-training starts from random ones; name a model with --stage.start"
             )
 
     def build(self, start: ModelBundle, host: Host) -> FlowMatchingPretraining:
@@ -105,27 +104,27 @@ class PretrainConfig(MethodConfig):
 
 
 class FlowMatchingPretraining(Method):
-    """Trains the backbone, and the text encoder if it has weights that train."""
+    """Trains the backbone, and the text encoder if its weights are trainable."""
 
     def __init__(self, config: PretrainConfig, start: ModelBundle, host: Host) -> None:
         super().__init__(start, host)
         if config.start and start.info.stage in ("consistency", "apt"):
             raise ConfigError(
-                f"--stage.start is a model of the stage {start.info.stage!r}, which few steps have "
-                "been distilled into; flow matching goes on from the diffusion model before it"
+                f"--stage.start names a model of the stage {start.info.stage!r}, which is already "
+                "distilled; start from the diffusion model that it was distilled from"
             )
         self.config = config
         self.sampling = config.sampling(start.info.sampling)
         self.loss = FlowMatching()
         text = start.text_encoder
         host.adapt(start.backbone)
-        # Beside adapters nothing else trains.
+        # With adapters, nothing else trains.
         whole = all(p.requires_grad for p in start.backbone.parameters())
         self.trains_text = whole and any(p.requires_grad for p in text.parameters())
         self.trained = {"generator": self.train_generator(text if self.trains_text else None)}
 
     def encode_text(self, prompts: Sequence[str]) -> EncodedText:
-        """Encoded prompts, with gradients if the text encoder trains."""
+        """Encode prompts, with gradients if the text encoder trains."""
         if not self.trains_text:
             return super().encode_text(prompts)
         return cast("Denoiser", self.generator.module).encode(prompts)
@@ -161,7 +160,7 @@ class FlowMatchingPretraining(Method):
         return {"generator/loss": mean(losses), "generator/grad_norm": norm}
 
     def heldout(self, batch: MicroBatch) -> Metrics:
-        """The loss at every caption as it is, without dropout."""
+        """Return the loss without caption dropout."""
         t = self.spread(even_timesteps(batch)).to(batch.x.device)
         z = sample_noise(len(batch), batch.x.shape[1:], self.draw(batch, 0, "heldout noise"))
         with self.host.autocast():
@@ -169,25 +168,25 @@ class FlowMatchingPretraining(Method):
             return {"generator/loss": self.loss(partial(self.generator.module, c=c), batch.x, z, t)}
 
     def preview(self, z: Tensor, c: Condition) -> Tensor:
-        """Many steps with guidance, on the grid that the model's own shift gives."""
+        """Sample with many steps and guidance, on the timestep grid of the model's own shift."""
         how = self.sampling
         predict = bind_guided(self.generator.module, c, self.negative(c), how.cfg_scale)
         grid = sampling_timesteps(how.num_steps, how.timestep_shift)
         return sample(predict, z, grid, sampler="euler", noise=lambda step: z)
 
     def timesteps(self, batch: MicroBatch, update: int) -> Tensor:
-        """(b,) training timesteps: drawn, then shifted (Eq. 7)."""
+        """Draw training timesteps (b,), shifted by s (Eq. 7)."""
         return self.spread(self.uniform(batch, update, "timestep")).to(batch.x.device)
 
     def spread(self, u: Tensor) -> Tensor:
-        """Uniform numbers (b,) as the timesteps of training: drawn, then shifted (Eq. 7)."""
+        """Map uniform numbers (b,) to the distribution of training timesteps (Eq. 7)."""
         if self.config.timestep_sampling == "logit_normal":
             # ndtri maps uniform to normal; fp64 keeps its tails finite.
             u = torch.special.ndtri(u.double().clamp(1e-9, 1 - 1e-9)).sigmoid().float()
         return shift_timesteps(u, self.config.timestep_shift)
 
     def captions(self, batch: MicroBatch, update: int) -> list[str]:
-        """Captions with some replaced by the negative prompt, for classifier-free guidance."""
+        """Return captions, some replaced by the negative prompt for classifier-free guidance."""
         draws = self.uniform(batch, update, "caption_dropout").tolist()
         return [
             self.host.negative_prompt if draw < self.config.caption_dropout else caption

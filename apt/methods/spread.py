@@ -1,4 +1,4 @@
-"""How much samples vary, inside and among each other: what betrays a generator that collapses."""
+"""Contrast and diversity of samples, which show when a generator collapses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Spread", "compared"]
 
 
 class Spread:
-    """Gathers the contrast and the diversity of samples, micro-batch by micro-batch."""
+    """Accumulates the contrast and diversity of samples over micro-batches."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -19,7 +19,7 @@ class Spread:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """Samples (B, C, T, H, W), of one shape in all calls."""
+        """Add samples (B, C, T, H, W); C, T, H and W must be the same in all calls."""
         x = x.detach().float()
         contrast = x.flatten(2).std(dim=2, correction=0).mean(dim=1).sum()
         total, squares = x.sum(dim=0), x.square().sum(dim=0)
@@ -33,14 +33,16 @@ class Spread:
 
     @property
     def contrast(self) -> Tensor:
-        """Standard deviation over the positions of a sample, mean over samples and channels."""
+        """Standard deviation over the positions of a sample, averaged over samples and channels."""
         assert self._contrast is not None
         return self._contrast / self._count
 
     @property
     def diversity(self) -> Tensor | None:
-        """Standard deviation between samples at a position, root of the mean square over positions;
-        None for a single sample."""
+        """Standard deviation between samples, as a root mean square over positions.
+
+        None for a single sample.
+        """
         if self._count < 2 or self._total is None or self._squares is None:
             return None
         mean = self._total / self._count
@@ -48,10 +50,11 @@ class Spread:
 
 
 def compared(fake: Spread, real: Spread) -> dict[str, Tensor]:
-    """What generated samples have of the real ones' contrast and diversity: about 1 if all is well.
+    """Return the contrast and diversity of generated samples relative to real ones.
 
-    `samples/relative_contrast` falls to 0 as samples become plain, `samples/relative_diversity` as
-    they become one picture; the latter is absent for a single sample.
+    Both are about 1 for a healthy generator. `samples/relative_contrast` falls to 0 as samples
+    become uniform, and `samples/relative_diversity` as they all become the same; the latter is
+    absent for a single sample.
     """
     found = {"samples/relative_contrast": _share(fake.contrast, real.contrast)}
     ours, theirs = fake.diversity, real.diversity

@@ -1,4 +1,4 @@
-"""Terms of the adversarial losses that the paper does not have, each with the samples it needs."""
+"""Terms of the adversarial losses that the paper does not have, with the samples that they need."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ Logits = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class DiscriminatorTerm:
-    """A summand of D's loss, bound to one micro-batch.
+    """A term of D's loss for one micro-batch.
 
     Attributes:
-        name: under which it is logged.
-        penalty: of the logits (n,) of each group: "real", "perturbed", "fake" and its own.
-        samples: what D must see for it beside those, latents (n, C, T, H, W) group after group.
-        groups: for each group of `samples`, in their order, its rows (n,) of t and c.
+        name: the name under which it is logged.
+        penalty: the term as a function of the logits (n,) of each group: "real", "perturbed",
+            "fake" and the groups of this term.
+        samples: additional latents (n, C, T, H, W) for D, group after group.
+        groups: for each group of `samples`, in order, its rows (n,) of t and c.
     """
 
     name: str
@@ -40,15 +41,15 @@ class DiscriminatorTerm:
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """Their weights; 0, the default, is the paper.
+    """The weights of these terms; 0, the default, is the paper's choice.
 
     Attributes:
         r2: the approximated penalty on generated samples (AAPT, SeedVR2).
         exact_r1: R1 by double backward (Eq. 8); reference ops only.
         logit_centring: keeps logits around 0 (Adversarial Flow Models).
-        feature_matching: for G, in D's features (SeedVR2).
-        mismatched: real samples under another sample's condition count as generated (GigaGAN, and
-            App. J, where it brought little).
+        feature_matching: a loss of G on D's features (SeedVR2).
+        mismatched: D treats real samples with another sample's condition as generated (GigaGAN;
+            little gain in App. J).
     """
 
     r2: ApproximateR2 = ApproximateR2(weight=0.0)
@@ -59,13 +60,13 @@ class Terms:
 
     @property
     def matching(self) -> FeatureMatching | None:
-        """G's term, if it has a weight."""
+        """G's term, or None if its weight is 0."""
         return self.feature_matching if self.feature_matching.weight else None
 
     def of(
         self, x: Tensor, x_fake: Tensor, captions: Sequence[str], draw: Draw
     ) -> list[DiscriminatorTerm]:
-        """Those of D that have a weight, for real and generated samples of the same captions."""
+        """Return D's terms of nonzero weight, for real and generated samples of the captions."""
         terms = []
         if self.r2.weight:
             terms.append(approximate_r2(self.r2, x_fake, draw.named("perturbation/fake")))
@@ -79,7 +80,7 @@ class Terms:
 
 
 def approximate_r2(loss: ApproximateR2, x_fake: Tensor, draw: Draw) -> DiscriminatorTerm:
-    """Eq. 9 on generated samples (B, ...), with noise of its own."""
+    """Return Eq. 9 on generated samples (B, ...), with separate noise."""
     num = loss.num_perturbed(len(x_fake))
     moved = perturbed_batch(x_fake, x_fake[:0], loss.sigma, draw, num_perturbed=num)[len(x_fake) :]
     return DiscriminatorTerm(
@@ -91,28 +92,28 @@ def approximate_r2(loss: ApproximateR2, x_fake: Tensor, draw: Draw) -> Discrimin
 
 
 def exact_r1(loss: R1, x: Tensor) -> DiscriminatorTerm:
-    """Eq. 8, ||grad_x D(x, c)||^2; x (B, ...) requires gradients, and is what D sees as real."""
+    """Return Eq. 8, ||grad_x D(x, c)||^2, at D's real samples x (B, ...), which require grad."""
     return DiscriminatorTerm("r1", lambda logits: loss(logits["real"], x))
 
 
 def logit_centring(loss: LogitCentring) -> DiscriminatorTerm:
-    """Real and generated logits add up to 0."""
+    """Return the penalty on sums of real and generated logits."""
     return DiscriminatorTerm("logit_centring", lambda logits: loss(logits["real"], logits["fake"]))
 
 
 def mismatched_condition(
     loss: MismatchedCondition, x: Tensor, captions: Sequence[str]
 ) -> DiscriminatorTerm:
-    """Real samples under their neighbour's condition, where its caption is another (App. J).
+    """Return the loss on real samples with the next sample's condition (App. J).
 
-    Raises ConfigError for a sample without a neighbour, for which the term would never be there.
+    Samples whose caption equals the next one's are left out. Raises ConfigError for a micro-batch
+    of one sample, where the term would always be 0.
     """
     num = len(captions)
     if num == 1:
         raise ConfigError(
-            "stage.terms.mismatched.weight shows samples under each other's captions, and a "
-            "micro-batch is one sample here; set --micro-batch-size to 2 or more, or the weight "
-            "to 0"
+            "stage.terms.mismatched.weight swaps the captions within a micro-batch, which has only "
+            "one sample; set --micro-batch-size to 2 or more, or the weight to 0"
         )
     others = [i for i in range(num) if captions[i] != captions[(i + 1) % num]]
     chosen = torch.tensor(others, dtype=torch.int64, device=x.device)

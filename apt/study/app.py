@@ -113,7 +113,11 @@ class StudyApp:
             )
         headers = [*_HEADERS, *({"Cache-Control": "no-store"} | dict(response.headers)).items()]
         start_response(f"{response.status.value} {response.status.phrase}", headers)
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else response.body
+        if environ["REQUEST_METHOD"] != "HEAD":
+            return response.body
+        if isinstance(response.body, _Blocks):
+            response.body.close()
+        return []
 
     def _route(self, environ: WSGIEnvironment) -> Response:
         path, method = environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"]
@@ -185,7 +189,7 @@ class StudyApp:
         try:
             size = file.stat().st_size
             first, last = _range(environ.get("HTTP_RANGE", ""), size)
-            blocks = _read(file, first, last)
+            blocks = _Blocks(file, first, last)
         except OSError as error:
             said = error.strerror or error
             print(f"error: a sample cannot be read: {file}: {said}", file=sys.stderr, flush=True)
@@ -227,19 +231,24 @@ def _range(header: str, size: int) -> tuple[int, int]:
     return first, last
 
 
-def _read(file: Path, first: int, last: int) -> Iterator[bytes]:
-    """Return the bytes in blocks. Raises OSError at once if the file cannot be opened."""
-    stream = file.open("rb")
+class _Blocks:
+    """The bytes [first, last) of a file, in blocks; the server calls `close` (PEP 3333).
 
-    def blocks() -> Iterator[bytes]:
-        with stream:
-            stream.seek(first)
-            left = last - first
-            while left and (block := stream.read(min(left, _BLOCK))):
-                left -= len(block)
-                yield block
+    Raises OSError at once if the file cannot be opened.
+    """
 
-    return blocks()
+    def __init__(self, file: Path, first: int, last: int) -> None:
+        self._stream = file.open("rb")
+        self._first, self._left = first, last - first
+
+    def __iter__(self) -> Iterator[bytes]:
+        self._stream.seek(self._first)
+        while self._left and (block := self._stream.read(min(self._left, _BLOCK))):
+            self._left -= len(block)
+            yield block
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def _json(document: Any) -> Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from apt.files import replacing
 from apt.media import write_mp4, write_png
 from apt.media.parts import VIDEO_TYPES
 from apt.media.playable import read_frames, write_playable
+
+if TYPE_CHECKING:
+    from av.video.codeccontext import VideoCodecContext
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 STILL = ".png"
@@ -98,7 +102,10 @@ def _clean_video(sample: Path) -> bytes:
             if not source.streams.video:
                 raise DataError(f"{str(sample)!r} contains no video; generate it again")
             stream = source.streams.video[0]
-            context = stream.codec_context
+            # None for an unknown codec, which the type stubs do not know.
+            context = cast("VideoCodecContext | None", stream.codec_context)
+            if context is None:
+                raise DataError(f"{str(sample)!r} is broken (unknown codec); generate it again")
             codec = context.codec.canonical_name
             if codec not in _CODECS:
                 raise DataError(_unplayable(sample, codec))

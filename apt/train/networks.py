@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class Trained:
     """How often an optimiser step has begun in this process"""
     rehearses: bool = False
     """Whether `step` raises Rehearsed instead of changing anything"""
+    _in_last_batch: bool = field(default=True, init=False)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -65,10 +66,22 @@ class Trained:
     def accumulated(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
         """Yield micro-batches whose gradients add up, for a loop of forward and backward passes."""
         for number, batch in enumerate(batches, start=1):
-            if self.sharded:
-                last = number == len(batches)
-                reduce_gradients(self.module, last=last, once=self.reduces_once)
+            self._in_last_batch = number == len(batches)
+            self._prepare_backward(last=self._in_last_batch)
             yield batch
+
+    def backward_passes(self, number: int) -> Iterator[int]:
+        """Yield once before each of several backward passes of a micro-batch.
+
+        What ranks do once per update happens in the last one.
+        """
+        for turn in range(number):
+            self._prepare_backward(last=self._in_last_batch and turn == number - 1)
+            yield turn
+
+    def _prepare_backward(self, *, last: bool) -> None:
+        if self.sharded:
+            reduce_gradients(self.module, last=last, once=self.reduces_once)
 
     def step(self, update: int) -> float:
         """Clip gradients, update weights and EMA, and return the norm of the gradients.

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from apt.errors import InputError
 from apt.losses import Consistency
 from apt.methods.apt import AdversarialConfig
 from apt.methods.consistency import DistillConfig
@@ -37,12 +38,15 @@ _TEXT = 128
 
 
 @RECIPES.register("own_codec")
-def own_codec(size: Size = "tiny", codec: str = LEARNED_CODEC) -> TrainConfig:
+def own_codec(
+    size: Size = "tiny", codec: str = LEARNED_CODEC, updates_factor: float = 1.0
+) -> TrainConfig:
     """A video autoencoder on your own videos and images, for the latents of the later stages.
 
     Args:
         size: size of the model that will use it: tiny, mini or small. It limits the size of clips.
         codec: video_ae, or another codec that can be trained (digits_ae).
+        updates_factor: multiplies the usual number of updates.
     """
     base = recipes_digits.digits_codec()
     return _own(
@@ -50,19 +54,24 @@ def own_codec(size: Size = "tiny", codec: str = LEARNED_CODEC) -> TrainConfig:
         size,
         "codec",
         # Clips have seven times as many positions as the digits.
+        updates_factor,
+        # Clips have seven times as many positions as the digits.
         batch_size=4,
         model=dataclasses.replace(_model(size), codec=codec),
     )
 
 
 @RECIPES.register("own_pretrain")
-def own_pretrain(size: Size = "tiny", codec: str = "runs/own/codec/export") -> TrainConfig:
+def own_pretrain(
+    size: Size = "tiny", codec: str = "runs/own/codec/export", updates_factor: float = 1.0
+) -> TrainConfig:
     """Flow matching on your own videos and images, in the latents of `own_codec`.
 
     Args:
         size: size of the model: tiny (4 M parameters), mini (18 M) or small (0.3 B).
         codec: the folder that own_codec exported, the name of a public codec (wan_vae, sd3_vae,
             ...), or a folder or Hub id of one.
+        updates_factor: multiplies the usual number of updates.
     """
     base = recipes_digits.digits_pretrain()
     assert isinstance(base.stage, PretrainConfig)
@@ -74,6 +83,7 @@ def own_pretrain(size: Size = "tiny", codec: str = "runs/own/codec/export") -> T
         base,
         size,
         "pretrain",
+        updates_factor,
         stage=dataclasses.replace(base.stage, codec="" if registered else codec),
         batch_size=16,
         model=model,
@@ -81,18 +91,26 @@ def own_pretrain(size: Size = "tiny", codec: str = "runs/own/codec/export") -> T
 
 
 @RECIPES.register("own_distill")
-def own_distill() -> TrainConfig:
-    """Consistency distillation of the model of `own_pretrain`, with the teacher's settings."""
+def own_distill(updates_factor: float = 1.0) -> TrainConfig:
+    """Consistency distillation of the model of `own_pretrain`, with the teacher's settings.
+
+    Args:
+        updates_factor: multiplies the usual number of updates.
+    """
     base = recipes_digits.digits_distill()
     assert isinstance(base.stage, DistillConfig)
     as_the_teacher = Consistency(num_timesteps=None, cfg_scale=None, timestep_shift=None)
     stage = dataclasses.replace(base.stage, teacher="runs/own/pretrain/export", loss=as_the_teacher)
-    return _own(base, "tiny", "distill", stage=stage, batch_size=16)
+    return _own(base, "tiny", "distill", updates_factor, stage=stage, batch_size=16)
 
 
 @RECIPES.register("own_apt")
-def own_apt() -> TrainConfig:
-    """Adversarial post-training of the model of `own_distill` on your own clips."""
+def own_apt(updates_factor: float = 1.0) -> TrainConfig:
+    """Adversarial post-training of the model of `own_distill` on your own clips.
+
+    Args:
+        updates_factor: multiplies the usual number of updates.
+    """
     base = recipes_digits.digits_apt()
     assert isinstance(base.stage, AdversarialConfig)
     stage = dataclasses.replace(
@@ -100,11 +118,13 @@ def own_apt() -> TrainConfig:
         generator="runs/own/distill/export",
         discriminator="runs/own/pretrain/export",
     )
-    return _own(base, "tiny", "apt", stage=stage, batch_size=16)
+    return _own(base, "tiny", "apt", updates_factor, stage=stage, batch_size=16)
 
 
 @RECIPES.register("own")
-def own(size: Size = "tiny", codec: str = LEARNED_CODEC) -> Sequence[TrainConfig]:
+def own(
+    size: Size = "tiny", codec: str = LEARNED_CODEC, updates_factor: float = 1.0
+) -> Sequence[TrainConfig]:
     """A codec and all three stages on a folder of your own (--data.path).
 
     Args:
@@ -113,22 +133,26 @@ def own(size: Size = "tiny", codec: str = LEARNED_CODEC) -> Sequence[TrainConfig
             --data.width and --data.fps can set other sizes.
         codec: video_ae, which is trained first; or an existing codec, without that stage: the name
             of a public one (wan_vae, sd3_vae, ...), or a folder or Hub id of one.
+        updates_factor: multiplies the usual number of updates of every stage.
     """
-    rest = (own_distill(), own_apt())
+    rest = (own_distill(updates_factor), own_apt(updates_factor))
     if _is_trained_here(codec):
-        return (own_codec(size, codec), own_pretrain(size), *rest)
-    return (own_pretrain(size, codec), *rest)
+        pretrain = own_pretrain(size, updates_factor=updates_factor)
+        return (own_codec(size, codec, updates_factor), pretrain, *rest)
+    return (own_pretrain(size, codec, updates_factor), *rest)
 
 
 def _is_trained_here(codec: str) -> bool:
     return codec in CODECS.names() and isinstance(CODECS.get(codec)(), CausalCodecConfig)
 
 
-def _own(base: TrainConfig, size: str, name: str, **changes: Any) -> TrainConfig:
+def _own(
+    base: TrainConfig, size: str, name: str, updates_factor: float, **changes: Any
+) -> TrainConfig:
     """Return a stage of the digits for a folder, without settings that only suit the digits."""
     frames, pixels = _LIMITS[size]
     return dataclasses.replace(
-        base,
+        _lengthened(base, updates_factor),
         **{
             "name": f"own_{name}",
             "run_dir": f"runs/own/{name}",
@@ -137,6 +161,29 @@ def _own(base: TrainConfig, size: str, name: str, **changes: Any) -> TrainConfig
             "sample_prompts": None,
             **changes,
         },
+    )
+
+
+def _lengthened(config: TrainConfig, factor: float) -> TrainConfig:
+    """Stretch the schedule of a stage to another number of updates."""
+    if not 0 < factor < float("inf"):
+        raise InputError(f"updates_factor must be a positive number, got {factor}")
+
+    def times(updates: int) -> int:
+        return max(min(updates, 1), round(updates * factor))
+
+    optimizer = dataclasses.replace(
+        config.optimizer,
+        warmup_updates=times(config.optimizer.warmup_updates),
+        decay_updates=times(config.optimizer.decay_updates),
+    )
+    return dataclasses.replace(
+        config,
+        optimizer=optimizer,
+        num_updates=times(config.num_updates),
+        ema_decay=config.ema_decay ** (1 / factor),
+        sample_every=times(config.sample_every),
+        snapshot_at=tuple(dict.fromkeys(map(times, config.snapshot_at))),
     )
 
 

@@ -295,8 +295,8 @@ def test_places_that_no_export_fits_into(trained: Path, wan: Path, tmp_path: Pat
     [
         (["push", "no-such-folder", "me/x"], "there is no folder 'no-such-folder'"),
         (["push", "README.md", "me/x"], "there is no folder 'README.md'"),
-        (["push", "docs", "bad name"], "'bad name' is no name on the Hub"),
-        (["push", "docs", "me/x@main"], "a branch as --revision"),
+        (["push", "docs", "bad name"], "'bad name' is not a name on the Hub"),
+        (["push", "docs", "me/x@main"], "a branch with --revision"),
         (["pull", "me/x", "--local-dir", "README.md"], "'README.md' is a file; name a folder"),
         (["pull", "me/x", "--local-dir", "README.md/x"], "is a file; name a folder"),
     ],

@@ -90,8 +90,8 @@ def test_kernels_here():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("dit", "--floor"), "--floor and --gpu go together"),
-        (("dit", "--gpu", "h100"), "--floor and --gpu go together"),
+        (("dit", "--floor"), "--floor and --gpu must be used together"),
+        (("dit", "--gpu", "h100"), "--floor and --gpu must be used together"),
         (("dit", "--floor", "--gpu", "h100", "--dtype", "float32"), "use --dtype bfloat16"),
         (("dit", "--floor", "--gpu", "h1000"), "unknown GPU 'h1000'; choose from: a100, h100"),
         (

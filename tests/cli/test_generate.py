@@ -156,8 +156,8 @@ def test_output_paths() -> None:
     ("arguments", "message"),
     [
         ([], "there is no prompt"),
-        (["--prompt", ""], "a prompt must be text that is not empty"),
-        (["--prompt", "a \udcff"], "has bytes that are not UTF-8"),
+        (["--prompt", ""], "a prompt must be non-empty text"),
+        (["--prompt", "a \udcff"], "contains bytes that are not UTF-8"),
         (["--prompt-file", "missing.txt"], "cannot read prompts from 'missing.txt'"),
         (["--prompt", "x", "--out", "x.avi"], "its ending must be .mp4 or"),
         (["--prompt", "x", "--contact-sheet", "x.mp4"], "its ending must be .png"),
@@ -178,8 +178,14 @@ def test_output_paths() -> None:
         (["--prompt", "x", "--frames", "4000000000001"], "needs more than"),
         (["--prompt", "x", "--out", "tests"], "its ending must be .mp4 or"),
         (["--prompt", "x", "--out", "README.md/x.mp4"], "'README.md' is a file"),
-        (["--prompt", "x", "--resume", "--contact-sheet", "x.png"], "leave one of the two out"),
-        (["--prompt", "x", "--out", "x.png", "--contact-sheet", "x.png"], "would be a video and"),
+        (
+            ["--prompt", "x", "--resume", "--contact-sheet", "x.png"],
+            "leave out one of the two",
+        ),
+        (
+            ["--prompt", "x", "--out", "x.png", "--contact-sheet", "x.png"],
+            "would be both a",
+        ),
         (["--prompt", "x", "--lora", "README.md"], "is not a safetensors file"),
         (["--prompt", "x", "--lora", "docs"], "there is no LoRA in 'docs'"),
         (["--prompt", "x", "--timesteps", "0", "1"], "timesteps must fall strictly from 1"),
@@ -271,7 +277,7 @@ def test_a_list_goes_on_where_it_was_interrupted(
         patch.setattr(apt.media, "write_media", interrupted)
         result = listed(model, out)
     assert result.returncode == 130
-    assert result.stderr == "3 of 6 files are whole; --resume makes the rest\ninterrupted\n"
+    assert result.stderr == "3 of 6 files are finished; --resume generates the rest\ninterrupted\n"
     assert {path.name for path in out.parent.iterdir()} == {*written, "x.png.jsonl"}
     # One is damaged since, and one is there that the record does not know.
     (out.parent / written[1]).write_bytes(b"half a pic")
@@ -279,7 +285,7 @@ def test_a_list_goes_on_where_it_was_interrupted(
     result = listed(model, out, "--resume")
     assert result.returncode == 0, result.stderr
     first, *lines = result.stdout.splitlines()
-    assert first == "2 of 6 files are there already"
+    assert first == "2 of 6 files exist already"
     assert [line.split("  ")[0] for line in lines] == [
         str(out.parent / name)
         for name in (
@@ -292,7 +298,7 @@ def test_a_list_goes_on_where_it_was_interrupted(
     for path in whole.parent.glob("*.png"):
         assert (out.parent / path.name).read_bytes() == path.read_bytes()
     # Nothing is left to do, and nothing is loaded for it.
-    assert listed(model, out, "--resume").stdout == "6 of 6 files are there already\n"
+    assert listed(model, out, "--resume").stdout == "6 of 6 files exist already\n"
     assert "num_steps was None and is 2" in error_line(
         listed(model, out, "--resume", "--num-steps", "2")
     )
@@ -354,7 +360,7 @@ def test_a_signal_leaves_whole_files_and_a_clear_exit(model: Path, tmp_path: Pat
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr.endswith("interrupted\n") and "--resume makes the rest" in stderr
+    assert stderr.endswith("interrupted\n") and "--resume generates the rest" in stderr
     for path in out.parent.glob("*.png"):
         with Image.open(path) as image:
             image.load()

@@ -70,7 +70,7 @@ def test_traverse_shows_models_side_by_side(models: Path, tmp_path: Path) -> Non
         (("--out", __file__), "is a file"),
         (("--seeds", "1"), "two seeds"),
         (("--fps", "0"), "fps must be above 0"),
-        (("--prompt", ""), "a prompt must be text that is not empty"),
+        (("--prompt", ""), "a prompt must be non-empty text"),
     ],
 )
 def test_bad_ways_are_one_line(args: tuple[str, ...], said: str, tmp_path: Path) -> None:

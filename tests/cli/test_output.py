@@ -15,7 +15,7 @@ FULL = Path("/dev/full")
 def test_a_full_disk_behind_standard_output_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with FULL.open("w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        said = "standard output cannot be written: No space"
+        said = "cannot write to standard output: No space"
         with pytest.raises(InputError, match=said), printing():
             print("a report")
 

@@ -61,7 +61,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (samples[:1], "needs at least two models"),
         (["--samples", tmp_path / "nowhere"], "cannot read samples"),
         (["--model", "digits"], "needs --prompts FILE"),
-        ([*samples[:1], "--compare", "x"], "a comparison is two names"),
+        ([*samples[:1], "--compare", "x"], "--compare needs two names"),
         ([*samples[:1], "--seeds", "0"], "at least 1 sample"),
         ([*samples[:1], "--votes", "0"], "needs at least two models"),
     ):
@@ -82,7 +82,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (["serve", tmp_path / "nowhere"], "holds no study"),
         (["serve", tmp_path / "study", "--port", "99999"], "port must be from 0 to 65535"),
         (["report", tmp_path / "study"], "no answers yet"),
-        (["report", tmp_path / "study", "--base", "a"], "a base is given once"),
+        (["report", tmp_path / "study", "--base", "a"], "--base needs NAME=BASE"),
     ):
         assert message in error_line(invoke("study", *command))
 
@@ -90,5 +90,5 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 def test_comparisons_are_two_names() -> None:
     assert split_comparison("a:b") == ("a", "b")
     for wrong in ("a", "a:", ":b", "a:b:c"):
-        with pytest.raises(InputError, match="a comparison is two names"):
+        with pytest.raises(InputError, match="--compare needs two names"):
             split_comparison(wrong)

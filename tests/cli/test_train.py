@@ -148,7 +148,7 @@ def test_a_stop_has_a_status_of_its_own_and_one_command_goes_on(
     assert (run_dir / "losses.png").is_file()  # drawn while it goes on
 
     line = error_line(invoke(*command, "--num-updates", str(done), "--start-over", "--resume"))
-    assert "exclude each other" in line
+    assert "cannot be used together" in line
     assert invoke(*command, "--num-updates", str(done)).returncode == 0
     assert json.loads((run_dir / "state.json").read_text())["state"] == "finished"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -262,14 +262,17 @@ def test_help_of_a_recipe_shows_its_fields_and_values() -> None:
     [
         (["digit_apt"], "unknown recipe 'digit_apt'; did you mean 'digits_apt'"),
         (["zzz"], "unknown recipe 'zzz'; choose from: "),
-        (["--resume", "digits_apt"], "digits_apt is no folder of a run, which has a config.json"),
+        (
+            ["--resume", "digits_apt"],
+            "digits_apt is not the folder of a run, which has a",
+        ),
         (["--resume"], "--resume needs a RUN: diffusion-apt train --resume RUN"),
         (["--resume", "--take-over"], "--resume needs a RUN"),
         (["--config"], "--config needs a FILE"),
         (["--config", "none.json"], "cannot read 'none.json'"),
         (["--take-over", "digits_apt"], "the recipe's name comes first"),
-        (["own", "--config", "none.json"], "--config FILE stands in place of the recipe's name"),
-        (["own", "--resume", "run"], "behind it, --run-dir RUN names the folder"),
+        (["own", "--config", "none.json"], "--config FILE replaces the recipe's name"),
+        (["own", "--resume", "run"], "or keep it and write --run-dir RUN --resume"),
         (
             ["--config", "."],
             "'.' is a folder; expected the output of `train RECIPE --print-config`",

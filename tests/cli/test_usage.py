@@ -40,8 +40,8 @@ def test_every_command_refuses_an_option_that_it_has_not_in_a_line(command: str)
         (["push"], "FOLDER, OWNER/NAME is missing; `diffusion-apt push --help` explains"),
         (["evaluate", "digits", "--model", "digits"], "--out is missing;"),
         (["train"], "RECIPE is missing;"),
-        (["generate", "--prompt", "x", "--seed"], "--seed needs a number"),
-        (["tags"], "name a file"),
+        (["generate", "--prompt", "x", "--seed"], "--seed needs at least one number"),
+        (["tags"], "there is no file to read"),
         (["bench", "dit", "--compression", "1"], "--compression: expected INT INT INT, got '1'"),
     ],
 )

@@ -90,6 +90,24 @@ def test_strict_errors_reach_the_main_process_as_one_line(root: Path, num_worker
     assert "\n" not in str(caught.value)
 
 
+class Faulty:
+    """A data set of the user's own with a mistake in it."""
+
+    fingerprint = "faulty"
+
+    def __getitem__(self, index: int) -> Sample:
+        raise RuntimeError("sizes of tensors must match")
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[list[int]]:
+        while True:
+            yield [0] * batch_size
+
+
+def test_a_mistake_in_a_data_set_is_not_taken_for_a_death() -> None:
+    with pytest.raises(RuntimeError, match="sizes of tensors must match"):
+        take(make_loader(Faulty(), batch_size=1, num_workers=1), 1)
+
+
 class Processes:
     """Samples that tell in which process and process group they were made."""
 

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apt.data.metadata import _csv_rows, read_metadata
+from apt.data.metadata import _csv_records, _csv_rows, read_metadata
 
 HEAD = "file_name,caption\n"
 
@@ -91,3 +92,18 @@ def test_jsonl_with_half_characters_and_deep_nests(tmp_path: Path) -> None:
     assert list(found) == ["1", "2", "4"]
     assert "half of a character" in (found["1"] or "")
     assert "JSON" in (found["2"] or "")
+
+
+def test_many_rows_are_not_walked_again_for_each() -> None:
+    looked_at = []
+
+    class Lines(list):
+        def __getitem__(self, place: int) -> str:
+            looked_at.append(place)
+            return super().__getitem__(place)
+
+        def __iter__(self) -> Iterator[str]:
+            return (self[place] for place in range(len(self)))
+
+    assert len(list(_csv_records(Lines(f"{number}.png,a cat" for number in range(100))))) == 100
+    assert len(looked_at) < 400

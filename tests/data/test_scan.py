@@ -223,3 +223,6 @@ def test_captions_of_every_system(tmp_path: Path) -> None:
         "b.mp4": "é",
         "c.mp4": "one\u2028two",
     }
+    (tmp_path / "a.txt").write_bytes("no mark".encode("utf-16-le"))
+    (problem,) = scan_folder(tmp_path).problems
+    assert "a.txt is UTF-16 without its mark" in problem.detail

@@ -100,6 +100,20 @@ def test_what_is_wrong_is_named(root: Path, tmp_path: Path) -> None:
         shards[0]
 
 
+def test_captions_are_read_as_those_of_a_folder(tmp_path: Path) -> None:
+    texts = {
+        "a.txt": b"\xef\xbb\xbfone",
+        "b.txt": "é".encode("utf-16"),
+        "c.json": b'\xef\xbb\xbf{"caption": "two"}',
+        "d.json": b'{"caption": "half of a letter \\ud83d"}',
+        "e.txt": "no mark".encode("utf-16-le"),
+    }
+    pack(tmp_path / "a.tar", {**texts, **{f"{name[0]}.png": b"" for name in texts}})
+    found = scan_shards(tmp_path)
+    assert [entry.caption for entry in found.entries] == ["one", "é", "two"]
+    assert [problem.file for problem in found.problems] == ["a.tar/d.png", "a.tar/e.png"]
+
+
 def test_a_folder_without_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"uncompressed \.tar files"):
         VideoShards(tmp_path, buckets=BUCKETS)

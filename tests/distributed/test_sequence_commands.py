@@ -50,7 +50,7 @@ def test_ranks_generate_what_one_process_does(tmp_path: Path) -> None:
             assert (found != expected).mean() < 1e-3
     again = torchrun(2, *asked, "--out", tmp_path / "2.png", "--resume")
     assert again.returncode == 0, again.stderr[-4000:]
-    assert again.stdout == "2 of 2 files are there already\n"
+    assert again.stdout == "2 of 2 files exist already\n"
 
 
 def test_ranks_encode_the_files_that_one_process_does(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_names_and_options() -> None:
     assert (choice.name, choice.place, choice.fps) == ("two", "a,b/digits", 8)
     assert (choice.options.num_steps, choice.options.cfg_scale) == (2, 1.5)
     for wrong in ("a b=x", "..", "=x"):
-        with pytest.raises(InputError, match="no name of a model"):
+        with pytest.raises(InputError, match="cannot be the name of a model"):
             parse_name(wrong)
     with pytest.raises(InputError, match="no option 'num_step'"):
         parse_model("digits,num_step=2")

@@ -64,7 +64,7 @@ def test_videos_and_single_files(folders: dict[str, Path]) -> None:
 
 
 def test_what_does_not_fit(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="4 samples are in one of"):
+    with pytest.raises(InputError, match="4 samples are in only one of"):
         compare(folders["a"], folders["video"])
     with pytest.raises(InputError, match="two files, or two folders"):
         compare(folders["a"], folders["a"] / "0.png")

@@ -160,7 +160,7 @@ class TestInceptionsWeights:
     def test_other_content_is_refused_before_it_is_opened(self, tmp_path: Path) -> None:
         path = tmp_path / "weights.pth"
         path.write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-        with pytest.raises(CheckpointError, match=r"is not Inception's weights \(SHA-256\)"):
+        with pytest.raises(CheckpointError, match=r"not Inception's weights \(SHA-256 differs\)"):
             load_inception(path)
         with pytest.raises(CheckpointError, match="cannot read Inception's weights"):
             load_inception(tmp_path / "none.pth")

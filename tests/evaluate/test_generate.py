@@ -118,7 +118,7 @@ def test_samples_of_other_prompts_are_not_overwritten(
     folder = tmp_path / "samples"
     shutil.copytree(whole, folder)
     generate_samples(folder, model, KEYS[:2])
-    with pytest.raises(InputError, match=r"was made of 'a red one' with seed 0, and would be"):
+    with pytest.raises(InputError, match=r"was made from 'a red one' with seed 0, and would be"):
         generate_samples(folder, model, [("a green six", 0)])
     with pytest.raises(InputError, match=r"with seed 0, which would now be 'prompt0-seed0.mkv'"):
         generate_samples(folder, model, KEYS, lossless=True)

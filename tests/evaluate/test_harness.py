@@ -87,7 +87,7 @@ def page(
 ) -> Path:
     """Of a call that met a broken file, and was repeated."""
     out = tmp_path_factory.mktemp("evaluation")
-    with pytest.raises(DataError, match=r"prompt1-seed4000002.mp4' was cut off .* evaluate again"):
+    with pytest.raises(DataError, match=r"prompt1-seed4000002.mp4' was truncated .*evaluate again"):
         evaluate(protocol, models, out, device="cpu")
     found = evaluate(protocol, models, out, device="cpu", command="diffusion-apt evaluate it")
     assert found is not None

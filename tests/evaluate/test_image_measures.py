@@ -164,7 +164,7 @@ class TestPatches:
     def test_real_pictures_that_are_too_small_are_left_out(self, tmp_path: Path) -> None:
         files = write(tmp_path / "a", [*noises(3, 1), *noises(2, 1, side=SIZE - 1)])
         assert PatchFid(files, features()).left_out == 2
-        with pytest.raises(DataError, match="none of the 2 real images has 16 pixels"):
+        with pytest.raises(DataError, match="none of the 2 real images has at least 16 pixels"):
             PatchFid(files[3:], features())
 
 
@@ -192,7 +192,7 @@ class TestRatios:
         with pytest.raises(InputError, match="different names"):
             FrechetRatio(folders["real"], [])
         constant = Features("constant", lambda x: torch.ones(len(x), 3), SIZE)
-        with pytest.raises(InputError, match="are as the reference to constant"):
+        with pytest.raises(InputError, match="equal the reference in constant"):
             FrechetRatio(folders["real"], [constant])
 
 
@@ -226,5 +226,5 @@ def test_a_broken_file_is_named(tmp_path: Path, folders: dict[str, list[Path]]) 
     [lambda x: x.float(), lambda x: torch.zeros(len(x), 2).long(), lambda x: torch.zeros(1, 2)],
 )
 def test_features_of_another_shape(network: object, folders: dict[str, list[Path]]) -> None:
-    with pytest.raises(InputError, match="the features 'mine' came as"):
+    with pytest.raises(InputError, match="the features 'mine' returned"):
         Fid(folders["real"], Features("mine", network, SIZE))  # type: ignore[arg-type]

@@ -110,9 +110,9 @@ class TestReading:
 
 
 def test_pictures_of_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         list_pictures(tmp_path / "none")
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="has no images"):
         list_pictures(tmp_path)
     (tmp_path / "sub").mkdir()
     for name in ("sub/b.jpg", "a.png", "notes.txt"):

@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_one_line(folders: Mapping[str, Path], tmp_path: Pa
     model = load_model(parse_model(f"{place},num_steps=1,height=15,width=16"), device="cpu")
     with pytest.raises(InputError, match="divisible by 8"):
         list(model.stream([KEY]))
-    with pytest.raises(CheckpointError, match="no pipeline of diffusers"):
+    with pytest.raises(CheckpointError, match="not a diffusers pipeline"):
         load_model(parse_model("diffusers:digits"))
     with pytest.raises(InputError, match=r"published as a pickle .* unet=FILE"):
         load_peer(PEERS["sdxl-dmd2"], GenerateOptions())

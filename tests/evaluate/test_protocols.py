@@ -110,11 +110,11 @@ def test_clips_of_an_own_folder_end_to_end(model: ModelChoice, tmp_path: Path) -
         list(data["figures"])[:2] == ["frechet", "patch"]
         and figures.keys() == data["figures"].keys()
     )
-    real = sorted((tmp_path / "out" / "real").rglob("*.mp4"))
+    real = sorted((tmp_path / "out" / "real").rglob("*.mkv"))
     assert len(real) == 3
     info = probe(real[0])
     assert (info.frames, info.fps) == (5, 8)
-    # What is there is what was cut, of the model's size, enlarged as samples are.
+    # What is there is what was cut, of the size of the samples, which keep every pixel.
     made = read_samples(page.parent / "samples" / "tiny").samples
     samples = [sample.path for sample in made.values()]
     assert len(samples) == 3
@@ -122,8 +122,12 @@ def test_clips_of_an_own_folder_end_to_end(model: ModelChoice, tmp_path: Path) -
     features = of_frames(tiny_features())
     assert figures["frechet"] == pytest.approx(FrechetVideo(real, features)(samples))
     moved = measure_movement(real)
-    assert data["real"]["motion"] == pytest.approx(moved.motion) and moved.motion > 0
-    assert data["real"]["frozen"] == 0
+    assert data["baselines"]["real"]["motion"] == pytest.approx(moved.motion) and moved.motion > 0
+    assert data["baselines"]["real"]["frozen"] == 0
+    # The codec of the tiny model loses nothing.
+    codec = data["baselines"]["through the codec"]
+    assert codec["motion"] == data["baselines"]["real"]["motion"]
+    assert codec["patch"] == pytest.approx(0, abs=1e-6) and codec["frechet"] < figures["frechet"]
     assert page.read_text().count("| real |") == 1
     html = page.with_suffix(".html").read_text()
     assert html.count("data:video/mp4") == 6  # three prompts, a sample and a clip of each

@@ -92,7 +92,7 @@ def test_distance_of_videos(videos: Mapping[str, list[Path]]) -> None:
     assert sum(done) == 6
 
 
-def test_patches_of_videos_see_blur(videos: Mapping[str, list[Path]], tmp_path: Path) -> None:
+def test_patches_of_videos_see_blur(videos: Mapping[str, list[Path]]) -> None:
     measure = PatchFrechetVideo(videos["moving"])
     pixels = {
         kind: torch.stack([read_video(path) for path in videos[kind]]).permute(0, 4, 1, 2, 3)
@@ -101,14 +101,6 @@ def test_patches_of_videos_see_blur(videos: Mapping[str, list[Path]], tmp_path: 
     expected = PatchFrechet(pixels["moving"] / 127.5 - 1)(pixels["blurred"] / 127.5 - 1)
     assert measure(videos["blurred"]) == pytest.approx(expected, rel=1e-4)
     assert measure(videos["moving"]) == pytest.approx(0, abs=1e-6)
-    # Enlarged files are measured as the clips that they show.
-    large = [tmp_path / path.name for path in videos["moving"]]
-    for source, path in zip(videos["moving"], large, strict=True):
-        write_media(path, read_video(source), fps=8, scale=4)
-    assert PatchFrechetVideo(videos["moving"], size=(SIDE, SIDE))(large) < 0.03 * expected
-    assert measure(large) > 0.3 * expected
-    with pytest.raises(DataError, match=r"192x192, no multiple of 40x40"):
-        read_video(large[0], size=(40, 40))
 
 
 def test_features_of_frames_see_a_frozen_video(videos: Mapping[str, list[Path]]) -> None:
@@ -140,5 +132,5 @@ def test_bad_input(videos: Mapping[str, list[Path]], tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"broken\.mp4"):
         FrechetVideo([tmp_path / "broken.mp4"], VideoFeatures("brightness", brightness))
-    with pytest.raises(InputError, match="the features 'flat' came as"):
+    with pytest.raises(InputError, match="the features 'flat' returned"):
         FrechetVideo(videos["moving"], VideoFeatures("flat", lambda clips: clips.float()))

@@ -189,7 +189,7 @@ def test_who_may_not_push_is_told(hub: HubServer, own: Path, tmp_path: Path) -> 
     line = error_line(run_cli(hub, tmp_path, "push", own, "me/digits", token=STRANGER))
     assert "the Hub refuses (403)" in line
     line = error_line(run_cli(hub, tmp_path, "push", own, "not an id", token=TOKEN))
-    assert "is no name on the Hub" in line
+    assert "is not a name on the Hub" in line
     line = error_line(
         run_cli(hub, tmp_path, "push", own, "me/digits", token=TOKEN, HF_HUB_OFFLINE="1")
     )
@@ -237,6 +237,26 @@ print(apt.OneStepPipeline(bundle)(sys.argv[1], num_steps=1, frames=5, height=16,
     assert result.returncode == 0, result.stderr
     assert list(here.glob("transformer_2/*.safetensors"))
     assert (here / "model_index.json").read_bytes() == (wan / "model_index.json").read_bytes()
+
+
+@pytest.mark.parametrize("place", ["cache", "folder"])
+def test_a_branch_that_moves_meanwhile_gives_one_commit(
+    hub: HubServer, own: Path, tmp_path: Path, place: str
+) -> None:
+    files = {path.name: path.read_bytes() for path in own.iterdir()}
+    commits = [{**files, f"{number}/config.json": b"{}"} for number in range(9)]
+    hub.add("owner/model", commits[0])
+    hub.faults.moves = commits[1:]
+    local_dir = () if place == "cache" else ("--local-dir", tmp_path / "here")
+    result = run_cli(hub, tmp_path / "home", "pull", "owner/model", *local_dir)
+    assert result.returncode == 0, result.stderr
+    folder = Path(result.stdout.strip())
+    got = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".cache" not in path.relative_to(folder).parts
+    }
+    assert got in commits and len(hub.faults.moves) < len(commits) - 1
 
 
 def test_by_its_id_only_the_transformer_comes(hub: HubServer, wan: Path, tmp_path: Path) -> None:

@@ -147,5 +147,5 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 def test_a_teacher_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--stage\.teacher is empty: name the model"):
+    with pytest.raises(ConfigError, match=r"--stage\.teacher is empty; name the model"):
         distill(tmp_path, teacher="")

@@ -229,16 +229,18 @@ def test_guidance_leads_away_from_text_alone_and_every_sampler_is_told(c: Condit
                 for predict in pair
             )
             assert not torch.allclose(ours, other, atol=1e-3)
-    with pytest.raises(InputError, match="different things are given: first_frame and text alone"):
+    with pytest.raises(InputError, match="different inputs: first_frame and only text"):
         bind_guided(model, c, Condition(negative.text), 2.5)
 
 
 @torch.no_grad()
 def test_models_say_what_they_read(c: Condition) -> None:
     z = sample_noise(NUM, LATENT_SHAPE, Draw(0))
-    with pytest.raises(InputError, match="needs 'first_frame' beside the text, got text alone"):
+    with pytest.raises(InputError, match="needs 'first_frame' beside the text, got only text"):
         generate(tiny(), z, Condition(c.text))
-    with pytest.raises(InputError, match="does not read first_frame of a condition; it reads text"):
+    with pytest.raises(
+        InputError, match="does not read first_frame; beside the text it reads nothing"
+    ):
         generate(create_model("mmdit_small", **TINY_MODEL.options), z, c)
 
 
@@ -269,7 +271,7 @@ def test_the_pipeline_says_what_the_model_reads() -> None:
     pipeline, frame = OneStepPipeline(bundle), torch.zeros(3, 12, 1, 4, 4)
     with pytest.raises(InputError, match=r"does not read camera; .* it reads first_frame"):
         pipeline("a", extra={"camera": frame})
-    with pytest.raises(InputError, match=r"with 2 rows, one for each video, .* got .3, 12"):
+    with pytest.raises(InputError, match=r"with 2 rows, one per video, .* got .3, 12"):
         pipeline("a", seed=[0, 1], extra={"first_frame": frame})
     with pytest.raises(InputError, match="needs 'first_frame' beside the text"):
         pipeline("a")

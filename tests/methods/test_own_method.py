@@ -72,7 +72,7 @@ def test_a_module_that_is_not_there(
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
-        ("json.py", "", r"another module is called 'json'; rename the file"),
+        ("json.py", "", r"another module is named 'json'; rename the file"),
         ("twice.py", "own", r"recipe 'own' is registered twice, as twice\.mine and as apt\.train"),
     ],
 )

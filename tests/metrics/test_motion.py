@@ -41,6 +41,11 @@ class TestMotion:
     def test_a_known_speed_is_found(self, y: int, x: int) -> None:
         assert motion(moving((y, x))) == pytest.approx((y * y + x * x) ** 0.5 / 48)
 
+    def test_slow_motion_is_found_between_pixels(self) -> None:
+        fast = F.avg_pool2d(moving((1, 2), size=96).permute(0, 3, 1, 2).float(), 2)
+        slow = fast.permute(0, 2, 3, 1)
+        assert motion(slow) == pytest.approx((0.25 + 1) ** 0.5 / 48)
+
     def test_large_frames_are_measured_by_their_side(self) -> None:
         clip = moving((0, 4), size=128)
         double = clip.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)

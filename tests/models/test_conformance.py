@@ -460,7 +460,7 @@ def test_conditions_that_do_not_fit(case: Case) -> None:
     for rows in (torch.tensor([0, 1, 1]), torch.tensor([0, 1], dtype=torch.int32)):
         with pytest.raises(InputError, match=r"rows must be \(2,\) int64"):
             model(x, t, c, rows=rows)
-    with pytest.raises(InputError, match=f"text tokens of {TEXT_DIM} dimensions, got 3"):
+    with pytest.raises(InputError, match=f"text embeddings of {TEXT_DIM} dimensions, got 3"):
         model(x, t, c.with_text(dataclasses.replace(c.text, tokens=c.text.tokens[..., :3])))
     if getattr(case.config, "pooled_dim", 0):
         assert c.text.pooled is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,15 @@ from apt.pixels import LatentCodec
 from apt.plan import measure
 from apt.plan.compare import real_peaks
 from apt.plan.estimate import Job, estimate
-from apt.plan.measure import STATES, Peak, Usage, begin_stage, make_batches
+from apt.plan.measure import (
+    STATES,
+    Peak,
+    Usage,
+    begin_stage,
+    follow_update,
+    make_batches,
+    name_states,
+)
 from apt.plan.tracking import Tracker
 from apt.train.host import encoded
 from tests.plan.jobs import JOBS, ON_RANKS, RANKS, SHAPE, in_layout
@@ -118,13 +127,30 @@ def test_a_batch_that_does_not_divide_is_refused_as_by_the_run() -> None:
         planned(in_layout("apt", ParallelConfig()), 3)
 
 
-def test_blocks_that_are_computed_again_leave_no_gathered_weights() -> None:
-    """With more blocks a rank holds more states and inputs of blocks, but no more weights."""
-    small = SampleInfo(frames=1, height=32, width=32, fps=8)
-    job = dataclasses.replace(JOBS["attention"], sample=small)
-    shallow, deep = (
-        estimate(job.of_depth(depth), Layout(1, 4, 1), whole=True).peaks for depth in (3, 6)
+def updated_on_four(job: Job) -> Usage:
+    """The first of four ranks that are not there, in real tensors: cheaper than without data."""
+    tracker = Tracker(scalar=0.5)
+    with imagined_ranks(Layout(1, 4, 1)) as ranks, tracker.watching():
+        stage = begin_stage(job.config, ranks, job.start, job.others)
+        tracker.name_parts = name_states(stage)
+        batches = make_batches(job.config, stage, job.sample, ranks.layout, tracker)
+        return follow_update(stage, batches, tracker)
+
+
+def test_one_more_block_adds_neither_gathered_weights_nor_whole_gradients() -> None:
+    """Beside states a rank holds its input alone, also with two forwards of D."""
+    made = JOBS["attention"]
+    stage: Any = dataclasses.replace(made.config.stage, discriminator_forwards=2)  # type: ignore[call-arg]
+    others = {name: dataclasses.replace(m, text_tokens=8) for name, m in made.others.items()}
+    small = dataclasses.replace(
+        made,
+        config=dataclasses.replace(made.config, batch_size=4, stage=stage),
+        start=dataclasses.replace(made.start, text_tokens=8),
+        others=others,
+        sample=SampleInfo(frames=1, height=32, width=32, fps=8),
     )
+    # From four on, each block more is one in the middle of both networks.
+    shallow, deep = (updated_on_four(small.of_depth(depth)).peaks for depth in (4, 5))
     block = MMDiTConfig(**SHAPE).build().block_list()[0]
     gathered = 2 * sum(weight.numel() for weight in block.parameters())  # in bf16
 
@@ -132,4 +158,4 @@ def test_blocks_that_are_computed_again_leave_no_gathered_weights() -> None:
         return peak.total - sum(peak.parts[part] for part in STATES)
 
     for name, peak in deep.items():
-        assert beside_states(peak) - beside_states(shallow[name]) < 3 * gathered / 2
+        assert beside_states(peak) - beside_states(shallow[name]) < gathered / 8, name

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,11 @@ class Browser:
             },
             lambda *start: got.extend(start),
         )
-        return int(got[0].split()[0]), dict(got[1]), b"".join(blocks)
+        try:
+            return int(got[0].split()[0]), dict(got[1]), b"".join(blocks)
+        finally:
+            if hasattr(blocks, "close"):  # as servers do
+                blocks.close()
 
     def get(self, path: str) -> Any:
         status, _, body = self.request(f"/r/{self.token}/{path}")
@@ -161,6 +167,22 @@ def test_ranges(browser: Browser) -> None:
         )
     status, headers, _ = browser.request(path, HTTP_RANGE=f"bytes={size}-")
     assert (status, headers["Content-Range"]) == (416, f"bytes */{size}")
+
+
+def test_no_request_leaves_a_sample_open(browser: Browser) -> None:
+    browser.get("study")
+    path = f"/r/{TOKEN}/media/0/left"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        status, headers, body = browser.request(path, "HEAD")
+        assert (status, body) == (200, b"") and int(headers["Content-Length"]) > 0
+        browser.request(path)
+        # A client that leaves before the first block: the server only closes.
+        blocks = browser.app({"PATH_INFO": path, "REQUEST_METHOD": "GET"}, lambda *_: print)
+        blocks.close()  # type: ignore[attr-defined]
+        del blocks
+        gc.collect()
+    assert not [str(warning.message) for warning in caught]
 
 
 @given(st.text(st.sampled_from("./%\\aA0lerftmdi-_\x00~"), max_size=30))

@@ -86,6 +86,8 @@ def test_what_cannot_be_shown_is_one_line_and_writes_nothing(tmp_path: Path) -> 
     whole = write_mp4(tmp_path / "whole.mp4", FRAMES, fps=8, scale=1)
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole.read_bytes()[:-400])
+    unknown = tmp_path / "unknown.mp4"  # cut off in its header, before the codec
+    unknown.write_bytes(whole.read_bytes().rpartition(b"stsd")[0])
     empty = tmp_path / "empty.png"
     empty.write_bytes(b"")
     half = tmp_path / "half.png"
@@ -95,6 +97,7 @@ def test_what_cannot_be_shown_is_one_line_and_writes_nothing(tmp_path: Path) -> 
     fine = tagged_video(tmp_path / "fine.mp4", pixels="yuv444p")
     for sample, message in (
         (cut, "broken"),
+        (unknown, "broken"),
         (empty, "broken"),
         (half, "broken"),
         (moving, "is an animated image"),

@@ -54,12 +54,18 @@ def stages(root: Path) -> dict[str, MethodConfig]:
     return {
         "pretrain": PretrainConfig(),
         "distill": DistillConfig(teacher=str(root / "generator")),
-        "apt": AdversarialConfig(
-            generator=str(root / "generator"),
-            discriminator=str(root / "discriminator"),
-            layers=(1, 3),
-        ),
+        "apt": adversarial(root),
+        "apart": adversarial(root, discriminator_forwards=2),
     }
+
+
+def adversarial(root: Path, **options: Any) -> AdversarialConfig:
+    return AdversarialConfig(
+        generator=str(root / "generator"),
+        discriminator=str(root / "discriminator"),
+        layers=(1, 3),
+        **options,
+    )
 
 
 def config(root: Path, stage: str, precision: Any, **changes: Any) -> TrainConfig:

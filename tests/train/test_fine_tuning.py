@@ -103,11 +103,11 @@ def test_size_and_rate_are_the_models() -> None:
 
 def test_what_cannot_be_is_told_before_anything_is_trained(start: Path, tmp_path: Path) -> None:
     both = PretrainConfig(start=str(start), codec="digits-codec")
-    with pytest.raises(ConfigError, match="brings its own codec"):
+    with pytest.raises(ConfigError, match="has its own codec"):
         config(tmp_path, stage=both)
-    with pytest.raises(ConfigError, match=r"name one with --stage\.start"):
+    with pytest.raises(ConfigError, match=r"name a model with --stage\.start"):
         config(tmp_path, lora=LoRAConfig(rank=2))
-    with pytest.raises(ConfigError, match="goes on from the diffusion model before it"):
+    with pytest.raises(ConfigError, match="start from the diffusion model that it was distilled"):
         apt.train.run(config(tmp_path / "run"), bundles={"start": bundle("apt")})
 
 

@@ -25,7 +25,7 @@ FOUR = Parallel(1, 4, torch.device("cpu"), RankMesh(Layout(shard=4), "cpu"))
 def test_exact_r1_is_for_one_process() -> None:
     config = train_config(AdversarialConfig(terms=Terms(exact_r1=R1(weight=1.0))))
     assert laid_out(config, single()).world_size == 1
-    with pytest.raises(ConfigError, match=r"exact_r1\.weight is for one process"):
+    with pytest.raises(ConfigError, match=r"exact_r1\.weight works in a single process only"):
         laid_out(config, FOUR)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation by a command: trained models in, a results page out."""
+"""Evaluate trained digits models and write their results page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the evaluation must show, with the paper's figures beside ours."""
+"""The targets of the evaluation, with the paper's figures beside ours."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MIN_ACCURACY = 0.90
 NAMES = {"frechet": "Fréchet distance", "patch": "patch distance"}
 CONSISTENCY_WORDS, DIFFUSION_WORDS = "one-step consistency", "25-step diffusion with CFG"
 
-# Of the ratio of one-step APT to another: figure, other, bar, goal.
+# Targets for the ratio of one-step APT to another method: figure, method, bar, goal.
 _RATIOS = (
     ("frechet", CONSISTENCY, CONSISTENCY_WORDS, 0.7, 0.25),
     ("patch", CONSISTENCY, CONSISTENCY_WORDS, 0.45, 0.25),
@@ -43,13 +43,13 @@ _TWO_STEPS, _TWO_STEPS_GOAL = 1.05, 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One condition.
+    """One target.
 
     Attributes:
-        key: by which the cause of a miss is filed.
-        claim, bar, goal, paper: words.
-        reached: None: not run.
-        passed: None: not run, or of a single trial, whose spread nobody knows.
+        key: under which the cause of a miss is stored.
+        claim, bar, goal, paper: text for the page.
+        reached: None if it was not run.
+        passed: None if it was not run, or if a single trial leaves its spread unknown.
     """
 
     key: str
@@ -62,7 +62,7 @@ class Bar:
 
 
 def check_bars(results: Results) -> list[Bar]:
-    """Every condition, judged on the mean over trials."""
+    """Return every target, judged on the mean over trials."""
     return [
         *_ratio_bars(results),
         *_accuracy_bars(results),
@@ -72,19 +72,19 @@ def check_bars(results: Results) -> list[Bar]:
 
 
 def read_causes(file: Path) -> dict[str, str]:
-    """Why a bar was missed, by its key, as people found out; empty without a file.
+    """Read why targets were missed, by key, as people wrote it; empty if there is no file.
 
-    Raises DataError for a file that is no JSON object of texts.
+    Raises DataError unless the file is a JSON object whose values are strings.
     """
     if not file.is_file():
         return {}
     try:
         causes = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(causes, dict) or not all(isinstance(v, str) for v in causes.values()):
-            raise ValueError("expected one object whose values are texts")
+            raise ValueError("expected one object whose values are strings")
     except ValueError as error:
         raise DataError(
-            f"{str(file)!r} does not hold causes of missed bars: {error}; mend or remove it"
+            f"{str(file)!r} does not hold causes of missed targets: {error}; fix or remove it"
         ) from error
     return causes
 
@@ -137,7 +137,7 @@ def _accuracy_bars(results: Results) -> Iterator[Bar]:
 
 
 def _not_below(change: Spread | None) -> bool | None:
-    """Whether a change is at least 0 less its spread; None if only a spread could tell."""
+    """Return whether a change is at least minus its spread; None if that spread is unknown."""
     if change is None:
         return None
     if change.mean >= 0:
@@ -146,7 +146,7 @@ def _not_below(change: Spread | None) -> bool | None:
 
 
 def _regulariser_bars(results: Results) -> Iterator[Bar]:
-    """Without the regulariser less with it, past the peak; worse by more than the spread."""
+    """Compare without and with the regulariser, past the peak: worse by more than the spread."""
     for key, name, claim, sign in (
         ("loss", DISCRIMINATOR_LOSS, "D's loss", -1),
         ("input_gradient", INPUT_GRADIENT, "D's gradient at its input", 1),
@@ -166,7 +166,7 @@ def _regulariser_bars(results: Results) -> Iterator[Bar]:
 
 
 def _last_shared(results: Results) -> tuple[dict[str, Spread], dict[str, Spread]] | None:
-    """Without and with the regulariser, after the most updates that both have a snapshot of."""
+    """Summarise without and with the regulariser, after the most updates that both share."""
     without, with_it = (
         {s.update: s for s in results.of_run(f"ablations/{run}")} for run in (NO_REGULARISER, LONG)
     )
@@ -180,7 +180,7 @@ def _worse(key: str, claim: str, ends: tuple[Spread, Spread] | None, sign: int) 
     change = None
     if ends is not None:
         without, with_it = ends
-        # A single value has no spread, and neither has a difference of such.
+        # If a single value leaves a spread unknown (nan), that of the difference is unknown too.
         change = Spread(without.mean - with_it.mean, math.hypot(without.std, with_it.std))
     return Bar(
         key=f"no_r1_{key}",
@@ -193,7 +193,7 @@ def _worse(key: str, claim: str, ends: tuple[Spread, Spread] | None, sign: int) 
 
 
 def _beyond(change: Spread | None, sign: int) -> bool | None:
-    """Whether a change is larger than its spread; None where there is no spread to tell by."""
+    """Return whether a change in direction `sign` exceeds its spread; None if that is unknown."""
     if change is None or not math.isfinite(change.std):
         return None
     return sign * change.mean > change.std
@@ -211,12 +211,12 @@ def _judge_bars(results: Results) -> Iterator[Bar]:
         yield Bar(
             key=f"judge_{name.replace(' ', '_')}",
             claim=f"Fréchet distance, one-step APT / {CONSISTENCY_WORDS}, judge {name!r}",
-            bar="on the main judge's side of 1",
+            bar="same side of 1 as the main judge",
             reached=reached,
             passed=passed,
         )
 
 
 def agrees(one: float, other: float) -> bool:
-    """Whether two changes have the same sign."""
+    """Return whether two changes have the same sign."""
     return (one > 0) == (other > 0)

@@ -1,8 +1,8 @@
-"""The judge of the digits evaluation: a small classifier trained on real clips alone.
+"""The judge of the digits evaluation: a small classifier trained only on real clips.
 
-It reads digit, colour and direction off a clip, so a caption can be checked, and its last hidden
-layer is the feature space of the Fréchet distance. It never sees a generated clip, nor the
-handwriting that evaluation is made of.
+It reads digit, colour and direction from a clip to check its caption. Its last hidden layer is the
+feature space of the Fréchet distance. It is never trained on generated clips, nor on the
+handwriting of the evaluation.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ class ClassifierConfig:
 
     Attributes:
         network: "glimpse" or "frames" (`apt.evaluate.digits.networks`).
-        blur: standard deviation, in pixels of 32, of the blur that it sees clips through.
+        blur: standard deviation of the Gaussian that blurs its input, in pixels at 32x32; 0 is
+            none.
         optimizer: "adamw", or "sgd" with momentum.
-        setting: of the moving digits that are judged.
+        setting: of the moving digits to judge.
     """
 
     network: Literal["glimpse", "frames"] = "glimpse"
@@ -86,7 +87,7 @@ class Accuracy:
 
 
 class DigitsClassifier(nn.Module):
-    """A network over what a config lets it see, and a head for each word of a caption.
+    """A network on clips as the config shows them (`seen`), with a head for each word of a caption.
 
     Input: pixels (N, 3, T, H, W) in [-1, 1], of the setting's size.
     """
@@ -98,7 +99,7 @@ class DigitsClassifier(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(config.features, len(words)) for words in _WORDS)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """The last hidden layer (N, features)."""
+        """Return the last hidden layer (N, features)."""
         frames, side, _ = clip_size(self.config.setting)
         if pixels.shape[1:] != (3, frames, side, side):
             raise InputError(
@@ -109,22 +110,22 @@ class DigitsClassifier(nn.Module):
         return features
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Logits of digit (N, 10), colour (N, 6) and direction (N, 4)."""
+        """Return the logits of digit (N, 10), colour (N, 6) and direction (N, 4)."""
         features = self.features(pixels)
         return [head(features) for head in self.heads]
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the classifier made of clips: features (N, D) and word numbers (N, 3)."""
+    """The classifier's output for clips: features (N, D) and class numbers of the words (N, 3)."""
 
     features: Tensor
     words: Tensor
 
     def accuracy(self, labels: list[Label]) -> Accuracy:
-        """Agreement with the captions that the clips were made for."""
+        """Compare with the captions that the clips were made for."""
         if len(labels) != len(self.words):
-            raise InputError(f"{len(labels)} labels do not fit {len(self.words)} clips.")
+            raise InputError(f"{len(labels)} labels do not match {len(self.words)} clips.")
         right = self.words == label_words(labels)
         digit, colour, direction = right.double().mean(dim=0).tolist()
         return Accuracy(digit, colour, direction, right.all(dim=1).double().mean().item())
@@ -143,7 +144,7 @@ def judge(classifier: DigitsClassifier, clips: Tensor) -> Judgement:
 
 
 def label_words(labels: list[Label]) -> Tensor:
-    """Class numbers (N, 3) int64 of digit, colour and direction."""
+    """Return the class numbers (N, 3) int64 of digit, colour and direction."""
     return torch.tensor(
         [
             [words.index(word) for words, word in zip(_WORDS, dataclasses.astuple(x), strict=True)]
@@ -153,14 +154,14 @@ def label_words(labels: list[Label]) -> Tensor:
 
 
 def real_clips(dataset: MovingDigits, indices: Iterable[int]) -> tuple[Tensor, list[Label]]:
-    """Clips of the moving digits, rounded to 8 bits as generated videos are, and their labels."""
+    """Return moving digits, rounded to 8 bits like generated videos, and their labels."""
     numbers = list(indices)
     pixels = torch.stack([dataset[i].pixels for i in numbers])
     return to_uint8(pixels).float() / 127.5 - 1, [dataset.labels(i) for i in numbers]
 
 
 def train_classifier(config: ClassifierConfig) -> DigitsClassifier:
-    """Train on real clips of the training handwriting; deterministic for a config."""
+    """Train on real clips of the training handwriting; equal configs give equal results."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator_for(config.seed, "digits classifier").initial_seed())
         classifier = DigitsClassifier(config)
@@ -168,8 +169,8 @@ def train_classifier(config: ClassifierConfig) -> DigitsClassifier:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=config.learning_rate, total_steps=config.steps + 1, pct_start=0.15
     )
-    # All captions, also those held out from the generators: a judge that had never met "a red
-    # zero moving left" would have learned that there is none.
+    # All captions, including those held out from the generators: a judge that never saw "a red
+    # zero moving left" would learn that it does not exist.
     dataset = MovingDigits(config.seed, "train", labels=ALL_LABELS, setting=config.setting)
     classifier.train()
     for step in range(config.steps):
@@ -198,14 +199,14 @@ def _optimizer(classifier: DigitsClassifier, config: ClassifierConfig) -> torch.
 def load_classifier(
     config: ClassifierConfig, cache: Path
 ) -> tuple[DigitsClassifier, dict[str, Accuracy]]:
-    """The trained classifier of a config, and its accuracy on real clips by split.
+    """Load the trained classifier of a config from ``cache``, or train it and store it there.
 
-    Taken from ``cache``, or trained and kept there. The file's name is a hash of the config, the
-    network's shape and the data, so a change of any of them trains anew.
+    The file's name is a hash of the config, the network's shapes and the data, so changing any of
+    them trains a new classifier.
 
-    Returns the classifier and its accuracy on "train" (other clips of the training handwriting),
-    "test" (held-out handwriting) and "heldout" (held-out captions too). Raises ``CheckpointError``
-    if a cached file is damaged.
+    Returns the classifier and its accuracy on real clips, by split: "train" (other clips of the
+    training handwriting), "test" (held-out handwriting) and "heldout" (held-out captions too).
+    Raises ``CheckpointError`` if a cached file is damaged.
     """
     weights = cache / f"classifier-{_fingerprint(config)}.safetensors"
     figures = weights.with_suffix(".json")
@@ -233,7 +234,7 @@ def load_classifier(
 def _real_accuracy(
     classifier: DigitsClassifier, split: Split, config: ClassifierConfig
 ) -> Accuracy:
-    # Another seed than training's, so that "train" shows new clips of the handwriting it knows.
+    # Not the seed of training, so that "train" has new clips of the known handwriting.
     dataset = MovingDigits(config.seed + 1, split, setting=config.setting)
     clips, labels = real_clips(dataset, range(config.test_clips))
     return judge(classifier, clips).accuracy(labels)

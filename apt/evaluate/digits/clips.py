@@ -1,4 +1,4 @@
-"""The clips that are compared: the same captions for every method, and real clips beside them."""
+"""The clips to compare: the same captions for every method, and real clips."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from apt.samples import SampleKey
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """The captions of one evaluation seed, each several times, grouped.
+    """The captions of one evaluation seed, each repeated several times in a row.
 
     Attributes:
-        seed: of the evaluation; it also chooses the noise and the real clips.
+        seed: the evaluation seed; it also determines the noise and the real clips.
         trained: labels with captions that models were trained on.
         heldout: labels with captions that no model has seen.
-        samples_per_caption: consecutive labels that are equal.
-        setting: of the moving digits that real clips are.
+        samples_per_caption: number of equal labels in a row.
+        setting: of the moving digits, for real clips.
     """
 
     seed: int
@@ -47,12 +47,12 @@ class CaptionSet:
 
     @property
     def labels(self) -> list[Label]:
-        """Trained captions first, then those held out."""
+        """All labels: trained captions first, then held-out ones."""
         return [*self.trained, *self.heldout]
 
     @property
     def keys(self) -> list[SampleKey]:
-        """Caption and noise seed of the sample of each label."""
+        """Caption and noise seed of each label's sample."""
         return [
             (label.caption, generator_for("evaluation noise", self.seed, position).initial_seed())
             for position, label in enumerate(self.labels)
@@ -62,11 +62,11 @@ class CaptionSet:
 def caption_set(
     seed: int, num_samples: int, samples_per_caption: int, setting: Setting = "near"
 ) -> CaptionSet:
-    """Choose ``num_samples`` trained captions, drawn without repetition, and all held-out ones.
+    """Draw different trained captions for ``num_samples`` samples, and add held-out captions.
 
-    ``num_samples`` is a multiple of ``samples_per_caption``, and asks for no more captions than
-    there are (``EvaluateConfig`` checks it). Held-out captions come as often each, but are no more
-    than the trained ones.
+    ``num_samples`` must be a multiple of ``samples_per_caption`` and need no more captions than
+    there are (``EvaluateConfig`` checks this). Held-out captions have equally many samples each;
+    there are at most as many of them as trained captions.
     """
     num_captions = num_samples // samples_per_caption
     generator = generator_for("evaluation captions", seed)
@@ -84,10 +84,10 @@ def caption_set(
 def real_for_captions(
     captions: CaptionSet, split: Split, positions: Sequence[int] | None = None
 ) -> Tensor:
-    """Real clips (N, 3, T, H, W) of those captions, in the handwriting of ``split``.
+    """Return real clips (N, 3, T, H, W) of these captions, in the handwriting of ``split``.
 
-    The clips of different seeds, and those of the reference, are different. `positions` are those
-    of the labels that are wanted; None is all.
+    Clips differ between seeds, and from those of the reference. `positions` selects labels; None
+    takes all.
     """
     labels = captions.labels
     clips = []
@@ -103,19 +103,19 @@ def real_for_captions(
 
 
 def real_reference(num: int, setting: Setting = "near") -> Tensor:
-    """Real clips of held-out handwriting that every method is compared with."""
+    """Return the real clips of held-out handwriting that every method is compared with."""
     return real_clips(MovingDigits(_REFERENCE_SEED, "test", setting=setting), range(num))[0]
 
 
-# Streams of their own, away from the small seeds that people train with.
+# Far from the small seeds that people train with.
 _REFERENCE_SEED = 700_000
 _REAL_SEED = 800_000
 
 
 def read_digits(path: Path, setting: Setting) -> Tensor:
-    """A sample's pixels (3, T, H, W) in [-1, 1], in 8 bits.
+    """Read a sample's pixels (3, T, H, W) in [-1, 1], rounded to 8 bits.
 
-    Raises DataError for a file that cannot be decoded, or is no clip of the setting's size.
+    Raises DataError for a file that cannot be decoded, or does not have the setting's size.
     """
     size = clip_size(setting)
     info = probe(path)

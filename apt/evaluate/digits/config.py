@@ -1,4 +1,4 @@
-"""What to evaluate, and how thoroughly."""
+"""Configuration of the digits evaluation."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ class EvaluateConfig:
     """What to evaluate, and how thoroughly.
 
     Attributes:
-        runs: roots of training runs of one recipe, which differ in their seeds; the first has what
-            was trained once only.
+        runs: roots of training runs of one recipe with different seeds; the first also has what was
+            trained only once.
         out: folder of the report, its plots and its raw figures.
         seeds: evaluation seeds; each draws its own captions, noise and real clips.
-        num_samples: samples of each method and seed; Fréchet distances compare at equal numbers.
-            The default is every trained caption twice: fewer captions than the reference has
-            would count as a difference from it.
+        num_samples: samples per method and seed; only Fréchet distances of equal numbers can be
+            compared. The default is every trained caption twice: having fewer captions than the
+            reference would count as a difference from it.
         samples_per_caption: how many of them share a caption, for the diversity.
-        num_reference: real clips that everything is compared with.
-        snapshot_samples: samples of each snapshot and seed, for the curves.
-        methods: names of the methods to measure; empty is all, with the curves.
+        num_reference: real clips that all samples are compared with.
+        snapshot_samples: samples per snapshot and seed, for the curves.
+        methods: names of the methods to measure; empty measures all, and the curves.
         batch_size: samples per network call.
-        precision: that networks compute in. They are trained in bf16 autocast, and are saved in it.
-        cache: folder of the classifiers, the samples and what was measured of them; None is
-            ``evaluation`` in the first root.
-        independent_judges: ask two more classifiers.
-        render: write the page anew from the figures and sheets in ``out``; nothing is measured.
-        classifier: the main judge; its setting of the digits is that of all real clips.
+        precision: of the networks. They are trained in bf16 autocast and saved in bf16.
+        cache: folder of the classifiers, the samples and their figures; None is ``evaluation`` in
+            the first root.
+        independent_judges: also use two other classifiers.
+        render: only write the page again, from the figures and sheets in ``out``.
+        classifier: the main judge; all real clips have its setting of the digits.
     """
 
     runs: tuple[Path, ...] = (Path("runs/digits"),)
@@ -79,5 +79,5 @@ class EvaluateConfig:
 
     @property
     def kept(self) -> Path:
-        """The folder of the classifiers, the samples and their figures."""
+        """Folder of the classifiers, the samples and their figures."""
         return self.runs[0] / "evaluation" if self.cache is None else self.cache

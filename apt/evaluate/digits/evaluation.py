@@ -1,8 +1,8 @@
-"""`diffusion-apt evaluate digits`: from trained models to the results page, without a hand between.
+"""`diffusion-apt evaluate digits`: measure trained models and write the results page.
 
-A training run is a root with folders ``pretrain``, ``distill``, ``apt`` and perhaps ``apt_paper``
-and ``ablations/<name>``, each with ``log.jsonl``, ``export/`` (the model), perhaps
-``speed.jsonl``, which knows the time, and perhaps ``snapshots/<update>/{ema,raw}/``.
+A training run is a root folder with ``pretrain``, ``distill``, ``apt`` and optionally ``apt_paper``
+and ``ablations/<name>``. Each of these has ``log.jsonl``, ``export/`` (the model) and optionally
+``speed.jsonl`` (times) and ``snapshots/<update>/{ema,raw}/``.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ def evaluate_digits(
     parallel: Parallel | None = None,
     progress: Progress = lambda _: nullcontext(lambda done, total: None),
 ) -> Path | None:
-    """Measure every model of the runs and write the report; returns its path, None on other ranks.
+    """Measure every model of the runs and write the report; return its path (None on other ranks).
 
-    Samples are made and measured as of any protocol (`apt.evaluate.harness`), so that an
-    interrupted call is repeated, and ranks share the samples. Writes ``digits.md``, the same as one
-    HTML file, ``digits.json`` (every figure of every trial) and PNGs, some of them in
-    ``digits_inside``. What was not trained is left out and named, unless it is one of the main
-    models. Why a bar was missed is read from ``digits_causes.json`` beside the report. The same
+    Samples are made and measured as in any protocol (`apt.evaluate.harness`): ranks share them, and
+    an interrupted call is repeated to continue it. Writes ``digits.md``, the same page as one HTML
+    file, ``digits.json`` (every figure of every trial) and PNGs, some of them in ``digits_inside``.
+    The page leaves out and names models that were not trained; the main models are required. The
+    reasons for missed targets are read from ``digits_causes.json`` beside the report. The same
     models and config give the same figures.
 
     Args:
         config: what to evaluate.
         parallel: ranks that share the samples.
-        progress: shows how far the work is.
+        progress: makes progress bars.
 
     Raises:
-        CheckpointError: a main run has no exported model, or one of other data, or a model cannot
-            be loaded.
+        CheckpointError: a main run has no exported model or was trained on other data, or a model
+            cannot be loaded.
         ConfigError: a method is unknown.
-        DataError: there is nothing to render, or a sample was damaged since it was made.
-        InputError: a disk that refuses.
+        DataError: there is nothing to render, or a sample changed since it was made.
+        InputError: a file cannot be written.
     """
     is_main = parallel is None or parallel.is_main
     if config.render:
@@ -122,7 +122,7 @@ def evaluate_digits(
 
 
 def _choose(config: EvaluateConfig, root: Path) -> list[Method]:
-    """The methods of a root that are asked for and were run."""
+    """Return the requested methods of a root that were run."""
     known = {m.name: m for m in [*MAIN_METHODS, *ablation_methods(root)]}
     unknown = [name for name in config.methods if name not in known]
     if unknown:
@@ -132,13 +132,13 @@ def _choose(config: EvaluateConfig, root: Path) -> list[Method]:
         if method.group == "main" and not method.was_run(root):
             if is_run(root):
                 raise CheckpointError(
-                    f"{str(root)!r} is the run of one stage; --runs takes the folder that has the "
-                    "runs of all stages in it"
+                    f"{str(root)!r} is the run of one stage; --runs takes the folder that contains "
+                    "the runs of all stages"
                 )
             raise CheckpointError(
-                f"{str(method.folder(root))!r} is missing, which {method.name!r} needs; "
+                f"{str(method.folder(root))!r} is missing, but {method.name!r} needs it; "
                 "expected the model folder of a finished run. Train it (`diffusion-apt train "
-                "digits`), or name other methods."
+                "digits`), or choose other methods."
             )
     return [method for method in chosen if method.was_run(root)]
 

@@ -1,4 +1,4 @@
-"""What the page shows of the models' inside: their layers, and ways between noises."""
+"""What the page shows of the models' insides: layers, and paths between noises."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from apt.inside.report import write_probe, write_traversals
 from apt.pipeline import OneStepPipeline
 
 FOLDER = "digits_inside"
-"""Beside the page."""
+"""A folder beside the page."""
 LAYERS, ERRORS, WAYS = (f"{FOLDER}/{name}.png" for name in ("layers", "errors", "traverse"))
 
 _SEEDS = (0, 1, 2)
 
 
 def write_inside(out: Path, root: Path, prompts: Sequence[str], *, batch_size: int) -> None:
-    """Probe one-step APT of a training run (Appendix G); let it and its predecessors walk (App. I).
+    """Probe one-step APT of a training run (App. G); traverse noises with all stages (App. I).
 
     Args:
         out: folder of the page.
         root: of the run.
-        prompts: fitted on and shown; the first is walked with.
+        prompts: the probe is fitted on them and shows them; traversals use the first.
         batch_size: samples per network call.
     """
     folder = out / FOLDER

@@ -1,4 +1,4 @@
-"""Independent judges: a conclusion that holds for one classifier alone would be worth little."""
+"""Independent judges, to show that conclusions do not depend on one classifier."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from apt.evaluate.digits.classifier import ClassifierConfig
 FRAMES, BLURRED = "whole frames", "blurred"
 
 DESCRIPTIONS = {
-    FRAMES: "another network (residual, over whole frames, which sees no cut-out digit), trained "
-    "by another recipe (SGD with momentum, smoothed labels, other clips)",
-    BLURRED: "the main judge's network, trained on and shown nothing but clips blurred by a "
-    "Gaussian of 1.5 pixels, so that it cannot see fine detail",
+    FRAMES: "another network (residual, on whole frames, without a cut-out of the digit), trained "
+    "with another recipe (SGD with momentum, label smoothing, other clips)",
+    BLURRED: "the main judge's network, trained and used only on clips blurred by a Gaussian of "
+    "1.5 pixels, so that it cannot see fine detail",
 }
 
 
 def independent_judges(main: ClassifierConfig) -> dict[str, ClassifierConfig]:
-    """The other judges that go with a main one, by name."""
+    """Return the configs of the other judges for a main one, by name."""
     return {
         FRAMES: replace(
             main,
@@ -25,7 +25,7 @@ def independent_judges(main: ClassifierConfig) -> dict[str, ClassifierConfig]:
             optimizer="sgd",
             learning_rate=0.1,
             weight_decay=5e-4,
-            # It looks at more that does not matter.
+            # It sees more that does not matter, so it learns more slowly.
             steps=3 * main.steps // 2,
             seed=main.seed + 1,
         ),

@@ -1,4 +1,4 @@
-"""All figures of a set of clips, and their mean and spread over trials."""
+"""Compute all figures of a set of clips, and their mean and spread over trials."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from apt.metrics import (
 
 @dataclass(frozen=True)
 class SecondOpinion:
-    """What an independent judge makes of the same clips."""
+    """An independent judge's figures for the same clips."""
 
     frechet: float
     accuracy: float
@@ -38,12 +38,12 @@ class Measurement:
         frechet: squared Fréchet distance to real clips in the classifier's features.
         patch: the same over high-passed pixel patches (``PatchFrechet``).
         spatial_spectrum, temporal_spectrum: distances of the power spectra, dB.
-        digit, colour, direction, accuracy: shares that the classifier reads as the caption says;
-            ``accuracy`` is all three.
-        heldout_accuracy: all three right, on captions that were never trained on.
-        within, across: mean distance between samples of one caption and of two captions, in
-            pixels, divided by that of real clips of the same captions.
-        radial_power: power in dB at the frequencies of a frame, for the plot.
+        digit, colour, direction, accuracy: share of clips in which the classifier finds what the
+            caption says; ``accuracy`` is all three.
+        heldout_accuracy: ``accuracy`` on captions that were never trained on.
+        within, across: mean pixel distance between samples of one caption, and of different ones,
+            divided by that of real clips of the same captions.
+        radial_power: power in dB by spatial frequency, for the plot.
         opinions: of the independent judges, by name.
     """
 
@@ -62,7 +62,7 @@ class Measurement:
     opinions: dict[str, SecondOpinion]
 
     def flat(self) -> dict[str, float]:
-        """Every number by a name of its own."""
+        """Return every number under its own name."""
         return {
             **{name: getattr(self, name) for name in FIGURES},
             **{f"{_POWER}{i}": value for i, value in enumerate(self.radial_power)},
@@ -75,7 +75,7 @@ class Measurement:
 
     @classmethod
     def of_flat(cls, figures: Mapping[str, float]) -> Measurement:
-        """What `flat` gave."""
+        """Rebuild a measurement from the output of `flat`."""
         opinions: dict[str, dict[str, float]] = {}
         for key, value in figures.items():
             if key.startswith(_JUDGE):
@@ -88,7 +88,7 @@ class Measurement:
         )
 
     def figure(self, name: str, judge: str | None = None) -> float:
-        """One figure by name, of an independent judge if one is named."""
+        """Return one figure by name, of an independent judge if one is named."""
         return float(getattr(self if judge is None else self.opinions[judge], name))
 
 
@@ -100,17 +100,17 @@ FIGURES = tuple(
 
 
 def summarise(measurements: Sequence[Measurement]) -> dict[str, Spread]:
-    """Every figure over trials."""
+    """Return the mean and spread of every figure over trials."""
     return {name: spread([getattr(m, name) for m in measurements]) for name in FIGURES}
 
 
 class Judge:
-    """Holds the classifiers and the real clips; measures clips against them.
+    """Measures clips with the classifiers and against real clips.
 
     Args:
         classifier: the main judge.
         reference: real clips.
-        others: independent judges by name, who say less.
+        others: independent judges by name, which give fewer figures.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Judge:
     def measure(self, clips: Tensor, captions: CaptionSet, real: Diversity) -> Measurement:
         """Measure clips (N, 3, T, H, W) made for ``captions``.
 
-        Distances and diversity use the trained captions alone: those held out are too few, and
+        Distances and diversity use only the trained captions: there are too few held-out ones, and
         the reference has none of them.
         """
         num = len(captions.trained)
@@ -170,6 +170,6 @@ class Judge:
 
 
 def pixel_diversity(clips: Tensor, captions: CaptionSet) -> Diversity:
-    """Mean pixel distance within and across the trained captions."""
+    """Return the mean pixel distance within and across the trained captions."""
     num = len(captions.trained)
     return pairwise_diversity(clips[:num].flatten(1), captions.trained)

@@ -1,4 +1,4 @@
-"""What is compared: samplers of the main models, and the ablations."""
+"""The methods to compare: samplers of the main models, and the ablations."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Method:
     """A model and how it is sampled.
 
     Attributes:
-        name: key in the results, and in the names of its pictures.
-        label: what tables and plots call it.
+        name: key in the results, and part of the names of its pictures.
+        label: name in tables and plots.
         run: folder of its run under the root.
-        num_steps: sampler steps; 0 takes real clips through the model's codec and back.
+        num_steps: sampler steps; 0 reconstructs real clips with the model's codec.
         guided: use the guidance scale that the model was saved with; False is no guidance.
-        group: main methods need their run; others may not have been run.
+        group: the runs of main methods are required, those of others optional.
         model: model folder inside the run.
     """
 
@@ -36,16 +36,16 @@ class Method:
     model: str = EXPORT
 
     def folder(self, root: Path) -> Path:
-        """The model folder."""
+        """Return the model folder."""
         return root / self.run / self.model
 
     def was_run(self, root: Path) -> bool:
-        """Whether the model is there."""
+        """Return whether the model exists."""
         return (self.folder(root) / INFO_FILE).is_file()
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations per sample; guidance takes two for each step."""
+        """Network evaluations per sample; guidance takes two per step."""
         return self.num_steps * (2 if self.guided else 1)
 
 
@@ -80,9 +80,9 @@ MAIN_METHODS = (
 
 LONG, NO_REGULARISER = "long", "no_r1"
 ABLATED = (f"ablations/{LONG}", f"ablations/{NO_REGULARISER}")
-"""Whose course is shown."""
-# The ablations of the recipe, by the name of their folder, and what the paper says of each: with it
-# samples are "worse", or nothing that could be compared.
+"""The runs whose training curves are shown."""
+# The ablations by folder name: their label, and what the paper says about the change, mostly that
+# it makes samples "worse".
 ABLATIONS: dict[str, tuple[str, str]] = {
     NO_REGULARISER: ("no regulariser", "worse (Fig. 5)"),
     "no_r2": ("approximated R1 alone, on real clips", "its own form"),
@@ -100,15 +100,15 @@ ABLATIONS: dict[str, tuple[str, str]] = {
 
 
 def updates_of(info: ModelInfo) -> int | None:
-    """The number of updates that a model says it was trained for in its last stage."""
+    """Return the number of updates of a model's last stage, if it is recorded."""
     updates = info.training.get("updates")
     return updates if isinstance(updates, int) else None
 
 
 def ablation_methods(root: Path) -> tuple[Method, ...]:
-    """One-step sampling of every ablation that was run, at the length of the shortest.
+    """Return one-step sampling of every ablation that was run, at the length of the shortest.
 
-    The reference comes first: the run of the whole method at constant rates, after as many updates.
+    The reference comes first: the whole method at constant rates, after equally many updates.
     """
     names = [name for name in (LONG, *ABLATIONS) if _ablation(name).was_run(root)]
     lengths = [updates_of(read_info(_ablation(name).folder(root))) for name in names]

@@ -1,4 +1,4 @@
-"""What judges of the digits are made of: two networks that have nothing in common."""
+"""The two networks of the digits judges, which are built differently."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _COARSE = 4
 
 
 class GlimpseNetwork(nn.Module):
-    """A CNN looks closely at what moves, a small network at the whole clip in low resolution.
+    """A CNN on close-ups of what moves, and a small network on the whole clip in low resolution.
 
-    The digit is what moves, so in some frames the 20x20 square with the most motion is cut out and
-    read; where the squares lie, and how the rest moves, the low resolution tells. That learns from
-    a tenth of the clips that a network on whole frames needs.
+    The digit is what moves, so the CNN reads the 20x20 square with the most motion, cut out of some
+    of the frames. The low-resolution network sees where the squares lie and how the rest moves.
+    This learns from a tenth of the clips that a network on whole frames needs.
 
-    Clips (N, 3, 9, 32, 32) to features (N, features).
+    Maps clips (N, 3, 9, 32, 32) to features (N, features).
     """
 
     def __init__(self, width: int, features: int) -> None:
@@ -57,9 +57,9 @@ class GlimpseNetwork(nn.Module):
 
 
 class FramesNetwork(nn.Module):
-    """A residual network over whole frames, with the frames as channels.
+    """A residual network on whole frames, with the frames as channels.
 
-    Clips (N, 3, 9, 32, 32) to features (N, features).
+    Maps clips (N, 3, 9, 32, 32) to features (N, features).
     """
 
     def __init__(self, width: int, features: int) -> None:
@@ -86,11 +86,11 @@ NETWORKS = {"glimpse": GlimpseNetwork, "frames": FramesNetwork}
 
 
 def seen(pixels: Tensor, blur: float) -> Tensor:
-    """Clips as a judge sees them: large ones at half the size and rate, and through a blur.
+    """Return clips as a judge sees them: large ones reduced to half size and rate, then blurred.
 
     Args:
         pixels: (N, 3, T, H, W).
-        blur: standard deviation of the Gaussian, in pixels of 32; 0 for none.
+        blur: standard deviation of the Gaussian, in pixels at 32x32; 0 is none.
     """
     factor = pixels.shape[-1] // SIZE
     if factor > 1:
@@ -109,7 +109,7 @@ def seen(pixels: Tensor, blur: float) -> Tensor:
 
 
 class _Residual(nn.Module):
-    """Two convolutions that halve height and width, beside one of single pixels."""
+    """Two convolutions that halve height and width, and a strided 1x1 shortcut."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -125,12 +125,12 @@ class _Residual(nn.Module):
 
 
 def _motion(pixels: Tensor) -> Tensor:
-    """The background keeps still, so what moves stands out against the median over time."""
+    """Subtract the median over time: the background is still, so this leaves what moves."""
     return pixels - pixels.median(dim=2, keepdim=True).values
 
 
 def _glimpses(frames: Tensor) -> Tensor:
-    """The square with the most motion of each frame: (N, F, 6, H, W) to (N, F, 6, 20, 20).
+    """Cut the square with the most motion out of each frame: (N, F, 6, H, W) to (N, F, 6, 20, 20).
 
     Channels 3 to 5 are the motion.
     """

@@ -1,4 +1,4 @@
-"""Writing the results page: Markdown, raw figures, plots and contact sheets."""
+"""Write the results page: Markdown, raw figures, plots and contact sheets."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _BESIDE = ("real", DIFFUSION_GUIDED.name, CONSISTENCY.name, APT.name)
 def write_page(
     out: Path, results: Results, captions: CaptionSet, shown: Mapping[str, Tensor]
 ) -> Path:
-    """Write everything to a folder; returns the path of the page.
+    """Write everything to a folder; return the path of the page.
 
     Args:
-        out: the folder, made if need be.
+        out: the folder, created if missing.
         results: all figures.
-        captions: of the clips that are shown.
-        shown: clips of the first trial at `shown_positions` by method, and "real" ones.
+        captions: of the shown clips.
+        shown: clips of the first trial at `shown_positions`, by method or "real".
     """
     out.mkdir(parents=True, exist_ok=True)
     _write_comparison(out, results, captions, shown)
@@ -49,19 +49,19 @@ def write_page(
 
 
 def render_page(out: Path, results: Results | None = None) -> Path:
-    """Write the page, as Markdown and as one HTML file, with its plots; returns the former's path.
+    """Write the page with its plots, as Markdown and as one HTML file; return the Markdown's path.
 
     Args:
-        out: the folder, with the sheets of samples.
-        results: all figures; None reads those that are there.
+        out: the folder, which has the sheets of samples.
+        results: all figures; None reads those in the folder.
 
-    Raises DataError for figures or sheets that are not there, or cannot be read.
+    Raises DataError for figures or sheets that are missing or cannot be read.
     """
     results = read_results(out / DATA) if results is None else results
     sheets = {label: file for label, file in _sheet_files(results) if (out / file).is_file()}
     if not sheets or not (out / _COMPARISON).is_file():
         raise DataError(
-            f"{str(out)!r} has figures and no pictures of samples ({_COMPARISON}); measure again"
+            f"{str(out)!r} has figures but no pictures of samples ({_COMPARISON}); measure again"
         )
     pictures = Pictures(
         methods=_name(plots.plot_methods(results, out / "digits_methods.png")),
@@ -87,7 +87,7 @@ def render_page(out: Path, results: Results | None = None) -> Path:
 
 
 def _sheet_files(results: Results) -> list[tuple[str, str]]:
-    """Label and file of each sheet that the page shows."""
+    """Return label and file of each sheet on the page."""
     methods = [(m.name, m.label) for m in results.methods if m.group != "ablation"]
     return [(label, _sheet_file(name)) for name, label in [("real", "real clips"), *methods]]
 
@@ -97,12 +97,12 @@ def _sheet_file(name: str) -> str:
 
 
 def shown_positions(captions: CaptionSet) -> list[int]:
-    """One sample of each of the first captions."""
+    """Return the positions of one sample of each of the first captions."""
     return list(range(0, len(captions.trained), captions.samples_per_caption))[:_SHEET_ROWS]
 
 
 def shown_captions(captions: CaptionSet) -> list[str]:
-    """Those of the samples that the page shows."""
+    """Return the captions of the samples on the page."""
     return [captions.trained[position].caption for position in shown_positions(captions)]
 
 
@@ -138,7 +138,7 @@ def _write_comparison(
 
 
 def _stride(clips: Tensor, shown: int) -> int:
-    """Between frames, of which so many are shown from first to last."""
+    """Return the step between frames that shows `shown` of them from first to last."""
     return (clips.shape[2] - 1) // (shown - 1)
 
 

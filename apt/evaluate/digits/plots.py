@@ -35,7 +35,7 @@ _COLOURS = {
 
 
 def plot_methods(results: Results, path: Path) -> Path:
-    """Bars with error bars: both Fréchet distances and the accuracy of every method."""
+    """Plot both Fréchet distances and the accuracy of every method as bars with error bars."""
     rows = [*results.real, *results.methods]
     summaries = [row.summary() for row in rows]
     panels: tuple[tuple[str, str, Literal["log", "share"]], ...] = (
@@ -55,7 +55,7 @@ def plot_methods(results: Results, path: Path) -> Path:
 
 
 def plot_regulariser(results: Results, path: Path) -> Path | None:
-    """APT Figure 5: with the regulariser (green) and without (black), against updates."""
+    """Plot APT Figure 5: with the regulariser (green) and without (black), against updates."""
     runs = [(f"ablations/{run}", label, colour) for run, label, colour in _FIGURE_5]
     if any(run not in results.curves for run, _, _ in runs):
         return None
@@ -92,12 +92,12 @@ def plot_regulariser(results: Results, path: Path) -> Path | None:
 
 
 def plot_progress(results: Results, path: Path) -> Path | None:
-    """APT Figure 9: quality of EMA and raw weights after some updates, with the spread."""
+    """Plot APT Figure 9: quality of EMA and raw weights against updates, with the spread."""
     return _plot_snapshots(results, APT.run, path)
 
 
 def plot_distillation(results: Results, path: Path) -> Path | None:
-    """One-step quality after some updates of distillation."""
+    """Plot one-step quality against updates of distillation."""
     return _plot_snapshots(results, CONSISTENCY.run, path)
 
 
@@ -127,7 +127,7 @@ def _plot_snapshots(results: Results, run: str, path: Path) -> Path | None:
 
 
 def plot_spectrum(results: Results, path: Path) -> Path | None:
-    """Radial power of the main methods relative to real clips: blur falls below the line."""
+    """Plot the radial power of the main methods relative to real clips; blur is below zero."""
     shown = [
         m
         for m in (results.method(x.name) for x in (CODEC, DIFFUSION_GUIDED, CONSISTENCY, APT))

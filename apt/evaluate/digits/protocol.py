@@ -1,4 +1,4 @@
-"""Moving digits as a protocol of the harness: captions, noise and figures of every model."""
+"""Moving digits as a protocol of the harness: captions, noise and figures."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def digits_protocol(
     about: str = "",
     settings: Mapping[str, object],
 ) -> Protocol:
-    """What is made and measured of one model, of each evaluation seed.
+    """Return the protocol that generates these captions and measures them with this judge.
 
     Args:
-        sets: captions by evaluation seed, equally many of one setting.
-        judge: made once.
-        about: for a page.
-        settings: that decide the judge's figures.
+        sets: the captions of each evaluation seed, equally many, all of one setting.
+        judge: returns the judge.
+        about: text for a page.
+        settings: what determines the judge's figures.
     """
     by_seed = {captions.seed: captions for captions in sets}
     by_noise = {captions.keys[0][1]: captions for captions in sets}

@@ -1,4 +1,4 @@
-"""Real clips through a codec and back: the floor of everything that is made in its latents."""
+"""Reconstructions of real clips: the best that any model in a codec's latents can reach."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from apt.samples import SampleKey
 
 
 class Reconstruction:
-    """A model whose sample of a caption is a real clip of held-out handwriting, reconstructed.
+    """A model whose sample for a caption is a reconstructed real clip of held-out handwriting.
 
     See `apt.evaluate.models.SampleModel`.
 
     Args:
-        folder: of a model, whose codec it is.
-        sets: captions and noise seeds that it may be asked for.
+        folder: of the model whose codec is used.
+        sets: captions and noise seeds that can be requested.
         batch_size: clips per call of the codec.
 
     Raises CheckpointError for a model that cannot be loaded.
@@ -46,7 +46,7 @@ class Reconstruction:
         }
 
     def stream(self, keys: Sequence[SampleKey]) -> Iterator[Tensor]:
-        """The reconstructions, uint8 (T, H, W, 3), one after the other."""
+        """Yield the reconstructions in order, uint8 (T, H, W, 3)."""
         for start in range(0, len(keys), self.batch_size):
             places = [self._places[key] for key in keys[start : start + self.batch_size]]
             clips = [real_for_captions(captions, "test", [at]) for captions, at in places]

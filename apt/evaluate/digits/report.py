@@ -25,7 +25,7 @@ MAIN = "main"
 
 @dataclass(frozen=True)
 class Pictures:
-    """File names of the plots and sheets, beside the report; None where there is nothing."""
+    """File names of the plots and sheets beside the report; None if there is none."""
 
     methods: str | None
     regulariser: str | None
@@ -49,7 +49,7 @@ def report_text(
     *,
     data_file: str,
 ) -> str:
-    """The whole page; `causes` say of a bar's key why it was missed."""
+    """Return the whole page; `causes` maps the keys of missed targets to reasons."""
     main = [*results.real, *(m for m in results.methods if m.group != "ablation")]
     parts = [
         "# Moving digits: results",
@@ -91,7 +91,7 @@ def _how_measured(r: Results) -> str:
     training = (
         f"{r.runs} training runs with different seeds"
         if r.runs > 1
-        else "one training run, so that "
+        else "one training run, so "
         "the spread covers captions, noise and real clips, but not training"
     )
     return "\n".join(
@@ -105,7 +105,7 @@ def _how_measured(r: Results) -> str:
             "deviation over all trials.",
             f"- **Clips**: the {r.setting} digits. **Reference**: {r.num_reference} real clips of "
             "handwriting that no model has seen. The rows of real clips show what a perfect "
-            "generator would get: they are other real clips, as many as samples of each method. "
+            "generator would get: they are other real clips, as many as each method has samples. "
             "The codec's reconstructions of real clips are the best that any model in its latents "
             "can reach.",
             "- **Fréchet distance**: in the last hidden layer of a small classifier, trained on "
@@ -115,7 +115,7 @@ def _how_measured(r: Results) -> str:
             f"{percent(test.direction)}), in {percent(held.all)} with held-out captions as well, "
             f"and in {percent(train.all)} of new clips with the training handwriting.",
             "- **Patch distance**: Fréchet distance between high-passed patches of 8×8 pixels. "
-            "Like the paper's PFID it looks at detail without resizing, and sees blur, ghosting "
+            "Like the paper's PFID, it looks at detail without resizing and detects blur, ghosting "
             "and half-grey pixels, which classifier features overlook.",
             "- **Spectrum**: root mean square difference of the log power spectra, radially "
             "averaged over frames (spatial) and along time (temporal), in dB.",
@@ -272,7 +272,7 @@ def _regulariser(pictures: Pictures) -> list[str]:
         "Learning rates are constant, and training goes past the peak of quality. D's loss is "
         "shown without the penalty. At this scale, samples do not collapse to plain colours "
         "without the regulariser; that would need a much stronger D. `examples/minimal.py` shows "
-        "how the game does not converge without it, on a mixture in two dimensions.",
+        "on a mixture in two dimensions that the game does not converge without it.",
     ]
 
 
@@ -303,16 +303,16 @@ def _ablations(results: Results) -> list[str]:
         rows.append([method.label, updates, *cells, said, verdict])
     return [
         "## Ablations",
-        "All with one step of the EMA weights, after equally many updates from the same start at "
-        "constant rates. The last column compares both distances with the whole method; "
-        "differences below the spreads, added in quadrature, do not count.",
+        "All use one step with the EMA weights, after equally many updates from the same start at "
+        "constant learning rates. The last column compares both distances with those of the whole "
+        "method; differences below the spreads, added in quadrature, do not count.",
         table(header, rows, words=(0, 6, 7)),
         _not_run(results, [f"ablation_{name}" for name in ABLATIONS], "Not run"),
     ]
 
 
 def _compared(base: Mapping[str, Spread], other: Mapping[str, Spread]) -> str:
-    """Whether both distances are worse than the base's."""
+    """Say whether both distances are worse than the base's."""
     words = []
     for figure, name in (("frechet", "Fréchet"), ("patch", "patch")):
         change = other[figure].mean - base[figure].mean
@@ -330,7 +330,7 @@ def _progress(results: Results, pictures: Pictures) -> list[str]:
     rows = _snapshot_rows(results, APT.run)
     if not rows:
         return [title, "Not run: no snapshots were found."]
-    start = "At 0 updates it is the consistency model, from which APT starts. "
+    start = "The row of 0 updates is the consistency model, from which APT starts. "
     return [
         title,
         image(pictures.progress, "Quality against updates, EMA and raw weights"),
@@ -345,8 +345,8 @@ def _inside(pictures: Pictures) -> list[str]:
     return [
         "## Inside the model (APT Appendices G and I)",
         "A linear projection per layer predicts the final latents of the one-step model "
-        "(`diffusion-apt probe`). The plot has its error on noise that it was not fitted on; the "
-        "sheet shows its predictions.",
+        "(`diffusion-apt probe`). The plot shows its error on noise that it was not fitted on; "
+        "the sheet shows its predictions.",
         image(pictures.errors, "Error of each layer's projection"),
         image(pictures.layers, "What each layer knows"),
         "Samples of one caption on the path from one noise to a second and a third "
@@ -364,7 +364,10 @@ def _walks(pictures: Pictures) -> list[str]:
         "The same four stages on clips that a game engine renders (`diffusion-apt data vizdoom`, "
         "1,500 clips of 64×64 pixels), in about an hour of one CPU core (`diffusion-apt train "
         "walks`): a first look, one run and one evaluation seed. Captions are those of 96 clips of "
-        f"another seed. `diffusion-apt evaluate clips` made [all figures]({pictures.walks}).",
+        f"another seed. `diffusion-apt evaluate clips` made [all figures]({pictures.walks}). The "
+        "codec limits detail: APT in one step comes close to the patch distance of the codec's own "
+        "reconstructions. Motion is the weakness: most samples move less than the caption says, "
+        "25 steps of diffusion included, whose loss was still falling when pre-training ended.",
         image(pictures.walks_sheet, "Walks: samples of every stage beside rendered clips"),
     ]
 
@@ -422,5 +425,5 @@ def _costs(costs: Sequence[Cost]) -> str:
     total = sum(c.seconds for c in costs) / 3600
     return (
         table(["training run", "stage", "updates", "minutes"], rows)
-        + f"\n\n{total:.1f} hours of training in all, as the clock ran."
+        + f"\n\n{total:.1f} hours of training in total (wall time)."
     )

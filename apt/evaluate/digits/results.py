@@ -1,4 +1,4 @@
-"""What an evaluation found, before it is put in words."""
+"""The results of an evaluation, before they are formatted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from apt.evaluate.spread import Spread, spread
 
 
 def trial(run: int, seed: int) -> str:
-    """The key of a measurement: which training run, counted from 1, and which evaluation seed."""
+    """Return the key of a measurement: training run, counted from 1, and evaluation seed."""
     return f"run {run}, seed {seed}"
 
 
@@ -23,9 +23,9 @@ class MethodResult:
 
     Attributes:
         name, label, group: of the method.
-        num_steps, evaluations: of the network, per sample.
+        num_steps, evaluations: sampler steps and network evaluations per sample.
         updates: length of the model's last stage.
-        cfg_scale: that of methods with guidance.
+        cfg_scale: of methods with guidance.
         measurements: by `trial`; empty if the model was not trained.
     """
 
@@ -42,7 +42,7 @@ class MethodResult:
     def of(
         cls, method: Method, measurements: dict[str, Measurement], info: ModelInfo
     ) -> MethodResult:
-        """The row of a method."""
+        """Build the row of a method."""
         samples = method.num_steps > 0
         return cls(
             name=method.name,
@@ -56,13 +56,13 @@ class MethodResult:
         )
 
     def summary(self) -> dict[str, Spread]:
-        """Mean and spread of every figure over runs and seeds."""
+        """Return the mean and spread of every figure over runs and seeds."""
         return summarise(list(self.measurements.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Quality of the weights after some updates of a stage; `run` is its folder under a root."""
+    """Quality of weights after `update` updates of a stage; `run` is its folder under a root."""
 
     run: str
     weights: str
@@ -70,7 +70,7 @@ class Snapshot:
     measurements: dict[str, Measurement]
 
     def summary(self) -> dict[str, Spread]:
-        """As of a method."""
+        """Return the mean and spread of every figure over runs and seeds."""
         return summarise(list(self.measurements.values()))
 
 
@@ -82,7 +82,7 @@ class Curve:
     values: list[float]
 
     def end(self, block: int = 10) -> Spread:
-        """Mean and spread of means over `block` updates, in the last quarter of the run."""
+        """Return mean and spread of means over `block` updates, in the last quarter of the run."""
         last = self.values[-max(1, len(self.values) // 4) :]
         size = max(1, min(block, len(last) // 2))
         means = [sum(last[i : i + size]) / size for i in range(0, len(last) - size + 1, size)]
@@ -91,7 +91,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one stage of one training run took, as its log of times says."""
+    """The time that one stage of one training run took, by its log."""
 
     run: int
     stage: str
@@ -103,7 +103,7 @@ class Cost:
 class Results:
     """Everything the report is written from.
 
-    `curves` are by run folder and then by name in the log, of the first training run that has them.
+    `curves` are by run folder, then by name in the log, from the first training run that has them.
     """
 
     runs: int
@@ -125,18 +125,18 @@ class Results:
     reference_power: list[float]
 
     def method(self, name: str) -> MethodResult | None:
-        """The result of a method that was measured."""
+        """Return the result of a method, or None if it was not measured."""
         return next((m for m in self.methods if m.name == name), None)
 
     def of_run(self, run: str, weights: str = "ema") -> list[Snapshot]:
-        """The snapshots of a run in the order of updates."""
+        """Return the snapshots of a run, ordered by updates."""
         found = [s for s in self.snapshots if (s.run, s.weights) == (run, weights)]
         return sorted(found, key=lambda snapshot: snapshot.update)
 
     def ratio(self, name: str, other: str, figure: str, judge: str | None = None) -> Spread | None:
-        """Ratio of a figure of two methods, trial by trial: they share captions and noise.
+        """Return the ratio of a figure of two methods, per trial, which share captions and noise.
 
-        A figure of 0 below the line makes the ratio infinite. `judge` names an independent one.
+        A denominator of 0 makes the ratio infinite. `judge` names an independent judge.
         """
         pairs = self._pairs(name, other, figure, judge)
         return spread([x / y if y else math.inf for x, y in pairs]) if pairs else None
@@ -144,7 +144,7 @@ class Results:
     def difference(
         self, name: str, other: str, figure: str, judge: str | None = None
     ) -> Spread | None:
-        """As `ratio`, the first less the second."""
+        """Return the difference, first minus second; otherwise as `ratio`."""
         pairs = self._pairs(name, other, figure, judge)
         return spread([x - y for x, y in pairs]) if pairs else None
 

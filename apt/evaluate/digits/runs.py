@@ -1,4 +1,4 @@
-"""What a training run leaves behind: its log, its times, its snapshots, and what it trained on."""
+"""Read what a training run leaves behind: log, times, snapshots, and what it was trained on."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ _SECONDS = "speed/seconds_per_update"
 
 
 def check_data(folder: Path, setting: Setting) -> None:
-    """Raise CheckpointError for a model that was not trained on the digits of a setting."""
+    """Raise CheckpointError unless a model was trained on the digits of a setting."""
     info = read_info(folder)
     digits, found = clip_size(setting), info.sample
     if (found.frames, found.height, found.width) != (digits.frames, digits.side, digits.side):
         raise CheckpointError(
-            f"{str(folder)!r} makes {found.frames} frames of {found.height}x{found.width}; the "
+            f"{str(folder)!r} makes {found.frames} frames of {found.height}x{found.width}, but the "
             f"judges read the {setting} digits, {digits.frames} of {digits.side}x{digits.side}; "
-            "name runs of those, or their setting with --classifier.setting"
+            "name runs on those digits, or set --classifier.setting"
         )
     data = info.training.get("config", {}).get("data", {})
     source, of = data.get("source", "digits"), data.get("setting", setting)
     if source != "digits":
         raise CheckpointError(
-            f"{str(folder)!r} was trained on the data source {source!r}; the judges read the "
-            "built-in digits alone (`diffusion-apt train digits`)"
+            f"{str(folder)!r} was trained on the data source {source!r}, but the judges read "
+            "only the built-in digits (`diffusion-apt train digits`)"
         )
     if of != setting:
         raise CheckpointError(
-            f"{str(folder)!r} was trained on the {of} digits, and the judges read the {setting} "
+            f"{str(folder)!r} was trained on the {of} digits, but the judges read the {setting} "
             f"ones; add --classifier.setting {of}"
         )
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """D's loss and its gradient at its input from ``log.jsonl``; empty if there is no such log.
+    """Read D's loss and its gradient at its input from ``log.jsonl``; empty if there is no log.
 
-    Raises ``DataError`` for a damaged line, or a log without D's loss. A last line that was cut
-    short by a kill is left out, as on a resume.
+    Raises ``DataError`` for a damaged line, or a log without D's loss. If a kill truncated the last
+    line, it is ignored, as on a resume.
     """
     file = run / LOG
     if not file.is_file():
@@ -58,12 +58,14 @@ def read_curves(run: Path) -> dict[str, Curve]:
                 curves[name].updates.append(update)
                 curves[name].values.append(value)
     if not curves[DISCRIMINATOR_LOSS].values:
-        raise DataError(f"{str(file)!r} holds no {DISCRIMINATOR_LOSS!r}; it is no adversarial run.")
+        raise DataError(
+            f"{str(file)!r} has no {DISCRIMINATOR_LOSS!r}, so the run is not adversarial."
+        )
     return {name: curve for name, curve in curves.items() if curve.values}
 
 
 def snapshot_folders(run: Path) -> list[tuple[int, str, Path]]:
-    """(update, "ema" or "raw", model folder) of every snapshot of a run, in order."""
+    """Return (update, "ema" or "raw", model folder) of every snapshot of a run, in order."""
     folder = run / SNAPSHOTS
     if not folder.is_dir():
         return []
@@ -77,7 +79,7 @@ def snapshot_folders(run: Path) -> list[tuple[int, str, Path]]:
 
 
 def read_cost(root: Path, stage: str, run: int) -> Cost | None:
-    """The time of a stage's updates, resumed or not, from its ``speed.jsonl``; None without.
+    """Read the time of a stage's updates, resumed or not, from ``speed.jsonl``; None if missing.
 
     Raises ``DataError`` for a damaged line.
     """
@@ -90,6 +92,6 @@ def read_cost(root: Path, stage: str, run: int) -> Cost | None:
 
 
 def _entries(file: Path) -> Iterator[tuple[int, dict[str, float | None]]]:
-    """The updates of a log and what it says of each, without a line that a kill cut short."""
+    """Yield each update of a log with its entry, without a last line that a kill truncated."""
     for entry in read_log(file.parent, file.name):
         yield int(entry["step"] or 0), entry

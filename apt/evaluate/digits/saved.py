@@ -1,4 +1,4 @@
-"""Results back from the JSON that was written of them."""
+"""Read results back from their JSON file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from apt.untrusted import parse_json
 
 
 def read_results(file: Path) -> Results:
-    """The figures of an evaluation.
+    """Read the figures of an evaluation.
 
-    Raises DataError for a file that is not there, or holds something else.
+    Raises DataError for a file that is missing, or holds something else.
     """
     try:
         found = _built(Results, parse_json(file.read_text(encoding="utf-8")))
@@ -34,7 +34,7 @@ def read_results(file: Path) -> Results:
 
 
 def _built(kind: Any, value: Any) -> Any:
-    """A value of JSON as what a type says; JSON has no nan, and null stands for it."""
+    """Convert a JSON value to a type; null stands for nan, which JSON does not have."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)

@@ -1,4 +1,4 @@
-"""The models of training runs in the hands of the harness: samples, and figures of every trial."""
+"""Sample the models of training runs with the harness, and measure every trial."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Sampling:
     """A model, and the method that samples it.
 
     Attributes:
-        method, folder: how, and where the model is.
-        run: of which training run, counted from 1.
+        method, folder: how to sample, and where the model is.
+        run: number of the training run, counted from 1.
         snapshot: run folder, weights and update; None is the end of a stage.
     """
 
@@ -60,7 +60,7 @@ class Sampling:
 
     @property
     def title(self) -> str:
-        """In a few words."""
+        """A short description."""
         if self.snapshot is None:
             return f"run {self.run}, {self.method.label}"
         run, weights, update = self.snapshot
@@ -68,7 +68,7 @@ class Sampling:
 
 
 def list_snapshots(roots: Sequence[Path]) -> list[Sampling]:
-    """Every snapshot of the stages that have any, with the start of APT as its update 0."""
+    """Return every snapshot of the stages that have any, with the start of APT as its update 0."""
     found = []
     for number, root in enumerate(roots, start=1):
         for run in (CONSISTENCY.run, APT.run, *ABLATED):
@@ -85,7 +85,7 @@ def list_snapshots(roots: Sequence[Path]) -> list[Sampling]:
 
 @dataclass(frozen=True)
 class Judges:
-    """Who measures, how good they are, and the spectrum of what is real."""
+    """The judges, their accuracies, and the spectrum of real clips."""
 
     judge: Judge
     accuracies: dict[str, dict[str, Accuracy]]
@@ -93,7 +93,7 @@ class Judges:
 
     @classmethod
     def load(cls, config: EvaluateConfig) -> Judges:
-        """Train the judges, or take them from the cache."""
+        """Train the judges, or load them from the cache."""
         configs = {_MAIN: config.classifier}
         if config.independent_judges:
             configs |= independent_judges(config.classifier)
@@ -108,7 +108,7 @@ class Judges:
 
 
 class Trials:
-    """Makes and measures samples by two protocols: of whole stages, and of their snapshots.
+    """Makes and measures samples by two protocols: for whole stages, and for their snapshots.
 
     Attributes:
         sets: captions of whole stages, by evaluation seed.
@@ -128,7 +128,7 @@ class Trials:
     def prepare(
         cls, config: EvaluateConfig, parallel: Parallel | None, progress: Progress
     ) -> Trials:
-        """With judges, which only the first rank needs."""
+        """Build the trials and load the judges, which only rank 0 needs."""
         trials = cls(config, parallel, progress)
         with progress("judges") as update:
             update(0, 1)
@@ -137,14 +137,14 @@ class Trials:
 
     @property
     def judges(self) -> Judges:
-        """Loaded once."""
+        """The judges, loaded once."""
         return self._judges()
 
     def make(self, sampling: Sampling) -> None:
-        """Make the samples that are not there yet, in a folder that is named after what made them.
+        """Make missing samples, in a folder whose name depends on everything that determines them.
 
-        Raises CheckpointError for a model that cannot be loaded, InputError for a disk that
-        refuses.
+        Raises CheckpointError for a model that cannot be loaded, InputError for a file that cannot
+        be written.
         """
         protocol = self._protocol_of(sampling)
         model = self._load(sampling, protocol)
@@ -155,7 +155,7 @@ class Trials:
             make_samples(protocol, model, folder, parallel=self._parallel, progress=update)
 
     def measure(self, sampling: Sampling) -> dict[str, Measurement]:
-        """Figures of samples that were made, by trial. Raises DataError for a damaged one."""
+        """Return the figures of samples by trial. Raises DataError for a damaged sample."""
         with self._progress(f"figures of {sampling.title}") as update:
             found = measure_samples(
                 self._protocol_of(sampling),
@@ -169,7 +169,7 @@ class Trials:
         }
 
     def measure_real(self) -> list[MethodResult]:
-        """Rows of real clips of both handwritings."""
+        """Return rows of real clips in both kinds of handwriting."""
         found = []
         for split, words in (("test", "held-out"), ("train", "training")):
             row = MethodResult(
@@ -184,7 +184,7 @@ class Trials:
         return found
 
     def clips(self, sampling: Sampling, positions: Sequence[int]) -> Tensor:
-        """Some samples of the first evaluation seed, (N, 3, T, H, W) in [-1, 1]."""
+        """Return some samples of the first evaluation seed, (N, 3, T, H, W) in [-1, 1]."""
         samples = read_samples(self._folders[sampling]).samples
         keys = self.sets[0].keys
         setting = self.sets[0].setting

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from apt.checkpoints.info import INFO_FILE, SampleInfo, read_info
@@ -15,8 +16,9 @@ from apt.evaluate.choice import PIPELINE_PREFIX
 from apt.evaluate.peers import PEERS
 from apt.evaluate.protocol import PROTOCOLS, Protocol, Request
 from apt.evaluate.protocols.video import VideoOptions, video_protocol
+from apt.evaluate.reconstructions import write_reconstructions
 from apt.generate_options import GenerateOptions
-from apt.media import write_mp4
+from apt.media import write_mkv
 from apt.pixels import to_frames
 
 
@@ -49,16 +51,24 @@ class Clips(VideoOptions):
             raise InputError(f"{str(self.videos)!r} gives {number} clips; expected at least 2")
         digest = hashlib.sha256(f"{folder.fingerprint} {number}".encode()).hexdigest()[:12]
         place = request.out / "real" / digest
-        files = [place / f"{index}.mp4" for index in range(number)]
+        files = [place / f"{index}.mkv" for index in range(number)]
         prompts = tuple(folder.caption(index) for index in range(number))
 
         def cut() -> Sequence[Path]:
             """Write the clips that are not there; each appears whole or not at all."""
             for index, file in enumerate(files):
                 if not file.is_file():
-                    write_mp4(file, to_frames(folder[index].pixels[None])[0], fps=fps)
+                    write_mkv(file, to_frames(folder[index].pixels[None])[0], fps=fps, scale=1)
             return files
 
+        first = request.models[0].place
+        through = partial(
+            write_reconstructions,
+            request.out / "through_the_codec" / digest,
+            cut,
+            first,
+            self.measure_device,
+        )
         return video_protocol(
             "clips",
             f"Samples of the captions of {number} videos, and clips of {frames} frames of "
@@ -69,7 +79,7 @@ class Clips(VideoOptions):
             cut,
             self,
             number=number,
-            size=(height, width),
+            reconstruct=None if _is_foreign(first) else through,
             options=GenerateOptions(frames=frames, height=height, width=width),
             references=dict(zip(prompts, files, strict=True)),
             settings={"videos": str(self.videos), "clips": digest},
@@ -92,7 +102,11 @@ class Clips(VideoOptions):
 
 def _trained(place: str) -> SampleInfo | None:
     """What a model of ours was trained on; None of others."""
-    if place in PEERS or place.startswith(PIPELINE_PREFIX):
+    if _is_foreign(place):
         return None
     folder = locate(place).folder
     return read_info(folder).sample if (folder / INFO_FILE).is_file() else None
+
+
+def _is_foreign(place: str) -> bool:
+    return place in PEERS or place.startswith(PIPELINE_PREFIX)

@@ -46,7 +46,11 @@ _DISTANCE = """
   where these are its I3D. Figures of other features or numbers of videos cannot be compared."""
 _PATCHES = """
 - **patch distance** to {number} real videos: a Fréchet distance between patches of 8×8
-  pixels, which sees blur, ghosting and grain at full resolution and asks no network."""
+  pixels, which detects blur, ghosting and grain at full resolution and needs no network. Samples
+  are stored without loss for it."""
+_CODEC = """
+- **through the codec**: the real videos, encoded and decoded by the first model's codec, which is
+  the best that a model in its latents can reach."""
 _DIVERSITY = """
 - **diversity**: mean distance in these features between samples of one prompt (within), and of
   different ones (across)."""
@@ -107,30 +111,31 @@ def video_protocol(
     config: VideoOptions,
     *,
     number: int,
-    size: tuple[int, int] | None = None,
+    reconstruct: Callable[[], Sequence[Path]] | None = None,
     options: GenerateOptions,
     references: Mapping[str, Path] | None = None,
     settings: Mapping[str, object],
 ) -> Protocol:
-    """A protocol whose measures are those of videos.
+    """Return a protocol that measures videos.
 
     Args:
         name, about, prompts, options, references, settings: of the protocol.
-        reference: gives the real videos, once.
+        reference: returns the files of the real videos; called once.
         config: what else is measured, and with what.
         number: of real videos; 0 measures no distance.
-        size: (H, W) of all videos, where files enlarge them; None: that of the files.
+        reconstruct: writes the real videos as a codec reconstructs them, for a row of their own.
     """
     figures, text = dict(_MOVEMENT), _ABOUT
-    measures: list[Measure] = [lambda samples: _movement(_files(samples))]
+    of_files: list[Callable[[Sequence[Path]], Figures]] = [_movement]
     real_files = cache(reference)
     makers: list[Callable[[], object]] = [real_files]
     if number:
-        patches = cache(lambda: PatchFrechetVideo(real_files(), size=size))
+        patches = cache(lambda: PatchFrechetVideo(real_files()))
         makers.append(patches)
         figures = {"patch": Figure("patch distance", "lower", "log")} | figures
-        measures.append(lambda samples: {"patch": patches()(_files(samples))})
+        of_files.append(lambda files: {"patch": patches()(files)})
         text += _PATCHES.format(number=number)
+    measures: list[Measure] = []
     if config.features != NO_FEATURES:
         features = cache(lambda: _features(config))
         makers.append(features)
@@ -138,7 +143,7 @@ def video_protocol(
             distance = cache(lambda: FrechetVideo(real_files(), features()))
             makers.append(distance)
             figures = {"frechet": Figure("Fréchet distance", "lower", "log")} | figures
-            measures.append(lambda samples: {"frechet": distance()(_files(samples))})
+            of_files.append(lambda files: {"frechet": distance()(files)})
             text += _DISTANCE.format(number=number, features=config.features)
         if config.samples_per_prompt > 1 and len(set(prompts)) > 1:
             figures |= {
@@ -147,20 +152,38 @@ def video_protocol(
             }
             measures.append(lambda samples: _diversity(samples, features()))
             text += _DIVERSITY
+    baselines: dict[str, Callable[[], Figures]] = {}
+    if number:
+        baselines["real"] = lambda: _movement(real_files())
+    if reconstruct is not None:
+        written = reconstruct
+        baselines["through the codec"] = lambda: _merged(of_files, written())
+        text += _CODEC
     return Protocol(
         name=name,
         about=f"{about}\n\n{text}",
         prompts=prompts,
         samples_per_prompt=config.samples_per_prompt,
         seeds=config.seeds,
+        lossless=bool(number),
         options=options,
         figures=figures,
-        measures=tuple(measures),
+        measures=(*(_of_samples(one) for one in of_files), *measures),
         prepare=lambda: [make() for make in makers],
-        real=(lambda: _movement(real_files())) if number else None,
+        baselines=baselines,
         references=references or {},
         settings={"features": config.features, **settings},
     )
+
+
+def _of_samples(measure: Callable[[Sequence[Path]], Figures]) -> Measure:
+    return lambda samples: measure(_files(samples))
+
+
+def _merged(
+    measures: Sequence[Callable[[Sequence[Path]], Figures]], files: Sequence[Path]
+) -> Figures:
+    return {name: value for one in measures for name, value in one(files).items()}
 
 
 def _features(config: VideoOptions) -> VideoFeatures:

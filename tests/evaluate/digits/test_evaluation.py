@@ -250,7 +250,7 @@ def test_the_same_again_gives_the_same_figures_and_one_run_is_enough(
         assert found == {key: first[name]["measurements"][key] for key in found}
         assert len(found) == 2
     text = again.read_text()
-    assert "one training run, so that the spread covers captions, noise and real clips" in text
+    assert "one training run, so the spread covers captions, noise and real clips" in text
     assert "Not run (`diffusion-apt train digits_ablations`)" in text and " nan" not in text
 
 
