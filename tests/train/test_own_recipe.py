@@ -130,7 +130,7 @@ def test_a_run_goes_on_although_files_were_added(trained: Path, clips: Path) -> 
     (moved / "config.json").write_text(json.dumps(config | {"num_updates": 3}))
     result = invoke("train", "--resume", moved, "--data.path", clips)
     assert result.returncode == 0, result.stderr
-    assert "size:" not in result.stderr
+    assert "  size:" not in result.stderr
     assert "differ in files" in invoke("train", "--resume", moved, "--data.path", more).stderr
     # The recipe, which leaves the size open, goes on too.
     options = ("--data.path", clips, "--run-dir", moved, *FAST[2:], *TINY)
@@ -196,7 +196,7 @@ def test_errors_are_one_line_each(clips: Path, tmp_path: Path) -> None:
 
 def test_its_own_options_are_explained_and_checked() -> None:
     text = invoke("train", "own", "--help").stdout
-    assert "--size: of the model: tiny (4 M parameters" in text and "--codec: video_ae" in text
+    assert "--size: size of the model: tiny (4 M parameters" in text and "--codec: video_ae" in text
     assert "(default: tiny)\n  --codec" in text
     wrong = invoke("train", "own", "--size", "huge")
     assert wrong.returncode == 2 and "'huge'" in wrong.stderr and "'mini'" in wrong.stderr
