@@ -102,7 +102,7 @@ def test_kernels_here():
         (("dit", "--model", "sd3.5_large", "--frames", "5"), "Stable Diffusion 3 makes images"),
         (
             ("dit", "--model", "wan2.1_t2v_1.3b", "--text-tokens", "600"),
-            "takes up to 512 text tokens, got 600",
+            "accepts at most 512 text tokens, got 600",
         ),
         (("dit", "--floor", "--gpu", "h100", "--model", "apt_9b"), "apt_9b"),
         (("dit", "--model", "apt_9b"), "apt_9b"),

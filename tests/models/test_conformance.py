@@ -448,10 +448,10 @@ def test_latents_that_do_not_fit(case: Case) -> None:
 def test_conditions_that_do_not_fit(case: Case) -> None:
     model = case.build()
     x, t, c = case.inputs()
-    with pytest.raises(InputError, match="2 samples need 2 timesteps and conditions"):
+    with pytest.raises(InputError, match="2 samples need 2 conditions"):
         model(x, t[:1], c)
     length = torch.Size(model.token_grid(x.shape[2:])).numel()
-    with pytest.raises(InputError, match=r"timesteps of shape \(2,\).*; got \(2, \d+\)"):
+    with pytest.raises(InputError, match=r"timesteps of shape \(2,\).*; got timesteps \(2, \d+\)"):
         model(x, torch.zeros(2, length + model.token_timesteps), c)
     with pytest.raises(InputError, match="1 conditions; pass `rows` to share them"):
         model(x, t, c.select(slice(0, 1)))

@@ -271,7 +271,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_bad_inputs() -> None:
     model = tiny_wan()
     x, t, c = wan_inputs(2)
-    with pytest.raises(InputError, match="takes up to 32"):
+    with pytest.raises(InputError, match="accepts at most 32"):
         model(torch.zeros(2, CHANNELS, 33, 2, 2), t, c)
     with pytest.raises(InputError, match=r"shape \(2,\) or \(2, 12\); got \(1,\)"):
         model(x, t[:1], c)
