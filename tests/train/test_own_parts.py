@@ -116,7 +116,7 @@ BAD = {
     "option 'count' must be int, got 'many'": ["--data.options", "count", "many"],
     "--data.path clips names a folder": ["--data.path", "clips"],
     "passed in Python; call": ["--data.source", "object"],
-    "Bars, item 0 is 5x8x8, and the run asks for 5x8x16": ["--data.width", "16"],
+    "Bars, item 0 is 5x8x8, but the run asks for 5x8x16": ["--data.width", "16"],
     "Bars is empty": ["--data.options", "count", "0"],
 }
 
