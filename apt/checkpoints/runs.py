@@ -78,7 +78,12 @@ def log_lines(file: Path) -> list[str]:
     Raises DataError for a line that is not an entry: an integer `step`, and numbers or null by
     name.
     """
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{str(file)!r} is no log ({error}); restore the file, or move it away"
+        ) from error
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     for number, line in enumerate(lines, start=1):

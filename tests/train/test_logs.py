@@ -177,6 +177,9 @@ def test_on_a_terminal_of_eighty_columns_a_bar_is_drawn(tmp_path: Path):
 def test_a_foreign_log_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="training run"):
         read_log(tmp_path)
+    (tmp_path / LOG_NAME).write_bytes(b'{"step": 1}\n\xff\n')
+    with pytest.raises(DataError, match="no log"):
+        read_log(tmp_path)
     (tmp_path / LOG_NAME).write_text('{"step": 1}\nnot json\n{"step": 2}\n')
     with pytest.raises(DataError, match="line 2"):
         RunLog(tmp_path, 10, 5)
