@@ -145,7 +145,7 @@ def _written(path: Path) -> Iterator[None]:
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[Any]:
-    """Open a safetensors file for reading. Raises DataError if it is missing or damaged, even later."""
+    """Open a safetensors file for reading. Raises DataError if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as shard:
             yield shard

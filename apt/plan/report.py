@@ -133,7 +133,8 @@ def _traffic(taken: Estimate) -> str:
         return ""
     rows = [
         [
-            f"{collective.kind} of {collective.ranks}",
+            f"{collective.kind} of {collective.ranks}"
+            + (f", {collective.stride} apart" if collective.stride > 1 else ""),
             f"{taken.usage.work.calls[collective]:,}",
             f"{size / 1e9:,.3g}",
             _words(taken.seconds_of(collective, size)),

@@ -157,14 +157,16 @@ def test_what_the_trainer_refuses_is_not_promised() -> None:
 
 def test_times_and_bytes() -> None:
     """By hand: 1e15 operations at 400 TFLOP/s, 7/8 of what is gathered, twice that to sum."""
-    sent = Counter({Collective("all-gather", 8): 8 * 10**9, Collective("all-reduce", 2): 10**9})
+    sent = Counter(
+        {Collective("all-gather", 8): 8 * 10**9, Collective("all-reduce", 2, stride=8): 10**9}
+    )
     sent[Collective("all-to-all", 4)] = 4 * 10**9
     usage = Usage({"generator": (Peak(0, Counter()),)}, Work(sent=sent), Work(linear=1e15), 1)
     found = Estimate(paper(), Layout(2, 2, 4), usage, H100, 400.0)
     assert found.compute_seconds == 2.5
     assert found.sent() == {
         Collective("all-gather", 8): 7e9,
-        Collective("all-reduce", 2): 1e9,
+        Collective("all-reduce", 2, stride=8): 1e9,
         Collective("all-to-all", 4): 3e9,
     }
     assert found.waiting_seconds == pytest.approx(3 / 450)  # inside a machine
