@@ -119,7 +119,7 @@ def _files(root: Path, problems: list[Problem]) -> tuple[dict[str, Path], list[P
     Hidden ones are left out.
     """
     media, others = {}, []
-    for path in _walk(root, problems):
+    for path in walk(root, problems):
         name = _same_form(path.relative_to(root).as_posix())
         try:
             if path.is_symlink() and not path.exists():
@@ -139,7 +139,7 @@ def _files(root: Path, problems: list[Problem]) -> tuple[dict[str, Path], list[P
     return dict(sorted(media.items())), others
 
 
-def _walk(root: Path, problems: list[Problem]) -> Iterator[Path]:
+def walk(root: Path, problems: list[Problem]) -> Iterator[Path]:
     """Every file that is not hidden, in folders and in those that links lead to, each once."""
 
     def add(kind: ProblemKind, folder: str | Path, detail: str) -> None:
