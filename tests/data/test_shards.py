@@ -114,6 +114,13 @@ def test_captions_are_read_as_those_of_a_folder(tmp_path: Path) -> None:
     assert [problem.file for problem in found.problems] == ["a.tar/d.png", "a.tar/e.png"]
 
 
+def test_shards_are_found_as_files_of_a_folder(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(root / "packed")
+    (tmp_path / "._a.tar").write_bytes(b"what a Mac leaves on other disks")
+    found = scan_shards(tmp_path)
+    assert len(found.entries) == 4 and not found.problems
+
+
 def test_a_folder_without_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"uncompressed \.tar files"):
         VideoShards(tmp_path, buckets=BUCKETS)
