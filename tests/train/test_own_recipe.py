@@ -234,6 +234,23 @@ def test_the_stages_hang_together() -> None:
         assert config.sample_prompts is None and config.negative_prompt is None
 
 
+def test_a_factor_shortens_every_stage_alike() -> None:
+    whole = stages()
+    short = list(RECIPES.create("own", updates_factor=0.1))  # type: ignore[arg-type]
+    for before, after in zip(whole, short, strict=True):
+        assert after.num_updates == before.num_updates / 10
+        assert after.optimizer.decay_updates == before.optimizer.decay_updates / 10
+        assert after.optimizer.warmup_updates <= after.num_updates / 2
+        assert max(after.snapshot_at, default=0) <= after.num_updates
+        # The same share of the exported average is the weights that the run starts from.
+        left = [config.ema_decay**config.num_updates for config in (before, after)]
+        assert left[0] == pytest.approx(left[1])
+    assert list(RECIPES.create("own", updates_factor=1.0)) == whole  # type: ignore[arg-type]
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match="updates_factor must be"):
+            RECIPES.create("own_apt", updates_factor=wrong)
+
+
 @pytest.mark.parametrize("size", ["tiny", "mini", "small"])
 def test_sizes_fit_their_codec_text_encoder_and_largest_clips(size: str) -> None:
     codec, pretrain, *_ = stages(size=size)
