@@ -169,6 +169,8 @@ def encode(options: DataEncode, parallel: Parallel) -> None:
             rank=parallel.rank,
             world_size=parallel.world_size,
         )
+    if not parallel.is_main:
+        return
     with printing():
         print(videos.report.text())
         print(f"{plan.num_clips} clips and {plan.num_prompts} prompts: {options.out}")

@@ -33,8 +33,8 @@ class Options:
     """Run every block of deep networks, instead of a few whose figures are multiplied."""
     compare: bool = False
     """Run an update here too, with weights of zeros, and hold the plan's memory against it: on a
-    GPU torch.cuda.max_memory_allocated, on the CPU live tensors. One GPU, or under torchrun so many
-    as --gpus says."""
+    GPU torch.cuda.max_memory_allocated, on the CPU live tensors, and the collectives of several
+    ranks. One GPU, or under torchrun so many as --gpus says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +95,14 @@ def main(args: Sequence[str], *, prog: str) -> int:
 def compare(job: Job, gpus: int) -> str:
     """A table of planned and real peaks; empty on ranks other than 0."""
     from apt.distributed.parallel import Parallel
-    from apt.plan.compare import compared, planned_peaks
+    from apt.plan.compare import compared, planned_usage
     from apt.train.resolve import rounded
 
     layout = job.config.parallel.layout(gpus)
     config, _ = rounded(job.config, layout.data)
     job = dataclasses.replace(job, config=config)
     # Before the ranks find each other: they are imagined in a process that is alone.
-    planned = planned_peaks(job, layout)
+    planned = planned_usage(job, layout)
     with Parallel.from_environment(config.device, config=config.parallel) as parallel:
         if parallel.world_size != gpus:
             raise InputError(
