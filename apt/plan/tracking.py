@@ -50,6 +50,12 @@ class Collective:
     ranks: int
     stride: int = 1
 
+    @property
+    def name(self) -> str:
+        """The collective in words, for tables."""
+        apart = f", {self.stride} apart" if self.stride > 1 else ""
+        return f"{self.kind} of {self.ranks}{apart}"
+
 
 @dataclass
 class Work:

@@ -62,6 +62,7 @@ def test_ranks_encode_the_files_that_one_process_does(tmp_path: Path) -> None:
     assert alone.returncode == 0, alone.stderr
     done = torchrun(2, *asked, tmp_path / "shared", *options)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == alone.stdout.replace(str(tmp_path / "alone"), str(tmp_path / "shared"))
     files = sorted(path.name for path in (tmp_path / "alone").iterdir())
     assert len([name for name in files if name.startswith("latents-")]) == 3
     assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == files
