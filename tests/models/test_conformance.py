@@ -455,7 +455,7 @@ def test_conditions_that_do_not_fit(case: Case) -> None:
         model(x, torch.zeros(2, length + model.token_timesteps), c)
     with pytest.raises(InputError, match="1 conditions; pass `rows` to share them"):
         model(x, t, c.select(slice(0, 1)))
-    with pytest.raises(InputError, match=r"need 1 timesteps.* and 2 conditions"):
+    with pytest.raises(InputError, match=r"need 1 conditions.* and 2 conditions"):
         model(x, t[:1], c, rows=torch.tensor([0, 0]))
     for rows in (torch.tensor([0, 1, 1]), torch.tensor([0, 1], dtype=torch.int32)):
         with pytest.raises(InputError, match=r"rows must be \(2,\) int64"):
