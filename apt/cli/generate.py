@@ -48,7 +48,7 @@ class Generate:
 
     prompt: tuple[str, ...] = ()
     """What to show, in quotes; several of them: --prompt "a red seven moving left" "a blue one"."""
-    prompt_file: Path | None = None
+    prompt_file: Annotated[Path | None, tyro.conf.arg(aliases=["--prompts"])] = None
     """Text with one prompt per line, added to those of --prompt; empty lines are skipped."""
     model: str = "digits"
     """A built-in name, a training run or the folder of a model, a Hub id (owner/name or

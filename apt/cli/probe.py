@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from apt.cli.app import parse
 from apt.errors import InputError
@@ -26,7 +29,7 @@ class Probe:
     """Folder to write; made if need be."""
     prompt: tuple[str, ...] = ()
     """Prompts to fit on and to show; without any, those that the model was previewed with."""
-    prompt_file: Path | None = None
+    prompt_file: Annotated[Path | None, tyro.conf.arg(aliases=["--prompts"])] = None
     """More of them, one per line; of all the first are shown."""
     num_shown: int = 6
     """Prompts on the sheet."""
