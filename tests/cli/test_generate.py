@@ -159,6 +159,7 @@ def test_output_paths() -> None:
         (["--prompt", ""], "a prompt must be non-empty text"),
         (["--prompt", "a \udcff"], "contains bytes that are not UTF-8"),
         (["--prompt-file", "missing.txt"], "cannot read prompts from 'missing.txt'"),
+        (["--prompts", "missing.txt"], "cannot read prompts from 'missing.txt'"),
         (["--prompt", "x", "--out", "x.avi"], "its ending must be .mp4 or"),
         (["--prompt", "x", "--contact-sheet", "x.mp4"], "its ending must be .png"),
         (["--prompt", "x", "--seeds", "1", "1"], "seeds must differ"),
