@@ -303,7 +303,7 @@ torch.save(pipeline(sys.argv[1], seed=2), sys.argv[2])
     [
         (("pull", "owner/none"), "no such model, or it is private"),
         (("pull", "owner/model", "--revision", "none"), "has no revision 'none'"),
-        (("pull", "owner/model@a", "--revision", "b"), "name two revisions"),
+        (("pull", "owner/model@a", "--revision", "b"), "both name a revision"),
         (("pull", "wan2.1_t2v_1.3"), "did you mean 'wan2.1_t2v_1.3b'"),
         (("pull", "mmdit_small"), "no weights are published"),
         (("pull", "digits"), "'digits' is here already"),
