@@ -62,7 +62,9 @@ def main(args: Sequence[str], *, prog: str) -> None:
     pipeline = OneStepPipeline.from_pretrained(options.model, device=options.device)
     prompts = given or list(pipeline.info.sample_prompts())
     if not prompts:
-        raise InputError(f"{options.model!r} records no preview prompts; pass --prompt")
+        raise InputError(
+            f"{options.model!r} records no preview prompts; pass prompts with --prompt"
+        )
     shown = prompts[: options.num_shown]
     result = probe_layers(
         pipeline,

@@ -61,7 +61,7 @@ class Video:
         else:
             self.source.seek(0)
         try:
-            # Foreign bytes in a title are no reason to refuse a video.
+            # A title that is not UTF-8 is no reason to reject a video.
             self.container: InputContainer = av.open(
                 file, "r", metadata_errors="replace", options=READING
             )
