@@ -183,8 +183,8 @@ class AdversarialConfig(MethodConfig):
             been trained on, which are read and encoded once; "own" on those of the next batch, so
             that an update goes over twice as many clips. Which the paper did is not said.
         discriminator_forwards: 2 sends generated samples through D by themselves, with a backward
-            pass of their own: less memory at the peak, twice the gathering of a sharded D's weights
-            and the reducing of its gradients, the same logits.
+            pass of their own: with activation checkpointing less memory at the peak, twice the
+            gathering of a sharded D's weights and the reducing of its gradients, the same logits.
         discriminator_precision: "run" computes D as the run does all; "tf32" and "fp32" compute it
             without autocast, its products in TF32 or in fp32. In bf16 the approximated R1 of a
             small sigma is mostly rounding (docs/training.md).

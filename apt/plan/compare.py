@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -25,35 +27,39 @@ from apt.plan.measure import (
 from apt.plan.report import table
 from apt.plan.tracking import Tracker
 
-__all__ = ["compared", "planned_usage", "real_peaks"]
+__all__ = ["compared", "counted_usage", "planned_usage", "real_peaks"]
 
 
 def real_peaks(job: Job, parallel: Parallel) -> dict[str, float]:
     """Bytes of this rank's tensors at the peak of each part of an update, run for real.
 
-    Weights are zeros and samples too: what they are takes as much memory as any other. On CUDA it
-    is what torch's allocator says; on the CPU live storages are counted.
-
-    Raises ConfigError as `apt.plan.measure.measure`.
+    On CUDA it is what torch's allocator says; else see `counted_usage`.
     """
     if parallel.device.type != "cuda":
-        return _totals(_counted(job, parallel))
+        return _totals(counted_usage(job, parallel))
     share_of_batch(job.config, parallel.layout)
     stage = begin_stage(job.config, parallel, job.start, job.others)
     return _on_cuda(stage, make_batches(job.config, stage, job.sample, parallel.layout, Tracker()))
 
 
 def planned_usage(job: Job, layout: Layout) -> Usage:
-    """What a plan says of the same, for the device that is here."""
+    """What a plan says of the same, for the device that is here.
+
+    Ranks are imagined in a process of their own: torch keeps what it knows of their groups beyond
+    the end of those, and would take it for the real ones'.
+    """
     on_gpu = pick_device(job.config.device).type == "cuda"
-    return estimate(job, layout, gpu=on_gpu)
+    if layout.world_size == 1:
+        return estimate(job, layout, gpu=on_gpu)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as apart:
+        return apart.submit(estimate, job, layout, gpu=on_gpu).result()
 
 
 def compared(planned: Usage, job: Job, parallel: Parallel) -> str:
     """Tables of both: memory, and on CPU ranks what was sent. Every rank must call it."""
     if parallel.device.type == "cuda":
         return _memory(planned, real_peaks(job, parallel), "torch's allocator")
-    counted = _counted(job, parallel)
+    counted = counted_usage(job, parallel)
     tables = [_memory(planned, _totals(counted), "live tensors")]
     if parallel.world_size > 1:
         tables.append(_collectives(planned, counted))
@@ -94,8 +100,13 @@ def _totals(usage: Usage) -> dict[str, float]:
     return {name: peak.total for name, peak in usage.peaks.items()}
 
 
-def _counted(job: Job, parallel: Parallel) -> Usage:
-    """An update in real tensors on the CPU."""
+def counted_usage(job: Job, parallel: Parallel) -> Usage:
+    """What an update takes of this rank on the CPU, run for real: live storages, and collectives.
+
+    Weights are zeros and samples too: what they are takes as much memory as any other.
+
+    Raises ConfigError as `apt.plan.measure.measure`.
+    """
     config, tracker = job.config, Tracker()
     share = share_of_batch(config, parallel.layout)
     with tracker.watching():
