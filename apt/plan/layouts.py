@@ -43,10 +43,10 @@ def choose(
     """Try layouts from the one that sends least to the one that holds least, until one fits.
 
     A layout that the configuration names (`parallel`) is tried alone. Ways to hold less that leave
-    results as they are come next in each: D's groups in two forwards, and, where no more ranks can
-    share a sample, inputs of blocks in host memory, as nothing hides those copies; a way to compute
-    less, keeping what attention gave, once there is room. What cannot fit by what others take is
-    not measured, unless it is the last resort.
+    results as they are come next in each: D's groups in two forwards, if blocks are computed again,
+    and, where no more ranks can share a sample, inputs of blocks in host memory, as nothing hides
+    those copies; a way to compute less, keeping what attention gave, once there is room. What
+    cannot fit by what others take is not measured, unless it is the last resort.
 
     Args:
         job: what is to be trained.
@@ -119,7 +119,8 @@ def ways(config: TrainConfig, *, last: bool) -> Iterator[TrainConfig]:
     stage: Any = config.stage
     if getattr(stage, "discriminator_forwards", 2) == 1:
         stage = dataclasses.replace(stage, discriminator_forwards=2)
-        yield dataclasses.replace(config, stage=stage)
+        if config.activation_checkpointing:  # else both passes keep all that they made
+            yield dataclasses.replace(config, stage=stage)
     if last and not config.checkpointing.offloads:
         checkpointing = Checkpointing(offloads=True)
         yield dataclasses.replace(
