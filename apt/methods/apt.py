@@ -186,8 +186,8 @@ class AdversarialConfig(MethodConfig):
             trained on, which are read and encoded once; "own" uses those of the next batch, so an
             update takes twice as many clips. The paper does not say which it did.
         discriminator_forwards: 2 runs generated samples through D in forward and backward passes of
-            their own: less peak memory and the same logits, but a sharded D is gathered, and its
-            gradients are reduced, twice.
+            their own: the same logits and, with activation checkpointing, less peak memory, but a
+            sharded D is gathered, and its gradients are reduced, twice.
         discriminator_precision: "run" computes D in the precision of the run; "tf32" and "fp32"
             compute it without autocast, with matrix products in TF32 or fp32. In bf16, the
             approximated R1 with a small sigma is mostly rounding error (docs/training.md).

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -25,28 +27,32 @@ from apt.plan.measure import (
 from apt.plan.report import table
 from apt.plan.tracking import Tracker
 
-__all__ = ["compared", "planned_usage", "real_peaks"]
+__all__ = ["compared", "counted_usage", "planned_usage", "real_peaks"]
 
 
 def real_peaks(job: Job, parallel: Parallel) -> dict[str, float]:
     """Run an update, and return the bytes of this rank's tensors at the peak of each part.
 
-    Weights and samples are zeros, which take as much memory as other values. On CUDA the figures
-    come from torch's allocator; on the CPU live storages are counted.
-
-    Raises ConfigError like `apt.plan.measure.measure`.
+    On CUDA the figures come from torch's allocator; otherwise see `counted_usage`.
     """
     if parallel.device.type != "cuda":
-        return _totals(_counted(job, parallel))
+        return _totals(counted_usage(job, parallel))
     share_of_batch(job.config, parallel.layout)
     stage = begin_stage(job.config, parallel, job.start, job.others)
     return _on_cuda(stage, make_batches(job.config, stage, job.sample, parallel.layout, Tracker()))
 
 
 def planned_usage(job: Job, layout: Layout) -> Usage:
-    """Return the planned counterpart of an update, for this machine's kind of device."""
+    """Return the planned counterpart of an update, for this machine's kind of device.
+
+    Several ranks are simulated in a separate process, because torch remembers their groups and
+    would take them for the real ones.
+    """
     on_gpu = pick_device(job.config.device).type == "cuda"
-    return estimate(job, layout, gpu=on_gpu)
+    if layout.world_size == 1:
+        return estimate(job, layout, gpu=on_gpu)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as apart:
+        return apart.submit(estimate, job, layout, gpu=on_gpu).result()
 
 
 def compared(planned: Usage, job: Job, parallel: Parallel) -> str:
@@ -56,7 +62,7 @@ def compared(planned: Usage, job: Job, parallel: Parallel) -> str:
     """
     if parallel.device.type == "cuda":
         return _memory(planned, real_peaks(job, parallel), "torch's allocator")
-    counted = _counted(job, parallel)
+    counted = counted_usage(job, parallel)
     tables = [_memory(planned, _totals(counted), "live tensors")]
     if parallel.world_size > 1:
         tables.append(_collectives(planned, counted))
@@ -97,8 +103,13 @@ def _totals(usage: Usage) -> dict[str, float]:
     return {name: peak.total for name, peak in usage.peaks.items()}
 
 
-def _counted(job: Job, parallel: Parallel) -> Usage:
-    """Run an update with real tensors on the CPU, and return what it took."""
+def counted_usage(job: Job, parallel: Parallel) -> Usage:
+    """Run an update on the CPU, and return this rank's live storages and collectives.
+
+    Weights and samples are zeros, which take as much memory as other values.
+
+    Raises ConfigError like `apt.plan.measure.measure`.
+    """
     config, tracker = job.config, Tracker()
     share = share_of_batch(config, parallel.layout)
     with tracker.watching():

@@ -40,7 +40,7 @@ def test_a_model_that_was_previewed_with_nothing_needs_a_prompt(
 ) -> None:
     result = invoke("probe", "--model", models / "apt", "--out", tmp_path / "probe")
     assert result.returncode == 2
-    assert "pass --prompt" in result.stderr and result.stderr.count("\n") == 1
+    assert "pass prompts with --prompt" in result.stderr and result.stderr.count("\n") == 1
     none = invoke("probe", "--model", models / "apt", "--num-shown", "0", "--prompt", "a")
     assert "--num-shown must be at least 1, got 0" in none.stderr
     assert not (tmp_path / "probe").exists()

@@ -160,6 +160,8 @@ def main(root: Path, names: list[str]) -> None:
             report: dict[str, Any] = {}
             weights: dict[str, dict[str, Tensor]] = {}
             for stage in stages(root):
+                if name == "one" and stage == "apart":
+                    continue  # it is held against "apt"
                 for precision in ("fp32", "bf16"):
                     key = f"{stage} {precision}"
                     folder = root / name / stage if precision == "fp32" else None
