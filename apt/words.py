@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def described_weights(module: nn.Module) -> str:
-    """Return number, type and place of the parameters, as "5.8 M parameters, float32 on cpu"."""
+    """Describe a module's parameters, like "5.8 M parameters, float32 on cpu"."""
     parameters = list(module.parameters())
     if not parameters:
         return "no parameters"
@@ -19,6 +19,6 @@ def described_weights(module: nn.Module) -> str:
 
 
 def count_words(parameters: int) -> str:
-    """Return a readable number of parameters: "5.8 M", "8.16 B"."""
+    """Format a number of parameters, like "5.8 M" or "8.16 B"."""
     small = parameters < 10**8
     return f"{parameters / 1e6:.1f} M" if small else f"{parameters / 1e9:.2f} B"

@@ -64,14 +64,13 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes that operations allocate while it is entered, and which are freed again.
+    """Counts the bytes that operations allocate and free while it is entered.
 
-    What was there before is not counted, nor are files that are mapped: only what an operation
-    makes anew. Each storage counts once.
+    Older tensors and mapped files are not counted. Each storage counts once.
 
     Attributes:
-        live: bytes allocated since, and not freed.
-        peak: the most of it at one time.
+        live: bytes that are allocated and not yet freed.
+        peak: the largest value of `live`.
         largest: bytes of the largest single storage.
     """
 

@@ -318,7 +318,7 @@ def test_captions_that_are_too_long_are_left_out_or_cut(root: Path, tmp_path: Pa
     line = error_line(invoke(*arguments, tmp_path / "no", *options, "--long-captions", "error"))
     assert line.startswith("v0.mp4: long caption") and not (tmp_path / "no").exists()
     line = error_line(invoke(*arguments, tmp_path / "no", *options, "--prompts", long))
-    assert "the longest allowed is 40" in line and not (tmp_path / "no").exists()
+    assert "at most 40 fit" in line and not (tmp_path / "no").exists()
 
 
 def test_a_cache_that_does_not_fit_the_model_is_refused(root: Path, cache: Path) -> None:
@@ -354,7 +354,7 @@ def test_stand_ins_refuse_what_they_cannot_do() -> None:
     codec = CachedCodec(None, channels=2, temporal_compression=4, spatial_compression=8)
     assert codec.latent_shape(9, 16, 32) == (3, 2, 4)
     for refused in (codec.encode, codec.decode):
-        with pytest.raises(InputError, match="given latents"):
+        with pytest.raises(InputError, match="uses cached latents"):
             refused(torch.zeros(1))
     assert CachedTextEncoder(None, {}).embedding_dim == 0
 

@@ -133,9 +133,13 @@ def test_the_bait_would_work(
         (
             "tokenizer/tokenizer_config.json",
             {"tokenizer_class": "evil.EvilTokenizer"},
-            "asks for the class 'evil.EvilTokenizer'",
+            "has the tokenizer_class 'evil.EvilTokenizer'",
         ),
-        ("tokenizer/tokenizer_config.json", {"tokenizer_class": ["a", "b"]}, "asks for the class"),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"tokenizer_class": ["a", "b"]},
+            "has the tokenizer_class",
+        ),
         ("tokenizer/tokenizer.json", {"auto_map": CONFIG}, f"{NAMES_CODE} 'auto_map'"),
         ("vae/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, f"{NAMES_CODE} 'auto_map'"),
         ("vae/config.json", {"_class_name": ["evil", "Evil"]}, f"{NAMES_CODE} '_class_name'"),
@@ -252,7 +256,7 @@ def test_a_tokenizer_that_its_parser_refuses(wan: Path) -> None:
 
 @pytest.mark.parametrize("name", ["DiffusionPipeline", "WanPipeline", "UNet2DModel", "utils"])
 def test_a_codec_that_is_no_autoencoder(wan: Path, name: str) -> None:
-    with pytest.raises(InputError, match=f"'{name}' of diffusers is no autoencoder"):
+    with pytest.raises(InputError, match=f"'{name}' of diffusers is not an autoencoder"):
         create_codec("wan_vae", repo=str(wan), class_name=name)
 
 
@@ -431,7 +435,7 @@ def test_an_export_copies_no_code_and_nothing_from_elsewhere(
     (victim := tmp_path / "victim").mkdir()
     (victim / "file").write_text("precious")
     edit(wan / "model_index.json", **{"../victim": ["diffusers", "AutoencoderKL"]})
-    with pytest.raises(CheckpointError, match="no name of a folder beside it"):
+    with pytest.raises(CheckpointError, match="not the name of a folder beside it"):
         export_model(pipeline, tmp_path / "out", format="diffusers", base=str(wan))
     assert (victim / "file").read_text() == "precious"
     shutil.copyfile(pipeline / "model_index.json", wan / "model_index.json")

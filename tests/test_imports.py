@@ -76,7 +76,7 @@ ARROWS: dict[str, set[str]] = {
     "study": {"samples", "metrics", "media"} | BASE,
     "inside": {"pipeline", "generate_options", "media"} | MODELS | BASE,
 }
-# `train` and `pipeline` together are for the CLI alone; the public API names both, and loads none.
+# Only the CLI may use `train` and `pipeline` together; the public API names both, and loads none.
 ARROWS["__init__"] = set(ARROWS) - {"encode", "bench", "plan"}
 ARROWS["cli"] = set(ARROWS) - {"__init__"}
 ARROWS["__main__"] = {"cli", "distributed"}
@@ -181,7 +181,7 @@ def test_a_wrong_arrow_is_seen(importer: str, source: str, wrong: list[str]) -> 
     assert wrong_arrows(source, importer) == wrong
 
 
-# What tells a process of its rank.
+# What tells a process its rank.
 RANKS = ("torch.distributed", "MASTER_ADDR", "TORCHELASTIC", '"RANK"', '"LOCAL_RANK"', "WORLD_SIZE")
 
 

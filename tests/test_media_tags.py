@@ -108,6 +108,15 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, name: str) -> None:
         read_tags(tmp_path / name)
 
 
+def test_a_video_without_its_end_is_one_line(tmp_path: Path) -> None:
+    video = write_media(tmp_path / "a.mp4", FRAMES, fps=8)
+    content = video.read_bytes()
+    # What is left by a writer that was killed: no index.
+    video.write_bytes(content[: content.index(b"moov") - 4])
+    with pytest.raises(InputError, match="cannot read"):
+        read_tags(video)
+
+
 @pytest.mark.parametrize("value", [object(), float("nan"), {1, 2}])
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_json_does_not_hold_is_refused_and_nothing_written(

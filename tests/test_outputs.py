@@ -103,7 +103,7 @@ def test_a_new_list_begins_a_new_record_with_its_first_file(record: Path) -> Non
         (json.dumps({"settings": {"steps": 4, "size": [9, 32]}}) + "\n", "steps was 4 and is now"),
     ],
 )
-def test_records_that_are_none_of_this_list(tmp_path: Path, text: str, message: str) -> None:
+def test_records_of_something_else_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(text)
     with pytest.raises(InputError, match=message):

@@ -61,7 +61,7 @@ def test_one_step_is_eq_5_in_pixels(pipeline: OneStepPipeline) -> None:
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
-def test_a_seed_is_a_video_whatever_the_company(
+def test_a_seed_gives_the_same_video_in_any_batch(
     pipeline: OneStepPipeline, diffusion: OneStepPipeline, num_steps: int
 ) -> None:
     for pipe in (pipeline, diffusion):
@@ -189,8 +189,8 @@ def test_sizes_fit_or_name_sizes_that_do(pipeline: OneStepPipeline, value: int, 
         ({"prompt": [PROMPT, 7]}, "got 7"),
         ({"prompt": "a \udcff"}, "not UTF-8"),
         ({"prompt": "a \x07"}, "U\\+0007"),
-        ({"prompt": "seven " * 65}, "65 words, at most 64"),
-        ({"prompt": "x" * 33}, "33 bytes, at most 32"),
+        ({"prompt": "seven " * 65}, "65 words, but at most 64"),
+        ({"prompt": "x" * 33}, "33 bytes, but at most 32"),
         ({"prompt": [PROMPT, PROMPT], "seed": [1, 2, 3]}, "2 prompts need one seed"),
         ({"prompt": [PROMPT], "seed": []}, "list of prompts or seeds is empty"),
         ({"prompt": PROMPT, "seed": [0.5]}, "whole number"),

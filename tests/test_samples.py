@@ -27,7 +27,7 @@ def test_manifests_of_several_processes_are_one(tmp_path: Path) -> None:
     assert set(read_samples(tmp_path / "a").samples) == set(KEYS[:4])
 
 
-def test_a_sample_that_was_cut_off_is_none(tmp_path: Path) -> None:
+def test_a_truncated_sample_does_not_count(tmp_path: Path) -> None:
     write_samples(tmp_path / "a")
     manifest = tmp_path / "a" / MANIFEST
     # In the middle of a letter.

@@ -283,7 +283,7 @@ def test_trap_4_gradient_flows_through_both_branches_and_through_d(make_stage) -
     # The generator's step: the gradient of softplus(-D(G(z))) by all of G's weights, through D.
     weights = copy.deepcopy(discriminator(stage).state_dict())
     before = copy.deepcopy(stage)
-    # D's own gradients of its last step are kept for nobody to add to.
+    # D's own gradients of its last step must not remain, or others would be added to them.
     stage.trained["discriminator"].zero_grad()
     with recorded(stage) as (seen, _):
         stage.generator_step([batch], 0)

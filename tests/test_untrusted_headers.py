@@ -1,4 +1,4 @@
-"""Headers of safetensors files against the library's own reader, and what is said of bad ones."""
+"""Headers of safetensors files, compared with the library's own reader; errors for bad ones."""
 
 from __future__ import annotations
 

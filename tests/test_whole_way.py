@@ -1,7 +1,7 @@
 """From a public checkpoint and a folder of files to a one-step model that others load.
 
-Every step is a command of its own in a fresh process, against a Hub on loopback that holds tiny
-random weights under the real names; at the end stock diffusers runs what was pushed.
+Every step is a command in a fresh process, against a Hub on loopback that has tiny random weights
+under the real names. At the end, stock diffusers runs the pushed model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Waiting for a fact, not for a time."""
+"""Wait for a condition, not for a fixed time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def wait_until(fact: Callable[[], object], seconds: float = 300) -> None:
-    """Return as soon as `fact` holds; fail if that takes far longer than a busy machine needs."""
+    """Return as soon as `fact` is true; fail if that takes far longer than a busy machine needs."""
     deadline = time.monotonic() + seconds
     while not fact():
         assert time.monotonic() < deadline, "what was waited for did not happen"

@@ -1,4 +1,4 @@
-"""Models of ours in the layouts of others: folders of diffusers, files of ComfyUI."""
+"""Export of models, also to the layouts of other projects: diffusers folders and ComfyUI files."""
 
 from __future__ import annotations
 
@@ -55,28 +55,28 @@ def export_model(
 ) -> Path:
     """Write a model for this package, for diffusers or for ComfyUI.
 
-    Its apt.json names no folder of this machine in the record of training.
+    The training record in the exported apt.json names no local folders.
 
     Args:
-        model: its folder, built-in name or Hub id, as `load_bundle` takes it; for "apt" also
-            the folder of a codec alone.
-        out: a folder, which is made; for "comfyui" a file that ends in .safetensors.
-        format: "apt": as `save_bundle`. "diffusers": a whole pipeline, whose text encoders and
-            VAE are copies of those in `base`; with num_inference_steps=1 and guidance_scale=1 the
-            stock pipeline makes what ours makes. "comfyui": the diffusion model alone, in the
+        model: the folder, built-in name or Hub id of a model, as in `load_bundle`; for "apt" also
+            the folder of a codec.
+        out: a folder, which is created; for "comfyui" a file that ends in .safetensors.
+        format: "apt": see `save_bundle`. "diffusers": a whole pipeline, with copies of the text
+            encoders and VAE of `base`; with num_inference_steps=1 and guidance_scale=1, the stock
+            pipeline gives the same output as ours. "comfyui": only the diffusion model, in the
             layout of its authors.
-        dtype: of the weights in the file; None is fp32.
-        base: the pipeline's folder or Hub id that the other parts come from; None is where this
-            model's VAE comes from.
-        max_shard_size: of the files of a diffusers folder, such as "5GB".
+        dtype: dtype of the weights in the file; None is fp32.
+        base: folder or Hub id of the pipeline that provides the other parts; None is the one that
+            this model's VAE comes from.
+        max_shard_size: size limit of the files in a diffusers folder, such as "5GB".
 
     Returns:
-        What was written.
+        The folder or file that was written.
 
     Raises:
-        CheckpointError: a model of no public family, no base with those parts, weights that are
-            not finite, or a disk that refuses.
-        InputError: a place that cannot be written to, or options that do not go together.
+        CheckpointError: for a model of no public family, a base without those parts, weights that
+            are not finite, or a failure to write.
+        InputError: for a place that cannot be written to, or options that exclude each other.
     """
     path = Path(out)
     _check_arguments(model, path, format, base, max_shard_size)
@@ -94,8 +94,8 @@ def export_model(
     if family is None:
         known = ", ".join(family.name for family in all_families())
         raise CheckpointError(
-            f"{info.model.architecture!r} is no model of a public family ({known}), so {format} "
-            "has no class for it; use --format apt"
+            f"{info.model.architecture!r} does not belong to a public family ({known}), so "
+            f"{format} has no class for it; use --format apt"
         )
     try:
         if format == "comfyui":
@@ -113,10 +113,12 @@ def export_model(
 def _check_arguments(
     model: str | Path, out: Path, format: Format, base: str | None, max_shard_size: str
 ) -> None:
-    """Raise InputError for what would go wrong only after the model is loaded."""
+    """Raise InputError for errors that would otherwise occur only after loading the model."""
     if format == "comfyui":
         if out.suffix != ".safetensors":
-            raise InputError(f"comfyui is one file: {str(out)!r} must end in .safetensors")
+            raise InputError(
+                f"the format comfyui is a single file, so {str(out)!r} must end in .safetensors"
+            )
         check_place(out)
     else:
         check_folder(out)
@@ -124,11 +126,11 @@ def _check_arguments(
             raise InputError(f"{str(out)!r} is the model itself; choose another folder")
     if format == "apt" and (out / PIPELINE_FILE).is_file():
         raise InputError(
-            f"{str(out)!r} is a pipeline of diffusers, in which our files would be of no use; "
-            "choose another folder"
+            f"{str(out)!r} is a diffusers pipeline, in which files of the format apt would be "
+            "ignored; choose another folder"
         )
     if base is not None and format != "diffusers":
-        raise InputError(f"base is for the format diffusers, and this is {format}; leave it out")
+        raise InputError(f"base is only for the format diffusers, not {format}; leave it out")
     if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B", max_shard_size.upper()):
         raise InputError(
             f'max_shard_size must be a size such as "5GB" or "500MB", got {max_shard_size!r}'
@@ -169,20 +171,20 @@ def _export_pipeline(
     if folder.resolve() == source.folder.resolve():
         raise InputError(f"{str(folder)!r} is the base itself; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    # What is written last makes the folder a pipeline: half an export is none.
+    # This file, which makes the folder a pipeline, is written last: half an export is not one.
     (folder / PIPELINE_FILE).unlink(missing_ok=True)
     _copy_components(source, parts, folder)
     _save_transformer(backbone, family, folder / "transformer", dtype, max_shard_size)
     scheduler = folder / "scheduler"
     scheduler.mkdir(exist_ok=True)
-    # One step starts at t = 1 whatever the shift is; many need that of the model.
+    # One step starts at t = 1 with any shift, but several steps need the model's.
     shift = {"shift": info.sampling.timestep_shift}
     _write_json(scheduler / "scheduler_config.json", _SCHEDULER_CONFIG | shift)
     write_info(folder, without_folders(_portable(info)))
     index["transformer"] = ["diffusers", family.diffusers_class]
     index["scheduler"] = ["diffusers", SCHEDULER]
     if "transformer_2" in index:
-        # One step needs the high-noise expert alone.
+        # One step needs only the high-noise expert.
         index |= {"transformer_2": [None, None], "boundary_ratio": None}
     _write_json(folder / PIPELINE_FILE, index)
     return folder
@@ -194,20 +196,20 @@ def _base_pipeline(info: ModelInfo, base: str | None) -> Source:
     revision = None if base else codec.get("revision")
     if name is None:
         raise CheckpointError(
-            f"the codec {info.codec.architecture!r} comes from no pipeline; pass --base "
-            "with the pipeline that text encoder and VAE are taken from"
+            f"the codec {info.codec.architecture!r} does not come from a pipeline; pass --base "
+            "with a pipeline to take text encoder and VAE from"
         )
     source = locate(name, revision)
     if not (source.folder / PIPELINE_FILE).is_file():
         raise CheckpointError(
-            f"{name!r} has no {PIPELINE_FILE}, so it is no pipeline to take text encoder and VAE "
-            "from; pass --base with one"
+            f"{name!r} has no {PIPELINE_FILE}, so it is not a pipeline to take text encoder and "
+            "VAE from; pass --base with one"
         )
     return source
 
 
 def _copy_components(source: Source, parts: Sequence[str], folder: Path) -> None:
-    """Copy what the pipeline has beside transformers and scheduler, as it is."""
+    """Copy all parts of the pipeline other than transformers and scheduler, unchanged."""
     names = [name for name in parts if not name.startswith("transformer") and name != "scheduler"]
     source.fetch([f"{name}/{pattern}" for name in names for pattern in COMPONENT_FILES])
     for name in names:
@@ -221,7 +223,10 @@ def _copy_components(source: Source, parts: Sequence[str], folder: Path) -> None
         check_links(source.folder, files)
         for file in files:
             if not file.is_file():
-                raise CheckpointError(f"{str(file)!r} is a folder, expected a file of that name")
+                raise CheckpointError(
+                    f"{str(file)!r} is a folder, expected a file; copy or download the pipeline "
+                    "again"
+                )
             if file.name.endswith("config.json"):
                 read_json(file)
         target = folder / name
@@ -244,7 +249,7 @@ def _save_transformer(
     folder.mkdir(exist_ok=True)
     for old in (*folder.glob("*.safetensors"), *folder.glob(f"*{INDEX_SUFFIX}")):
         old.unlink()
-    # Only sizes count, and those are of what is written.
+    # Only the sizes of what is written matter.
     empty = {key: cast_type(torch.empty_like(v, device="meta"), dtype) for key, v in state.items()}
     split = split_torch_state_dict_into_shards(
         empty,
@@ -262,7 +267,7 @@ def _save_transformer(
 
 
 def _portable(info: ModelInfo) -> ModelInfo:
-    """What apt.json of a pipeline says: its parts are in the folder itself, not elsewhere."""
+    """Return the info for a pipeline's apt.json, whose parts are in the folder itself."""
 
     def here(part: ComponentInfo) -> ComponentInfo:
         config = {**part.config, "repo": ".", "revision": None}

@@ -1,8 +1,8 @@
-"""Parts of other projects, loaded by transformers and diffusers: fetched, checked, complete.
+"""Loading of text encoders and VAEs through transformers and diffusers, fetched and checked.
 
-Those libraries read whatever a folder holds: adapters that lead to another repository, settings of
-quantisers, paths of files in a tokenizer's configuration, code. They are given a folder of our own
-instead, with inert configurations and links to weights whose headers were checked.
+Those libraries follow whatever is in a folder: adapters that point to another repository,
+quantisation settings, file paths in a tokenizer's configuration, code. They therefore get a
+temporary folder instead, with inert configurations and links to weights whose headers were checked.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ COMPONENT_FILES = (
     "model*.safetensors",
     "diffusion_pytorch_model*.safetensors",
 )
-"""What transformers and diffusers load of a component: configuration, tokenizer, weights."""
+"""Files that transformers and diffusers load of a component: configuration, tokenizer, weights."""
 
 _WEIGHTS = ("model*.safetensors", "diffusion_pytorch_model*.safetensors")
-"""How transformers and diffusers name the weights of a component."""
+"""Names of a component's weights in transformers and diffusers."""
 
 _TOKEN_FILES = ("*.model", "*.txt")
-"""Vocabularies of other formats than JSON."""
+"""Vocabularies in formats other than JSON."""
 _VOCABULARIES = ("tokenizer.json", "vocab.json")
 _TOKEN_TABLES = (*_VOCABULARIES, "added_tokens.json")
-"""Any word can be a key in them, with its number."""
+"""Their keys are words, of any form, and their values are numbers."""
 _TOKEN_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
 _TOKENIZERS = {
     "T5Tokenizer",
@@ -54,11 +54,11 @@ _TOKENIZERS = {
     "PreTrainedTokenizerFast",
     "TokenizersBackend",
 }
-"""What the text encoders here are used with. Others may read further files, or need packages."""
+"""Tokenizers of the supported text encoders. Others may read further files, or need packages."""
 
 
 def torch_dtype(name: DType) -> torch.dtype:
-    """The torch dtype of a config's spelling."""
+    """Return the torch dtype of a name in a config."""
     return {
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,
@@ -73,19 +73,19 @@ def import_hub_extra(module: str) -> ModuleType:
     except ImportError as error:
         raise MissingPackageError(
             f"this needs {module}, which does not import here ({error}); "
-            "run `pip install diffusion-apt[hub]`"
+            "run `pip install 'diffusion-apt[hub]'`"
         ) from error
 
 
 def local_folder(repo: str, revision: str | None, subfolders: Sequence[str]) -> Path:
-    """The folder of a checkpoint: `repo` itself if it is one, or else the Hub repository's copy.
+    """Return the folder of a checkpoint: `repo` if it is a folder, else the Hub's cached copy.
 
-    Only `COMPONENT_FILES` of `subfolders` ("" is the top) are fetched, and no second copies in
-    another number type; files in the cache are not fetched again, and with HF_HUB_OFFLINE=1 nothing
-    is.
+    Only `COMPONENT_FILES` of `subfolders` ("" is the top) are downloaded, without copies in other
+    dtypes. Files in the cache are not downloaded again, and with HF_HUB_OFFLINE=1 none are.
 
     Raises:
-        CheckpointError: no such folder or repository, no access, no connection and no copy.
+        CheckpointError: if there is no such folder or repository, no access, or neither a
+            connection nor a cached copy.
     """
     folder = Path(repo).expanduser()
     if folder.is_dir():
@@ -101,16 +101,18 @@ def is_component_file(file: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of one component; its weights must be there as safetensors too.
+    """Read the config.json of a component, whose weights must be there as safetensors.
 
     Raises CheckpointError for a missing or unreadable file, or one that names code.
     """
     path = folder / "config.json"
     if not path.exists():
-        raise CheckpointError(f"{path} is missing; expected a component in {folder.parent}")
+        raise CheckpointError(
+            f"{path} is missing; expected a component with its config.json in {folder.parent}"
+        )
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"{folder} holds no .safetensors file; weights in other formats are not loaded, "
+            f"{folder} has no .safetensors file, and weights in other formats are not loaded; "
             "convert them with save_pretrained"
         )
     return read_json(path)
@@ -119,19 +121,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 def load_complete(
     model_class: Any, folder: Path, *, dtype: torch.dtype, foreign: Iterable[str] = ()
 ) -> Any:
-    """`model_class.from_pretrained(folder)`, or CheckpointError unless every tensor fits.
+    """Return `model_class.from_pretrained(folder)`; CheckpointError unless every tensor fits.
 
-    The library sees only what `staged_component` lets through, and attends by torch's own kernels.
+    The library sees only what `staged_component` provides, and uses torch's own attention.
 
     Args:
-        model_class: of transformers or diffusers.
-        folder: of one component, with config.json and safetensors.
-        dtype: to load in.
-        foreign: prefixes of weights that may lie in the same file and are not ours.
+        model_class: class of transformers or diffusers.
+        folder: folder of one component, with config.json and safetensors.
+        dtype: dtype to load the weights in.
+        foreign: prefixes of weights in the same file that belong to other models.
     """
     options: dict[str, Any] = {"torch_dtype": dtype}
     if model_class.__module__.startswith("transformers."):
-        # Reported below by name; transformers' own error does not say which tensors they are
+        # Mismatches are reported below, because transformers' error does not name the tensors.
         options = {
             "dtype": dtype,
             "ignore_mismatched_sizes": True,
@@ -148,7 +150,7 @@ def load_complete(
                     local_files_only=True,
                     output_loading_info=True,
                 )
-        # Whatever a configuration of others makes the library raise.
+        # With a third-party configuration, the library may raise anything.
         except Exception as error:
             reason = first_line(error).replace(str(stage), str(folder))
             raise CheckpointError(
@@ -167,7 +169,7 @@ def load_complete(
         )
         raise CheckpointError(
             f"the weights in {folder} do not fit {model_class.__name__}: {problems}; "
-            "download them again, or choose the architecture that they belong to"
+            "download them again, or choose the architecture that they are for"
         )
     for key, value in model.state_dict().items():
         check_finite(str(folder), key, value)
@@ -176,8 +178,10 @@ def load_complete(
 
 @contextmanager
 def quiet_library(library: str) -> Iterator[None]:
-    """Keep the warnings of transformers or diffusers, and outside terminals their progress bars,
-    to themselves: what matters is in our own errors. Settings are as before afterwards."""
+    """Silence warnings of transformers or diffusers, and outside terminals their progress bars.
+
+    Everything that matters is in our own errors. The settings are restored afterwards.
+    """
     settings = importlib.import_module(f"{library}.utils.logging")
     verbosity = settings.get_verbosity()
     settings.set_verbosity_error()
@@ -195,7 +199,7 @@ def _bars_in_terminals_alone(settings: ModuleType) -> Iterator[None]:
         return
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
-    # transformers switches those of huggingface_hub with its own.
+    # transformers also switches those of huggingface_hub.
     hub_was_quiet = are_progress_bars_disabled()
     settings.disable_progress_bar()
     try:
@@ -208,18 +212,18 @@ def _bars_in_terminals_alone(settings: ModuleType) -> Iterator[None]:
 
 @contextmanager
 def staged_component(folder: Path) -> Iterator[Path]:
-    """A folder with config.json and the safetensors of a component.
+    """Provide a temporary folder with config.json and the safetensors of a component.
 
-    Raises CheckpointError for one that names code or quantised weights, damaged headers, or an
-    index that names other places.
+    Raises CheckpointError if it names code or quantised weights, if headers are damaged, or if an
+    index names files elsewhere.
     """
     config = read_json(folder / "config.json")
     if config.get("quantization_config"):
         raise CheckpointError(
-            f"{str(folder / 'config.json')!r} has a quantization_config, and quantised weights of "
-            "text encoders and VAEs are not loaded; take the same model in bf16 or fp32"
+            f"{str(folder / 'config.json')!r} has a quantization_config, but quantised text "
+            "encoders and VAEs are not supported; use the same model in bf16 or fp32"
         )
-    # A name of another file of weights, which nothing here needs.
+    # It names another file of weights, which is not needed.
     config.pop("transformers_weights", None)
     files = [file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
     for file in files:
@@ -234,10 +238,9 @@ def staged_component(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_tokenizer(folder: Path) -> Iterator[Path]:
-    """A folder with the files of a tokenizer.
+    """Provide a temporary folder with the files of a tokenizer.
 
-    Raises CheckpointError for one that names code or a class that no text encoder here is used
-    with, and for one without a vocabulary.
+    Raises CheckpointError if it names code or an unsupported class, or has no vocabulary.
     """
     documents = {}
     for name in _TOKEN_CONFIGS:
@@ -247,11 +250,11 @@ def staged_tokenizer(folder: Path) -> Iterator[Path]:
     kind = config.get("tokenizer_class")
     if kind is not None and not (isinstance(kind, str) and kind in _TOKENIZERS):
         raise CheckpointError(
-            f"{str(folder / 'tokenizer_config.json')!r} asks for the class {kind!r}; expected one "
-            f"of {', '.join(sorted(_TOKENIZERS))}"
+            f"{str(folder / 'tokenizer_config.json')!r} has the tokenizer_class {kind!r}, expected "
+            f"one of {', '.join(sorted(_TOKENIZERS))}"
         )
     for key in list(config):
-        # Paths on the machine of whoever saved it, and templates of chats.
+        # Paths on the machine where it was saved, and chat templates.
         if key.endswith("_file") or key in ("init_inputs", "chat_template"):
             del config[key]
     files = [file for pattern in _TOKEN_FILES for file in sorted(folder.glob(pattern))]
@@ -263,10 +266,10 @@ def staged_tokenizer(folder: Path) -> Iterator[Path]:
             files.append(folder / name)
     has_words = any(file.name in _VOCABULARIES or file.suffix == ".model" for file in files)
     if kind != "ByT5Tokenizer" and not has_words:
-        # transformers would make one of a few special tokens, and read every prompt as unknown.
+        # transformers would make one with only special tokens, to which all words are unknown.
         raise CheckpointError(
-            f"no usable tokenizer in {folder}: expected tokenizer.json, vocab.json or a .model; "
-            "copy or download it again"
+            f"no usable tokenizer in {folder}: expected tokenizer.json, vocab.json or a .model "
+            "file; copy or download it again"
         )
     with _staged(documents, files) as stage:
         yield stage
@@ -284,7 +287,7 @@ def _staged(documents: Mapping[str, Any], files: Sequence[Path]) -> Iterator[Pat
     except OSError as error:
         raise CheckpointError(
             f"cannot write a temporary folder ({error.strerror or error}); free some space, or set "
-            "TMPDIR to a disk that has some"
+            "TMPDIR to a folder on another disk"
         ) from error
     with folder:
         yield stage

@@ -1,4 +1,4 @@
-"""What a model folder says about itself: `apt.json`, and what of it others get to read."""
+"""`apt.json`, which describes the model in a folder, and its version without private paths."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from apt.untrusted import check_name
 FORMAT = 1
 INFO_FILE = "apt.json"
 PIPELINE_FILE = "model_index.json"
-"""What makes a folder a diffusers pipeline."""
+"""Its presence makes a folder a diffusers pipeline."""
 TRANSFORMER_FILE = "transformer.safetensors"
 TEXT_ENCODER_FILE = "text_encoder.safetensors"
 CODEC_FILE = "codec.safetensors"
 CODEC_STAGE = "codec"
 
-# Of records that do not say which of their fields are what, from before they did.
+# Fields that name folders and models in records of earlier versions, which do not list them.
 _FOLDERS = ("run_dir", "data.path")
 _MODELS = ("stage.teacher", "stage.generator", "stage.discriminator")
 
 _PLACE = re.compile(r"[~./\\]|[A-Za-z]:[\\/]|file:")
-"""How a place on a machine begins."""
+"""Beginnings of paths."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentInfo:
     """A part of a model: its registered name, the config it was built from, its weights.
 
-    `weights` is a file in the folder; None for a part without weights, or one that brings its own
-    when it is built from its config (a text encoder or VAE of a public checkpoint). Lists in
-    `config` become tuples, which JSON does not have and configs are made of.
+    `weights` is a file in the folder. It is None for a part without weights, and for one that loads
+    its own when it is built (a text encoder or VAE of a public checkpoint). Lists in `config`
+    become tuples, which configs use but JSON does not have.
     """
 
     architecture: str
@@ -63,7 +63,7 @@ class SampleInfo:
     def sized(
         self, frames: int | None = None, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
-        """Frames, height and width as asked for; those of training for None."""
+        """Return frames, height and width as given; None uses those of training."""
         return (
             self.frames if frames is None else frames,
             self.height if height is None else height,
@@ -73,13 +73,13 @@ class SampleInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingInfo:
-    """How the model is best sampled.
+    """The recommended sampling settings of a model.
 
     Attributes:
         num_steps: evaluations of the network.
-        cfg_scale: of guidance; 1 means none.
-        negative_prompt: what guidance leads away from.
-        timestep_shift: s of Eq. 7 on the grid of timesteps.
+        cfg_scale: guidance scale; 1 means none.
+        negative_prompt: the prompt that guidance steers away from.
+        timestep_shift: s of Eq. 7 on the timestep grid.
         sampler: "euler" or "consistency"; empty, in files of earlier versions, is the stage's.
     """
 
@@ -95,13 +95,13 @@ class ModelInfo:
     """The contents of `apt.json`.
 
     Attributes:
-        stage: "diffusion" (many steps), "consistency" or "apt" (one step), or what a method of
-            another package calls what it makes.
-        summary: what the model is, in a line; empty in files of earlier versions.
+        stage: "diffusion" (many steps), "consistency" or "apt" (one step), or the name of another
+            package's stage.
+        summary: one line about the model; empty in files of earlier versions.
         model, text_encoder, codec: the parts.
-        sample: the size of what it makes.
-        sampling: how it is sampled unless told otherwise.
-        training: where it comes from: recipe, seed, updates, figures. Free in form.
+        sample: the default output size.
+        sampling: the default sampling settings.
+        training: the training record: recipe, seed, updates, figures, in any form.
     """
 
     stage: str
@@ -114,7 +114,7 @@ class ModelInfo:
     summary: str = ""
 
     def sample_prompts(self) -> tuple[str, ...]:
-        """The prompts that it was shown with in training; none where its record has no such."""
+        """Return the prompts of its sample sheets in training; empty if they are not recorded."""
         config = self.training.get("config")
         shown = config.get("sample_prompts") if isinstance(config, Mapping) else None
         if not isinstance(shown, (list, tuple)) or not all(isinstance(text, str) for text in shown):
@@ -124,13 +124,13 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecInfo:
-    """The contents of `apt.json` in the folder of a latent codec alone.
+    """The contents of `apt.json` in the folder of a latent codec.
 
     Attributes:
         stage: "codec".
         codec: the codec, with its weights.
-        sample: the size of what it was trained on.
-        training, summary: as of a `ModelInfo`.
+        sample: the size of the clips that it was trained on.
+        training, summary: as in `ModelInfo`.
     """
 
     stage: Literal["codec"] = "codec"
@@ -144,35 +144,38 @@ Info = TypeVar("Info", bound=ModelInfo | CodecInfo)
 
 
 def read_info(folder: str | Path) -> ModelInfo:
-    """Read and check `apt.json` of a model.
+    """Read and check the `apt.json` of a model.
 
     Raises:
         CheckpointError: if it is missing, damaged, of a newer format, has other fields, or
-            describes a codec alone.
+            describes only a codec.
     """
     info = read_description(folder)
     if isinstance(info, CodecInfo):
         raise CheckpointError(
-            f"{str(folder)!r} is a latent codec, not a whole model; it is what pre-training starts "
-            "from (--stage.codec), and the model that comes of it has the codec with it"
+            f"{str(folder)!r} is a latent codec, not a whole model; pre-train a model in its "
+            "latents (--stage.codec), which then includes the codec"
         )
     return info
 
 
 def read_description(folder: str | Path) -> ModelInfo | CodecInfo:
-    """Read and check `apt.json`, of a model or of a codec alone; raises as `read_info`."""
+    """Read and check the `apt.json` of a model or a codec; raises as `read_info`."""
     path = Path(folder) / INFO_FILE
     if not path.exists():
         raise CheckpointError(_describe_foreign_folder(Path(folder)))
     document = read_document(path)
     inert(document, str(path))
     if not isinstance(document.get("format"), int):
-        raise CheckpointError(f"{str(path)!r} has no format number; it is not of this package")
+        raise CheckpointError(
+            f"{str(path)!r} has no format number, so this package did not write it; name another "
+            "folder"
+        )
     number = document.pop("format")
     if number != FORMAT:
         advice = "upgrade diffusion-apt" if number > FORMAT else "the file is damaged"
         raise CheckpointError(
-            f"{str(path)!r} has format {number}, this version reads format {FORMAT}; {advice}"
+            f"{str(path)!r} has format {number}, but this version reads format {FORMAT}; {advice}"
         )
     if document.get("stage") == CODEC_STAGE:
         codec: CodecInfo = _parse(CodecInfo, document, str(path))
@@ -195,32 +198,32 @@ def _check_weights(path: Path, *parts: ComponentInfo) -> None:
 
 
 def write_info(folder: str | Path, info: ModelInfo | CodecInfo) -> None:
-    """Write `apt.json`; one that was there is replaced at once, never left half written.
+    """Write `apt.json`, replacing an existing file atomically.
 
     Raises:
-        OSError: if the disk refuses.
+        OSError: if it cannot be written.
     """
     write_text(Path(folder) / INFO_FILE, info_text(info))
 
 
 def info_text(info: ModelInfo | CodecInfo) -> str:
-    """The text of `apt.json`."""
+    """Return the text of `apt.json`."""
     document = {"format": FORMAT, **dataclasses.asdict(info)}
     return json.dumps(document, indent=2) + "\n"
 
 
 def without_folders(info: Info) -> Info:
-    """The same with an empty text where the record of training names a folder of this machine.
+    """Return the info with empty text wherever the training record names a local folder.
 
-    A record says which fields of its configuration hold folders, and which hold models, as the
-    method declares them. Whatever the field, a text that looks like a path is taken for one. A name
-    of one slash that is no folder here is taken for a Hub id, and stays.
+    A record lists the fields of its configuration that hold folders and models, as the method
+    declares them. In any field, text that looks like a path counts as one. A name with one slash
+    that is not a local folder counts as a Hub id, and stays.
     """
     return dataclasses.replace(info, training=_cleared_stage(info.training))
 
 
 def _cleared_stage(record: Mapping[str, Any]) -> dict[str, Any]:
-    """One stage of training, and those before it."""
+    """Return the record of one training stage, and of those before it, without local folders."""
     folders, models = record.get("folders", _FOLDERS), record.get("models", _MODELS)
     cleared = {
         key: _cleared(value, (), ("source",), key)
@@ -234,7 +237,7 @@ def _cleared_stage(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cleared(value: Any, folders: Collection[str], models: Collection[str], name: str) -> Any:
-    """`value` of the option `name`, such as "stage.teacher"."""
+    """Return the value of the option `name`, such as "stage.teacher", without local folders."""
     if isinstance(value, Mapping):
         inside = f"{name}." if name else ""
         return {k: _cleared(v, folders, models, f"{inside}{k}") for k, v in value.items()}
@@ -246,7 +249,7 @@ def _cleared(value: Any, folders: Collection[str], models: Collection[str], name
 
 
 def _is_place(value: str, *, is_model: bool) -> bool:
-    """Whether a text names a place on this machine."""
+    """Whether a text names a local path."""
     if value.startswith(("https://", "http://")):
         return False
     slashes = value.count("/") + value.count("\\")
@@ -259,17 +262,17 @@ def _describe_foreign_folder(folder: Path) -> str:
     try:
         names = {entry.name for entry in folder.iterdir()}
     except FileNotFoundError:
-        # Of a Hub repository, whose files are fetched as they are asked for.
-        return f"{start}; nor is it a pipeline of diffusers"
+        # A Hub repository, whose files are downloaded on demand.
+        return f"{start}; nor is it a diffusers pipeline"
     except OSError as error:
         return f"cannot read {str(folder)!r}: {error.strerror or error}"
     if "config.json" in names:
         return (
             f"{start}; config.json says that it is a diffusers or transformers model: pass the "
-            "folder of the whole pipeline, or load a transformer alone with apt.load_model"
+            "folder of the whole pipeline, or load only the transformer with apt.load_model"
         )
     if any(name.endswith((".pt", ".pth", ".ckpt", ".bin")) for name in names):
-        return f"{start}; it holds pickles, which are never loaded"
+        return f"{start}; it has pickles, which are never loaded: convert them to safetensors"
     if any(name.startswith("step") for name in names):
         return (
             f"{start}; it looks like the checkpoints of a training run: pass the run's own folder"
@@ -278,7 +281,7 @@ def _describe_foreign_folder(folder: Path) -> str:
 
 
 def _parse(kind: Any, document: Any, where: str) -> Any:
-    """Build a dataclass from JSON; every field must be known, present and of its type."""
+    """Build a dataclass from JSON; every field must be known, present and of the right type."""
     if not isinstance(document, dict):
         raise CheckpointError(f"{where} must be an object, got {document!r}")
     hints = get_type_hints(kind)

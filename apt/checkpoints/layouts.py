@@ -1,8 +1,8 @@
 """Families of public checkpoints and their layouts: which tensor of a file is which of ours.
 
 A family is a folder of `apt.models`: a model with its sizes, a `FlowAdapter`, and one table of key
-rules, which turns the layout that its authors published into ours. Parameters of our modules are
-named as in diffusers, so that layout needs none.
+rules, which maps the layout of its authors to ours. Our parameters are named as in diffusers, whose
+layout needs no rules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from apt.registry import Buildable, Registry
 COMFYUI_PREFIX = "model.diffusion_model."
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What torch's wrappers put into keys, at any place."""
+"""Names that torch's wrappers insert into keys, at any place."""
 
 _COMPANIONS = (
     "first_stage_model.",
@@ -31,18 +31,18 @@ _COMPANIONS = (
     "cond_stage_model.",
     "conditioner.",
 )
-"""Beside a prefixed diffusion model: other models in an all-in-one file, which are not read."""
+"""Prefixes of other models in an all-in-one file, which are ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyRule:
-    """One line of a conversion table: a tensor of the original layout, and ours.
+    """One line of a conversion table, from a tensor of the original layout to ours.
 
     Attributes:
-        theirs: pattern that must match a whole original key; groups are numbers of blocks and such.
-        ours: our keys, with `\\1` for groups. Several: the original is cut in as many equal parts
-            along its first dimension (a fused projection).
-        swap_halves: the two halves along the first dimension trade places (shift before scale).
+        theirs: pattern that must match a whole original key; groups are block numbers and the like.
+        ours: our keys, with `\\1` for groups. If there are several, the original is split into as
+            many equal parts along its first dimension (a fused projection).
+        swap_halves: swap the two halves along the first dimension (shift before scale).
     """
 
     theirs: str
@@ -50,7 +50,7 @@ class KeyRule:
     swap_halves: bool = False
 
     def match(self, key: str) -> tuple[str, ...] | None:
-        """Our keys for an original key; None if the rule is not for it."""
+        """Return our keys for an original key; None if the rule does not match."""
         found = re.fullmatch(self.theirs, key)
         return None if found is None else tuple(found.expand(ours) for ours in self.ours)
 
@@ -60,22 +60,24 @@ class Family:
     """A family of public checkpoints.
 
     Attributes:
-        name: in messages and on the command line.
-        makes: what our module of it does, such as "text-to-video".
-        adapter: time and velocity.
-        config_class: the dataclass that its registered sizes are made of.
-        diffusers_class: the transformer's class name there; its configs and keys are understood.
-        from_diffusers, to_diffusers: between that class's config.json and `config_class`.
-            The first raises CheckpointError for a config that our module cannot be built from.
-        rules: from the original layout to ours; each original key meets exactly one. A function of
-            the config where they depend on it, as when only the last block differs; `rules_for`
-            gives them either way.
-        marks: fragments of original or diffusers keys that together occur in no other family.
-        anchors: keys that each layout has one of: what stands before one in a file is a prefix.
-        relative: what a checkpoint or LoRA of the family is if it is none that our module can take,
-            such as image-to-video; None if it can. Called with shapes by key, without prefix, in
-            any layout, also with underscores for dots.
-        pipeline_class: diffusers' pipeline that runs an export in one step.
+        name: name in messages and on the command line.
+        makes: the task of our module, such as "text-to-video".
+        adapter: conversion of time and velocity.
+        config_class: the config dataclass of its registered sizes.
+        diffusers_class: name of the transformer's class in diffusers.
+        from_diffusers, to_diffusers: conversions between that class's config.json and
+            `config_class`. The first raises CheckpointError for a config that our module does not
+            support.
+        rules: rules from the original layout to ours; each original key matches exactly one. They
+            are a function of the config if they depend on it, as when only the last block differs;
+            `rules_for` handles both.
+        marks: fragments of original or diffusers keys that occur together in no other family.
+        anchors: keys of which each layout has exactly one: anything before it in a file is a
+            prefix.
+        relative: returns what kind of checkpoint or LoRA of the family it is if our module does
+            not support it, such as image-to-video, else None. Called with shapes by key, without
+            prefix, in any layout, possibly with underscores for dots.
+        pipeline_class: diffusers' pipeline that runs exports in one step.
     """
 
     name: str
@@ -92,13 +94,12 @@ class Family:
     pipeline_class: str
 
     def rules_for(self, config: Any) -> Sequence[KeyRule]:
-        """The key rules of a model of this config, an instance of `config_class`."""
+        """Return the key rules of a model with this config, an instance of `config_class`."""
         return self.rules(config) if callable(self.rules) else self.rules
 
 
 def first_kind(keys: Iterable[str], kinds: Iterable[tuple[str, Sequence[str]]]) -> str | None:
-    """The first of `kinds` with a fragment that occurs in a key, whether dots or underscores part
-    the names."""
+    """Return the first of `kinds` with a fragment that occurs in a key; dots match underscores."""
     text = "\n".join(key.replace(".", "_") for key in keys)
     return next(
         (name for name, marks in kinds if any(mark.replace(".", "_") in text for mark in marks)),
@@ -109,48 +110,51 @@ def first_kind(keys: Iterable[str], kinds: Iterable[tuple[str, Sequence[str]]]) 
 def diffusers_options(
     config: Mapping[str, Any], class_name: str, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The options of a config.json of diffusers, with those that it leaves out.
+    """Return the options of a config.json of diffusers, completed by defaults.
 
-    Raises CheckpointError for another class, or an option without a default, which is not known.
+    Raises CheckpointError for another class, or an unknown option, which has no default.
     """
     name = config.get("_class_name", class_name)
     if name != class_name:
-        raise CheckpointError(f"the config describes a {name}, expected {class_name}")
+        raise CheckpointError(
+            f"the config describes a {name}, expected {class_name}; use a checkpoint of that class"
+        )
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     unknown = sorted(given.keys() - defaults.keys())
     if unknown:
         raise CheckpointError(
-            f"the config of {class_name} has options that are not known here: "
-            f"{', '.join(unknown)}; the checkpoint is of another kind, or of a newer diffusers"
+            f"the config of {class_name} has unknown options: {', '.join(unknown)}; the "
+            "checkpoint is of another kind, or of a newer diffusers; use another one"
         )
     return {**defaults, **given}
 
 
 FAMILIES: Registry[Family] = Registry("family")
-"""Functions without arguments that return a `Family`, under its name."""
+"""Functions without arguments that return a `Family`, by its name."""
 
 
 def all_families() -> list[Family]:
-    """Every registered family."""
+    """Return every registered family."""
     return [FAMILIES.get(name)() for name in FAMILIES.names()]
 
 
 def family_marks() -> dict[str, Sequence[str]]:
-    """How to tell the families by their keys, for messages; see `apt.checkpoints.foreign`."""
+    """Return the marks of all families, for messages; see `apt.checkpoints.foreign`."""
     return {f"a checkpoint of the {f.name} family": f.marks for f in all_families()}
 
 
 def family_of(config: Any) -> Family | None:
-    """The family that a model config belongs to; None for models of our own."""
+    """Return the family that a model config belongs to; None for models of our own."""
     return next((f for f in all_families() if type(config) is f.config_class), None)
 
 
 def diffusion_model(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors of the diffusion model in a file: without what wraps its keys, each of 8 bits
-    with its scale.
+    """Return the tensors of the diffusion model in a file, with keys without prefixes and wrappers.
+
+    8-bit tensors have their scales.
 
     Raises:
-        CheckpointError: several diffusion models in the file; a quantisation that cannot be read.
+        CheckpointError: for several diffusion models in the file, or an unsupported quantisation.
     """
     keys = {key: _unwrapped(key) for key in stored}
     prefix = _prefix(keys.values(), source=str(next(iter(stored.values())).file) if stored else "")
@@ -175,9 +179,9 @@ _BLOCKS = re.compile(r"((?:.*\.)?)(?:joint_|transformer_)?blocks\.\d+\..*")
 
 
 def _prefix(keys: Collection[str], source: str) -> str:
-    """What stands before the keys of a diffusion model: `model.diffusion_model.`, `module.`, ..."""
+    """Return the prefix of a diffusion model's keys: `model.diffusion_model.`, `module.`, ..."""
     anchors = [anchor for family in all_families() for anchor in family.anchors]
-    # Other models have a patch embedding too, but no blocks beside it.
+    # Other models also have a patch embedding, but no blocks beside it.
     before_blocks = {match[1] for key in keys if (match := _BLOCKS.fullmatch(key))}
     found = {
         prefix
@@ -187,8 +191,8 @@ def _prefix(keys: Collection[str], source: str) -> str:
     }
     if len(found) > 1 and "" not in found:
         raise CheckpointError(
-            f"{source!r} holds several diffusion models, behind {' and '.join(sorted(found))}; "
-            "save the one that you want in a file of its own"
+            f"{source!r} has several diffusion models, with the prefixes "
+            f"{' and '.join(sorted(found))}; save the one that you want in a separate file"
         )
     return found.pop() if len(found) == 1 else ""
 
@@ -196,24 +200,24 @@ def _prefix(keys: Collection[str], source: str) -> str:
 def map_keys(
     stored: Mapping[str, StoredTensor], expected: Collection[str], rules: Sequence[KeyRule]
 ) -> dict[str, Piece]:
-    """Where each of our tensors lies in a checkpoint in our layout, or in the original one.
+    """Find each of our tensors in a checkpoint in our layout or the original one.
 
-    A key that no rule meets keeps its name, and is then found to be unexpected.
+    A key that no rule matches keeps its name, and is later reported as unexpected.
 
     Args:
-        stored: as `diffusion_model` gives them.
+        stored: tensors as returned by `diffusion_model`.
         expected: our keys, which decide between the layouts.
-        rules: from the original layout to ours.
+        rules: rules from the original layout to ours.
 
     Raises:
-        CheckpointError: if two tensors of the checkpoint are the same one of ours.
+        CheckpointError: if two tensors of the checkpoint map to the same one of ours.
     """
     pieces: dict[str, Piece] = {}
     for key, tensor in stored.items():
         for ours, piece in _converted(key, tensor, rules):
             if ours in pieces:
                 raise CheckpointError(
-                    f"{pieces[ours].stored.key!r} and {key!r} are both {ours!r} of ours; the "
+                    f"{pieces[ours].stored.key!r} and {key!r} are both our {ours!r}; the "
                     "checkpoint mixes layouts, use the one that its authors published"
                 )
             pieces[ours] = piece
@@ -237,9 +241,9 @@ def _converted(
 
 @dataclass(frozen=True)
 class OriginalTensor:
-    """A tensor of the original layout: our tensors one after the other along dimension 0.
+    """A tensor of the original layout: our tensors concatenated along dimension 0.
 
-    `swap_halves`: the two halves of each trade places.
+    With `swap_halves`, the two halves of each are swapped.
     """
 
     ours: tuple[str, ...]
@@ -247,10 +251,10 @@ class OriginalTensor:
 
 
 def original_layout(keys: Iterable[str], rules: Sequence[KeyRule]) -> dict[str, OriginalTensor]:
-    """The inverse of the rules: original keys, and what of ours each is made of.
+    """Invert the rules: return original keys, and the tensors of ours that each is made of.
 
     Raises:
-        ValueError: a rule that cannot be turned round, or a key of ours that no rule leads to.
+        ValueError: for a rule that cannot be inverted, or a key of ours that no rule produces.
     """
     left = dict.fromkeys(keys)
     original: dict[str, OriginalTensor] = {}
@@ -269,20 +273,20 @@ def original_layout(keys: Iterable[str], rules: Sequence[KeyRule]) -> dict[str, 
                     del left[name]
                 break
     if left:
-        raise ValueError(f"no rule leads to {len(left)} keys, such as {next(iter(left))!r}")
+        raise ValueError(f"no rule produces {len(left)} keys, such as {next(iter(left))!r}")
     return original
 
 
 @dataclass(frozen=True)
 class _Template:
-    """A rule turned round: a pattern for our first key, and the original key with holes."""
+    """An inverted rule: a pattern for our first key, and the original key with placeholders."""
 
     rule: KeyRule
     pattern: re.Pattern[str]
     theirs: tuple[str | int, ...]
 
     def theirs_of(self, key: str) -> str | None:
-        """The original key for one of ours; None if it is not the first of this rule."""
+        """Return the original key for one of ours; None if that is not the first of this rule."""
         found = self.pattern.fullmatch(key)
         if found is None:
             return None
@@ -290,13 +294,13 @@ class _Template:
 
     @classmethod
     def parse(cls, rule: KeyRule) -> _Template:
-        """Read `rule.theirs`: literal text, groups without groups in them, and lookaheads.
+        """Parse `rule.theirs`: literal text, flat groups and lookaheads.
 
-        Raises ValueError for anything else, and for a group that our key does not repeat.
+        Raises ValueError for anything else, and for a group that does not appear in our key.
         """
         parts: list[str | int] = []
         groups: list[str] = []
-        # A group, a lookahead (which text does not come from), an escape, or plain text.
+        # A group, a lookahead (which produces no text), an escape, or plain text.
         tokens = re.compile(
             r"\((?P<group>[^()?][^()]*)\)|\(\?[!=][^()]*\)|\\(?P<escaped>\W)|(?P<plain>[\w-])"
         )
@@ -304,7 +308,7 @@ class _Template:
         while position < len(rule.theirs):
             found = tokens.match(rule.theirs, position)
             if found is None:
-                raise ValueError(f"cannot turn round {rule.theirs!r} at character {position}")
+                raise ValueError(f"cannot invert {rule.theirs!r} at character {position}")
             position = found.end()
             if found["group"] is not None:
                 groups.append(found["group"])
@@ -321,5 +325,5 @@ class _Template:
             pattern += f"(?P=g{number})" if repeated else f"(?P<g{number}>{groups[number - 1]})"
             used.add(number)
         if used != set(range(1, len(groups) + 1)):
-            raise ValueError(f"{rule.ours[0]!r} does not repeat every group of {rule.theirs!r}")
+            raise ValueError(f"{rule.ours[0]!r} does not use every group of {rule.theirs!r}")
         return cls(rule, re.compile(pattern), tuple(parts))

@@ -1,4 +1,4 @@
-"""A whole model, and how it or a part of it is loaded: from a folder, a file, the Hub, a name."""
+"""Loading of models, or parts of them, from a folder, a file, the Hub, or by name."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from apt.pixels import LatentCodec
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Which weights a model has, in words that others can use: no folder of this machine.
+    """Identifies a model's weights for other people, without naming a local folder.
 
     Attributes:
-        name: built-in name or Hub id; of a local model its recipe, or else its architecture.
+        name: built-in name or Hub id; for a local model its recipe, or else its architecture.
         revision: commit on the Hub.
-        weights: digest (`apt.checkpoints.source.weights_digest`) of what is local.
+        weights: digest of local weights (`apt.checkpoints.source.weights_digest`).
     """
 
     name: str
@@ -57,7 +57,7 @@ class Origin:
 
 @dataclass
 class ModelBundle:
-    """A model with all that it takes to generate, and where it was loaded from, if it was."""
+    """A model with everything needed to generate, and its origin if it was loaded."""
 
     backbone: DiffusionTransformer
     text_encoder: TextEncoder
@@ -68,12 +68,12 @@ class ModelBundle:
     def __post_init__(self) -> None:
         if self.backbone.in_channels != self.codec.channels:
             raise ConfigError(
-                f"the backbone takes {self.backbone.in_channels} latent channels, the codec makes "
-                f"{self.codec.channels}; set in_channels to that"
+                f"the backbone takes {self.backbone.in_channels} latent channels, but the codec "
+                f"has {self.codec.channels}; set in_channels to the codec's"
             )
 
     def __repr__(self) -> str:
-        """In a line: what it is, its parts, and the size of what it makes."""
+        """Describe stage, parts and output size in one line."""
         info, sample = self.info, self.info.sample
         return (
             f"ModelBundle({info.stage}: {self.backbone!r}, text encoder "
@@ -82,13 +82,13 @@ class ModelBundle:
         )
 
     def modules(self) -> list[nn.Module]:
-        """All parts."""
+        """Return all parts."""
         return [self.backbone, self.text_encoder, self.codec]
 
     def own_modules(self) -> list[nn.Module]:
-        """The networks whose weights belong to this model, not to a public checkpoint.
+        """Return the networks whose weights belong to this model, not to a public checkpoint.
 
-        A codec is never among them: it computes in fp32, or as its config says.
+        The codec is never included: it computes in fp32, or as its config says.
         """
         own_text = self.info.text_encoder.weights is not None
         return [self.backbone, self.text_encoder] if own_text else [self.backbone]
@@ -99,14 +99,14 @@ def component_info(
     part: DiffusionTransformer | TextEncoder | LatentCodec,
     weights: str | None = None,
 ) -> ComponentInfo:
-    """Describe a part for `apt.json`: its registered name, its config, and its file of weights."""
+    """Describe a part for `apt.json`: its registered name, config and weights file."""
     return ComponentInfo(
         architecture=architecture, config=dataclasses.asdict(part.config), weights=weights
     )
 
 
 def described(bundle: ModelBundle) -> ModelInfo:
-    """`info` with the config that each part has."""
+    """Return the bundle's `info` with the actual config of each part."""
     info = bundle.info
 
     def in_full(
@@ -131,26 +131,26 @@ def load_bundle(
 ) -> ModelBundle:
     """Load a whole model: built-in, from a folder, or from the Hub.
 
-    A folder is one that `save_bundle` wrote, or a pipeline of diffusers of a known family. A
+    A folder is one that `save_bundle` wrote, or a diffusers pipeline of a supported family. A
     safetensors file is a transformer of a registered size, in any layout that `load_model` reads;
-    its text encoder and VAE are those of the model's published weights.
+    text encoder and VAE are then those of the model's published weights.
 
     Args:
         name_or_folder: a built-in name (`list_pretrained`), a registered model with published
             weights ("wan2.1_t2v_1.3b", "arch.tag"), a folder, a file, or "owner/name[@revision]".
-        revision: of a Hub repository, if it is not behind "@".
-        device: where the weights go. On "meta" the backbone has none yet, but the `origin` that
-            `apt.checkpoints.origin.fill_from_origins` gives it them from; the other parts are on
-            the CPU.
-        dtype: floating-point type of this model's own weights, whatever the file has. A text
-            encoder or VAE of a public checkpoint keeps the type that its config names.
+        revision: revision of a Hub repository, if not given after "@".
+        device: device of the weights. On "meta" the backbone has no weights yet, but an `origin`
+            from which `apt.checkpoints.origin.fill_from_origins` loads them; the other parts are
+            on the CPU.
+        dtype: dtype of this model's own weights, whatever the file has. A text encoder or VAE of a
+            public checkpoint has the dtype that its config names.
 
     Returns:
-        The bundle, in evaluation mode. Parts that come from the Hub are pinned to a commit.
+        The bundle, in evaluation mode. Parts from the Hub are pinned to a commit.
 
     Raises:
-        CheckpointError: for a name that is nowhere, a file that is missing, damaged or of a newer
-            format, weights that are not finite, or weights of another model.
+        CheckpointError: for an unknown name, a file that is missing, damaged or of a newer format,
+            weights that are not finite, or weights of another model.
         InputError: for a device that this machine does not have.
     """
     device = find_device(device)
@@ -162,7 +162,7 @@ def load_bundle(
         text_encoder = _load_text_encoder(source, info, dtype, beside)
         origin = _origin(name_or_folder, source, info)
         bundle = ModelBundle(backbone, text_encoder, codec, info, origin)
-    # A folder may be older than an option of one of its parts, which then has its default.
+    # A folder may be older than an option of one of its parts, which then has the default value.
     bundle.info = described(bundle)
     codec.to(beside)
     for module in bundle.modules():
@@ -181,23 +181,23 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> DiffusionTransformer:
-    """Load a model's backbone alone; `load_bundle` loads it with text encoder and codec.
+    """Load only a model's backbone; `load_bundle` also loads text encoder and codec.
 
     Args:
         name_or_path: a folder of ours or of diffusers, a safetensors file or an index of shards, a
             built-in or registered name, or "owner/name[@revision]" on the Hub.
-        subfolder: where in a folder the transformer is; None is its top, or "transformer" in a
+        subfolder: folder of the transformer in a folder; None is the top, or "transformer" in a
             pipeline.
-        filename: of one safetensors file in the folder or repository.
+        filename: name of one safetensors file in the folder or repository.
         revision: commit, tag or branch on the Hub.
-        architecture: registered name of what a single file holds. None finds the registered model
-            whose tensors have just these names and shapes.
-        options: fields of its config that differ from what is registered.
-        dtype, device: of the weights, whatever the file has; "meta" as in `load_bundle`.
+        architecture: registered name of the model in a single file. None finds the registered model
+            whose tensors have exactly these names and shapes.
+        options: fields of its config that differ from the registered ones.
+        dtype, device: those of the weights, whatever the file has; "meta" as in `load_bundle`.
 
     Raises:
-        CheckpointError: nothing there, damaged or foreign weights, or ones that do not fit, naming
-            what is missing, unexpected and wrongly shaped.
+        CheckpointError: if there is no model, or its weights are damaged, of another model, or do
+            not fit; the message names missing, unexpected and wrongly shaped tensors.
     """
     device = find_device(device)
     if (path := as_file(name_or_path)) is not None:
@@ -208,11 +208,11 @@ def load_model(
             source.fetch([filename])
             if not (source.folder / filename).is_file():
                 raise CheckpointError(
-                    f"{source.name!r} has no file {filename!r}; name one that is there"
+                    f"{source.name!r} has no file {filename!r}; name one that it has"
                 )
             checkpoint = single_file(source.folder / filename, architecture, options)
         elif architecture is not None or options:
-            raise InputError("architecture and options are for a single file; name it too")
+            raise InputError("architecture and options are for a single file; pass filename too")
         else:
             subfolder = subfolder or published
             if subfolder is None and _is_own(source):
@@ -225,13 +225,13 @@ def load_model(
 
 
 def load_text_encoder(name_or_folder: str | Path) -> TextEncoder:
-    """As `load_bundle`, but only the text encoder, its own weights in fp32, on the CPU."""
+    """Load only a model's text encoder, on the CPU; weights of the model's own are in fp32."""
     source, info, _ = find_model(name_or_folder)
     return _load_text_encoder(source, info, torch.float32, "cpu")
 
 
 def load_prompt_check(name_or_folder: str | Path) -> PromptCheck:
-    """What the model's text encoder checks prompts with, without its weights."""
+    """Return the prompt check of a model's text encoder, without loading its weights."""
     source, info, _ = find_model(name_or_folder)
     config = configured(TEXT_ENCODERS, info.text_encoder, source.folder / INFO_FILE)
     with _building_from(source):
@@ -239,7 +239,7 @@ def load_prompt_check(name_or_folder: str | Path) -> PromptCheck:
 
 
 def load_codec(name_or_folder: str | Path) -> LatentCodec:
-    """As `load_bundle`, but only the codec, on the CPU; of a codec's own folder too."""
+    """Load only a model's codec, on the CPU; also from the folder of a codec."""
     alone = find_codec(name_or_folder)
     if alone is not None:
         source, found = alone
@@ -249,15 +249,15 @@ def load_codec(name_or_folder: str | Path) -> LatentCodec:
 
 
 def describe_model(name_or_folder: str | Path) -> ModelInfo:
-    """What a whole model is. Weights of a Hub repository are fetched, but not read.
+    """Return the description of a model. Weights of a Hub repository are downloaded, but not read.
 
-    Raises CheckpointError as `load_bundle`, also for a codec alone.
+    Raises CheckpointError as `load_bundle` does, and for the folder of a codec.
     """
     return find_model(name_or_folder)[1]
 
 
 def describe(name_or_folder: str | Path) -> ModelInfo | CodecInfo:
-    """As `describe_model`, and what a codec alone is."""
+    """Return the description of a model or a codec; see `describe_model`."""
     alone = find_codec(name_or_folder)
     return describe_model(name_or_folder) if alone is None else alone[1]
 
@@ -265,10 +265,12 @@ def describe(name_or_folder: str | Path) -> ModelInfo | CodecInfo:
 def find_model(
     name_or_folder: str | Path, revision: str | None = None
 ) -> tuple[Source, ModelInfo, Checkpoint]:
-    """Where a whole model is, what it is, and the checkpoint of its backbone; see `load_bundle`."""
+    """Return a model's source, description and backbone checkpoint; see `load_bundle`."""
     if (path := as_file(name_or_folder)) is not None:
         if revision is not None:
-            raise InputError(f"{str(path)!r} is a file, so it has no revision {revision!r}")
+            raise InputError(
+                f"{str(path)!r} is a file, so it has no revision {revision!r}; leave it out"
+            )
         return Source(path.parent), *describe_file(path)
     source, subfolder = locate_model(name_or_folder, revision)
     if is_pipeline(source):
@@ -278,11 +280,11 @@ def find_model(
 
 
 NO_SIZE = SampleInfo(frames=0, height=0, width=0, fps=0.0)
-"""Of an autoencoder of others, which does not tell what it was trained on."""
+"""The sample size of a third-party autoencoder, whose training size is unknown."""
 
 
 def find_codec(name_or_folder: str | Path) -> tuple[Source, CodecInfo] | None:
-    """A folder that holds a codec and no model, of ours or of diffusers; None for anything else."""
+    """Return a folder of ours or of diffusers that has only a codec; None for anything else."""
     if as_file(name_or_folder) is not None:
         return None
     source, _ = locate_model(name_or_folder)
@@ -296,7 +298,7 @@ def find_codec(name_or_folder: str | Path) -> tuple[Source, CodecInfo] | None:
 
 
 def _is_autoencoder(folder: Path) -> bool:
-    """Whether the folder is an autoencoder of diffusers by itself."""
+    """Whether the folder is a single autoencoder of diffusers."""
     if (folder / INFO_FILE).exists() or not (folder / "config.json").is_file():
         return False
     name = str(read_json(folder / "config.json").get("_class_name"))
@@ -304,7 +306,7 @@ def _is_autoencoder(folder: Path) -> bool:
 
 
 def as_file(name_or_path: str | Path) -> Path | None:
-    """The path of one file; None for anything else. Built-in names win over files of that name."""
+    """Return the path of a file; None for anything else, or if it is also a built-in name."""
     path = Path(name_or_path).expanduser()
     return path if path.is_file() and str(name_or_path) not in list_pretrained() else None
 
@@ -312,9 +314,9 @@ def as_file(name_or_path: str | Path) -> Path | None:
 def locate_model(
     name_or_folder: str | Path, revision: str | None = None
 ) -> tuple[Source, str | None]:
-    """As `locate`, for names of registered models ("arch" or "arch.tag") too.
+    """Locate a model like `locate`, also by registered name ("arch" or "arch.tag").
 
-    The second value is where in the folder their transformer is; None leaves that to the folder.
+    The second value is the transformer's subfolder for a registered name, else None.
     """
     name = str(name_or_folder)
     if isinstance(name_or_folder, str) and not is_here(name):
@@ -326,20 +328,22 @@ def locate_model(
 
 
 def is_pipeline(source: Source) -> bool:
-    """Whether the folder is a pipeline of diffusers."""
+    """Whether the folder is a diffusers pipeline."""
     return (source.folder / PIPELINE_FILE).is_file()
 
 
 def _is_own(source: Source) -> bool:
-    """Whether the folder is one of ours, with the weights that its apt.json names."""
+    """Whether the folder is a model folder of ours, with an apt.json."""
     return not is_pipeline(source) and (source.folder / INFO_FILE).is_file()
 
 
 def _own_checkpoint(source: Source, info: ModelInfo) -> Checkpoint:
-    """The backbone's checkpoint in a folder of ours, fetched if the folder is of the Hub."""
+    """Return the backbone's checkpoint in a folder of ours, downloaded if it is on the Hub."""
     path, part = source.folder / INFO_FILE, info.model
     if part.weights is None:
-        raise CheckpointError(f"{str(path)!r} names no weights of its model")
+        raise CheckpointError(
+            f"{str(path)!r} does not name the weights of its model; copy or export it again"
+        )
     source.fetch([part.weights])
     return Checkpoint(
         source.folder / part.weights, part.architecture, configured(MODELS, part, path)
@@ -370,7 +374,7 @@ def _load_text_encoder(
 
 
 def _load_codec(source: Source, part: ComponentInfo) -> LatentCodec:
-    """A codec, in fp32 and frozen if its weights are the folder's."""
+    """Load a codec; if its weights are in the folder, it is in fp32 and frozen."""
     config = configured(CODECS, part, source.folder / INFO_FILE)
     with _building_from(source):
         if part.weights is None:
@@ -383,7 +387,7 @@ def _load_codec(source: Source, part: ComponentInfo) -> LatentCodec:
 
 @contextmanager
 def _building_from(source: Source) -> Iterator[None]:
-    """Options that a part refuses are the folder's fault; a package that is missing is not."""
+    """Turn a part's InputError into a CheckpointError: bad options come from the folder."""
     try:
         yield
     except (CheckpointError, MissingPackageError):

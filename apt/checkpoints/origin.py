@@ -1,8 +1,8 @@
-"""Modules that get their weights late: built without memory, changed and sharded, and then filled.
+"""Deferred loading: modules are built without memory, modified and sharded, and then filled.
 
-A backbone on the meta device knows where its weights are. What training does to it, it can do
-without them: copy it, cut layers off, put adapters beside others, shard it. Then each rank reads
-from the files what it keeps, one tensor at a time, and nothing else is ever in its memory.
+A backbone on the meta device knows where its weights are. Training can prepare it without them:
+copy it, drop layers, add adapters, shard it. Then each rank reads only its own part from the files,
+one tensor at a time.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from apt.checkpoints.weights import StoredPieces, copy_piece, put_empty
 from apt.distributed.tensors import local, own_rows
 
 BASE_LAYER = ".base_layer."
-"""What peft puts into the name of a layer that it puts an adapter beside."""
+"""What peft inserts into the name of a layer that gets an adapter."""
 
 Frozen = MutableMapping[tuple[Any, ...], nn.Parameter]
-"""Weights that do not train, by where they come from: networks on one device can share them."""
+"""Frozen weights by origin, which networks on one device can share."""
 
 
 class _Awaited(NamedTuple):
-    """A tensor of a network that has no memory yet, and what it will hold."""
+    """A tensor of a network that has no memory yet, and its stored value."""
 
     owner: nn.Module
     name: str
@@ -36,21 +36,20 @@ class _Awaited(NamedTuple):
 def fill_from_origins(
     network: nn.Module, device: torch.device, frozen: Frozen | None = None
 ) -> None:
-    """Give a network's tensors on the meta device memory and their stored values.
+    """Allocate a network's tensors on the meta device, and load their stored values.
 
-    Of a tensor that is sharded, only this rank's rows are read.
+    For a sharded tensor, only this rank's rows are read.
 
     Args:
-        network: contains modules with an `origin`; what is not on the meta device stays as it is.
-        device: where to.
-        frozen: weights that networks share, if they may: those that do not train are taken from it
-            or put into it.
+        network: contains modules with an `origin`; tensors on other devices do not change.
+        device: device of the new tensors.
+        frozen: if given, weights that networks share: frozen weights are taken from it, or added.
 
     Raises:
-        CheckpointError: a file that is damaged or gone, or values that are not finite.
+        CheckpointError: for a file that is damaged or missing, or values that are not finite.
     """
     awaited = list(_awaited(network))
-    # All at once, as FSDP has to learn of the new tensors.
+    # All at once through `_apply`, so that FSDP notices the new tensors.
     frozen = None if any(_is_sharded(getattr(a.owner, a.name)) for a in awaited) else frozen
     if frozen is None:
         network._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
@@ -70,7 +69,7 @@ def fill_from_origins(
 
 
 def stored_piece(network: nn.Module, name: str) -> Piece | None:
-    """What a tensor of a network was in the files that it began with; None for one that is new."""
+    """Return where the initial value of a network's tensor is stored; None for a new tensor."""
     for prefix, module in _with_origins(network):
         if name.startswith(prefix):
             owner = network.get_submodule(name.rpartition(".")[0])

@@ -1,10 +1,9 @@
-"""Checkpoints in the layouts of others: which of our models they are, and the parts around them.
+"""Public checkpoints: which of our models they are, and the parts that they are used with.
 
-A checkpoint is a folder of diffusers (a pipeline, or its transformer), or one safetensors file in
-the layout of its authors or of ComfyUI. A pipeline of diffusers, which has transformer, text
-encoders and VAE, is one of our models: the transformer becomes our module; text encoders and VAE
-stay where they are, as external parts whose configs name the folder, or the repository and its
-commit.
+A checkpoint is a diffusers folder (a pipeline, or its transformer), or one safetensors file in the
+layout of its authors or of ComfyUI. A diffusers pipeline, with transformer, text encoders and VAE,
+is a whole model: the transformer becomes our module, and text encoders and VAE stay where they are,
+as external parts whose configs name the folder, or the repository and its commit.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ from apt.registry import Buildable, Registry, replace_typed
 
 
 def public_checkpoint(source: Source, subfolder: str | None = None) -> Checkpoint:
-    """The backbone's checkpoint in a folder of others, fetched if the folder is of the Hub.
+    """Return the backbone's checkpoint in a public folder, downloaded if it is on the Hub.
 
-    Raises CheckpointError that says what the folder is, if it is none that can be loaded.
+    Raises CheckpointError, which says what the folder is, if it cannot be loaded.
     """
     folder = source.folder
     if subfolder is None and (folder / PIPELINE_FILE).is_file():
@@ -51,7 +50,9 @@ def public_checkpoint(source: Source, subfolder: str | None = None) -> Checkpoin
     source.fetch_component(subfolder or "")
     part = folder / (subfolder or "")
     if not part.is_dir():
-        raise CheckpointError(f"{str(folder)!r} has no folder {subfolder!r}")
+        raise CheckpointError(
+            f"{str(folder)!r} has no folder {subfolder!r}; pass the transformer's as subfolder"
+        )
     if not (part / "config.json").exists():
         if any(part.glob("*.safetensors")):
             return single_file(find_weights(part), None, None)
@@ -65,27 +66,27 @@ def public_checkpoint(source: Source, subfolder: str | None = None) -> Checkpoin
             experts = len(list(folder.glob("transformer*/config.json")))
             return Checkpoint(weights, nearest_architecture(config, experts), config)
     if looks_like_original(weights):
-        # Authors also put a config.json of their own beside their layout.
+        # Authors may put their own config.json beside weights in their layout.
         return single_file(weights, None, None)
     known = ", ".join(family.diffusers_class for family in all_families())
     raise CheckpointError(
         f"{str(part)!r} holds a {class_name or config_file.get('model_type') or 'model'!r}, which "
-        f"is no transformer that this package knows ({known})"
+        f"this package does not support; use a checkpoint of {known}"
     )
 
 
 def single_file(
     path: Path, architecture: str | None, options: Mapping[str, Any] | None
 ) -> Checkpoint:
-    """The checkpoint in one file; see `load_model`.
+    """Return the checkpoint in one file; see `load_model`.
 
-    Raises CheckpointError if no registered model has just these tensors.
+    Raises CheckpointError if no registered model has exactly these tensors.
     """
     if architecture is not None:
         config = MODELS.configured(architecture, options or {})
         return Checkpoint(path, architecture, config)
     if options:
-        raise InputError("options need an architecture to be options of")
+        raise InputError("options need an architecture; pass it too")
     stored = diffusion_model(read_stored(path))
     kind = looks_like(stored.keys(), {f.name: f.marks for f in all_families()})
     for family in all_families():
@@ -96,9 +97,9 @@ def single_file(
                 if type(config) is family.config_class and _fits(stored, config, family):
                     return Checkpoint(path, name, config)
             raise CheckpointError(
-                f"{str(path)!r} looks like the {family.name} family, but no registered size of it "
-                f"has just these tensors: {_shape_of_blocks(stored)}; pass architecture and "
-                "options, such as the depth"
+                f"{str(path)!r} looks like the {family.name} family, but none of its registered "
+                f"sizes has exactly these tensors: {_shape_of_blocks(stored)}; pass architecture "
+                "and options, such as the depth"
             )
     if kind is not None:
         raise CheckpointError(
@@ -107,12 +108,12 @@ def single_file(
         )
     raise CheckpointError(
         f"cannot tell what {str(path)!r} holds: its keys ({listed(sorted(stored))}) belong to no "
-        f"family known here; pass architecture, one of {', '.join(MODELS.names())}"
+        f"supported family; pass architecture, one of {', '.join(MODELS.names())}"
     )
 
 
 def _shape_of_blocks(stored: Mapping[str, StoredTensor]) -> str:
-    """How many blocks there are and how wide, as far as the keys tell."""
+    """Describe the number and width of the blocks, as far as the keys tell."""
     numbers = {int(found[1]) for key in stored if (found := re.search(r"blocks\.(\d+)\.", key))}
     widths = collections.Counter(t.shape[-1] for t in stored.values() if len(t.shape) == 2)
     width = widths.most_common(1)[0][0] if widths else 0
@@ -120,16 +121,16 @@ def _shape_of_blocks(stored: Mapping[str, StoredTensor]) -> str:
 
 
 def looks_like_original(path: Path) -> bool:
-    """Whether the keys of a checkpoint are those of a family, in one layout or the other."""
+    """Whether the keys of a checkpoint are those of a family, in either layout."""
     marks = {family.name: family.marks for family in all_families()}
     return looks_like(diffusion_model(read_stored(path)).keys(), marks) in marks
 
 
 def nearest_architecture(config: Buildable, experts: int = 1) -> str:
-    """The registered model of this config's class that differs from it in the fewest fields.
+    """Return the registered model of this config's class that differs from it in fewest fields.
 
-    `experts` is the number of transformers in the pipeline, which decides between models of one
-    shape.
+    `experts` is the number of transformers in the pipeline, which decides between models of the
+    same shape.
     """
     mine = dataclasses.asdict(cast(Any, config))
 
@@ -144,7 +145,7 @@ def nearest_architecture(config: Buildable, experts: int = 1) -> str:
 
 @functools.lru_cache
 def _kept_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """As `shapes_of`: every size of a family is built for each file that may be of it."""
+    """Cache `shapes_of`: a file that may be of a family is compared with all of its sizes."""
     return shapes_of(config)
 
 
@@ -157,12 +158,12 @@ def _fits(stored: Mapping[str, StoredTensor], config: Buildable, family: Family)
 
 
 def describe_pipeline(source: Source, subfolder: str | None = None) -> tuple[ModelInfo, Checkpoint]:
-    """What a pipeline's folder holds, and its transformer's checkpoint.
+    """Return the description of a pipeline's folder, and its transformer's checkpoint.
 
-    An export of ours has an apt.json beside, which adds how it was trained and is sampled; a
+    Our exports also have an apt.json, which says how the model was trained and is sampled; a
     pipeline without one is a diffusion model.
 
-    Raises CheckpointError for a transformer of no family, parts that are not there, or code.
+    Raises CheckpointError for an unsupported transformer, missing parts, or code.
     """
     read_pipeline(source.folder / PIPELINE_FILE)
     checkpoint = public_checkpoint(source, subfolder)
@@ -170,12 +171,12 @@ def describe_pipeline(source: Source, subfolder: str | None = None) -> tuple[Mod
 
 
 def describe_file(path: Path) -> tuple[ModelInfo, Checkpoint]:
-    """What one file of a public transformer is, with the other parts of the model it belongs to.
+    """Return the description and checkpoint of a public transformer in one file.
 
-    The file has the transformer alone; text encoder and VAE are those of the first published
-    weights of its size, in the Hub's cache or fetched. It counts as a diffusion model.
+    Text encoder and VAE are those of the first published weights of its size, from the Hub or its
+    cache. The file counts as a diffusion model.
 
-    Raises CheckpointError for a file that no registered model fits, saying what it is.
+    Raises CheckpointError, which says what the file is, if it fits no registered model.
     """
     checkpoint = single_file(path, None, None)
     entry = pretrained_entry(checkpoint.architecture)
@@ -185,7 +186,7 @@ def describe_file(path: Path) -> tuple[ModelInfo, Checkpoint]:
 
 
 def _describe(source: Source, checkpoint: Checkpoint) -> ModelInfo:
-    """A model with this transformer, and the other parts of a pipeline."""
+    """Describe a model with this transformer and the other parts of a pipeline."""
     entry = pretrained_entry(checkpoint.architecture)
     source.fetch(["scheduler/*.json"])
     model = ComponentInfo(
@@ -213,15 +214,15 @@ def _describe(source: Source, checkpoint: Checkpoint) -> ModelInfo:
 
 
 def pretrained_entry(architecture: str) -> PretrainedEntry:
-    """The first published weights of a registered model, whose parts go with it.
+    """Return the first published weights of a registered model, which name its other parts.
 
-    Raises CheckpointError for a model without any.
+    Raises CheckpointError for a model without published weights.
     """
     entries = MODELS.pretrained(architecture)
     if not entries:
         raise CheckpointError(
-            f"{architecture!r} has no published weights, so it is unknown which text encoder and "
-            "VAE go with it; load the backbone alone with apt.load_model"
+            f"{architecture!r} has no published weights, so its text encoder and VAE are unknown; "
+            "load only the backbone with apt.load_model"
         )
     return next(iter(entries.values()))
 
@@ -229,12 +230,12 @@ def pretrained_entry(architecture: str) -> PretrainedEntry:
 def external_part(
     registry: Registry[Buildable] | Registry[BuildableText], name: str, source: Source
 ) -> ComponentInfo:
-    """A registered text encoder or codec, taken from this source."""
+    """Describe a registered text encoder or codec, loaded from this source."""
     registered = registry.get(name)()
     try:
         config = replace_typed(registered, {"repo": source.name, "revision": source.revision})
     except InputError as error:
-        raise CheckpointError(f"{name!r} cannot be taken from {source.name!r}: {error}") from error
+        raise CheckpointError(f"cannot load {name!r} from {source.name!r}: {error}") from error
     return ComponentInfo(architecture=name, config=dataclasses.asdict(cast(Any, config)))
 
 
@@ -243,6 +244,6 @@ def _scheduler_shift(source: Source) -> float | None:
     if not path.exists():
         return None
     config = read_json(path)
-    # UniPC and FlowMatchEuler spell it differently.
+    # UniPC and FlowMatchEuler use different names.
     shift = config.get("flow_shift", config.get("shift"))
     return float(shift) if isinstance(shift, (int, float)) and shift > 0 else None

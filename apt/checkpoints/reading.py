@@ -1,12 +1,12 @@
-"""Files of models, read: JSON made inert, and safetensors, mapped one tensor at a time.
+"""Reading of model files: JSON made inert, and safetensors mapped one tensor at a time.
 
-The configurations of transformers and diffusers can name Python modules, repositories of code, and
-implementations that are fetched from one: CVE-2026-4372, CVE-2026-5241 and CVE-2026-44513 are three
-ways in which such code ran though nobody had allowed it. The models here need none of that: what
-names code is refused, what chooses it is dropped.
+Configurations of transformers and diffusers can name Python modules, repositories of code, and
+implementations to download from one: CVE-2026-4372, CVE-2026-5241 and CVE-2026-44513 are three
+cases in which such code ran without permission. Our models need none of this: keys that name code
+are rejected, and keys that choose an implementation are dropped.
 
-A checkpoint is one safetensors file, or shards with an `.index.json` that says which key is where,
-as diffusers and transformers write them.
+A checkpoint is one safetensors file, or shards with an `.index.json` that maps keys to files, as
+diffusers and transformers write them.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX_SUFFIX = ".index.json"
-"""Of a list of shards, behind the name that one file would have."""
+"""Suffix of an index of shards, after the name that a single file would have."""
 
 _CODE = re.compile(r"_*(auto_map|trust_remote_code|custom_(pipeline|generate|code|module|class)s?)")
 """Keys that name code, or allow it."""
 
 _IMPLEMENTATION = re.compile(r"implementation|kernel|att(entio)?n_backend")
-"""Keys that choose which code computes. That is chosen here."""
+"""Keys that choose an implementation, which this package does itself."""
 
 _LIBRARIES = ("diffusers", "transformers")
-"""Where the classes of a pipeline's parts may come from."""
+"""Libraries that the classes of a pipeline's parts may come from."""
 
 _BEGINNINGS: dict[bytes, str] = {
-    b"GGUF": "is a GGUF file, whose quantised blocks are not read here; use the safetensors file "
-    "of the same model (bf16, fp16 or fp8)",
-    b"<!doctype": "is a web page, not a model: the download was answered with a login or error "
-    "page; download it again",
-    b"<html": "is a web page, not a model: the download was answered with a login or error page; "
-    "download it again",
+    b"GGUF": "is a GGUF file, whose quantisation is not supported; use the safetensors file of the "
+    "same model (bf16, fp16 or fp8)",
+    b"<!doctype": "is a web page, not a model: the server sent a login or error page; download the "
+    "model again",
+    b"<html": "is a web page, not a model: the server sent a login or error page; download the "
+    "model again",
 }
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """A JSON object, as it is.
+    """Read a JSON object, unchanged.
 
-    Raises CheckpointError for a file that is missing, unreadable, damaged, too large or too deep,
-    or another value.
+    Raises CheckpointError for a file that is missing, unreadable, damaged, too large, too deeply
+    nested, or not an object.
     """
     try:
         document = read_json_file(path)
@@ -64,31 +64,32 @@ def read_document(path: Path) -> dict[str, Any]:
             f"{str(path)!r} is not valid JSON ({error}); the file is damaged, copy it again"
         ) from error
     if not isinstance(document, dict):
-        raise CheckpointError(f"{str(path)!r} must hold a JSON object, got {document!r:.80}")
+        raise CheckpointError(f"{str(path)!r} must contain a JSON object, got {document!r:.80}")
     return document
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A configuration, without the keys that choose an implementation.
+    """Read a configuration, without keys that choose an implementation.
 
-    Raises CheckpointError as `read_document`, and for one that names code or a repository of code.
+    Raises CheckpointError as `read_document` does, and for a configuration that names code or a
+    repository of code.
     """
     return inert(read_document(path), str(path))
 
 
 def inert(document: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """A configuration without the keys that choose an implementation.
+    """Return a configuration without keys that choose an implementation.
 
-    Raises CheckpointError, which names the file and the key, for one that names code.
+    Raises CheckpointError, which names file and key, for a configuration that names code.
     """
     return _inert(document, file, "")
 
 
 def read_pipeline(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """A `model_index.json`, and the names of its parts, which are folders beside it.
+    """Read a `model_index.json`; return it and the names of its parts, which are folders beside it.
 
-    Raises CheckpointError as `read_json`; also for a part whose name can be no such folder, or
-    whose class is of another library than diffusers and transformers.
+    Raises CheckpointError as `read_json` does, and for a part whose name cannot be that of a folder
+    beside it, or whose class is not from diffusers or transformers.
     """
     index = read_json(path)
     parts = []
@@ -99,17 +100,19 @@ def read_pipeline(path: Path) -> tuple[dict[str, Any], list[str]]:
             raise refusal(str(path), name, value)
         if not name.isidentifier():
             raise CheckpointError(
-                f"{str(path)!r} has a part {name!r}, which is no name of a folder beside it"
+                f"{str(path)!r} has a part {name!r}, which is not the name of a folder beside it; "
+                "use a pipeline from its original source"
             )
         parts.append(name)
     return index, parts
 
 
 def refusal(file: str, key: str, value: Any) -> CheckpointError:
-    """The error for a file that names code."""
+    """Return the error for a file that names code."""
     return CheckpointError(
         f"{file!r} names code, or a repository of code, under {key!r} ({json.dumps(value)[:80]}); "
-        "code of models is never run: use a model without, or delete that key if you have read it"
+        "code of models is never run: use a model without it, or delete that key once you have "
+        "read the code"
     )
 
 
@@ -131,25 +134,25 @@ def _inert(value: Any, file: str, place: str) -> Any:
 
 def _names_code(name: str, entry: Any) -> bool:
     if name == "_class_name":
-        # A list of two is a module beside the file, and a class in it.
+        # A list of two names a module beside the file and a class in it.
         return entry is not None and not (isinstance(entry, str) and entry.isidentifier())
     return _CODE.fullmatch(name) is not None and bool(entry)
 
 
 def _is_size(entry: Any) -> bool:
-    """Convolutions have kernels too."""
+    """Whether a value is a size, such as that of a convolution's kernel."""
     return re.fullmatch(r"[\d\s.,\[\]-]+", json.dumps(entry)) is not None
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, not read yet.
+    """A tensor in a file, which has not been read yet.
 
     Attributes:
-        file, key: where it lies, and its name there.
-        shape: of the tensor.
-        dtype: as safetensors spells it: F32, BF16, F8_E4M3, I8, ...
-        scale: what the stored numbers are to be multiplied with; None if they are the values.
+        file, key: its file, and its name there.
+        shape: its shape.
+        dtype: its dtype as spelt by safetensors: F32, BF16, F8_E4M3, I8, ...
+        scale: factor of the stored numbers; None if they are the values.
     """
 
     file: Path
@@ -160,21 +163,23 @@ class StoredTensor:
 
     @property
     def may_need_scale(self) -> bool:
-        """Whether its numbers have 8 bits or fewer; see `apt.checkpoints.scales`."""
+        """Whether its numbers have at most 8 bits; see `apt.checkpoints.scales`."""
         return self.dtype.startswith(("F8", "F4", "I8", "U8"))
 
     @property
     def is_floating_point(self) -> bool:
-        """Whether its values are real numbers: stored so, or with a scale beside them."""
+        """Whether its values are real numbers: it is stored in floating point or has a scale."""
         return self.scale is not None or self.dtype.startswith(("F", "BF"))
 
     @contextmanager
     def mapped(self) -> Iterator[Tensor]:
-        """The tensor as a view of the mapped file, valid inside the block alone; in fp32, and not a
-        view, if it has a scale.
+        """Provide the tensor as a view of the mapped file, valid only inside the block.
 
-        The file is mapped anew each time: pages that were read would otherwise stay in the memory
-        of this process until the last tensor is done, and loading would need twice the model.
+        A tensor with a scale is a copy in fp32 instead.
+
+        The file is mapped for each tensor: otherwise pages that were read would stay in this
+        process's memory until the last tensor is done, and loading would need twice the model's
+        size.
 
         Raises CheckpointError if the file is damaged, or the scale does not fit.
         """
@@ -194,7 +199,7 @@ class StoredTensor:
             ) from error
 
     def _scaled(self, value: Tensor, scale: Tensor) -> Tensor:
-        """The values: a scale is for the whole tensor, for each row, or for equal parts of rows."""
+        """Apply a scale of the whole tensor, of each row, or of equal parts of rows."""
         value, scale = value.float(), scale.float()
         if scale.numel() == 1:
             return value * scale.reshape(())
@@ -202,8 +207,8 @@ class StoredTensor:
         if value.ndim < 2 or rows != value.shape[0] or value[0].numel() % parts:
             raise CheckpointError(
                 f"{str(self.file)!r}: {self.key!r} is {tuple(value.shape)} and its scale "
-                f"{tuple(scale.shape)}, expected one number, one for each row, or one for each of "
-                "some equal parts of a row; use the bf16 or fp16 file of the same model"
+                f"{tuple(scale.shape)}; expected one number, one per row, or one for each of some "
+                "equal parts of a row; use the bf16 or fp16 file of the same model"
             )
         return (value.reshape(rows, parts, -1) * scale.reshape(rows, parts, 1)).reshape(value.shape)
 
@@ -213,10 +218,10 @@ class Piece:
     """A tensor of a module, as a part of a stored one.
 
     Attributes:
-        stored: where it lies.
+        stored: the stored tensor.
         part, parts: it is part number `part`, from 0, of `parts` equal ones along dimension 0.
-        swap_halves: the two halves along dimension 0 trade places.
-        rows: slices of what that gives, one after the other; empty takes all.
+        swap_halves: swap the two halves along dimension 0.
+        rows: slices of the result, to be concatenated; empty for all of it.
     """
 
     stored: StoredTensor
@@ -230,15 +235,15 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the part. A tensor that cannot be cut keeps its own, which then fits nothing."""
+        """The shape of the part; that of the whole, which then fits nothing, if it cannot split."""
         shape = self.stored.shape
         if self.parts == 1 or not shape or shape[0] % self.parts:
             return shape
         return (shape[0] // self.parts, *shape[1:])
 
     def take(self, whole: Tensor) -> Tensor:
-        """The part of the stored tensor."""
-        import torch  # slow, and descriptions are read without it
+        """Return the part of the stored tensor."""
+        import torch  # slow, and not needed to read descriptions
 
         part = whole if self.parts == 1 else whole.chunk(self.parts)[self.part]
         if self.swap_halves:
@@ -247,11 +252,11 @@ class Piece:
 
 
 def read_stored(path: str | Path) -> dict[str, StoredTensor]:
-    """What a checkpoint holds, by key: `path` is a .safetensors file or an index of shards.
+    """Return a checkpoint's tensors by key; `path` is a .safetensors file or an index of shards.
 
     Raises:
-        CheckpointError: a file that is missing, truncated or not safetensors; an index that does
-            not agree with its shards.
+        CheckpointError: for a file that is missing, truncated or not safetensors, or an index that
+            does not match its shards.
     """
     path = Path(path)
     _check_file_kind(path)
@@ -261,7 +266,7 @@ def read_stored(path: str | Path) -> dict[str, StoredTensor]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file. Raises CheckpointError; see `read_entries`."""
+    """Return the tensors of one safetensors file. Raises CheckpointError; see `read_entries`."""
     entries = read_entries(path)
     return {
         key: StoredTensor(path, key, tuple(e["shape"]), e["dtype"]) for key, e in entries.items()
@@ -269,8 +274,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _check_file_kind(path: Path) -> None:
-    """Raise CheckpointError for a file of a known other kind. What cannot be read passes: reading
-    it says why."""
+    """Raise CheckpointError for a file of a known other kind.
+
+    A file that cannot be read passes: reading it later says why.
+    """
     try:
         with path.open("rb") as stream:
             start = stream.read(16).lstrip()
@@ -282,13 +289,15 @@ def _check_file_kind(path: Path) -> None:
 
 
 def shard_names(index: Path) -> dict[str, str]:
-    """The `weight_map` of an index: the file beside it that each key is in.
+    """Return the `weight_map` of an index, from keys to names of files beside it.
 
-    Raises CheckpointError if there is none, or it names another place.
+    Raises CheckpointError if there is none, or it names files elsewhere.
     """
     weight_map = read_document(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
-        raise CheckpointError(f"{str(index)!r} has no weight_map of keys to files beside it")
+        raise CheckpointError(
+            f"{str(index)!r} has no weight_map from keys to files; download it again"
+        )
     for name in weight_map.values():
         try:
             if "/" in check_name(name):
@@ -296,7 +305,7 @@ def shard_names(index: Path) -> dict[str, str]:
         except ValueError as error:
             raise CheckpointError(
                 f"the weight_map of {str(index)!r} names a file that is not beside it: {error}; "
-                "take the checkpoint from its author again"
+                "download the checkpoint from its author again"
             ) from error
     return dict(weight_map)
 
@@ -310,8 +319,8 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
         if listed != shard.keys():
             odd = sorted(listed ^ shard.keys())
             raise CheckpointError(
-                f"{str(index)!r} does not agree with its shard {name!r} on {len(odd)} keys, such "
-                f"as {odd[0]!r}; the files are of different checkpoints, download them again"
+                f"{str(index)!r} and its shard {name!r} differ in {len(odd)} keys, such as "
+                f"{odd[0]!r}; the files are from different checkpoints, download them again"
             )
         stored.update(shard)
     return stored

@@ -1,4 +1,4 @@
-"""Whole models, and codecs, saved as folders."""
+"""Saving of whole models and codecs as folders."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def save_bundle(
     """Write a bundle to a folder, which is created; files of an earlier save are replaced.
 
     Args:
-        folder: where to.
-        bundle: its `info` must describe its parts.
-        dtype: floating-point type of the weights in the file; None keeps what they have.
-        external_text_encoder: leave out the text encoder's weights, because building it from its
-            config brings them.
-        weights: in place of those that the backbone has; each is asked for once, so that they
-            need not all be in memory.
+        folder: the folder to write.
+        bundle: the model; its `info` must describe its parts.
+        dtype: dtype of floating-point weights in the file; None keeps theirs.
+        external_text_encoder: leave out the text encoder's weights, because it loads them when it
+            is built from its config.
+        weights: used instead of the backbone's; each is accessed once, so that they need not all be
+            in memory.
 
     Raises:
         CheckpointError: if `info` describes other parts, weights are not finite (or do not fit
@@ -50,8 +50,8 @@ def save_bundle(
     for name in ("model", "text_encoder", "codec"):
         if getattr(parts, name) != getattr(bundle.info, name):
             raise CheckpointError(
-                f"cannot save to {str(folder)!r}: info.{name}.config differs from the config of "
-                "the part itself; describe it with apt.checkpoints.load.component_info"
+                f"cannot save to {str(folder)!r}: info.{name}.config differs from the part's own "
+                "config; describe the part with apt.checkpoints.load.component_info"
             )
     text_weights = None if external_text_encoder else TEXT_ENCODER_FILE
     codec_weights = None if bundle.info.codec.weights is None else CODEC_FILE
@@ -83,23 +83,23 @@ def save_bundle(
 def save_codec(
     folder: str | Path, codec: LatentCodec, info: CodecInfo, *, dtype: torch.dtype | None = None
 ) -> Path:
-    """Write a codec that has weights of its own to a folder, which is made.
+    """Write a codec with its weights to a folder, which is created.
 
     Args:
-        folder: where to.
-        codec: to save.
-        info: must describe it.
-        dtype: of the weights in the file; None keeps what they have.
+        folder: the folder to write.
+        codec: the codec.
+        info: the description of the codec.
+        dtype: dtype of floating-point weights in the file; None keeps theirs.
 
     Raises:
-        CheckpointError: `info` describes another codec, weights that are not finite, or a disk
-            that refuses.
+        CheckpointError: if `info` describes another codec, weights are not finite, or the folder
+            cannot be written.
     """
     root = Path(folder)
     if component_info(info.codec.architecture, codec).config != info.codec.config:
         raise CheckpointError(
-            f"cannot save to {str(folder)!r}: info.codec.config differs from the codec's config; "
-            "describe it with apt.checkpoints.load.component_info"
+            f"cannot save to {str(folder)!r}: info.codec.config differs from the codec's own "
+            "config; describe the codec with apt.checkpoints.load.component_info"
         )
     info = dataclasses.replace(info, codec=dataclasses.replace(info.codec, weights=CODEC_FILE))
     try:

@@ -1,11 +1,12 @@
-"""Weights of 8 bits and the scales that lie beside them.
+"""8-bit weights and their scales.
 
     weight = stored number * scale
 
-Spellings: ComfyUI's `NAME.scale_weight` with a marker `scaled_fp8`; its newer `NAME.weight_scale`
-with `NAME.comfy_quant`, or with a description in the header; musubi-tuner's `NAME.scale_weight` for
-rows and for parts of rows; LightX2V's `NAME.weight_scale` for the rows of fp8 or int8. Scales of
-activations (`scale_input`, `input_scale`) are for 8-bit products and change no weight.
+These formats are read: ComfyUI's `NAME.scale_weight` with a marker `scaled_fp8`; its newer
+`NAME.weight_scale` with `NAME.comfy_quant`, or with a description in the header; musubi-tuner's
+`NAME.scale_weight` for rows and parts of rows; LightX2V's `NAME.weight_scale` for rows in fp8 or
+int8. Scales of activations (`scale_input`, `input_scale`) are for 8-bit products and do not change
+weights.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ _OTHER_QUANTISATIONS: dict[str, str] = {
     "._data": "optimum-quanto",
     ".weight_codebook": "4 bits with a codebook",
 }
-"""Endings of keys that only this quantisation has; the first that occurs names it."""
+"""Other quantisations, by a suffix of their keys; the first that occurs counts."""
 
 
 def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors of a model, each of 8 bits with its scale; what is no weight is left out.
+    """Return the weights of a model, 8-bit ones with their scales, without any other tensors.
 
     Args:
-        stored: of one model, without the prefix of an all-in-one file.
+        stored: tensors of one model, without the prefix of an all-in-one file.
 
     Raises:
-        CheckpointError: another quantisation, by its name; a scale of no weight.
+        CheckpointError: for another quantisation, which it names, or a scale without a weight.
     """
     for ending, name in _OTHER_QUANTISATIONS.items():
         for key, tensor in stored.items():
@@ -71,8 +72,8 @@ def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     for key, scale in scales.items():
         if key not in weights:
             raise CheckpointError(
-                f"{str(scale.file)!r} has {scale.key!r} and no {key!r} that it could be a scale "
-                "of; download it again"
+                f"{str(scale.file)!r} has the scale {scale.key!r}, but not its weight {key!r}; "
+                "download it again"
             )
         if not scale.dtype.startswith(("F", "BF")) or scale.dtype.startswith(("F8", "F4")):
             raise _unreadable(scale.file, scale.key, f"scales in {scale.dtype} (such as MXFP8)")
@@ -81,7 +82,7 @@ def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def _check_descriptions(stored: Mapping[str, StoredTensor]) -> None:
-    """Raise CheckpointError if ComfyUI's descriptions of layers name what cannot be read."""
+    """Raise CheckpointError if ComfyUI's descriptions of layers name another quantisation."""
     # A header also describes the other models of an all-in-one file.
     ours = {*stored, *(tensor.key for tensor in stored.values())}
     for file in {tensor.file for tensor in stored.values()}:
@@ -102,7 +103,10 @@ def _check_descriptions(stored: Mapping[str, StoredTensor]) -> None:
 def _check_description(file: Path, name: str, description: object) -> None:
     options = {"format": description} if isinstance(description, str) else description
     if not isinstance(options, dict):
-        raise CheckpointError(f"{str(file)!r}: the quantisation of {name!r} is no JSON object")
+        raise CheckpointError(
+            f"{str(file)!r}: the description of the quantisation of {name!r} must be a JSON "
+            "object; download it again"
+        )
     nested = options.get("params")
     rotated = options.get("convrot") or (isinstance(nested, dict) and nested.get("convrot"))
     if options.get("format") not in _READABLE or rotated:
@@ -121,7 +125,6 @@ def _parse_json(file: Path, name: str, text: str) -> Any:
 
 def _unreadable(file: Path, key: str, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{str(file)!r} is quantised: {name} (see {key!r}), which is not read here; fp8 and int8 "
-        "with one scale for a tensor or row are: use such a file, or the bf16 or fp16 file of the "
-        "same model"
+        f"{str(file)!r} is quantised: {name} (see {key!r}), which is not supported; use the bf16 "
+        "or fp16 file of the same model, or one in fp8 or int8 with one scale per tensor or row"
     )

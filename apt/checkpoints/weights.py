@@ -1,5 +1,7 @@
-"""Modules filled from checkpoints: built without memory, every key accounted for, every value
-finite."""
+"""Strict loading of weights into modules, which are built without memory, and saving of weights.
+
+Every key must match, and every value must be finite.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,12 @@ C = TypeVar("C", bound=Buildable)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a backbone's weights are, and what they are weights of.
+    """The place of a backbone's weights, and the model that they belong to.
 
     Attributes:
-        weights: a safetensors file, or the index of shards.
-        architecture: registered name; `config` may differ from what is registered.
-        config: to build from.
+        weights: a safetensors file, or an index of shards.
+        architecture: registered name; `config` may differ from the registered config.
+        config: the config to build the model from.
     """
 
     weights: Path
@@ -40,11 +42,11 @@ class Checkpoint:
     def load(
         self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Any:
-        """Build and load, strictly; the backbone is in evaluation mode.
+        """Build the backbone and load its weights strictly; it is in evaluation mode.
 
-        Peak memory is that of the loaded model and one tensor: it is built without memory, and
-        each tensor is cast on its way from the mapped file. On the meta device it has no weights
-        yet, and an `origin` that they can be had from, which fits it.
+        Peak memory is that of the loaded model and one tensor: the model is built without memory,
+        and each tensor is cast as it is copied from the mapped file. On the meta device the model
+        has no weights yet, but an `origin` to load them from, which was checked to fit.
         """
         module = empty_module(self.config, dtype)
         stored = read_stored(self.weights)
@@ -63,7 +65,7 @@ class Checkpoint:
         return module.to(device).eval()
 
     def _converted(self, stored: Mapping[str, StoredTensor], module: nn.Module) -> dict[str, Piece]:
-        """Where each tensor of the module lies in a file that is not in our own layout."""
+        """Find each tensor of the module in a file that is not in our own layout."""
         model = diffusion_model(stored)
         family = family_of(self.config)
         if family is not None:
@@ -73,36 +75,36 @@ class Checkpoint:
 
 
 def check_kind(path: Path, family: Family, stored: Mapping[str, StoredTensor]) -> None:
-    """Raise CheckpointError that says what a checkpoint of the family is, if it is none of those
-    that our module takes."""
+    """Raise CheckpointError, which names its kind, if our module does not support a checkpoint."""
     relative = family.relative({key: tensor.shape for key, tensor in stored.items()})
     if relative is not None:
         raise CheckpointError(
-            f"{str(path)!r} is {relative}; of the family {family.name!r} only the plain "
-            f"{family.makes} models are here: use the checkpoint of one"
+            f"{str(path)!r} is {relative}; of the family {family.name!r}, only plain "
+            f"{family.makes} models are supported: use a checkpoint of one"
         )
 
 
 def empty_module(config: Buildable, dtype: torch.dtype | None = None) -> Any:
-    """The module of a config on the meta device, for `fill`.
+    """Build a config's module on the meta device, for `fill`.
 
-    `dtype` casts it as `module.to` does, so layers that keep fp32 keep it.
+    `dtype` casts it as `module.to` does, so layers that stay in fp32 do so.
 
-    Raises InputError for a module with buffers that no checkpoint would hold.
+    Raises InputError for a module with buffers that checkpoints do not contain.
     """
     with torch.device("meta"):
         module = config.build()
     lost = [name for name, _ in module.named_buffers() if name not in module.state_dict()]
     if lost:
         raise InputError(
-            f"{type(module).__name__} has buffers that no checkpoint holds ({', '.join(lost)}); "
-            "register them with persistent=True, or compute them where they are used"
+            f"{type(module).__name__} has buffers that checkpoints do not contain "
+            f"({', '.join(lost)}); register them with persistent=True, or compute them where they "
+            "are used"
         )
     return module if dtype is None else module.to(dtype)
 
 
 def shapes_of(config: Buildable) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's state, without building it in memory."""
+    """Return names and shapes of a model's state, without allocating it."""
     return _shapes(empty_module(config))
 
 
@@ -111,12 +113,15 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def configured(registry: Registry[C], part: ComponentInfo, origin: Path) -> C:
-    """The config of a part as a folder describes it; what it refuses is the folder's fault."""
+    """Return the config of a part as a folder describes it.
+
+    Raises CheckpointError if the part is not registered, or its config is invalid.
+    """
     if part.architecture not in registry.names():
         raise CheckpointError(
             f"{str(origin)!r} describes the {registry.kind} {part.architecture!r}, which is not "
             "registered here: import the module that registers it (diffusion-apt --import MODULE), "
-            "or use a newer version of this package, if it is one of that; otherwise "
+            "or use a newer version of this package if it is from one; otherwise "
             f"{suggest(part.architecture, registry.names())}"
         )
     try:
@@ -126,20 +131,20 @@ def configured(registry: Registry[C], part: ComponentInfo, origin: Path) -> C:
 
 
 def unbuildable(origin: Path, error: InputError) -> CheckpointError:
-    """The error for a description that a part refuses."""
+    """Return the error for a description with an invalid config."""
     return CheckpointError(
-        f"{str(origin)!r} describes a model that cannot be built: {error}; it may come from a "
-        "newer version of this package"
+        f"{str(origin)!r} describes a model that cannot be built: {error}; it may need a newer "
+        "version of this package"
     )
 
 
 @dataclass(frozen=True)
 class StoredPieces:
-    """Where the weights of a module are.
+    """The places of a module's weights.
 
     Attributes:
-        pieces: by name in the module as it was built.
-        source: for messages.
+        pieces: stored tensors, by name in the module as it was built.
+        source: name for messages.
     """
 
     pieces: Mapping[str, Piece]
@@ -150,10 +155,10 @@ class StoredPieces:
 
 
 def begin_at(module: Any, origin: StoredPieces) -> None:
-    """Say where the weights of a module on the meta device are, which it has in full as yet."""
+    """Set the `origin` of a newly built module on the meta device, which still has all weights."""
     module.origin = origin
     for layer in module.modules():
-        # Rows that it was built without are not in the files either.
+        # Rows that were dropped when the layer was built are not in the files either.
         if hasattr(layer, "stored_rows"):
             del layer.stored_rows
 
@@ -164,13 +169,13 @@ def load_weights(
     """Copy a safetensors file, or the shards of an index, into a module; see `fill`.
 
     Args:
-        path: of the file or the index.
-        module: whose state is named as in the file.
-        device: for what is on the meta device.
+        path: the file or the index.
+        module: the module, whose state has the names in the file.
+        device: device for tensors that are on the meta device.
 
     Raises:
         CheckpointError: if a file is missing, truncated or not safetensors, its keys and shapes
-            are not exactly the module's (it is then untouched), or a value is not finite.
+            are not exactly the module's (which then does not change), or a value is not finite.
     """
     pieces = {key: Piece(stored) for key, stored in read_stored(path).items()}
     fill(module, pieces, source=str(path), device=device)
@@ -184,14 +189,14 @@ def fill(
     device: torch.device | str = "cpu",
     marks: Marks | None = None,
 ) -> None:
-    """Copy stored tensors into a module, one at a time, casting to its dtypes.
+    """Copy stored tensors into a module, one at a time, cast to its dtypes.
 
-    Parameters and buffers on the meta device are made on `device`; others stay where they are. At
-    no time is there more in memory than the module and one tensor.
+    Parameters and buffers on the meta device are allocated on `device`; others stay where they are.
+    Memory holds at most the module and one tensor.
 
     Raises:
-        CheckpointError: if the keys and shapes are not exactly the module's (it is then
-            untouched), or a value is not finite.
+        CheckpointError: if the keys and shapes are not exactly the module's (which then does not
+            change), or a value is not finite.
     """
     check_fit(module, pieces, source=source, marks=marks)
     with torch.no_grad():
@@ -217,18 +222,17 @@ def check_fit(
         stored = pieces[key].stored
         if target.is_floating_point() and not stored.is_floating_point:
             raise CheckpointError(
-                f"{str(stored.file)!r}: {stored.key!r} is {stored.dtype} and no scale lies beside "
-                "it: it is quantised in a way that is not known here; use the bf16 or fp16 file of "
-                "the same model"
+                f"{str(stored.file)!r}: {stored.key!r} is {stored.dtype} and has no scale, so its "
+                "quantisation is unknown; use the bf16 or fp16 file of the same model"
             )
 
 
 def copy_piece(piece: Piece, target: Tensor, rows: slice | None = None) -> None:
-    """Copy a stored tensor into one of a module, casting to its dtype.
+    """Copy a stored tensor into one of a module, cast to its dtype.
 
     Args:
-        target: on any device; of a sharded one, this rank's part.
-        rows: which of the whole that part is; None if it is the whole.
+        target: a tensor on any device, or this rank's part of a sharded one.
+        rows: the rows of the whole tensor that this part has; None for all.
 
     Raises CheckpointError for values that are not finite.
     """
@@ -239,12 +243,12 @@ def copy_piece(piece: Piece, target: Tensor, rows: slice | None = None) -> None:
         check_finite(file, key, value)
         target.copy_(value)
         if target.dtype == torch.float16 and value.dtype != torch.float16:
-            # The only type here whose range is narrower than that of files.
+            # fp16 is the only target dtype whose range may be narrower than the file's.
             check_finite(file, key, target)
 
 
 def put_empty(owner: nn.Module, name: str, device: torch.device | str) -> Tensor:
-    """Put an empty tensor on `device` in the place of one of a module on the meta device."""
+    """Replace a module's tensor on the meta device by an empty one on `device`, and return it."""
     old = getattr(owner, name)
     new = torch.empty_like(old, device=device)
     if isinstance(old, nn.Parameter):
@@ -257,8 +261,8 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None
     """Write a module's state as safetensors; `dtype` None keeps each tensor's own.
 
     Raises:
-        CheckpointError: for values that are not finite, before or after casting, or a disk that
-            refuses. A file that was there before is then untouched.
+        CheckpointError: for values that are not finite, before or after casting, or a failure to
+            write. An existing file then does not change.
     """
     save_tensors(path, module.state_dict(), dtype)
 
@@ -270,10 +274,10 @@ def save_tensors(
     *,
     like: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write tensors as one safetensors file, one after the other; see `save_weights`.
+    """Write tensors to one safetensors file, one after the other; see `save_weights`.
 
-    `like` has the names, shapes and types of `tensors`, on any device, if those are costly to make:
-    each is then asked for once.
+    `like` has the names, shapes and dtypes of `tensors`, on any device. Pass it if tensors are
+    costly to access; each is then accessed once.
     """
 
     def ready(key: str) -> Tensor:
@@ -295,26 +299,26 @@ def save_tensors(
 
 
 def cast_type(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor as it goes into a file: floating-point numbers in `dtype`, unless that is None."""
+    """Return a tensor as files store it: floating point in `dtype`, unless that is None."""
     return value if dtype is None or not value.is_floating_point() else value.to(dtype)
 
 
 def check_finite(path: str, key: str, value: Tensor) -> None:
-    """Raise CheckpointError that names the tensor if a value is NaN or infinite."""
+    """Raise CheckpointError, which names the tensor, if a value is NaN or infinite."""
     if not value.is_floating_point() or not value.numel():
         return
     if value.element_size() == 1:
-        # Types of 8 bits have hardly any operations.
+        # Few ops support 8-bit dtypes.
         value = value.float()
-    # NaN passes through both, and neither needs memory: temporary copies leave holes in the heap
-    # that the small tensors after them keep open.
+    # aminmax propagates NaN and needs no temporary memory: temporary copies would fragment the
+    # heap between the small tensors that follow.
     low, high = torch.aminmax(value)
     if not math.isfinite(low) or not math.isfinite(high):
         bad = int((~torch.isfinite(value)).sum())
         raise CheckpointError(
             f"{path!r}: {bad} of {value.numel()} values of {key!r} are NaN or infinite in "
-            f"{str(value.dtype).removeprefix('torch.')}; the training run diverged or the type is "
-            "too narrow: use an earlier checkpoint or a wider type"
+            f"{str(value.dtype).removeprefix('torch.')}; the training run diverged, or the range "
+            "of the dtype is too small: use an earlier checkpoint or a wider dtype"
         )
 
 
@@ -322,9 +326,9 @@ def _check_keys(source: str, stored: Shapes, expected: Shapes, marks: Marks) -> 
     """Raise CheckpointError unless `stored` has exactly the keys and shapes of `expected`.
 
     Args:
-        source: where the tensors come from, for the message.
+        source: name of the checkpoint, for the message.
         stored, expected: shapes by key.
-        marks: of the families that a foreign checkpoint may belong to.
+        marks: marks of the families that the checkpoint may belong to.
     """
     missing = sorted(expected.keys() - stored.keys())
     unexpected = sorted(stored.keys() - expected.keys())

@@ -48,7 +48,7 @@ class Generate:
 
     prompt: tuple[str, ...] = ()
     """One or more prompts, in quotes: --prompt "a red seven moving left" "a blue one"."""
-    prompt_file: Path | None = None
+    prompt_file: Annotated[Path | None, tyro.conf.arg(aliases=["--prompts"])] = None
     """Text file with one prompt per line, added to those of --prompt; empty lines are skipped."""
     model: str = "digits"
     """A built-in name, the folder of a training run or a model, a Hub id (owner/name or

@@ -33,8 +33,9 @@ class Options:
     """Run every block of deep networks, instead of running a few and multiplying."""
     compare: bool = False
     """Also run an update on this machine, with weights of zero, and compare its memory with the
-    plan: torch.cuda.max_memory_allocated on a GPU, live tensors on the CPU. With --gpus above 1,
-    run it under torchrun with that many processes."""
+    plan: torch.cuda.max_memory_allocated on a GPU, live tensors on the CPU, where several ranks
+    also compare their collectives. With --gpus above 1, run it under torchrun with that many
+    processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +96,14 @@ def main(args: Sequence[str], *, prog: str) -> int:
 def compare(job: Job, gpus: int) -> str:
     """Return a table of planned and measured peaks; empty on ranks other than 0."""
     from apt.distributed.parallel import Parallel
-    from apt.plan.compare import compared, planned_peaks
+    from apt.plan.compare import compared, planned_usage
     from apt.train.resolve import rounded
 
     layout = job.config.parallel.layout(gpus)
     config, _ = rounded(job.config, layout.data)
     job = dataclasses.replace(job, config=config)
     # Before the ranks connect, because planning simulates all of them in a single process.
-    planned = planned_peaks(job, layout)
+    planned = planned_usage(job, layout)
     with Parallel.from_environment(config.device, config=config.parallel) as parallel:
         if parallel.world_size != gpus:
             raise InputError(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from apt.cli.app import parse
 from apt.errors import InputError
@@ -26,7 +29,7 @@ class Probe:
     """Folder to write, created if missing."""
     prompt: tuple[str, ...] = ()
     """Prompts to fit on and to show; by default those of the model's training previews."""
-    prompt_file: Path | None = None
+    prompt_file: Annotated[Path | None, tyro.conf.arg(aliases=["--prompts"])] = None
     """Text file with more prompts, one per line. The first ones of all prompts are shown."""
     num_shown: int = 6
     """Number of prompts on the sheet."""

@@ -56,8 +56,14 @@ def main(args: Sequence[str], *, prog: str) -> None:
 
 def published(name: str) -> tuple[str, str | None]:
     """Return repository and revision of a model's published weights. Raises InputError if none."""
+    from apt.checkpoints.source import is_here
     from apt.models.architectures import MODELS, find_tag, split_tag
 
     architecture, tag = split_tag(name)
+    if architecture not in MODELS.names() and is_here(name):
+        raise InputError(
+            f"{name!r} is here already, and every --model and --stage option takes it so; pull "
+            "takes the name of a model on the Hub (owner/name), or one of `list models`"
+        )
     entry = MODELS.pretrained(architecture)[find_tag(architecture, tag or True)]
     return entry.repo, entry.revision

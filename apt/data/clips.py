@@ -165,7 +165,8 @@ def _checked(item: Any, where: str, request: ClipRequest) -> Sample:
     given = item if isinstance(item, Sample) else Sample(pixels, caption)
     for name, value in given.extra.items():
         _check_extra(name, value, where)
-    return dataclasses.replace(given, pixels=pixels.detach(), caption=caption)
+    extra = {name: value.detach() for name, value in given.extra.items()}
+    return dataclasses.replace(given, pixels=pixels.detach(), caption=caption, extra=extra)
 
 
 def _check_extra(name: Any, value: Any, where: str) -> None:

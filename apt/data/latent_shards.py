@@ -143,10 +143,12 @@ def _written(path: Path) -> Iterator[None]:
         ) from error
 
 
-def open_shard(path: Path) -> Any:
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
     """Open a safetensors file for reading. Raises DataError if it is missing or damaged."""
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as shard:
+            yield shard
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
 

@@ -6,6 +6,7 @@ containers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -55,6 +56,9 @@ _HLG_WHITE = 0.75
 
 _BAND = 2**22
 """Pixels to scale at once."""
+
+_STRIP = 16
+"""A picture so many times longer than what is kept of it is cut before it is scaled."""
 
 
 class ColorTags(NamedTuple):
@@ -230,6 +234,17 @@ def resize_and_crop(
     """
     height, width = size
     shown_height, shown_width = display_size or (frame.shape[1], frame.shape[2])
+    too_long = shown_height * width / (shown_width * height)
+    if max(too_long, 1 / too_long) > _STRIP:
+        # Scaled whole, a strip of a few kilobytes in a file would take gigabytes.
+        along, share = (1, 2 / too_long) if too_long > 1 else (2, 2 * too_long)
+        whole = frame.shape[along]
+        kept = math.ceil(whole * share)
+        frame = frame.narrow(along, (whole - kept) // 2, kept)
+        if along == 1:
+            shown_height = math.ceil(shown_height * kept / whole)
+        else:
+            shown_width = math.ceil(shown_width * kept / whole)
     scale = max(height / shown_height, width / shown_width)
     scaled = (max(height, round(shown_height * scale)), max(width, round(shown_width * scale)))
     if scaled == tuple(frame.shape[1:]):

@@ -123,7 +123,7 @@ def _files(root: Path, problems: list[Problem]) -> tuple[dict[str, Path], list[P
     Hidden files are left out.
     """
     media, others = {}, []
-    for path in _walk(root, problems):
+    for path in walk(root, problems):
         name = _same_form(path.relative_to(root).as_posix())
         try:
             if path.is_symlink() and not path.exists():
@@ -145,7 +145,7 @@ def _files(root: Path, problems: list[Problem]) -> tuple[dict[str, Path], list[P
     return dict(sorted(media.items())), others
 
 
-def _walk(root: Path, problems: list[Problem]) -> Iterator[Path]:
+def walk(root: Path, problems: list[Problem]) -> Iterator[Path]:
     """Yield every file that is not hidden, once each, following links to folders."""
 
     def add(kind: ProblemKind, folder: str | Path, detail: str) -> None:

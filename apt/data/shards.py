@@ -12,7 +12,7 @@ from apt.data.folder import VideoFolder
 from apt.data.metadata import is_text
 from apt.data.reading import Entry, Source, reason
 from apt.data.report import Problem
-from apt.data.scan import Scan
+from apt.data.scan import Scan, walk
 from apt.data.suffixes import is_media
 from apt.data.tar import Member, open_member, read_index, read_members
 from apt.errors import DataError
@@ -70,7 +70,7 @@ def scan_shards(directory: str | Path, *, captioned: bool = True) -> Scan:
     problems: list[Problem] = []
     entries: list[Entry] = []
     files: dict[str, Entry] = {}
-    for path in sorted(root.rglob("*.tar")):
+    for path in sorted(path for path in walk(root, problems) if path.suffix.lower() == ".tar"):
         name = path.relative_to(root).as_posix()
         try:
             samples = read_index(path)

@@ -28,6 +28,10 @@ _ONE_AT_A_TIME = threading.Lock()
 
 _PILLOW_LIMIT = threading.Lock()
 
+_OF_DAMAGE = (TypeError, LookupError, ArithmeticError, RuntimeError)
+"""What Pillow's plugins raise for damaged files beside what `reading` expects; as broad only here,
+where nothing else is at work."""
+
 _MOVING = ("GIF", "PNG", "WEBP", "AVIF")
 
 
@@ -85,19 +89,26 @@ _UPRIGHT = {
 @contextmanager
 def _opened(source: Source) -> Iterator[Image.Image]:
     try:
-        image = _open(source)
+        image = _open_any(source)
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(
+                    f"{name_of(source)}: {image.width}x{image.height} pixels are more than "
+                    f"{MAX_PIXELS:,}; scale it down"
+                )
+            yield image
+    except _OF_DAMAGE as error:
+        raise DataError(f"{name_of(source)}: cannot be decoded: {error}") from error
+
+
+def _open_any(source: Source) -> Image.Image:
+    try:
+        return _open(source)
     except UnidentifiedImageError:
         if not _is_heic(source):
             raise
         _let_pillow_read_heic(source)
-        image = _open(source)
-    with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(
-                f"{name_of(source)}: {image.width}x{image.height} pixels are more than "
-                f"{MAX_PIXELS:,}; scale it down"
-            )
-        yield image
+        return _open(source)
 
 
 def _open(source: Source) -> Image.Image:

@@ -31,13 +31,21 @@ def read_index(path: Path) -> dict[str, dict[str, Member]]:
         OSError, tarfile.TarError: if it cannot be read, or is not an uncompressed tar file.
     """
     samples: dict[str, dict[str, Member]] = {}
+    places: dict[str, Member] = {}
     with tarfile.open(path, "r:") as shard:
         for member in shard:
+            if member.isreg():
+                places[member.name] = Member(member.offset_data, member.size)
+            elif member.islnk() and member.linkname in places:
+                # Of a file with two names in one folder, tar stores the content once.
+                places[member.name] = places[member.linkname]
+            else:
+                continue
             folder, _, file = member.name.rpartition("/")
             stem, _, kind = file.partition(".")
-            if member.isreg() and stem:
+            if stem:
                 key = f"{folder}/{stem}" if folder else stem
-                samples.setdefault(key, {})[kind] = Member(member.offset_data, member.size)
+                samples.setdefault(key, {})[kind] = places[member.name]
     return samples
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from apt.data.picture import ColorTags, Picture, Pixels
-from apt.data.reading import MediaInfo, Source, bytes_at, bytes_of
+from apt.data.reading import MediaInfo, Source, bytes_at, bytes_of, name_of
 from apt.data.timeline import irregular_span, usual_rate
+from apt.errors import DataError
 
 _TICK = Fraction(1, 1000)
 
@@ -26,6 +27,8 @@ def look_webp(source: Source) -> MediaInfo:
     with Image.open(source) as image:
         width, height = image.size
     *starts, _ = accumulate(_durations(source), initial=0)
+    if not starts:
+        raise DataError(f"{name_of(source)}: holds no frames")
     rate = usual_rate(starts, _TICK, ()) or Fraction(10)
     span = irregular_span(len(starts), starts[-1] * _TICK, rate)
     return MediaInfo(False, width, height, len(starts), rate, "webp", span)

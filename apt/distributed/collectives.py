@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from apt.errors import CheckpointError
 
-__all__ = ["everywhere", "group", "group_size", "own_group", "rank", "reason", "world"]
+__all__ = ["everywhere", "group", "group_ranks", "own_group", "rank", "reason", "world"]
 
 T = TypeVar("T")
 
@@ -59,18 +59,19 @@ def world() -> int:
     return dist.get_world_size() if _distributed() else 1
 
 
-def group_size(group: Any) -> int | None:
-    """Return the size of a process group that was passed to a torch op; None for other objects."""
+def group_ranks(group: Any) -> list[int] | None:
+    """Return the ranks of a process group that was passed to a torch op; None for other objects."""
     if isinstance(group, torch.ScriptObject):
         try:
-            return dist.ProcessGroup.unbox(group).size()
+            return dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
         except (RuntimeError, TypeError):
             return None  # another torch object, such as a reduction op
     if isinstance(group, str):
         try:
-            return dist.distributed_c10d._resolve_process_group(cast(Any, group)).size()
+            found = dist.distributed_c10d._resolve_process_group(cast(Any, group))
         except (RuntimeError, LookupError):
             return None
+        return dist.get_process_group_ranks(found)
     return None
 
 

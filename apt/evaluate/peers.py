@@ -76,8 +76,8 @@ PEERS: Mapping[str, Peer] = {
         repo="black-forest-labs/FLUX.1-dev",
         licence="FLUX.1 [dev] Non-Commercial License (gated)",
         source=(
-            "card: licence; its example (guidance 3.5, 512 tokens, bfloat16, 50 steps) as quoted "
-            "elsewhere, since the card itself could not be read; the paper: 25 steps"
+            "guidance 3.5, 512 tokens, bfloat16 and the licence as quoted elsewhere from the card, "
+            "which is gated and was not read; the paper: 25 steps"
         ),
         dtype="bfloat16",
         num_steps=25,

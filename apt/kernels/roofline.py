@@ -68,8 +68,8 @@ GPUS: dict[str, Gpu] = {
         peak=Rates(matmul_tflops=989.4, memory_gb_s=3350),
         source="NVIDIA H100 Tensor Core GPU data sheet (2023)",
         measured=Rates(matmul_tflops=798, memory_gb_s=3000),
-        measured_by="a bf16 product of 8192x8192 matrices and a copy, torch 2.11, of this "
-        "project's field notes",
+        measured_by="a bf16 product of 8192x8192 matrices and a copy, torch 2.11; not by this "
+        "project",
     ),
     "h100-pcie": Gpu(
         name="NVIDIA H100 PCIe",
@@ -81,7 +81,7 @@ GPUS: dict[str, Gpu] = {
         peak=Rates(matmul_tflops=989.4, memory_gb_s=4800),
         source="NVIDIA H200 Tensor Core GPU data sheet (2024)",
         measured=Rates(matmul_tflops=790, memory_gb_s=4300),
-        measured_by="large bf16 matrix products and copies of this project's field notes",
+        measured_by="large bf16 matrix products and copies; not by this project",
     ),
     "b200": Gpu(
         name="NVIDIA B200 SXM",

@@ -25,7 +25,7 @@ def file_address(path: str | Path) -> str:
 
 
 def open_container(path: Path) -> InputContainer:
-    """A video file to read. Raises what PyAV raises, which are OSErrors and ValueErrors."""
+    """A video file to read. Raises what PyAV does: FFmpegError, of which few are OSErrors."""
     import av
 
     # Foreign bytes in a title are no reason to refuse a video.

@@ -434,12 +434,14 @@ def _title(tags: Tags) -> str:
 
 
 def _comment_of_video(file: Path) -> str:
+    from av import FFmpegError
+
     try:
         with open_container(file) as container:
             # Matroska's names of tags are in capitals.
             found = {name.lower(): text for name, text in container.metadata.items()}
             return found.get("comment", "")
-    except (OSError, ValueError) as error:
+    except (FFmpegError, OSError, ValueError) as error:
         raise _unreadable(file, error) from error
 
 

@@ -8,7 +8,7 @@
 x are real latents (B, C, T, H, W), z is noise of the same shape, c are B conditions, and t (B,) is
 in [0, 1], where the paper uses [0, T]. The networks are callables, G(z, t, c) -> velocity and
 D(x, t, c, rows=) -> logits, and c is whatever they accept. The exact R1 of Eq. 8, which the paper
-replaces by Eq. 9, is in `apt.methods.terms`.
+replaces with Eq. 9, is in `apt.methods.terms`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def discriminator_loss(
         objective: the paper's is softplus(-D(x, c)) + softplus(D(G(z, c), c)).
         r1: lambda (D(x, c) - D(x + sigma epsilon, c))^2.
         terms: additional terms, which the paper does not have.
-        forwards: 2 runs generated samples through D in a forward pass of their own.
+        forwards: 2 runs generated samples through D in a separate forward pass.
     """
     rows = torch.arange(len(x), device=x.device)
     num_perturbed = r1.num_perturbed(len(x)) if r1.weight else 0
@@ -173,10 +173,11 @@ class AdversarialConfig(MethodConfig):
         generator: the distilled model that initialises G: a built-in name, a folder or a Hub id.
         discriminator: the diffusion model that initialises D's backbone.
         generator_trains: "all" trains all of G, as in the paper; "blocks" trains only its
-            transformer blocks. A small D sees little of the finest detail, and its gradients then
+            transformer blocks. A small D sees little of the finest detail, and its gradients can
             turn the output layers' weights into grain.
         head: registered discriminator head.
-        layers: blocks that the heads read, counted from 1; empty scales the paper's to the depth.
+        layers: blocks that the heads read, counted from 1; empty scales the paper's choice to the
+            depth.
         discriminator_learning_rate: D's learning rate; 0 uses the optimizer's, as the paper does.
             With small batches D needs a higher rate than G (Heusel et al. 2017).
         discriminator_backbone_rate: learning rate of D's backbone, as a fraction of D's.
@@ -185,8 +186,8 @@ class AdversarialConfig(MethodConfig):
             trained on, which are read and encoded once; "own" uses those of the next batch, so an
             update takes twice as many clips. The paper does not say which it did.
         discriminator_forwards: 2 runs generated samples through D in forward and backward passes of
-            their own: less peak memory and the same logits, but a sharded D is gathered, and its
-            gradients are reduced, twice.
+            their own: the same logits and, with activation checkpointing, less peak memory, but a
+            sharded D is gathered, and its gradients are reduced, twice.
         discriminator_precision: "run" computes D in the precision of the run; "tf32" and "fp32"
             compute it without autocast, with matrix products in TF32 or fp32. In bf16, the
             approximated R1 with a small sigma is mostly rounding error (docs/training.md).
@@ -249,7 +250,7 @@ class AdversarialConfig(MethodConfig):
         if self.terms.exact_r1.weight:
             raise ConfigError(
                 "stage.terms.exact_r1.weight works in a single process only: exact R1 "
-                "differentiates twice, and sharded weights are freed before the second time; use "
+                "differentiates twice, and sharded weights are freed before the second pass; use "
                 "the approximated R1 (stage.r1), or start one process"
             )
 

@@ -99,7 +99,7 @@ class Outcome:
     """The weights to export, and their description.
 
     Attributes:
-        weights: unsharded tensors by name, on the CPU; each is gathered when it is accessed.
+        weights: unsharded tensors by name, on the CPU; each is produced on access.
         adapters: adapters to merge into the weights, by name of their layer in the backbone.
         config: the configuration of the stage.
         sample: the size of the clips that it was trained on.
@@ -222,7 +222,7 @@ class Host(Protocol):
         ...
 
     def codec(self) -> tuple[str, LatentCodec]:
-        """Return the registered name of the codec that the run configures, and a new one."""
+        """Return the name of the codec that the run configures, and a new instance of it."""
         ...
 
     def over_ranks(self, values: Tensor) -> Tensor:
@@ -390,7 +390,7 @@ class Stage(ABC):
 
         Returns means over the batch, under the names of the training metrics. Noise and timesteps
         depend only on the seed and `batch.offset`, so different updates can be compared. This must
-        not change the state of training. Empty if the stage has no such metrics.
+        not change the state of training. The default is no metrics.
         """
         return {}
 
@@ -575,7 +575,7 @@ class Method(Stage):
     ) -> Condition:
         """Return encoded prompts and further conditions, in the dtype of the trained weights.
 
-        Public text encoders are always in bf16.
+        Public text encoders are in bf16, whatever dtype the networks have.
         """
         return self._condition(self.encode_text(prompts), extra)
 
@@ -600,5 +600,5 @@ def mean_logs(logs: Sequence[dict[str, Tensor]]) -> Metrics:
 
 
 def _inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    # Look values up only for matching names: they may be costly to gather.
+    # Look up values only for matching names: producing them may be costly.
     return {k.removeprefix(prefix): state[k] for k in state if k.startswith(prefix)}

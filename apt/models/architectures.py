@@ -1,7 +1,7 @@
-"""Architectures by name: the configurations that `apt.models.create` builds from.
+"""Registries of architectures, from whose configurations `apt.models.create` builds modules.
 
 A builder takes no argument and returns a frozen config dataclass with a `build()` method; overrides
-replace its fields. A model's identity in a file is its registered name and its config.
+replace its fields. Files identify a model by its registered name and its config.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class PretrainedEntry:
     Attributes:
         repo: Hub id of a diffusers folder.
         revision: commit, tag or branch; None is the newest.
-        subfolder: of the transformer in it.
-        license: SPDX identifier, or the Hub's name of another licence.
+        subfolder: the transformer's folder in it.
+        license: SPDX identifier, or the Hub's name for another licence.
         source: who published it, and the paper or page.
-        gated: whether the licence must be accepted on the Hub first.
-        codec, text_encoder: registered names of the parts that go with it.
+        gated: whether the licence must first be accepted on the Hub.
+        codec, text_encoder: registered names of the parts that it is used with.
         compression: pixels per latent of that codec along time (after the first frame), height and
             width.
-        text_tokens: the length of the sequence that the model reads for any prompt.
-        sample: the size of what it makes best.
-        sampling: how its authors sample it; a shift that the folder's scheduler gives is taken
-            instead of this one.
-        lowest_t: the least t in [0, 1] that it was trained at; above 0 for an expert of several.
-        note: what a user has to know before they choose it.
+        text_tokens: length of the text sequence that the model reads, for any prompt.
+        sample: the size of output that it is best at.
+        sampling: its authors' sampling settings; a shift in the folder's scheduler config takes
+            precedence.
+        lowest_t: the lowest t in [0, 1] that it was trained at; above 0 for one of several experts.
+        note: what users should know before they choose it.
     """
 
     repo: str
@@ -60,12 +60,12 @@ class BuildableText(Buildable, Protocol):
     """The config of a text encoder."""
 
     def prompt_check(self) -> PromptCheck:
-        """What `build()` would check prompts with, without its weights."""
+        """Return the prompt check of the encoder that `build()` makes, without loading weights."""
         ...
 
 
 class ModelRegistry(Registry[Buildable]):
-    """Model sizes by name, each with the published weights that exist for it."""
+    """Model sizes by name, each with its published weights."""
 
     def __init__(self) -> None:
         super().__init__("model")
@@ -74,7 +74,7 @@ class ModelRegistry(Registry[Buildable]):
     def register(
         self, name: str, *, pretrained: Mapping[str, PretrainedEntry] | None = None
     ) -> Callable[[B], B]:
-        """Decorator: put a builder under `name`; `pretrained` maps tags to weights, best first."""
+        """Register a builder under `name`; `pretrained` maps tags to weights, best first."""
         add = super().register(name)
 
         def add_with_weights(builder: B) -> B:
@@ -85,7 +85,7 @@ class ModelRegistry(Registry[Buildable]):
         return add_with_weights
 
     def pretrained(self, name: str) -> Mapping[str, PretrainedEntry]:
-        """Published weights of a model by tag; the first is the default. Empty: there are none."""
+        """Return a model's published weights by tag; the first is the default. May be empty."""
         self.get(name)
         return self._pretrained[name]
 
@@ -97,7 +97,7 @@ HEADS: Registry[nn.Module] = Registry("discriminator head")
 
 
 def split_tag(name: str) -> tuple[str, str | None]:
-    """ "arch.tag" in two; names of models may have dots too. The tag is None without one."""
+    """Split "arch.tag", where names of models may also contain dots. The tag may be None."""
     architecture, dot, tag = name.rpartition(".")
     if name in MODELS.names() or not dot or architecture not in MODELS.names():
         return name, None
@@ -105,16 +105,16 @@ def split_tag(name: str) -> tuple[str, str | None]:
 
 
 def find_tag(name: str, tag: bool | str) -> str:
-    """The tag of published weights of a model; True is its first.
+    """Return the tag of a model's published weights; True is the first.
 
-    Raises InputError if there is none of that name, listing those there are.
+    Raises InputError, with the tags that exist, if there is no such tag.
     """
     tags = list(MODELS.pretrained(name))
     if not tags:
         published = [other for other in MODELS.names() if MODELS.pretrained(other)]
         raise InputError(
-            f"no weights are published for {name!r}; there are for {', '.join(published)}, and "
-            "apt.load_model loads folders and Hub repositories"
+            f"no weights are published for {name!r}; choose one of {', '.join(published)}, or load "
+            "a folder or Hub repository with apt.load_model"
         )
     if tag is True:
         return tags[0]
@@ -124,9 +124,9 @@ def find_tag(name: str, tag: bool | str) -> str:
 
 
 def untrained_timesteps(name: str, timesteps: Iterable[float]) -> str | None:
-    """What is wrong with timesteps above 0 that published weights of a model were not trained at.
+    """Return a warning if a model's published weights were not trained at some timesteps above 0.
 
-    None if nothing is. The weights are those of the first tag.
+    None if they were trained at all of them. This is about the weights of the first tag.
     """
     entry = next(iter(MODELS.pretrained(name).values()), None)
     below = [t for t in timesteps if entry is not None and 0 < t < entry.lowest_t]
@@ -134,10 +134,10 @@ def untrained_timesteps(name: str, timesteps: Iterable[float]) -> str | None:
         return None
     return (
         f"{name!r} is an expert for t >= {entry.lowest_t:g}, and was not trained at "
-        f"{len(below)} of these timesteps, down to {min(below):.3g}: expect poor results there"
+        f"{len(below)} of the timesteps, down to {min(below):.3g}; expect poor results there"
     )
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of registered backbones that match a shell-style pattern."""
+    """Return the names of registered backbones that match a shell-style pattern."""
     return MODELS.names(pattern)

@@ -1,4 +1,4 @@
-"""Stand-ins for a text encoder and a codec whose results were stored: nothing heavy is loaded."""
+"""Stand-ins for a text encoder and a codec whose outputs are cached, without their weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from apt.pixels import LatentCodec
 
 
 class CachedTextEncoder(TextEncoder):
-    """Looks prompts up instead of encoding them.
+    """Looks up the embeddings of prompts instead of computing them.
 
     Args:
-        config: that of the encoder which made the embeddings.
-        texts: embeddings of one row, by prompt.
+        config: the config of the encoder that made the embeddings.
+        texts: embeddings of one row each, by prompt.
     """
 
     _here: Tensor
@@ -30,31 +30,31 @@ class CachedTextEncoder(TextEncoder):
         lengths = [texts[prompt].tokens.shape for prompt in [*texts][:1]]
         self.embedding_dim = int(lengths[0][2]) if lengths else 0
         self.max_length = int(getattr(config, "max_length", 0))
-        # Moves with the module, and says where embeddings have to be.
+        # Moves with the module, and so tells on which device embeddings are needed.
         self.register_buffer("_here", torch.empty(0), persistent=False)
 
     def forward(self, prompts: Sequence[str]) -> EncodedText:
-        """Embeddings of prompts; raises InputError for those that were not stored."""
+        """Return the embeddings of prompts; raises InputError for prompts that are not cached."""
         self.check(prompts)
         rows = EncodedText.concatenate([self._texts[prompt] for prompt in prompts])
         return rows.to(self._here.device)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise InputError for prompts that were not stored."""
+        """Raise InputError for prompts that are not cached."""
         missing = sorted({prompt for prompt in prompts if prompt not in self._texts})
         if missing:
             raise InputError(
-                f"the latent cache has no embedding of {listed(map(repr, missing))}; name it with "
-                "`data encode --prompts` (a cache that is there gets what is missing)"
+                f"the latent cache has no embedding of {listed(map(repr, missing))}; add it with "
+                "`data encode --prompts` (an existing cache is completed)"
             )
 
 
 class CachedCodec(LatentCodec):
-    """Knows the shapes of latents, and neither encodes nor decodes.
+    """Knows the shapes of latents, but neither encodes nor decodes.
 
     Args:
-        config: that of the codec which made the latents.
-        channels, temporal_compression, spatial_compression: of that codec.
+        config: the config of the codec that made the latents.
+        channels, temporal_compression, spatial_compression: those of that codec.
     """
 
     def __init__(
@@ -67,12 +67,18 @@ class CachedCodec(LatentCodec):
         self.spatial_compression = spatial_compression
 
     def encode(self, pixels: Tensor) -> NoReturn:
-        raise InputError("this run was given latents, and has no codec to encode pixels with")
+        raise InputError(
+            "this run uses cached latents, and has no codec to encode pixels; train on the videos "
+            "themselves"
+        )
 
     def decode(self, latents: Tensor) -> NoReturn:
-        raise InputError("this run was given latents, and has no codec to decode them with")
+        raise InputError(
+            "this run uses cached latents, and has no codec to decode them; train on the videos "
+            "themselves"
+        )
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T', H', W') for a clip of a size that the codec takes."""
+        """Return (T', H', W') for a clip of a valid size."""
         p = self.spatial_compression
         return (frames - 1) // self.temporal_compression + 1, height // p, width // p

@@ -1,4 +1,4 @@
-"""What there is to start from: every registered model, its size, weights, licence and formats."""
+"""The catalogue of registered models: size, weights, licence and formats."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class CatalogueEntry:
     """A registered model.
 
     Attributes:
-        name: registered.
-        summary: what it is.
-        parameters: counted on the meta device.
-        family: of public checkpoints; None for models of our own.
-        formats: that it is loaded from and exported to.
+        name: registered name.
+        summary: a description in one line.
+        parameters: number of parameters.
+        family: family of public checkpoints; None for models of our own.
+        formats: formats that it can be loaded from and exported to.
         pretrained: published weights by tag.
     """
 
@@ -32,7 +32,7 @@ class CatalogueEntry:
 
 
 def catalogue(pattern: str = "*") -> list[CatalogueEntry]:
-    """The registered models whose names match a shell-style pattern."""
+    """Return the registered models whose names match a shell-style pattern."""
     entries = []
     for name in MODELS.names(pattern):
         config = MODELS.get(name)()

@@ -1,4 +1,4 @@
-"""Blocks whose activations are computed again in the backward pass, and what is kept of them."""
+"""Activation checkpointing of blocks: what is saved, and what the backward pass recomputes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-# Ops of attention as torch and the packages of `apt.kernels.attention` register them.
+# Prefixes of the attention ops that torch and the packages of `apt.kernels.attention` register.
 _TORCH = "_scaled_dot_product_"
 _PACKAGES = ("flash_attn", "xformers")
 
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """What is kept of a block from the forward pass to the backward pass.
+    """What is saved of a block from the forward pass for the backward pass: at least its input.
 
     Attributes:
-        saves_attention: beside the block's input what attention gave, (B, L, D) and a number for
-            each query and head. At long sequences attention is most of a block's work, and is not
-            done again.
-        offloads: inputs wait in host memory, which on a GPU is pinned.
+        saves_attention: also save attention's output, (B, L, D) and one number for each query and
+            head. With long sequences attention is most of a block's work, and is then not
+            recomputed.
+        offloads: keep block inputs in host memory, which is pinned if they are on a GPU.
     """
 
     saves_attention: bool = False
     offloads: bool = False
 
     def run(self, block: Callable[[Tensor, Tensor], Any], visual: Tensor, text: Tensor) -> Any:
-        """`block(visual, text)`, with nothing else kept of it."""
+        """Return `block(visual, text)`, saving only what the options say."""
         waits: AbstractContextManager[object] = contextlib.nullcontext()
         if self.offloads:
             waits = save_on_cpu(pin_memory=visual.is_cuda)
@@ -47,17 +47,17 @@ class Checkpointing:
 
 
 def _keeping_attention() -> tuple[_Kept, _Given]:
-    """Contexts of a block's forward pass and of its repetition.
+    """Return contexts for a block's forward pass and its recomputation.
 
-    torch's own (`create_selective_checkpoint_contexts`) want the same ops both times, and blocks
-    whose weights are gathered inside them have others the second time.
+    torch's `create_selective_checkpoint_contexts` needs the same ops both times, but a sharded
+    block, which gathers its weights inside, runs different ops the second time.
     """
     outputs: list[Any] = []
     return _Kept(outputs), _Given(outputs)
 
 
 class _Kept(TorchDispatchMode):
-    """Keeps what attention gives."""
+    """Saves the outputs of attention."""
 
     def __init__(self, outputs: list[Any]) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _Kept(TorchDispatchMode):
 
 
 class _Given(TorchDispatchMode):
-    """Gives it again, in the same order, where attention would be computed again."""
+    """Returns the saved outputs, in order, instead of recomputing attention."""
 
     def __init__(self, outputs: list[Any]) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def _detached(value: Any) -> Any:
 
 
 def is_attention(op: Any) -> bool:
-    """Whether an op is attention, of torch or of a package that `apt.kernels.attention` knows."""
+    """Whether an op is attention of torch or of a package that `apt.kernels.attention` uses."""
     if not isinstance(op, torch._ops.OpOverload):
         return False
     name = op.name().partition("::")[2]

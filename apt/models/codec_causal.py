@@ -1,9 +1,9 @@
-"""A small causal video autoencoder: learned latents for small videos.
+"""A small causal video autoencoder, with learned latents for small videos.
 
-Time is folded into channels at the entrance, so that every layer works on latent frames, and every
-convolution looks at its own latent frame and the one before. Norms are over the channels of one
-position. A latent frame therefore knows nothing of later pixels, a pixel nothing of later latents,
-and both ways can go in chunks of any length, for which each convolution remembers one frame.
+The first layer folds time into channels, so all layers work on latent frames, and a convolution
+sees at most its own latent frame and the one before. Norms are over the channels of one position.
+A latent frame therefore does not depend on later pixels, nor a pixel on later latents, and both
+directions can run in chunks of any length, for which each convolution remembers one frame.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class CausalCodecConfig:
     """Shape of a `CausalCodec`.
 
     Attributes:
-        channels: of the latents.
+        channels: channels of the latents.
         temporal: frames per latent frame after the first.
-        widths: channels at 1/2, 1/4, ... of the size of a frame; as many halvings as there are
-            values make the spatial compression.
+        widths: channels at 1/2, 1/4, ... of the frame size; n values compress each side by 2^n.
         encoder_blocks, decoder_blocks: residual blocks at each of these sizes.
-        chunk: latent frames that go through at once; it bounds the memory, not the result.
-        latents_mean, latents_std: of the raw latents, one value per channel; those that are handed
-            out are (raw - mean) / std. Empty, before training has measured them: 0 and 1.
+        chunk: latent frames that are computed at once; it limits memory and does not change
+            results.
+        latents_mean, latents_std: statistics of the raw latents, one value per channel; the codec's
+            latents are (raw - mean) / std. Empty, until training has measured them, for 0 and 1.
     """
 
     channels: int = 16
@@ -54,15 +54,16 @@ class CausalCodecConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.widths or min(self.widths) < 1:
             raise ConfigError(
-                f"widths must be numbers of channels, one for each halving, got {self.widths}"
+                f"widths must be positive numbers of channels, one for each halving of the frame, "
+                f"got {self.widths}"
             )
         given = (len(self.latents_mean), len(self.latents_std))
         if given not in ((0, 0), (self.channels, self.channels)) or not all(
             value > 0 for value in self.latents_std
         ):
             raise ConfigError(
-                f"latents_mean and latents_std must be {self.channels} values each, the latter "
-                f"above 0, or both empty; got {given[0]} and {given[1]}"
+                f"latents_mean and latents_std must have {self.channels} values each, with all of "
+                f"latents_std above 0, or both be empty; got {given[0]} and {given[1]} values"
             )
 
     def build(self) -> CausalCodec:
@@ -70,13 +71,14 @@ class CausalCodecConfig:
 
 
 class CausalCodec(LatentCodec):
-    """Pixels to latents and back, causally; see `apt.pixels.LatentCodec`.
+    """Encodes pixels to latents and back, causally; see `apt.pixels.LatentCodec`.
 
-    The first frame is a latent frame of its own, so an image is a video of one frame.
+    The first frame has a latent frame of its own, so an image is a video of one frame.
     """
 
-    # In bf16 latents are off by 0.007 of their deviation (measured on the digits), far less than
-    # the noise that the decoder is trained with, for 0.4 of the time.
+    # In bf16, encoding takes 0.4 of the time, and the error of the latents is 0.007 of their
+    # standard deviation (measured on the digits), far less than the noise in the decoder's
+    # training.
     encodes_in_autocast = True
 
     def __init__(self, config: CausalCodecConfig) -> None:
@@ -89,19 +91,18 @@ class CausalCodec(LatentCodec):
         self.decoder = Decoder(config)
 
     def forward(self, pixels: Tensor, noise: Tensor, noise_std: Tensor) -> tuple[Tensor, Tensor]:
-        """What training needs: the reconstruction, and the raw latents.
+        """Return the reconstruction and the raw latents, for training.
 
         Args:
             pixels: (B, 3, T, H, W) in [-1, 1].
             noise: standard normal, in the shape of the latents.
-            noise_std: (C,), in the units of the raw latents; the decoder gets latents with so much
-                noise.
+            noise_std: (C,), standard deviation of the noise added to the decoder's raw latents.
         """
         raw = self.encoder(pixels).float()
         return self.decoder(raw + noise * _per_channel(noise_std)), raw
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, T, H, W) in [-1, 1] to fp32 latents (B, C, T', H', W').
+        """Encode pixels (B, 3, T, H, W) in [-1, 1] to fp32 latents (B, C, T', H', W').
 
         Raises InputError for sizes that do not fit.
         """
@@ -109,7 +110,7 @@ class CausalCodec(LatentCodec):
             raise InputError(f"pixels must be (B, 3, T, H, W), got {tuple(pixels.shape)}")
         self.latent_shape(*pixels.shape[2:])
         memory, frames = Memory(), self.config.temporal * self.config.chunk
-        # The first latent frame is that of one frame.
+        # The first latent frame covers a single frame.
         first, rest = pixels.float().tensor_split([frames - self.config.temporal + 1], dim=2)
         chunks = [first, *(rest.split(frames, dim=2) if rest.shape[2] else ())]
         raw = torch.cat([self.encoder(chunk, memory).float() for chunk in chunks], dim=2)
@@ -117,14 +118,14 @@ class CausalCodec(LatentCodec):
         return (raw - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, T', H', W') to fp32 pixels (B, 3, T, H, W), not clipped.
+        """Decode latents (B, C, T', H', W') to fp32 pixels (B, 3, T, H, W), not clipped.
 
-        Raises InputError for latents of another number of channels.
+        Raises InputError for latents with another number of channels.
         """
         return torch.cat([*self.decode_chunks([latents])], dim=2)
 
     def decode_chunks(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Pixels of latents that come piece by piece: those of `decode` of the whole.
+        """Decode latents that arrive in pieces, with the same result as `decode` of the whole.
 
         Args:
             latents: consecutive pieces (B, C, T', H', W') along time.
@@ -150,22 +151,22 @@ class CausalCodec(LatentCodec):
 
 
 class Memory:
-    """What each causal convolution saw last, from one chunk of a video to the next."""
+    """The last frame that each causal convolution saw, kept from chunk to chunk of a video."""
 
     def __init__(self) -> None:
         self._last: dict[nn.Module, Tensor] = {}
         self.begun = False
 
     def extend(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """`x` with the frame before it."""
+        """Return `x` with the frame before it."""
         last = self._last.get(layer)
-        # A copy: a view would keep the whole chunk alive.
+        # A view would keep the whole chunk alive.
         self._last[layer] = x[:, :, -1:].clone()
         return _after(last, x)
 
 
 class CausalConv(nn.Conv3d):
-    """3x3 convolution over a frame and the one before; nothing (zeros) comes before the first."""
+    """3x3 convolution over a frame and the one before; zeros precede the first frame."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, (2, 3, 3), padding=(0, 1, 1))
@@ -175,7 +176,7 @@ class CausalConv(nn.Conv3d):
 
 
 class Block(nn.Module):
-    """Residual block: what happened in time, then what that looks like."""
+    """Residual block: a causal convolution in space and time, then one in space."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -191,7 +192,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels to raw latents."""
+    """Encodes pixels to raw latents."""
 
     def __init__(self, config: CausalCodecConfig) -> None:
         super().__init__()
@@ -208,7 +209,7 @@ class Encoder(nn.Module):
         self.leave = _straight(nn.Conv3d(widths[-1], config.channels, 1))
 
     def forward(self, pixels: Tensor, memory: Memory | None = None) -> Tensor:
-        """The latents of a whole video, or with a memory of its next chunk."""
+        """Return the latents of a whole video or, with a memory, of its next chunk."""
         if _first(memory):
             first = pixels[:, :, :1].expand(-1, -1, self.temporal - 1, -1, -1)
             pixels = torch.cat([first, pixels], dim=2)
@@ -222,7 +223,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Raw latents to pixels."""
+    """Decodes raw latents to pixels."""
 
     def __init__(self, config: CausalCodecConfig) -> None:
         super().__init__()
@@ -239,7 +240,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, latents: Tensor, memory: Memory | None = None) -> Tensor:
-        """The frames of a whole video, or with a memory of its next chunk."""
+        """Return the frames of a whole video or, with a memory, of its next chunk."""
         first = _first(memory)
         x = self.enter(latents, memory)
         for blocks, leave in zip(self.levels, self.leave, strict=True):
@@ -251,7 +252,7 @@ class Decoder(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """RMS norm over the channels of each position; of several positions it would not be causal."""
+    """RMS norm over the channels of each position; across frames it would not be causal."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -264,10 +265,10 @@ class ChannelNorm(nn.Module):
 
 
 def _straight(conv: Conv) -> Conv:
-    """The same convolution, at first a rotation of each position's channels.
+    """Initialise a convolution as an orthogonal map of each position's channels, and return it.
 
-    Blocks begin as nothing, so the way from pixels to latents and back begins as a projection that
-    keeps sizes: it has to be turned, and not to grow.
+    Residual blocks start at zero, so the whole codec starts as a projection that preserves
+    magnitudes.
     """
     with torch.no_grad():
         present, middle = conv.weight[:, :, -1], conv.kernel_size[-1] // 2
@@ -282,7 +283,7 @@ def _after(last: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _first(memory: Memory | None) -> bool:
-    """Whether a video begins here."""
+    """Whether this is the start of a video."""
     if memory is None:
         return True
     first, memory.begun = not memory.begun, True

@@ -1,6 +1,6 @@
-"""Latent codecs of public checkpoints: diffusers' autoencoders with their latent statistics.
+"""Latent codecs of public checkpoints: diffusers' autoencoders and their latent statistics.
 
-They are frozen and are not saved with a model of ours: the config names where they come from.
+They are frozen, and not saved with our models: the config says where to load them from.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from apt.pixels import LatentCodec
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusersCodecConfig:
-    """A pretrained autoencoder; what is None is read from its own config.
+    """A pretrained autoencoder; values of None are read from its own config.
 
     Attributes:
-        class_name: of diffusers, such as "AutoencoderKLWan"; empty takes what is there. An
-            autoencoder of images takes video frame by frame; one of video must be causal: its first
-            latent frame is one frame.
+        class_name: class in diffusers, such as "AutoencoderKLWan"; empty uses the class that the
+            repository names. Image autoencoders encode videos frame by frame. Video autoencoders
+            must be causal: their first latent frame covers a single frame.
         repo: Hub id or local folder.
         revision: branch, tag or commit on the Hub.
-        subfolder: where in the repository it is; "" for the top.
-        dtype: of the weights and the computation. Latents and pixels are fp32 outside.
+        subfolder: folder in the repository; "" for the top.
+        dtype: dtype of the weights and the computation. Inputs and outputs are fp32.
         latents_mean, latents_std: statistics of the raw latents, one value per channel.
         temporal_compression: frames per latent frame after the first.
         spatial_compression: pixels per latent along height and width.
-        tiling: work on overlapping tiles of large pictures, in less memory; their seams are
-            blended, so results differ a little.
-        slicing: work on one sample of a batch at a time, in less memory.
+        tiling: process large frames in overlapping tiles, which takes less memory; seams are
+            blended, so results differ slightly.
+        slicing: process one sample of a batch at a time, which takes less memory.
     """
 
     class_name: str
@@ -58,26 +58,26 @@ class DiffusersCodecConfig:
     slicing: bool = False
 
     def build(self) -> DiffusersCodec:
-        """Load the weights, downloading what is not in the Hub's cache."""
+        """Load the weights, and download what is not in the Hub's cache."""
         return DiffusersCodec(self)
 
     def shape(self) -> DiffusersCodec:
-        """Channels and compression alone, without the weights."""
+        """Return a codec without weights, which knows its channels and compression."""
         return DiffusersCodec(self, weights=False)
 
 
 class DiffusersCodec(LatentCodec):
-    """Pixels to normalised latents, `(mode of the posterior - mean) / std`, and back.
+    """Encodes pixels to normalised latents, `(mode of the posterior - mean) / std`, and back.
 
-    A class that was not named is put to work once, on a small clip.
-
-    Gradients do not pass. Always in evaluation mode. Without `weights` it tells its shapes alone.
+    If the config does not name a class, the one that was found is first tried on a small clip.
+    There are no gradients, and the codec stays in evaluation mode. Without `weights` it only knows
+    its shapes.
 
     Raises:
-        MissingPackageError: diffusers is not installed.
-        InputError: it has no such class.
-        ConfigError: latent statistics or a compression that nobody gives, or that do not fit.
-        CheckpointError: the repository, the folder or its weights cannot be used.
+        MissingPackageError: if diffusers is not installed.
+        InputError: if diffusers has no such class, or it is not an autoencoder.
+        ConfigError: if latent statistics or compression are missing or do not fit.
+        CheckpointError: if the repository, the folder or its weights cannot be used.
     """
 
     def __init__(self, config: DiffusersCodecConfig, *, weights: bool = True) -> None:
@@ -85,7 +85,7 @@ class DiffusersCodec(LatentCodec):
         diffusers = import_hub_extra("diffusers")
         if not config.repo:
             raise ConfigError(
-                "this codec needs the folder or Hub id of an autoencoder, as its option repo "
+                "this codec needs the folder or Hub id of an autoencoder; set its option repo "
                 "(--model.codec-options repo DIR)"
             )
         folder = local_folder(config.repo, config.revision, [config.subfolder]) / config.subfolder
@@ -96,14 +96,19 @@ class DiffusersCodec(LatentCodec):
             config = dataclasses.replace(config, class_name=str(found))
         vae_class = getattr(diffusers, config.class_name, None)
         if vae_class is None:
-            raise InputError(f"diffusers {diffusers.__version__} has no class {config.class_name}")
-        # A pipeline, for one, would load other parts too.
+            raise InputError(
+                f"diffusers {diffusers.__version__} has no class {config.class_name}; check "
+                "class_name, or install a version of diffusers that has it"
+            )
+        # Other classes, such as pipelines, would load further parts.
         is_model = isinstance(vae_class, type) and issubclass(vae_class, diffusers.ModelMixin)
         if not is_model or not hasattr(vae_class, "encode") or not hasattr(vae_class, "decode"):
-            raise InputError(f"{config.class_name!r} of diffusers is no autoencoder")
+            raise InputError(
+                f"{config.class_name!r} of diffusers is not an autoencoder; name the folder of one"
+            )
         if found != config.class_name:
             raise CheckpointError(
-                f"{folder} holds {found!r}, not {config.class_name!r}; set class_name to what it is"
+                f"{folder} holds {found!r}, not {config.class_name!r}; set class_name to match"
             )
         self.config = config
         if weights:
@@ -116,15 +121,18 @@ class DiffusersCodec(LatentCodec):
             (config.slicing, "enable_slicing"),
         ):
             if wanted and not hasattr(self.vae, switch):
-                raise ConfigError(f"{config.class_name} has no {switch.removeprefix('enable_')}")
+                raise ConfigError(
+                    f"{config.class_name} does not support {switch.removeprefix('enable_')}; turn "
+                    "it off"
+                )
             if wanted:
                 getattr(self.vae, switch)()
         self.channels = int(self._required("latent channels", "latent_channels", "z_dim"))
-        # Temporal autoencoders of the SVD kind have a temporal decoder over an image encoder
+        # Those like SVD's have a temporal decoder but an image encoder.
         self._is_video = any(isinstance(part, nn.Conv3d) for part in self.vae.encoder.modules())
         self.temporal_compression = self._temporal_compression()
         self.spatial_compression = self._spatial_compression()
-        # Plain numbers, so that casting the module does not round them
+        # Plain numbers: casting the module must not round them.
         self._mean, self._std = self._statistics()
         self.requires_grad_(False)
         self.eval()
@@ -132,12 +140,12 @@ class DiffusersCodec(LatentCodec):
             self._check_that_it_works()
 
     def train(self, mode: bool = True) -> DiffusersCodec:
-        """Stay in evaluation mode: it is frozen."""
+        """Stay in evaluation mode: the codec is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, T, H, W) in [-1, 1] to fp32 latents (B, C, T', H', W').
+        """Encode pixels (B, 3, T, H, W) in [-1, 1] to fp32 latents (B, C, T', H', W').
 
         Raises InputError for sizes that do not fit.
         """
@@ -149,17 +157,17 @@ class DiffusersCodec(LatentCodec):
         raw = self._posterior_mode(x) if self._is_video else _per_frame(self._posterior_mode, x)
         if tuple(raw.shape) != expected:
             raise ConfigError(
-                f"{self.config.class_name} gave latents {tuple(raw.shape)} where {expected} were "
-                "expected; set temporal_compression and spatial_compression of the codec"
+                f"{self.config.class_name} returned latents {tuple(raw.shape)}, expected "
+                f"{expected}; set temporal_compression and spatial_compression of the codec"
             )
         mean, std = self._affine(raw.device)
         return (raw.float() - mean) / std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, T', H', W') to fp32 pixels (B, 3, T, H, W), clamped to [-1, 1].
+        """Decode latents (B, C, T', H', W') to fp32 pixels (B, 3, T, H, W), clamped to [-1, 1].
 
-        Raises InputError for latents of another number of channels.
+        Raises InputError for latents with another number of channels.
         """
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise InputError(
@@ -171,31 +179,32 @@ class DiffusersCodec(LatentCodec):
         return pixels.float().clamp(-1, 1)
 
     def _check_that_it_works(self) -> None:
-        """Put a small clip through a class that was taken unseen: they differ in what they ask for.
+        """Encode and decode a small clip: not all classes of diffusers take the same arguments.
 
-        Raises ConfigError if that fails, or ends in another size.
+        Raises ConfigError if this fails, or returns another shape.
         """
         side = 4 * self.spatial_compression
         frames = 1 + self.temporal_compression
         clip = torch.zeros(1, 3, frames, side, side)
-        name = f"{self.config.class_name} of diffusers is not called as other autoencoders are"
+        name = f"{self.config.class_name} of diffusers does not work like other autoencoders"
         try:
             back = self.decode(self.encode(clip))
         except AptError:
             raise
-        except Exception as error:  # whatever code of others raises
+        except Exception as error:  # third-party code may raise anything
             raise ConfigError(
-                f"{name}: {frames} frames of {side}x{side} fail in it ({type(error).__name__}: "
-                f"{error}); use another one"
+                f"{name}: it fails on {frames} frames of {side}x{side} ({type(error).__name__}: "
+                f"{error}); use another autoencoder"
             ) from error
         if back.shape != clip.shape:
             raise ConfigError(
-                f"{name}: it makes {tuple(back.shape)} of {tuple(clip.shape)}; use another one"
+                f"{name}: it returns {tuple(back.shape)} for {tuple(clip.shape)}; use another "
+                "autoencoder"
             )
 
     def _posterior_mode(self, x: Tensor) -> Tensor:
         encoded = self.vae.encode(x)
-        # Autoencoders without a posterior give their latents themselves, under either name.
+        # Autoencoders without a posterior return latents, under either name.
         for name in ("latent", "latents"):
             if hasattr(encoded, name):
                 return cast(Tensor, getattr(encoded, name))
@@ -215,12 +224,13 @@ class DiffusersCodec(LatentCodec):
             if given not in (None, 1):
                 raise ConfigError(
                     f"{self.config.class_name} encodes single images, so temporal_compression "
-                    f"must be 1, not {given}"
+                    f"must be 1, got {given}"
                 )
             return 1
         if given is not None:
             return given
-        halvings = self.vae.config.get("temperal_downsample")  # Wan's own spelling, and its heirs'
+        # The spelling is that of Wan and of the classes derived from it.
+        halvings = self.vae.config.get("temperal_downsample")
         if isinstance(halvings, (list, tuple)):
             return 2 ** sum(map(bool, halvings))
         return int(
@@ -242,7 +252,7 @@ class DiffusersCodec(LatentCodec):
         )
 
     def _statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation per channel, from ours or the checkpoint's config."""
+        """Return mean and standard deviation per channel, from our or the checkpoint's config."""
         options = self.vae.config
         mean = self.config.latents_mean or options.get("latents_mean")
         std = self.config.latents_std or options.get("latents_std")
@@ -250,29 +260,29 @@ class DiffusersCodec(LatentCodec):
             scaling, shift = options.get("scaling_factor"), options.get("shift_factor")
             if not scaling:
                 raise ConfigError(
-                    f"the config of {self.config.repo!r} gives no latent statistics; set "
+                    f"the config of {self.config.repo!r} has no latent statistics; set "
                     "latents_mean and latents_std of the codec"
                 )
             return [shift or 0.0] * self.channels, [1 / scaling] * self.channels
         if mean is None or std is None:
-            raise ConfigError("latents_mean and latents_std must be given both or neither")
+            raise ConfigError("set both latents_mean and latents_std of the codec, or neither")
         if not len(mean) == len(std) == self.channels or not all(value > 0 for value in std):
             raise ConfigError(
-                f"latents_mean and latents_std must be {self.channels} values each, the latter "
-                f"above 0; got {len(mean)} and {len(std)}"
+                f"latents_mean and latents_std must have {self.channels} values each, with all of "
+                f"latents_std above 0; got {len(mean)} and {len(std)} values"
             )
         return list(mean), list(std)
 
     def _required(self, what: str, *names: str) -> Any:
-        """The first of several spellings that the autoencoder's config, or else its object, has."""
+        """Return the first of several attributes that the autoencoder's config or module has."""
         for source in (self.vae.config.get, lambda name: getattr(self.vae, name, None)):
             for name in names:
                 value = source(name)
                 if value is not None:
                     return value
         raise ConfigError(
-            f"{self.config.class_name} does not tell its {what}; "
-            "use another autoencoder, or set the field of the codec if there is one"
+            f"{self.config.class_name} does not state its {what}; "
+            "use another autoencoder, or set the codec's option of that name if there is one"
         )
 
 
@@ -285,7 +295,7 @@ def _per_frame(run: Any, x: Tensor) -> Tensor:
 
 @CODECS.register("diffusers_vae")
 def diffusers_vae() -> DiffusersCodecConfig:
-    """Any autoencoder of diffusers, from a folder or Hub repository that holds it alone."""
+    """Any autoencoder of diffusers, from a folder or Hub repository of its own."""
     return DiffusersCodecConfig(class_name="", repo="", subfolder="")
 
 
@@ -299,7 +309,7 @@ def wan_vae() -> DiffusersCodecConfig:
 
 @CODECS.register("wan2.2_vae")
 def wan22_vae() -> DiffusersCodecConfig:
-    """Wan 2.2's causal video VAE, 4x16x16, 48 channels (Apache-2.0), of the 5B model alone."""
+    """Wan 2.2's causal video VAE, 4x16x16, 48 channels (Apache-2.0), for the 5B model only."""
     return DiffusersCodecConfig(
         class_name="AutoencoderKLWan", repo="Wan-AI/Wan2.2-TI2V-5B-Diffusers"
     )
@@ -307,7 +317,7 @@ def wan22_vae() -> DiffusersCodecConfig:
 
 @CODECS.register("kl_vae")
 def kl_vae() -> DiffusersCodecConfig:
-    """Stable Diffusion's image VAE, 8x8, 4 channels (MIT); video frame by frame."""
+    """Stable Diffusion's image VAE, 8x8, 4 channels (MIT); encodes videos frame by frame."""
     return DiffusersCodecConfig(
         class_name="AutoencoderKL", repo="stabilityai/sd-vae-ft-mse", subfolder=""
     )

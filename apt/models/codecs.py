@@ -1,4 +1,4 @@
-"""A lossless codec: pixels folded into channels, in the shapes of a video VAE."""
+"""A lossless codec that folds pixels into channels, with the shapes of a video VAE."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class PatchifyConfig:
     Attributes:
         temporal: frames per latent frame.
         spatial: pixels per latent along height and width.
-        lapped: blocks overlap their neighbours in height and width, by an orthogonal transform, so
-            that a block's error fades out instead of ending in a seam.
-        mean, std: latent statistics of the data set; latents are (pixels - mean) / std.
+        lapped: blocks overlap their neighbours in height and width through an orthogonal
+            transform, so errors fade out between blocks instead of showing seams.
+        mean, std: statistics of the data set's pixels; latents are (pixels - mean) / std.
     """
 
     temporal: int = 4
@@ -38,13 +38,13 @@ class PatchifyConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
             raise ConfigError(
-                f"latents are (pixels - mean) / std: mean {self.mean} must be finite, and std "
-                f"{self.std} above 0"
+                f"latents are (pixels - mean) / std, so mean {self.mean} must be finite, and std "
+                f"{self.std} finite and above 0"
             )
         if self.lapped and self.spatial % 2:
             raise ConfigError(
-                f"lapped blocks reach half a block into their neighbours: spatial {self.spatial} "
-                "must be even, or lapped off"
+                f"lapped blocks reach half a block into their neighbours, so spatial must be even, "
+                f"got {self.spatial}; change it, or set lapped to False"
             )
 
     def build(self) -> PatchifyCodec:
@@ -52,11 +52,11 @@ class PatchifyConfig:
 
 
 class PatchifyCodec(LatentCodec):
-    """Fold blocks of pixels into channels; nothing is lost and nothing is learned.
+    """Folds blocks of pixels into channels: lossless, with no weights.
 
-    Like a causal video VAE it takes k * temporal + 1 frames: the first frame is one latent frame of
-    its own (its repeats fill the block, and decoding averages them), so an image is a video of
-    one frame.
+    Like a causal video VAE, it takes k * temporal + 1 frames. The first frame has a latent frame of
+    its own (it is repeated to fill the block, and decoding averages the copies), so an image is a
+    video of one frame.
     """
 
     def __init__(self, config: PatchifyConfig) -> None:
@@ -67,7 +67,7 @@ class PatchifyCodec(LatentCodec):
         self.channels = 3 * config.temporal * config.spatial**2
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, T, H, W) in [-1, 1] to latents (B, C, T', H', W')."""
+        """Encode pixels (B, 3, T, H, W) in [-1, 1] to latents (B, C, T', H', W')."""
         if pixels.ndim != 5 or pixels.shape[1] != 3:
             raise InputError(f"pixels must be (B, 3, T, H, W), got {tuple(pixels.shape)}")
         self.latent_shape(*pixels.shape[2:])
@@ -80,7 +80,7 @@ class PatchifyCodec(LatentCodec):
         return rearrange(blocks, "b c (t r) (h p) (w q) -> b (c r p q) t h w", r=r, p=p, q=p)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, T', H', W') to pixels (B, 3, T, H, W), not clipped."""
+        """Decode latents (B, C, T', H', W') to pixels (B, 3, T, H, W), not clipped."""
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise InputError(
                 f"latents must be (B, {self.channels}, T, H, W), got {tuple(latents.shape)}"
@@ -99,7 +99,7 @@ class PatchifyCodec(LatentCodec):
 
 
 def _transform(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """rows @ values @ columns^T in the dtype of `values`, also inside autocast: nothing is lost."""
+    """Return rows @ values @ columns^T in the dtype of `values`, even inside autocast."""
     with torch.autocast(values.device.type, enabled=False):
         return rows @ values @ columns.mT
 
@@ -111,19 +111,19 @@ def lapped_basis(
     dtype: torch.dtype = torch.float64,
     device: torch.device = _CPU,
 ) -> Tensor:
-    """Orthogonal (size, size): row b * block + k is frequency k of block b.
+    """Return an orthogonal (size, size) matrix; row b * block + k is frequency k of block b.
 
-    The modified discrete cosine transform with a sine window (Malvar 1992): each block of `block`
-    rows covers half of both neighbours too. The first and last block end at the border.
+    This is the modified discrete cosine transform with a sine window (Malvar 1992): each block
+    also covers half of both neighbours. The first and last block end at the border.
 
     Args:
         size: samples along the dimension, a multiple of `block`.
         block: samples per block, even.
-        dtype, device: of the result, which is computed in fp64 on the CPU. It is kept, so that
-            nothing is copied to a GPU with every clip; do not write to it.
+        dtype, device: those of the result, which is computed in fp64 on the CPU. It is cached, to
+            avoid a copy to the GPU for every clip; do not write to it.
     """
     half = block // 2
-    # Kept for later callers, whichever device or mode the first one is in.
+    # Later callers get the cached result, and may be in another mode or default device.
     with torch.inference_mode(False), _CPU:
         fold = torch.eye(size, dtype=torch.float64)
         for border in range(block, size, block):
@@ -131,7 +131,7 @@ def lapped_basis(
                 before, after = border - 1 - i, border + i
                 angle = math.pi / 4 * (1 - (2 * i + 1) / block)
                 fold[before, before] = fold[after, after] = math.cos(angle)
-                # Cosines of type IV go on evenly over the first border and oddly over the last.
+                # DCT-IV cosines are even at a block's first border and odd at its last.
                 fold[before, after] = -math.sin(angle)
                 fold[after, before] = math.sin(angle)
         k = torch.arange(block, dtype=torch.float64) + 0.5

@@ -1,4 +1,4 @@
-"""Parts by their registered names."""
+"""Build models, text encoders and codecs by registered name."""
 
 from __future__ import annotations
 
@@ -25,28 +25,30 @@ def create_model(
     device: torch.device | str | None = None,
     **overrides: Any,
 ) -> DiffusionTransformer:
-    """Build a registered backbone, with random or with published weights.
+    """Build a registered backbone, with random or published weights.
 
     Args:
         name: a registered name, or "name.tag", which means `pretrained="tag"`.
-        pretrained: False: random weights. True: the published ones, of the first tag if there are
-            several. A tag: those.
-        dtype: of the weights, whatever a checkpoint has; None is torch's default.
-        device: where they go; None is torch's default. Published weights are loaded with hardly
-            more memory than they take there.
+        pretrained: False for random weights, True for the published weights of the first tag, or a
+            tag.
+        dtype: dtype of the weights, whatever a checkpoint has; None is torch's default.
+        device: device of the weights; None is torch's default. Loading published weights needs
+            hardly more memory than the weights take there.
         overrides: fields of the config.
 
     Raises:
-        InputError: an unknown name, tag or field, with close matches, no published weights, or no
-            such device.
-        CheckpointError: weights that cannot be fetched or do not fit; see `apt.load_model`.
+        InputError: for an unknown name, tag or field (with close matches), a model without
+            published weights, or a device that does not exist.
+        CheckpointError: for weights that cannot be fetched or do not fit; see `apt.load_model`.
     """
     if device is not None:
         device = find_device(device)
     name, tag = split_tag(name)
     if tag is not None:
         if pretrained not in (False, True, tag):
-            raise InputError(f"{name}.{tag} and pretrained={pretrained!r} name two tags; name one")
+            raise InputError(
+                f"{name}.{tag} and pretrained={pretrained!r} name different tags; pass only one"
+            )
         pretrained = tag
     config = MODELS.configured(name, overrides)
     if pretrained is not False:
@@ -73,10 +75,10 @@ def create_codec(name: str, /, **overrides: Any) -> LatentCodec:
 
 
 def describe_codec(name: str, /, **overrides: Any) -> LatentCodec:
-    """A codec that tells its channels and compression, and need not do more.
+    """Build a codec that only needs to know its channels and compression.
 
-    A config that reads the weights of others gives it as `shape()`. Raises as `create_codec`,
-    except for faults of weights.
+    Configs of public codecs provide it as `shape()`, which loads no weights. Raises the same errors
+    as `create_codec`, except those about weights.
     """
     config = CODECS.configured(name, overrides)
     codec: LatentCodec = config.shape() if hasattr(config, "shape") else config.build()

@@ -1,6 +1,7 @@
 """The discriminator: a diffusion backbone with heads on its hidden tokens (APT Sec. 3.3).
 
-Tokens come in the backbone's type; a head computes, and answers, in that of its own weights.
+Tokens have the backbone's dtype; a head computes and returns its features in the dtype of its own
+weights.
 """
 
 from __future__ import annotations
@@ -37,35 +38,35 @@ class DiscriminatorOutput(NamedTuple):
 
 
 class LogitNetwork(Protocol):
-    """What a discriminator is to the losses: `Discriminator`, or any callable like it."""
+    """A discriminator as the losses see it: `Discriminator`, or any callable like it."""
 
     def __call__(
         self, x: Tensor, t: Tensor, c: Any, *, rows: Tensor | None = None
     ) -> DiscriminatorOutput:
-        """Logits of x (B, ...); sample i has row `rows[i]` of t (R,) and c, or row i."""
+        """Return logits of x (B, ...); sample i uses row `rows[i]` of t (R,) and c, or row i."""
         ...
 
 
 class Discriminator(nn.Module):
     """D(x, t, c), the paper's D-hat of Eq. 6: one fp32 logit per sample, for clean latents x.
 
-    A head reads the visual tokens after each of some blocks; their features are concatenated,
-    normalised and projected (Sec. 3.3). Heads, norm and projection run in
-    fp32 whatever autocast says: at |logit| = 2 one bf16 ulp is 0.016, as large as the difference
-    that the approximated R1 squares. Tokens reach a head in the backbone's type, autocast off, and
-    the head widens them: the attention head on the way, without a copy of all tokens in fp32.
+    Heads read the visual tokens after some of the blocks; their features are concatenated,
+    normalised and projected (Sec. 3.3). Heads, norm and projection run in fp32 even inside
+    autocast: at |logit| = 2 one bf16 ulp is 0.016, as large as the difference that the approximated
+    R1 squares. Heads get tokens in the backbone's dtype and convert them to fp32; the attention
+    head does so without an fp32 copy of all tokens.
 
     Args:
-        backbone: any backbone, usually with the weights of the diffusion model. It becomes the
-            discriminator's own: layers that no head reads are deleted from it, so every parameter
-            left trains. `create_discriminator` copies it first.
-        head: registered head, "attention" (the paper) or "conv3d".
-        layers: blocks whose tokens are read, counted from 1, rising; None scales the paper's 16, 26
-            and 36 of 36 to the backbone's depth.
+        backbone: any backbone, usually with the weights of the diffusion model. The discriminator
+            takes it over and deletes the layers that no head reads, so that every remaining
+            parameter trains. `create_discriminator` copies it first.
+        head: registered head, "attention" (the paper's) or "conv3d".
+        layers: blocks that the heads read, counted from 1, in increasing order; None scales the
+            paper's 16, 26 and 36 of 36 to the backbone's depth.
 
     Raises:
-        ConfigError: layers outside 1..depth, not rising, or no whole numbers.
-        InputError: an unknown head. The backbone is then as it was, as after a ConfigError.
+        ConfigError: for layers that are not integers in 1..depth in increasing order.
+        InputError: for an unknown head. Neither error changes the backbone.
     """
 
     def __init__(
@@ -78,9 +79,12 @@ class Discriminator(nn.Module):
         super().__init__()
         chosen = paper_layers(backbone.depth) if layers is None else tuple(layers)
         if not all(isinstance(layer, int) for layer in chosen):
-            raise ConfigError(f"discriminator layers must be whole numbers, got {list(chosen)}")
+            raise ConfigError(f"discriminator layers must be integers, got {list(chosen)}")
         if not chosen or list(chosen) != sorted(set(chosen)):
-            raise ConfigError(f"discriminator layers must be rising, got {list(chosen)}")
+            raise ConfigError(
+                "discriminator layers must be at least one block, in increasing order, got "
+                f"{list(chosen)}"
+            )
         if chosen[0] < 1 or chosen[-1] > backbone.depth:
             raise ConfigError(
                 f"discriminator layers {list(chosen)} must lie in 1..{backbone.depth}, "
@@ -88,7 +92,7 @@ class Discriminator(nn.Module):
             )
         width = backbone.hidden_size
         heads = nn.ModuleList(HEADS.create(head, hidden_size=width) for _ in chosen)
-        # Only now, when no argument can be wrong any more.
+        # Only after all arguments have been checked.
         backbone.keep_hidden_states(chosen[-1])
         self.backbone = backbone
         self.layers = chosen
@@ -99,11 +103,11 @@ class Discriminator(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, c: Condition, *, rows: Tensor | None = None
     ) -> DiscriminatorOutput:
-        """Logits and features of clean latents x (B, C, T, H, W).
+        """Return logits and features of clean latents x (B, C, T, H, W).
 
-        `t` (R,) in [0, 1] only tells the backbone which of its features to use (APT Eq. 6): x is
-        never noised. `rows` (B,) int64 lets real, perturbed and generated samples share a row of
-        `t` and `c`; None if R = B.
+        `t` (R,) in [0, 1] only selects which features the backbone computes (APT Eq. 6); no noise
+        is added to x. With `rows` (B,) int64, real, perturbed and generated samples can share a row
+        of `t` and `c`; None if R = B.
         """
         hidden = self.backbone.hidden_states(x, t, c, layers=self.layers, rows=rows)
         grid = self.backbone.token_grid(x.shape[2:])
@@ -115,25 +119,25 @@ class Discriminator(nn.Module):
         return DiscriminatorOutput(logits, features)
 
     def __repr__(self) -> str:
-        """In a line, as its backbone."""
+        """Describe the module in one line, like its backbone."""
         head = type(self.heads[0]).__name__
         layers, weights = list(self.layers), described_weights(self)
         return f"Discriminator({self.backbone!r}, {head} after blocks {layers}, {weights})"
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """What is not the backbone."""
+        """Return all parameters outside the backbone."""
         return [*self.heads.parameters(), *self.norm.parameters(), *self.project.parameters()]
 
 
 def _read(
     head: nn.Module, tokens: Tensor, grid: tuple[int, int, int], split: TokenSplit | None
 ) -> Tensor:
-    """A head's features (B, D); of split tokens, those of all ranks, the same on each."""
+    """Return a head's features (B, D); if tokens are split over ranks, all ranks get the same."""
     if split is None:
         features: Tensor = head(tokens, grid)
     elif isinstance(head, AttentionHead):
         features = head(tokens, grid, split.group)
-    else:  # it needs to see them all
+    else:  # other heads need all tokens
         features = head(split.whole(tokens), grid)
     return features
 
@@ -147,27 +151,27 @@ def discriminate_groups(
     *,
     apart: str | None = None,
 ) -> dict[str, DiscriminatorOutput]:
-    """Logits and features of several groups in one pass, as if in one call each.
+    """Return logits and features of several groups from one forward pass, as if from one each.
 
-    All groups share what depends on `t` and `c` alone, by index: the timestep embedding, the
-    pooled text, the modulation of every block and the first projection of the text are computed
-    once for each of the R rows, and the rotary tables once. What cannot be shared are the text
-    tokens in the blocks: attention mixes the sample into them, so each sample has its own from the
-    first block on. A sharded D gathers its weights once for all groups.
+    Groups share everything that depends only on `t` and `c`: the timestep embedding, the pooled
+    text, the modulation of every block and the first projection of the text are computed once for
+    each of the R rows, and the rotary tables once. Text tokens inside the blocks cannot be shared:
+    attention mixes the sample into them, so each sample has its own from the first block on. A
+    sharded D gathers its weights once for all groups.
 
     Args:
-        x: latents (B, C, T, H, W), the groups one after the other.
+        x: latents (B, C, T, H, W), group after group.
         t: (R,) in [0, 1].
         c: R rows.
         groups: for each group, in the order of x, the rows (n,) int64 of its samples; may be empty.
-        apart: a group that gets a pass of its own, if there is more than that: its activations are
-            then not computed at the same time as those of the others.
+        apart: a group with a forward pass of its own, unless it is the only one; its activations
+            are then not alive together with those of the others.
 
     Returns:
-        For each group its logits (n,) and features (n, D).
+        Logits (n,) and features (n, D) of each group.
 
     Raises:
-        InputError: groups whose sizes do not add up to B.
+        InputError: if the sizes of the groups do not add up to B.
     """
     sizes = [len(rows) for rows in groups.values()]
     if sum(sizes) != x.shape[0]:
@@ -192,7 +196,7 @@ def discriminate_groups(
 
 
 def paper_layers(depth: int) -> tuple[int, ...]:
-    """The paper's head positions scaled to another depth, counted from 1, without repeats."""
+    """Return the paper's head positions scaled to a depth, counted from 1, without repeats."""
     return tuple(sorted({max(1, round(depth * fraction)) for fraction in _PAPER_DEPTHS}))
 
 
@@ -203,11 +207,11 @@ def create_discriminator(
     layers: Sequence[int] | None = None,
     copy: bool = True,
 ) -> Discriminator:
-    """`Discriminator` over any registered backbone, on its device; see there.
+    """Build a `Discriminator` over a backbone, on its device; see there for other arguments.
 
     Args:
-        copy: leave the backbone as it is, and take a copy of it. False hands it over, which saves
-            its memory: it then loses the layers that no head reads.
+        copy: use a copy, and leave the backbone unchanged. False takes the backbone itself, which
+            saves memory: it then loses the layers that no head reads.
     """
     device = next(backbone.parameters()).device
     own = deepcopy(backbone) if copy else backbone
@@ -218,8 +222,8 @@ def create_discriminator(
 class AttentionHead(nn.Module):
     """Cross-attention-only block: one learnable query attends to all visual tokens.
 
-    APT Sec. 3.3. Tokens (B, L, D) to features (B, D). The keys have no bias: softmax takes no
-    notice of what is added to all of them, so it would never train.
+    APT Sec. 3.3. Tokens (B, L, D) to features (B, D). The keys have no bias: softmax is invariant
+    to it, so it would never train.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -227,7 +231,8 @@ class AttentionHead(nn.Module):
         self.num_heads = max(1, hidden_size // _HEAD_DIM)
         if hidden_size % self.num_heads:
             raise ConfigError(
-                f"hidden size {hidden_size} does not split into {self.num_heads} heads"
+                f"hidden size {hidden_size} is not divisible by the {self.num_heads} attention "
+                "heads of the discriminator; change the backbone's hidden_size"
             )
         self.query = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
         self.norm = nn.RMSNorm(hidden_size, eps=_NORM_EPS)
@@ -242,9 +247,9 @@ class AttentionHead(nn.Module):
         grid: tuple[int, int, int],
         sequence: SequenceGroup | None = None,
     ) -> Tensor:
-        """Features (B, D) of tokens (B, L, D); attention does not need the grid.
+        """Return features (B, D) of tokens (B, L, D); the grid is not used.
 
-        With `sequence`, tokens are this rank's, and the features those of all ranks' tokens.
+        With `sequence`, the tokens are this rank's, but the features are those of all tokens.
         """
         attended = query_pooling(
             tokens,
@@ -263,9 +268,9 @@ class AttentionHead(nn.Module):
 
 @HEADS.register("conv3d")
 class Conv3DHead(nn.Module):
-    """Tokens back on their (T, H, W) grid, two 3D convolutions, and the mean over positions.
+    """Tokens on their (T, H, W) grid through a residual 3D convolution, averaged over positions.
 
-    Sees local patches where the attention head sees the whole. Tokens (B, L, D) to (B, D).
+    It sees local patches, while the attention head sees the whole. Tokens (B, L, D) to (B, D).
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -277,7 +282,7 @@ class Conv3DHead(nn.Module):
         self.out = nn.Linear(width, hidden_size)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Features (B, D) of tokens (B, L, D) with L = T H W."""
+        """Return features (B, D) of tokens (B, L, D) with L = T H W."""
         t, h, w = grid
         tokens = self.norm(tokens.to(self.norm.weight.dtype))
         volume = rearrange(self.reduce(tokens), "b (t h w) d -> b d t h w", t=t, h=h, w=w)

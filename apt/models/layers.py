@@ -1,4 +1,4 @@
-"""Layers and tables that families share, and what is said of a module's weights."""
+"""Layers and tables that families share, and descriptions of a module's weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 
 def timestep_sinusoids(time: Tensor, size: int) -> Tensor:
-    """Cosines, then sines (..., size) fp32 of times (...) in diffusers' scale, 1000 t.
+    """Return cosines, then sines (..., size) fp32 of times (...) in diffusers' scale, 1000 t.
 
-    In fp32 and in diffusers' order of operations: the angles reach 1000, where one ulp is visible.
+    Computed in fp32 and in diffusers' order of operations: angles reach 1000, where an error of one
+    ulp is visible.
     """
     half = size // 2
     index = torch.arange(half, dtype=torch.float32, device=time.device)
@@ -27,14 +28,14 @@ def timestep_sinusoids(time: Tensor, size: int) -> Tensor:
 def rope_table(
     grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (L, Dh / 2) fp32 of 3D rotary positions.
+    """Return cosines and sines (L, Dh / 2) fp32 of 3D rotary positions.
 
-    Height and width get a third of the dimensions each (rounded down to even), time the rest.
+    Height and width each get a third of the dimensions, rounded down to even; time gets the rest.
     """
     spatial = head_dim // 6 * 2
     sizes = (head_dim - 2 * spatial, spatial, spatial)
     axes = []
-    # Kept for later callers, who may train: then it is saved for their backward passes.
+    # Later callers get the cached table and may train, but autograd cannot save inference tensors.
     with torch.inference_mode(False):
         for length, size in zip(grid, sizes, strict=True):
             frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
@@ -52,7 +53,7 @@ def rope_table(
 
 
 class FeedForward(nn.Module):
-    """Linear, tanh-GELU, linear; numbered as in diffusers, where a dropout of 0 is number 1."""
+    """Linear, tanh-GELU, linear; numbered as in diffusers, where number 1 is a dropout of 0."""
 
     def __init__(self, hidden_size: int, mlp_size: int) -> None:
         super().__init__()
@@ -77,9 +78,9 @@ class GELUProjection(nn.Module):
 
 @torch.no_grad()
 def keep_rows(layer: nn.Linear, *rows: slice) -> nn.Linear:
-    """A linear layer with some of another's outputs, in this order, on its device.
+    """Return a linear layer with some of another's outputs, in the given order, on its device.
 
-    It says which, in `stored_rows`, for weights that are yet to come from a file.
+    Its `stored_rows` says which, for weights that will be loaded from a file.
     """
     weight = torch.cat([layer.weight[part] for part in rows])
     kept: Any = nn.Linear(

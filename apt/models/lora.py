@@ -1,4 +1,4 @@
-"""The old place of `apt.checkpoints.lora`, for scripts of earlier versions."""
+"""Old name of `apt.checkpoints.lora`, for scripts written for earlier versions."""
 
 from __future__ import annotations
 

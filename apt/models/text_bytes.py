@@ -1,4 +1,4 @@
-"""A small text encoder that reads bytes: no vocabulary, no download."""
+"""A small byte-level text encoder, which needs no vocabulary and no download."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class ByteEncoderConfig:
         width: embedding dimension E.
         depth: transformer blocks over the words.
         num_heads: attention heads.
-        num_buckets: rows of the embedding table that words and their parts are hashed into.
-        max_length: words in a prompt, at most.
-        max_word_bytes: bytes in a word, at most.
-        alphabet: "utf8" takes any text; "ascii" refuses other characters, which a model trained on
-            ASCII captions has never seen.
+        num_buckets: rows of the embedding table that words and their trigrams are hashed into.
+        max_length: maximum number of words in a prompt.
+        max_word_bytes: maximum number of bytes in a word.
+        alphabet: "utf8" accepts any text; "ascii" rejects other characters, which a model trained
+            on ASCII captions has never seen.
     """
 
     width: int = 128
@@ -46,17 +46,17 @@ class ByteEncoderConfig:
         return ByteTextEncoder(self)
 
     def prompt_check(self) -> PromptCheck:
-        """The encoder's own check."""
+        """Return the encoder's check of prompts."""
         return partial(_check, config=self)
 
 
 class ByteTextEncoder(TextEncoder):
-    """Bytes to one token per word, then a transformer over the words.
+    """Makes one token per word from its bytes, then runs a transformer over the words.
 
-    A word's token is the embedding of the whole word plus the mean of its byte trigrams', all
-    hashed into one table (Bojanowski et al. 2017): each word is learned directly, and a new word
-    still looks like its relatives. A learned token leads every prompt and is all that an empty
-    prompt has.
+    A word's token is the embedding of the whole word plus the mean embedding of its byte trigrams,
+    all hashed into one table (Bojanowski et al. 2017): each word is learned directly, and a new
+    word still resembles similar ones. Every prompt starts with a learned token, the only one of an
+    empty prompt.
     """
 
     def __init__(self, config: ByteEncoderConfig) -> None:
@@ -71,14 +71,14 @@ class ByteTextEncoder(TextEncoder):
         self.norm = nn.RMSNorm(d, eps=1e-6)
 
     def forward(self, prompts: Sequence[str]) -> EncodedText:
-        """Encode prompts to tokens (R, S, E), S = 1 + the longest prompt's words, and their sum.
+        """Encode prompts to tokens (R, S, E), S = 1 + words of the longest, and a pooled vector.
 
-        The pooled vector is the sum over the square root of the number of tokens: a mean would
-        leave too little of the one word in which two prompts differ.
+        The pooled vector is the sum of the tokens, divided by the square root of their number: a
+        mean would leave too little of the one word in which two prompts differ.
 
         Raises:
             InputError: for a prompt with control characters, characters outside the alphabet, too
-                many words or too long a word.
+                many words, or a word that is too long.
         """
         words = [_split(prompt, self.config) for prompt in prompts]
         longest = max((len(row) for row in words), default=0)
@@ -87,10 +87,10 @@ class ByteTextEncoder(TextEncoder):
         mask = (torch.arange(longest + 1) <= lengths[:, None]).to(device)
         tokens = self.lead_token.expand(len(words), 1, -1)
         flat = [word for row in words for word in row]
-        # Ranks must agree on which weights have gradients, also one whose prompts are all empty.
+        # All ranks must have gradients for the same weights, even if all prompts of one are empty.
         vectors = self._encode_words(flat or [b" "])
         if flat:
-            # Where each word goes is known on the host: a mask on a GPU would have to be waited for
+            # Indices come from the CPU: indexing with a mask on the GPU would need a sync.
             firsts = lengths.cumsum(0) - lengths
             places = firsts[:, None] + torch.arange(longest)
             places = places.where(torch.arange(longest) < lengths[:, None], len(flat)).to(device)
@@ -109,18 +109,18 @@ class ByteTextEncoder(TextEncoder):
         return EncodedText(tokens, padding, pooled)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise InputError as `forward` would."""
+        """Raise InputError if `forward` would."""
         _check(prompts, config=self.config)
 
     def _encode_words(self, words: list[bytes]) -> Tensor:
-        """(N, E) for N words."""
+        """Return vectors (N, E) of N words."""
         rows = [[_bucket(part, self.config.num_buckets) for part in _parts(w)] for w in words]
         longest = max(len(row) for row in rows)
         device = self.embedding.weight.device
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         vectors = self.embedding(ids)
-        # The first part is the word, the others are its trigrams.
+        # The first part is the word itself, the others are its trigrams.
         valid = torch.arange(1, longest, device=device) < lengths[:, None]
         weight = valid.to(vectors.dtype) / (lengths[:, None] - 1)
         return vectors[:, 0] + torch.einsum("nk,nke->ne", weight, vectors[:, 1:])
@@ -138,31 +138,31 @@ def _split(prompt: str, config: ByteEncoderConfig) -> list[bytes]:
     if bad:
         names = ", ".join(sorted({f"{ch!r} (U+{ord(ch):04X})" for ch in bad}))
         raise InputError(
-            f"the prompt {prompt!r} has characters that this encoder does not know: {names}; "
-            f"use printable {config.alphabet.upper()} text"
+            f"the prompt {prompt!r} has characters that this text encoder does not support: "
+            f"{names}; use printable {config.alphabet.upper()} text"
         )
     words = [word.encode() for word in prompt.split()]
     if len(words) > config.max_length:
         raise PromptLengthError(
-            f"the prompt has {len(words)} words, at most {config.max_length} fit; shorten it"
+            f"the prompt has {len(words)} words, but at most {config.max_length} fit; shorten it"
         )
     for word in words:
         if len(word) > config.max_word_bytes:
             raise InputError(
-                f"the word {word.decode()!r} has {len(word)} bytes, at most "
+                f"the word {word.decode()!r} has {len(word)} bytes, but at most "
                 f"{config.max_word_bytes} fit; shorten it"
             )
     return words
 
 
 def _parts(word: bytes) -> list[bytes]:
-    """The word between marks, and its byte trigrams; the marks tell where it begins and ends."""
+    """Return the word between start and end markers, and the byte trigrams of that."""
     marked = b"<" + word + b">"
     return [marked, *(marked[i : i + _NGRAM] for i in range(len(marked) - _NGRAM + 1))]
 
 
 def _bucket(part: bytes, num_buckets: int) -> int:
-    # Not Python's hash, which differs between processes.
+    # Python's hash differs between processes.
     return zlib.crc32(part) % num_buckets
 
 
@@ -178,7 +178,7 @@ class _Block(nn.Module):
         self.norm2 = nn.RMSNorm(width, eps=1e-6)
         contract = nn.Linear(4 * width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), contract)
-        # Nearly an identity at first: otherwise a random mixture of all words hides each of them.
+        # Start near the identity: otherwise a random mixture of all words hides each of them.
         for layer in (self.out, contract):
             nn.init.normal_(layer.weight, std=1e-3)
             nn.init.zeros_(layer.bias)

@@ -1,6 +1,6 @@
 """The text encoder of Stable Diffusion 3 and 3.5: two CLIPs and T5 (arXiv 2403.03206, Sec. 4).
 
-They are frozen and are not saved with a model of ours: the config names where they come from.
+They are frozen, and not saved with our models: the config says where to load them from.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class SD3TextConfig:
         repo: Hub id or local folder, with the subfolders text_encoder, text_encoder_2,
             text_encoder_3, tokenizer, tokenizer_2 and tokenizer_3.
         revision: branch, tag or commit on the Hub.
-        dtype: of the weights and the embeddings.
-        max_length: tokens of T5, special tokens included. The CLIPs always read 77 and cut what
-            follows.
-        truncate: cut prompts that are too long for T5 instead of raising.
+        dtype: dtype of the weights and the embeddings.
+        max_length: number of T5 tokens, special tokens included. The CLIPs always read 77 and
+            truncate longer prompts.
+        truncate: truncate prompts that are too long for T5 instead of raising.
     """
 
     repo: str = "stabilityai/stable-diffusion-3.5-medium"
@@ -42,15 +42,15 @@ class SD3TextConfig:
     truncate: bool = False
 
     def build(self) -> SD3TextEncoder:
-        """Load tokenizers and weights, downloading what is not in the Hub's cache."""
+        """Load tokenizers and weights, and download what is not in the Hub's cache."""
         return SD3TextEncoder(self)
 
     def prompt_check(self) -> PromptCheck:
-        """T5's; the CLIPs cut."""
+        """Return T5's check of prompts; the CLIPs truncate."""
         return self.part("t5").prompt_check()
 
     def part(self, name: Literal["clip_l", "clip_g", "t5"]) -> TransformersTextConfig:
-        """One of the three encoders."""
+        """Return the config of one of the three encoders."""
         suffix = {"clip_l": "", "clip_g": "_2", "t5": "_3"}[name]
         is_clip = name != "t5"
         return TransformersTextConfig(
@@ -69,20 +69,20 @@ class SD3TextConfig:
 
 
 class SD3TextEncoder(TextEncoder):
-    """Prompts to what SD3 reads: CLIP's tokens, both encoders' side by side, before T5's.
+    """Encodes prompts for SD3: the channels of both CLIPs side by side, followed by T5's tokens.
 
-    Padding counts as text and there is no mask, as in diffusers' `StableDiffusion3Pipeline`. Always
-    in evaluation mode.
+    Padding counts as text and there is no mask, as in diffusers' `StableDiffusion3Pipeline`. The
+    encoder stays in evaluation mode.
 
     Raises:
-        MissingPackageError: transformers is not installed.
-        CheckpointError: the repository, the folder or its weights cannot be used.
+        MissingPackageError: if transformers is not installed.
+        CheckpointError: if the repository, the folder or its weights cannot be used.
     """
 
     def __init__(self, config: SD3TextConfig) -> None:
         super().__init__()
         self.config = config
-        # T5 first: its length is the one that a user chooses, and may have wrong
+        # T5 first: users choose its length, so errors about it should come early.
         self.t5 = config.part("t5").build()
         self.clip_l = config.part("clip_l").build()
         self.clip_g = config.part("clip_g").build()
@@ -91,21 +91,22 @@ class SD3TextEncoder(TextEncoder):
         clips = self.clip_l.embedding_dim + self.clip_g.embedding_dim
         if clips > self.embedding_dim:
             raise CheckpointError(
-                f"the CLIPs of {config.repo!r} have {clips} dimensions together, T5 has only "
-                f"{self.embedding_dim}; this is not a text encoder of Stable Diffusion 3"
+                f"the CLIPs of {config.repo!r} have {clips} dimensions together, but T5 has only "
+                f"{self.embedding_dim}; this is not a text encoder of Stable Diffusion 3, so "
+                "choose another repository"
             )
         self.eval()
 
     def train(self, mode: bool = True) -> SD3TextEncoder:
-        """Stay in evaluation mode: it is frozen, and T5 has dropout."""
+        """Stay in evaluation mode: the encoder is frozen, and T5 has dropout."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> EncodedText:
-        """Encode prompts: tokens (R, 77 + max_length, E) and pooled (R, P).
+        """Encode prompts to tokens (R, 77 + max_length, E) and pooled vectors (R, P).
 
-        Raises InputError for no prompt, a prompt that is no string, or one that T5 has to cut
-        unless the config says `truncate`.
+        Raises InputError for no prompts, a prompt that is not a string, and one that is too long
+        for T5, unless the config sets `truncate`.
         """
         t5, clip_l, clip_g = self.t5(prompts), self.clip_l(prompts), self.clip_g(prompts)
         assert clip_l.pooled is not None and clip_g.pooled is not None
@@ -117,7 +118,7 @@ class SD3TextEncoder(TextEncoder):
         )
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise InputError as `forward` would."""
+        """Raise InputError if `forward` would."""
         self.t5.check(prompts)
 
 

@@ -1,6 +1,6 @@
 """Text encoders of public checkpoints: T5, UMT5 and CLIP, through transformers.
 
-They are frozen and are not saved with a model of ours: the config names where they come from.
+They are frozen, and not saved with our models: the config says where to load them from.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from apt.condition import EncodedText, PromptCheck, TextEncoder
 from apt.errors import CheckpointError, InputError, PromptLengthError, first_line
 from apt.models.architectures import TEXT_ENCODERS
 
-# model_type values in config.json that each architecture loads; a whole CLIP holds a text part
+# Values of model_type in config.json for each architecture; a whole CLIP includes the text part.
 _MODEL_TYPES = {"t5": ("t5",), "umt5": ("umt5",), "clip": ("clip_text_model", "clip")}
 
 
@@ -42,16 +42,16 @@ class TransformersTextConfig:
         architecture: "t5", "umt5" or "clip".
         repo: Hub id or local folder.
         revision: branch, tag or commit on the Hub.
-        subfolder, tokenizer_subfolder: where in the repository the parts are; "" for the top.
-        dtype: of the weights and the embeddings.
+        subfolder, tokenizer_subfolder: folders of the parts in the repository; "" for the top.
+        dtype: dtype of the weights and the embeddings.
         max_length: S, the longest prompt in tokens, special tokens included.
-        truncate: cut longer prompts instead of raising.
-        projection: CLIP's pooled vector comes from its text projection, not from its last norm.
-        skip_layers: CLIP's tokens are taken before this many last layers, without the final norm;
-            0 takes the normed output.
+        truncate: truncate longer prompts instead of raising.
+        projection: take CLIP's pooled vector from its text projection, not from its last norm.
+        skip_layers: take CLIP's tokens before this many last layers, without the final norm; 0
+            takes the normalised output.
         unmasked: pad every prompt to `max_length` and treat padding as text, in the encoder and in
-            what it returns; Stable Diffusion 3 was trained so.
-        clean: see `clean_prompt`; Wan was trained so.
+            its output, as in the training of Stable Diffusion 3.
+        clean: clean prompts with `clean_prompt`, as in the training of Wan.
     """
 
     architecture: Literal["t5", "umt5", "clip"]
@@ -68,11 +68,11 @@ class TransformersTextConfig:
     clean: bool = False
 
     def build(self) -> TransformersTextEncoder:
-        """Load the tokenizer and the weights, downloading what is not in the Hub's cache."""
+        """Load the tokenizer and the weights, and download what is not in the Hub's cache."""
         return TransformersTextEncoder(self)
 
     def prompt_check(self) -> PromptCheck:
-        """The encoder's own check, of the tokenizer alone: weights are neither read nor fetched."""
+        """Return the encoder's check of prompts, which loads only the tokenizer, no weights."""
         transformers = import_hub_extra("transformers")
         folder = local_folder(self.repo, self.revision, (self.tokenizer_subfolder,))
         tokenizer = load_tokenizer(transformers, folder / self.tokenizer_subfolder)
@@ -80,22 +80,23 @@ class TransformersTextConfig:
 
 
 class TransformersTextEncoder(TextEncoder):
-    """Prompts to the embeddings of a frozen T5, UMT5 or CLIP. Always in evaluation mode.
+    """Encodes prompts with a frozen T5, UMT5 or CLIP. It stays in evaluation mode.
 
-    Embeddings at padding are zero and masked, unless the config says `unmasked`. CLIP also gives a
-    pooled vector.
+    Embeddings of padding are zero and masked, unless the config sets `unmasked`. CLIP also returns
+    a pooled vector.
 
     Raises:
-        MissingPackageError: transformers is not installed.
-        InputError: skip_layers or projection do not fit.
-        CheckpointError: the repository, the folder or its weights cannot be used.
+        MissingPackageError: if transformers is not installed.
+        InputError: if max_length, skip_layers or projection do not fit.
+        CheckpointError: if the repository, the folder or its weights cannot be used.
     """
 
     def __init__(self, config: TransformersTextConfig) -> None:
         super().__init__()
         if config.architecture != "clip" and (config.projection or config.skip_layers):
             raise InputError(
-                f"projection and skip_layers belong to 'clip', not {config.architecture!r}"
+                f"projection and skip_layers are for 'clip' only, not {config.architecture!r}; "
+                "leave them out"
             )
         transformers = import_hub_extra("transformers")
         parts = (config.subfolder, config.tokenizer_subfolder)
@@ -104,7 +105,7 @@ class TransformersTextEncoder(TextEncoder):
         if found not in _MODEL_TYPES[config.architecture]:
             raise CheckpointError(
                 f"{folder / config.subfolder} holds a {found!r} model, not "
-                f"{config.architecture!r}; choose the text encoder that fits it"
+                f"{config.architecture!r}; choose the text encoder that matches"
             )
         self.config = config
         self.tokenizer = load_tokenizer(transformers, folder / config.tokenizer_subfolder)
@@ -112,7 +113,7 @@ class TransformersTextEncoder(TextEncoder):
             getattr(transformers, _class_name(config)),
             folder / config.subfolder,
             dtype=torch_dtype(config.dtype),
-            # A whole CLIP's file: its vision part, and the text projection that is not asked for
+            # A whole CLIP's file also has a vision part, and a text projection that may be unused.
             foreign=("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
             if config.architecture == "clip"
             else (),
@@ -124,21 +125,23 @@ class TransformersTextEncoder(TextEncoder):
         self.eval()
 
     def train(self, mode: bool = True) -> TransformersTextEncoder:
-        """Stay in evaluation mode: it is frozen, and T5 has dropout."""
+        """Stay in evaluation mode: the encoder is frozen, and T5 has dropout."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> EncodedText:
-        """Encode prompts: tokens (R, S, E) padded to the longest, or to `max_length` if
-        `unmasked`; mask (R, S), or None if all are as long or `unmasked`; CLIP's pooled (R, P).
+        """Encode prompts.
 
-        Raises InputError for no prompt, a prompt that is no string, or one of more than
-        `max_length` tokens unless the config says `truncate`.
+        Returns tokens (R, S, E), padded to the longest prompt, or to `max_length` if `unmasked`; a
+        mask (R, S), or None if there is no padding or `unmasked`; and CLIP's pooled vectors (R, P).
+
+        Raises InputError for no prompts, a prompt that is not a string, and one of more than
+        `max_length` tokens, unless the config sets `truncate`.
         """
         ids, mask = _tokenize(self.tokenizer, self.config, prompts)
         if self.config.unmasked:
             ids = F.pad(ids, (0, self.max_length - ids.shape[1]), value=self.tokenizer.pad_token_id)
-        # Asked while it is on the CPU: no synchronisation
+        # Read while the mask is on the CPU: no sync.
         full = self.config.unmasked or bool(mask.all())
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         output = self.model(
@@ -158,7 +161,7 @@ class TransformersTextEncoder(TextEncoder):
         return EncodedText(tokens, None if full else mask, pooled)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise InputError as `forward` would."""
+        """Raise InputError if `forward` would."""
         _check(self.tokenizer, self.config, prompts)
 
     def _check_lengths(self) -> None:
@@ -177,7 +180,7 @@ class TransformersTextEncoder(TextEncoder):
             )
 
 
-# As ftfy does: quotation marks are straight, letters and punctuation of full width are plain.
+# As in ftfy: straight quotation marks, and plain instead of full-width letters and punctuation.
 _PLAIN: dict[int, str | None] = {
     **dict.fromkeys(map(ord, "\u02bc\u2018\u2019\u201a\u201b"), "'"),
     **dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"'),
@@ -187,10 +190,10 @@ _PLAIN: dict[int, str | None] = {
 
 
 def clean_prompt(prompt: str) -> str:
-    """HTML entities as characters, white space as single spaces, typographic quotes straightened:
-    what the cleaning of Wan's authors, and of diffusers with ftfy, makes of text.
+    """Decode HTML entities, collapse white space to single spaces, and straighten quotes.
 
-    ftfy also mends wrongly decoded text, which is left as it is here.
+    Wan's authors, and diffusers with ftfy, clean prompts in this way. Unlike ftfy, this does not
+    repair wrongly decoded text.
     """
     text = html.unescape(html.unescape(prompt)).translate(_PLAIN)
     return " ".join(unicodedata.normalize("NFC", text).split())
@@ -199,7 +202,7 @@ def clean_prompt(prompt: str) -> str:
 def _tokenize(
     tokenizer: Any, config: TransformersTextConfig, prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Ids and mask (R, S), padded to the longest."""
+    """Return ids and mask (R, S), padded to the longest prompt."""
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise InputError(f"prompts must be a sequence of at least one string, got {prompts!r}")
     encoded = tokenizer(
@@ -215,8 +218,8 @@ def _tokenize(
     if int(lengths.max()) > config.max_length:
         worst = int(lengths.argmax())
         raise PromptLengthError(
-            f"prompt {worst} has {int(lengths[worst])} tokens, the longest allowed is "
-            f"{config.max_length}: {prompts[worst][:60]!r}...; shorten it, or set truncate=True"
+            f"prompt {worst} has {int(lengths[worst])} tokens, but at most {config.max_length} "
+            f"fit: {prompts[worst][:60]!r}...; shorten it, or set truncate=True"
         )
     return ids, mask
 
@@ -232,13 +235,13 @@ def _class_name(config: TransformersTextConfig) -> str:
 
 
 def load_tokenizer(transformers: Any, folder: Path) -> Any:
-    """A tokenizer that pads on the right. Raises CheckpointError for one that cannot be used."""
+    """Load a tokenizer that pads on the right. Raises CheckpointError if it cannot be used."""
     with staged_tokenizer(folder) as stage:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 stage, local_files_only=True, trust_remote_code=False
             )
-        # The parser of tokenizer.json, in Rust, raises no other kind.
+        # The Rust parser of tokenizer.json raises plain Exception.
         except Exception as error:
             reason = first_line(error).replace(str(stage), str(folder))
             raise CheckpointError(f"no usable tokenizer in {folder}: {reason}") from error
@@ -256,8 +259,8 @@ def t5() -> TransformersTextConfig:
 def umt5() -> TransformersTextConfig:
     """UMT5-XXL, 5.7 B parameters, multilingual, as Wan uses it (Apache-2.0).
 
-    Wan attends to padding as to words of zeros, which its module adds; its authors' negative prompt
-    is `apt.models.wan.NEGATIVE_PROMPT`.
+    Wan attends to padding as zero tokens, which its module adds. Its authors' negative prompt is
+    `apt.models.wan.NEGATIVE_PROMPT`.
     """
     return TransformersTextConfig(
         architecture="umt5", repo="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", max_length=512, clean=True

@@ -1,13 +1,13 @@
-"""The diffusion transformer, written once: embed, walk the blocks, un-embed.
+"""The frame of all diffusion transformers: embed, run the blocks, un-embed.
 
-G is one, and so is D's backbone (APT Sec. 3.1, Fig. 1): `forward` gives G's velocity (Eq. 3),
-`hidden_states` the tokens that D's heads read (Sec. 3.3).
+Both G and D's backbone are such transformers (APT Sec. 3.1, Fig. 1): `forward` returns G's velocity
+(Eq. 3), and `hidden_states` the tokens that D's heads read (Sec. 3.3).
 
-A family of models is a folder beside this file. It gives the parts: how latents, timesteps and text
-become tokens, one block, and how tokens become a velocity. What is the same for all is here: which
-layers are read and kept, recomputation of blocks, cutting behind the last layer that is read,
-splitting tokens over ranks, and the checks of what comes in. Whatever is to act on every block
-belongs into `_walk`.
+A family of models is a folder beside this file with its parts: how latents, timesteps and text
+become tokens, one block, and how tokens become a velocity. This file has what all families share:
+returning hidden states, recomputing blocks, dropping layers after the last one that is read,
+splitting tokens over ranks, and checking inputs. Anything that must happen at every block belongs
+in `_walk`.
 
 Shape suffixes: B samples, R rows of conditions, L visual tokens, S text tokens, D hidden size.
 """
@@ -33,7 +33,7 @@ _LARGEST_PATCH = 16
 
 
 class TransformerConfig(Protocol):
-    """What the frame reads of a family's config, a frozen dataclass."""
+    """The fields of a family's config, a frozen dataclass, that this module reads."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -47,29 +47,31 @@ class TransformerConfig(Protocol):
     def text_dim(self) -> int: ...
 
     def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Tokens along (T, H, W) for a latent (T, H, W); raises InputError if it does not fit."""
+        """Return tokens along (T, H, W) for a latent (T, H, W); InputError if it does not fit."""
         ...
 
     def build(self) -> DiffusionTransformer:
-        """The module, with random weights."""
+        """Build the module, with random weights."""
         ...
 
 
 def token_grid(latent_shape: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:
-    """Tokens along (T, H, W); raises InputError if the patch size does not divide."""
+    """Return tokens along (T, H, W); InputError if they are not multiples of the patch size."""
     for name, size, patch in zip(
         ("frames", "height", "width"), latent_shape, patch_size, strict=True
     ):
         if size < patch or size % patch:
-            raise InputError(f"latent {name} {size} is not a multiple of the patch, {patch}")
+            raise InputError(
+                f"latent {name} {size} is not a multiple of the patch, {patch}; choose another size"
+            )
     t, h, w = (size // patch for size, patch in zip(latent_shape, patch_size, strict=True))
     return t, h, w
 
 
 def tokens_multiple(backbone_config: Any) -> int:
-    """Latents along a side of a frame that become one token: the patch of a backbone.
+    """Return how many latents along a frame's side become one token: the side of the patch.
 
-    Raises ConfigError for a patch that is no square of at most 16.
+    Raises ConfigError for a patch that is not square, or larger than 16.
     """
     for side in range(1, _LARGEST_PATCH + 1):
         try:
@@ -78,17 +80,17 @@ def tokens_multiple(backbone_config: Any) -> int:
             continue
         return side
     raise ConfigError(
-        f"{type(backbone_config).__name__} tells no patch of height and width; set "
-        "--data.size-multiple to the pixels that become one token"
+        f"{type(backbone_config).__name__} has no square patch of at most 16 latents; set "
+        "--data.size-multiple to the number of pixels that become one token"
     )
 
 
 class Tokens(NamedTuple):
-    """What a block takes and gives: of split tokens, this rank's.
+    """Input and output of a block; if tokens are split over ranks, this rank's.
 
     Attributes:
         visual: (B, L, D).
-        text: (B, S, D); or (R, S, D) in families whose blocks only look at it, and give it back.
+        text: (B, S, D); or (R, S, D) in families whose blocks read it and return it unchanged.
     """
 
     visual: Tensor
@@ -96,17 +98,17 @@ class Tokens(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all blocks read and none changes. A tuple, because FSDP looks for tensors in those.
+    """Data that all blocks read and none changes; a tuple, in which FSDP finds tensors.
 
     Attributes:
-        embedding: of the timestep, and of pooled text where a family has it: (R, D), or (B, L, D)
-            for timesteps per token.
-        modulation: what blocks make shifts, scales and gates from: (R, ...), or (B, L, ...).
+        embedding: embedding of the timestep, and of pooled text in families that use it: (R, D),
+            or (B, L, D) for timesteps per token.
+        modulation: the input of shifts, scales and gates: (R, ...), or (B, L, ...).
         rows: (B,) int64, the row of each sample; None if R = B.
         rope: cosines and sines (L, Dh / 2) of the visual tokens, if positions are rotary.
-        mask: (B, L + S) bool, True for keys that count in joint attention; None if all do.
+        mask: (B, L + S) bool, True for keys that joint attention uses; None if it uses all.
         visual: how the visual tokens are split over ranks; None if this rank has them all.
-        text: how the text tokens are, if they are.
+        text: how the text tokens are split over ranks; None if this rank has them all.
     """
 
     embedding: Tensor
@@ -119,18 +121,18 @@ class Context(NamedTuple):
 
     @property
     def joint(self) -> TokenSplit | None:
-        """How visual tokens with text tokens behind them are split."""
+        """How visual tokens followed by text tokens are split over ranks."""
         if self.visual is None or self.text is None:
             return self.visual
         return self.visual.beside(self.text)
 
     def whole(self, h_BLD: Tensor) -> Tensor:
-        """What was made of this rank's visual tokens, of all of them."""
+        """Return values for all visual tokens, given those for this rank's."""
         return h_BLD if self.visual is None else self.visual.whole(h_BLD)
 
     @property
     def modulation_rows(self) -> Tensor | None:
-        """`rows` of `embedding` and `modulation`, which with timesteps per token have none."""
+        """`rows` for `embedding` and `modulation`; None for timesteps per token."""
         return self.rows if self.embedding.ndim == 2 else None
 
 
@@ -138,11 +140,11 @@ class TransformerBlock(nn.Module):
     """One block of a family: the unit of sharding, checkpointing and compilation."""
 
     def forward(self, tokens: Tokens, context: Context) -> Tokens:
-        """The tokens after the block."""
+        """Return the tokens after the block."""
         raise NotImplementedError
 
     def drop_text_output(self) -> None:
-        """Delete what only text behind this block needs. Nothing, if blocks do not change text."""
+        """Delete weights that only the text output needs. Does nothing if text is only read."""
 
 
 def _apply(block: TransformerBlock, context: Context, visual: Tensor, text: Tensor) -> Tokens:
@@ -150,29 +152,29 @@ def _apply(block: TransformerBlock, context: Context, visual: Tensor, text: Tens
 
 
 class DiffusionTransformer(nn.Module):
-    """A velocity network over latents (B, C, T, H, W) that also shows its hidden tokens.
+    """A velocity network over latents (B, C, T, H, W) that can also return its hidden tokens.
 
-    A family sets the class variables, makes its layers in `__init__`, and gives `embed` and
-    `unembed`. If it hands the splits of the context on to `attention`, and calls `Context.whole` on
-    what it makes of the last tokens, `text_stream` may say so.
+    A family sets the class variables, makes its layers in `__init__`, and implements `embed` and
+    `unembed`. It may set `text_stream` if its blocks pass the context's splits to `attention`, and
+    `unembed` calls `Context.whole` on its output.
 
     Attributes:
         config: the frozen dataclass it was built from.
         hidden_size: D.
         depth: number of blocks.
         in_channels: latent channels C.
-        checkpointing: what is kept of blocks that are computed again in the backward pass; None
-            keeps all.
-        narrow_residual: tokens between blocks stay in the type that they are embedded in. Under
-            autocast that is bf16, which fp32 gates would widen.
-        origin: where the weights are that a module on the meta device will have.
-        blocks_name: of the `nn.ModuleList` of `TransformerBlock`s.
-        output_names: of the layers and parameters that only `unembed` uses.
+        checkpointing: what is saved of blocks that the backward pass recomputes; None saves all
+            activations.
+        narrow_residual: keep tokens between blocks in the dtype of the embedded tokens. Under
+            autocast that is bf16, which fp32 gates would promote.
+        origin: where the weights come from that a module on the meta device will get.
+        blocks_name: name of the `nn.ModuleList` of `TransformerBlock`s.
+        output_names: names of the layers and parameters that only `unembed` uses.
         token_timesteps: whether timesteps may be (R, L), one for each token.
-        extra_conditions: what `embed` reads of a condition beside its text, by name.
-        text_stream: where text meets visual tokens. "joint": they attend together, and text is
-            split over ranks as they are; "cross": blocks look at the text, which every rank has
-            whole; None: the family does not say, and its tokens cannot be split.
+        extra_conditions: names of the further conditions that `embed` reads, besides text.
+        text_stream: how text and visual tokens interact. "joint": they attend together, and text
+            is split over ranks like visual tokens; "cross": blocks attend to the text, which every
+            rank has in full; None: undeclared, so tokens cannot be split.
         sequence: the ranks that share the tokens of a sample; see `split_tokens`.
     """
 
@@ -199,27 +201,27 @@ class DiffusionTransformer(nn.Module):
     def embed(
         self, x: Tensor, t: Tensor, c: Condition, rows: Tensor | None
     ) -> tuple[Tokens, Context]:
-        """The tokens before the first block, and what all blocks read. Arguments as `forward`.
+        """Return the tokens before the first block, and the context. Arguments as in `forward`.
 
-        Of timesteps per token, t has those of this rank's tokens; all else is of the whole sample,
-        and the frame splits it.
+        If tokens are split, timesteps per token are those of this rank's tokens. Everything else is
+        for the whole sample, and is split afterwards.
         """
         raise NotImplementedError
 
     def unembed(self, h_BLD: Tensor, context: Context, x: Tensor, t: Tensor) -> Tensor:
-        """The velocity from the visual tokens after the last block; `x` and `t` as `forward`.
+        """Return the velocity from the visual tokens after the last block.
 
-        Of split tokens, `h_BLD` are this rank's.
+        `x` and `t` are as in `forward`. If tokens are split, `h_BLD` are this rank's.
         """
         raise NotImplementedError
 
     def forward(self, x: Tensor, t: Tensor, c: Condition, *, rows: Tensor | None = None) -> Tensor:
-        """Velocity (B, C, T, H, W).
+        """Return the velocity (B, C, T, H, W).
 
         Args:
             x: latents (B, C, T, H, W).
             t: timesteps (R,) in [0, 1]; with `token_timesteps` also (R, L).
-            c: R rows.
+            c: R conditions.
             rows: (B,) int64, the row of `t` and `c` for each sample; None if R = B.
 
         Raises:
@@ -238,17 +240,17 @@ class DiffusionTransformer(nn.Module):
         layers: Sequence[int],
         rows: Tensor | None = None,
     ) -> list[Tensor]:
-        """Visual tokens (B, L, D) after each block of `layers`, counted from 1.
+        """Return visual tokens (B, L, D) after each block of `layers`, counted from 1.
 
-        Blocks after the last one asked for are not run. Where ranks share the tokens, they are this
-        rank's (B, l, D), as `token_split` says.
+        Blocks after the last of them do not run. If ranks share the tokens, these are this rank's
+        (B, l, D); see `token_split`.
         """
         return self._walk(x, t, c, rows, layers)[0]
 
     def _walk(
         self, x: Tensor, t: Tensor, c: Condition, rows: Tensor | None, layers: Sequence[int]
     ) -> tuple[list[Tensor], Context]:
-        """Visual tokens after `layers`, and what all blocks read."""
+        """Run the blocks, and return the visual tokens after `layers` and the context."""
         check_layers(layers, self.depth)
         self._check(x, t, c, rows)
         split = self.token_split(x.shape[2:])
@@ -266,7 +268,7 @@ class DiffusionTransformer(nn.Module):
                 tokens = block(tokens, context)
             if self.narrow_residual:
                 tokens = Tokens(tokens.visual.to(dtype), tokens.text.to(dtype))
-            # Only these: all 40 layers of Wan 14B at 720p would be 31 GB.
+            # Not all layers: the 40 of Wan 14B at 720p would take 31 GB.
             if number in layers:
                 kept[number] = tokens.visual
         return [kept[layer] for layer in layers], context
@@ -274,7 +276,7 @@ class DiffusionTransformer(nn.Module):
     def _split(
         self, tokens: Tokens, context: Context, visual: TokenSplit
     ) -> tuple[Tokens, Context]:
-        """This rank's part of what `embed` made."""
+        """Return this rank's part of what `embed` returned."""
         cos, sin = context.rope
         if cos is not None and sin is not None:
             context = context._replace(rope=(visual.own(cos, 0), visual.own(sin, 0)))
@@ -296,14 +298,14 @@ class DiffusionTransformer(nn.Module):
         check_extra(c, self.extra_conditions)
 
     def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Tokens along (T, H, W) for a latent (T, H, W): L is their product.
+        """Return tokens along (T, H, W) for a latent (T, H, W); L is their product.
 
         Raises InputError for latents that do not fit.
         """
         return self.config.token_grid(latent_shape)
 
     def token_split(self, latent_shape: Sequence[int]) -> TokenSplit | None:
-        """How the tokens of a latent (T, H, W) are split over ranks; None if they are not.
+        """Return how the tokens of a latent (T, H, W) are split over ranks; None if they are not.
 
         Raises InputError for fewer tokens than ranks.
         """
@@ -312,65 +314,64 @@ class DiffusionTransformer(nn.Module):
         length = math.prod(self.token_grid(latent_shape))
         if length < self.sequence.size:
             raise InputError(
-                f"latents of {tuple(latent_shape)} are {length} tokens, which {self.sequence.size} "
-                "ranks cannot share; ask for fewer ranks per sample, or larger samples"
+                f"latents {tuple(latent_shape)} have {length} tokens, too few for "
+                f"{self.sequence.size} ranks; use fewer ranks per sample, or larger samples"
             )
         return self.sequence.split(length)
 
     def __repr__(self) -> str:
-        """In a line; `torch.nn.Module.__repr__(model)` shows what is inside."""
+        """Describe the model in one line; `torch.nn.Module.__repr__(model)` lists its layers."""
         return (
             f"{type(self).__name__}(depth={self.depth}, hidden_size={self.hidden_size}, "
             f"in_channels={self.in_channels}, {described_weights(self)})"
         )
 
     def block_list(self) -> list[TransformerBlock]:
-        """The blocks in order."""
+        """Return the blocks in order."""
         blocks: Any = getattr(self, self.blocks_name)
         return list(blocks)
 
     def set_checkpointing(self, how: bool | Checkpointing) -> None:
-        """Compute blocks again in the backward pass instead of keeping their activations."""
+        """Recompute blocks in the backward pass instead of saving their activations."""
         self.checkpointing = (Checkpointing() if how else None) if isinstance(how, bool) else how
 
     def compile_blocks(self, backend: str = "inductor", *, trains: bool = False) -> None:
-        """Have `torch.compile` make each block when it is next called; copies are not compiled.
+        """Compile each block with `torch.compile` at its next call; copies are not compiled.
 
-        Blocks that are alike share what is made of the first. It is made anew for another size of
-        clips, and with and without gradients.
+        Identical blocks share the compiled code of the first. Other clip sizes, and calls with and
+        without gradients, are compiled separately.
 
         Args:
-            backend: of `torch.compile`.
-            trains: gradients will be asked for.
+            backend: backend of `torch.compile`.
+            trains: whether there will be backward passes.
         """
         from torch._dynamo import config as dynamo
 
-        # Above torch's 8: of each size, sharing rows or not, with gradients and without.
+        # More than torch's 8: each size compiles with and without shared rows and gradients.
         dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-        # torch 2.13's vectorised code for CPUs gets gradients of SD 3.5's blocks wrong.
+        # torch 2.13's vectorised code for CPUs computes wrong gradients in SD 3.5's blocks.
         scalar = {"cpp.simdlen": 1} if trains and backend == "inductor" else None
         for block in self.block_list():
             block.compile(backend=backend, options=scalar)
 
     def split_tokens(self, sequence: SequenceGroup | None) -> None:
-        """Share the tokens of each sample with other ranks, or no longer.
+        """Split the tokens of each sample over ranks; None stops this.
 
-        They must then call the network alike, with the same weights, latents, timesteps and
-        conditions. Each gets the whole velocity. What holds for gradients is told in
-        `apt.distributed.sequence`.
+        All these ranks must then make the same calls, with the same weights, latents, timesteps and
+        conditions. Each gets the whole velocity. `apt.distributed.sequence` explains the gradients.
 
         Raises:
-            ConfigError: the family does not say how (`text_stream`).
+            ConfigError: if the family does not set `text_stream`.
         """
         if sequence is not None and self.text_stream is None:
             raise ConfigError(
-                f"{type(self).__name__} does not say how its tokens can be split over ranks (no "
-                "text_stream); set --parallel.sequence 1"
+                f"{type(self).__name__} does not declare how its tokens can be split over ranks "
+                "(text_stream is None); set --parallel.sequence 1"
             )
         self.sequence = sequence
 
     def keep_hidden_states(self, last_layer: int) -> None:
-        """Delete what `hidden_states` up to `last_layer` never runs, so every parameter trains."""
+        """Delete what `hidden_states` up to `last_layer` never uses, so every parameter trains."""
         del getattr(self, self.blocks_name)[last_layer:]
         self.depth = last_layer
         self.block_list()[-1].drop_text_output()
@@ -379,18 +380,21 @@ class DiffusionTransformer(nn.Module):
 
 
 def check_rotary_heads(hidden_size: int, num_heads: int) -> None:
-    """Raise ConfigError unless D splits into heads that rotary positions in 3D fit."""
+    """Raise ConfigError unless D splits into heads that 3D rotary positions fit."""
     if hidden_size % num_heads or (hidden_size // num_heads) % 2:
         raise ConfigError(
             f"hidden_size {hidden_size} must split into {num_heads} heads of an even size; change "
             "one of them"
         )
     if hidden_size // num_heads < 6:
-        raise ConfigError("a head needs at least 6 dimensions for rotary positions in 3D")
+        raise ConfigError(
+            "a head needs at least 6 dimensions for 3D rotary positions; raise hidden_size or "
+            "lower num_heads"
+        )
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:
-    """Raise InputError unless there are layers and all are blocks, counted from 1."""
+    """Raise InputError unless `layers` is not empty, and all are in 1..depth."""
     if not layers or min(layers) < 1 or max(layers) > depth:
         raise InputError(f"layers must lie in 1..{depth}, got {list(layers)}")
 
@@ -412,13 +416,13 @@ def check_rows(
     if (t.shape != (num_rows,) and not per_token) or len(c) != num_rows:
         shape = f"({num_rows},)" + (f" or ({num_rows}, {num_tokens})" if num_tokens else "")
         raise InputError(
-            f"{x.shape[0]} samples need {num_rows} timesteps and conditions, timesteps of shape "
-            f"{shape}; got {tuple(t.shape)} and {len(c)} conditions; pass `rows` to share them"
+            f"{x.shape[0]} samples need {num_rows} conditions, and timesteps of shape {shape}; got "
+            f"timesteps {tuple(t.shape)} and {len(c)} conditions; pass `rows` to share them"
         )
 
 
 def joint_mask(c: Condition, rows: Tensor | None, num_visual: int) -> Tensor | None:
-    """Keys (B, L + S) that count when visual and text tokens attend jointly; None if all do."""
+    """Return the mask (B, L + S) of keys for joint attention; None if it uses all."""
     if c.text.mask is None:
         return None
     mask = take_rows(c.text.mask, rows)

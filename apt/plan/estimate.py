@@ -166,14 +166,8 @@ class Estimate:
         return found
 
     def seconds_of(self, collective: Collective, size: float) -> float:
-        """Return how long it takes to send `size` bytes.
-
-        Ranks that share a copy of the weights are neighbours, so as many of them as possible are on
-        one machine. Different copies are on different machines.
-        """
-        layout, node = self.layout, self.gpu.node
-        between = collective.kind == "all-reduce" and collective.ranks == layout.replicate
-        near = layout.world_size <= node or (collective.ranks <= node and not between)
+        """Return how long it takes to send `size` bytes. Neighbouring ranks fill a machine."""
+        near = collective.ranks * collective.stride <= self.gpu.node
         return size / ((self.gpu.node_gb_s if near else self.gpu.network_gb_s) * 1e9)
 
     @property

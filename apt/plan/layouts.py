@@ -44,10 +44,10 @@ def choose(
 
     If the configuration sets a layout (`parallel`), only that one is tried. Within each layout,
     options that save memory and leave results unchanged are tried next: D's groups in two forward
-    passes, and, where no more ranks can share a sample, inputs of blocks in host memory. That one
-    is last because nothing hides its copies. If a layout leaves room, attention's outputs are kept,
-    which saves computation. A configuration that cannot fit according to other measurements is not
-    measured, unless it is the last resort.
+    passes, if activations are checkpointed, and, where no more ranks can share a sample, inputs of
+    blocks in host memory. That one is last because nothing hides its copies. If a layout leaves
+    room, attention's outputs are kept, which saves computation. A configuration that cannot fit
+    according to other measurements is not measured, unless it is the last resort.
 
     Args:
         job: the run.
@@ -122,7 +122,8 @@ def ways(config: TrainConfig, *, last: bool) -> Iterator[TrainConfig]:
     stage: Any = config.stage
     if getattr(stage, "discriminator_forwards", 2) == 1:
         stage = dataclasses.replace(stage, discriminator_forwards=2)
-        yield dataclasses.replace(config, stage=stage)
+        if config.activation_checkpointing:  # else both passes keep all that they made
+            yield dataclasses.replace(config, stage=stage)
     if last and not config.checkpointing.offloads:
         checkpointing = Checkpointing(offloads=True)
         yield dataclasses.replace(

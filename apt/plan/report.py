@@ -133,7 +133,7 @@ def _traffic(taken: Estimate) -> str:
         return ""
     rows = [
         [
-            f"{collective.kind} of {collective.ranks}",
+            collective.name,
             f"{taken.usage.work.calls[collective]:,}",
             f"{size / 1e9:,.3g}",
             _words(taken.seconds_of(collective, size)),

@@ -38,10 +38,23 @@ _STEP = 0.002
 
 @dataclass(frozen=True)
 class Collective:
-    """A kind of collective, and the number of ranks in its group."""
+    """A kind of collective, and its group.
+
+    Attributes:
+        kind: such as "all-gather".
+        ranks: number of ranks in the group.
+        stride: distance between them; 1 for neighbours.
+    """
 
     kind: str
     ranks: int
+    stride: int = 1
+
+    @property
+    def name(self) -> str:
+        """The collective in words, for tables."""
+        apart = f", {self.stride} apart" if self.stride > 1 else ""
+        return f"{self.kind} of {self.ranks}{apart}"
 
 
 @dataclass
@@ -295,7 +308,7 @@ class Tracker(TorchDispatchMode):
             return
         tensors = [x for x in tree_iter(args) if isinstance(x, Tensor)]
         largest = max((x.numel() * x.element_size() for x in tensors), default=0)
-        collective = Collective(kind, _group_size(args))
+        collective = _collective(kind, args)
         self.work.sent[collective] += largest
         self.work.calls[collective] += 1
 
@@ -312,8 +325,10 @@ _KINDS = {
 }
 
 
-def _group_size(args: Any) -> int:
-    """Return the number of ranks in the group that is among the arguments, itself or by name."""
-    from apt.distributed.collectives import group_size
+def _collective(kind: str, args: Any) -> Collective:
+    """Describe a collective by the group among its arguments, which may be given by name."""
+    from apt.distributed.collectives import group_ranks
 
-    return next((n for arg in args if (n := group_size(arg)) is not None), 1)
+    found = (group_ranks(arg) for arg in args)
+    ranks = next((ranks for ranks in found if ranks is not None), [0])
+    return Collective(kind, len(ranks), ranks[1] - ranks[0] if len(ranks) > 1 else 1)

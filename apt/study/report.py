@@ -153,7 +153,7 @@ def report_text(figures: Mapping[str, Any]) -> str:
     comparisons, raters = figures["comparisons"], figures["raters"]
     rated = sum(rater["rated"] for rater in raters if rater["counted"])
     wanted = figures["pairs"] * figures["votes_wanted"]
-    used = sum(rater["counted"] for rater in raters)
+    used = sum(rater["counted"] and rater["rated"] > 0 for rater in raters)
     lines = ["# Preference study", ""]
     if figures["note"]:
         lines += [f"**{_cell(figures['note'])}**", ""]

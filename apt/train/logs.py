@@ -157,9 +157,10 @@ class RunLog:
         if not self.enabled:
             return
         if self._board is not None:
-            from PIL import Image
+            from PIL.PngImagePlugin import PngImageFile
 
-            with Image.open(path) as image:
+            # `Image.open` refuses a sheet of many large frames as an attack.
+            with PngImageFile(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
             self._board.add_image("samples", pixels, update, dataformats="HWC")
         if self._also is not None:

@@ -53,7 +53,6 @@ def own_codec(
         base,
         size,
         "codec",
-        # Clips have seven times as many positions as the digits.
         updates_factor,
         # Clips have seven times as many positions as the digits.
         batch_size=4,

@@ -254,6 +254,8 @@ def _prepare(
             "no sample sheets: a run on a latent cache loads no codec to decode them, and the "
             "monitor checks latents; `diffusion-apt generate --model` draws samples"
         )
+    elif config.sample_every and config.stage.reads_captions and not config.sample_prompts:
+        made.notes.append("no sample sheets: --sample-prompts names what they would show")
     trained_on = start.sample if isinstance(start, ModelInfo) else None
     made.notes += (f"warning: {text}" for text in [*stage.warnings(), *advice(config, trained_on)])
     return made

@@ -64,7 +64,10 @@ class WandbLog:
 
     def picture(self, step: int, path: Path) -> None:
         """Record a PNG of an update."""
-        self._run.log({"samples": self._wandb.Image(str(path))}, step=step)
+        from PIL.PngImagePlugin import PngImageFile
+
+        with PngImageFile(path) as image:  # as `RunLog.picture`
+            self._run.log({"samples": self._wandb.Image(image)}, step=step)
 
     def close(self) -> None:
         """Send what is left, and finish the run."""

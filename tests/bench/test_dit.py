@@ -79,9 +79,9 @@ def test_sizes_that_do_not_fit(change, message):
     [
         ({"model": "wan2.2_ti2v_5b", "height": 712}, "712x1280 is not a multiple .*, 16x16"),
         ({"model": "wan2.1_t2v_14b", "height": 728}, "latent height 91 is not a multiple of the"),
-        ({"model": "wan2.1_t2v_14b", "text_tokens": 513}, "up to 512 text tokens, got 513"),
+        ({"model": "wan2.1_t2v_14b", "text_tokens": 513}, "at most 512 text tokens, got 513"),
         ({"model": "sd3.5_large", "frames": 5}, "makes images: .*got 5 frames"),
-        ({"model": "sd3.5_large", "width": 4096}, "takes up to 192 along each, 384 latents"),
+        ({"model": "sd3.5_large", "width": 4096}, "at most 192 along each, 384 latents"),
     ],
 )
 def test_what_a_public_model_cannot_take(change, message):

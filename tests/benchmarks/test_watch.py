@@ -1,4 +1,4 @@
-"""A step that dies, hangs or raises is named, and the rest goes on."""
+"""A step that dies, hangs or raises is named, and the others still run."""
 
 from __future__ import annotations
 

@@ -246,11 +246,11 @@ def test_a_built_in_model_goes_by_its_name(tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported_says_why(trained: Path, wan: Path, tmp_path: Path) -> None:
     own = save_bundle(tmp_path / "own", tiny_bundle())
-    with pytest.raises(CheckpointError, match="no model of a public family"):
+    with pytest.raises(CheckpointError, match="does not belong to a public family"):
         export_model(own, tmp_path / "out", format="diffusers")
     with pytest.raises(InputError, match=r"must end in \.safetensors"):
         export_model(trained, tmp_path / "out", format="comfyui")
-    with pytest.raises(CheckpointError, match="is no pipeline to take"):
+    with pytest.raises(CheckpointError, match="is not a pipeline to take"):
         export_model(trained, tmp_path / "out", format="diffusers", base=str(own))
     with pytest.raises(CheckpointError, match="expected a WanPipeline"):
         base = str(sd3_folder(tmp_path / "sd3"))
@@ -274,7 +274,7 @@ def test_what_cannot_be_exported_says_why(trained: Path, wan: Path, tmp_path: Pa
         (["--max-shard-size=-5GB"], "max_shard_size must be a size"),
         (["--update", "3"], "choose among the snapshots of a run"),
         (["--weights", "raw"], "choose among the snapshots of a run"),
-        (["--base", "digits"], "base is for the format diffusers"),
+        (["--base", "digits"], "base is only for the format diffusers"),
     ],
 )
 def test_options_that_would_be_ignored_or_fail_late(
@@ -292,7 +292,7 @@ def test_places_that_no_export_fits_into(trained: Path, wan: Path, tmp_path: Pat
         ([tmp_path / "file", "--format", "diffusers"], "is a file; name a folder"),
         ([tmp_path / "folder.safetensors", "--format", "comfyui"], "it is a folder"),
         ([tmp_path / "file" / "x.safetensors", "--format", "comfyui"], "is a file; name a folder"),
-        ([wan], "is a pipeline of diffusers, in which our files would be of no use"),
+        ([wan], "is a diffusers pipeline, in which files of the format apt would be"),
         ([trained], "is the model itself"),
     ):
         assert message in error_line(invoke("export", trained, *arguments))

@@ -65,7 +65,7 @@ def test_other_choices_of_an_implementation_are_dropped_and_the_rest_stays() -> 
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[1]", "must hold a JSON object"),
+        ("[1]", "must contain a JSON object"),
         ('{"a": ' + "[" * 100_000, "nested deeper"),
         (None, "is missing"),
     ],
@@ -102,8 +102,8 @@ def test_a_pipeline_of_known_libraries(tmp_path: Path) -> None:
     [
         ({"transformer": ["evil", "Model"]}, "names code, .* under 'transformer'"),
         ({"vae": ["diffusers.evil", "Model"]}, "names code, .* under 'vae'"),
-        ({"../victim": ["diffusers", "Model"]}, "'../victim', which is no name of a folder"),
-        ({"/tmp": ["diffusers", "Model"]}, "no name of a folder"),
+        ({"../victim": ["diffusers", "Model"]}, "'../victim', which is not the name of a folder"),
+        ({"/tmp": ["diffusers", "Model"]}, "not the name of a folder"),
         ({"_class_name": ["pipeline", "Evil"]}, "names code"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_run_without_a_model_says_what_to_do(load: Callable[[Path], Any], tmp_
 
 @pytest.mark.parametrize(
     ("state", "words"),
-    [("running", "is at work, or was killed"), ("failed", "ended with an error")],
+    [("running", "is running, or was killed"), ("failed", "failed")],
 )
 def test_it_says_how_the_run_stands(tmp_path: Path, state: str, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
@@ -94,7 +94,7 @@ def test_an_unfinished_run_is_its_last_snapshot_and_says_so(model: Path, tmp_pat
         for weights in ("ema", "raw"):
             shutil.copytree(model, folder / "snapshots" / str(update) / weights)
     (folder / "snapshots" / "11" / "ema").mkdir(parents=True)  # being written
-    with pytest.warns(UserWarning, match="not finished .*taking its last snapshot.* update 10"):
+    with pytest.warns(UserWarning, match="not finished .*using its last snapshot.* update 10"):
         assert model_folder(folder) == folder / "snapshots" / "10" / "ema"
     result = invoke("generate", "--model", folder, "--prompt", "a", "--out", tmp_path / "a.png")
     assert result.returncode == 0, result.stderr
@@ -104,7 +104,7 @@ def test_a_folder_of_several_runs_names_them(model: Path, tmp_path: Path) -> Non
     root = tmp_path / "runs"
     begun(root / "apt")
     shutil.copytree(model, begun(root / "distill", "finished") / "export")
-    with pytest.raises(CheckpointError, match=r"runs apt, distill; name one .* as .*/distill$"):
+    with pytest.raises(CheckpointError, match=r"runs \(apt, distill\); name one .* as .*/distill$"):
         load_bundle(root)
 
 

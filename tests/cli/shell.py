@@ -1,4 +1,4 @@
-"""Run the command line: in a process of its own as a shell does, or, for speed, in this one."""
+"""Run the command line: in a separate process like a shell or, for speed, in this one."""
 
 from __future__ import annotations
 

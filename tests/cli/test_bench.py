@@ -40,7 +40,7 @@ def test_the_floor_of_a_public_model_is_at_its_own_sizes():
 
 
 def test_attention_is_slower_with_narrow_heads():
-    """At rates that are published; what the vendor calls a peak is called so."""
+    """At published rates; a vendor's peak is labelled as a peak."""
     large = invoke("bench", "dit", "--model", "sd3.5_large", "--floor", "--gpu", "h100").stdout
     assert "16k tokens, head dimension 64" in large
     fastest = next(line for line in large.splitlines() if line.startswith("| flash-attn 3"))
@@ -102,7 +102,7 @@ def test_kernels_here():
         (("dit", "--model", "sd3.5_large", "--frames", "5"), "Stable Diffusion 3 makes images"),
         (
             ("dit", "--model", "wan2.1_t2v_1.3b", "--text-tokens", "600"),
-            "takes up to 512 text tokens, got 600",
+            "accepts at most 512 text tokens, got 600",
         ),
         (("dit", "--floor", "--gpu", "h100", "--model", "apt_9b"), "apt_9b"),
         (("dit", "--model", "apt_9b"), "apt_9b"),

@@ -69,7 +69,7 @@ def test_check_names_captions_that_a_model_cannot_read(digits: Path, tmp_path: P
     assert invoke("data", "check", tmp_path, "--headers-only").returncode == 0
     result = invoke("data", "check", tmp_path, "--headers-only", "--model", "digits")
     assert result.returncode == 2
-    assert "000001.mp4: the prompt has 65 words, at most 64 fit" in result.stdout
+    assert "000001.mp4: the prompt has 65 words, but at most 64 fit" in result.stdout
     assert "000002.mp4: the prompt 'Größe' has characters" in result.stdout
     assert "2 problems in" in result.stderr
 

@@ -159,6 +159,7 @@ def test_output_paths() -> None:
         (["--prompt", ""], "a prompt must be non-empty text"),
         (["--prompt", "a \udcff"], "contains bytes that are not UTF-8"),
         (["--prompt-file", "missing.txt"], "cannot read prompts from 'missing.txt'"),
+        (["--prompts", "missing.txt"], "cannot read prompts from 'missing.txt'"),
         (["--prompt", "x", "--out", "x.avi"], "its ending must be .mp4 or"),
         (["--prompt", "x", "--contact-sheet", "x.mp4"], "its ending must be .png"),
         (["--prompt", "x", "--seeds", "1", "1"], "seeds must differ"),
@@ -244,7 +245,7 @@ def test_wrong_types_and_unknown_options_name_the_option() -> None:
         assert "Traceback" not in result.stderr
 
 
-def test_the_place_is_looked_at_before_the_model(tmp_path: Path) -> None:
+def test_the_output_place_is_checked_before_the_model(tmp_path: Path) -> None:
     (tmp_path / "x-prompt1.mp4").mkdir()
     arguments = ["--model", "no-such-model", "--prompt", "a", "b", "--out", tmp_path / "x.mp4"]
     assert "it is a folder" in error_line(invoke("generate", *arguments))
@@ -304,7 +305,7 @@ def test_a_list_goes_on_where_it_was_interrupted(
     )
 
 
-def test_a_model_that_was_trained_on_is_another(model: Path, tmp_path: Path) -> None:
+def test_a_model_after_further_training_is_another_model(model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
     out = tmp_path / "x.png"

@@ -73,7 +73,7 @@ def test_traverse_shows_models_side_by_side(models: Path, tmp_path: Path) -> Non
         (("--prompt", ""), "a prompt must be non-empty text"),
     ],
 )
-def test_bad_ways_are_one_line(args: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_bad_paths_are_one_line(args: tuple[str, ...], said: str, tmp_path: Path) -> None:
     where = () if "--out" in args else ("--out", str(tmp_path / "way"))
     result = invoke("traverse", "--prompt", "a bird", *where, *args)
     assert result.returncode == 2

@@ -1,4 +1,4 @@
-"""`diffusion-apt study`: models in, pairs and a report out, and what is wrong in one line."""
+"""`diffusion-apt study`: from models to pairs and a report, with mistakes in one line."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_a_finished_row_is_not_trained_again(trained: Path) -> None:
         assert len(said) == 3 and all("already finished after 2 updates" in line for line in said)
         assert result.stdout.splitlines()[2] == f"digits_pixels_apt: {trained / 'apt' / 'export'}"
     assert (trained / "apt" / "log.jsonl").read_bytes() == log
-    # What is asked for must be what was done; what does not matter may be other.
+    # The requested settings must be those of the finished run, except for those that do not matter.
     on = ("train", "--resume", trained / "apt", "--data.num-workers", "2")
     assert "already finished" in invoke(*on).stderr
     assert "seed (was 0, is 1)" in error_line(invoke(*on, "--seed", "1"))
@@ -188,7 +188,7 @@ def test_a_printed_configuration_can_be_read_back(tmp_path: Path) -> None:
     assert json.loads(invoke("train", *changed).stdout) == expected
 
 
-def test_a_run_alone_is_gone_on_with_where_it_is_now(tmp_path: Path) -> None:
+def test_a_single_run_continues_in_its_current_folder(tmp_path: Path) -> None:
     data = ["--negative-prompt", "one", "--data.source", "folder", "--data.path"]
     assert invoke("data", "digits", tmp_path / "clips", "--num", "4").returncode == 0
     begun = ["--run-dir", tmp_path / "run", *TINY, *data, tmp_path / "clips"]

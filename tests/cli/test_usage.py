@@ -1,4 +1,4 @@
-"""Options and values that a command does not take are one line, whatever tyro draws."""
+"""Options and values that a command does not take are one-line errors, whatever tyro prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.cli.shell import error_line, invoke
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_refuses_an_option_that_it_has_not_in_a_line(command: str) -> None:
+def test_every_command_refuses_an_unknown_option_in_one_line(command: str) -> None:
     needed = {
         "train": ["digits_apt"], "plan": ["digits_apt"], "evaluate": ["digits", "--model", "m",
         "--out", "o"], "data digits": ["d"], "data vizdoom": ["d"], "data check": ["d"],
@@ -45,12 +45,12 @@ def test_every_command_refuses_an_option_that_it_has_not_in_a_line(command: str)
         (["bench", "dit", "--compression", "1"], "--compression: expected INT INT INT, got '1'"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(args: list[str], message: str) -> None:
+def test_wrong_usage_is_explained_in_one_line(args: list[str], message: str) -> None:
     assert message in error_line(invoke(*args))
 
 
 def test_boxes_are_read_in_either_drawing() -> None:
-    """Where the output has an encoding, as that of `invoke` has not."""
+    """Where the output has an encoding, which that of `invoke` has not."""
     args = ["generate", "--promt", "x"]
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

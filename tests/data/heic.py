@@ -22,9 +22,9 @@ def write_heic(
 ) -> Path:
     """Write a picture (H, W, 3).
 
-    `quarter_turns` are what a reader is to turn it, anticlockwise (irot); `mirror` says what it is
-    to do before or after that (imir): 0 swaps top and bottom, 1 left and right. `nclx` are
-    primaries, transfer function and matrix.
+    Readers rotate it by `quarter_turns`, anticlockwise (irot), and mirror it before or after that
+    as `mirror` says (imir): 0 swaps top and bottom, 1 left and right. `nclx` are primaries,
+    transfer function and matrix.
     """
     config, sample = _hevc(picture)
     height, width = picture.shape[:2]

@@ -53,9 +53,11 @@ def test_every_pass_has_every_clip_and_goes_on_anywhere(
 
 
 def test_what_samples_are_conditioned_on_beside_captions_is_kept() -> None:
-    samples = [Sample(clip(0.5), "a", extra={"camera": torch.full((2,), 7.0)})]
+    camera = torch.full((2,), 7.0, requires_grad=True)
+    samples = [Sample(clip(0.5), "a", extra={"camera": camera})]
     batch = next(make_loader(check_clips(Items(*samples), REQUEST), batch_size=2))
     assert torch.equal(batch.extra["camera"], torch.full((2, 2), 7.0))
+    assert not batch.extra["camera"].requires_grad
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -105,7 +105,7 @@ def test_seeking_gives_what_reading_through_gives(tmp_path: Path, options: dict[
 
 
 class CountingFile(BytesIO):
-    """Counts the bytes that a reader takes."""
+    """Counts the bytes that a reader reads."""
 
     name = "counting.mp4"
     taken = 0

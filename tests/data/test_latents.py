@@ -197,6 +197,17 @@ def test_a_file_that_goes_while_it_is_used_is_named(cache: Path) -> None:
         folder[70]
 
 
+def test_a_tensor_that_a_file_does_not_name_is_damage(cache: Path) -> None:
+    for name, key in (("latents-00000", b'"0":'), ("texts-00000", b'"0.tokens":')):
+        path = cache / f"{name}.safetensors"
+        path.write_bytes(path.read_bytes().replace(key, key.replace(b"0", b"x")))
+    folder = LatentFolder(cache)
+    with pytest.raises(DataError, match=r"latents-00000.* damaged"):
+        folder[0]
+    with pytest.raises(DataError, match=r"texts-00000.* damaged"):
+        folder.texts[next(iter(folder.texts))]
+
+
 def test_foreign_files_are_refused(cache: Path) -> None:
     (cache / "latents-00001.safetensors").write_bytes(
         (cache / "texts-00000.safetensors").read_bytes()

@@ -109,7 +109,7 @@ def test_a_mistake_in_a_data_set_is_not_taken_for_a_death() -> None:
 
 
 class Processes:
-    """Samples that tell in which process and process group they were made."""
+    """Samples that contain the process and process group that made them."""
 
     fingerprint = "processes"
 

@@ -113,6 +113,20 @@ def test_the_crop_is_central(source: tuple[int, int], size: tuple[int, int]) -> 
     assert (resize_and_crop(frame, size) == 1).all()
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_strip_is_cut_before_it_is_scaled(monkeypatch: pytest.MonkeyPatch, turned: bool) -> None:
+    scaled = []
+    scale = picture._scale
+    monkeypatch.setattr(picture, "_scale", lambda x, s: scaled.append(x.numel()) or scale(x, s))
+    strip = torch.rand(3, 48, 48 * 101, generator=torch.Generator().manual_seed(0)) * 255
+    middle = strip[:, :, 48 * 48 : -48 * 48]
+    if turned:
+        strip, middle = strip.transpose(1, 2), middle.transpose(1, 2)
+    found = resize_and_crop(strip, (24, 24))
+    assert max(scaled) <= 3 * 48 * 98
+    assert (found - resize_and_crop(middle, (24, 24))).abs().max() < 1e-4
+
+
 def test_oblong_pixels_are_stretched() -> None:
     frame = torch.zeros(3, 20, 20, dtype=torch.uint8)
     frame[:, :, 10:] = 255

@@ -114,6 +114,26 @@ def test_captions_are_read_as_those_of_a_folder(tmp_path: Path) -> None:
     assert [problem.file for problem in found.problems] == ["a.tar/d.png", "a.tar/e.png"]
 
 
+def test_shards_are_found_as_files_of_a_folder(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(root / "packed")
+    (tmp_path / "._a.tar").write_bytes(b"what a Mac leaves on other disks")
+    found = scan_shards(tmp_path)
+    assert len(found.entries) == 4 and not found.problems
+
+
+def test_a_file_of_two_names_is_two_samples(root: Path, tmp_path: Path) -> None:
+    media = root / "files" / "v0.mp4"
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for name in ("a.mp4", "b.mp4"):
+            (tmp_path / name).hardlink_to(media)
+            (tmp_path / name).with_suffix(".txt").write_text(f"about {name[0]}")
+            for kind in (".mp4", ".txt"):
+                shard.add((tmp_path / name).with_suffix(kind), f"{name[0]}{kind}")
+        assert shard.getmember("b.mp4").islnk()
+    shards = VideoShards(tmp_path, buckets=BUCKETS, fps=8)
+    assert [shards[index].caption for index in range(2)] == ["about a", "about b"]
+
+
 def test_a_folder_without_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"uncompressed \.tar files"):
         VideoShards(tmp_path, buckets=BUCKETS)

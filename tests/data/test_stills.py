@@ -393,3 +393,19 @@ def test_damage_is_found_at_any_size(tmp_path: Path) -> None:
         verify(tmp_path / "a.jpg")
     with pytest.raises(DataError, match=r"a\.jpg: cannot be decoded"):
         read_image(tmp_path / "a.jpg", size=(32, 32))
+
+
+def test_damage_that_pillow_does_not_expect_is_an_error_of_the_file(tmp_path: Path) -> None:
+    image, other = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), "red")
+    image.save(tmp_path / "a.gif", save_all=True, append_images=[other])
+    moving = (tmp_path / "a.gif").read_bytes()
+    # Its second frame ends behind its head.
+    (tmp_path / "a.gif").write_bytes(moving[: moving.rindex(b",") + 10])
+    image.save(tmp_path / "a.avif")
+    (tmp_path / "a.avif").write_bytes((tmp_path / "a.avif").read_bytes().replace(b"iloc", b"free"))
+    image.save(tmp_path / "a.webp", save_all=True, append_images=[other])
+    moving = (tmp_path / "a.webp").read_bytes()
+    (tmp_path / "a.webp").write_bytes(moving[: moving.index(b"ANMF")])
+    for name in ("a.gif", "a.avif", "a.webp"):
+        with pytest.raises(DataError, match=f"{name}: (cannot be decoded|holds no frames)"):
+            probe(tmp_path / name)

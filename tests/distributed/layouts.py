@@ -53,7 +53,7 @@ def told(parallel: Parallel) -> dict[str, object]:
         parallel.from_main(fail)
     except (ConfigError, PeerError) as error:
         found["error"] = [type(error).__name__, str(error)]
-    # Ranks still meet each other, and nobody else has worked.
+    # Ranks still meet, and no other rank has done the work.
     return {**found, "worked": made, "sum": parallel.mean({"rank": float(parallel.rank)})["rank"]}
 
 

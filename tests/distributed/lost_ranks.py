@@ -42,7 +42,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 
 def rank_of(fault: str, rank: int, port: int, file: Path) -> None:
-    """Two ranks meet once; then rank 1 has the fault, and rank 0 writes down what it hears."""
+    """Two ranks meet once; then rank 1 fails, and rank 0 records what it hears."""
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
     parallel = Parallel.from_environment("cpu", timeout=TIMEOUT)

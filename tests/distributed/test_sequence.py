@@ -71,7 +71,7 @@ def test_every_backbone_and_compiled_blocks(tmp_path: Path) -> None:
 
 
 def ranks(size: int) -> list[SequenceGroup]:
-    """Places in a group that nobody has joined: enough to ask who has which tokens."""
+    """Ranks of a group that nobody has joined: enough to ask which rank has which tokens."""
     nobody = cast("torch.distributed.ProcessGroup", None)
     return [SequenceGroup(nobody, rank, size) for rank in range(size)]
 
@@ -101,13 +101,13 @@ def test_rows_are_as_few_as_heads_allow(heads: int, size: int, rows: int) -> Non
 def test_fewer_tokens_than_ranks_are_refused() -> None:
     model = CASES["apt_8b"].build()
     model.split_tokens(ranks(9)[0])
-    with pytest.raises(InputError, match="8 tokens, which 9 ranks cannot share"):
+    with pytest.raises(InputError, match="8 tokens, too few for 9 ranks"):
         model.token_split(CASES["apt_8b"].latent_shape((1, 2, 4)))
 
 
 def test_a_family_that_does_not_say_how_is_refused() -> None:
     model = Mixer.__new__(Mixer)
-    with pytest.raises(ConfigError, match="does not say how its tokens can be split"):
+    with pytest.raises(ConfigError, match="does not declare how its tokens can be split"):
         model.split_tokens(ranks(2)[0])
 
 

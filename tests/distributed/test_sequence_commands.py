@@ -62,9 +62,30 @@ def test_ranks_encode_the_files_that_one_process_does(tmp_path: Path) -> None:
     assert alone.returncode == 0, alone.stderr
     done = torchrun(2, *asked, tmp_path / "shared", *options)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == alone.stdout.replace(str(tmp_path / "alone"), str(tmp_path / "shared"))
     files = sorted(path.name for path in (tmp_path / "alone").iterdir())
     assert len([name for name in files if name.startswith("latents-")]) == 3
     assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == files
     for name in files:
         found, expected = (tmp_path / kind / name for kind in ("shared", "alone"))
         assert found.read_bytes() == expected.read_bytes(), name
+
+
+def test_ranks_hold_and_send_what_is_planned_for_copies_of_shards(tmp_path: Path) -> None:
+    done = torchrun(
+        4, "plan", "digits_apt", "--gpus", "4", "--parallel.replicate", "2", "--compare",
+        "--stage.generator", "digits", "--stage.discriminator", "digits-diffusion",
+        "--device", "cpu", "--batch-size", "8", "--micro-batch-size", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    memory, sent = (
+        [x.split() for x in part.splitlines()[1:]] for part in done.stdout.split("\n\n")
+    )
+    assert [row[0] for row in memory] == ["discriminator", "generator"]
+    for row in memory:
+        assert float(row[1]) == pytest.approx(float(row[2]), rel=0.05)
+    assert {" ".join(row[:3]) for row in sent} >= {
+        "all-gather of 2", "reduce-scatter of 2", "all-reduce of 2",
+    }  # fmt: skip
+    for *_, planned, counted, sent_by_plan, sent_here in sent:
+        assert (planned, sent_by_plan) == (counted, sent_here)

@@ -16,7 +16,7 @@ NAMES = sorted(set(re.findall(r"`(apt\.[\w.]+)`", PAGE)))
 
 
 def resolve(name: str) -> object:
-    """The module, or what a module has under the rest of the name."""
+    """Return the module, or the attribute of a module, that a name refers to."""
     parts = name.split(".")
     for split in range(len(parts), 0, -1):
         try:

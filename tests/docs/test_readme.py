@@ -43,7 +43,7 @@ def blocks_of(page: str) -> list[str]:
 
 
 def write_own_parts(folder: Path) -> list[Path]:
-    """The module on the page on own parts, and a script of its other block."""
+    """Write the module on the page on own parts, and a script of its other block."""
     module, script = blocks_of("docs/own_parts.md")
     files = {"my_module.py": module, "objects.py": OBJECTS + script}
     for name, text in files.items():

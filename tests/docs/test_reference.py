@@ -24,7 +24,7 @@ SITE = ROOT / "docs" / "_site"
 
 @pytest.fixture(scope="module")
 def made() -> Any:
-    """The hooks of the site, and what they import beside them."""
+    """The hooks of the site, and the modules beside them that they import."""
     sys.path.insert(0, str(SITE))
     try:
         yield importlib.import_module("hooks")

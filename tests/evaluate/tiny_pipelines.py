@@ -1,4 +1,4 @@
-"""Pipelines of diffusers' own classes, random and tiny, in folders as published ones are."""
+"""Tiny random pipelines of diffusers' own classes, in folders like published ones."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Faults:
 
 
 class HubServer:
-    """The server and what it holds; a context manager."""
+    """The server and its repositories; a context manager."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -155,7 +155,7 @@ class HubServer:
             return [line for line in self.log if fragment in line]
 
     def environment(self, home: Path, *, token: str | None = None, **more: str) -> dict[str, str]:
-        """Variables of a process that talks to this server alone, with its cache in `home`."""
+        """Environment of a process that uses only this server, with its cache in `home`."""
         kept = {
             key: value
             for key, value in os.environ.items()
@@ -235,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.token not in (None, TOKEN, STRANGER):
             self._reply(401, message="Invalid credentials in Authorization header")
         elif repo is None or (repo.private and self.token != TOKEN):
-            # The Hub does not tell private from missing.
+            # The Hub does not distinguish private from missing.
             self._reply(401 if self.token is None else 404, error="RepoNotFound")
         elif repo.gated and self.token != TOKEN and "/api/" not in self.path:
             self._reply(401 if self.token is None else 403, error="GatedRepo")

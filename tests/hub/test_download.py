@@ -208,7 +208,7 @@ def test_a_link_in_the_cache_that_leads_out_of_it(hub: HubServer, tmp_path: Path
     file.unlink()
     file.symlink_to(secret)
     (line,) = download(hub, tmp_path, "owner/model", HF_HUB_OFFLINE="1")
-    assert f"is a link to '{secret}', out of its folder" in line
+    assert f"is a link to '{secret}', outside its folder" in line
 
 
 class LoginPage(BaseHTTPRequestHandler):

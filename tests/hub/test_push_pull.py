@@ -306,6 +306,8 @@ torch.save(pipeline(sys.argv[1], seed=2), sys.argv[2])
         (("pull", "owner/model@a", "--revision", "b"), "both name a revision"),
         (("pull", "wan2.1_t2v_1.3"), "did you mean 'wan2.1_t2v_1.3b'"),
         (("pull", "mmdit_small"), "no weights are published"),
+        (("pull", "digits"), "'digits' is here already"),
+        (("pull", "."), "'.' is here already"),
         (("pull", "owner/pickles"), "other formats are never read"),
         (("pull", "sd3.5_medium"), "accept the licence at"),
         (("generate", "--model", "owner/pickles", "--prompt", "x"), "has no apt.json"),

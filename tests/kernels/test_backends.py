@@ -200,7 +200,7 @@ def test_no_gpu_is_new_enough(gpus):
         pass
 
 
-def test_left_to_the_op_cpu_tensors_take_the_reference_also_under_the_interpreter(triton):
+def test_by_default_cpu_tensors_take_the_reference_even_with_the_interpreter(triton):
     x = torch.zeros(1, 2, 8)
     assert resolve_backend(OP, None, [x]) == "reference"
     assert resolve_backend(OP, "triton", [x]) == "triton"
@@ -259,7 +259,7 @@ def test_the_installed_triton_is_one_of_those_supported():
 
 
 @pytest.mark.gpu
-def test_left_to_the_op_cuda_tensors_take_the_kernel():
+def test_by_default_cuda_tensors_take_the_kernel():
     x = torch.zeros(1, SMALL // 8, 8, device="cuda")
     assert resolve_backend(OP, None, [x]) == "triton"
     assert resolve_backend(OP, None, [x[:, 1:]]) == "reference"

@@ -316,7 +316,7 @@ def test_transposed_parameters_take_the_reference_unless_the_kernel_is_named():
 
 
 def one_of_each_kind() -> list[nn.Parameter]:
-    """What the kernel takes, what it cannot take (transposed; fp64), and what it takes again."""
+    """One parameter for the kernel, two that it cannot take (transposed; fp64), and one for it."""
     generator = torch.Generator().manual_seed(0)
     transposed = torch.randn(6, 5, generator=generator).t()
     return [

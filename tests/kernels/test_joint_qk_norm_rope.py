@@ -89,7 +89,7 @@ def test_bad_input_is_refused(change, message):
         joint_qk_norm_rope([visual, text._replace(**change)])
 
 
-def test_somebody_must_ask():
+def test_some_stream_must_have_queries():
     keys = streams(text_queries=False)[1]
     for given in ([], [keys]):
         with pytest.raises(InputError, match="at least one stream must have queries"):

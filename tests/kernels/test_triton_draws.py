@@ -67,7 +67,7 @@ def draw_kernel(normal_ptr, uniform_ptr, words_ptr, key, sample, group, N: tl.co
     st.sampled_from([0, 5, 2**31 - 100, 2**32 - 100, 2**40]),
 )
 def test_words_and_what_is_made_of_them(key, sample, group):
-    """Also for elements of samples that no memory would hold."""
+    """Also for elements of samples that would not fit into any memory."""
     num = 256
     normal, uniform = torch.empty(2, 4 * num, device=DEVICE).unbind()
     words = torch.empty(4 * num, dtype=torch.int64, device=DEVICE)

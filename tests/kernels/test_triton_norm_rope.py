@@ -223,7 +223,7 @@ def test_the_gradient_of_attention_may_come_with_any_strides():
 
 
 def test_a_stream_of_a_wider_projection_is_read_in_place():
-    # What a block does with text whose weights it shares, when nobody reads the text's output
+    # As in a block that shares its weights with text whose output nothing reads
     case = Case(2, 6)
     inputs = case.draw()
     text = inputs["text"]
@@ -292,7 +292,7 @@ def test_only_the_gradients_that_are_wanted(wanted):
 
 
 @pytest.mark.parametrize("unused", [0, 1, 2])
-def test_of_the_outputs_one_may_lead_nowhere(unused):
+def test_one_of_the_outputs_may_be_unused(unused):
     case = Case(2, 6)
     inputs = case.draw()
     leaves = [value for value in inputs.values() if value.requires_grad]

@@ -137,7 +137,7 @@ def test_accuracy_at_ragged_shapes(batch, length, heads, width, dtype, seed):
     Errors are root mean squares over several draws: on a few numbers, the reference's error may be
     small by luck.
     """
-    # What a factor in fp32 keeps beside bf16 tokens
+    # The precision of an fp32 factor beside bf16 tokens
     core = 2.0**-15 if dtype == torch.bfloat16 else torch.finfo(torch.float32).eps
     limits = {"y": core, "d x": core + torch.finfo(dtype).eps, "d folded": core}
     found = [core_errors(batch, length, heads, width, dtype, 100 * seed + i) for i in range(4)]
@@ -381,7 +381,7 @@ def test_inputs_that_the_kernel_cannot_take():
 
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements():
-    """The second of two samples lies beyond 2^31: it must be as it is alone."""
+    """The second of two samples lies beyond 2^31: it must equal the same sample alone."""
     width, heads = 8192, 4
     length = 2**31 // width + 3
     x = torch.randn(2, length, width, device="cuda", dtype=torch.bfloat16).requires_grad_()

@@ -367,7 +367,7 @@ def test_without_an_ensemble_d_is_told_that_input_is_clean(tmp_path: Path) -> No
     assert (t[0] > 0).all() and (t[1] == 0).all()
 
 
-def test_blocks_alone_move_where_the_generator_trains_its_blocks(tmp_path: Path) -> None:
+def test_only_blocks_move_if_the_generator_trains_only_blocks(tmp_path: Path) -> None:
     stage = adversarial(tmp_path, generator_trains="blocks")
     generator, discriminator = networks(stage)
     before = weights(generator), weights(discriminator)

@@ -323,7 +323,9 @@ def test_configurations_that_cannot_be(make: Callable[[], object], message: str)
 
 
 def test_a_codec_that_has_nothing_to_train(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'patchify' cannot be trained; .* digits_ae or"):
+    with pytest.raises(
+        ConfigError, match=r"'patchify' cannot be trained; .* digits_ae or video_ae"
+    ):
         run(config(tmp_path, model=ModelConfig(codec="patchify")))
 
 

@@ -39,7 +39,7 @@ SHAPES: dict[type, dict[str, Any]] = {
         "max_positions": 32,
     },
 }
-"""What makes a family small, beside channels, depth and text."""
+"""Options that make a family small, besides channels, depth and text."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mmdit_shared_weights": ("mmdit_small", {"num_dual_blocks": 0}),

@@ -171,7 +171,7 @@ def test_any_causal_autoencoder_by_its_class(folders):
     assert codec.encode(x[:, :, :1]).shape == (2, 4, 1, 2, 3)
     with pytest.raises(ConfigError, match="set temporal_compression and spatial_compression"):
         create_codec("wan_vae", **(options | {"spatial_compression": 4})).encode(x)
-    with pytest.raises(ConfigError, match="does not tell its spatial_compression"):
+    with pytest.raises(ConfigError, match="does not state its spatial_compression"):
         create_codec("wan_vae", **(options | {"spatial_compression": None}))
 
 
@@ -234,18 +234,18 @@ def test_the_config_rebuilds_the_codec(folders, kl):
         ({"class_name": "AutoencoderKLWan"}, CheckpointError, "holds 'AutoencoderKL'"),
         ({"class_name": "AutoencoderOfMine"}, InputError, "no class AutoencoderOfMine"),
         ({"subfolder": "vae"}, CheckpointError, r"config\.json is missing"),
-        ({"latents_mean": (0.0,) * 4}, ConfigError, "both or neither"),
+        ({"latents_mean": (0.0,) * 4}, ConfigError, "of the codec, or neither"),
         (
             {"latents_mean": (0.0,) * 3, "latents_std": (1.0,) * 3},
             ConfigError,
-            "must be 4 values each",
+            "must have 4 values each",
         ),
         (
             {"latents_mean": (0.0,) * 4, "latents_std": (1.0, 1.0, 1.0, 0.0)},
             ConfigError,
             "above 0",
         ),
-        ({"temporal_compression": 4}, ConfigError, "must be 1, not 4"),
+        ({"temporal_compression": 4}, ConfigError, "must be 1, got 4"),
     ],
 )
 def test_options_that_do_not_fit(folders, options, error, message):
@@ -374,7 +374,7 @@ def test_a_class_that_is_called_otherwise_is_one_line(folders, monkeypatch, what
 
     monkeypatch.setattr(diffusers.AutoencoderKL, what, otherwise)
     with pytest.raises(
-        CheckpointError, match=r"not called as other .* \(TypeError: .*otherwise\(\)"
+        CheckpointError, match=r"does not work like other .* \(TypeError: .*otherwise\(\)"
     ):
         load_codec(folders / "kl")
 

@@ -157,7 +157,7 @@ def test_the_error_of_a_lapped_block_fades_out() -> None:
 
 
 def test_lapped_blocks_need_an_even_size() -> None:
-    with pytest.raises(ConfigError, match="spatial 3 must be even"):
+    with pytest.raises(ConfigError, match="spatial must be even, got 3"):
         create_codec("patchify", spatial=3, lapped=True)
 
 

@@ -113,7 +113,7 @@ def test_hidden_states_are_the_tokens_between_the_blocks(case: Case) -> None:
 @cases
 @pytest.mark.parametrize("layers", [[], [2], [1, 4], [5]], ids=str)
 def test_only_the_layers_asked_for_are_kept(case: Case, layers: list[int]) -> None:
-    """None for the velocity. Before each block only its input is alive beside them."""
+    """None are kept for the velocity. Before each block, only its input is alive beside them."""
     model = case.build(depth=5)
     inputs = case.inputs()
     outputs: list[weakref.ref[Tensor]] = []
@@ -157,7 +157,7 @@ def test_peak_memory_does_not_depend_on_the_depth(case: Case) -> None:
 
 @cases
 @pytest.mark.parametrize("last", [1, 2, 3])
-def test_what_nothing_reads_behind_a_layer_can_be_deleted(case: Case, last: int) -> None:
+def test_weights_that_nothing_reads_after_a_layer_can_be_deleted(case: Case, last: int) -> None:
     whole, kept = case.build(), case.build()
     kept.keep_hidden_states(last)
     x, t, c = case.inputs()
@@ -448,14 +448,14 @@ def test_latents_that_do_not_fit(case: Case) -> None:
 def test_conditions_that_do_not_fit(case: Case) -> None:
     model = case.build()
     x, t, c = case.inputs()
-    with pytest.raises(InputError, match="2 samples need 2 timesteps and conditions"):
+    with pytest.raises(InputError, match="2 samples need 2 conditions"):
         model(x, t[:1], c)
     length = torch.Size(model.token_grid(x.shape[2:])).numel()
-    with pytest.raises(InputError, match=r"timesteps of shape \(2,\).*; got \(2, \d+\)"):
+    with pytest.raises(InputError, match=r"timesteps of shape \(2,\).*; got timesteps \(2, \d+\)"):
         model(x, torch.zeros(2, length + model.token_timesteps), c)
     with pytest.raises(InputError, match="1 conditions; pass `rows` to share them"):
         model(x, t, c.select(slice(0, 1)))
-    with pytest.raises(InputError, match=r"need 1 timesteps.* and 2 conditions"):
+    with pytest.raises(InputError, match=r"need 1 conditions.* and 2 conditions"):
         model(x, t[:1], c, rows=torch.tensor([0, 0]))
     for rows in (torch.tensor([0, 1, 1]), torch.tensor([0, 1], dtype=torch.int32)):
         with pytest.raises(InputError, match=r"rows must be \(2,\) int64"):

@@ -220,11 +220,11 @@ def test_heads_and_logits_are_fp32_under_autocast(head: str) -> None:
     [
         ({"layers": (0, 2)}, r"must lie in 1\.\.3"),
         ({"layers": (1, 4)}, r"must lie in 1\.\.3"),
-        ({"layers": (2, 1)}, "rising"),
-        ({"layers": (1, 1)}, "rising"),
-        ({"layers": ()}, "rising"),
-        ({"layers": (1, 2.5)}, "whole numbers"),
-        ({"layers": (1, "last")}, "whole numbers"),
+        ({"layers": (2, 1)}, "in increasing order"),
+        ({"layers": (1, 1)}, "in increasing order"),
+        ({"layers": ()}, "in increasing order"),
+        ({"layers": (1, 2.5)}, "must be integers"),
+        ({"layers": (1, "last")}, "must be integers"),
     ],
 )
 def test_bad_layers(options: dict[str, Any], message: str) -> None:

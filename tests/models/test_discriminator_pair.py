@@ -92,7 +92,7 @@ def test_groups_by_name():
 
 
 def rows_computed(discriminator: Discriminator, names: list[str]) -> dict[str, int]:
-    """Counts, from now on, the rows that these layers of the backbone take."""
+    """Count, from now on, the rows that these layers of the backbone process."""
     counts = dict.fromkeys(names, 0)
 
     def count(name: str) -> Any:

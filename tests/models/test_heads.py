@@ -97,5 +97,5 @@ def test_conv3d_head_written_out() -> None:
 
 
 def test_sizes_that_do_not_split() -> None:
-    with pytest.raises(ConfigError, match="200 does not split into 3 heads"):
+    with pytest.raises(ConfigError, match="200 is not divisible by the 3 attention heads"):
         make("attention", 200)

@@ -145,9 +145,9 @@ def test_the_alphabet(text: str) -> None:
         ("a\x00b", r"U\+0000"),
         ("a \x1b[31m red", r"U\+001B"),
         ("\ud800", r"U\+D800"),
-        ("one two three four", "4 words, at most 3"),
-        ("aaaaaaaaa", "9 bytes, at most 8"),
-        ("ééééé", "10 bytes, at most 8"),
+        ("one two three four", "4 words, but at most 3"),
+        ("aaaaaaaaa", "9 bytes, but at most 8"),
+        ("ééééé", "10 bytes, but at most 8"),
     ],
 )
 def test_prompts_that_do_not_fit(text: str, message: str) -> None:

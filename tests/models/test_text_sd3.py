@@ -58,7 +58,7 @@ def test_a_prompt_is_encoded_alone_as_among_others(folder):
 
 
 def test_what_t5_would_have_to_cut_raises_or_is_cut(pipeline, folder):
-    with pytest.raises(InputError, match=r"prompt 3 has \d+ tokens, the longest allowed is 20"):
+    with pytest.raises(InputError, match=r"prompt 3 has \d+ tokens, but at most 20 fit"):
         load(folder, max_length=20)(PROMPTS)
     with torch.no_grad():
         tokens, *_ = pipeline.encode_prompt(
@@ -110,7 +110,7 @@ def test_t5_must_be_as_wide_as_both_clips(pipeline, folder, tmp_path):
     config = pipeline.text_encoder_3.config.to_dict() | {"d_model": 24}
     narrow = transformers.T5EncoderModel(transformers.T5Config(**config))
     narrow.save_pretrained(tmp_path / "narrow" / "text_encoder_3")
-    with pytest.raises(CheckpointError, match="32 dimensions together, T5 has only 24"):
+    with pytest.raises(CheckpointError, match="32 dimensions together, but T5 has only 24"):
         load(tmp_path / "narrow")
 
 

@@ -16,8 +16,9 @@ from apt.methods.consistency import DistillConfig
 from apt.methods.flow_matching import PretrainConfig
 from apt.models.checkpointing import Checkpointing
 from apt.models.mmdit import MMDiTConfig
-from apt.plan.compare import real_peaks
+from apt.plan.compare import counted_usage
 from apt.plan.estimate import Job
+from apt.plan.measure import Usage
 from apt.plan.models import PlannedModel, new_model
 from apt.train.config import LoRAConfig, ModelConfig, OptimizerConfig, TrainConfig
 from tests.distributed.gang import gang
@@ -83,12 +84,24 @@ def in_layout(name: str, layout: ParallelConfig) -> Job:
     return dataclasses.replace(made, config=dataclasses.replace(made.config, parallel=layout))
 
 
+def described(usage: Usage) -> dict[str, dict[str, float]]:
+    """Peaks, and what was sent how often, by name."""
+    work = usage.work
+    return {
+        "peaks": {name: peak.total for name, peak in usage.peaks.items()},
+        "calls": {f"{kind.kind} of {kind.ranks}": n for kind, n in work.calls.items()},
+        "sent": {f"{kind.kind} of {kind.ranks}": n for kind, n in work.sent.items()},
+    }
+
+
 def main(folder: Path) -> None:
     for world, layouts in RANKS.items():
 
         def work(parallel: Parallel, layouts: dict[str, ParallelConfig] = layouts) -> None:
             found = {
-                f"{name}/{kind}": real_peaks(in_layout(name, layout), parallel.laid_out(layout))
+                f"{name}/{kind}": described(
+                    counted_usage(in_layout(name, layout), parallel.laid_out(layout))
+                )
                 for kind, layout in layouts.items()
                 for name in ON_RANKS
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from apt.losses import R1
 from apt.methods.terms import Terms
 from apt.plan.estimate import Estimate, Job
 from apt.plan.gpus import GIB, find_gpu
-from apt.plan.layouts import Choice, choose
+from apt.plan.layouts import Choice, choose, ways
 from apt.plan.measure import Peak, Usage
 from apt.plan.models import find_model
 from apt.plan.plan import job_of
@@ -66,6 +67,18 @@ def needing(config: TrainConfig, states: float, activations: float, ranks: int =
 
 def chosen(config: TrainConfig, states: float, activations: float) -> Choice:
     return choose(job(config), 16, H100, lambda way: needing(way, states, activations))
+
+
+def test_two_forwards_are_a_way_only_where_blocks_are_computed_again() -> None:
+    def forwards(config: TrainConfig) -> list[tuple[int, bool]]:
+        stages: list[Any] = [way.stage for way in ways(config, last=True)]
+        offloads = [way.checkpointing.offloads for way in ways(config, last=True)]
+        return [(s.discriminator_forwards, o) for s, o in zip(stages, offloads, strict=True)]
+
+    assert paper().activation_checkpointing
+    assert forwards(paper()) == [(1, False), (2, False), (2, True)]
+    kept = dataclasses.replace(paper(), activation_checkpointing=False)
+    assert forwards(kept) == [(1, False), (2, True)]
 
 
 def test_what_fits_without_sharing_samples_is_taken_in_copies_of_a_machine() -> None:
@@ -157,14 +170,16 @@ def test_what_the_trainer_refuses_is_not_promised() -> None:
 
 def test_times_and_bytes() -> None:
     """By hand: 1e15 operations at 400 TFLOP/s, 7/8 of what is gathered, twice that to sum."""
-    sent = Counter({Collective("all-gather", 8): 8 * 10**9, Collective("all-reduce", 2): 10**9})
+    sent = Counter(
+        {Collective("all-gather", 8): 8 * 10**9, Collective("all-reduce", 2, stride=8): 10**9}
+    )
     sent[Collective("all-to-all", 4)] = 4 * 10**9
     usage = Usage({"generator": (Peak(0, Counter()),)}, Work(sent=sent), Work(linear=1e15), 1)
     found = Estimate(paper(), Layout(2, 2, 4), usage, H100, 400.0)
     assert found.compute_seconds == 2.5
     assert found.sent() == {
         Collective("all-gather", 8): 7e9,
-        Collective("all-reduce", 2): 1e9,
+        Collective("all-reduce", 2, stride=8): 1e9,
         Collective("all-to-all", 4): 3e9,
     }
     assert found.waiting_seconds == pytest.approx(3 / 450)  # inside a machine

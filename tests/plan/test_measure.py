@@ -31,7 +31,7 @@ from apt.plan.measure import (
 )
 from apt.plan.tracking import Tracker
 from apt.train.host import encoded
-from tests.plan.jobs import JOBS, ON_RANKS, RANKS, SHAPE, in_layout
+from tests.plan.jobs import JOBS, ON_RANKS, RANKS, SHAPE, described, in_layout
 from tests.processes import run_main
 
 
@@ -44,7 +44,7 @@ def peaks(usage: Usage) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict[str, float]]]:
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("plan")
     run_main("tests.plan.jobs", folder, folder=folder)
     return {world: json.loads((folder / f"{world}.json").read_text()) for world in RANKS}
@@ -64,11 +64,14 @@ def test_memory_of_one_process_is_that_of_live_tensors(name: str) -> None:
 @pytest.mark.parametrize(
     ("world", "kind"), [(world, kind) for world, layouts in RANKS.items() for kind in layouts]
 )
-def test_memory_on_ranks_is_that_of_live_tensors(
-    on_ranks: dict[int, dict[str, dict[str, float]]], world: int, kind: str, name: str
+def test_memory_and_collectives_on_ranks_are_those_of_live_tensors(
+    on_ranks: dict[int, dict[str, Any]], world: int, kind: str, name: str
 ) -> None:
-    job = in_layout(name, RANKS[world][kind])
-    assert peaks(planned(job, world)) == pytest.approx(on_ranks[world][f"{name}/{kind}"], rel=0.05)
+    found = described(planned(in_layout(name, RANKS[world][kind]), world))
+    counted = on_ranks[world][f"{name}/{kind}"]
+    assert found["peaks"] == pytest.approx(counted["peaks"], rel=0.05)
+    assert found["calls"] == counted["calls"]
+    assert found["sent"] == pytest.approx(counted["sent"], rel=1e-3)
 
 
 def test_parts_add_up_and_states_are_told_apart() -> None:
@@ -82,7 +85,7 @@ def test_parts_add_up_and_states_are_told_apart() -> None:
 
 
 @pytest.mark.slow
-def test_a_deep_network_is_told_from_shallow_ones() -> None:
+def test_a_deep_network_is_extrapolated_from_shallow_ones() -> None:
     """Peaks and work of 12 blocks, extrapolated from 6 and 8, against all 12."""
     job = JOBS["deep"]
     few, whole = estimate(job, Layout(1, 4, 1)), estimate(job, Layout(1, 4, 1), whole=True)

@@ -75,7 +75,7 @@ def test_a_score_by_hand() -> None:
 
 
 def test_intervals_are_of_prompts_and_raters() -> None:
-    """Against drawing prompts and raters one by one, and where one of the two decides alone."""
+    """Compared with drawing prompts and raters one by one, also where only one of them matters."""
     random = np.random.default_rng(1)
     values = random.integers(-1, 2, (20, 4))
     analysis = Analysis(study([("a", "b")], 20), votes("a", "b", values.tolist()), resamples=4000)

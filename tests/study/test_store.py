@@ -53,7 +53,7 @@ def test_sent_twice_it_is_one_answer_and_another_one_a_conflict(
     with pytest.raises(ConflictError, match="another window"):
         store.answer(1, 0, 1, RIGHT)
     assert store.tasks(1)[0].choices == LEFT
-    # Undone, and answered anew; the first version sent late once more changes nothing.
+    # Undone, and answered again; a late repeat of the first version changes nothing.
     store.answer(1, 0, 2, RIGHT)
     store.answer(1, 0, 1, LEFT)
     assert (store.tasks(1)[0].version, store.tasks(1)[0].choices) == (2, RIGHT)
@@ -134,7 +134,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, study: Study) -> None:
     assert len([shown for shown in store.everything() if shown.version]) == answered + len(rest)
 
 
-def test_votes_of_who_left_go_to_others(tmp_path: Path, study: Study) -> None:
+def test_votes_of_raters_who_left_go_to_others(tmp_path: Path, study: Study) -> None:
     store = AnswerStore(tmp_path, study)
     for rater in (1, 2, 3):
         assert store.begin(rater)

@@ -113,7 +113,7 @@ def main(root: Path, kind: str) -> None:
 
 
 def other_layouts(root: Path) -> dict[str, list[Any]]:
-    """The checkpoint that two ranks wrote goes on with one process, and then with four ranks."""
+    """Continue the checkpoint of two ranks with one process, and then with four ranks."""
     begun, moved = (config(root, "apt", name) for name in ("two", "moved"))
     folder = Path(moved.run_dir)
     folder.parent.mkdir(parents=True)

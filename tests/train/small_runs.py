@@ -1,7 +1,7 @@
 """Small but real training runs, stopped and killed in all ways; test_resume.py starts this.
 
-Every run is a process of its own, forked from this one so that torch is imported once. This one
-never computes with torch before it forks.
+Every run is a process forked from this one, so torch is imported only once. This process never
+computes with torch before it forks.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def config(root: Path, stage: str, name: str, **changes: Any) -> TrainConfig:
         "num_updates": UPDATES,
         "batch_size": 4,
         "ema_decay": 0.9,
-        # Decided by the length of a run, which differs between those that are compared here.
+        # Depends on the length of a run, which differs between the compared runs.
         "ema_warmup": False,
         "checkpoint_every": 2,
         "snapshot_at": (),

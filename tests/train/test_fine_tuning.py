@@ -107,7 +107,9 @@ def test_what_cannot_be_is_told_before_anything_is_trained(start: Path, tmp_path
         config(tmp_path, stage=both)
     with pytest.raises(ConfigError, match=r"name a model with --stage\.start"):
         config(tmp_path, lora=LoRAConfig(rank=2))
-    with pytest.raises(ConfigError, match="start from the diffusion model that it was distilled"):
+    with pytest.raises(
+        ConfigError, match="start from the diffusion model that it was distilled from"
+    ):
         apt.train.run(config(tmp_path / "run"), bundles={"start": bundle("apt")})
 
 

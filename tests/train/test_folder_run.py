@@ -1,4 +1,4 @@
-"""Training from a folder of real files, and what a resume says when they changed."""
+"""Training from a folder of real files, and what a resume reports if they changed."""
 
 from __future__ import annotations
 

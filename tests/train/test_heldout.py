@@ -180,7 +180,7 @@ def measured(held: HeldOut, stage: Stage) -> dict[str, float]:
     return values
 
 
-def test_it_is_that_of_the_averaged_weights(stages: dict[str, Any]) -> None:
+def test_the_loss_is_that_of_the_averaged_weights(stages: dict[str, Any]) -> None:
     stage = stages["pretrain"]
     held = HeldOut([], [[0, 1, 2, 3]], 4, 1)  # type: ignore[arg-type]
     first = measured(held, stage)
@@ -190,7 +190,7 @@ def test_it_is_that_of_the_averaged_weights(stages: dict[str, Any]) -> None:
     assert measured(held, stage) == first
 
 
-def test_training_is_seen_in_it(stages: dict[str, Any]) -> None:
+def test_the_loss_falls_with_training(stages: dict[str, Any]) -> None:
     """A target that the network can reach: the loss on the clips falls with training on them."""
     stage = pretrain(
         optimizer=dataclasses.replace(stages["pretrain"].host.config.optimizer, learning_rate=1e-2)

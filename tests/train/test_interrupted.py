@@ -252,7 +252,7 @@ def test_a_file_that_kills_its_reader_is_named_and_nothing_is_lost(
 
 
 def test_a_disk_that_fills_up(tmp_path: Path, root: Path) -> None:
-    """A small disk, full once the run has started; what was saved goes on when there is room."""
+    """A small disk, full once the run has started; the saved run continues when there is room."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]

@@ -27,7 +27,7 @@ KERNELS = (
     "query_pooling.scores_kernel", "query_pooling.weighted_sum_kernel",
     "query_pooling.tokens_backward_kernel",
 )  # fmt: skip
-# Reports what ran, at the end: the interpreter would also pass if nothing used it.
+# Reports at the end what ran: the test would also pass if nothing used the interpreter.
 COMMAND = """
 import sys
 from apt.__main__ import main

@@ -88,7 +88,7 @@ def test_a_lock_of_another_machine_is_judged_by_its_age(tmp_path: Path, content:
             taken.check()
 
 
-def test_a_process_that_got_the_number_of_a_dead_one_is_not_it(tmp_path: Path):
+def test_a_process_that_reuses_a_dead_ones_id_is_not_the_owner(tmp_path: Path):
     if not Path("/proc/self/stat").exists():
         pytest.skip("this system does not tell when a process was started")
     with RunLock(tmp_path):
@@ -107,7 +107,7 @@ def test_a_damaged_lock_is_a_lock_until_it_is_old(tmp_path: Path, content: str):
         taken.check()
 
 
-def test_who_is_taken_over_notices_and_leaves_the_new_lock(tmp_path: Path):
+def test_a_run_that_lost_its_lock_notices_and_leaves_the_new_one(tmp_path: Path):
     with RunLock(tmp_path, heartbeat=0.005) as first:
         assert not first.lost
         with RunLock(tmp_path, take_over=True) as second:

@@ -70,11 +70,13 @@ def test_what_the_clock_says_has_a_file_of_its_own(tmp_path: Path):
     assert not any("time" in key for entry in read_log(tmp_path) for key in entry)
 
 
-def test_tensorboard_has_the_sheets(tmp_path: Path):
+def test_tensorboard_has_the_sheets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sheet = np.zeros((4, 6, 3), np.uint8)
     sheet[1, 2] = (255, 0, 128)
     Image.fromarray(sheet).save(tmp_path / "sheet.png")
-    with RunLog(tmp_path / "run", 10, 0) as log:
+    with monkeypatch.context() as large, RunLog(tmp_path / "run", 10, 0) as log:
+        # As of 49 frames of 720p for several prompts.
+        large.setattr(Image, "MAX_IMAGE_PIXELS", 10)
         log.picture(3, tmp_path / "sheet.png")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -176,6 +178,9 @@ def test_on_a_terminal_of_eighty_columns_a_bar_is_drawn(tmp_path: Path):
 
 def test_a_foreign_log_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="training run"):
+        read_log(tmp_path)
+    (tmp_path / LOG_NAME).write_bytes(b'{"step": 1}\n\xff\n')
+    with pytest.raises(DataError, match="no log"):
         read_log(tmp_path)
     (tmp_path / LOG_NAME).write_text('{"step": 1}\nnot json\n{"step": 2}\n')
     with pytest.raises(DataError, match="line 2"):

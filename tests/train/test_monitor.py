@@ -171,7 +171,7 @@ def test_other_data_are_told_once_with_the_values_to_set(
 
 
 @pytest.mark.parametrize(("scale", "says"), [(1.0, False), (0.7, False), (0.3, True), (3.0, True)])
-def test_of_other_codecs_the_size_of_latents_is_looked_at(scale: float, says: bool) -> None:
+def test_for_other_codecs_the_size_of_latents_is_checked(scale: float, says: bool) -> None:
     statistics = LatentStatistics(object(), chosen=False)
     latents = scale * torch.randn(NUM_CLIPS, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     assert (statistics.observe(None, latents) is not None) is says

@@ -1,4 +1,4 @@
-"""G's step on captions of its own: an update goes over two batches, and goes on in between."""
+"""G's step on its own captions: an update uses two batches, and can resume between them."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_a_run_goes_on_although_files_were_added(trained: Path, clips: Path) -> 
     (moved / "config.json").write_text(json.dumps(config | {"num_updates": 3}))
     result = invoke("train", "--resume", moved, "--data.path", clips)
     assert result.returncode == 0, result.stderr
-    assert "size:" not in result.stderr
+    assert "  size:" not in result.stderr
     assert "differ in files" in invoke("train", "--resume", moved, "--data.path", more).stderr
     # The recipe, which leaves the size open, goes on too.
     options = ("--data.path", clips, "--run-dir", moved, *FAST[2:], *TINY)
@@ -196,7 +196,7 @@ def test_errors_are_one_line_each(clips: Path, tmp_path: Path) -> None:
 
 def test_its_own_options_are_explained_and_checked() -> None:
     text = invoke("train", "own", "--help").stdout
-    assert "--size: of the model: tiny (4 M parameters" in text and "--codec: video_ae" in text
+    assert "--size: size of the model: tiny (4 M parameters" in text and "--codec: video_ae" in text
     assert "(default: tiny)\n  --codec" in text
     wrong = invoke("train", "own", "--size", "huge")
     assert wrong.returncode == 2 and "'huge'" in wrong.stderr and "'mini'" in wrong.stderr
@@ -232,6 +232,23 @@ def test_the_stages_hang_together() -> None:
         data = config.data
         assert {data.frames, data.height, data.width, data.fps, data.size_multiple} == {None}
         assert config.sample_prompts is None and config.negative_prompt is None
+
+
+def test_a_factor_shortens_every_stage_alike() -> None:
+    whole = stages()
+    short = list(RECIPES.create("own", updates_factor=0.1))  # type: ignore[arg-type]
+    for before, after in zip(whole, short, strict=True):
+        assert after.num_updates == before.num_updates / 10
+        assert after.optimizer.decay_updates == before.optimizer.decay_updates / 10
+        assert after.optimizer.warmup_updates <= after.num_updates / 2
+        assert max(after.snapshot_at, default=0) <= after.num_updates
+        # The same share of the exported average is the weights that the run starts from.
+        left = [config.ema_decay**config.num_updates for config in (before, after)]
+        assert left[0] == pytest.approx(left[1])
+    assert list(RECIPES.create("own", updates_factor=1.0)) == whole  # type: ignore[arg-type]
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match="updates_factor must be"):
+            RECIPES.create("own_apt", updates_factor=wrong)
 
 
 @pytest.mark.parametrize("size", ["tiny", "mini", "small"])

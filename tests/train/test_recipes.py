@@ -330,7 +330,7 @@ def test_the_digits_models_fit_each_other() -> None:
     ],
 )
 def test_recipes_for_public_models_keep_the_papers_method(ours: str, paper: str) -> None:
-    """They differ in models, data and batch alone, which the module gives reasons for."""
+    """They differ only in models, data and batch, for reasons that the module gives."""
     free = {
         "name", "run_dir", "batch_size", "negative_prompt", "sample_every", "sample_prompts",
         "stage.generator", "stage.discriminator",

@@ -124,7 +124,7 @@ def test_captions_are_checked_by_the_encoder_that_will_read_them(tmp_path: Path)
         check = prompt_check(config(stage))
         assert check is not None
         check(["a short one", ""])
-        with pytest.raises(ValueError, match="65 words, at most 64"):
+        with pytest.raises(ValueError, match="65 words, but at most 64"):
             check(["word " * 65])
 
 

@@ -28,7 +28,7 @@ def steps(retention: Retention) -> list[int]:
     return sorted(checkpoint.step_of(retention.root / name) for name in os.listdir(retention.root))
 
 
-def test_damaged_ones_that_are_newer_never_push_out_a_good_one(tmp_path: Path) -> None:
+def test_newer_damaged_checkpoints_never_displace_a_good_one(tmp_path: Path) -> None:
     first = Retention(tmp_path / "c", 2)
     for step in (10, 20, 30):
         save(first, step)
@@ -45,7 +45,7 @@ def test_damaged_ones_that_are_newer_never_push_out_a_good_one(tmp_path: Path) -
     assert steps(resumed) == [30]
 
 
-def test_one_that_rots_while_the_run_goes_on_does_not_count(tmp_path: Path) -> None:
+def test_a_checkpoint_that_rots_during_the_run_does_not_count(tmp_path: Path) -> None:
     retention = Retention(tmp_path / "c", 2)
     for step in (1, 2):
         save(retention, step)
@@ -56,7 +56,7 @@ def test_one_that_rots_while_the_run_goes_on_does_not_count(tmp_path: Path) -> N
     assert steps(retention) == [3, 4]
 
 
-def test_those_of_an_earlier_process_count_if_they_verify(tmp_path: Path) -> None:
+def test_checkpoints_of_an_earlier_process_count_if_they_verify(tmp_path: Path) -> None:
     for step in (1, 2):
         save(Retention(tmp_path / "c", 3), step)
     save(Retention(tmp_path / "c", 2), 3)

@@ -1,4 +1,4 @@
-"""Training on several ranks is that of one: weights, metrics, averages, and what is exported."""
+"""Training on several ranks equals that on one: weights, metrics, averages and exports."""
 
 from __future__ import annotations
 
@@ -93,8 +93,10 @@ def test_metrics_are_those_of_one_rank(found: Found, name: str) -> None:
 def test_the_export_is_that_of_one_rank(found: Found, name: str, stage: str) -> None:
     found.weights(name)
     found.weights("one")
-    file = f"{stage}/transformer.safetensors"
-    got, expected = load_file(found.folder / name / file), load_file(found.folder / "one" / file)
+    got, expected = (
+        load_file(found.folder / who / made / "transformer.safetensors")
+        for who, made in ((name, stage), ("one", STAGES[stage]))
+    )
     assert got.keys() == expected.keys()
     for key, value in expected.items():
         assert distance(got[key], value) < 1e-5, key

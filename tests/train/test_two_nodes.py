@@ -17,7 +17,7 @@ from tests.train.test_torchrun import ROOT, TINY
 from tests.waiting import wait_until
 
 UPDATES = 5
-# Rank 1 hangs for good in one update, and when it comes to the next, it takes its node away.
+# Rank 1 hangs in one update for good, and when it reaches the next, it takes its node down.
 NODE = """
 import os, signal, sys, threading
 from pathlib import Path
@@ -73,7 +73,7 @@ def is_open(port: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_hung_rank_is_named_and_a_lost_node_is_done_without(tmp_path: Path) -> None:
+def test_a_hung_rank_is_named_and_the_run_continues_without_a_lost_node(tmp_path: Path) -> None:
     (tmp_path / "node.py").write_text(NODE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -19,6 +19,7 @@ def test_it_gets_metrics_and_sheets_and_goes_on_as_the_same_run(
     pytest.importorskip("wandb")
     image = pytest.importorskip("PIL.Image")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 4)  # a sheet may be large
     image.new("RGB", (4, 4)).save(tmp_path / "sheet.png")
     ids = []
     for first in (0, 1):

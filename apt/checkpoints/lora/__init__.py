@@ -1,9 +1,9 @@
-"""LoRA and its kin: loaded from the files that people have, merged into a model, and written.
+"""LoRA and similar adapters: loaded from common file formats, merged into a model, and written.
 
     W <- W + strength * change
 
-The change is a LoRA's, a LoHa's or a LoKr's (`apt.checkpoints.lora.layers`), with DoRA's norms if
-there are any, or a whole difference (`.diff`, `.diff_b`, `.diff_m`). Spellings: diffusers and peft
+The change is that of a LoRA, LoHa or LoKr (`apt.checkpoints.lora.layers`), possibly with DoRA's
+norms, or a full difference (`.diff`, `.diff_b`, `.diff_m`). Formats: diffusers and peft
 (`transformer.NAME.lora_A.weight`), ComfyUI and the original Wan repositories
 (`diffusion_model.NAME.lora_down.weight`, NAME in the authors' layout), kohya (`lora_unet_NAME` with
 underscores for dots), LyCORIS.

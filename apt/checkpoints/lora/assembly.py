@@ -1,4 +1,4 @@
-"""Adapters put together from the parts of a file, and checked against the model."""
+"""Assembly of adapters from the parts in a file, with checks against the model."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def assemble(
     scale: Scale,
     model: nn.Module,
 ) -> LoRA:
-    """The adapter whose parts these are.
+    """Assemble an adapter from its parts.
 
     Args:
-        file: where they are from, for messages.
-        parts: by the name of a module in the file, and by part.
+        file: the file, for messages.
+        parts: tensors by module name in the file, and by part.
         names: finds the modules in the model.
-        scale: what multiplies a layer's change, by its name in the file, the rank of its factors,
-            and the tensor alpha beside them.
-        model: that it is for.
+        scale: returns the factor of a layer's change, given its name in the file, the rank of its
+            factors, and their alpha tensor.
+        model: the model that the adapter is for.
 
     Raises:
-        CheckpointError: a part without its others, a weight that changes twice, or shapes that do
-            not fit each other or the model.
+        CheckpointError: for missing parts, a weight that is changed twice, or shapes that do not
+            fit each other or the model.
     """
     lora = _Assembly(file, names, scale).assemble(parts)
     _check_shapes(file, lora, model)
@@ -52,7 +52,7 @@ def assemble(
 
 
 class _Assembly:
-    """Puts the parts of a file together."""
+    """Assembles the parts in a file."""
 
     def __init__(self, file: Path, names: Names, scale: Scale) -> None:
         self._file, self._names, self._scale = file, names, scale
@@ -61,7 +61,7 @@ class _Assembly:
         self._magnitudes: dict[str, Tensor] = {}
 
     def assemble(self, parts: Mapping[str, Mapping[str, Tensor]]) -> LoRA:
-        """Raises CheckpointError for a part without its others, or a weight that changes twice."""
+        """Raise CheckpointError for missing parts, or a weight that is changed twice."""
         for name, found in parts.items():
             for part in ("weight", "bias", "modulation"):
                 if part in found:
@@ -87,8 +87,8 @@ class _Assembly:
         swap = rule is not None and rule.swap_halves
         if not all(key.endswith(".weight") for key in ours):
             raise CheckpointError(
-                f"{str(self._file)!r} has a {self._kind(found)} of {name!r}, which is a table and "
-                "no layer; it is damaged, or of another model"
+                f"{str(self._file)!r} has a {self._kind(found)} for {name!r}, which is a table and "
+                "not a layer; the file is damaged, or for another model"
             )
         self._check_rows(name, self._shape(name, layer), len(ours), swap)
         pieces: list[Layer] = [layer]
@@ -111,38 +111,39 @@ class _Assembly:
     def _check_rows(
         self, name: str, shape: tuple[int, ...], pieces: int, swap_halves: bool
     ) -> None:
-        """Raise CheckpointError for what cannot be cut as a fused projection is."""
+        """Raise CheckpointError if a shape cannot be split like a fused projection."""
         if (pieces > 1 or swap_halves) and (not shape or shape[0] % (2 if swap_halves else pieces)):
             raise CheckpointError(
                 f"{str(self._file)!r} does not fit the model: {name!r} has the shape {shape}, "
-                f"whose first dimension is not {pieces} equal parts; it is of another size"
+                f"whose first dimension does not split into {pieces} equal parts; use a file for "
+                "this size of the model"
             )
 
     def _layer(self, name: str, found: Mapping[str, Tensor]) -> Layer:
-        """The adapter whose parts were found. Raises CheckpointError if some are missing."""
+        """Return the adapter with these parts. Raises CheckpointError if some are missing."""
         kinds = found.keys() - {"weight", "bias", "modulation", "alpha", "magnitude", "up_bias"}
         alpha = found.get("alpha")
         if alpha is not None and (alpha.numel() != 1):
             raise CheckpointError(
                 f"{str(self._file)!r}: alpha of {name!r} must be one number, got the shape "
-                f"{tuple(alpha.shape)}"
+                f"{tuple(alpha.shape)}; download it again"
             )
 
         for kind in sorted(kinds):
             if found[kind].ndim < 2 or not found[kind].numel():
                 raise CheckpointError(
                     f"{str(self._file)!r}: {kind} of {name!r} has the shape "
-                    f"{tuple(found[kind].shape)}, and is no matrix; download it again"
+                    f"{tuple(found[kind].shape)}, expected a matrix; download it again"
                 )
 
         def scale(factor: Tensor | None) -> float:
-            """By the rank of a factor, which is its first dimension."""
+            """Return the scale for the rank of a factor, which is its first dimension."""
             (*_, bare) = bare_names(name)
             rank = None if factor is None else factor.shape[0]
             return self._scale(bare, rank, alpha)
 
         def factors(part: str) -> tuple[Tensor, ...] | None:
-            """A matrix, or the two that it is the product of."""
+            """Return a matrix, or the two whose product it is."""
             if f"{part}_a" in found and f"{part}_b" in found:
                 return found[f"{part}_a"], found[f"{part}_b"]
             return (found[part],) if part in found else None
@@ -168,7 +169,7 @@ class _Assembly:
     def _cut_magnitude(
         self, name: str, layer: Layer, value: Tensor | None, pieces: int, swap: bool
     ) -> tuple[Tensor | None, ...]:
-        """DoRA's norms for each of our weights."""
+        """Return DoRA's norms for each of our weights."""
         if value is None:
             return (None,) * pieces
         shape = self._shape(name, layer)
@@ -177,7 +178,7 @@ class _Assembly:
             raise CheckpointError(
                 f"{str(self._file)!r}: the DoRA norms of {name!r} are {tuple(value.shape)}, "
                 f"expected ({shape[0]}, 1)"
-                + (f" or (1, {shape[1]})" if pieces == 1 else " as it is cut along its rows")
+                + (f" or (1, {shape[1]})" if pieces == 1 else " because it is split along its rows")
             )
         return cut_rows(magnitude, pieces, swap) if magnitude.shape[0] > 1 else (magnitude,)
 
@@ -193,7 +194,7 @@ class _Assembly:
     def _incomplete(self, name: str, found: Mapping[str, Tensor]) -> CheckpointError:
         return CheckpointError(
             f"{str(self._file)!r} is incomplete: {name!r} has only {listed(sorted(found))} of a "
-            f"{self._kind(found)}; download it again"
+            f"{self._kind(found)}; download the file again"
         )
 
     def _kind(self, found: Mapping[str, Tensor]) -> str:
@@ -202,7 +203,7 @@ class _Assembly:
 
     def _twice(self, key: str) -> CheckpointError:
         return CheckpointError(
-            f"{str(self._file)!r} changes {key!r} twice, under two names; save one of them alone"
+            f"{str(self._file)!r} changes {key!r} twice, under two names; save only one of them"
         )
 
 
@@ -216,20 +217,20 @@ def _check_shapes(file: Path, lora: LoRA, model: nn.Module) -> None:
         expected = tuple(model.get_parameter(f"{name}.weight").shape)
         problem = _misfit(layer, expected)
         if problem is not None:
-            wrong.append(f"{name} is for {problem}, the model has {expected}")
+            wrong.append(f"{name} is for {problem}, but the model has {expected}")
     for name, difference in lora.differences.items():
         expected = tuple(model.get_parameter(name).shape)
         if tuple(difference.shape) != expected:
-            wrong.append(f"{name} is {tuple(difference.shape)}, the model has {expected}")
+            wrong.append(f"{name} is {tuple(difference.shape)}, but the model has {expected}")
     if wrong:
         raise CheckpointError(
-            f"{str(file)!r} does not fit the model: {listed(wrong)}; it is a LoRA of another size "
+            f"{str(file)!r} does not fit the model: {listed(wrong)}; it is a LoRA for another size "
             "of this family"
         )
 
 
 def _misfit(layer: Layer, expected: tuple[int, ...]) -> str | None:
-    """What a layer's change is for, if not for a weight of that shape. Kernels may be flat."""
+    """Return the shape of a layer's change if it does not fit `expected`. Kernels may be flat."""
     shape = delta_shape(layer)
     if shape[0] == expected[0] and math.prod(shape) == math.prod(expected):
         return None

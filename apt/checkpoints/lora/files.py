@@ -1,9 +1,9 @@
-"""Files of LoRAs in the spellings that people have: found, loaded with their strength, written.
+"""LoRA files in common formats: finding, loading with their strength, and writing.
 
-Spellings of keys: see `apt.checkpoints.lora.keys`. The strength is alpha over rank. Alpha is in one
-of these places, looked at in this order: a tensor `NAME.alpha`; what PEFT writes, in the header
-(diffusers' `lora_adapter_metadata`) or in `adapter_config.json` beside the file; a number in the
-header (`lora_alpha`, `alpha`, kohya's `ss_network_alpha`). With none of them alpha is the rank.
+`apt.checkpoints.lora.keys` explains the keys. The strength is alpha over rank. Alpha is in the
+first of these places: a tensor `NAME.alpha`; PEFT's options, in the header (diffusers'
+`lora_adapter_metadata`) or in `adapter_config.json` beside the file; a number in the header
+(`lora_alpha`, `alpha`, kohya's `ss_network_alpha`). Without any of them, alpha is the rank.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ CONFIG_FILE = "adapter_config.json"
 PEFT_FILE = "adapter_model.safetensors"
 
 _DOCUMENTS = ("lora_adapter_metadata", "adapter_config", "peft_config", "lora_config", "config")
-"""Entries of a header that are JSON objects as PEFT writes them."""
+"""Header entries that are JSON objects with PEFT's options."""
 _ALPHAS = ("lora_alpha", "alpha", "network_alpha", "lora_network_alpha")
 _KOHYA_ALPHA = "ss_network_alpha"
 
 _PEFT_TYPES = ("LORA", "LOKR", "LOHA")
 _CHANGED_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Ways to begin that take a part out of the base model's weights, so the rest fits no other."""
+"""Initialisations that change the base model's weights, so the LoRA fits no other base."""
 
 
 def load_lora(path: str | Path, model: nn.Module, family: Family | None = None) -> LoRA:
-    """Read a LoRA of a model.
+    """Read a LoRA for a model.
 
     Args:
         path: a safetensors file, or a folder with one; see `find_lora`.
-        model: the backbone that it belongs to.
-        family: the model's, for files in its authors' names; None finds it by the config.
+        model: the backbone that it is for.
+        family: the model's family, for files with its authors' names; None finds it by the config.
 
     Raises:
-        CheckpointError: no such file, a damaged one, values that are not finite, keys that belong
-            to nothing in the model, or shapes that do not fit it. Nothing is changed, and nothing
-            is left out.
+        CheckpointError: for a missing or damaged file, values that are not finite, keys that match
+            nothing in the model, or shapes that do not fit it. The model does not change, and no
+            part of the file is ignored.
     """
     file = _file_in(Path(path)) if Path(path).is_dir() else Path(path)
     read_stored(file)
@@ -73,14 +73,14 @@ def load_lora(path: str | Path, model: nn.Module, family: Family | None = None) 
         if part != "alpha" and not value.is_floating_point():
             raise CheckpointError(
                 f"{str(file)!r}: {key!r} is {str(value.dtype).removeprefix('torch.')}, expected "
-                "floating-point numbers; a quantised LoRA is not read"
+                "floating-point numbers; quantised LoRAs are not supported: use a file in bf16"
             )
         if part is None or not names.find(name, KIND_OF_PART.get(part, "weight"))[0]:
             unknown.append(key)
         elif part in parts.setdefault(name, {}):
             raise CheckpointError(
-                f"{str(file)!r} has {part!r} of {name!r} twice: it holds several adapters; save "
-                "one of them alone"
+                f"{str(file)!r} has {part!r} of {name!r} twice, so it contains several adapters; "
+                "save only one of them"
             )
         else:
             parts[name][part] = value
@@ -88,22 +88,23 @@ def load_lora(path: str | Path, model: nn.Module, family: Family | None = None) 
         raise CheckpointError(describe_unknown(file, unknown, len(tensors), family))
     if not parts:
         raise CheckpointError(
-            f"{str(file)!r} holds no LoRA; expected keys such as NAME.lora_A.weight"
+            f"{str(file)!r} is not a LoRA; expected keys such as NAME.lora_A.weight"
         )
     strength = read_strength(file, header, tensors.keys())
     return assemble(file, parts, names, strength.scale, model)
 
 
 def save_lora(folder: str | Path, layers: Mapping[str, LoRALayer]) -> Path:
-    """Write `pytorch_lora_weights.safetensors` as diffusers names it; returns the file.
+    """Write `pytorch_lora_weights.safetensors`, diffusers' name, and return the file.
 
     Raises:
-        CheckpointError: values that are not finite, or a disk that refuses.
+        CheckpointError: for values that are not finite, or a failure to write.
     """
     file = Path(folder) / LORA_FILE
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        # The scale goes into the weights: loaders disagree on where alpha is.
+        # The scale is multiplied into the weights, because loaders look for alpha in different
+        # places.
         up = layer.up if layer.scale == 1 else layer.up * layer.scale
         tensors[f"transformer.{name}.lora_A.weight"] = layer.down
         tensors[f"transformer.{name}.lora_B.weight"] = up
@@ -116,11 +117,11 @@ def save_lora(folder: str | Path, layers: Mapping[str, LoRALayer]) -> Path:
 
 
 def find_lora(name: str | Path) -> Path:
-    """The file of a LoRA: a file, a folder that has one, or a Hub repository of one.
+    """Find the file of a LoRA, given a file, a folder, or a Hub repository.
 
     In a folder it is diffusers' or PEFT's file, or else the only safetensors file.
 
-    Raises CheckpointError if there is none, or several to choose from.
+    Raises CheckpointError if there is none, or there are several.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -147,7 +148,7 @@ def _file_in(folder: Path) -> Path:
         return found[0]
     if found:
         raise CheckpointError(
-            f"{str(folder)!r} holds several files ({listed(file.name for file in found)}); name one"
+            f"{str(folder)!r} has several files ({listed(file.name for file in found)}); name one"
         )
     raise CheckpointError(
         f"there is no LoRA in {str(folder)!r}: expected {LORA_FILE}, {PEFT_FILE} or one other "
@@ -157,13 +158,13 @@ def _file_in(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Strength:
-    """What a file says of alpha.
+    """What a file says about alpha.
 
     Attributes:
         origin: where it says so, for messages.
-        alpha: of all layers; None for their rank.
-        rank: that the file claims for all layers; None if it claims none.
-        alphas, ranks: of single layers, by patterns of their names.
+        alpha: alpha of all layers; None for their rank.
+        rank: the rank that the file states for all layers; None if it states none.
+        alphas, ranks: those of single layers, by patterns of their names.
         rslora: divide by the square root of the rank (Kalajdzievski 2023).
     """
 
@@ -175,26 +176,26 @@ class Strength:
     rslora: bool = False
 
     def scale(self, name: str, rank: int | None, alpha: Tensor | None) -> float:
-        """What multiplies the change of a layer.
+        """Return the factor of a layer's change.
 
         Args:
-            name: of the layer in the file, without prefix.
-            rank: of its factors; None for whole matrices (of a LoKr).
-            alpha: the tensor beside them; None if there is none.
+            name: name of the layer in the file, without prefix.
+            rank: rank of its factors; None for whole matrices (of a LoKr).
+            alpha: their alpha tensor; None if there is none.
 
-        Raises CheckpointError if the file claims another rank.
+        Raises CheckpointError if the file states another rank.
         """
         if alpha is not None:
-            # LyCORIS keeps an alpha beside whole matrices too, which counts for nothing.
+            # LyCORIS also stores an alpha for whole matrices, and ignores it.
             return 1.0 if rank is None else float(alpha) / rank
         claimed = _matching(self.ranks, name, self.rank)
         if rank is None:
             rank = None if claimed is None else int(claimed)
         elif claimed is not None and claimed != rank:
             raise CheckpointError(
-                f"{self.origin} says rank {claimed:g} for {name!r}, whose factors have {rank}: "
-                "the two are not of one LoRA, so its strength is unknown; put the file where its "
-                "own description is"
+                f"{self.origin} states rank {claimed:g} for {name!r}, whose factors have rank "
+                f"{rank}: it describes another LoRA, so the strength is unknown; put the file "
+                "beside its own description"
             )
         value = _matching(self.alphas, name, self.alpha)
         if value is None or rank is None:
@@ -203,16 +204,16 @@ class Strength:
 
 
 def read_strength(file: Path, header: Mapping[str, str], keys: Collection[str]) -> Strength:
-    """What a LoRA says of its strength, besides tensors.
+    """Read what a LoRA says about its strength, apart from tensors.
 
     Args:
-        file: the LoRA, beside which `adapter_config.json` may lie.
+        file: the LoRA, which may have an `adapter_config.json` beside it.
         header: the strings in its header.
-        keys: of its tensors.
+        keys: the keys of its tensors.
 
     Raises:
-        CheckpointError: a description that is damaged, of another kind of adapter, or of one whose
-            base was changed.
+        CheckpointError: for a description that is damaged, or describes another kind of adapter, or
+            one whose base was changed.
     """
     for entry in _DOCUMENTS:
         if entry in header:
@@ -221,7 +222,7 @@ def read_strength(file: Path, header: Mapping[str, str], keys: Collection[str]) 
             if any(key in _PEFT_FIELDS for key in options):
                 return _from_peft(options, origin)
     config = file.with_name(CONFIG_FILE)
-    # Beside PEFT's own file it describes that one, and not others that lie there too.
+    # If PEFT's own file is there, the config describes that file and no other.
     if config.is_file() and (file.name == PEFT_FILE or not file.with_name(PEFT_FILE).exists()):
         return _from_peft(read_json(config), repr(str(config)))
     origin = f"the header of {str(file)!r}"
@@ -235,7 +236,7 @@ def read_strength(file: Path, header: Mapping[str, str], keys: Collection[str]) 
 
 
 def _puts_alpha_into_factors(header: Mapping[str, str], keys: Collection[str]) -> bool:
-    """Whether musubi-tuner's converter wrote the file, which keeps kohya's header all the same."""
+    """Whether musubi-tuner's converter wrote the file, which keeps kohya's header unchanged."""
     return _KOHYA_ALPHA in header and any(
         key.startswith(("diffusion_model.", "transformer.")) and ".lora_A." in key for key in keys
     )
@@ -248,13 +249,13 @@ def _from_peft(options: Mapping[str, Any], origin: str) -> Strength:
     kind = str(options.get("peft_type") or "LORA").rpartition(".")[2].upper()
     if kind not in _PEFT_TYPES:
         raise CheckpointError(
-            f"{origin} describes an adapter of the type {kind}, which is not read here; expected "
+            f"{origin} describes an adapter of the type {kind}, which is not supported; expected "
             f"one of {', '.join(_PEFT_TYPES)}"
         )
     begun = str(options.get("init_lora_weights", "")).lower()
     if begun.startswith(_CHANGED_BASES):
         raise CheckpointError(
-            f"{origin} says init_lora_weights = {begun!r}: such a LoRA fits only the base whose "
+            f"{origin} has init_lora_weights = {begun!r}: such a LoRA fits only the base whose "
             "weights were changed with it; convert it with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
@@ -271,7 +272,7 @@ def _from_peft(options: Mapping[str, Any], origin: str) -> Strength:
 
 
 def _read_object(text: str, origin: str) -> dict[str, Any]:
-    """A JSON object; of several components, or with their names before keys, the transformer's."""
+    """Read a JSON object; if it has several components, return only the transformer's part."""
     try:
         document = parse_json(text)
     except (ValueError, RecursionError) as error:
@@ -291,13 +292,13 @@ def _pattern(options: Mapping[str, Any], name: str, origin: str) -> dict[str, fl
         try:
             re.compile(pattern)
         except re.error as error:
-            raise CheckpointError(f"{origin}: {name} has no valid pattern {pattern!r}") from error
+            raise CheckpointError(f"{origin}: {name} has an invalid pattern {pattern!r}") from error
     check = _positive if name == "rank_pattern" else _number
     return {pattern: check(value, name, origin) for pattern, value in patterns.items()}
 
 
 def _matching(patterns: Mapping[str, float], name: str, default: float | None) -> float | None:
-    """The value of the first pattern that fits the end of a name, as PEFT chooses it."""
+    """Return the value of the first pattern that matches the end of a name, as in PEFT."""
     for pattern, value in patterns.items():
         if re.match(rf"(?:.*\.)?(?:{pattern})$", name):
             return value
@@ -317,7 +318,7 @@ def _number(value: object, name: str, origin: str) -> float:
 def _positive(value: object, name: str, origin: str) -> float:
     number = _number(value, name, origin)
     if number < 1 or number != int(number):
-        raise CheckpointError(f"{origin}: {name} must be a whole number above 0, got {value!r:.80}")
+        raise CheckpointError(f"{origin}: {name} must be an integer above 0, got {value!r:.80}")
     return number
 
 

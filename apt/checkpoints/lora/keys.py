@@ -1,9 +1,9 @@
-"""How LoRA files spell their keys: which part of an adapter a key is, and of which of our weights.
+"""Keys of LoRA files: which part of an adapter a key is, and which of our weights it changes.
 
     PREFIX NAME PART      diffusion_model. blocks.0.self_attn.q .lora_down.weight
 
-NAME is in our layout (that of diffusers) or in that of the authors, with dots or, as kohya and
-OneTrainer write it, with underscores.
+NAME is in our layout (that of diffusers) or in that of the authors, with dots or, in files of kohya
+and OneTrainer, underscores.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _PREFIXES = (
     "_",
 )
 _INFIXES = ("_orig_mod.", ".processor")
-"""What wrappers of torch and old attention processors of diffusers put into names."""
+"""What torch's wrappers and diffusers' old attention processors insert into names."""
 
-# Behind each part peft may put the name of the adapter.
+# peft may add the adapter's name after each part.
 _ADAPTER = r"(?:\.(?!weight$)[\w-]+)?"
 
 _PARTS: tuple[tuple[str, str], ...] = (
@@ -65,7 +65,7 @@ _PARTS: tuple[tuple[str, str], ...] = (
 )
 
 KIND_OF_PART: dict[str, Kind] = {"bias": "bias", "up_bias": "bias", "modulation": "modulation"}
-"""Which parameter of a module a part changes; the others change its weight."""
+"""The parameter of a module that a part changes; other parts change its weight."""
 
 _UNREADABLE: tuple[tuple[str, str], ...] = (
     (r"^(lora_te|text_encoder)", "it also changes the text encoder, which is not supported"),
@@ -75,15 +75,15 @@ _UNREADABLE: tuple[tuple[str, str], ...] = (
     (r"\.vera_lambda", "it is a VeRA, which is not supported"),
     (
         r"\.modules_to_save|\.set_weight$",
-        "it has whole weights in place of the model's, which is not supported",
+        "it replaces whole weights of the model, which is not supported",
     ),
-    (r"\.reshape_weight$", "it makes a weight larger, as control LoRAs do, which is not supported"),
+    (r"\.reshape_weight$", "it enlarges a weight, like control LoRAs, which is not supported"),
 )
 _KINDS = (("magnitude|dora_scale", "DoRA"), ("lokr_", "LoKr"), ("hada_", "LoHa"), ("", "LoRA"))
 
 
 def split_key(key: str) -> tuple[str, str | None]:
-    """The module's name in a key, with its prefix, and the part of an adapter; None for no part."""
+    """Split a key into the module's name, with its prefix, and the adapter's part or None."""
     for infix in _INFIXES:
         key = key.replace(infix, "")
     for pattern, part in _PARTS:
@@ -94,7 +94,7 @@ def split_key(key: str) -> tuple[str, str | None]:
 
 
 def bare_names(name: str) -> Iterator[str]:
-    """A name as it is, then without its first prefix, without its second, and so on."""
+    """Yield a name unchanged, then without its first prefix, without its second, and so on."""
     yield name
     while (prefix := next((p for p in _PREFIXES if name.startswith(p)), None)) is not None:
         name = name.removeprefix(prefix)
@@ -111,9 +111,9 @@ class Names:
         self._found: dict[tuple[str, Kind], tuple[list[str], KeyRule | None]] = {}
 
     def find(self, name: str, kind: Kind) -> tuple[list[str], KeyRule | None]:
-        """Our parameters for a module's name in a file, and the rule that cuts them, if one does.
+        """Find our parameters for a module's name in a file, and the rule that maps them, if any.
 
-        An empty list: it is nothing of this model.
+        An empty list means that the model has no such module.
         """
         if (name, kind) not in self._found:
             keys = (key for bare in bare_names(name) for key in _keys(bare, kind))
@@ -135,12 +135,12 @@ class Names:
 
 
 def _keys(name: str, kind: Kind) -> tuple[str, ...]:
-    """The keys that a module's parameter of that kind may have."""
+    """Return the keys that a module's parameter of this kind may have."""
     if kind == "bias":
         return (f"{name}.bias",)
     if kind == "modulation":
         return f"{name}.modulation", f"{name}.scale_shift_table"
-    # A parameter that belongs to no layer has its own name; `to_out` was once a layer itself.
+    # A parameter outside a layer has its own name; `to_out` was once a layer itself.
     return f"{name}.weight", name, f"{name}.0.weight"
 
 
@@ -149,16 +149,16 @@ def _flat(name: str) -> str:
 
 
 def describe_unknown(file: Path, unknown: Sequence[str], total: int, family: Family | None) -> str:
-    """A message for keys that belong to nothing in a model.
+    """Return a message about keys that match nothing in a model.
 
     Args:
-        file: that has them.
+        file: the file that has them.
         unknown: these keys.
-        total: how many keys it has in all.
-        family: of the model.
+        total: the total number of keys in the file.
+        family: the model's family.
     """
     start = (
-        f"{str(file)!r}: {len(unknown)} of {total} keys belong to nothing in this model: "
+        f"{str(file)!r}: {len(unknown)} of {total} keys match nothing in this model: "
         f"{listed(unknown)}"
     )
     for pattern, what in _UNREADABLE:
@@ -171,13 +171,13 @@ def describe_unknown(file: Path, unknown: Sequence[str], total: int, family: Fam
         rules = other.rules_for(other.config_class())
         mine = family is not None and family.name == name
         if not mine and any(rule.match(key) for key in keys for rule in rules):
-            return f"{start}; its names are those of the family {name!r}"
+            return f"{start}; it is for models of the family {name!r}, so load it into one of those"
     if family is not None:
         relative = family.relative({f"{module}.": () for module in modules})
         if relative is not None:
             return (
-                f"{start}; it is a LoRA of a model that is {relative}, and this one is plain "
+                f"{start}; it is a LoRA for a model that is {relative}, but this one is plain "
                 f"{family.makes}: use a LoRA that was made for it"
             )
     kind = next(kind for pattern, kind in _KINDS if any(re.search(pattern, k) for k in unknown))
-    return f"{start}; it is a {kind} of another model"
+    return f"{start}; it is a {kind} for another model"

@@ -1,4 +1,4 @@
-"""The arithmetic of adapters: changes of weights from what a file keeps of them, and their sum."""
+"""The arithmetic of adapters: the changes of weights that a file describes, and merging them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Layer(Protocol):
     """A change of one weight.
 
     Attributes:
-        scale: alpha over rank, or what the file says instead.
+        scale: alpha over rank, or the file's own value.
     """
 
     @property
     def scale(self) -> float: ...
 
     def delta(self) -> Tensor:
-        """The change in fp32 at strength 1: (out, ...), with as many values as the weight."""
+        """Return the change at strength 1: (out, ...) fp32, with as many values as the weight."""
         ...
 
 
@@ -34,10 +34,10 @@ class LoRALayer:
     """`scale * up @ down` (Hu et al. 2022).
 
     Attributes:
-        down: (rank, in), or (rank, in, *kernel) of a convolution.
+        down: (rank, in), or (rank, in, *kernel) for a convolution.
         up: (out, rank), or (out, rank, 1, ...).
         scale: alpha over rank.
-        mid: (rank, rank, *kernel) of a convolution whose `down` has no kernel; None otherwise.
+        mid: (rank, rank, *kernel) for a convolution whose `down` has no kernel; None otherwise.
     """
 
     down: Tensor
@@ -60,9 +60,10 @@ class LoHaLayer:
 
     Attributes:
         a1, a2: (out, rank), or (rank, out) with cores.
-        b1, b2: (rank, in), with the kernel flat behind; (rank, in) with cores.
+        b1, b2: (rank, in), with a kernel flattened into the second dimension; (rank, in) with
+            cores.
         scale: alpha over rank.
-        cores: two of (rank, rank, *kernel) of a convolution; None otherwise.
+        cores: two (rank, rank, *kernel) for a convolution; None otherwise.
     """
 
     a1: Tensor
@@ -89,7 +90,7 @@ class LoKrLayer:
         w1: a matrix, or two whose product it is.
         w2: a matrix or the weight of a convolution, or two matrices whose product it is.
         scale: alpha over rank.
-        core: (rank, rank, *kernel) of a convolution, which makes a weight of w2's two matrices,
+        core: (rank, rank, *kernel) for a convolution, whose weight it forms with w2's two matrices,
             (rank, out) and (rank, in); None otherwise.
     """
 
@@ -112,12 +113,12 @@ class LoKrLayer:
 
 @dataclass(frozen=True)
 class RowsOf:
-    """One of several weights that a file has as one, along its outputs.
+    """The change of one of several weights that a file has as one, split along the outputs.
 
     Attributes:
-        layer: of the whole.
-        part, parts: which, from 0, of how many equal ones.
-        swap_halves: the two halves of the whole trade places first.
+        layer: the change of the whole.
+        part, parts: part number `part`, from 0, of `parts` equal ones.
+        swap_halves: swap the two halves of the whole first.
     """
 
     layer: Layer
@@ -127,7 +128,7 @@ class RowsOf:
 
     @property
     def scale(self) -> float:
-        """Of the whole."""
+        """The scale of the whole."""
         return self.layer.scale
 
     def delta(self) -> Tensor:
@@ -136,7 +137,7 @@ class RowsOf:
 
 
 def cut_rows(value: Tensor, pieces: int, swap_halves: bool) -> tuple[Tensor, ...]:
-    """The parts of a fused projection along its outputs, in our order of halves."""
+    """Split a fused projection along its outputs, with halves in our order."""
     if pieces == 1 and not swap_halves:
         return (value,)
     if swap_halves:
@@ -145,7 +146,7 @@ def cut_rows(value: Tensor, pieces: int, swap_halves: bool) -> tuple[Tensor, ...
 
 
 def delta_shape(layer: Layer) -> tuple[int, ...]:
-    """The shape of a layer's change, without computing it.
+    """Return the shape of a layer's change, without computing it.
 
     Raises RuntimeError if its factors do not fit each other.
     """
@@ -154,11 +155,13 @@ def delta_shape(layer: Layer) -> tuple[int, ...]:
 
 
 def decomposed(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
-    """The change of a weight in fp32 by DoRA (Liu et al. 2024): `m * V / |V| - W`, V = W + change.
+    """Return the change of a weight by DoRA, in fp32: `m * V / |V| - W`, V = W + change.
+
+    Liu et al. 2024.
 
     Args:
         weight: (out, ...), fp32.
-        change: in the same shape.
+        change: tensor of the same shape.
         magnitude: (out, 1) for norms of rows, (1, in) for norms of columns.
     """
     moved = (weight + change).flatten(1)
@@ -172,10 +175,9 @@ def decomposed(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def magnitude_of(value: Tensor, rows: int, columns: int) -> Tensor | None:
-    """A DoRA's norms as (out, 1) or (1, in); None if there are neither as many as rows nor as
-    columns."""
+    """Return a DoRA's norms as (out, 1) or (1, in); None if they match neither rows nor columns."""
     of_rows = value.ndim == 1 or value.shape[0] == rows
-    # PEFT's of a convolution lie along dimension 1.
+    # PEFT's norms for a convolution are along dimension 1.
     if value.numel() == rows and (of_rows or (value.ndim > 2 and rows != columns)):
         return value.reshape(rows, 1)
     if value.numel() == columns and value.ndim > 1 and value.shape[:2] == (1, columns):
@@ -185,11 +187,11 @@ def magnitude_of(value: Tensor, rows: int, columns: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class LoRA:
-    """What a file changes, in the names of our modules.
+    """The changes in a file, by the names of our modules.
 
     Attributes:
-        layers: by module name.
-        differences: whole changes of parameters, by parameter name.
+        layers: changes of weights, by module name.
+        differences: full differences of parameters, by parameter name.
         magnitudes: DoRA's norms, (out, 1) or (1, in), by the name of a module in `layers`.
     """
 
@@ -200,23 +202,24 @@ class LoRA:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, lora: LoRA, *, scale: float = 1.0) -> None:
-    """Add a LoRA to a model's weights, in place; a negative scale takes it off (to rounding).
+    """Add a LoRA to a model's weights, in place; a negative scale removes it (up to rounding).
 
-    Sums are made in fp32 and rounded once to the weight's type.
+    Sums are computed in fp32 and rounded once to the weight's dtype.
 
     Raises:
-        InputError: a scale that is not finite, or a negative one of a DoRA, whose change depends on
-            the weights and is not taken off by it.
-        CheckpointError: a sum that is not finite in the weight's type. The model is as it was.
+        InputError: for a scale that is not finite, or a negative one for a DoRA, whose change
+            depends on the weights and cannot be removed in this way.
+        CheckpointError: for a sum that is not finite in the weight's dtype; the model does not
+            change.
     """
     if not math.isfinite(scale):
         raise InputError(f"the scale of a LoRA must be finite, got {scale}")
     if scale < 0 and lora.magnitudes:
         raise InputError(
-            f"a DoRA cannot be taken off again, so its scale must not be negative, got {scale}; "
-            "load the model anew"
+            f"a DoRA cannot be removed, so its scale must not be negative, got {scale}; load the "
+            "model again instead"
         )
-    # All sums are looked at before the first is kept: half a LoRA would be a model of nobody.
+    # Check all sums before storing the first, so that a failure leaves no half-merged model.
     for keep in (False, True):
         for name in _parameters(lora):
             parameter = model.get_parameter(name)
@@ -227,16 +230,16 @@ def merge_lora(model: nn.Module, lora: LoRA, *, scale: float = 1.0) -> None:
                 raise CheckpointError(
                     f"with the LoRA at scale {scale:g}, values of {name!r} are NaN or infinite in "
                     f"{str(parameter.dtype).removeprefix('torch.')}; lower the scale, or load the "
-                    "model in a type of a wider range, such as bfloat16"
+                    "model in a dtype with a wider range, such as bfloat16"
                 )
 
 
 class MergedWeights(Mapping[str, Tensor]):
-    """A model's weights with adapters added, each sum made when it is asked for.
+    """A model's weights with adapters added; each sum is computed when it is accessed.
 
     Args:
-        weights: by name, those of the model behind `prefix`.
-        layers: by module name, without it.
+        weights: weights by name; those of the model start with `prefix`.
+        layers: adapters by module name, without the prefix.
     """
 
     def __init__(
@@ -260,12 +263,12 @@ class MergedWeights(Mapping[str, Tensor]):
 
 
 def _parameters(lora: LoRA) -> list[str]:
-    """Names of the parameters that change, each once."""
+    """Return the names of the parameters that change, each once."""
     return list(dict.fromkeys([*(f"{name}.weight" for name in lora.layers), *lora.differences]))
 
 
 def _merged(parameter: Tensor, name: str, lora: LoRA, scale: float) -> Tensor:
-    """The new value of a parameter, in fp32."""
+    """Return the new value of a parameter, in fp32."""
     weight = parameter.float()
     value = weight
     module = name.removesuffix(".weight")
@@ -286,12 +289,12 @@ def _product(factors: tuple[Tensor, ...]) -> Tensor:
 
 
 def _tucker(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """(out, in, *kernel) from a core (rank, rank, *kernel), up (rank, out) and down (rank, in)."""
+    """Combine core (rank, rank, *kernel), up (rank, out), down (rank, in): (out, in, *kernel)."""
     return torch.einsum("ab...,ao,bi->oi...", core, up, down)
 
 
 def _on_meta(value: Any) -> Any:
-    """The same without memory: of a tensor, a layer, or several."""
+    """Return a tensor, a layer or a tuple of them on the meta device."""
     if isinstance(value, Tensor):
         return torch.empty_like(value, device="meta")
     if isinstance(value, tuple):

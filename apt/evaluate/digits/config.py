@@ -73,9 +73,9 @@ class EvaluateConfig:
                     f"{name} is {number}; with {self.samples_per_caption} samples per caption it "
                     f"must be a multiple of that from {least} to {most}."
                 )
-        for name in ("num_reference", "batch_size"):
-            if getattr(self, name) < (2 if name == "num_reference" else 1):
-                raise ConfigError(f"{name} is {getattr(self, name)}, which is too small.")
+        for name, least in (("num_reference", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     @property
     def kept(self) -> Path:

@@ -34,7 +34,7 @@ _MOVEMENT = {
     "flicker": Figure("flicker"),
     "frame_change": Figure("change from frame to frame"),
     "motion": Figure("motion"),
-    "frozen": Figure("frozen videos", "lower", "share"),
+    "frozen": Figure("frozen videos", "", "share"),
 }
 _ABOUT = """\
 - **sharpness**: variance of the Laplacian of each frame, in squared grey levels; **flicker**:
@@ -209,7 +209,7 @@ def _diversity(samples: Sequence[Sample], features: VideoFeatures) -> Figures:
 
 def _videos(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"{str(folder)!r} is no folder; give one of real videos")
+        raise DataError(f"{str(folder)!r} is not a folder; give a folder of real videos")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
     if len(found) < 2:
         raise DataError(

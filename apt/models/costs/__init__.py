@@ -1,9 +1,9 @@
-"""What one forward pass of a network moves and computes, layer by layer, and its floor in time.
+"""Bytes and FLOPs of one forward pass of a network, layer by layer, and the least time it takes.
 
-Each family has a counter for its class of configs, `cost.py` in its folder, under `@counts`.
-Elementwise work on the rows of conditions alone (activations of embeddings, modulation tables) is
-left out: it is a few vectors. All tensors count in one dtype; those that a model keeps in fp32 are
-vectors too, but where a counter says so.
+Each family has a counter for its config class, under `@counts` in its folder's `cost.py`. Work on
+rows of conditions alone (activations of embeddings, modulation tables) is left out if it is
+elementwise: it is a few vectors. All tensors count in one dtype: those that a model keeps in fp32
+are also only vectors, unless a counter says otherwise.
 
 Shapes: B samples, L visual tokens, S text tokens, D hidden size, R rows of conditions.
 """
@@ -24,12 +24,12 @@ __all__ = ["COUNTERS", "DiTCost", "Floor", "LayerCost", "Sizes", "counts", "dit_
 C = TypeVar("C", bound=Callable[[Any, Sizes], DiTCost])
 
 COUNTERS: dict[type, Callable[[Any, Sizes], DiTCost]] = {}
-"""From a class of configs to the function that counts: config and sizes to the cost. It raises
-InputError for sizes that the model cannot take."""
+"""Counters by config class: they take a config and sizes and return the cost, or raise InputError
+for sizes that the model does not accept."""
 
 
 def counts(config_class: type) -> Callable[[C], C]:
-    """Decorator: put a counter into `COUNTERS`."""
+    """Register a counter in `COUNTERS`, as a decorator."""
 
     def add(counter: C) -> C:
         COUNTERS[config_class] = counter
@@ -47,20 +47,20 @@ def dit_cost(
     num_rows: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> DiTCost:
-    """The cost of a network's forward pass, without a mask and with one timestep for each row.
+    """Return the cost of a network's forward pass, without a mask and with one timestep per row.
 
     Args:
-        config: of the model, of a class in `COUNTERS`.
+        config: the model's config, of a class in `COUNTERS`.
         batch: B.
         latent_shape: (T, H, W) of the latents, multiples of the patch.
-        text_tokens: S; 0 counts visual tokens alone, except in Wan, which pads every prompt to one
-            length. The paper gives none; 256 is usual.
+        text_tokens: S; 0 counts only visual tokens, except in Wan, which pads all prompts to one
+            length. The paper does not state it; 256 is usual.
         num_rows: R rows of timesteps and text; None: R = B.
-        dtype: of weights and activations.
+        dtype: dtype of weights and activations.
 
     Raises:
-        InputError: a config that nobody counts, latents or text that the model cannot take, or
-            counts that make no sense.
+        InputError: for a config without a counter, latents or text that the model does not accept,
+            or numbers out of range.
     """
     if batch < 1 or text_tokens < 0 or (num_rows is not None and num_rows < 1):
         raise InputError(
@@ -71,8 +71,8 @@ def dit_cost(
     if count is None:
         known = ", ".join(sorted(kind.__name__ for kind in COUNTERS))
         raise InputError(
-            f"nobody has counted the FLOPs and bytes of a {type(config).__name__}, only of: "
-            f"{known}; register its counter with @apt.models.costs.counts"
+            f"there is no counter of FLOPs and bytes for a {type(config).__name__}, only for "
+            f"{known}; register one with @apt.models.costs.counts"
         )
     sizes = Sizes(
         batch=batch,

@@ -1,4 +1,4 @@
-"""The cost of one forward pass: its blocks, what is around them, and the floor in time."""
+"""The cost of one forward pass: its blocks, its ends, and the least time that it takes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class LayerCost:
     """The three kinds of work in a block.
 
     Attributes:
-        linear: matrix products, and the convolution that makes patches tokens.
+        linear: matrix products, and the convolution that turns patches into tokens.
         attention: softmax attention.
-        elementwise: everything else as the models run it with `apt.kernels`, one pass for an op.
-        elementwise_fused: what is left to move if all that can be fused is: GELU, gated adds,
-            copies and the layout of q, k and v cost no pass of their own.
+        elementwise: everything else as the models run it with `apt.kernels`, one pass per op.
+        elementwise_fused: the same if everything that can be fused is: GELU, gated adds, copies and
+            the layout of q, k and v take no pass of their own.
     """
 
     linear: OpCost = field(default_factory=OpCost)
@@ -39,8 +39,8 @@ class Floor:
     """Seconds of one forward pass at given rates, one kind of work after the other.
 
     Attributes:
-        linear, attention: rooflines of matrix products and attention.
-        elementwise, elementwise_fused: traffic, as in `LayerCost`.
+        linear, attention: roofline times of matrix products and attention.
+        elementwise, elementwise_fused: memory traffic, as in `LayerCost`.
     """
 
     linear: float
@@ -50,17 +50,17 @@ class Floor:
 
     @property
     def matmul(self) -> float:
-        """Matrix products and attention alone: the floor of any implementation in this type."""
+        """Matrix products and attention only: the floor of any implementation in this dtype."""
         return self.linear + self.attention
 
     @property
     def total(self) -> float:
-        """With every op of `apt.kernels` at full bandwidth, nothing overlapped."""
+        """With every op of `apt.kernels` at full bandwidth and no overlap."""
         return self.matmul + self.elementwise
 
     @property
     def total_fused(self) -> float:
-        """With all that can be fused."""
+        """With everything fused that can be."""
         return self.matmul + self.elementwise_fused
 
 
@@ -72,7 +72,7 @@ class DiTCost:
         batch, visual_tokens, text_tokens: B, L and S.
         head_dim: channels of an attention head, on which the rate of attention depends.
         layers: one cost for each block.
-        ends: embeddings, modulation that all blocks share, and the output layer.
+        ends: embeddings, the modulation that all blocks share, and the output layer.
     """
 
     batch: int
@@ -88,11 +88,11 @@ class DiTCost:
 
     @property
     def flops(self) -> int:
-        """Of matrix products and attention: what a "TFLOP" of a model means."""
+        """FLOPs of matrix products and attention, which is what a model's "TFLOPs" usually mean."""
         return self.total.linear.flops + self.total.attention.flops
 
     def floor(self, rates: Rates) -> Floor:
-        """How fast a machine of these rates could be."""
+        """Return the least time that a machine with these rates needs."""
         total = self.total
         parts = [*self.layers, self.ends]
         return Floor(

@@ -1,4 +1,4 @@
-"""MMDiT: the paper's transformer, in sizes of our own."""
+"""MMDiT: the paper's transformer, in our own sizes."""
 
 from __future__ import annotations
 

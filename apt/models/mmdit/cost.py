@@ -12,7 +12,7 @@ from apt.models.mmdit.model import MMDiTConfig
 
 @counts(MMDiTConfig)
 def mmdit_cost(config: MMDiTConfig, sizes: Sizes) -> DiTCost:
-    """Raises InputError for latents that the patch size does not divide."""
+    """Count a forward pass. Raises InputError for latents that are not multiples of the patch."""
     length = math.prod(config.token_grid(sizes.latent_shape))
     counter = Counter(sizes=sizes, width=config.hidden_size, heads=config.num_heads, norm="rms")
     return DiTCost(
@@ -34,8 +34,8 @@ def _layer(counter: Counter, config: MMDiTConfig, length: int, number: int) -> L
     mlp = int(d * config.mlp_ratio)
     cost += _stream(counter, length, mlp=mlp, projected=3, normed=2, rope=True)
     if text:
-        # Behind the last block nothing reads text: weights that it shares make its q all the same,
-        # but only k is normalised
+        # The text output of the last block is unused. Shared weights still compute its q, but only
+        # k is normalised.
         cost += _stream(
             counter, text, mlp=None if last else mlp, projected=2 if last and dual else 3,
             normed=1 if last else 2, rope=False,
@@ -49,9 +49,9 @@ def _layer(counter: Counter, config: MMDiTConfig, length: int, number: int) -> L
 def _stream(
     counter: Counter, length: int, *, mlp: int | None, projected: int, normed: int, rope: bool
 ) -> LayerCost:
-    """One modality in a block: q, k and v, as far as `projected` and `normed` say.
+    """Count one modality in a block, which projects and normalises as many of q, k and v as given.
 
-    Without an MLP nothing comes after attention.
+    Without an MLP, nothing follows attention.
     """
     batch, d = counter.sizes.batch, counter.width
     tokens = batch * length
@@ -67,7 +67,7 @@ def _stream(
     return counter.mlp(length, mlp) + LayerCost(
         linear=linear + counter.linear(tokens, d, d),
         elementwise=norm + qk[1] + boundary + counter.gated_add(length),
-        # The gated add and the next norm are one boundary
+        # The gated add and the next norm are one fused op.
         elementwise_fused=2 * boundary + qk[0],
     )
 

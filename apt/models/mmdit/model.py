@@ -1,7 +1,8 @@
 """MMDiT: the two-stream diffusion transformer of the paper (APT Sec. 3.1, Fig. 1), in our sizes.
 
-Visual and text tokens have weights of their own and attend jointly; RMSNorm, qk-RMSNorm, 3D rotary
-positions on the visual tokens, timestep modulation, GELU MLP, any (T, H, W).
+Visual and text tokens have separate weights and attend jointly. The model uses RMSNorm, qk-RMSNorm,
+3D rotary positions on the visual tokens, timestep modulation and GELU MLPs, and takes any (T, H, W)
+that the patch size divides.
 
 Shape suffixes: B samples, R rows of conditions, L visual tokens, S text tokens, D hidden size,
 H heads.
@@ -44,7 +45,7 @@ from apt.models.transformer import (
     token_grid,
 )
 
-# Below this noise level a predicted sample is not divided further: 1 / t would only amplify errors.
+# A predicted sample is divided by at least this t: below it, 1 / t would only amplify errors.
 _MIN_TIMESTEP = 0.05
 
 
@@ -57,19 +58,19 @@ class MMDiTConfig:
         hidden_size, depth, num_heads: D, number of blocks, attention heads.
         patch_size: latents per token along (T, H, W).
         text_dim: embedding dimension of the text encoder.
-        pooled_dim: dimension of the text encoder's pooled vector, which then joins the timestep in
-            the modulation (Esser et al. 2024); 0 does not use it.
+        pooled_dim: dimension of the text encoder's pooled vector, which is added to the timestep
+            embedding (Esser et al. 2024); 0 does not use it.
         mlp_ratio: MLP width over D.
-        num_dual_blocks: blocks, counted from the first, with separate weights for text; later ones
-            share one set. None: all.
+        num_dual_blocks: number of first blocks with separate weights for text; in later ones, text
+            and visual tokens share their weights. None: all blocks.
         modulation: "shared": one embedding of the timestep for all blocks and a learned bias in
             each; "block": a linear layer in each block.
-        prediction: what the last layer emits: the velocity, or the clean sample, which is then
+        prediction: output of the last layer: the velocity, or the clean sample, which is then
             converted to the velocity. "sample" is for pixel-like latents whose patches have more
-            dimensions than D, through which no noise fits (arXiv 2511.13720).
+            dimensions than D, too few to represent noise (arXiv 2511.13720).
         rope_theta: base of the rotary frequencies.
-        absolute_positions: also add sinusoids of the position to the visual tokens. A small model
-            on small videos learns sooner where things are.
+        absolute_positions: also add sinusoids of the position to the visual tokens, from which a
+            small model on small videos learns positions sooner.
         norm_eps: epsilon of all RMSNorms.
     """
 
@@ -94,7 +95,7 @@ class MMDiTConfig:
             raise ConfigError(f"depth must be at least 1, got {self.depth}")
 
     def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Tokens along (T, H, W); raises InputError if the patch size does not divide."""
+        """Return tokens along (T, H, W); InputError if they are not multiples of the patch size."""
         return token_grid(latent_shape, self.patch_size)
 
     def build(self) -> MMDiT:
@@ -102,9 +103,9 @@ class MMDiTConfig:
 
 
 class MMDiT(DiffusionTransformer):
-    """The two-stream transformer, called as every `DiffusionTransformer`.
+    """The two-stream transformer, with the interface of every `DiffusionTransformer`.
 
-    Velocities of "sample" prediction are fp32.
+    With prediction "sample", velocities are fp32.
     """
 
     output_names = ("final_modulation", "patch_out")
@@ -172,12 +173,14 @@ class MMDiT(DiffusionTransformer):
         if self.config.prediction == "velocity":
             return out
         t_B = t if rows is None else t[rows]
-        # fp32: the quotient is large for small t.
+        # In fp32, because the quotient is large for small t.
         return (x.float() - out.float()) / expand_timesteps(t_B.clamp_min(_MIN_TIMESTEP), x.float())
 
     def _init_weights(self) -> None:
-        """Xavier for linear layers; modulation and output start at zero, so blocks start as
-        identities (adaLN-zero)."""
+        """Initialise linear layers with Xavier, but modulation and output with zeros.
+
+        Blocks then start as identities (adaLN-zero).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -224,7 +227,7 @@ class Stream(nn.Module):
         self.mlp_out: nn.Linear | None = nn.Linear(width, d)
 
     def modulate(self, embedding: Tensor) -> Modulation:
-        """(R, 6 D) shared modulation, or (R, D) activated embedding, to six (R, D)."""
+        """Map (R, 6 D) shared modulation, or (R, D) activated embedding, to six (R, D)."""
         if hasattr(self, "modulation_bias"):
             table = embedding + self.modulation_bias
         else:
@@ -240,7 +243,7 @@ class Stream(nn.Module):
         *,
         queries: bool = True,
     ) -> StreamQKV:
-        """q, k and v as projected, and their norms and rotation; a stream may ask nothing."""
+        """Return projected q, k and v with their norms and rotation; queries are optional."""
         h = modulated_norm(x, m.scale1, m.shift1, rows=rows, eps=self.eps)
         parts = 3 if self.q_norm is not None else 2
         qkv = self.qkv(h).unflatten(-1, (parts, self.num_heads, -1))
@@ -249,12 +252,12 @@ class Stream(nn.Module):
         return StreamQKV(qkv[:, :, -2:], None, self.k_norm, *rope)
 
     def keep_keys_and_values(self) -> None:
-        """Delete what only this stream's own output needs."""
+        """Delete what only this stream's output needs."""
         self.qkv = keep_rows(self.qkv, slice(self.qkv.in_features, None))
         self.q_norm = self.out = self.mlp_in = self.mlp_out = None
 
     def finish(self, x: Tensor, attended: Tensor, m: Modulation, rows: Tensor | None) -> Tensor:
-        """Output projection, gated residual, and the MLP."""
+        """Apply the output projection, the gated residual, and the MLP."""
         assert self.out is not None and self.mlp_in is not None and self.mlp_out is not None
         x, h = residual_modulated_norm(
             x, self.out(attended), m.gate1, m.scale2, m.shift2, rows=rows, eps=self.eps
@@ -268,7 +271,7 @@ class MMDiTBlock(TransformerBlock):
 
     def __init__(self, config: MMDiTConfig, *, dual: bool) -> None:
         super().__init__()
-        # One entry when text shares the visual weights: state dicts then hold them once.
+        # One entry if text shares the visual weights, so that state dicts have them once.
         self.streams = nn.ModuleList(Stream(config) for _ in range(2 if dual else 1))
         self.text_output = True
 
@@ -294,18 +297,18 @@ class MMDiTBlock(TransformerBlock):
         return Tokens(x_BLD, y_BSD)
 
     def stream_list(self) -> list[Stream]:
-        """Visual weights, and those of text if it has its own."""
+        """Return the visual weights, and those of text if it has its own."""
         return cast("list[Stream]", list(self.streams))
 
     def drop_text_output(self) -> None:
-        """Stop updating text after attention: nothing reads it behind the last block."""
+        """Stop updating text after attention: nothing reads it after the last block."""
         if self.text_output and len(self.streams) == 2:
             self.stream_list()[1].keep_keys_and_values()
         self.text_output = False
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of 1000 t through a two-layer MLP: (R,) in [0, 1] to (R, D)."""
+    """A two-layer MLP on sinusoids of 1000 t: (R,) in [0, 1] to (R, D)."""
 
     def __init__(self, hidden_size: int, num_frequencies: int = 128) -> None:
         super().__init__()
@@ -323,13 +326,13 @@ class TimestepEmbedding(nn.Module):
 
 @lru_cache(maxsize=64)
 def position_table(grid: tuple[int, int, int], size: int, device: torch.device) -> Tensor:
-    """Sinusoids (L, D) fp32 of absolute positions: the angles of `rope_table` with base 100."""
+    """Return sinusoids (L, D) fp32 of absolute positions: those of `rope_table` with base 100."""
     cos, sin = rope_table(grid, size, 100.0, device)
-    with torch.inference_mode(False):  # kept for later callers, as the table it is made of
+    with torch.inference_mode(False):  # cached for later callers, as in `rope_table`
         return torch.cat([cos, sin], dim=-1)
 
 
-# --- sizes that are registered ------------------------------------------------------------------
+# --- registered sizes ---------------------------------------------------------------------------
 
 
 @MODELS.register("mmdit_digits")
@@ -340,14 +343,14 @@ def mmdit_digits() -> MMDiTConfig:
         hidden_size=256,
         depth=6,
         num_heads=4,
-        # The codec's blocks of pixels are the tokens.
+        # Each of the codec's blocks of pixels is a token.
         patch_size=(1, 1, 1),
         text_dim=128,
         pooled_dim=128,
         mlp_ratio=3.0,
         num_dual_blocks=1,
         prediction="sample",
-        # The grid is 3x4x4: with the usual base nearly all pairs would turn by less than a degree.
+        # On a grid of 3x4x4, the usual base would rotate nearly all pairs by less than a degree.
         rope_theta=10.0,
         absolute_positions=True,
     )
@@ -364,26 +367,26 @@ def mmdit_digits_latent() -> MMDiTConfig:
         text_dim=128,
         pooled_dim=128,
         num_dual_blocks=1,
-        rope_theta=10.0,  # as above: the grid is the same
+        rope_theta=10.0,  # as above: same grid
         absolute_positions=True,
     )
 
 
 @MODELS.register("mmdit_tiny")
 def mmdit_tiny() -> MMDiTConfig:
-    """4 M parameters for small clips of your own, in latents: on a laptop."""
+    """4 M parameters for small clips of your own, in latents, on a laptop."""
     return mmdit_digits_latent()
 
 
 @MODELS.register("mmdit_mini")
 def mmdit_mini() -> MMDiTConfig:
-    """18 M parameters for clips of your own, in latents: on a workstation."""
+    """18 M parameters for clips of your own, in latents, on a workstation."""
     return dataclasses.replace(mmdit_tiny(), hidden_size=384, depth=8, num_heads=6)
 
 
 @MODELS.register("mmdit_small")
 def mmdit_small() -> MMDiTConfig:
-    """0.3 B parameters for VAE latents: experiments on one GPU."""
+    """0.3 B parameters for VAE latents, for experiments on one GPU."""
     return MMDiTConfig(hidden_size=1024, depth=12, num_heads=16, text_dim=4096)
 
 

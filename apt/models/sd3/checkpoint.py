@@ -1,7 +1,7 @@
-"""The published checkpoints of SD3: configs of diffusers' SD3Transformer2DModel, keys of Stability
-AI's own files, and the sizes that there are.
+"""Published checkpoints of SD3: configs of diffusers' SD3Transformer2DModel, keys of Stability AI's
+own files, and registered sizes.
 
-Their keys are taken without the prefix `model.diffusion_model.`.
+Keys of Stability AI's files are used without the prefix `model.diffusion_model.`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from apt.registry import replace_typed
 
 CLASS_NAME = "SD3Transformer2DModel"
 
-# Values that diffusers' class takes where a config leaves them out.
+# Defaults of diffusers' class for values that a config leaves out.
 _DEFAULTS: dict[str, Any] = {
     "sample_size": 128,
     "patch_size": 2,
@@ -37,9 +37,9 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def config_from_diffusers(config: Mapping[str, Any]) -> SD3Config:
-    """The config of a transformer's config.json.
+    """Return the config for a transformer's config.json.
 
-    Raises CheckpointError for another class, or values that `SD3` is not made for.
+    Raises CheckpointError for another class, or values that `SD3` does not support.
     """
     options = diffusers_options(config, CLASS_NAME, _DEFAULTS)
     try:
@@ -63,7 +63,7 @@ def config_from_diffusers(config: Mapping[str, Any]) -> SD3Config:
         raise CheckpointError(
             f"the config of {CLASS_NAME} cannot be built: {error}; download it again"
         ) from error
-    # diffusers reads None as "the same"
+    # In diffusers, None means "the same".
     possible = {
         "caption_projection_dim": (ours.hidden_size,),
         "out_channels": (ours.in_channels, None),
@@ -80,7 +80,7 @@ def config_from_diffusers(config: Mapping[str, Any]) -> SD3Config:
 
 
 def config_to_diffusers(config: SD3Config) -> dict[str, Any]:
-    """The config.json of a transformer."""
+    """Return the config.json of a transformer."""
     return {
         "_class_name": CLASS_NAME,
         "sample_size": config.sample_size,
@@ -100,10 +100,10 @@ def config_to_diffusers(config: SD3Config) -> dict[str, Any]:
 
 
 def key_rules(config: SD3Config) -> Sequence[KeyRule]:
-    """From the original layout to ours.
+    """Return the rules that map the original layout to ours.
 
-    Modulation is shift before scale there, as in diffusers, except in norms that nothing follows:
-    the output's, and that of the text in the last block.
+    Its modulation always has shift before scale. diffusers swaps them in two norms: that of the
+    output, and that of the text in the last block.
     """
     last = config.depth - 1
     n, kind = r"(\d+)", r"(weight|bias)"
@@ -167,20 +167,20 @@ def _rule(theirs: str, *ours: str, swap_halves: bool = False) -> KeyRule:
 
 _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
-        "a ControlNet, which guides a model and is none itself",
+        "a ControlNet, which guides a model but is not one itself",
         ("controlnet_blocks.", "pos_embed_input."),
     ),
     (
-        "an IP-Adapter, which adds to a model and is none itself",
+        "an IP-Adapter, which adds to a model but is not one itself",
         ("to_k_ip", "ip_adapter.", "image_proj."),
     ),
     ("an SD3 with a context processor", ("context_processor.",)),
 )
-"""What is made for SD3 and is no plain text-to-image, with parts that only it has."""
+"""Checkpoints for SD3 other than plain text-to-image, with keys that only they have."""
 
 
 def relative(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What an SD3 is that is no plain text-to-image; None if it is one. See `Family.relative`."""
+    """Name the kind of an SD3 that is not plain text-to-image, or None. See `Family.relative`."""
     return first_kind(shapes, _KINDS)
 
 
@@ -196,7 +196,7 @@ def sd3() -> Family:
         from_diffusers=config_from_diffusers,
         to_diffusers=config_to_diffusers,
         rules=key_rules,
-        # In both layouts. FLUX has the second alone, AuraFlow the first and no such bias.
+        # Both layouts have both. FLUX has only the second, AuraFlow the first but not this bias.
         marks=("pos_embed", "context_embedder.bias"),
         anchors=("x_embedder.proj.weight", "pos_embed.proj.weight"),
         relative=relative,
@@ -205,7 +205,7 @@ def sd3() -> Family:
 
 
 def _stability(repo: str, num_steps: int, cfg_scale: float) -> PretrainedEntry:
-    """Steps and guidance are those of the repository's page."""
+    """Return an entry for weights of Stability AI; steps and guidance are from their page."""
     return PretrainedEntry(
         repo=repo,
         license="stabilityai-ai-community",

@@ -13,7 +13,7 @@ from apt.models.sd3.model import SD3Config
 
 @counts(SD3Config)
 def sd3_cost(config: SD3Config, sizes: Sizes) -> DiTCost:
-    """Raises InputError for more than one frame, or latents that do not fit."""
+    """Count a forward pass. Raises InputError for several frames, or latents that do not fit."""
     length = math.prod(config.token_grid(sizes.latent_shape))
     counter = Counter(sizes=sizes, width=config.hidden_size, heads=config.num_heads, norm="layer")
     return DiTCost(
@@ -30,7 +30,8 @@ def _layer(counter: Counter, config: SD3Config, length: int, number: int) -> Lay
     sizes, d = counter.sizes, config.hidden_size
     text, last = sizes.text_tokens, number == config.depth - 1
     dual = number in config.dual_attention_layers
-    # Shifts, scales and gates of both streams; a text stream without output has the first two
+    # Shifts, scales and gates of both streams; a text stream without output has no gates and only
+    # one shift and scale.
     modulation = counter.linear(sizes.rows, d, (9 if dual else 6) * d)
     modulation += counter.linear(sizes.rows, d, (2 if last else 6) * d)
     queries = length + (0 if last else text)
@@ -49,12 +50,12 @@ def _layer(counter: Counter, config: SD3Config, length: int, number: int) -> Lay
 
 
 def _stream(counter: Counter, length: int, *, output: bool, qk_norm: bool) -> LayerCost:
-    """One modality in a block; without output it has keys and values only."""
+    """Count one modality in a block; without output it has keys and values only."""
     batch, d = counter.sizes.batch, counter.width
     tokens = batch * length
     norm = counter.modulated_norm(length)
     if not output:
-        # Keys alone are normalised, by an op that takes two tensors
+        # Only keys are normalised, but by an op that takes two tensors.
         keys, both = (_norms(counter, length, n if qk_norm else 0) for n in (1, 2))
         return LayerCost(
             linear=2 * counter.linear(tokens, d, d),
@@ -66,20 +67,20 @@ def _stream(counter: Counter, length: int, *, output: bool, qk_norm: bool) -> La
     return counter.mlp(length, 4 * d) + LayerCost(
         linear=4 * counter.linear(tokens, d, d),
         elementwise=norm + qk + boundary + counter.gated_add(length),
-        # The gated add and the next norm are one boundary
+        # The gated add and the next norm are one fused op.
         elementwise_fused=2 * boundary + qk,
     )
 
 
 def _second_attention(counter: Counter, length: int, *, qk_norm: bool) -> LayerCost:
-    """Among image tokens, from the same tokens as the first, whose gated add is then apart."""
+    """Count attention among image tokens, on the first attention's input, and its gated add."""
     tokens, d = counter.sizes.batch * length, counter.width
     qk = _norms(counter, length, 2 if qk_norm else 0)
     return LayerCost(
         linear=4 * counter.linear(tokens, d, d),
         attention=counter.attention(length, length),
         elementwise=counter.modulated_norm(length) + qk + counter.gated_add(length),
-        # Boundaries that give the norm in two modulations, and add two updates
+        # The fused ops around it write a second modulated norm, and read a second update.
         elementwise_fused=qk + counter.copies(tokens),
     )
 

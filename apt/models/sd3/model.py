@@ -1,9 +1,9 @@
 """SD3: the two-stream transformer of Stable Diffusion 3 and 3.5 (arXiv 2403.03206).
 
-Image and text tokens have weights of their own and attend jointly; LayerNorm, optional qk-RMSNorm,
-sinusoidal positions cropped from the middle of one table, timestep and pooled text in the
-modulation. In 3.5 medium some blocks also attend among image tokens alone. Parameters are named as
-in diffusers' `SD3Transformer2DModel`.
+Image and text tokens have separate weights and attend jointly. The model uses LayerNorm, optional
+qk-RMSNorm, sinusoidal positions cropped from the middle of one table, and modulation by timestep
+and pooled text. In 3.5 medium some blocks also attend among image tokens only. Parameters are named
+as in diffusers' `SD3Transformer2DModel`.
 
 Shape suffixes: B samples, R rows of conditions, L image tokens, S text tokens, D hidden size,
 H heads.
@@ -36,7 +36,7 @@ from apt.models.transformer import (
 )
 
 FLOW = FlowAdapter(time_scale=1000.0)
-"""SD3's time is 1000 t, its velocity is ours."""
+"""SD3's time is 1000 t, and its velocity is ours."""
 
 _EPS = 1e-6  # of every norm
 _TIME_DIM = 256
@@ -51,13 +51,13 @@ class SD3Config:
         depth, num_heads, head_dim: blocks, attention heads, channels per head; D is the product of
             the last two.
         patch_size: latents per token along height and width.
-        text_dim: of the text tokens: T5's, to which CLIP's are padded.
-        pooled_dim: of the pooled text: those of both CLIPs together.
+        text_dim: dimension of the text tokens: T5's, to which CLIP's are padded.
+        pooled_dim: dimension of the pooled text: that of both CLIPs together.
         dual_attention_layers: blocks, counted from 0, with a second attention over image tokens.
         qk_norm: whether queries and keys are RMS-normalised per head (3.5 but not 3).
-        max_positions: tokens along the side of the table of positions; larger latents are refused.
-        sample_size: latents along the side of the images of the first training stage. The table's
-            coordinates run from 0 to sample_size / patch_size whatever its size.
+        max_positions: tokens along a side of the position table; larger latents are rejected.
+        sample_size: latents along a side of the images in the first training stage. The table's
+            coordinates run from 0 to sample_size / patch_size for any table size.
     """
 
     in_channels: int = 16
@@ -82,14 +82,15 @@ class SD3Config:
         if self.hidden_size % 4:
             raise ConfigError(
                 f"the hidden size, {self.num_heads} heads x {self.head_dim}, must be a multiple of "
-                "4: sine and cosine of two coordinates"
+                "4, for sine and cosine of two coordinates; change num_heads or head_dim"
             )
         if self.qk_norm and self.head_dim % 2:
             raise ConfigError(f"head_dim must be even with qk_norm, got {self.head_dim}")
         layers = self.dual_attention_layers
         if list(layers) != sorted(set(layers)) or not set(layers) <= set(range(self.depth)):
             raise ConfigError(
-                f"dual_attention_layers must rise and lie in 0..{self.depth - 1}, got {layers}"
+                "dual_attention_layers must be in increasing order and in "
+                f"0..{self.depth - 1}, got {layers}"
             )
 
     @property
@@ -98,19 +99,20 @@ class SD3Config:
         return self.num_heads * self.head_dim
 
     def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Tokens along (T, H, W); raises InputError for latents that do not fit."""
+        """Return tokens along (T, H, W); raises InputError for latents that do not fit."""
         frames, *sides = latent_shape
         if frames != 1:
             raise InputError(
                 f"Stable Diffusion 3 makes images: latents must be (B, C, 1, H, W), got {frames} "
-                "frames; choose a video model, or images"
+                "frames; choose a video model, or use images"
             )
         patch, most = self.patch_size, self.max_positions
         grid = token_grid(latent_shape, (1, patch, patch))
         if max(grid) > most:
             raise InputError(
-                f"latents of {tuple(sides)} are {grid[1:]} tokens along height and width; this "
-                f"model takes up to {most} along each, {patch * most} latents"
+                f"latents {tuple(sides)} have {grid[1:]} tokens along height and width, but this "
+                f"model accepts at most {most} along each, {patch * most} latents; choose a "
+                "smaller size"
             )
         return grid
 
@@ -119,10 +121,11 @@ class SD3Config:
 
 
 class SD3(DiffusionTransformer):
-    """Stable Diffusion's transformer, called as every `DiffusionTransformer`.
+    """Stable Diffusion's transformer, with the interface of every `DiffusionTransformer`.
 
     Latents are those of images, (B, C, 1, H, W), and text needs pooled vectors. Stable Diffusion
-    attends to padding too, so its own text encoder gives no mask; a mask that is given is kept.
+    also attends to padding, so its own text encoder returns no mask; a mask from another encoder is
+    applied.
     """
 
     blocks_name = "transformer_blocks"
@@ -150,7 +153,7 @@ class SD3(DiffusionTransformer):
         text, pooled = text_tokens(c, self.config.text_dim), pooled_text(c, self.config.pooled_dim)
         x_BLD = self.pos_embed(x[:, :, 0])
         y_RSD = self.context_embedder(text.to(x_BLD.dtype))
-        # Every block activates the same embedding first: once is enough.
+        # Every block starts by activating the same embedding; do it once.
         embedding = F.silu(self.time_text_embed(t, pooled.to(y_RSD.dtype)))
         mask = joint_mask(c, rows, x_BLD.shape[1])
         context = Context(embedding=embedding, modulation=embedding, rows=rows, mask=mask)
@@ -169,8 +172,10 @@ class SD3(DiffusionTransformer):
         return FLOW.velocity(out)
 
     def _init_weights(self) -> None:
-        """Xavier for linear layers; modulation and output start at zero, so blocks start as
-        identities (adaLN-zero)."""
+        """Initialise linear layers with Xavier, but modulation and output with zeros.
+
+        Blocks then start as identities (adaLN-zero).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -182,7 +187,7 @@ class SD3(DiffusionTransformer):
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens with positions: (B, C, H, W) to (B, L, D)."""
+    """Embeds patches and adds positions: (B, C, H, W) to (B, L, D)."""
 
     pos_embed: Tensor
 
@@ -192,13 +197,13 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(
             config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size
         )
-        # Published checkpoints hold the table, so it is part of the state here too.
+        # Published checkpoints contain the table, so it is part of the state here too.
         self.register_buffer("pos_embed", position_table(config))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.proj(x)
         height, width = tokens.shape[2:]
-        # The middle of the table: images of any size share their centre.
+        # Use the middle of the table: images of all sizes share their centre.
         top, left = (self.max_positions - height) // 2, (self.max_positions - width) // 2
         table = self.pos_embed.view(self.max_positions, self.max_positions, -1)
         positions = table[top : top + height, left : left + width].flatten(0, 1)
@@ -206,9 +211,9 @@ class PatchEmbed(nn.Module):
 
 
 def position_table(config: SD3Config) -> Tensor:
-    """Sinusoids (1, N^2, D) fp32 of the N x N positions: the column's half, then the row's."""
+    """Return sinusoids (1, N^2, D) fp32 of N x N positions: the column's half, then the row's."""
     n, quarter = config.max_positions, config.hidden_size // 4
-    # fp32 coordinates and fp64 angles, which is what published tables were made with
+    # fp32 coordinates and fp64 angles, as in the published tables
     places = torch.arange(n, dtype=torch.float32) / (n / (config.sample_size // config.patch_size))
     frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = places.double()[:, None] * frequencies
@@ -218,7 +223,7 @@ def position_table(config: SD3Config) -> Tensor:
 
 
 class TimeTextEmbedding(nn.Module):
-    """Time and pooled text: (R,) in [0, 1] and (R, P) to (R, D)."""
+    """Embeds timesteps (R,) in [0, 1] and pooled text (R, P) as (R, D)."""
 
     def __init__(self, config: SD3Config) -> None:
         super().__init__()
@@ -243,7 +248,7 @@ class Perceptron(nn.Module):
 
 
 class Modulation(nn.Module):
-    """The activated embedding (R, D) to `number` shifts, scales and gates (R, D)."""
+    """Maps the activated embedding (R, D) to `number` shifts, scales and gates (R, D)."""
 
     def __init__(self, hidden_size: int, number: int) -> None:
         super().__init__()
@@ -265,7 +270,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(d, d)])
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised q, k, and v, each (B, L, H, Dh)."""
+        """Return normalised q and k, and v, each (B, L, H, Dh)."""
         q, k, v = (self._heads(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
         return *normalize(q, k, self.norm_q, self.norm_k), v
 
@@ -277,16 +282,16 @@ class ImageAttention(Attention):
     """Attention among image tokens."""
 
     def forward(self, x: Tensor, split: TokenSplit | None) -> Tensor:
-        """(B, L, D) to (B, L, D), or this rank's part of it."""
+        """Map (B, L, D) to (B, L, D), or this rank's part of it."""
         attended = attention(*self.project(x), queries=split, keys=split)
         return self.to_out[0](attended.flatten(2))
 
 
 class JointAttention(Attention):
-    """Attention among image and text tokens, with weights of their own.
+    """Attention among image and text tokens, with separate weights.
 
-    Without `text_output` text is only looked at. Its queries are then read by nothing, but
-    published checkpoints hold them.
+    Without `text_output`, text is only read. Its query weights are then unused, but published
+    checkpoints contain them.
     """
 
     def __init__(self, config: SD3Config, *, text_output: bool) -> None:
@@ -302,8 +307,7 @@ class JointAttention(Attention):
                     unused.requires_grad_(False)
 
     def forward(self, x: Tensor, y: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """Image (B, L, D) and text (B, S, D) to updates of both; of the image alone without
-        `text_output`."""
+        """Return updates of image (B, L, D) and text (B, S, D); None for text without output."""
         mask, joint = context.mask, context.joint
         q_x, k_x, v_x = self.project(x)
         k_y, v_y = self._heads(self.add_k_proj(y)), self._heads(self.add_v_proj(y))
@@ -320,19 +324,19 @@ class JointAttention(Attention):
         return self.to_out[0](attended[:, :split]), self.to_add_out(attended[:, split:])
 
     def drop_text_output(self) -> None:
-        """Delete what only the text's own output needs."""
+        """Delete weights that only the text output needs."""
         self.add_q_proj = self.norm_added_q = self.to_add_out = None
 
 
 def head_norm(config: SD3Config) -> nn.RMSNorm | None:
-    """The norm of queries or keys, if the model has one; `normalize` computes it."""
+    """Return the norm of queries or keys, if the model has one; `normalize` computes it."""
     return nn.RMSNorm(config.head_dim, eps=_EPS) if config.qk_norm else None
 
 
 def normalize(
     q: Tensor, k: Tensor, norm_q: nn.RMSNorm | None, norm_k: nn.RMSNorm | None
 ) -> tuple[Tensor, Tensor]:
-    """q and k (B, L, H, Dh), RMS-normalised per head if there are norms."""
+    """Return q and k (B, L, H, Dh), RMS-normalised per head if there are norms."""
     if norm_q is None or norm_k is None:
         return q, k
     return qk_norm_rope(q, k, norm_q.weight, norm_k.weight, eps=_EPS)
@@ -341,7 +345,7 @@ def normalize(
 class JointBlock(TransformerBlock):
     """Joint attention, attention among image tokens if `dual`, then an MLP for each stream.
 
-    In the `last` block text is only looked at.
+    In the `last` block text is only read.
     """
 
     def __init__(self, config: SD3Config, *, dual: bool, last: bool) -> None:
@@ -359,7 +363,7 @@ class JointBlock(TransformerBlock):
         rows = context.rows
         shift1, scale1, gate1, shift2, scale2, gate2, *dual = self.norm1(context.modulation)
         text = self.norm1_context(context.modulation)
-        # A text stream without output has the published order of the final norm: scale first.
+        # A text stream without output has scale first, as the final norm in published weights.
         shift_y, scale_y = (text[1], text[0]) if self.ff_context is None else text[:2]
         h = modulated_norm(x_BLD, scale1, shift1, norm="layer", eps=_EPS, rows=rows)
         h_y = modulated_norm(y_BSD, scale_y, shift_y, norm="layer", eps=_EPS, rows=rows)
@@ -375,7 +379,7 @@ class JointBlock(TransformerBlock):
         return Tokens(x_BLD, y_BSD)
 
     def drop_text_output(self) -> None:
-        """As in the frame: the block becomes like the last one."""
+        """Delete weights that only the text output needs: the block becomes like the last one."""
         self.attn.drop_text_output()
         if self.ff_context is None:
             return
@@ -392,7 +396,7 @@ def finish(
     ff: FeedForward,
     rows: Tensor | None,
 ) -> Tensor:
-    """Gated residual of the attention's update (B, L, D), and the MLP with its own."""
+    """Apply the gated residual of attention's update (B, L, D), then the gated MLP."""
     gate1, shift, scale, gate2 = modulation
     x, h = residual_modulated_norm(
         x, update, gate1, scale, shift, norm="layer", eps=_EPS, rows=rows

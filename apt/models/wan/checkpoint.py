@@ -1,5 +1,5 @@
-"""The published checkpoints of Wan: configs of diffusers' WanTransformer3DModel, keys of Wan's own
-files, and the sizes that there are."""
+"""Published checkpoints of Wan: configs of diffusers' WanTransformer3DModel, keys of Wan's own
+files, and registered sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from apt.registry import replace_typed
 
 CLASS_NAME = "WanTransformer3DModel"
 
-# Values that diffusers' class takes where a config leaves them out.
+# Defaults of diffusers' class for values that a config leaves out.
 _DEFAULTS: dict[str, Any] = {
     "patch_size": [1, 2, 2],
     "num_attention_heads": 40,
@@ -37,7 +37,7 @@ _DEFAULTS: dict[str, Any] = {
     "pos_embed_seq_len": None,
 }
 
-# The only values that `Wan` is built for, and what other values mean.
+# Options of which `Wan` supports only the default, and what other values mean.
 _FIXED: dict[str, str] = {
     "image_dim": "image-to-video with an image encoder",
     "added_kv_proj_dim": "image-to-video with an image encoder",
@@ -48,9 +48,9 @@ _FIXED: dict[str, str] = {
 
 
 def config_from_diffusers(config: Mapping[str, Any]) -> WanConfig:
-    """The config of a transformer's config.json.
+    """Return the config for a transformer's config.json.
 
-    Raises CheckpointError for another class, or a Wan that is no plain text-to-video transformer.
+    Raises CheckpointError for another class, or a Wan that is not plain text-to-video.
     """
     options = diffusers_options(config, CLASS_NAME, _DEFAULTS)
     for key, meaning in _FIXED.items():
@@ -59,11 +59,11 @@ def config_from_diffusers(config: Mapping[str, Any]) -> WanConfig:
                 f"{key} is {options[key]!r} in this Wan ({meaning}), expected {_DEFAULTS[key]!r}; "
                 "use a text-to-video checkpoint"
             )
-    # diffusers reads 0 and None as "the same"
+    # In diffusers, 0 and None mean "the same".
     if (options["out_channels"] or options["in_channels"]) != options["in_channels"]:
         raise CheckpointError(
             f"this Wan reads {options['in_channels']} channels and writes "
-            f"{options['out_channels']}: it is conditioned on latents; use a text-to-video "
+            f"{options['out_channels']}, so it is conditioned on latents; use a text-to-video "
             "checkpoint"
         )
     try:
@@ -89,7 +89,7 @@ def config_from_diffusers(config: Mapping[str, Any]) -> WanConfig:
 
 
 def config_to_diffusers(config: WanConfig) -> dict[str, Any]:
-    """The config.json of a transformer. `text_length` is an argument of diffusers' pipeline."""
+    """Return a transformer's config.json. `text_length` is an argument of diffusers' pipeline."""
     return {
         "_class_name": CLASS_NAME,
         **_DEFAULTS,
@@ -130,14 +130,15 @@ RULES: tuple[KeyRule, ...] = (
     _rule(r"blocks\.(\d+)\.modulation", r"blocks.\1.scale_shift_table"),
     *_attention_rules("self_attn", "attn1"),
     *_attention_rules("cross_attn", "attn2"),
-    # The authors number norms by age, diffusers by order of use; the others have no weights.
+    # The authors' norm3 is diffusers' norm2, which numbers norms in order of use; the other norms
+    # have no weights.
     _rule(r"blocks\.(\d+)\.norm3\.(weight|bias)", r"blocks.\1.norm2.\2"),
     _rule(r"blocks\.(\d+)\.ffn\.0\.(weight|bias)", r"blocks.\1.ffn.net.0.proj.\2"),
     _rule(r"blocks\.(\d+)\.ffn\.2\.(weight|bias)", r"blocks.\1.ffn.net.2.\2"),
     _rule(r"head\.head\.(weight|bias)", r"proj_out.\1"),
     _rule(r"head\.modulation", r"scale_shift_table"),
 )
-"""From the layout of Wan's own repositories, which ComfyUI's files share behind a prefix."""
+"""Maps the layout of Wan's own repositories, which ComfyUI's files also use, after a prefix."""
 
 
 _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -172,7 +173,7 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("for the second, low-noise transformer", ("transformer_2.",)),
 )
-"""Wans that are no plain text-to-video, with parts that only they have; the first match counts."""
+"""Wans that are not plain text-to-video, with keys that only they have; the first match counts."""
 
 _CHANNELS = {
     20: "SCAIL",
@@ -183,11 +184,11 @@ _CHANNELS = {
     52: "Fun Control with a reference image, such as Wan 2.2",
     100: "Fun Control with a camera",
 }
-"""What reads latents beside the noisy ones, by the channels of all, where noise has 16."""
+"""Models that read further latents besides the noisy ones, by total channels; noise has 16."""
 
 
 def relative(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What a Wan is that is no plain text-to-video; None if it is one. See `Family.relative`."""
+    """Name the kind of a Wan that is not plain text-to-video, or None. See `Family.relative`."""
     kind = first_kind(shapes, _KINDS)
     entry = shapes.get("patch_embedding.weight", ())
     end = shapes.get("head.head.weight", shapes.get("proj_out.weight", ()))
@@ -196,7 +197,7 @@ def relative(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     read, written = entry[1], end[0] // math.prod(entry[2:])
     if read == written:
         return None
-    known = _CHANNELS.get(read, "an unknown condition") if written == 16 else "an unknown condition"
+    known = _CHANNELS.get(read, "of an unknown kind") if written == 16 else "of an unknown kind"
     return f"{known}: it reads {read} channels and writes {written}"
 
 
@@ -224,7 +225,7 @@ NEGATIVE_PROMPT = (
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
     "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-"""The fixed negative prompt that Wan's authors sample with, and its users distil with."""
+"""The fixed negative prompt that Wan's authors sample with, and that distillation uses."""
 
 
 def _published(
@@ -243,7 +244,8 @@ def _published(
     )
 
 
-# What the authors sample with: their configs, and diffusers' page on Wan for the shift at 480p.
+# The authors' sampling settings: from their configs, and from diffusers' page on Wan for the shift
+# at 480p.
 _480P = SampleInfo(frames=81, height=480, width=832, fps=16)
 _720P = SampleInfo(frames=81, height=720, width=1280, fps=16)
 _SAMPLING = SamplingInfo(
@@ -281,15 +283,15 @@ def wan21_t2v_14b() -> WanConfig:
             _SAMPLING_720P,
             codec="wan2.2_vae",
             compression=(4, 16, 16),
-            note="text to video; a given first frame needs timesteps per token",
+            note="text to video; starting from a given first frame needs timesteps per token",
         )
     },
 )
 def wan22_ti2v_5b() -> WanConfig:
     """Wan 2.2 text (and image) to video, 5.00 B parameters: 720p, 24 fps, 16x16x4 VAE.
 
-    One timestep for each sample is text to video; a timestep for each token, 0 at the tokens of
-    a given first frame, is image to video.
+    Text to video uses one timestep per sample; image to video uses one per token, which is 0 for
+    the tokens of the given first frame.
     """
     return WanConfig(in_channels=48, hidden_size=3072, depth=30, num_heads=24, mlp_size=14336)
 
@@ -302,22 +304,22 @@ def wan22_ti2v_5b() -> WanConfig:
             _720P,
             _SAMPLING_A14B,
             lowest_t=_BOUNDARY_A14B,
-            note="the expert for t from 0.875 to 1: the one that generates in one step",
+            note="the expert for t from 0.875 to 1, which one-step generation needs",
         ),
         "low_noise": _published(
             "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
             _720P,
             dataclasses.replace(_SAMPLING_A14B, cfg_scale=3.0),
             subfolder="transformer_2",
-            note="the expert for t below 0.875: it has never seen the pure noise of one step",
+            note="the expert for t below 0.875, which was never trained on pure noise",
         ),
     },
 )
 def wan22_t2v_a14b() -> WanConfig:
     """Wan 2.2 text to video, 14.3 B parameters: the high-noise expert of two.
 
-    Wan 2.2 A14B has an expert for t >= 0.875 and another below. One step starts at t = 1, so the
-    generator is made from the high-noise expert alone, and an export holds no second transformer.
-    As a teacher it is to be trusted for t >= 0.875 only.
+    Wan 2.2 A14B has one expert for t >= 0.875 and another below. A single step starts at t = 1, so
+    the generator uses only the high-noise expert, and exports have no second transformer. As a
+    teacher, trust it only for t >= 0.875.
     """
     return WanConfig(hidden_size=5120, depth=40, num_heads=40, mlp_size=13824)

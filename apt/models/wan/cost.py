@@ -16,15 +16,15 @@ _FP32 = 4
 
 @counts(WanConfig)
 def wan_cost(config: WanConfig, sizes: Sizes) -> DiTCost:
-    """S is the length that every prompt is padded to, whatever the text encoder gives.
+    """Count a forward pass, with every prompt padded to the model's text length.
 
-    Raises InputError for latents that the patch size does not divide or that are too large, or text
-    that is too long.
+    Raises InputError for latents that are not multiples of the patch or too large, or text that is
+    too long.
     """
     if sizes.text_tokens > config.text_length:
         raise InputError(
-            f"this model takes up to {config.text_length} text tokens, got {sizes.text_tokens}; "
-            f"it pads shorter prompts to that, so {config.text_length} is what any prompt costs"
+            f"this model accepts at most {config.text_length} text tokens, got "
+            f"{sizes.text_tokens}; it pads all prompts to that length, so use {config.text_length}"
         )
     length = math.prod(config.token_grid(sizes.latent_shape))
     counter = Counter(sizes=sizes, width=config.hidden_size, heads=config.num_heads, norm="layer")
@@ -42,7 +42,7 @@ def wan_cost(config: WanConfig, sizes: Sizes) -> DiTCost:
 
 
 def _attention_to_itself(counter: Counter, length: int) -> LayerCost:
-    """The norm before it to the norm behind it."""
+    """Count self-attention, with the norms before and after it."""
     batch, d = counter.sizes.batch, counter.width
     qk = counter.head_norms(batch, length, tensors=2, rope=True, across_heads=True)
     boundary = counter.boundary(length, affine=True)
@@ -50,13 +50,13 @@ def _attention_to_itself(counter: Counter, length: int) -> LayerCost:
         linear=4 * counter.linear(batch * length, d, d),
         attention=counter.attention(length, length),
         elementwise=counter.modulated_norm(length) + qk + boundary,
-        # The first norm is a boundary with the MLP of the block before
+        # The first norm is fused with the gated add of the previous block's MLP.
         elementwise_fused=qk + boundary,
     )
 
 
 def _attention_to_text(counter: Counter, length: int, text: int) -> LayerCost:
-    """Keys and values are projected once for each row; then the norm behind."""
+    """Count cross-attention, with keys and values projected once per row, and the norm after it."""
     sizes, d = counter.sizes, counter.width
     norms = counter.head_norms(sizes.batch, length, tensors=1, rope=False, across_heads=True)
     norms += counter.head_norms(sizes.rows, text, tensors=1, rope=False, across_heads=True)
@@ -73,7 +73,7 @@ def _attention_to_text(counter: Counter, length: int, text: int) -> LayerCost:
 
 
 def _mlp(counter: Counter, length: int, hidden: int) -> LayerCost:
-    """With its gated add: the gate is fp32, so a sum in fp32 is written and read on the way."""
+    """Count the MLP and its gated add: the gate is fp32, so an fp32 sum is written and read."""
     sums = _FP32 * counter.sizes.batch * length * counter.width
     added = counter.gated_add(length)
     if counter.sizes.dtype.itemsize < _FP32:

@@ -1,12 +1,13 @@
 """Wan: the public text-to-video transformer of the Wan team (arXiv 2503.20314; Apache-2.0).
 
-Visual tokens attend to each other with 3D rotary positions, then to the text, then pass an MLP.
-LayerNorm, RMSNorm of queries and keys across all heads, one embedding of the timestep for all
-blocks and a learned table in each. Parameters are named as in diffusers' WanTransformer3DModel.
+Visual tokens attend to each other with 3D rotary positions, then to the text, then go through an
+MLP. The model uses LayerNorm, RMSNorm of queries and keys across all heads, one embedding of the
+timestep for all blocks, and a learned table in each. Parameters are named as in diffusers'
+WanTransformer3DModel.
 
-Casting a model to half precision leaves in fp32 what diffusers keeps there: the timestep
+Casting a model to half precision keeps in fp32 what diffusers keeps in fp32: the timestep
 embedding, the modulation tables, and the LayerNorm before the cross-attention. Norms, modulation
-and rotary positions are computed in fp32 whatever the weights are.
+and rotary positions are always computed in at least fp32.
 
 Shape suffixes: B samples, R rows of conditions, L visual tokens, S text tokens, D hidden size,
 H heads.
@@ -63,8 +64,8 @@ class WanConfig:
         patch_size: latents per token along (T, H, W).
         text_dim: embedding dimension of the text encoder.
         text_length: S; every prompt is padded to it with zeros, see `Wan`.
-        time_dim: sinusoids of the timestep, sines and cosines together.
-        max_positions: the longest axis of the token grid.
+        time_dim: number of sinusoids of the timestep, sines and cosines together.
+        max_positions: maximum number of tokens along an axis of the token grid.
         norm_eps: epsilon of all norms.
     """
 
@@ -85,18 +86,22 @@ class WanConfig:
         if self.depth < 1:
             raise ConfigError(f"depth must be at least 1, got {self.depth}")
         if self.time_dim < 2 or self.time_dim % 2:
-            raise ConfigError(f"time_dim must be even, sines and cosines, got {self.time_dim}")
+            raise ConfigError(
+                f"time_dim must be even and at least 2, for sines and cosines, got {self.time_dim}"
+            )
 
     def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Tokens along (T, H, W).
+        """Return tokens along (T, H, W).
 
-        Raises InputError if the patch size does not divide, or for more than `max_positions`.
+        Raises InputError for latents that are not multiples of the patch size, and for more than
+        `max_positions` tokens along an axis.
         """
         grid = token_grid(latent_shape, self.patch_size)
         if max(grid) > self.max_positions:
             raise InputError(
-                f"latents of {tuple(latent_shape)} are {grid} tokens along time, height and width; "
-                f"this model takes up to {self.max_positions} along each"
+                f"latents {tuple(latent_shape)} have {grid} tokens along time, height and width, "
+                f"but this model accepts at most {self.max_positions} along each; choose a smaller "
+                "size"
             )
         return grid
 
@@ -105,7 +110,7 @@ class WanConfig:
 
 
 class KeepsFloat32(nn.Module):
-    """A module whose own fp32 parameters stay fp32 when it is cast to a narrower type."""
+    """A module whose own fp32 parameters stay fp32 when it is cast to a narrower dtype."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def keep(tensor: Tensor) -> Tensor:
@@ -125,16 +130,16 @@ class Float32Linear(KeepsFloat32, nn.Linear):
 
 
 class Float32LayerNorm(KeepsFloat32, nn.LayerNorm):
-    """A LayerNorm whose weights stay fp32; they are read by a fused op."""
+    """A LayerNorm whose weights stay fp32; a fused op reads them."""
 
 
 class Wan(KeepsFloat32, DiffusionTransformer):
-    """Wan's transformer, called as every `DiffusionTransformer`.
+    """Wan's transformer, with the interface of every `DiffusionTransformer`.
 
-    Timesteps may be (R, L), one for each token, as Wan 2.2 TI2V needs when frames that are given
-    have t = 0. Text is as in diffusers' WanPipeline: embeddings of padding are zeros, up to
-    `text_length` tokens, and are attended to like words. A mask in the condition says which
-    embeddings are set to zero; nothing is masked in the attention, which Wan was trained without.
+    Timesteps may be (R, L), one for each token, for Wan 2.2 TI2V, where given frames have t = 0.
+    Text is treated as in diffusers' WanPipeline: it is padded to `text_length` tokens with zeros,
+    to which the model attends like words. A mask in the condition selects embeddings to set to
+    zero; attention itself is not masked, as in Wan's training.
     """
 
     output_names = ("scale_shift_table", "proj_out")
@@ -180,12 +185,12 @@ class Wan(KeepsFloat32, DiffusionTransformer):
         return FLOW.velocity(velocity)
 
     def _padded(self, c: Condition) -> Tensor:
-        """Text embeddings (R, text_length, E), zeros where there is no word."""
+        """Return text embeddings (R, text_length, E), with zeros for padding."""
         tokens, mask = text_tokens(c, self.config.text_dim), c.text.mask
         length = tokens.shape[1]
         if length > self.config.text_length:
             raise InputError(
-                f"this model takes up to {self.config.text_length} text tokens, got {length}; "
+                f"this model accepts at most {self.config.text_length} text tokens, got {length}; "
                 "shorten the prompts, or encode them with truncate=True"
             )
         if mask is not None:
@@ -193,7 +198,7 @@ class Wan(KeepsFloat32, DiffusionTransformer):
         return F.pad(tokens, (0, 0, 0, self.config.text_length - length))
 
     def _init_weights(self) -> None:
-        """As Wan's authors: Xavier, narrow normals around the conditions, and an output of zero."""
+        """Initialise as Wan's authors do: Xavier, small normals for embedders, a zero output."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -207,7 +212,7 @@ class Wan(KeepsFloat32, DiffusionTransformer):
 
 
 class ConditionEmbedder(nn.Module):
-    """Timesteps and text to the hidden size."""
+    """Maps timesteps and text to the hidden size."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -218,10 +223,10 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = TextEmbedder(config.text_dim, d)
 
     def embed_time(self, t: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Timesteps t (R,) in [0, 1] to embeddings (R, D) and modulation (R, 6, D), before a
-        block's own table, in at least fp32.
+        """Map timesteps t (R,) in [0, 1] to embeddings (R, D) and modulation (R, 6, D).
 
-        Timesteps per token, (R, L), are given to samples here: (B, L, D) and (B, L, 6, D).
+        Both are at least fp32, and blocks add their own tables to the modulation. For timesteps per
+        token, (R, L), the results are per sample: (B, L, D) and (B, L, 6, D).
         """
         sinusoids = timestep_sinusoids(FLOW.time(t), self.time_dim)
         embedding = self.time_embedder(sinusoids)
@@ -233,7 +238,7 @@ class ConditionEmbedder(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """Sinusoids (..., F) fp32 to (..., D) in at least fp32, also under autocast."""
+    """Maps sinusoids (..., F) fp32 to (..., D) in at least fp32, even inside autocast."""
 
     def __init__(self, time_dim: int, hidden_size: int) -> None:
         super().__init__()
@@ -247,7 +252,7 @@ class TimeEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """Text embeddings (R, S, E) to (R, S, D)."""
+    """Maps text embeddings (R, S, E) to (R, S, D)."""
 
     def __init__(self, text_dim: int, hidden_size: int) -> None:
         super().__init__()
@@ -290,7 +295,7 @@ class WanBlock(KeepsFloat32, TransformerBlock):
             norm="layer", eps=self.eps, rows=rows,
         )  # fmt: skip
         gate = gate2 if gate2.ndim == 3 else take_rows(gate2, rows)[:, None]
-        # The gate is fp32, so the sum is too, without copies of the operands
+        # The gate is fp32, so addcmul sums in fp32 without copies of the operands.
         return Tokens(torch.addcmul(x_BLD, self.ffn(h), gate).to(x_BLD.dtype), text_RSD)
 
 
@@ -315,14 +320,14 @@ class WanAttention(nn.Module):
         rope: tuple[Tensor, Tensor] | tuple[None, None],
         split: TokenSplit | None,
     ) -> Tensor:
-        """Self-attention of visual tokens (B, L, D), or of this rank's with those of the others."""
+        """Self-attention of visual tokens (B, L, D); if split, of this rank's to all ranks'."""
         q, k, v = (self._heads(project(h)) for project in (self.to_q, self.to_k, self.to_v))
         weights = self.norm_q.weight, self.norm_k.weight
         q, k = qk_norm_rope(q, k, *weights, *rope, eps=self.eps, across_heads=True)
         return self.to_out[0](attention(q, k, v, queries=split, keys=split).flatten(2))
 
     def over_text(self, h: Tensor, text_RSD: Tensor, rows: Tensor | None) -> Tensor:
-        """Attention of visual tokens (B, L, D) over text (R, S, D), projected once per row."""
+        """Cross-attention of visual tokens (B, L, D) to text (R, S, D), projected once per row."""
         q, k = self._heads(self.to_q(h)), self._heads(self.to_k(text_RSD))
         q = norm_rope(q, self.norm_q.weight, eps=self.eps, across_heads=True)
         k = norm_rope(k, self.norm_k.weight, eps=self.eps, across_heads=True)
@@ -335,5 +340,5 @@ class WanAttention(nn.Module):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In fp32, or fp64 if it is that."""
+    """Return the tensor in at least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

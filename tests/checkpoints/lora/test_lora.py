@@ -245,7 +245,7 @@ def test_a_fused_projection_of_sd3_is_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["diffusion_model.blocks.9.self_attn.q.lora_A.weight"], "belong to nothing"),
+        (["diffusion_model.blocks.9.self_attn.q.lora_A.weight"], "match nothing"),
         (["lora_te_layers_0.lora_down.weight"], "text encoder"),
         (["transformer.blocks.0.attn1.to_q.lora_magnitude_vector"], "DoRA"),
         (["transformer.blocks.0.attn1.to_q.weight"], "another model"),
@@ -273,7 +273,7 @@ def test_half_a_pair_wrong_shapes_and_nothing(tmp_path: Path, model: nn.Module) 
     with pytest.raises(CheckpointError, match="do not fit each other"):
         load_lora(path, model)
     save_file({}, path)
-    with pytest.raises(CheckpointError, match="holds no LoRA"):
+    with pytest.raises(CheckpointError, match="is not a LoRA"):
         load_lora(path, model)
     with pytest.raises(CheckpointError, match="missing"):
         load_lora(tmp_path / "nowhere.safetensors", model)

@@ -88,7 +88,7 @@ def save_run(root: Path, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two training runs, the first with what was trained once."""
+    """Two training runs; the first also has what was trained only once."""
     root, second = tmp_path_factory.mktemp("digits"), tmp_path_factory.mktemp("second")
     save_run(root, 0)
     save_run(second, 10)
@@ -160,7 +160,7 @@ def test_ablations_meet_the_whole_method_at_equal_length(report: Path) -> None:
     assert "Fréchet" in rows["one head, on the last block"][-1]
 
 
-def test_times_count_updates_that_were_done_twice_once(report: Path) -> None:
+def test_times_count_repeated_updates_once(report: Path) -> None:
     assert "| 1 | distill | 3 | 1.0 |" in report.read_text()
 
 

@@ -38,11 +38,11 @@ def test_every_registered_model_is_counted(name):
         (MMDiTConfig(), (2, 4, 6), {"num_rows": 0}, "got 1, 0, 256"),
         (MMDiTConfig(), (2, 4, 6), {"text_tokens": -1}, "got 1, None, -1"),
         (WAN, (2, 4, 7), {"text_tokens": 9}, "latent width 7 is not a multiple of the patch, 2"),
-        (WAN, (9, 4, 6), {"text_tokens": 9}, "takes up to 8 along each"),
-        (WAN, (2, 4, 6), {"text_tokens": 10}, "up to 9 text tokens, got 10; .* 9 is what any"),
+        (WAN, (9, 4, 6), {"text_tokens": 9}, "at most 8 along each"),
+        (WAN, (2, 4, 6), {"text_tokens": 10}, "at most 9 text tokens, got 10; .* so use 9"),
         (SD3, (2, 4, 6), {}, "makes images: .*got 2 frames; choose a video model"),
-        (SD3, (1, 4, 14), {}, "takes up to 6 along each, 12 latents"),
-        (object(), (1, 4, 4), {}, "of a object, only of: MMDiTConfig, SD3Config, WanConfig; reg"),
+        (SD3, (1, 4, 14), {}, "at most 6 along each, 12 latents"),
+        (object(), (1, 4, 4), {}, "for a object, only for MMDiTConfig, SD3Config, WanConfig; reg"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(config, latents, options, message):

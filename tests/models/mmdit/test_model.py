@@ -227,7 +227,7 @@ def test_sample_prediction_at_pure_noise_is_the_networks_output() -> None:
 
 
 def test_sample_prediction_near_data_is_the_input() -> None:
-    """x - t v is exact down to t = 0.05; below, what was predicted counts for less and less."""
+    """x - t v is exact down to t = 0.05; below that, the prediction matters less and less."""
     model = tiny_mmdit(prediction="sample")
     for level in (0.0, 0.02, 0.06, 0.15):
         x, _, c = inputs(1)

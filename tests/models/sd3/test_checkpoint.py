@@ -188,7 +188,7 @@ def test_what_a_config_leaves_out_is_diffusers_default() -> None:
     ("options", "message"),
     [
         ({"_class_name": "FluxTransformer2DModel"}, "describes a FluxTransformer2DModel"),
-        ({"guidance_embeds": True}, "not known here: guidance_embeds"),
+        ({"guidance_embeds": True}, "unknown options: guidance_embeds"),
         ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'.*expected 'rms_norm' or None"),
         ({"caption_projection_dim": 7}, "caption_projection_dim is 7.*expected 1536"),
         ({"out_channels": 32}, "out_channels is 32.*expected 16 or None"),

@@ -266,8 +266,8 @@ def test_the_vae_normalises_with_its_own_statistics(tmp_path: Any) -> None:
 
 
 @variants
-def test_masked_text_is_not_there(config: SD3Config) -> None:
-    """Equal to diffusers on the words alone, whatever stands behind them."""
+def test_masked_text_has_no_effect(config: SD3Config) -> None:
+    """Equal to diffusers on the unmasked tokens alone, whatever follows them."""
     model = tiny(config)
     x, t, c = inputs(config, lengths=[3, 3])
     assert c.text.mask is not None and c.text.pooled is not None
@@ -284,7 +284,7 @@ def test_masked_text_is_not_there(config: SD3Config) -> None:
 
 @variants
 def test_every_weight_trains_but_the_last_texts_queries(config: SD3Config) -> None:
-    """Published files hold those, though nothing reads them; they are frozen."""
+    """Published files contain those, although nothing reads them; they are frozen."""
     model = tiny(config)
     x, t, c = inputs(config)
     model(x, t, c).square().sum().backward()
@@ -329,7 +329,7 @@ def test_full_size_discriminators() -> None:
         ((4, 2, 4, 4), r"makes images.*got 2 frames"),
         ((4, 1, 5, 4), "height 5 is not a multiple of the patch, 2"),
         ((4, 1, 4, 0), "width 0 is not a multiple of the patch, 2"),
-        ((4, 1, 26, 4), r"\(13, 2\) tokens.*up to 12 along each, 24 latents"),
+        ((4, 1, 26, 4), r"\(13, 2\) tokens.*at most 12 along each, 24 latents"),
     ],
 )
 def test_latents_that_do_not_fit(shape: tuple[int, ...], message: str) -> None:
@@ -344,8 +344,8 @@ def test_latents_that_do_not_fit(shape: tuple[int, ...], message: str) -> None:
         ({"depth": 0}, "depth must be at least 1"),
         ({"num_heads": 1}, "must be a multiple of 4"),
         ({"num_heads": 4, "head_dim": 7}, "head_dim must be even with qk_norm"),
-        ({"dual_attention_layers": (3,)}, r"lie in 0\.\.2"),
-        ({"dual_attention_layers": (1, 0)}, "must rise"),
+        ({"dual_attention_layers": (3,)}, r"in 0\.\.2"),
+        ({"dual_attention_layers": (1, 0)}, "must be in increasing order"),
     ],
 )
 def test_configs_that_do_not_fit(options: dict[str, Any], message: str) -> None:

@@ -181,7 +181,7 @@ def test_what_a_config_leaves_out_is_diffusers_default(family: Family) -> None:
         ({"pos_embed_seq_len": 514}, "between two given frames"),
         ({"cross_attn_norm": False}, "expected True"),
         ({"qk_norm": "layer_norm"}, "expected 'rms_norm_across_heads'"),
-        ({"vace_layers": [0, 5]}, "not known here: vace_layers"),
+        ({"vace_layers": [0, 5]}, "unknown options: vace_layers"),
         ({"num_layers": "many"}, "'depth' must be int"),
         ({"num_layers": 0}, "depth must be at least 1"),
         ({"num_attention_heads": None}, "cannot be built"),

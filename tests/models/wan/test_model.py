@@ -271,9 +271,9 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_bad_inputs() -> None:
     model = tiny_wan()
     x, t, c = wan_inputs(2)
-    with pytest.raises(InputError, match="takes up to 32"):
+    with pytest.raises(InputError, match="accepts at most 32"):
         model(torch.zeros(2, CHANNELS, 33, 2, 2), t, c)
-    with pytest.raises(InputError, match=r"shape \(2,\) or \(2, 12\); got \(1,\)"):
+    with pytest.raises(InputError, match=r"shape \(2,\) or \(2, 12\); got timesteps \(1,\)"):
         model(x, t[:1], c)
-    with pytest.raises(InputError, match="up to 9 text tokens, got 10"):
+    with pytest.raises(InputError, match="at most 9 text tokens, got 10"):
         model(x, t, Condition(EncodedText(torch.zeros(2, 10, TEXT_DIM))))
