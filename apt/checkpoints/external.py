@@ -72,7 +72,7 @@ def import_hub_extra(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingPackageError(
-            f"this needs {module}, which does not import here ({error}); "
+            f"this needs {module}, which cannot be imported ({error}); "
             "run `pip install 'diffusion-apt[hub]'`"
         ) from error
 

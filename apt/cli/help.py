@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TextIO
 
 _BOX = "╭│╰"
+_EMPTY_DEFAULT = "(default: )"
 
 
 @contextlib.contextmanager
@@ -46,7 +47,9 @@ def readable_help() -> Iterator[None]:
             yield
     finally:
         width = shutil.get_terminal_size().columns
-        sys.stdout.write(wrapped(printed.getvalue(), width))
+        # Blanks of the same width keep the sides of the boxes in line.
+        shown = printed.getvalue().replace(_EMPTY_DEFAULT, " " * len(_EMPTY_DEFAULT))
+        sys.stdout.write(wrapped(shown, width))
 
 
 class _Kept(io.TextIOWrapper):

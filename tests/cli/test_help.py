@@ -25,6 +25,7 @@ def test_it_fits_a_terminal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.startswith(f"usage: diffusion-apt {name} ")
     assert max(map(len, text.splitlines())) <= 80
     assert "\n\n\n" not in text
+    assert "(default: )" not in text
 
 
 def test_every_field_of_a_run_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
