@@ -42,5 +42,6 @@ class BackwardApart:
         loss.backward()
         for _ in turns(len(self._passes)):
             outputs, cut = self._passes.pop()
-            reached = [(o, c.grad) for o, c in zip(outputs, cut, strict=True) if c.grad is not None]
-            torch.autograd.backward(*zip(*reached, strict=True))
+            reached = [output for output, c in zip(outputs, cut, strict=True) if c.grad is not None]
+            gradients = [c.grad for c in cut if c.grad is not None]
+            torch.autograd.backward(reached, gradients)
