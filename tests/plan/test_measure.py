@@ -143,7 +143,8 @@ def updated_on_four(job: Job) -> Usage:
 def test_one_more_block_adds_neither_gathered_weights_nor_whole_gradients() -> None:
     """Beside states a rank holds its input alone, also with two forwards of D."""
     made = JOBS["attention"]
-    stage: Any = dataclasses.replace(made.config.stage, discriminator_forwards=2)  # type: ignore[call-arg]
+    given: Any = made.config.stage
+    stage = dataclasses.replace(given, discriminator_forwards=2)
     others = {name: dataclasses.replace(m, text_tokens=8) for name, m in made.others.items()}
     small = dataclasses.replace(
         made,
