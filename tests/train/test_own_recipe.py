@@ -173,7 +173,7 @@ def test_a_folder_of_images_makes_images(clips: Path, tmp_path: Path) -> None:
         file.unlink()
     # The row would need them, and says so before anything is trained.
     line = error_line(invoke("train", "own", *options[:-1], tmp_path / "row", *FAST, *TINY))
-    assert "nothing usable" in line and "0.txt is not there" in line
+    assert "nothing usable" in line and "0.txt is missing" in line
     assert not (tmp_path / "row").exists()
 
 
@@ -206,7 +206,7 @@ def test_an_option_of_one_stage_is_not_one_of_the_row() -> None:
     result = invoke("train", "own", "--stage.cfg-scale", "3")
     line = error_line(result)
     assert line.startswith("no such option: --stage.cfg-scale 3;")
-    assert "that was own_codec, of 4 stages" in line
+    assert "that was own_codec, one of 4 stages" in line
     assert line.endswith("own_codec, own_pretrain, own_distill, own_apt")
 
 
