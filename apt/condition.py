@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt.errors import InputError
-from apt.words import described_weights
 
 
 @dataclass(frozen=True)
@@ -119,6 +118,8 @@ class TextEncoder(nn.Module):
 
     def __repr__(self) -> str:
         """Return one line; `torch.nn.Module.__repr__(encoder)` shows the modules."""
+        from apt.words import described_weights
+
         return (
             f"{type(self).__name__}(embedding_dim={self.embedding_dim}, "
             f"max_length={self.max_length}, {described_weights(self)})"

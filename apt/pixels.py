@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from apt.errors import InputError
-from apt.words import described_weights
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,6 +46,8 @@ class LatentCodec(nn.Module):
 
     def __repr__(self) -> str:
         """Return one line; `torch.nn.Module.__repr__(codec)` shows the modules."""
+        from apt.words import described_weights
+
         time, space = self.temporal_compression, self.spatial_compression
         return (
             f"{type(self).__name__}(channels={self.channels}, temporal_compression={time}, "

@@ -23,7 +23,7 @@ from apt.data.picture import Picture, picture_of
 from apt.data.reading import REMUX, MediaInfo, Source, name_of
 from apt.data.timeline import irregular_span, usual_rate, without_second_fields
 from apt.errors import DataError
-from apt.media.containers import READING, file_address
+from apt.media.containers import PLAIN_FILE, READING
 
 _STREAMS = ("mpegts", "mpeg")
 """Formats of recorders, which start and end anywhere and have no index of frames."""
@@ -57,7 +57,7 @@ class Video:
         # not UTF-8 is no reason to reject a video.
         file: Any = self.source
         if isinstance(self.source, str | Path):
-            file = file_address(self.source)
+            file = f"{PLAIN_FILE}{self.source}"
         else:
             self.source.seek(0)
         try:

@@ -18,10 +18,9 @@ READING = {
 }
 """FFmpeg's options for files that others made."""
 
-
-def file_address(path: str | Path) -> str:
-    """A file as FFmpeg is given it, which else reads a protocol into a name such as "a:b.mp4"."""
-    return f"file:{path}"
+PLAIN_FILE = "file:"
+"""Prefix of a path for FFmpeg, which otherwise takes part of a name such as "a:b.mp4" for a
+protocol."""
 
 
 def open_container(path: Path) -> InputContainer:
@@ -29,4 +28,4 @@ def open_container(path: Path) -> InputContainer:
     import av
 
     # Foreign bytes in a title are no reason to refuse a video.
-    return av.open(file_address(path), "r", metadata_errors="replace", options=READING)
+    return av.open(f"{PLAIN_FILE}{path}", "r", metadata_errors="replace", options=READING)

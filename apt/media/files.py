@@ -34,7 +34,7 @@ from PIL import Image, PngImagePlugin
 from apt.device import require_memory
 from apt.errors import InputError
 from apt.files import replacing
-from apt.media.containers import file_address, open_container
+from apt.media.containers import PLAIN_FILE, open_container
 from apt.untrusted import parse_json
 
 Frames = torch.Tensor | NDArray[np.uint8]
@@ -110,7 +110,7 @@ def write_mp4(
     rate, metadata = _frame_rate(fps), container_metadata(tags)
     with (
         _writing(path, ".mp4") as target,
-        av.open(file_address(target), "w", format="mp4") as container,
+        av.open(f"{PLAIN_FILE}{target}", "w", format="mp4") as container,
     ):
         container.metadata.update(metadata)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
@@ -145,7 +145,7 @@ def write_mkv(
     exact = {"fflags": "+bitexact"}
     with (
         _writing(path, ".mkv") as target,
-        av.open(file_address(target), "w", format="matroska", options=exact) as container,
+        av.open(f"{PLAIN_FILE}{target}", "w", format="matroska", options=exact) as container,
     ):
         container.metadata.update(metadata)
         # Version 1, since later ones take twice as long to begin a small video.

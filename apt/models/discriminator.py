@@ -21,7 +21,6 @@ from apt.errors import ConfigError, InputError
 from apt.kernels import query_pooling
 from apt.models.architectures import HEADS
 from apt.models.transformer import DiffusionTransformer
-from apt.words import described_weights
 
 # Blocks 16, 26 and 36 of the paper's 36, counted from 1.
 _PAPER_DEPTHS = (16 / 36, 26 / 36, 1.0)
@@ -120,6 +119,8 @@ class Discriminator(nn.Module):
 
     def __repr__(self) -> str:
         """Describe the module in one line, like its backbone."""
+        from apt.words import described_weights
+
         head = type(self.heads[0]).__name__
         layers, weights = list(self.layers), described_weights(self)
         return f"Discriminator({self.backbone!r}, {head} after blocks {layers}, {weights})"

@@ -27,7 +27,6 @@ from apt.distributed.sequence import SequenceGroup, TokenSplit
 from apt.errors import ConfigError, InputError
 from apt.kernels.modulated_norm import take_rows
 from apt.models.checkpointing import Checkpointing
-from apt.words import described_weights
 
 _LARGEST_PATCH = 16
 
@@ -321,6 +320,8 @@ class DiffusionTransformer(nn.Module):
 
     def __repr__(self) -> str:
         """Describe the model in one line; `torch.nn.Module.__repr__(model)` lists its layers."""
+        from apt.words import described_weights
+
         return (
             f"{type(self).__name__}(depth={self.depth}, hidden_size={self.hidden_size}, "
             f"in_channels={self.in_channels}, {described_weights(self)})"

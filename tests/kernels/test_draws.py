@@ -126,7 +126,7 @@ def test_half_precision_is_rounded_once():
         ({"x_real": torch.zeros(3), "x_fake": torch.zeros(())}, "agree in sample shape"),
         ({"sigma": float("inf")}, "finite"),
         ({"draw": Draw(3, 5, -1)}, "offset must be"),
-        ({"draw": Draw(2**63)}, "seed must fit"),
+        ({"draw": Draw(2**63)}, "seed must be a signed 64-bit"),
         ({"backend": "fused"}, "no backend 'fused'"),
     ],
 )
@@ -144,7 +144,7 @@ def test_bad_batches_are_refused(change, message):
         ({"shift": float("nan")}, "shift must be above 0"),
         ({"shift": float("inf")}, "finite"),
         ({"num": -1}, "num must be"),
-        ({"draw": Draw(0, -(2**63) - 1)}, "step must fit"),
+        ({"draw": Draw(0, -(2**63) - 1)}, "step must be a signed 64-bit"),
         ({"draw": Draw(0, 0, 2**63)}, "offset must be"),
         ({"backend": "fused"}, "no backend 'fused'"),
     ],

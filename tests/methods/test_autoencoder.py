@@ -353,7 +353,7 @@ def test_a_clip_too_short_is_one_line(tmp_path: Path) -> None:
         "--data.path", tmp_path / "clips", "--data.frames", "17",
     )  # fmt: skip
     line = error_line(result)
-    assert "too short" in line and "9 frames at 8 fps, the shortest bucket has 17" in line
+    assert "too short" in line and "9 frames at 8 fps, but the shortest bucket has 17" in line
 
 
 def test_a_codec_where_a_model_is_meant(whole: Path, tmp_path: Path) -> None:

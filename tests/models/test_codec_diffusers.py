@@ -273,7 +273,7 @@ def test_damaged_weights(folders, tmp_path):
 
 def test_without_diffusers_the_extra_is_named(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(InputError, match=r"pip install diffusion-apt\[hub\]"):
+    with pytest.raises(InputError, match=r"pip install 'diffusion-apt\[hub\]'"):
         create_codec("kl_vae", repo=str(folders / "kl"))
 
 

@@ -303,7 +303,7 @@ def test_weights_that_do_not_fit_are_refused(folders, tmp_path):
 
 def test_without_transformers_the_extra_is_named(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InputError, match=r"pip install diffusion-apt\[hub\]"):
+    with pytest.raises(InputError, match=r"pip install 'diffusion-apt\[hub\]'"):
         load(folders, "t5")
 
 

@@ -93,7 +93,7 @@ def test_targets_choose_layers_by_the_ends_of_their_names(tmp_path: Path) -> Non
         distill(tmp_path / "b", train=settings(targets=("qkv", "to_nowhere")))
     with pytest.raises(ConfigError, match="negative"):
         LoRAConfig(rank=-1)
-    with pytest.raises(ConfigError, match="random weights"):
+    with pytest.raises(ConfigError, match="starts from random ones"):
         train_config(PretrainConfig(), lora=LoRAConfig(rank=1))
 
 

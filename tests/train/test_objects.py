@@ -251,5 +251,5 @@ def test_bad_objects_are_one_line_and_leave_no_folder(
 
 
 def test_clips_of_another_size_than_was_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Bars, item 0 is 5x8x8, and the run asks for 5x8x16"):
+    with pytest.raises(DataError, match="Bars, item 0 is 5x8x8, but the run asks for 5x8x16"):
         apt.train.run(config(tmp_path / "run", data=DataConfig(width=16)), **objects())
