@@ -4,13 +4,13 @@
     python -m benchmarks.scaling --ranks 1 2 4 8 --device cuda       # GPUs, in bf16
     python -m benchmarks.scaling --ranks 1 8 --sequence 8 --device cuda
 
-The digits' stages, with a batch that is the same for any number of ranks: on a GPU the recipes',
-on a CPU a quarter of it. Every number of ranks is a torchrun of its own, and they take turns for
-several rounds, so that another load on the machine falls on all alike.
+It trains the digits' stages with the same batch for any number of ranks: the recipes' batch on a
+GPU, a quarter of it on a CPU. Each number of ranks runs under its own torchrun. They take turns for
+several rounds, so that other load on the machine affects all of them alike.
 
-On CPU ranks the ratios alone mean anything. That of samples per second is a speed-up only if every
-rank has a core to itself. `work` is the processor time of all ranks together, against that of the
-first number: what it costs to be several, whoever else uses the cores.
+On CPU ranks only ratios are meaningful. The ratio of samples per second is a speed-up only if every
+rank has a core to itself. `work` is the processor time of all ranks together, relative to the first
+number of ranks: the cost of several ranks, whatever else uses the cores.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from benchmarks.training import STAGES, stage_config, steady, train
 ROOT = Path(__file__).parents[1]
 
 Times = dict[str, dict[str, list[float]]]
-"""By stage, for each update after those that warm up: "clock", milliseconds, and "work", those of
-the processor in all ranks."""
+"""By stage, for each update after the warm-up, in milliseconds: "clock" is the time of the update,
+"work" the processor time of all ranks."""
 
 _BATCH = {"cpu": 8, "cuda": 32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What is timed."""
+    """The training to time."""
 
     stages: tuple[str, ...]
     device: Literal["cpu", "cuda"]
@@ -62,7 +62,7 @@ class Trial:
 
 
 def measure_ranks(trial: Trial) -> Times:
-    """The times of each stage on the ranks of this launch; collective."""
+    """Return the times of each stage on the ranks of this launch. Collective."""
     found: Times = {}
     with Parallel.from_environment(trial.device) as ranks:
         shared = ParallelConfig(sequence=min(trial.sequence, ranks.world_size))
@@ -85,7 +85,7 @@ def measure_ranks(trial: Trial) -> Times:
 
 
 def launch(ranks: int, trial: Trial) -> Times:
-    """The same under a torchrun of so many ranks."""
+    """Return `measure_ranks` of a torchrun with so many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "times.json"
         command = [
@@ -104,9 +104,9 @@ def launch(ranks: int, trial: Trial) -> Times:
 def measure(
     numbers: Sequence[int], trial: Trial, rounds: int, max_seconds: float
 ) -> dict[int, list[Times]]:
-    """The times of each number of ranks, round by round; each round begins with another.
+    """Return the times of each number of ranks, round by round.
 
-    Stops after the round that exceeds `max_seconds`.
+    Each round begins with the next number. Stops after the round that exceeds `max_seconds`.
     """
     found: dict[int, list[Times]] = {ranks: [] for ranks in numbers}
     began = time.monotonic()
@@ -127,10 +127,10 @@ def measure(
 
 
 def measurements(found: Mapping[int, Sequence[Times]], trial: Trial) -> list[Measurement]:
-    """Each stage on each number of ranks, against the first of them.
+    """Compare each stage on each number of ranks with the first number.
 
-    A ratio is of medians within one round; what is told is the median of the rounds, and for the
-    clock both ends.
+    Ratios are of medians within one round. The figures are the median over rounds and, for the
+    clock, also the lowest and the highest.
     """
     reference = next(iter(found.values()))
     made = []
@@ -167,15 +167,15 @@ def measurements(found: Mapping[int, Sequence[Times]], trial: Trial) -> list[Mea
 
 
 def make_record(made: Sequence[Measurement], trial: Trial, load: float) -> Record:
-    """The record of a run; `load` is the machine's before it."""
+    """Make the record of a run; `load` is that of the machine before it."""
     note = ""
     if trial.device == "cpu":
         note = (
-            f"CPU ranks of one thread each, on {os.cpu_count()} cores that others use too (load "
-            f"{load:.1f} before the run, {os.getloadavg()[0]:.1f} behind it): only ratios mean "
-            "anything. Ratio: samples per second against the first number of ranks, with the "
-            "lowest and the highest of all rounds; no speed-up where ranks have no cores to "
-            "themselves. Work: processor time of all ranks together against the first number's."
+            f"CPU ranks of one thread each, on {os.cpu_count()} cores shared with other jobs (load "
+            f"{load:.1f} before the run, {os.getloadavg()[0]:.1f} after it), so only ratios are "
+            "meaningful. Ratio: samples per second relative to the first number of ranks, with the "
+            "lowest and highest of all rounds; a speed-up only if every rank has a core to itself. "
+            "Work: processor time of all ranks together, relative to the first number of ranks."
         )
     return Record(
         topic="scaling",
@@ -194,14 +194,16 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--batch-size", type=int, help="of an update over all ranks")
+    parser.add_argument("--batch-size", type=int, help="samples of an update, over all ranks")
     parser.add_argument("--sequence", type=int, default=1, help="ranks that share a sample")
-    parser.add_argument("--updates", type=int, default=6, help="of which three warm up")
+    parser.add_argument(
+        "--updates", type=int, default=6, help="per launch; the first three warm up"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="launches of each number of ranks")
     parser.add_argument(
-        "--max-seconds", type=float, default=600, help="begin no further round after so many"
+        "--max-seconds", type=float, default=600, help="start no further round after this time"
     )
-    parser.add_argument("--out", type=Path, help="a folder for the record; without, none is kept")
+    parser.add_argument("--out", type=Path, help="folder for the record; by default none is kept")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(args)
     trial = Trial(

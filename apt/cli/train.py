@@ -178,7 +178,7 @@ def _without_options(stage: TrainConfig) -> TrainConfig:
 
 
 def _with_options(config: TrainConfig, stage: TrainConfig) -> TrainConfig:
-    """Restore the recipe's options of its data source, unless the user chose others or another.
+    """Restore a recipe's data options that the user did not set, unless another source was chosen.
 
     Raises ConfigError for options that the source does not have.
     """
@@ -264,7 +264,7 @@ def _from_file(file: Path, rest: list[str]) -> _Begun:
 
 
 def _from_run(name: str, rest: list[str]) -> _Begun:
-    """Read the configuration of a run or a sequence, with the folder in which it is now."""
+    """Read the configuration of a run or a sequence, with its current folder."""
     folder = Path(name)
     file = folder / CONFIG_NAME
     if recorded := read_stages(folder):
@@ -291,7 +291,7 @@ def train_stages(
     start_over: bool = False,
     take_over: bool = False,
 ) -> bool:
-    """Train stages in sequence until a stop request; returns whether all are finished."""
+    """Train stages in sequence until a stop request. Return whether all are finished."""
     first = configs[0]
     timeout = timedelta(minutes=first.timeout_minutes)
     joined = Parallel.from_environment(

@@ -80,8 +80,8 @@ class CacheInfo:
     source: str
     num_clips: int
     num_prompts: int
-    # Not part of fingerprints, so that those of earlier versions stay valid. The names of the files
-    # are in them, and have the format too.
+    # Not part of fingerprints, so that those of earlier versions stay valid. File names are part of
+    # them, and show the format.
     shards: ShardKind = field(default="safetensors", repr=False)
 
     def clip_shards(self) -> list[str]:

@@ -29,7 +29,7 @@ class Row:
     """One row: a file and its caption, or a problem.
 
     Attributes:
-        where: name of the metadata file, and line.
+        where: name of the metadata file, and line number.
         file_name: as written; None if it is unknown.
         caption: empty if there is none.
         problem: what was found and what was expected, or None.
@@ -45,7 +45,7 @@ def read_metadata(path: Path) -> list[Row]:
     """Read the rows of a metadata file.
 
     Raises:
-        DataError: if it cannot be read at all, or does not name the columns.
+        DataError: if the file cannot be read, or its first line does not name the columns.
     """
     if not path.is_file():
         raise DataError(f"{path}: cannot be read: it is not a regular file")
@@ -139,7 +139,7 @@ def _checked_row(where: str, row: Mapping[str, object]) -> Row:
 
 
 def is_text(text: str) -> bool:
-    """Return whether a caption can be encoded, and is not UTF-16 that was read as UTF-8."""
+    """Return whether a string can be encoded as UTF-8, and is not UTF-16 read as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

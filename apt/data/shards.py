@@ -24,7 +24,7 @@ __all__ = ["VideoShards", "scan_shards"]
 
 @dataclass(frozen=True)
 class _Inside(Entry):
-    """A clip in the shard `path`; `name` consists of the shard's name and its own."""
+    """A clip in the shard `path`; `name` is the shard's name followed by the member's."""
 
     at: Member
 
@@ -104,7 +104,7 @@ _LOOKED_FOR = (
 
 
 def _captions(path: Path, samples: Mapping[str, Mapping[str, Member]]) -> dict[str, str]:
-    """Return the caption of each sample that has one; empty if it cannot be read."""
+    """Return the caption of each sample with a caption member; empty if it cannot be read."""
     kinds = {
         key: next((kind for kind in ("txt", "json") if kind in parts), "")
         for key, parts in samples.items()

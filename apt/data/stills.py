@@ -29,8 +29,8 @@ _ONE_AT_A_TIME = threading.Lock()
 _PILLOW_LIMIT = threading.Lock()
 
 _OF_DAMAGE = (TypeError, LookupError, ArithmeticError, RuntimeError)
-"""What Pillow's plugins raise for damaged files beside what `reading` expects; as broad only here,
-where nothing else is at work."""
+"""What Pillow's plugins raise for damaged files, besides the errors that `reading` expects. These
+types are too broad to catch elsewhere."""
 
 _MOVING = ("GIF", "PNG", "WEBP", "AVIF")
 
@@ -156,7 +156,7 @@ def _refuse_pages(source: Source, image: Image.Image) -> None:
 
 
 def _reduce(image: Image.Image, size: tuple[int, int]) -> None:
-    """Let a JPEG decode at a half, a quarter or an eighth, if that is still twice `size` (h, w)."""
+    """Let a JPEG decode at 1/2, 1/4 or 1/8 of its size, if that is still twice `size` (h, w)."""
     scale = max(size[0] / image.height, size[1] / image.width)
     image.draft(None, (round(2 * scale * image.width), round(2 * scale * image.height)))
 

@@ -1,4 +1,4 @@
-"""Videos, read with FFmpeg: their properties, and their frames from any time on."""
+"""Videos, read with FFmpeg: their properties, and their frames from a given time."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from apt.errors import DataError
 from apt.media.containers import PLAIN_FILE, READING
 
 _STREAMS = ("mpegts", "mpeg")
-"""Formats of recorders, which start and end anywhere and have no index of frames."""
+"""Formats of recordings, which start and end anywhere and have no index of frames."""
 
 _WHOLE = ("gif", "apng")
 """Formats whose frames are drawn over the previous ones, so that all are needed."""
 
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-"""Decoders that return the transparency of WebM, which FFmpeg's own drop."""
+"""Decoders that keep the transparency of WebM; FFmpeg's own drop it."""
 
 _EARLIER = (0, 1, 4, 16)
 """Seconds before a clip at which to look for a key frame."""
@@ -41,8 +41,8 @@ _ENOUGH = 1000
 """Frames of a Matroska file from which its rate is measured."""
 
 _LONGEST_GAP = 10
-"""Longest gap between two frames of a recorder, in seconds. A longer gap, or a step back of more
-than a second (less is due to guessed times), means that its clock was reset."""
+"""Longest gap between two frames of a recording, in seconds. A longer gap means that the clock was
+reset. So does a step back of more than a second; guessed timestamps cause smaller ones."""
 
 
 class Video:
@@ -53,8 +53,6 @@ class Video:
         self._open()
 
     def _open(self) -> None:
-        # The prefix keeps FFmpeg from taking part of a file's name for a protocol. A title that is
-        # not UTF-8 is no reason to reject a video.
         file: Any = self.source
         if isinstance(self.source, str | Path):
             file = f"{PLAIN_FILE}{self.source}"
@@ -83,8 +81,8 @@ class Video:
                 f"{name_of(self.source)}: its codec is unknown: either the file is cut off, so "
                 f"copy it again, or this FFmpeg has no decoder for it; {REMUX}"
             )
-        # One thread, as in `picture`. Exceptions can keep a decoder alive until after a fork, and
-        # the copy of a thread pool in the other process, which has no threads, never closes.
+        # One thread, as in `picture`. An exception can keep a decoder alive across a fork. The new
+        # process then has a copy of its thread pool without the threads, and closing it hangs.
         self.stream.codec_context.thread_count = 1
         self.alpha = self._alpha_decoder()
         self.format = self.container.format.name
@@ -154,7 +152,7 @@ class Video:
         try:
             return packet.decode() if self.alpha is None else self.alpha.decode(packet)
         except InvalidDataError:
-            # A recording may begin within a group of pictures, which cannot be decoded then.
+            # A recording may begin inside a group of pictures, which then cannot be decoded.
             if begun or self.format not in _STREAMS:
                 raise
             return []
@@ -167,7 +165,7 @@ class Video:
         return self.stream.time_base
 
     def time(self, frame: VideoFrame) -> Fraction:
-        """What the file's clock says at a frame."""
+        """Return the timestamp of a frame in seconds."""
         if frame.pts is None or frame.time_base is None:
             raise DataError(f"{name_of(self.source)}: its frames carry no times; {REMUX}")
         return frame.pts * frame.time_base

@@ -24,9 +24,10 @@ _thread = threading.local()
 def own_group(timeout: timedelta | None = None) -> Iterator[Callable[[Callable[[], T]], T]]:
     """Make a second process group, for a thread that works while the main thread trains.
 
-    Yields a function that runs an action: the collectives of this module, and of code that uses it,
-    then go through this group and cannot mix with those of other threads. Collective: every rank
-    must enter it.
+    Yields a function that runs an action. Collectives of this module, and of code that uses it, go
+    through this group during the action, so they cannot mix with those of other threads.
+
+    Collective: every rank must enter it.
     """
     made = dist.new_group(backend="gloo", timeout=timeout) if world() > 1 else None
 

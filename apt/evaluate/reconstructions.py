@@ -24,12 +24,14 @@ def write_reconstructions(
     They are always written anew, because the model may have been trained further.
 
     Args:
-        folder: for the files, named as the videos.
+        folder: for the files, which get the names of the videos.
         videos: returns files whose frames and size fit the codec.
         model: folder, name or Hub id of one of our models.
         device: to compute on.
 
-    Raises CheckpointError for a codec that cannot be loaded, DataError for a broken video.
+    Raises:
+        CheckpointError: if the codec cannot be loaded.
+        DataError: for a damaged video.
     """
     codec = load_codec(model).to(device)
     written = []

@@ -1,4 +1,4 @@
-"""Video files through FFmpeg: a name is that of a file, and its content leads to no other."""
+"""Open video files with FFmpeg so that no name or content leads to another file or address."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from av.container import InputContainer
 
-# A playlist can name any file and address, whatever its own name; media files cannot.
+# A playlist, whatever its own name, can name any file or address; media files cannot.
 READING = {
     "protocol_whitelist": "file",
     "format_whitelist": (
@@ -16,16 +16,15 @@ READING = {
         "gif,apng,h264,hevc,m4v,ivf"
     ),
 }
-"""FFmpeg's options for files that others made."""
+"""FFmpeg's options for files of unknown origin."""
 
 PLAIN_FILE = "file:"
-"""Prefix of a path for FFmpeg, which otherwise takes part of a name such as "a:b.mp4" for a
-protocol."""
+"""Prefix of a path for FFmpeg, which would take the "a" of "a:b.mp4" for a protocol."""
 
 
 def open_container(path: Path) -> InputContainer:
-    """A video file to read. Raises what PyAV does: FFmpegError, of which few are OSErrors."""
+    """Open a video file for reading. Raises PyAV's FFmpegError, which is rarely an OSError."""
     import av
 
-    # Foreign bytes in a title are no reason to refuse a video.
+    # A title that is not UTF-8 is no reason to reject a video.
     return av.open(f"{PLAIN_FILE}{path}", "r", metadata_errors="replace", options=READING)

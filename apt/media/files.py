@@ -6,10 +6,10 @@ that each pixel becomes a square.
 
 Tags record in a file how it was made: prompt, seed, model and settings.
 
-    .mp4     title and comment of the container, as of .mkv
-    .png     text chunks: Title and Comment
-    .gif     the comment
-    .webp    EXIF: ImageDescription and UserComment
+    .mp4, .mkv    title and comment of the container
+    .png          text chunks: Title and Comment
+    .gif          the comment
+    .webp         EXIF: ImageDescription and UserComment
 
 The title is the prompt, for people and other programs. The comment holds all tags as ASCII JSON,
 so every prompt survives, whatever encoding a format or a program assumes.
@@ -136,19 +136,19 @@ def write_mkv(
     scale: int | None = None,
     tags: Tags | None = None,
 ) -> Path:
-    """Write FFV1, which loses nothing and which browsers do not play. Arguments as `write_mp4`."""
+    """Write FFV1, which is lossless but not played by browsers. Takes what `write_mp4` takes."""
     import av
 
     pixels = enlarge(as_frames(frames), scale)
     rate, metadata = _frame_rate(fps), container_metadata(tags)
-    # Without a random number in the header, so that equal videos are equal files.
+    # Leaves a random number out of the header, so equal videos give equal files.
     exact = {"fflags": "+bitexact"}
     with (
         _writing(path, ".mkv") as target,
         av.open(f"{PLAIN_FILE}{target}", "w", format="matroska", options=exact) as container,
     ):
         container.metadata.update(metadata)
-        # Version 1, since later ones take twice as long to begin a small video.
+        # Later versions take twice as long to start a small video.
         stream = container.add_stream("ffv1", rate=rate, options={"level": "1"})
         stream.codec_context.thread_count = 1
         stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "bgr0"
@@ -303,7 +303,9 @@ def _frame_rate(fps: float) -> Fraction:
     if not 0 < fps <= 1000:
         raise InputError(f"fps must be above 0 and at most 1000, got {fps}")
     if fps < _SLOWEST:
-        raise InputError(f"fps must be at least {_SLOWEST}, as files count no longer, got {fps}")
+        raise InputError(
+            f"fps must be at least {_SLOWEST}, got {fps}: files cannot show a frame for longer"
+        )
     return Fraction(fps).limit_denominator(1001)
 
 
@@ -438,7 +440,7 @@ def _comment_of_video(file: Path) -> str:
 
     try:
         with open_container(file) as container:
-            # Matroska's names of tags are in capitals.
+            # Matroska writes tag names in capitals.
             found = {name.lower(): text for name, text in container.metadata.items()}
             return found.get("comment", "")
     except (FFmpegError, OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Videos that browsers do not play, as ones that they do."""
+"""Convert videos that browsers cannot play."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from apt.media.files import write_mp4
 
 
 def write_playable(path: Path, video: Path) -> Path:
-    """Write a video of any kind as H.264, enlarged if it is small.
+    """Write any video as H.264, enlarged if it is small.
 
-    Raises DataError for a video that cannot be decoded, InputError for a place that cannot be
-    written.
+    Raises:
+        DataError: if the video cannot be decoded.
+        InputError: if the file cannot be written.
     """
     frames, fps = read_frames(video)
     return write_mp4(path, frames, fps=fps)
 
 
 def read_frames(video: Path) -> tuple[NDArray[np.uint8], float]:
-    """All frames, uint8 (T, H, W, 3), and their rate. Raises DataError for a damaged file."""
+    """Return all frames, uint8 (T, H, W, 3), and their rate. Raises DataError if it is damaged."""
     import av
 
     try:

@@ -56,7 +56,7 @@ def planned_usage(job: Job, layout: Layout) -> Usage:
 
 
 def compared(planned: Usage, job: Job, parallel: Parallel) -> str:
-    """Run an update, and return tables of planned and measured memory, on the CPU of traffic too.
+    """Run an update, and return tables of planned and measured memory and, on the CPU, traffic.
 
     Collective.
     """

@@ -58,7 +58,8 @@ def write_clean(target: Path, sample: Path) -> None:
 
     Raises:
         DataError: for a damaged file, an animated image, or a file that some browsers cannot play.
-        OSError: if the file cannot be written; InputError where a video is encoded again.
+        OSError: if the file cannot be written.
+        InputError: likewise, for a video that is encoded again.
     """
     if sample.suffix.lower() == _UNPLAYED:
         write_playable(target, sample)
@@ -103,7 +104,7 @@ def _clean_video(sample: Path) -> bytes:
             if not source.streams.video:
                 raise DataError(f"{str(sample)!r} contains no video; generate it again")
             stream = source.streams.video[0]
-            # None for an unknown codec, which the type stubs do not know.
+            # The type stubs do not know that it is None for an unknown codec.
             context = cast("VideoCodecContext | None", stream.codec_context)
             if context is None:
                 raise DataError(f"{str(sample)!r} is broken (unknown codec); generate it again")

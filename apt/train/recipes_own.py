@@ -164,7 +164,7 @@ def _own(
 
 
 def _lengthened(config: TrainConfig, factor: float) -> TrainConfig:
-    """Stretch the schedule of a stage to another number of updates."""
+    """Multiply a stage's number of updates, and the rest of its schedule with it."""
     if not 0 < factor < float("inf"):
         raise InputError(f"updates_factor must be a positive number, got {factor}")
 

@@ -16,8 +16,8 @@ from apt.train.config import TrainConfig
 from apt.train.config_file import plain, read_configs
 
 STAGES_NAME = "stages.json"
-"""In the folder of a sequence: the configurations of its stages, so that the folder is enough to
-resume it."""
+"""File in the folder of a sequence with the configurations of its stages, so the folder is enough
+to resume it."""
 
 
 def move_runs(
@@ -61,7 +61,7 @@ def move_runs(
 
 
 def record_stages(configs: Sequence[TrainConfig]) -> None:
-    """Write `STAGES_NAME` into the folder that all stages share; do nothing if there is none.
+    """Write `STAGES_NAME` into the folder that all stages share; do nothing if they share none.
 
     Raises InputError if it cannot be written.
     """
@@ -78,7 +78,7 @@ def record_stages(configs: Sequence[TrainConfig]) -> None:
 
 
 def read_stages(folder: Path) -> list[TrainConfig]:
-    """Return the recorded stages of a sequence, with the folder where it is now; empty if none are.
+    """Return the recorded stages of a sequence, at its current place; empty if there is no record.
 
     Raises ConfigError for a damaged record.
     """
@@ -92,7 +92,7 @@ def read_stages(folder: Path) -> list[TrainConfig]:
 
 
 def is_finished(config: TrainConfig) -> bool:
-    """Return whether the run's folder has the model of its last update."""
+    """Return whether the run has exported the model of its last update."""
     export = Path(config.run_dir) / EXPORT
     if not (export / INFO_FILE).is_file():
         return False
