@@ -18,7 +18,7 @@ from apt.errors import InputError, counted
 from apt.evaluate.choice import ModelChoice, check_model, parse_model, parse_name
 from apt.prompts import read_prompts
 from apt.samples import SampleFolder, SampleKey, read_samples
-from apt.study.make import MakeConfig, make_study
+from apt.study.make import MakeConfig, check_beginning, make_study
 from apt.study.pairs import choose_comparisons, choose_keys
 
 # Numbers of prompts, and of samples per prompt, in the paper's studies (APT Section 4.2).
@@ -86,6 +86,7 @@ def main(args: Sequence[str], *, prog: str) -> None:
         raise InputError(f"each prompt needs at least 1 sample, got {seeds}")
     # Check everything before the slow work of generating.
     choose_comparisons(names, comparisons)
+    check_beginning(asked.directory, names, config)
     folders = {name: read_samples(Path(folder).expanduser()) for name, folder in given}
     if models:
         assert asked.prompts is not None

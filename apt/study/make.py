@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,22 @@ class MakeConfig:
     raters agree with themselves. 0 for none."""
     seed: int = 0
     """Determines which prompts are drawn, the sides and the order."""
+
+
+def check_beginning(folder: Path, names: Collection[str], config: MakeConfig) -> None:
+    """Raise InputError if the folder contains a study of other models or with other settings.
+
+    `make_study` checks the rest, which depends on the samples.
+    """
+    if not (folder / STUDY_FILE).exists():
+        return
+    study = read_study(folder)
+    kept = ("title", "note", "votes", "check_every", "repeat_every", "seed")
+    changed = [name for name in kept if getattr(study, name) != getattr(config, name)]
+    if set(study.models) != set(names):
+        changed.insert(0, "models")
+    if changed:
+        raise _another_study(folder, f" (different: {', '.join(changed)})")
 
 
 def make_study(
@@ -121,10 +137,7 @@ def make_study(
     )
     check_folder(folder)
     if (folder / STUDY_FILE).exists() and read_study(folder).digest() != study.digest():
-        raise InputError(
-            f"{str(folder)!r} contains another study, whose answers belong to its own pairs; "
-            "choose another folder"
-        )
+        raise _another_study(folder)
     jobs = {name(sample): (sample, INTACT) for pair in found for sample in pair.samples}
     jobs |= {name(sample): (sample, INTACT) for sample in checked}
     jobs |= {name(sample, DEGRADED): (sample, DEGRADED) for sample in checked}
@@ -180,3 +193,10 @@ def _write(target: Path, sample: Sample, kind: str) -> None:
         write_clean(target, sample.path)
     else:
         write_degraded(target, sample.path, hash_key(target.stem))
+
+
+def _another_study(folder: Path, difference: str = "") -> InputError:
+    return InputError(
+        f"{str(folder)!r} contains another study{difference}, whose answers belong to its own "
+        "pairs; choose another folder"
+    )

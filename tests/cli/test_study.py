@@ -33,6 +33,9 @@ def test_models_are_generated_with_and_compared(tmp_path: Path) -> None:
     assert study.comparisons == [("tiny", "two")]
     assert [study.models[name]["num_steps"] for name in ("tiny", "two")] == [1, 2]
     assert invoke(*make).stdout == result.stdout
+    third = ["--model", f"three={tmp_path / 'tiny'}", "--votes", "5"]
+    assert "another study (different: models, votes)" in error_line(invoke(*make, *third))
+    assert not (tmp_path / "study" / "samples" / "three").exists()
     rate(tmp_path / "study", study, 1)
     report = invoke("study", "report", tmp_path / "study", "--base", "two=tiny")
     assert report.returncode == 0 and "**by a script**" in report.stdout
