@@ -101,7 +101,7 @@ def once(part: Callable[..., Any], fault: Callable[..., Any]) -> Callable[..., A
         pytest.param("discriminator_step", None, marks=pytest.mark.slow),
         ("generator_step", ["discriminator"]),
         ("write_sheet", ["discriminator", "generator"]),
-        pytest.param("export", ["discriminator", "generator"], marks=pytest.mark.slow),
+        pytest.param("save_outcome", ["discriminator", "generator"], marks=pytest.mark.slow),
     ],
 )
 def test_an_error_saves_what_is_done_and_the_rest_is_done_later(
