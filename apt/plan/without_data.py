@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorConverter, FakeTensorMode
 
 __all__ = ["without_data"]
 
@@ -25,11 +25,31 @@ def without_data() -> Iterator[None]:
     nn.Module._apply = _apply  # type: ignore[method-assign]
     _forget_tables()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode.fake_tensor_converter = _NoConstants()
+        with mode:
             yield
     finally:
         nn.Module._apply = original  # type: ignore[method-assign]
         _forget_tables()
+
+
+class _NoConstants(FakeTensorConverter):
+    """Makes no tensor keep its data, as torch does for `torch.tensor(0.5)`.
+
+    torch finds such tensors again by the address of their storage. A later tensor can get the same
+    address once the first is gone, and the process then crashes.
+    """
+
+    def from_real_tensor(
+        self,
+        fake_mode: FakeTensorMode,
+        t: Tensor,
+        make_constant: bool = False,
+        *rest: Any,
+        **options: Any,
+    ) -> FakeTensor:
+        return super().from_real_tensor(fake_mode, t, False, *rest, **options)
 
 
 def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
